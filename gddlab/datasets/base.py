@@ -1,0 +1,137 @@
+"""The dataset interface: random access to images and labels, a manifest with a hash, and an order without state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gddlab.errors import GddlabError
+
+__all__ = ["ImageDataset", "Manifest", "order"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset is, down to its bytes: two datasets with equal `sha256` hold the same images and labels in the same order."""
+
+    name: str
+    source: str
+    resolution: int
+    channels: int
+    count: int
+    classes: int
+    crop: str
+    filter: str
+    codec: str
+    sha256: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ImageDataset:
+    """Square images of one size, held as uint8 NHWC, read as float32 NCHW in [-1, 1].
+
+    Args:
+        images: uint8, (N, R, R, C).
+        labels: Class of each image, (N,), or None.
+        classes: Number of classes; 0 without labels.
+        name, source, crop, filter, codec: For the manifest: where the images come from and what was done to them.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
+        *,
+        classes: int = 0,
+        name: str,
+        source: str,
+        crop: str = "none",
+        filter: str = "none",
+        codec: str = "none",
+    ):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
+            raise GddlabError(f"images are {images.dtype} {images.shape}: give uint8 (N, R, R, C)")
+        if len(images) == 0:
+            raise GddlabError(f"dataset {name!r} is empty: give at least one image")
+        self.uint8 = np.ascontiguousarray(images)
+        self.class_ids = None if labels is None else np.asarray(labels, dtype=np.int64)
+        if self.class_ids is not None and self.class_ids.shape != (len(images),):
+            raise GddlabError(f"{self.class_ids.shape} labels for {len(images)} images: give one a image")
+        if self.class_ids is not None and not (0 <= self.class_ids.min() and self.class_ids.max() < classes):
+            raise GddlabError(
+                f"class ids span {self.class_ids.min()}..{self.class_ids.max()}: accepted are 0..{classes - 1}"
+            )
+        self.classes = classes if labels is not None else 0
+        self._about = {"name": name, "source": source, "crop": crop, "filter": filter, "codec": codec}
+
+    def __len__(self) -> int:
+        return len(self.uint8)
+
+    @property
+    def resolution(self) -> int:
+        return self.uint8.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.uint8.shape[3]
+
+    @property
+    def name(self) -> str:
+        return self._about["name"]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        h = hashlib.sha256(str(self.uint8.shape).encode())
+        h.update(self.uint8.tobytes())
+        if self.class_ids is not None:
+            h.update(self.class_ids.tobytes())
+        return Manifest(
+            resolution=self.resolution,
+            channels=self.channels,
+            count=len(self),
+            classes=self.classes,
+            sha256=h.hexdigest(),
+            **self._about,
+        )
+
+    def images(self, indices: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
+        """Images as float32 in [-1, 1], (n, C, R, R)."""
+        index = indices.numpy() if isinstance(indices, Tensor) else indices
+        x = torch.from_numpy(self.uint8[index]).permute(0, 3, 1, 2)
+        return x.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+
+    def labels(self, indices: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
+        """Labels as float32 one-hot, (n, classes); no columns without classes."""
+        index = indices.numpy() if isinstance(indices, Tensor) else indices
+        if self.class_ids is None:
+            return torch.zeros(len(self.uint8[index]), 0)
+        return torch.nn.functional.one_hot(torch.from_numpy(self.class_ids[index]), self.classes).float()
+
+
+def order(n: int, seed: int, start: int, count: int) -> Tensor:
+    """Indices at positions start..start + count of an endless sequence of shuffled epochs of `n`.
+
+    The order is a function of seed and position alone, so that it does not depend on the number of processes and the
+    position is the whole state.
+
+    Returns:
+        int64, (count,).
+    """
+    parts: list[Tensor] = []
+    while count > 0:
+        epoch, offset = divmod(start, n)
+        g = torch.Generator().manual_seed((seed << 32) + epoch)
+        part = torch.randperm(n, generator=g)[offset : offset + count]
+        parts.append(part)
+        start, count = start + len(part), count - len(part)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)

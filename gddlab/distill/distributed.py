@@ -1,0 +1,116 @@
+"""The processes of a run: rank, world size, device, gradient averaging, and statistics shared between ranks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError
+
+__all__ = ["AllReduceSum", "World", "all_reduce_sum"]
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run; `control` is a gloo group for decisions, so that they never wait for an accelerator."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    @classmethod
+    def start(cls, device: str = "auto", *, timeout_s: float = 600) -> World:
+        """Joins the processes that torchrun started; alone there is no process group.
+
+        Args:
+            device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
+            timeout_s: How long a collective waits before it fails, seconds.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        where = torch.device(device)
+        if device == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(where)
+        if size == 1:
+            return cls(0, 1, where)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else dist.group.WORLD
+        return cls(rank, size, where, control)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all."""
+        if self.size == 1:
+            return flag
+        t = torch.tensor(int(flag))
+        dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(t)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def shard(self, batch: Tensor) -> Tensor:
+        """This rank's equal part of a global batch, by the first dimension."""
+        n = batch.shape[0] // self.size
+        return batch[self.rank * n : (self.rank + 1) * n]
+
+    def mean(self, t: Tensor) -> Tensor:
+        """Mean of a tensor over ranks."""
+        if self.size > 1:
+            t = t.clone()
+            dist.all_reduce(t)
+            t /= self.size
+        return t
+
+    @torch.no_grad()
+    def average_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        """Averages gradients over ranks in one message.
+
+        Not DDP: R1's second derivative reaches only some parameters (a bias behind the last activation has none), which
+        DDP's reducer takes for an error. One mechanism serves all three steps.
+        """
+        if self.size == 1:
+            return
+        grads = [p.grad for p in params if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.size
+        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)])
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over ranks, differentiable any number of times: its adjoint is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        out: Tensor = AllReduceSum.apply(grads[0].contiguous())
+        return out
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks, with derivatives of every order."""
+    out: Tensor = AllReduceSum.apply(x.contiguous())
+    return out

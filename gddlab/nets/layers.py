@@ -1,0 +1,189 @@
+"""Building blocks of the EDM U-Nets (Karras et al. 2022, appendix F.2; Song et al. 2021; Dhariwal & Nichol 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Conv2d", "FourierEmbedding", "PositionalEmbedding", "Resample", "UNetBlock", "group_norm"]
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+def xavier_(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
+    """Song et al.'s initialisation: uniform Xavier weights times `gain`, zero biases."""
+    nn.init.xavier_uniform_(layer.weight)
+    with torch.no_grad():
+        layer.weight.mul_(gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def resample_filter(taps: Sequence[float]) -> Tensor:
+    """Separable low-pass filter of unit sum, (1, 1, T, T)."""
+    f = torch.tensor(taps, dtype=torch.float32)
+    return (f.outer(f) / f.sum() ** 2)[None, None]
+
+
+def upsample(x: Tensor, f: Tensor, pad: int) -> Tensor:
+    """Doubles the resolution: zero insertion, then `f`.  (B, C, H, W) -> (B, C, 2H, 2W)"""
+    if f.shape[-1] == 2 and pad == 0:  # the box filter repeats pixels
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    c = x.shape[1]
+    return F.conv_transpose2d(x, (f * 4).to(x.dtype).repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad)
+
+
+def downsample(x: Tensor, f: Tensor, pad: int) -> Tensor:
+    """Halves the resolution: `f`, then every second pixel.  (B, C, H, W) -> (B, C, H/2, W/2)"""
+    if f.shape[-1] == 2 and pad == 0:  # the box filter averages
+        return F.avg_pool2d(x, 2)
+    c = x.shape[1]
+    return F.conv2d(x, f.to(x.dtype).repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad)
+
+
+class Resample(nn.Module):
+    """Resampling by two without weights; the filter is a buffer, as in EDM's state dicts."""
+
+    def __init__(self, channels: int, *, up: bool = False, down: bool = False, taps: Sequence[float] = (1, 1)):
+        super().__init__()
+        assert up != down
+        self.in_channels = self.out_channels = channels
+        self.up = up
+        self.register_buffer("resample_filter", resample_filter(taps))
+        self.pad = (len(taps) - 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (upsample if self.up else downsample)(x, self.resample_filter, self.pad)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution at equal size, with resampling by two before it, or `fused`: merged paddings, filter after it when going down.
+
+    Weights, bias and `resample_filter` carry the reference's names.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        taps: Sequence[float] = (1, 1),
+        fused: bool = False,
+    ):
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.up, self.down, self.fused = up, down, fused
+        self.register_buffer("resample_filter", resample_filter(taps) if up or down else None)
+        self.pad = (len(taps) - 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.up or self.down):
+            return super().forward(x)
+        f, wp, fp = self.resample_filter, self.kernel_size[0] // 2, self.pad
+        if self.fused and self.up:
+            x = upsample(x, f, max(fp - wp, 0))
+            return F.conv2d(x, self.weight, self.bias, padding=max(wp - fp, 0))
+        if self.fused:
+            x = F.conv2d(x, self.weight, None, padding=wp + fp)
+            x = downsample(x, f, 0)
+            return x if self.bias is None else x + self.bias.reshape(1, -1, 1, 1)
+        return super().forward((upsample if self.up else downsample)(x, f, fp))
+
+
+class PositionalEmbedding(nn.Module):
+    """Cosines and sines of geometrically spaced frequencies (Vaswani et al. 2017).  (B,) -> (B, C)"""
+
+    def __init__(self, channels: int, *, max_positions: int = 10000, endpoint: bool = False):
+        super().__init__()
+        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.channels // 2
+        k = torch.arange(half, dtype=x.dtype, device=x.device) / (half - (1 if self.endpoint else 0))
+        x = x.outer(self.max_positions**-k)
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Cosines and sines of random frequencies (Tancik et al. 2020).  (B,) -> (B, C)"""
+
+    def __init__(self, channels: int, *, scale: float = 16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.outer((2 * math.pi * self.freqs).to(x.dtype))
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with optional resampling and self-attention: NCSN++/DDPM++ and ADM in one (EDM, appendix F.2).
+
+    `adaptive_scale` (ADM): the embedding scales and shifts `norm1`; else it is added before it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        channels_per_head: int | None = None,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        taps: Sequence[float] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.num_heads = (out_channels // channels_per_head if channels_per_head else 1) if attention else 0
+        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+
+        self.norm0 = group_norm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, taps=taps)
+        self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = group_norm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip: nn.Module | None = None
+        if out_channels != in_channels or ((up or down) and resample_proj):
+            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down, taps=taps)
+        elif up or down:
+            self.skip = Resample(in_channels, up=up, down=down, taps=taps)
+        if self.num_heads:
+            self.norm2 = group_norm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1)
+            self.proj = Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))  # (B, C, H, W)
+        p = self.affine(emb)[:, :, None, None].to(h.dtype)
+        if self.adaptive_scale:
+            scale, shift = p.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + p))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x) * self.skip_scale
+        return x
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Self-attention over pixels; the reference lays channels out as head, channel, (q, k, v).  (B, 3C, H, W) -> (B, C, H, W)"""
+        b, c3, h, w = qkv.shape
+        q, k, v = qkv.reshape(b, self.num_heads, c3 // 3 // self.num_heads, 3, h * w).permute(3, 0, 1, 4, 2)
+        a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        return a.transpose(2, 3).reshape(b, c3 // 3, h, w)

@@ -1,0 +1,266 @@
+"""Preconditioned denoisers D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, table 1) and the one-step student."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError, unknown
+from gddlab.nets.unets import UNETS
+
+__all__ = ["PRECONDS", "EDMPrecond", "OneStepPrecond", "Precond", "VEPrecond", "VPPrecond", "from_edm", "iDDPMPrecond"]
+
+
+class Coefficients(NamedTuple):
+    """c_skip, c_out, c_in: (B, 1, 1, 1); c_noise: (B,)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+class Precond(nn.Module):
+    """A denoiser D(x; sigma) around a U-Net, `self.model`; subclasses give the four coefficients.
+
+    Args:
+        img_resolution, img_channels: Shape of an image, pixels and channels.
+        label_dim: Number of classes; 0 for an unconditional network.
+        sigma_min, sigma_max: Range of sigma that the network was made for.
+        sigma_data: Standard deviation of the data, image scale [-1, 1].
+        model_type: "SongUNet" or "DhariwalUNet".
+        model_kwargs: Arguments of the U-Net.
+    """
+
+    default_unet = "SongUNet"
+    sigma_min: float
+    sigma_max: float
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        *,
+        model_type: str | None = None,
+        out_channels: int | None = None,
+        **model_kwargs: Any,
+    ):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        model_type = model_type or self.default_unet
+        if model_type not in UNETS:
+            raise unknown("model_type", model_type, UNETS)
+        try:
+            self.model = UNETS[model_type](
+                img_resolution=img_resolution,
+                in_channels=img_channels,
+                out_channels=out_channels or img_channels,
+                label_dim=label_dim,
+                **model_kwargs,
+            )
+        except TypeError as e:
+            raise GddlabError(f"{model_type} cannot be built from {sorted(model_kwargs)}: {e}") from None
+        self.init_kwargs: dict[str, Any] = {}
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """Coefficients at `sigma`, (B, 1, 1, 1)."""
+        raise AssertionError("a preconditioning defines its coefficients")
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest sigma that the network knows; the identity except for iDDPM."""
+        return sigma
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Denoises.
+
+        Args:
+            x: (B, C, H, W), image plus sigma times noise; float64 stays float64, anything else becomes float32.
+            sigma: Scalar, (1,) or (B,), > 0.
+            class_labels: (B, label_dim) one-hot; None means no class.
+            augment_labels: (B, augment_dim).
+
+        Returns:
+            (B, C, H, W), the denoised image.
+        """
+        x = x if x.dtype == torch.float64 else x.float()
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
+        if self.label_dim and class_labels is None:
+            class_labels = x.new_zeros(1, self.label_dim)
+        elif not self.label_dim:
+            class_labels = None
+        if class_labels is not None:
+            class_labels = class_labels.to(x.dtype).reshape(-1, self.label_dim)
+        c = self.coefficients(sigma)
+        f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels)
+        return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
+
+
+class EDMPrecond(Precond):
+    """EDM (Karras et al. 2022, table 1, last column)."""
+
+    default_unet = "DhariwalUNet"
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        *,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+        sigma_data: float = 0.5,
+        **kwargs: Any,
+    ):
+        super().__init__(img_resolution, img_channels, label_dim, **kwargs)
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        sd = self.sigma_data
+        norm = (sigma**2 + sd**2).sqrt()
+        return Coefficients(sd**2 / norm**2, sigma * sd / norm, 1 / norm, sigma.flatten().log() / 4)
+
+
+class OneStepPrecond(EDMPrecond):
+    """The one-step student: consistency-model boundary coefficients, exact identity at sigma = eps (method of GDD; Song et al. 2023, appendix C).
+
+    c_skip = sd^2 / ((sigma - eps)^2 + sd^2); c_out = (sigma - eps) sd / sqrt(sigma^2 + sd^2); the rest as EDM.
+    """
+
+    default_unet = "SongUNet"
+
+    def __init__(self, *args: Any, eps: float = 0.002, sigma_g: float = 80.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.eps, self.sigma_g = eps, sigma_g
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        sd, s = self.sigma_data, sigma - self.eps
+        c = super().coefficients(sigma)
+        return c._replace(c_skip=sd**2 / (s**2 + sd**2), c_out=s * sd / (sigma**2 + sd**2).sqrt())
+
+    def generate(self, z: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """One step from noise to image: G(z) = D(80 z; 80).  z ~ N(0, I), (B, C, H, W) -> (B, C, H, W)"""
+        out: Tensor = self(self.sigma_g * z, self.sigma_g, class_labels)
+        return out
+
+
+class VPPrecond(Precond):
+    """Variance preserving SDE (Song et al. 2021), EDM's table 1, first column."""
+
+    def __init__(
+        self,
+        *args: Any,
+        beta_d: float = 19.9,
+        beta_min: float = 0.1,
+        M: int = 1000,
+        epsilon_t: float = 1e-5,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
+        self.sigma_min, self.sigma_max = self.sigma(epsilon_t), self.sigma(1.0)
+
+    def sigma(self, t: float) -> float:
+        return math.sqrt(math.expm1(0.5 * self.beta_d * t**2 + self.beta_min * t))
+
+    def t(self, sigma: Tensor) -> Tensor:
+        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        c_noise = (self.M - 1) * self.t(sigma).flatten()
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
+
+
+class VEPrecond(Precond):
+    """Variance exploding SDE (Song et al. 2021), EDM's table 1, second column."""
+
+    def __init__(self, *args: Any, sigma_min: float = 0.02, sigma_max: float = 100.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        one = torch.ones_like(sigma)
+        return Coefficients(one, sigma, one, (sigma.flatten() / 2).log())
+
+
+class iDDPMPrecond(Precond):
+    """Improved DDPM (Nichol & Dhariwal 2021), EDM's table 1, third column; sigma is rounded to M noise levels."""
+
+    default_unet = "DhariwalUNet"
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        *,
+        C_1: float = 0.001,
+        C_2: float = 0.008,
+        M: int = 1000,
+        **kwargs: Any,
+    ):
+        super().__init__(img_resolution, img_channels, label_dim, out_channels=img_channels * 2, **kwargs)
+        self.C_1, self.C_2, self.M = C_1, C_2, M
+        u = [0.0]
+        for j in range(M, 0, -1):  # EDM's appendix C.3.1
+            ratio = max(self.alpha_bar(j - 1) / self.alpha_bar(j), C_1)
+            u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
+        self.register_buffer("u", torch.tensor(u[::-1], dtype=torch.float32))
+        self.u: Tensor
+        self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
+
+    def alpha_bar(self, j: int) -> float:
+        return math.sin(0.5 * math.pi * j / self.M / (self.C_2 + 1)) ** 2
+
+    def index(self, sigma: Tensor) -> Tensor:
+        u = self.u.to(sigma.device, torch.float32)
+        return (sigma.float().reshape(-1, 1) - u).abs().argmin(1).reshape(sigma.shape)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self.u.to(sigma.device)[self.index(sigma)].to(sigma.dtype)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        c_noise = (self.M - 1 - self.index(sigma).flatten()).to(sigma.dtype)
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
+
+
+PRECONDS: dict[str, type[Precond]] = {
+    "EDMPrecond": EDMPrecond,
+    "VPPrecond": VPPrecond,
+    "VEPrecond": VEPrecond,
+    "iDDPMPrecond": iDDPMPrecond,
+    "OneStepPrecond": OneStepPrecond,
+}
+
+
+def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
+    """Builds a network from the class name and keyword arguments found in an EDM pickle.
+
+    Args:
+        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond".
+        **init_kwargs: As in the pickle; `use_fp16` is accepted and has no meaning here (autocast decides).
+
+    Returns:
+        The network with fresh parameters; its state-dict keys equal the reference's.
+
+    Raises:
+        GddlabError: Unknown class, U-Net or argument.
+    """
+    if class_name not in PRECONDS:
+        raise unknown("network class", class_name, PRECONDS)
+    kwargs = {k: v for k, v in init_kwargs.items() if k != "use_fp16"}
+    try:
+        net = PRECONDS[class_name](**kwargs)
+    except TypeError as e:
+        raise GddlabError(f"{class_name} cannot be built from {sorted(kwargs)}: {e}") from None
+    net.init_kwargs = kwargs
+    return net

@@ -1,0 +1,2 @@
+"""Teachers."""
+from gddlab.teachers.training import TeacherConfig, train_teacher

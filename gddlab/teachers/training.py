@@ -1,0 +1,220 @@
+"""Trains a diffusion teacher with EDM's loss (Karras et al. 2022, section 5), on one device, resumable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gddlab.datasets import open_dataset, order
+from gddlab.ema import ema_beta, ema_update
+from gddlab.errors import GddlabError
+from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write_json, write_text
+from gddlab.nets import Precond, from_edm, save_network
+from gddlab.progress import progress_bar
+from gddlab.provenance import versions
+from gddlab.sampling import sample, save_grid
+
+__all__ = ["TeacherConfig", "edm_loss", "train_teacher"]
+
+NCSNPP: dict[str, Any] = {
+    "model_type": "SongUNet",
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "decoder_type": "standard",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+
+
+class TeacherConfig(BaseModel):
+    """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_dir: Path
+    """Where log, checkpoint, samples and the finished teacher go."""
+    data: str = "digits"
+    """Dataset by name."""
+    conditional: bool = False
+    """Whether the network sees class labels."""
+    model_channels: int = Field(32, ge=4)
+    """Base width of the NCSN++ U-Net."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Width of each level, as a multiple of the base."""
+    num_blocks: int = Field(2, ge=1)
+    """Residual blocks a level."""
+    attn_resolutions: tuple[int, ...] = (8,)
+    """Resolutions with self-attention."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability."""
+    total_kimg: float = Field(160, gt=0)
+    """Length, thousands of images."""
+    batch: int = Field(64, ge=1)
+    """Images a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Adam's learning rate after warm-up."""
+    lr_rampup_kimg: float = Field(2, ge=0)
+    """Linear warm-up, thousands of images."""
+    lr_rampdown: float = Field(0.5, ge=0, le=1)
+    """Share of the training, at its end, over which the learning rate falls linearly to 0."""
+    ema_halflife_kimg: float = Field(8, ge=0)
+    """Half-life of the parameter average, thousands of images."""
+    ema_rampup: float | None = Field(0.05, gt=0)
+    """Bound of the half-life, as a share of the images seen."""
+    p_mean: float = -1.2
+    """Mean of ln sigma."""
+    p_std: float = Field(1.2, gt=0)
+    """Standard deviation of ln sigma."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, order, noise."""
+    tick_kimg: float = Field(2, gt=0)
+    """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
+
+
+def edm_loss(
+    net: Precond, images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor, *, sigma_data: float = 0.5
+) -> Tensor:
+    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
+
+    Args:
+        net: Denoiser.
+        images: (B, C, H, W) in [-1, 1].
+        labels: (B, label_dim) or None.
+        sigma: (B,).
+        noise: Standard normal, (B, C, H, W).
+
+    Returns:
+        (B,), mean over pixels of (sigma^2 + sd^2) / (sigma sd)^2 * (D(x + sigma n) - x)^2.
+    """
+    s = sigma.reshape(-1, 1, 1, 1)
+    weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
+    return (weight * (net(images + s * noise, sigma, labels) - images) ** 2).mean((1, 2, 3))
+
+
+def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
+    """Trains a teacher; the same call continues a run that was stopped.
+
+    Args:
+        config: Everything that determines the result.
+        progress: Shows a bar when at a terminal.
+
+    Returns:
+        Path of the finished `teacher.safetensors` in the run directory.
+
+    Raises:
+        GddlabError: The run directory holds a run of another configuration.
+    """
+    run = config.run_dir
+    data = open_dataset(config.data)
+    if config.conditional and not data.classes:
+        raise GddlabError(f"conditional=True, but {data.name} has no classes: use conditional=False")
+    settings = config.model_dump(mode="json", exclude={"run_dir"})
+    if (run / "config.json").exists():
+        old = read_json(run / "config.json")
+        for key, value in settings.items():
+            if old.get(key) != value:
+                raise GddlabError(f"{run} holds another run: {key} is {old.get(key)!r} there, {value!r} here; use a new run_dir")
+    else:
+        write_json(run / "config.json", settings)
+    done = run / "teacher.safetensors"
+    if done.exists():
+        return done
+
+    torch.manual_seed(config.seed)
+    net = from_edm(
+        "EDMPrecond",
+        img_resolution=data.resolution,
+        img_channels=data.channels,
+        label_dim=data.classes if config.conditional else 0,
+        model_channels=config.model_channels,
+        channel_mult=list(config.channel_mult),
+        num_blocks=config.num_blocks,
+        attn_resolutions=list(config.attn_resolutions),
+        dropout=config.dropout,
+        **NCSNPP,
+    ).train()
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+    step, seconds = 0, 0.0
+    if (run / "checkpoint.pt").exists():
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
+
+    total = -(-round(config.total_kimg * 1000) // config.batch)
+    tick = max(1, round(config.tick_kimg * 1000 / config.batch))
+    losses: list[Tensor] = []
+    began = time.perf_counter()
+    bar = progress_bar(total=total * config.batch, desc="teacher", unit="img", enabled=progress)
+    bar.update(step * config.batch)
+    with bar:
+        while step < total:
+            nimg = step * config.batch
+            g = torch.Generator().manual_seed((config.seed << 32) + step)
+            index = order(len(data), config.seed, nimg, config.batch)
+            x = data.images(index)
+            c = data.labels(index) if config.conditional else None
+            sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
+            noise = torch.randn(x.shape, generator=g)
+            torch.manual_seed((config.seed << 32) + step)  # dropout
+            loss = edm_loss(net, x, c, sigma, noise).mean()
+            if not torch.isfinite(loss):
+                raise GddlabError(f"loss is {loss.item()} at {nimg} images: lower lr={config.lr} in a new run_dir")
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _lr_factor(config, step / total, nimg)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            beta = ema_beta(config.batch, config.ema_halflife_kimg, config.ema_rampup, step * config.batch)
+            ema_update(ema, net, beta)
+            losses.append(loss.detach())
+            bar.update(config.batch)
+            if step % tick == 0 or step == total:
+                spent = seconds + time.perf_counter() - began
+                mean = torch.stack(losses).mean().item()
+                lines.append({"kimg": step * config.batch / 1000, "loss": mean, "seconds": round(spent, 1)})
+                losses.clear()
+                with atomic_path(run / "checkpoint.pt") as tmp:
+                    torch.save(
+                        {
+                            "net": net.state_dict(),
+                            "ema": ema.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "step": step,
+                            "seconds": spent,
+                        },
+                        tmp,
+                    )
+                write_text(run / "metrics.jsonl", "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
+    save_grid(sample(ema, 100, seed=0), run / "samples.png", columns=10)
+    save_network(
+        ema,
+        done,
+        name=run.name,
+        data=data.name,
+        manifest=data.manifest.to_dict(),
+        sigma_min=0.002,
+        sigma_max=80.0,
+        training=settings,
+        kimg=step * config.batch / 1000,
+        versions=versions(),
+        weights_sha256=hash_tensors(dict(ema.state_dict())),
+    )
+    return done
+
+
+def _lr_factor(config: TeacherConfig, share: float, nimg: int) -> float:
+    up = min(1.0, (nimg + config.batch) / (config.lr_rampup_kimg * 1000)) if config.lr_rampup_kimg else 1.0
+    down = min(1.0, (1 - share) / config.lr_rampdown) if config.lr_rampdown else 1.0
+    return up * down

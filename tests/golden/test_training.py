@@ -1,0 +1,100 @@
+"""Two GDD iterations against the reference in float64: losses, R1, every gradient norm, every parameter's norm, images."""
+
+from __future__ import annotations
+
+import torch
+from torch.testing import assert_close
+
+from gddlab.distill.discriminators import ProjectedDiscriminator
+from gddlab.distill.distributed import World
+from gddlab.distill.step import GanStep
+from gddlab.nets import OneStepPrecond, from_edm
+from tests.golden.conftest import Case, fill
+
+RTOL = 1e-6
+BACKBONE = "tf_efficientnet_lite0"
+
+
+def before_batchnorm(name: str) -> bool:
+    """A convolution's bias before BatchNorm: its true gradient is 0."""
+    return name.endswith(".main.0.bias")
+
+
+def build(case: Case) -> GanStep:
+    m = case.meta
+    g = from_edm("OneStepPrecond", **m["init_kwargs"]).double().eval()
+    assert isinstance(g, OneStepPrecond)
+    params = {k: fill(m["seed_g"], k, tuple(s)).double() for k, s in m["shapes"]["g"].items()}
+    g.load_state_dict(params | case.prefixed("g_buffer/"), strict=True)
+    classes = g.label_dim if m["cond"] else 0
+    embeddings = 1000 if classes else 0  # the reference's class embedding is ImageNet's
+    d = ProjectedDiscriminator([BACKBONE], cout=m["cout"], classes=classes, embeddings=embeddings, fold=False).double()
+    state = {}
+    for k, s in m["shapes"]["d"].items():
+        if "running" not in k and "num_batches" not in k:
+            state[k] = fill(m["seed_d"], k, tuple(s)).double()
+    for k, s in m["shapes"]["proj"].items():
+        state[f"projections.{BACKBONE}.{k}"] = fill(m["seed_proj"], k, tuple(s)).double()
+    missing, unexpected = d.load_state_dict(state, strict=False)
+    assert not unexpected and all("running" in k or "num_batches" in k for k in missing)
+    frozen = set(m["frozen"])
+    for name, p in g.named_parameters():
+        p.requires_grad_(name not in frozen)
+    return GanStep(
+        g,
+        d.train(),
+        trainable=[p for p in g.parameters() if p.requires_grad],
+        lr_g=1e-4,
+        lr_d=1e-4,
+        adversarial_weight=4,
+        r1_gamma=m["r1_gamma"],
+        r1_interval=16,
+        world=World(0, 1, torch.device("cpu")),
+        loss=m["loss_type"],
+    )
+
+
+def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set[str]) -> None:
+    seen = 0
+    for name, p in module.named_parameters():
+        if name in expected and name not in frozen and not before_batchnorm(name):
+            grad = torch.zeros(()) if p.grad is None else p.grad.norm()
+            assert_close(grad.item(), expected[name], rtol=RTOL, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            seen += 1
+    assert seen > 30
+
+
+def test_training(case: Case) -> None:
+    s, m = build(case), case.meta
+    frozen = set(m["frozen"])
+    records = iter(m["records"])
+
+    def check(stats: dict[str, torch.Tensor], names: dict[str, str], module: torch.nn.Module) -> None:
+        record = next(records)
+        for theirs, ours in names.items():
+            assert_close(stats[ours].item(), record["stats"][theirs], rtol=RTOL, atol=1e-12)
+        check_grads(module, record["grad_norm"], frozen)
+
+    for it in range(2):
+        images, labels = case[f"img{it}"], case[f"lab{it}"] if m["cond"] else None
+        out = s.g_step(case[f"z{it}_0"], labels)
+        check(out, {"Loss/logits/fake": "logits/g"}, s.g)
+        out = s.d_step(images, labels, z=case[f"z{it}_1"])
+        check(out, {"Loss/logits/real": "logits/real", "Loss/signs/real": "signs/real"}, s.d)
+        if it == 1:
+            out = s.r1_step(images, labels)
+            check(out, {"Loss/r1_penalty": "r1", "Loss/D/r1_loss": "loss/r1"}, s.d)
+
+    for module, key in ((s.g, "g"), (s.d, "d")):
+        state = module.state_dict()
+        for name, norm in m["norms_after"][key].items():
+            if name in state and not before_batchnorm(name):
+                assert_close(state[name].double().norm().item(), norm, rtol=RTOL, atol=1e-12, msg=lambda e, n=name: f"{n}: {e}")
+    with torch.no_grad():
+        labels = torch.eye(s.g.label_dim, dtype=torch.float64)[:2] if m["cond"] else None
+        assert_close(s.g.generate(case["gen_z"], labels), case["gen_x"], rtol=1e-5, atol=1e-6)
+        last = m["records"][-1]
+        features = s.d.features(case["feat_in"])
+        for i, f in enumerate(features):
+            assert list(f.shape) == last["feature_shape"][0][str(i)]
+            assert_close(f.square().mean().sqrt().item(), last["feature_rms"][0][str(i)], rtol=RTOL, atol=0)
