@@ -1,0 +1,80 @@
+"""gddlab: what the layers of a diffusion model do at each noise level, and how that turns it into a one-step generator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gddlab import nets
+    from gddlab.distill import presets
+    from gddlab.distill.config import TrainConfig
+    from gddlab.errors import GddlabError
+    from gddlab.evaluation import evaluate, real_split
+    from gddlab.freezing import FreezeMask, select_freeze
+    from gddlab.launch import attach, train
+    from gddlab.probing import Probe, ProbeResult, probe
+    from gddlab.runs import load_run
+    from gddlab.sampling import sample
+    from gddlab.teachers import TeacherConfig, load_teacher, train_teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FreezeMask",
+    "GddlabError",
+    "Probe",
+    "ProbeResult",
+    "TeacherConfig",
+    "TrainConfig",
+    "attach",
+    "evaluate",
+    "load_run",
+    "load_teacher",
+    "nets",
+    "presets",
+    "probe",
+    "real_split",
+    "sample",
+    "select_freeze",
+    "train",
+    "train_teacher",
+]
+
+# Where each name lives; it is imported when first used, since torch, pandas and timm cost seconds.
+_HOME = {
+    "FreezeMask": "gddlab.freezing",
+    "GddlabError": "gddlab.errors",
+    "Probe": "gddlab.probing",
+    "ProbeResult": "gddlab.probing",
+    "TeacherConfig": "gddlab.teachers",
+    "TrainConfig": "gddlab.distill.config",
+    "attach": "gddlab.launch",
+    "evaluate": "gddlab.evaluation",
+    "load_run": "gddlab.runs",
+    "load_teacher": "gddlab.teachers",
+    "nets": "gddlab",
+    "presets": "gddlab.distill",
+    "probe": "gddlab.probing",
+    "real_split": "gddlab.evaluation",
+    "sample": "gddlab.sampling",
+    "select_freeze": "gddlab.freezing",
+    "train": "gddlab.launch",
+    "train_teacher": "gddlab.teachers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gddlab' has no attribute {name!r}")
+    home = _HOME[name]
+    if name in ("nets", "presets"):
+        value: Any = importlib.import_module(f"{home}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError
+from gddlab.rng import generator
 
 __all__ = ["ImageDataset", "Manifest", "order"]
 
@@ -67,12 +68,12 @@ class ImageDataset:
         self.class_ids = None if labels is None else np.asarray(labels, dtype=np.int64)
         if self.class_ids is not None and self.class_ids.shape != (len(images),):
             raise GddlabError(f"{self.class_ids.shape} labels for {len(images)} images: give one a image")
-        if self.class_ids is not None and not (0 <= self.class_ids.min() and self.class_ids.max() < classes):
+        if self.class_ids is not None and not (self.class_ids.min() >= 0 and self.class_ids.max() < classes):
             raise GddlabError(
                 f"class ids span {self.class_ids.min()}..{self.class_ids.max()}: accepted are 0..{classes - 1}"
             )
         self.classes = classes if labels is not None else 0
-        self._about = {"name": name, "source": source, "crop": crop, "filter": filter, "codec": codec}
+        self._about: dict[str, Any] = {"name": name, "source": source, "crop": crop, "filter": filter, "codec": codec}
 
     def __len__(self) -> int:
         return len(self.uint8)
@@ -87,7 +88,7 @@ class ImageDataset:
 
     @property
     def name(self) -> str:
-        return self._about["name"]
+        return str(self._about["name"])
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -130,8 +131,7 @@ def order(n: int, seed: int, start: int, count: int) -> Tensor:
     parts: list[Tensor] = []
     while count > 0:
         epoch, offset = divmod(start, n)
-        g = torch.Generator().manual_seed((seed << 32) + epoch)
-        part = torch.randperm(n, generator=g)[offset : offset + count]
+        part = torch.randperm(n, generator=generator(seed, epoch))[offset : offset + count]
         parts.append(part)
         start, count = start + len(part), count - len(part)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)

@@ -30,7 +30,12 @@ class Backbone(nn.Module):
         stem, norm, blocks = net.conv_stem, net.bn1, net.blocks
         assert isinstance(stem, nn.Module) and isinstance(norm, nn.Module) and isinstance(blocks, nn.Sequential)
         self.levels = nn.ModuleList(
-            [nn.Sequential(stem, norm, *blocks[0:2]), blocks[2], nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:7])]
+            [
+                nn.Sequential(stem, norm, *blocks[0:2]),
+                blocks[2],
+                nn.Sequential(*blocks[3:5]),
+                nn.Sequential(*blocks[5:7]),
+            ]
         )
         self.eval().requires_grad_(False)
         with torch.no_grad():
@@ -167,9 +172,7 @@ class ProjectedDiscriminator(nn.Module):
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
         """Logits of projected features, one tensor (B, L) a backbone."""
-        return [
-            heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())
-        ]
+        return [heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         return self.logits(self.features(images), labels)

@@ -13,7 +13,7 @@ from gddlab.distill.distributed import all_reduce_sum
 
 __all__ = ["BatchNorm", "Head", "SNConv2d"]
 
-WIDTHS = {64: 64, 32: 128, 16: 256, 8: 512, 4: 512}
+WIDTHS = {64: 64, 32: 128, 16: 256, 8: 512, 4: 512, 2: 512}
 """Channels of a DownBlock by the nominal resolution it reaches."""
 
 
@@ -62,7 +62,9 @@ class BatchNorm(nn.BatchNorm2d):
         centred = x - mean[:, None, None]
         var = all_reduce_sum(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            )
             assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
@@ -109,7 +111,9 @@ class Head(nn.Module):
         embeddings: Rows of the class embedding (at least `classes`).
     """
 
-    def __init__(self, channels: int, start: int, end: int, *, classes: int = 0, max_width: int = 512, embeddings: int = 0):
+    def __init__(
+        self, channels: int, start: int, end: int, *, classes: int = 0, max_width: int = 512, embeddings: int = 0
+    ):
         super().__init__()
         blocks: list[nn.Module] = []
         res = start

@@ -56,6 +56,7 @@ class Resample(nn.Module):
         self.in_channels = self.out_channels = channels
         self.up = up
         self.register_buffer("resample_filter", resample_filter(taps))
+        self.resample_filter: Tensor
         self.pad = (len(taps) - 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,6 +83,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
         self.up, self.down, self.fused = up, down, fused
         self.register_buffer("resample_filter", resample_filter(taps) if up or down else None)
+        self.resample_filter: Tensor
         self.pad = (len(taps) - 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,6 +120,7 @@ class FourierEmbedding(nn.Module):
     def __init__(self, channels: int, *, scale: float = 16):
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        self.freqs: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.outer((2 * math.pi * self.freqs).to(x.dtype))

@@ -38,6 +38,8 @@ class Precond(nn.Module):
     default_unet = "SongUNet"
     sigma_min: float
     sigma_max: float
+    card: Any
+    """What `load_teacher` knows of the network; None for a network built otherwise."""
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Precond(nn.Module):
         except TypeError as e:
             raise GddlabError(f"{model_type} cannot be built from {sorted(model_kwargs)}: {e}") from None
         self.init_kwargs: dict[str, Any] = {}
+        self.card = None
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Coefficients at `sigma`, (B, 1, 1, 1)."""

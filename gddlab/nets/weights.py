@@ -60,5 +60,7 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     try:
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e:
-        raise GddlabError(f"{path}: weights do not fit {header['precond']}: {str(e).splitlines()[-1].strip()}") from None
+        raise GddlabError(
+            f"{path}: weights do not fit {header['precond']}: {str(e).splitlines()[-1].strip()}"
+        ) from None
     return net.eval(), header["meta"]

@@ -19,15 +19,15 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 0) -> np.ndarray:
-    """Tiles images row by row.  float [-1, 1] (N, C, H, W) -> uint8 (height, width, 3)"""
+def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 1) -> np.ndarray:
+    """Tiles images row by row, `gap` grey pixels between them.  float [-1, 1] (N, C, H, W) -> uint8 (height, width, 3)"""
     x = to_uint8(images)
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
     x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     n, c, h, w = x.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    tiles = torch.full((rows * columns, c, h + gap, w + gap), 255, dtype=torch.uint8)
+    tiles = torch.full((rows * columns, c, h + gap, w + gap), 90, dtype=torch.uint8)
     tiles[:n, :, :h, :w] = x
     grid = tiles.reshape(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
     grid = grid.reshape(rows * (h + gap), columns * (w + gap), c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,7 +64,7 @@ def heun(
         return (x - net(x.to(dtype), sigma.to(dtype), class_labels).double()) / sigma
 
     x = z.double() * sigmas[0]
-    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
         d = slope(x, s)
         x_next = x + (s_next - s) * d
         if i < num_steps - 1:

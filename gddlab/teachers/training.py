@@ -19,6 +19,7 @@ from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write
 from gddlab.nets import Precond, from_edm, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.rng import generator
 from gddlab.sampling import sample, save_grid
 
 __all__ = ["TeacherConfig", "edm_loss", "train_teacher"]
@@ -44,37 +45,37 @@ class TeacherConfig(BaseModel):
     """Dataset by name."""
     conditional: bool = False
     """Whether the network sees class labels."""
-    model_channels: int = Field(32, ge=4)
+    model_channels: int = Field(default=32, ge=4)
     """Base width of the NCSN++ U-Net."""
     channel_mult: tuple[int, ...] = (1, 2)
     """Width of each level, as a multiple of the base."""
-    num_blocks: int = Field(2, ge=1)
+    num_blocks: int = Field(default=2, ge=1)
     """Residual blocks a level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability."""
-    total_kimg: float = Field(160, gt=0)
+    total_kimg: float = Field(default=160, gt=0)
     """Length, thousands of images."""
-    batch: int = Field(64, ge=1)
+    batch: int = Field(default=64, ge=1)
     """Images a step."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Adam's learning rate after warm-up."""
-    lr_rampup_kimg: float = Field(2, ge=0)
+    lr_rampup_kimg: float = Field(default=2, ge=0)
     """Linear warm-up, thousands of images."""
-    lr_rampdown: float = Field(0.5, ge=0, le=1)
+    lr_rampdown: float = Field(default=0.5, ge=0, le=1)
     """Share of the training, at its end, over which the learning rate falls linearly to 0."""
-    ema_halflife_kimg: float = Field(8, ge=0)
+    ema_halflife_kimg: float = Field(default=8, ge=0)
     """Half-life of the parameter average, thousands of images."""
-    ema_rampup: float | None = Field(0.05, gt=0)
+    ema_rampup: float | None = Field(default=0.05, gt=0)
     """Bound of the half-life, as a share of the images seen."""
     p_mean: float = -1.2
     """Mean of ln sigma."""
-    p_std: float = Field(1.2, gt=0)
+    p_std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln sigma."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, noise."""
-    tick_kimg: float = Field(2, gt=0)
+    tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
 
 
@@ -120,7 +121,9 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         old = read_json(run / "config.json")
         for key, value in settings.items():
             if old.get(key) != value:
-                raise GddlabError(f"{run} holds another run: {key} is {old.get(key)!r} there, {value!r} here; use a new run_dir")
+                raise GddlabError(
+                    f"{run} holds another run: {key} is {old.get(key)!r} there, {value!r} here; use a new run_dir"
+                )
     else:
         write_json(run / "config.json", settings)
     done = run / "teacher.safetensors"
@@ -160,13 +163,13 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     with bar:
         while step < total:
             nimg = step * config.batch
-            g = torch.Generator().manual_seed((config.seed << 32) + step)
+            g = generator(config.seed, step)
             index = order(len(data), config.seed, nimg, config.batch)
             x = data.images(index)
             c = data.labels(index) if config.conditional else None
             sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
             noise = torch.randn(x.shape, generator=g)
-            torch.manual_seed((config.seed << 32) + step)  # dropout
+            torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
             loss = edm_loss(net, x, c, sigma, noise).mean()
             if not torch.isfinite(loss):
                 raise GddlabError(f"loss is {loss.item()} at {nimg} images: lower lr={config.lr} in a new run_dir")

@@ -89,7 +89,9 @@ def test_training(case: Case) -> None:
         state = module.state_dict()
         for name, norm in m["norms_after"][key].items():
             if name in state and not before_batchnorm(name):
-                assert_close(state[name].double().norm().item(), norm, rtol=RTOL, atol=1e-12, msg=lambda e, n=name: f"{n}: {e}")
+                assert_close(
+                    state[name].double().norm().item(), norm, rtol=RTOL, atol=1e-12, msg=lambda e, n=name: f"{n}: {e}"
+                )
     with torch.no_grad():
         labels = torch.eye(s.g.label_dim, dtype=torch.float64)[:2] if m["cond"] else None
         assert_close(s.g.generate(case["gen_z"], labels), case["gen_x"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Distillation: configuration, presets, student, discriminator, trainer."""

@@ -1,0 +1,24 @@
+"""Distances between generated and real images, from torch-fidelity, each with its provenance."""
+
+from __future__ import annotations
+
+from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
+from gddlab.evaluation.metrics import METRICS
+from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
+from gddlab.evaluation.scoring import evaluate, real_split
+
+__all__ = [
+    "EXTRACTORS",
+    "METRICS",
+    "Comparison",
+    "Extractor",
+    "Record",
+    "Scores",
+    "append_records",
+    "compare",
+    "evaluate",
+    "find_extractor",
+    "load_records",
+    "real_split",
+    "register",
+]

@@ -1,0 +1,123 @@
+"""A handle on a run, from any kernel and at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gddlab.distill.trainer import write_status
+from gddlab.errors import GddlabError, NotFound
+from gddlab.launch.lock import held, owner
+from gddlab.runs import Run
+
+__all__ = ["RunFailed", "RunHandle", "attach"]
+
+TAIL_BYTES = 1 << 16
+
+
+class RunFailed(GddlabError):
+    """The run ended with an error; the message holds the failing rank's own traceback."""
+
+
+class RunHandle(Run):
+    """A run directory and the processes that work on it, if any. It holds no connection: closing the kernel does not end the run."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def status(self) -> str:
+        """ "starting", "running", "done", "failed" or "stopped"; a run whose processes died without a word reads "failed"."""
+        if self.process is not None:
+            self.process.poll()  # reaps the child, so that it is no zombie
+        state = str(self.written_status.get("state", "stopped"))
+        if state in ("starting", "running") and not held(self.run_dir):
+            state = str(self.written_status.get("state", "stopped"))  # it may have ended between the two looks
+            return "failed" if state in ("starting", "running") else state
+        return state
+
+    def wait(self, timeout: float | None = None) -> RunHandle:
+        """Returns when the run has ended.
+
+        Args:
+            timeout: Seconds; None for ever.
+
+        Raises:
+            RunFailed: It failed; the message holds the traceback of the rank that did.
+            TimeoutError: It is still running.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.status in ("starting", "running") or held(self.run_dir):
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(f"{self.run_dir} is still {self.status} after {timeout:g} s")
+            time.sleep(0.2)
+        if self.status == "failed":
+            error = self.written_status.get("error") or f"its processes died; log:\n{self.tail()}"
+            raise RunFailed(f"{self.run_dir} failed on rank {self.written_status.get('rank')}:\n{error}")
+        return self
+
+    def stop(self, timeout: float = 120) -> RunHandle:
+        """Asks for a checkpoint and the end, and waits for both; the same `train` call continues."""
+        self._signal(signal.SIGTERM)
+        return self.wait(timeout)
+
+    def kill(self) -> RunHandle:
+        """Ends every process at once, without a checkpoint; returns when none is left and the lock is free."""
+        if self._signal(signal.SIGKILL):
+            while held(self.run_dir):
+                time.sleep(0.02)
+            if self.status == "failed":
+                write_status(self.run_dir, "stopped")
+        return self
+
+    def tail(self, rank: int = 0, lines: int = 20) -> str:
+        """Last lines of a rank's log."""
+        path = self.run_dir / "log" / f"rank{rank}.txt"
+        if not path.exists():
+            path = self.run_dir / "log" / "launch.txt"
+        if not path.exists():
+            return ""
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
+
+    def watch(self, *, interval: float = 2.0) -> RunHandle:
+        """Follows the run until it ends: live figure in a notebook, plain lines at a terminal, nothing where nobody looks.
+
+        Interrupting it leaves the run alone.
+        """
+        from gddlab.launch.watching import follow
+
+        follow(self, interval)
+        return self.wait()
+
+    def _signal(self, number: int) -> bool:
+        """Sends a signal to the run's owner (SIGTERM) or to its whole process group (SIGKILL); False if nothing runs."""
+        if not held(self.run_dir):
+            return False
+        while (pid := owner(self.run_dir)) is None:  # starting: the lock is taken a moment before it is signed
+            if not held(self.run_dir):
+                return False
+            time.sleep(0.02)
+        with suppress(ProcessLookupError):
+            (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+        return True
+
+    def __repr__(self) -> str:
+        s = self.written_status
+        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
+        return f"<run {self.run_dir}: {self.status}{share}>"
+
+
+def attach(run_dir: str | Path) -> RunHandle:
+    """The handle of a run started earlier, here or elsewhere on this machine.
+
+    Raises:
+        NotFound: No run there.
+    """
+    if not Path(run_dir).exists():
+        raise NotFound(f"no such run directory: {run_dir}")
+    return RunHandle(run_dir)

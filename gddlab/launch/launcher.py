@@ -1,0 +1,63 @@
+"""Starts a run in fresh processes: nothing of the calling kernel (CUDA, threads, locks) is inherited."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gddlab.distill.config import TrainConfig
+from gddlab.distill.trainer import check, write_status
+from gddlab.errors import GddlabError
+from gddlab.launch.handle import RunHandle
+from gddlab.launch.lock import sign, take
+
+__all__ = ["train"]
+
+
+def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
+    """Starts or continues a run in fresh processes and returns at once.
+
+    The run goes on when the calling kernel ends; `gddlab.attach(run_dir)` finds it again. The same call on the same directory continues
+    a run that was stopped, killed or failed, and returns the handle of one that is done.
+
+    Args:
+        config: What to run, from a preset.
+        nproc: Processes on this machine; 1 has no process group, more run through torchrun (gloo on CPUs, NCCL on GPUs).
+
+    Raises:
+        GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or is running.
+    """
+    if nproc < 1:
+        raise GddlabError(f"nproc={nproc}: give at least 1")
+    run_dir = config.run_dir.resolve()
+    config = config.model_copy(update={"run_dir": run_dir})
+    check(config, world_size=nproc)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fd = take(run_dir)
+    try:
+        config.write()
+        handle = RunHandle(run_dir)
+        if handle.written_status.get("state") == "done":
+            return handle
+        write_status(run_dir, "starting")
+        (run_dir / "log").mkdir(exist_ok=True)
+        env = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])  # gddlab may be imported from a clone that is not installed
+        env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+        with (run_dir / "log" / "launch.txt").open("ab") as log:
+            handle.process = subprocess.Popen(
+                [sys.executable, "-m", "gddlab.launch.worker", str(run_dir), str(nproc)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=(fd,),
+                env=env,
+            )
+        sign(fd, handle.process.pid)
+        return handle
+    finally:
+        os.close(fd)

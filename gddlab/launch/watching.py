@@ -1,0 +1,90 @@
+"""What `RunHandle.watch` shows: a live figure in a notebook, a line now and then at a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from gddlab.progress import interactive
+
+if TYPE_CHECKING:
+    from gddlab.launch.handle import RunHandle
+
+__all__ = ["follow", "line"]
+
+
+def line(run: RunHandle) -> str:
+    """One line: state, progress, losses, time left."""
+    s, m = run.written_status, run.metrics
+    if m.empty or "total_nimg" not in s:
+        return f"{run.run_dir.name}: {run.status}"
+    last = m.iloc[-1]
+    left = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
+    return (
+        f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
+        f"loss G {last['loss/g']:.3f}  D {last['loss/d']:.3f}  {last['sec_per_kimg']:.1f} s/kimg  {left:.0f} s left"
+    )
+
+
+def in_notebook() -> bool:
+    """A live Jupyter kernel with somebody at it; not one that pytest started, so that notebooks under test stay quiet."""
+    if "PYTEST_VERSION" in os.environ:
+        return False
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def follow(run: RunHandle, interval: float) -> None:
+    """Shows a run until it ends."""
+    notebook = in_notebook()
+    if not notebook and not interactive():
+        return
+    handle = None
+    if notebook:
+        from IPython.display import display
+
+        handle = display(_picture(run), display_id=True)
+    shown = -1
+    while True:
+        running = run.status in ("starting", "running")
+        nimg = int(run.written_status.get("nimg", 0))
+        if nimg != shown or not running:
+            shown = nimg
+            if handle is not None:
+                handle.update(_picture(run))
+            else:
+                sys.stderr.write(line(run) + "\n")
+        if not running:
+            return
+        time.sleep(interval)
+
+
+def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
+    """Losses, logits and the newest grid, as one figure."""
+    from matplotlib.figure import Figure
+
+    m = run.metrics
+    fig = Figure(figsize=(10, 2.8), layout="constrained")
+    axes = fig.subplots(1, 3)
+    for ax, names, title in (
+        (axes[0], ("loss/g", "loss/d"), "loss"),
+        (axes[1], ("logits/fake", "logits/real"), "logits"),
+    ):
+        for name in names:
+            if name in m:
+                ax.plot(m["kimg"], m[name], label=name)
+        ax.set(xlabel="kimg", title=title)
+        if len(m):
+            ax.legend(frameon=False)
+    grids = run.grids()
+    axes[2].axis("off")
+    if grids:
+        from PIL import Image
+
+        axes[2].imshow(Image.open(grids[-1]))
+        axes[2].set_title(f"{float(grids[-1].stem):.1f} kimg")
+    fig.suptitle(line(run), fontsize=9)
+    return fig

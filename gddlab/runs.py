@@ -1,0 +1,87 @@
+"""Reads a run directory: configuration, metrics, snapshots, student, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gddlab.distill.config import TrainConfig
+from gddlab.errors import GddlabError, NotFound
+from gddlab.files import read_json, read_jsonl
+from gddlab.nets import OneStepPrecond, load_network
+from gddlab.teachers.card import TeacherCard
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Run", "load_run"]
+
+
+class Run:
+    """A run directory, seen from outside; reads what is there when asked, holds nothing."""
+
+    def __init__(self, run_dir: str | Path):
+        self.run_dir = Path(run_dir).resolve()
+        if not (self.run_dir / "config.json").is_file():
+            raise NotFound(f"{run_dir} is no run directory: it has no config.json")
+
+    @property
+    def config(self) -> TrainConfig:
+        """The validated configuration."""
+        return TrainConfig.load(self.run_dir)
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """A row a tick: kimg, loss/*, logits/*, r1, sec_per_kimg, ..."""
+        import pandas as pd
+
+        return pd.DataFrame(read_jsonl(self.run_dir / "metrics.jsonl"))
+
+    @property
+    def evaluation(self) -> pd.DataFrame:
+        """A row an evaluation record."""
+        import pandas as pd
+
+        return pd.DataFrame(read_jsonl(self.run_dir / "evaluation.jsonl"))
+
+    @property
+    def written_status(self) -> dict[str, Any]:
+        """status.json, {} before there is one."""
+        path = self.run_dir / "status.json"
+        return read_json(path) if path.exists() else {}
+
+    def snapshots(self) -> list[Path]:
+        """EMA students saved on the way, oldest first; the file's name is its kimg."""
+        return sorted((self.run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
+
+    def grids(self) -> list[Path]:
+        """Sample grids of the same noise, oldest first; the file's name is its kimg."""
+        return sorted((self.run_dir / "samples").glob("*.png"), key=lambda p: float(p.stem))
+
+    def student(self, snapshot: str | Path | None = None) -> OneStepPrecond:
+        """The EMA student: of the end, or of a snapshot (its path, or its kimg as in `snapshots()`), or the newest there is."""
+        if snapshot is None:
+            final = self.run_dir / "student.safetensors"
+            found = [final] if final.exists() else self.snapshots()
+        else:
+            found = [p for p in self.snapshots() if str(snapshot) in (str(p), p.stem)]
+        if not found:
+            have = ", ".join(p.stem for p in self.snapshots()) or "none yet"
+            raise NotFound(f"{self.run_dir} has no student {snapshot or ''}: snapshots are {have}")
+        net, meta = load_network(found[-1])
+        if not isinstance(net, OneStepPrecond):
+            raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")
+        net.requires_grad_(False)
+        net.card = TeacherCard.of(
+            net, name=f"student of {self.run_dir.name}", source=str(found[-1]), meta=meta, scores=[]
+        )
+        return net
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """A run directory to read, running or not.
+
+    Raises:
+        NotFound: No run there.
+    """
+    return Run(run_dir)

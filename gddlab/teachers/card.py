@@ -1,0 +1,97 @@
+"""The teacher card: what a network is, where it comes from, how good it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gddlab.files import hash_tensors
+from gddlab.nets import Precond
+
+__all__ = ["TeacherCard"]
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """Facts about a teacher; `str()` of it is a small table.
+
+    `sigma_min` and `sigma_max` are the noise levels it was trained for; `scores` holds evaluation records (distance, sample count,
+    seeds, extractor and reference of each), made when the teacher was, not now.
+    """
+
+    name: str
+    precond: str
+    unet: str
+    init_kwargs: dict[str, Any]
+    resolution: int
+    channels: int
+    classes: int
+    parameters: int
+    sigma_min: float
+    sigma_max: float
+    data: str | None
+    sha256: str
+    source: str
+    kimg: float | None = None
+    scores: tuple[dict[str, Any], ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls, net: Precond, *, name: str, source: str, meta: dict[str, Any], scores: list[dict[str, Any]]
+    ) -> TeacherCard:
+        return cls(
+            name=name,
+            precond=type(net).__name__,
+            unet=type(net.model).__name__,
+            init_kwargs=net.init_kwargs,
+            resolution=net.img_resolution,
+            channels=net.img_channels,
+            classes=net.label_dim,
+            parameters=sum(p.numel() for p in net.parameters()),
+            sigma_min=float(meta.get("sigma_min", max(net.sigma_min, 0.002))),
+            sigma_max=float(meta.get("sigma_max", min(net.sigma_max, 80.0))),
+            data=meta.get("data"),
+            sha256=hash_tensors(net.state_dict()),
+            source=source,
+            kimg=meta.get("kimg"),
+            scores=tuple(scores),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        kw = self.init_kwargs
+        levels = f"{kw.get('model_channels', '?')} x {list(kw.get('channel_mult', []))}, {kw.get('num_blocks', '?')} blocks a level"
+        rows = [
+            ("teacher", self.name),
+            ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),
+            ("preconditioning", self.precond),
+            (
+                "images",
+                f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' if self.channels > 1 else ''}",
+            ),
+            ("classes", str(self.classes) if self.classes else "none (unconditional)"),
+            ("parameters", f"{self.parameters:,}"),
+            ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
+            ("data", self.data or "not known"),
+        ]
+        if self.kimg is not None:
+            rows.append(("trained on", f"{self.kimg:g} thousand images"))
+        rows += [("sha256", self.sha256[:16]), ("file", self.source)]
+        rows += [(s["metric"], f"{s['value']:.1f}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(k) for k, _ in rows)
+        return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        body = "".join(
+            f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>"
+            for k, v in self.rows()
+        )
+        return f"<table>{body}</table>"

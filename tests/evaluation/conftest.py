@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gddlab.datasets import ImageDataset, digits
+from gddlab.evaluation import features
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """An empty cache a test, in memory and on disk."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("GDDLAB_CACHE", str(folder))
+    monkeypatch.setattr(features, "_kept", {})
+    return folder
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Replaces the network by a fixed random projection and lists how many images each extraction saw."""
+    seen: list[int] = []
+    g = torch.Generator().manual_seed(0)
+    projection = torch.randn(3 * 16 * 16, 1280, generator=g) / 100
+
+    class Projection(torch.nn.Module):
+        def forward(self, x):
+            return (x.float().flatten(1) / 255 @ projection,)
+
+    real = features.image_features
+
+    def counted(images, extractor, **kwargs):
+        seen.append(len(images))
+        return real(images, extractor, **kwargs)
+
+    monkeypatch.setattr(features, "image_features", counted)
+    monkeypatch.setattr("gddlab.evaluation.scoring.image_features", counted)
+    monkeypatch.setattr("gddlab.evaluation.extractors.Extractor.build", lambda self: Projection())
+    return seen
+
+
+def subset(start: int, stop: int, name: str = "some-digits") -> ImageDataset:
+    d = digits()
+    return ImageDataset(d.uint8[start:stop], d.class_ids[start:stop], classes=10, name=name, source="digits")
+
+
+@pytest.fixture
+def some() -> ImageDataset:
+    return subset(0, 64)
+
+
+@pytest.fixture
+def others() -> ImageDataset:
+    return subset(64, 128, "other-digits")
+
+
+def as_float(data: ImageDataset) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(data.uint8.transpose(0, 3, 1, 2))).float() / 127.5 - 1

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from gddlab.errors import GddlabError, NotFound
+from gddlab.evaluation import Record, Scores, append_records, compare, load_records
+
+
+def record(**changes) -> Record:
+    base = Record(
+        metric="fd-lite2@64",
+        value=120.0,
+        std=None,
+        n=64,
+        seeds=(0, 63),
+        extractor="lite2",
+        extractor_sha256="a" * 64,
+        extractor_input_size=96,
+        reference="digits",
+        reference_sha256="b" * 64,
+        reference_n=64,
+        sampler="one-step",
+        model_sha256="c" * 64,
+        images_sha256="d" * 64,
+        settings={},
+        versions={"torch": "2"},
+        seconds=1.5,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_json_round_trip():
+    for r in (record(), record(seeds=None, model_sha256=None, std=0.5, settings={"subsets": 20})):
+        assert Record.from_dict(json.loads(json.dumps(r.to_dict(), allow_nan=False))) == r
+    with pytest.raises(GddlabError, match="nimg"):
+        Record.from_dict(record().to_dict() | {"nimg": 3})
+
+
+def test_a_value_that_is_not_finite_is_refused():
+    with pytest.raises(GddlabError, match="nan"):
+        record(value=float("nan"))
+
+
+def test_compare():
+    assert compare(record(value=150.0), record(value=100.0)) == (50.0, 1.5)
+    assert compare(record(), record(value=-0.1)).ratio is None
+    assert compare(record(), record(model_sha256="e" * 64, sampler="heun-18", seeds=None)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "fd-lite2@32", "n": 32},
+        {"metric": "kd-lite2@64"},
+        {"extractor": "lite0", "metric": "fd-lite0@64"},
+        {"extractor_sha256": "f" * 64},
+        {"extractor_input_size": 128},
+        {"reference": "cifar10"},
+        {"reference_sha256": "f" * 64},
+        {"reference_n": 32},
+        {"settings": {"subset_size": 10}},
+    ],
+)
+def test_compare_refuses_what_is_not_alike(changes):
+    with pytest.raises(
+        GddlabError, match=f"differ in {next(iter(changes)) if 'extractor' not in changes else 'metric'}"
+    ):
+        compare(record(), record(**changes))
+
+
+def test_scores():
+    scores = Scores((record(), record(metric="kd-lite2@64", value=0.1, std=0.01)))
+    assert scores["fd-lite2"] == scores["fd-lite2@64"] == 120.0
+    assert "kd-lite2" in scores and "fid" not in scores and len(scores) == 2
+    frame = scores.to_frame()
+    assert list(frame.metric) == ["fd-lite2@64", "kd-lite2@64"] and frame.value[1] == 0.1
+    assert "fd-lite2@64" in str(scores)
+    with pytest.raises(GddlabError, match="did you mean 'fd-lite2'"):
+        scores["fd-lite"]
+
+
+def test_append_records(tmp_path):
+    assert load_records(tmp_path) == []
+    append_records(tmp_path, [record()])
+    path = append_records(tmp_path, [record(value=1.0), record(value=2.0)])
+    assert [r.value for r in load_records(tmp_path)] == [120.0, 1.0, 2.0]
+    assert path.read_text().count("\n") == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.jsonl"]
+    with pytest.raises(NotFound):
+        append_records(tmp_path / "absent", [record()])

@@ -1,0 +1,201 @@
+"""`evaluate` and `real_split`: what is computed how often, under which name, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gddlab.datasets import ImageDataset
+from gddlab.errors import GddlabError
+from gddlab.evaluation import EXTRACTORS, evaluate, features, real_split
+from gddlab.files import hash_tensors
+from gddlab.nets import from_edm
+from tests.evaluation.conftest import as_float, subset
+
+UNET = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+
+
+def network(kind: str = "OneStepPrecond", label_dim: int = 10, resolution: int = 16):
+    torch.manual_seed(0)
+    return from_edm(kind, img_resolution=resolution, img_channels=1, label_dim=label_dim, **UNET)
+
+
+def test_a_dataset_against_itself_is_nothing(some):
+    scores = evaluate(some, data=some, metrics=("fid", "prc"))
+    assert abs(scores["fd-lite2"]) < 1e-3
+    assert scores["precision-lite2"] == scores["recall-lite2"] == 1
+
+
+def test_real_features_are_computed_once(some, others, counter, cache):
+    first = evaluate(as_float(others), data=some, metrics=("kid", "prc"))
+    assert counter == [64, 64]
+    again = evaluate(as_float(others), data=some, metrics="kid")
+    assert counter == [64, 64, 64]
+    features._kept.clear()
+    from_disk = evaluate(others, data=some, metrics="kid")
+    assert counter == [64, 64, 64, 64]
+    assert first["kd-lite2"] == again["kd-lite2"] == from_disk["kd-lite2"]
+    features._kept.clear()
+    for file in cache.iterdir():
+        file.unlink()
+    assert evaluate(others, data=some, metrics="kid")["kd-lite2"] == first["kd-lite2"]
+
+
+def test_another_content_or_extractor_is_not_taken_from_the_cache(some, others, counter):
+    evaluate(some, data=some, metrics="kid")
+    evaluate(some, data=some, metrics="kid", extractor="lite0")
+    changed = some.uint8.copy()
+    changed[0, 0, 0, 0] += 1
+    twin = ImageDataset(changed, some.class_ids, classes=10, name=some.name, source="digits")
+    evaluate(twin, data=twin, metrics="kid")
+    assert counter == [64, 64, 64]
+
+
+def test_a_damaged_cache_file_is_replaced(some, counter, cache):
+    want = evaluate(some, data=some, metrics="kid")["kd-lite2"]
+    (file,) = cache.iterdir()
+    for content in (b"", file.read_bytes()[:1000], b"not an array"):
+        file.write_bytes(content)
+        features._kept.clear()
+        assert evaluate(some, data=some, metrics="kid")["kd-lite2"] == want
+        assert np.load(file).shape == (64, 1280)
+
+
+def test_no_writable_cache_is_no_error(some, counter, cache, monkeypatch):
+    blocked = cache / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("GDDLAB_CACHE", str(blocked / "below"))
+    evaluate(some, data=some, metrics="kid")
+    real_split(some, metrics="kid")
+    assert counter == [64]
+
+
+def test_a_student(some, counter):
+    net = network()
+    scores = evaluate(net, data=some, metrics="kid", seed=7)
+    (record,) = scores
+    assert record.metric == "kd-lite2@64"
+    assert (record.n, record.seeds, record.sampler, record.reference_n) == (64, (7, 70), "one-step", 64)
+    assert record.model_sha256 == hash_tensors(net.state_dict())
+    assert record.reference_sha256 == some.manifest.sha256
+    assert record.extractor_sha256 == EXTRACTORS["lite2"].sha256 and len(record.extractor_sha256) == 64
+    assert record.extractor_input_size == 96
+    same = evaluate(net, data=some, metrics="kid", seed=7, batch_size=5)
+    assert same.records[0].images_sha256 == record.images_sha256
+    assert evaluate(net, data=some, metrics="kid", seed=8).records[0].images_sha256 != record.images_sha256
+
+
+def test_a_teacher(some, counter):
+    net = network("EDMPrecond", label_dim=0)
+    (record,) = evaluate(net, data=some, metrics="kid", steps=2, n=6)
+    assert (record.metric, record.sampler, record.seeds) == ("kd-lite2@6", "heun-2", (0, 5))
+    assert record.settings["subset_size"] == 6
+
+
+def test_classes_follow_the_real_labels(some, counter, monkeypatch):
+    asked = {}
+
+    def fake(net, n, **kwargs):
+        asked.update(kwargs)
+        return torch.zeros(n, 1, 16, 16)
+
+    monkeypatch.setattr("gddlab.evaluation.sources.sample", fake)
+    evaluate(network(), data=some, metrics="kid", n=70)
+    assert asked["class_labels"].tolist() == [*some.class_ids, *some.class_ids[:6]]
+
+
+def test_the_card_names_the_dataset(counter):
+    net = network()
+    with pytest.raises(GddlabError, match="give data="):
+        evaluate(net, metrics="kid")
+    net.card = SimpleNamespace(data="digits")
+    assert evaluate(net, metrics="kid", n=4).records[0].reference == "digits"
+
+
+def test_fid_is_said_of_inception_only(some, others, counter, monkeypatch, tmp_path):
+    names = [r.metric for r in evaluate(some, data=others, metrics=("fid", "kid", "prc"))]
+    assert names == ["fd-lite2@64", "kd-lite2@64", "precision-lite2@64", "recall-lite2@64"]
+    monkeypatch.setenv("GDDLAB_INCEPTION", str(tmp_path / "absent.pth"))
+    with pytest.raises(GddlabError, match="GDDLAB_INCEPTION"):
+        evaluate(some, data=others, extractor="inception")
+    assert EXTRACTORS["inception"].metric_name("fid") == "fid"
+
+
+def test_inception_runs_with_weights_from_a_path(some, monkeypatch, tmp_path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    loaded = []
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, d, **k: loaded.append(d))
+    torch.save({}, tmp_path / "inception.pth")
+    monkeypatch.setenv("GDDLAB_INCEPTION", str(tmp_path / "inception.pth"))
+    (record,) = evaluate(some, data=subset(0, 2), metrics="kid", n=2, extractor="inception")
+    assert record.metric == "kid@2"
+    assert loaded == [{}]
+
+
+def test_real_split(some, counter, cache):
+    first = real_split(some, metrics=("kid", "prc"))
+    assert [r.metric for r in first] == ["kd-lite2@32", "precision-lite2@32", "recall-lite2@32"]
+    assert first.records[0].reference_n == 32 and first.records[0].sampler == "data"
+    features._kept.clear()
+    for file in cache.glob("features*"):
+        file.unlink()
+    assert real_split(some, metrics=("kid", "prc")) == first
+    assert counter == [64]
+    assert real_split(some, metrics="kid", seed=1)["kd-lite2"] != first["kd-lite2"]
+    odd = real_split(subset(0, 65, "odd"), metrics="kid").records[0]
+    assert (odd.n, odd.reference_n) == (32, 33)
+    part = real_split(some, metrics="kid", n=10).records[0]
+    assert (part.n, part.reference_n) == (10, 10)
+    with pytest.raises(GddlabError, match=r"accepted are 2\.\.32"):
+        real_split(some, n=33)
+
+
+def test_refusals(some, counter):
+    x = as_float(some)
+    with pytest.raises(GddlabError, match="unknown extractor 'lite'"):
+        evaluate(some, data=some, extractor="lite")
+    with pytest.raises(GddlabError, match=r"unknown metric 'fidd'.*did you mean 'fid'"):
+        evaluate(some, data=some, metrics="fidd")
+    with pytest.raises(GddlabError, match="did you mean 'digits'"):
+        evaluate(some, data="digit")
+    with pytest.raises(GddlabError, match="only 64"):
+        evaluate(x, data=some, n=65)
+    with pytest.raises(GddlabError, match="n=1 images"):
+        evaluate(some, data=some, n=1)
+    with pytest.raises(GddlabError, match="only a teacher takes steps"):
+        evaluate(x, data=some, steps=4)
+    with pytest.raises(GddlabError, match="1 of 64 images are not finite"):
+        evaluate(torch.where(torch.arange(64).view(-1, 1, 1, 1) == 3, torch.nan, x), data=some)
+    with pytest.raises(GddlabError, match="give values in"):
+        evaluate(x * 127.5 + 127.5, data=some)
+    with pytest.raises(GddlabError, match="give float"):
+        evaluate(torch.zeros(4, 1, 16, 16, dtype=torch.uint8), data=some)
+    with pytest.raises(GddlabError, match="8x8 with 1 channels, but 'some-digits' has 16x16"):
+        evaluate(x[..., :8, :8], data=some)
+    with pytest.raises(GddlabError, match="3 channels"):
+        evaluate(x.expand(-1, 3, -1, -1), data=some)
+    with pytest.raises(GddlabError, match="7 classes"):
+        evaluate(network(label_dim=7), data=some)
+    with pytest.raises(GddlabError, match="8x8"):
+        evaluate(network(resolution=8), data=some)
+    with pytest.raises(GddlabError, match="source is a str"):
+        evaluate("student", data=some)
+    assert counter == []
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    from gddlab.evaluation.cache import cache_dir
+
+    monkeypatch.delenv("GDDLAB_CACHE")
+    assert str(cache_dir()) == os.path.expanduser("~/.cache/gddlab")
+
+
+def test_records_are_strict_json(some, others, counter):
+    for record in evaluate(others, data=some, metrics=("kid", "prc")):
+        json.dumps(record.to_dict(), allow_nan=False)

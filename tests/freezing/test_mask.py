@@ -1,0 +1,175 @@
+import copy
+import json
+
+import matplotlib as mpl
+import pytest
+import torch
+from torch import nn
+
+from gddlab.errors import GddlabError, NotFound
+from gddlab.freezing import FreezeMask, select_freeze
+from tests.probing.networks import tiny
+
+mpl.use("Agg")
+
+
+@pytest.fixture
+def mask(net) -> FreezeMask:
+    return select_freeze(net, strategy="gdd-i")
+
+
+@pytest.fixture
+def net():
+    return tiny()
+
+
+def test_apply_sets_every_flag(net, mask):
+    net.requires_grad_(False)
+    for _ in range(2):
+        mask.apply(net)
+        assert {n for n, p in net.named_parameters() if not p.requires_grad} == set(mask.frozen)
+    trained = mask.trainable(net)
+    assert [n for n, _ in trained] == [n for n, p in net.named_parameters() if p.requires_grad]
+    assert all(p is net.get_parameter(n) for n, p in trained)
+    assert sum(p.numel() for _, p in trained) == mask.n_params - mask.n_frozen
+
+
+def test_a_teachers_mask_fits_its_student(mask):
+    teacher = tiny(augment_dim=9)
+    student = tiny("OneStepPrecond")
+    made = select_freeze(teacher, strategy="gdd-i")
+    assert made == mask
+    made.apply(student)
+    made.apply(teacher)
+    assert teacher.model.map_augment.weight.requires_grad
+
+
+def test_wrappers_do_not_matter(net, mask):
+    wrapped = nn.ModuleDict({"module": nn.ModuleDict({"_orig_mod": net})})
+    mask.apply(wrapped)
+    assert {n for n, p in net.named_parameters() if not p.requires_grad} == set(mask.frozen)
+    assert [n for n, _ in mask.trainable(wrapped)] == [n for n, _ in mask.trainable(net)]
+    assert FreezeMask(("module." + mask.frozen[0],), mask.parameters).frozen == mask.frozen[:1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"label_dim": 3}, "the mask does not know its model.map_label.weight"),
+        ({"model_channels": 16}, r"model.map_layer0.weight is \(64, 32\), not \(32, 16\)"),
+        ({"encoder_type": "standard"}, "it has no model.enc.8x8_aux_residual.weight"),
+    ],
+)
+def test_another_network_is_refused(mask, changes, says):
+    other = tiny(**changes)
+    flags = [p.requires_grad for p in other.parameters()]
+    for action in (mask.apply, mask.trainable, lambda n: mask.verify(n, n)):
+        with pytest.raises(GddlabError, match=f"for another network .*{says}"):
+            action(other)
+    assert flags == [p.requires_grad for p in other.parameters()]
+
+
+def test_verify_sees_single_bits(net, mask):
+    teacher = copy.deepcopy(net)
+    student = tiny("OneStepPrecond")
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        student.model.map_layer0.weight.add_(1)  # trained
+    mask.verify(student, teacher)
+    weight = student.get_parameter(mask.frozen[3])
+    with torch.no_grad():
+        weight.view(-1).view(torch.int32)[0] ^= 1
+    with pytest.raises(GddlabError, match=f"1 of .* frozen tensors differ from the teacher's: {mask.frozen[3]}"):
+        mask.verify(student, teacher)
+
+
+def test_verify_sees_buffers_of_frozen_layers(net, mask):
+    teacher = copy.deepcopy(net)
+    net.get_buffer("model.enc.8x8_down.conv0.resample_filter").add_(1e-3)
+    with pytest.raises(GddlabError, match=r"model.enc.8x8_down.conv0.resample_filter"):
+        mask.verify(net, teacher)
+
+
+def test_a_training_step_changes_what_is_trained_only(net, mask):
+    teacher = copy.deepcopy(net)
+    mask.apply(net)
+    optimiser = torch.optim.Adam([p for _, p in mask.trainable(net)], lr=0.1)
+    net(torch.randn(2, 1, 16, 16), 1.0).square().mean().backward()
+    optimiser.step()
+    mask.verify(net, teacher)
+    moved = [n for n, p in net.named_parameters() if not torch.equal(p, teacher.get_parameter(n))]
+    assert not set(moved) & set(mask.frozen)
+    assert moved
+
+
+def test_numbers_and_summary(net, mask):
+    sizes = {n: p.numel() for n, p in net.named_parameters()}
+    assert mask.n_params == sum(sizes.values())
+    assert mask.n_frozen == sum(sizes[n] for n in mask.frozen)
+    assert mask.fraction == mask.n_frozen / mask.n_params
+    table = mask.summary()
+    assert table.loc[("total", ""), "parameters"] == mask.n_params
+    assert table.loc[("total", ""), "share"] == pytest.approx(mask.fraction)
+    assert table.loc[("enc", "conv0"), "share"] == 1
+    assert table.loc[("enc", "norm0"), "share"] == 0
+    assert table.loc[("-", "map_layer0"), "share"] == 0
+
+
+def test_diff(net, mask):
+    more = select_freeze(net, strategy="gdd-i-2")
+    table = mask.diff(more)
+    assert set(table["parameter"]) == set(more.frozen) - set(mask.frozen)
+    assert (table["self"] == "trained").all()
+    assert (table["other"] == "frozen").all()
+    assert len(mask.diff(mask)) == 0
+    with pytest.raises(GddlabError, match="different networks"):
+        mask.diff(select_freeze(tiny(num_blocks=2), strategy="none"))
+
+
+def test_json_round_trip(mask, tmp_path):
+    scored = FreezeMask(mask.frozen, mask.parameters, "budget", {"budget": 0.5}, {"model.x": 0.1}, "ab")
+    for m in (mask, scored):
+        m.save(tmp_path / "mask.json")
+        other = FreezeMask.load(tmp_path / "mask.json")
+        assert other == m
+        assert other.hash == m.hash
+        assert hash(other) == hash(m)
+        assert other.fingerprint == m.fingerprint
+
+
+def test_the_hash_is_of_what_is_frozen(net, mask):
+    again = FreezeMask(tuple(reversed(mask.frozen)), mask.parameters, "custom")
+    assert again.hash == mask.hash
+    assert select_freeze(net, strategy="gdd-i-2").hash != mask.hash
+
+
+def test_files_that_are_no_masks_are_refused(mask, tmp_path):
+    path = tmp_path / "mask.json"
+    with pytest.raises(NotFound):
+        FreezeMask.load(path)
+    path.write_text("{}")
+    with pytest.raises(GddlabError, match="no freeze mask"):
+        FreezeMask.load(path)
+    mask.save(path)
+    value = json.loads(path.read_text())
+    value["frozen"].pop()
+    path.write_text(json.dumps(value))
+    with pytest.raises(GddlabError, match=r"mask.json: .*edited"):
+        FreezeMask.load(path)
+    del value["frozen"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(GddlabError, match="incomplete"):
+        FreezeMask.load(path)
+
+
+def test_unknown_names_are_refused(mask):
+    with pytest.raises(GddlabError, match=r"did you mean 'model.enc.16x16_conv.weight'"):
+        FreezeMask(("model.enc.16x16_conv.weigh",), mask.parameters)
+
+
+def test_pictures(mask):
+    ax = mask.plot()
+    assert sum(p.get_height() for p in ax.patches) == pytest.approx(100)
+    assert "enc.16x16_block0" in [t.get_text() for t in ax.get_xticklabels()]
+    assert mask.plot(ax=ax) is ax
+    assert mask.hash[:12] in mask._repr_html_()

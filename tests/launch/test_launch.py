@@ -1,0 +1,119 @@
+"""Runs in fresh processes: two equal one, stop and kill, continue, failures are told."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.distill.distributed import World
+from gddlab.distill.trainer import Trainer
+from gddlab.errors import GddlabError, NotFound
+from gddlab.files import read_json
+from gddlab.freezing import select_freeze
+from gddlab.launch import RunFailed, attach, train
+from gddlab.launch.lock import held, take
+from gddlab.teachers import load_teacher
+from tests.conftest import tiny_config
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
+    mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
+    fields = {"mask": mask, "precision": "float64", "sync_batchnorm": True, "total_kimg": 0.04, "checkpoint_kimg": 0.04}
+    one = Trainer(tiny_config(tmp_path / "one", tiny_teacher, **fields), ALONE)
+    one.train()
+    config = tiny_config(tmp_path / "two", tiny_teacher, **fields)
+    run = train(config, nproc=2).wait(240)
+    assert run.status == "done"
+    assert read_json(run.run_dir / "provenance.json")["world_size"] == 2
+    two = Trainer(config, ALONE)
+    assert two.restore()
+    assert one.iteration == two.iteration == 5
+    seen = 0
+    for a, b in ((one.step.g, two.step.g), (one.ema, two.ema), (one.step.d, two.step.d)):
+        for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+            if not name.endswith(".main.0.bias"):  # a bias before BatchNorm: its true gradient is 0
+                assert_close(p, q, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+                seen += 1
+    assert seen > 100
+
+
+def test_run_ends_and_same_call_returns_it(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.016)
+    run = train(config)
+    assert run.status in ("starting", "running", "done")
+    assert run.wait(240).status == "done"
+    assert not held(run.run_dir)
+    assert "kimg" in run.tail()
+    assert run.metrics["nimg"].tolist() == [16]
+    assert run.student().card.kimg == pytest.approx(0.016)
+    again = train(config)
+    assert again.status == "done"
+    assert again.process is None
+    with pytest.raises(GddlabError, match="batch is 8 there, 16 here"):
+        train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.016, batch=16))
+
+
+def test_stop_kill_and_continue(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100)
+    run = train(config)
+    end = time.monotonic() + 120
+    while run.metrics.empty and time.monotonic() < end:
+        time.sleep(0.1)
+    with pytest.raises(GddlabError, match="being run by another process"):
+        train(config)
+    other = attach(tmp_path / "run")  # another handle, as from another kernel
+    other.stop(60)
+    assert run.status == other.status == "stopped"
+    stopped_at = read_json(run.run_dir / "status.json")["nimg"]
+    assert stopped_at > 0
+    run = train(config)
+    while not run.written_status.get("nimg", 0) > stopped_at and time.monotonic() < end:
+        time.sleep(0.1)
+    began = time.monotonic()
+    run.kill()
+    assert time.monotonic() - began < 10
+    assert run.status == "stopped"
+    assert not held(run.run_dir)
+
+
+def test_failure_tells_the_ranks_own_traceback(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, device="cuda")
+    if torch.cuda.is_available():
+        pytest.skip("the failure is a missing accelerator")
+    run = train(config)
+    with pytest.raises(RunFailed, match="torch sees no CUDA device") as e:
+        run.wait(120)
+    assert "Traceback" in str(e.value)
+    assert run.status == "failed"
+
+
+def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
+    from gddlab.distill.trainer import write_status
+
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    config.write()
+    write_status(config.run_dir, "running")
+    assert attach(config.run_dir).status == "failed"
+    fd = take(config.run_dir)
+    assert attach(config.run_dir).status == "running"
+    os.close(fd)
+
+
+def test_refusals(tmp_path: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(NotFound, match="no such run directory"):
+        attach(tmp_path / "nowhere")
+    with pytest.raises(GddlabError, match="batch=8 on 3 processes"):
+        train(tiny_config(tmp_path / "run", tiny_teacher), nproc=3)
+    with pytest.raises(GddlabError, match="nproc=0"):
+        train(tiny_config(tmp_path / "run", tiny_teacher), nproc=0)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,84 @@
+"""Preconditionings, construction, files of networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.distill.student import make_student
+from gddlab.errors import GddlabError, NotFound
+from gddlab.nets import OneStepPrecond, from_edm, load_network, save_network
+from tests.conftest import TINY, tiny_net
+
+
+def test_student_coefficients_are_the_formulas() -> None:
+    net = from_edm("OneStepPrecond", **TINY).double()
+    sigma, sd, eps = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64), 0.5, 0.002
+    c = net.coefficients(sigma.reshape(-1, 1, 1, 1))
+    assert_close(c.c_skip.flatten(), sd**2 / ((sigma - eps) ** 2 + sd**2))
+    assert_close(c.c_out.flatten(), (sigma - eps) * sd / (sigma**2 + sd**2).sqrt())
+    assert_close(c.c_in.flatten(), 1 / (sigma**2 + sd**2).sqrt())
+    assert_close(c.c_noise, sigma.log() / 4)
+    x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    assert_close(net(x, 0.002), x)  # the identity at sigma = eps
+
+
+def test_student_starts_as_the_teacher() -> None:
+    teacher = tiny_net(label_dim=10)
+    student = make_student(teacher)
+    assert isinstance(student, OneStepPrecond)
+    labels = torch.eye(10)[:3]
+    z = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        # At sigma = 80 the two preconditionings differ by less than 1e-4 of the output's scale.
+        assert_close(student.eval().generate(z, labels), teacher(80 * z, 80.0, labels), rtol=1e-3, atol=5e-3)
+    assert student.init_kwargs["dropout"] == 0
+    for name, p in student.state_dict().items():
+        assert torch.equal(p, teacher.state_dict()[name])
+
+
+def test_student_drops_the_augmentation_embedding() -> None:
+    teacher = from_edm("EDMPrecond", **TINY, augment_dim=9)
+    names = set(teacher.state_dict()) - set(make_student(teacher).state_dict())
+    assert names == {"model.map_augment.weight"}
+
+
+def test_other_preconditionings_have_no_student() -> None:
+    with pytest.raises(GddlabError, match="VPPrecond"):
+        make_student(from_edm("VPPrecond", **TINY))
+
+
+def test_float64_stays_float64_and_sigma_may_be_scalar() -> None:
+    net = tiny_net().double()
+    x = torch.randn(3, 1, 16, 16, dtype=torch.float64)
+    assert net(x, 1.5).dtype == torch.float64
+    assert_close(net(x, 1.5), net(x, torch.full((3,), 1.5, dtype=torch.float64)))
+
+
+def test_network_file_round_trip(tmp_path: Path) -> None:
+    net = tiny_net(label_dim=10)
+    save_network(net, tmp_path / "net.safetensors", kimg=3.5)
+    other, meta = load_network(tmp_path / "net.safetensors")
+    assert meta == {"kimg": 3.5}
+    assert other.init_kwargs == net.init_kwargs
+    x, labels = torch.randn(2, 1, 16, 16), torch.eye(10)[:2]
+    with torch.no_grad():
+        assert torch.equal(net(x, 2.0, labels), other(x, 2.0, labels))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="did you mean 'EDMPrecond'"):
+        from_edm("EDMPrecon", **TINY)
+    with pytest.raises(GddlabError, match="model_type 'SongUnet'"):
+        from_edm("EDMPrecond", **(TINY | {"model_type": "SongUnet"}))
+    with pytest.raises(GddlabError, match="num_blcks"):
+        from_edm("EDMPrecond", **TINY, num_blcks=3)
+    with pytest.raises(NotFound):
+        load_network(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(GddlabError, match="not a whole safetensors file"):
+        load_network(tmp_path / "bad.safetensors")

@@ -1,0 +1,40 @@
+"""Tiny networks, filled so that every branch does something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gddlab.nets import Precond, from_edm
+
+TINY: dict[str, Any] = {
+    "img_resolution": 16,
+    "img_channels": 1,
+    "model_type": "SongUNet",
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [8],
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+
+
+def tiny(kind: str = "EDMPrecond", seed: int = 0, **changes: Any) -> Precond:
+    """A NCSN++ of 8 channels; fresh EDM networks have branches near zero, this one has not."""
+    torch.manual_seed(seed)
+    net = from_edm(kind, **(TINY | changes))
+    for p in net.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return net.eval()
+
+
+def tiny_adm(**changes: Any) -> Precond:
+    kwargs = {"img_resolution": 16, "img_channels": 1, "model_type": "DhariwalUNet", "model_channels": 64}
+    return from_edm(
+        "EDMPrecond", **(kwargs | {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": [16]} | changes)
+    )

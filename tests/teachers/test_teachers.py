@@ -1,0 +1,120 @@
+"""Teachers: loss, resumable training, loading, the bundled ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.errors import GddlabError, NotFound
+from gddlab.files import data_dir, hash_tensors, read_json, read_jsonl
+from gddlab.nets import load_network
+from gddlab.teachers import TeacherConfig, bundled_teachers, edm_loss, load_teacher, train_teacher
+from gddlab.teachers import training as training_module
+from tests.conftest import tiny_net
+
+
+def config(run_dir: Path, **fields: Any) -> TeacherConfig:
+    settings: dict[str, Any] = {
+        "model_channels": 8,
+        "num_blocks": 1,
+        "batch": 8,
+        "total_kimg": 0.064,
+        "tick_kimg": 0.016,
+    }
+    return TeacherConfig(run_dir=run_dir, **(settings | fields))
+
+
+def test_loss_is_the_formula() -> None:
+    net = tiny_net()
+    x, n = torch.randn(3, 1, 16, 16), torch.randn(3, 1, 16, 16)
+    sigma = torch.tensor([0.1, 1.0, 10.0])
+    with torch.no_grad():
+        got = edm_loss(net, x, None, sigma, n)
+        for i, s in enumerate(sigma.tolist()):
+            d = net(x[i : i + 1] + s * n[i : i + 1], s)
+            expected = (s**2 + 0.25) / (s * 0.5) ** 2 * (d - x[i : i + 1]).square().mean()
+            assert_close(got[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_continued_training_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_network(train_teacher(config(tmp_path / "a")))[0]
+    calls = 0
+    original = training_module.edm_loss
+
+    def dies(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(training_module, "edm_loss", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(config(tmp_path / "b"))
+    continued = load_network(train_teacher(config(tmp_path / "b")))[0]
+    for (name, p), (_, q) in zip(whole.state_dict().items(), continued.state_dict().items(), strict=True):
+        assert torch.equal(p, q), name
+    assert [m["kimg"] for m in read_jsonl(tmp_path / "b" / "metrics.jsonl")] == [0.016, 0.032, 0.048, 0.064]
+    with pytest.raises(GddlabError, match=r"lr is 0\.001 there, 0\.002 here"):
+        train_teacher(config(tmp_path / "b", lr=0.002))
+
+
+def test_trained_teacher_loads_from_its_run_directory(tmp_path: Path) -> None:
+    train_teacher(config(tmp_path / "run", conditional=True, total_kimg=0.016))
+    teacher = load_teacher(tmp_path / "run")
+    assert teacher.card.classes == 10
+    assert teacher.card.data == "digits"
+    assert teacher.card.name == "run"
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-cond"])
+def test_bundled_teachers(name: str) -> None:
+    assert name in bundled_teachers()
+    teacher = load_teacher(name)
+    card = teacher.card
+    assert card.sha256 == hash_tensors(teacher.state_dict())
+    assert card.parameters == sum(p.numel() for p in teacher.parameters())
+    assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    folder = data_dir() / "teachers" / name
+    assert read_json(folder / "config.json")["conditional"] == (name == "digits-cond")
+    assert len(read_jsonl(folder / "metrics.jsonl")) > 50
+    for file in ("samples.png", "samples-1.png", "samples-5.png", "samples-18.png"):
+        assert (folder / file).exists()
+    scores = {s["sampler"]: s for s in card.scores if s["metric"].startswith("fd-lite2@")}
+    assert set(scores) == {"heun-1", "heun-5", "heun-18", "data"}
+    assert all(s["model_sha256"] == card.sha256 for k, s in scores.items() if k != "data")
+    assert scores["heun-18"]["value"] < scores["heun-5"]["value"] < scores["heun-1"]["value"]
+    assert "fd-lite2@1797" in str(card)
+
+
+def test_bundled_teacher_denoises() -> None:
+    """Better than the trivial denoiser at every noise level where there is something to do."""
+    from gddlab.datasets import digits
+
+    teacher = load_teacher("digits")
+    x = digits().images(slice(0, 32))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for sigma in (0.1, 0.5, 2.0):
+            error = (teacher(x + sigma * noise, sigma) - x).square().mean()
+            wiener = (x.var() * sigma**2) / (x.var() + sigma**2)
+            assert error < 0.5 * wiener, sigma
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="did you mean 'digits'"):
+        load_teacher("digit")
+    with pytest.raises(NotFound, match="no such file"):
+        load_teacher(tmp_path / "x.safetensors")
+    (tmp_path / "x.bin").write_bytes(b"1")
+    with pytest.raises(GddlabError, match=r"no \.safetensors file"):
+        load_teacher(tmp_path / "x.bin")
+    with pytest.raises(GddlabError, match=r"holds no teacher\.safetensors"):
+        load_teacher(tmp_path)

@@ -1,0 +1,34 @@
+"""Importing gddlab is cheap and touches nothing heavy; every public name resolves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import gddlab
+
+
+def test_public_names_resolve() -> None:
+    for name in gddlab.__all__:
+        assert getattr(gddlab, name) is not None
+    assert set(gddlab.__all__) == set(gddlab._HOME)
+
+
+def test_import_is_lazy() -> None:
+    code = (
+        "import sys, gddlab; "
+        "heavy = {'torch', 'pandas', 'matplotlib', 'seaborn', 'timm', 'torch_fidelity', 'sklearn', 'scipy', 'tyro', 'pydantic'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_teachers_come_without_the_rest() -> None:
+    """Loading a teacher needs torch, not pandas, matplotlib, timm or scikit-learn."""
+    code = (
+        "import sys; from gddlab.teachers import load_teacher; load_teacher('digits'); "
+        "print(sorted({'pandas', 'matplotlib', 'timm', 'torch_fidelity', 'sklearn', 'captum'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
