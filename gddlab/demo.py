@@ -208,7 +208,7 @@ def _page(
 
     page.section(
         "What the layers do",
-        f"Each row is a residual block, each column a noise level; {result.meta['n']} images, the same noise at every level. The colour is the size of what a "
+        f"Each row is a residual block, each column a noise level; {result.meta['n_images']} images, the same noise at every level. The colour is the size of what a "
         "block adds to its skip path. The student is only ever run at sigma = 80, the right edge.",
     )
     page.figure(figure_html(result.heatmap("rel_update").figure, "heat map of the relative update"))

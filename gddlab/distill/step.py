@@ -131,12 +131,11 @@ class GanStep:
     def r1_step(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """Lazy R1 on real images: gamma / 2 * |grad|^2 times the interval, its own backward pass and optimiser step."""
         self.opt_d.zero_grad(set_to_none=True)
-        images = images.detach().requires_grad_(True)
-        penalty = r1_penalty(self.d(images, labels), images)
+        penalty, surrogate = r1_penalty(self.d, images, labels)
         loss = self.r1_gamma / 2 * penalty
-        (loss * self.r1_interval).backward()
+        (self.r1_gamma / 2 * self.r1_interval * surrogate).backward()
         bad = self._update(self.opt_d, self.d_params)
-        return {"r1": penalty.detach(), "loss/r1": loss.detach(), "nonfinite/d": bad}
+        return {"r1": penalty, "loss/r1": loss, "nonfinite/d": bad}
 
     def due_r1(self, iteration: int) -> bool:
         """Every `r1_interval`-th iteration; not the first."""

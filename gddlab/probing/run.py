@@ -22,7 +22,7 @@ from gddlab.probing.statistics import DEFAULT, STATISTICS
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.samplers import _one_hot
+from gddlab.sampling.samplers import one_hot
 
 __all__ = ["STATES", "probe"]
 
@@ -164,7 +164,7 @@ def _inputs(
             raise GddlabError(
                 "this network does not say img_channels and img_resolution: set them, or probe noised data"
             )
-        return lambda i, j: torch.zeros(j - i, *shape), _one_hot(label_dim, n, seed, class_labels)
+        return lambda i, j: torch.zeros(j - i, *shape), one_hot(label_dim, n, seed, class_labels)
     if n > len(dataset):
         raise GddlabError(f"n={n} images, but {dataset.name!r} has {len(dataset)}: give n={len(dataset)} or less")
     have = (dataset.channels, dataset.resolution, dataset.resolution)
@@ -178,7 +178,7 @@ def _inputs(
             )
         labels: Tensor | None = dataset.labels(index)
     else:
-        labels = _one_hot(label_dim, n, seed, class_labels)
+        labels = one_hot(label_dim, n, seed, class_labels)
     return lambda i, j: dataset.images(index[i:j]), labels
 
 

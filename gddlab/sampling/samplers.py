@@ -108,7 +108,7 @@ def sample(
             raise GddlabError(f"steps={steps}: a one-step student takes one step, leave steps away")
     elif steps is not None and steps < 1:
         raise GddlabError(f"steps={steps}: give at least 1")
-    labels = _one_hot(net.label_dim, n, seed, class_labels)
+    labels = one_hot(net.label_dim, n, seed, class_labels)
     device = next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     out = torch.empty(n, *shape)
@@ -131,7 +131,7 @@ def sample(
     return out
 
 
-def _one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
+def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
     if not label_dim:
         if labels is not None:
             raise GddlabError("class_labels given to an unconditional network: leave them away")
