@@ -71,6 +71,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     say(f"mask      GDD-I freezes {mask.fraction:.1%} of the parameters; the measured one {measured.fraction:.1%}")
 
     config = presets.digits(mask=mask, run_dir=out / "run", seed=seed)
+    continued = (config.run_dir / "config.json").exists()
     run = train(config, nproc=nproc)
     say(
         f"train     GDD-I, {config.total_kimg:g} thousand images; follow it with: tensorboard --logdir {out / 'run' / 'events'}"
@@ -79,7 +80,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
 
     student = run.student()
     scores = _scores_of(run)
-    references = {s.sampler: s for s in _teacher_scores(teacher, recompute) if s.name == METRIC}
+    references = {s.sampler: s for s in _teacher_scores(teacher, recompute) if s.name == METRIC and s.sampler != "data"}
     split = real_split("digits", metrics=("fid",), progress=False).record(METRIC)
     final = scores[-1][1]
     numbers: dict[str, Any] = {
@@ -93,10 +94,8 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         "kimg": scores[-1][0],
         "seed": seed,
         "nproc": nproc,
-        "peak_mem_mib": max(
-            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        / 1024,
+        "continued": continued,
+        "peak_mem_mib": _peak_mib(run, nproc),
         "seconds": round(time.perf_counter() - began, 1),
     }
     grids = _grids(teacher, sample(student, GRID, seed=0))
@@ -111,6 +110,12 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     )
     say(f"page      {out / 'index.html'}  ({numbers['seconds']:.0f} s)")
     return numbers
+
+
+def _peak_mib(run: RunHandle, nproc: int) -> float:
+    """Bound of the memory in use at one time, MiB: this process's peak and that of every training process."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return own + nproc * float(run.metrics["peak_mem_mib"].max())
 
 
 def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:

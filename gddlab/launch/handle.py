@@ -109,7 +109,7 @@ class RunHandle(Run):
     def __repr__(self) -> str:
         s = self.written_status
         share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
-        return f"<run {self.run_dir}: {self.status}{share}>"
+        return f"<run {self.run_dir.name}: {self.status}{share}>"
 
 
 def attach(run_dir: str | Path) -> RunHandle:

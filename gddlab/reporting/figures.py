@@ -40,7 +40,7 @@ def figure_html(figure: Any, alt: str, *, dpi: int = 130) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
-    width = round(figure.get_size_inches()[0] * 96)
+    width = round(figure.get_size_inches()[0] * 88)
     return _img(buffer.getvalue(), alt, f"max-width:100%;width:{width}px")
 
 
@@ -82,7 +82,7 @@ def draw_metrics(metrics: pd.DataFrame, names: Mapping[str, str], *, ax: Axes | 
 def draw_distance(
     kimg: list[float], values: list[float], *, metric: str, lines: Mapping[str, float], ax: Axes | None = None
 ) -> Axes:
-    """Distance over training on a log axis, with levels to compare with.
+    """Distance over training, with levels to compare with; the axis is logarithmic where values span more than a factor of ten.
 
     Args:
         kimg: Thousands of images at each value.
@@ -91,16 +91,15 @@ def draw_distance(
     """
     ax = _axes(ax)
     ax.plot(kimg, values, "o-", color=COLORS[0], label="student, one step", linewidth=1.4, markersize=4)
-    right = max(kimg)
     for label, value in lines.items():
         ax.axhline(value, color="#777777", linewidth=0.9, linestyle="--")
         text = f"{label}: {value:.0f}"
-        ax.annotate(text, (right, value), (0, 1), textcoords="offset points", ha="right", va="bottom", fontsize=8)
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.annotate(text, (min(kimg), value), (0, 1), textcoords="offset points", ha="left", va="bottom", fontsize=8)
+    shown = [*values, *lines.values()]
+    if max(shown) > 10 * min(shown):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     ax.set(xlabel="real images seen, thousands", ylabel=metric)
     ax.legend(frameon=False, fontsize=8, loc="upper right")
     ax.spines[["top", "right"]].set_visible(False)

@@ -79,7 +79,7 @@ class TeacherCard:
         if self.kimg is not None:
             rows.append(("trained on", f"{self.kimg:g} thousand images"))
         rows += [("sha256", self.sha256[:16]), ("file", self.source)]
-        rows += [(s["metric"], f"{s['value']:.1f}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
+        rows += [(s["metric"], f"{s['value']:.4g}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
         return rows
 
     def __str__(self) -> str:

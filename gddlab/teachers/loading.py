@@ -54,5 +54,6 @@ def load_teacher(source: str | Path) -> Precond:
     beside = path.parent / "scores.json"
     scores = read_json(beside) if path.name == "teacher.safetensors" and beside.exists() else []
     name = str(source) if str(source) in names else meta.get("name") or path.stem
-    net.card = TeacherCard.of(net, name=name, source=str(path), meta=meta, scores=scores)
+    where = f"teachers/{name}, ships with gddlab" if str(source) in names else str(path)
+    net.card = TeacherCard.of(net, name=name, source=where, meta=meta, scores=scores)
     return net
