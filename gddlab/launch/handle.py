@@ -85,7 +85,7 @@ class RunHandle(Run):
             return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
 
     def watch(self, *, interval: float = 2.0) -> RunHandle:
-        """Follows the run until it ends: live figure in a notebook, plain lines at a terminal, nothing where nobody looks.
+        """Follows the run until it ends: live figure in a notebook, live line at a terminal, a line now and then in a log.
 
         Interrupting it leaves the run alone.
         """

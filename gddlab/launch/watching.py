@@ -1,4 +1,4 @@
-"""What `RunHandle.watch` shows: a live figure in a notebook, a line now and then at a terminal, nothing elsewhere."""
+"""What `RunHandle.watch` shows: a live figure in a notebook, a live line at a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from gddlab.progress import interactive
 if TYPE_CHECKING:
     from gddlab.launch.handle import RunHandle
 
-__all__ = ["follow", "line"]
+__all__ = ["audience", "follow", "line"]
+
+LOG_SECONDS = 30
+"""Seconds between two lines where nobody sees them live."""
 
 
 def line(run: RunHandle) -> str:
@@ -28,35 +31,40 @@ def line(run: RunHandle) -> str:
     )
 
 
-def in_notebook() -> bool:
-    """A live Jupyter kernel with somebody at it; not one that pytest started, so that notebooks under test stay quiet."""
+def audience() -> str:
+    """Who looks: "notebook", "terminal", "log" (a pipe or a file), or "nobody" (a test, whose output must not vary)."""
     if "PYTEST_VERSION" in os.environ:
-        return False
+        return "nobody"
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
+    if shell is not None and hasattr(shell, "kernel"):
+        return "notebook"
+    return "terminal" if interactive() else "log"
 
 
 def follow(run: RunHandle, interval: float) -> None:
     """Shows a run until it ends."""
-    notebook = in_notebook()
-    if not notebook and not interactive():
+    who = audience()
+    if who == "nobody":
         return
     handle = None
-    if notebook:
+    if who == "notebook":
         from IPython.display import display
 
         handle = display(_picture(run), display_id=True)
-    shown = -1
+    shown, spoke = -1, time.monotonic()
     while True:
         running = run.status in ("starting", "running")
         nimg = int(run.written_status.get("nimg", 0))
-        if nimg != shown or not running:
-            shown = nimg
-            if handle is not None:
-                handle.update(_picture(run))
-            else:
-                sys.stderr.write(line(run) + "\n")
+        if handle is not None and (nimg != shown or not running):
+            handle.update(_picture(run))
+        elif who == "terminal":
+            sys.stderr.write("\r\x1b[K" + line(run) + ("" if running else "\n"))
+            sys.stderr.flush()
+        elif who == "log" and (time.monotonic() - spoke > LOG_SECONDS or not running):
+            spoke = time.monotonic()
+            sys.stderr.write(line(run) + "\n")
+        shown = nimg
         if not running:
             return
         time.sleep(interval)

@@ -7,20 +7,7 @@ from typing import Any
 import torch
 
 from gddlab.nets import Precond, from_edm
-
-TINY: dict[str, Any] = {
-    "img_resolution": 16,
-    "img_channels": 1,
-    "model_type": "SongUNet",
-    "model_channels": 8,
-    "channel_mult": [1, 2],
-    "num_blocks": 1,
-    "attn_resolutions": [8],
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
+from tests.conftest import TINY
 
 
 def tiny(kind: str = "EDMPrecond", seed: int = 0, **changes: Any) -> Precond:
