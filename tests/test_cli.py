@@ -10,6 +10,7 @@ from gddlab.cli import main
 from gddlab.distill.config import TrainConfig
 from gddlab.freezing import FreezeMask
 from gddlab.probing import ProbeResult
+from gddlab.runs import load_run
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -76,7 +77,7 @@ def test_probe_freeze_train_sample_evaluate(
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     main(["evaluate", str(run), "--metrics", "kid", "--n", "64"])
     assert "kd-lite2@64" in capsys.readouterr().out
-    assert "kd-lite2@64" in (run / "evaluation.jsonl").read_text()
+    assert load_run(run).evaluation["metric"].tolist() == ["kd-lite2@64"]
     assert "another process" not in capsys.readouterr().err
     assert "head_width is 8 there, 16 here" in refused(
         capsys, "train", "--run-dir", str(run), "--teacher", teacher, "--mask", str(mask), *flags, "--head-width", "16"

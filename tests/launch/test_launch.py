@@ -84,12 +84,9 @@ def test_stop_kill_and_continue(tmp_path: Path, tiny_teacher: Path) -> None:
     assert not held(run.run_dir)
 
 
-def test_failure_tells_the_ranks_own_traceback(
-    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is a missing accelerator")
+def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, tiny_teacher: Path) -> None:
     config = tiny_config(tmp_path / "run", tiny_teacher, device="cuda")
-    if torch.cuda.is_available():
-        pytest.skip("the failure is a missing accelerator")
     run = train(config)
     with pytest.raises(RunFailed, match="torch sees no CUDA device") as e:
         run.wait(120)

@@ -1,0 +1,42 @@
+"""The demo, shortened: it goes the whole way, writes page and numbers, and continues instead of repeating."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gddlab import demo as demo_module
+from gddlab.distill import presets
+from gddlab.files import read_json
+
+
+def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = presets.digits
+
+    def short(**fields: Any) -> Any:
+        return preset(**fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, cache_real=False)
+
+    monkeypatch.setattr(demo_module.presets, "digits", short)
+    monkeypatch.setattr(demo_module, "evaluate", functools.partial(demo_module.evaluate, n=16))
+    monkeypatch.setattr(demo_module, "PROBED", 2)
+    numbers = demo_module.demo(tmp_path, seed=3, recompute=True)
+    asked = {"fd_teacher_1", "fd_teacher_18", "fd_student", "fd_real_split", "frozen_fraction", "kimg", "seconds"}
+    assert asked <= set(numbers)
+    assert read_json(tmp_path / "demo.json") == numbers
+    assert numbers["metric"] == "fd-lite2@16"
+    assert numbers["fd_teacher_18"] < numbers["fd_teacher_1"]
+    assert (numbers["kimg"], numbers["seed"], numbers["continued"]) == (0.064, 3, False)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<img") >= 9
+    assert "student, 0.06 kimg" in page
+    for file in ("images.png", "mask.json", "mask-measured.json", "probe/frame.parquet", "run/student.safetensors"):
+        assert (tmp_path / file).exists(), file
+
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = demo_module.demo(tmp_path, seed=3, recompute=True)
+    assert again["continued"]
+    assert again["fd_student"] == numbers["fd_student"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
