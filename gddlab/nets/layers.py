@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "FourierEmbedding", "PositionalEmbedding", "Resample", "UNetBlock", "group_norm"]
+__all__ = ["Conv2d", "FourierEmbedding", "PositionalEmbedding", "Resample", "UNetBlock", "autocast_off", "group_norm"]
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Full precision inside autocast; nothing where autocast is off, so that exported graphs carry no trace of it."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` around a slow corner of PyTorch's CPU kernel: bfloat16, small maps, groups narrower than its vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.num_channels < 16 * self.num_groups
+        if slow and x.shape[-2] * x.shape[-1] < 1024:
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
@@ -36,7 +54,10 @@ def upsample(x: Tensor, f: Tensor, pad: int) -> Tensor:
     if f.shape[-1] == 2 and pad == 0:  # the box filter repeats pixels
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     c = x.shape[1]
-    return F.conv_transpose2d(x, (f * 4).to(x.dtype).repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad)
+    wide = x if x.dtype == torch.float64 else x.float()  # bfloat16 has no fast kernel for this on CPU: 20 times slower
+    with autocast_off(x.device):
+        y = F.conv_transpose2d(wide, (f * 4).to(wide.dtype).repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad)
+    return y.to(x.dtype)
 
 
 def downsample(x: Tensor, f: Tensor, pad: int) -> Tensor:
@@ -64,7 +85,7 @@ class Resample(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution at equal size, with resampling by two before it, or `fused`: merged paddings, filter after it when going down.
+    """Convolution at equal size, with resampling by two before it, or `fused`: going down, the filter after it, paddings merged.
 
     Weights, bias and `resample_filter` carry the reference's names.
     """
@@ -81,6 +102,7 @@ class Conv2d(nn.Conv2d):
         fused: bool = False,
     ):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        assert down or not fused
         self.up, self.down, self.fused = up, down, fused
         self.register_buffer("resample_filter", resample_filter(taps) if up or down else None)
         self.resample_filter: Tensor
@@ -89,15 +111,12 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.up or self.down):
             return super().forward(x)
-        f, wp, fp = self.resample_filter, self.kernel_size[0] // 2, self.pad
-        if self.fused and self.up:
-            x = upsample(x, f, max(fp - wp, 0))
-            return F.conv2d(x, self.weight, self.bias, padding=max(wp - fp, 0))
+        f, pad = self.resample_filter, self.pad
         if self.fused:
-            x = F.conv2d(x, self.weight, None, padding=wp + fp)
+            x = F.conv2d(x, self.weight, None, padding=self.kernel_size[0] // 2 + pad)
             x = downsample(x, f, 0)
-            return x if self.bias is None else x + self.bias.reshape(1, -1, 1, 1)
-        return super().forward((upsample if self.up else downsample)(x, f, fp))
+            return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+        return super().forward((upsample if self.up else downsample)(x, f, pad))
 
 
 class PositionalEmbedding(nn.Module):
@@ -179,14 +198,17 @@ class UNetBlock(nn.Module):
         else:
             h = F.silu(self.norm1(h + p))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = (h + (x if self.skip is None else self.skip(x))).mul_(self.skip_scale)  # the sum is no module's output
         if self.num_heads:
-            x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x) * self.skip_scale
+            x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x).mul_(self.skip_scale)
         return x
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Self-attention over pixels; the reference lays channels out as head, channel, (q, k, v).  (B, 3C, H, W) -> (B, C, H, W)"""
         b, c3, h, w = qkv.shape
-        q, k, v = qkv.reshape(b, self.num_heads, c3 // 3 // self.num_heads, 3, h * w).permute(3, 0, 1, 4, 2)
-        a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
-        return a.transpose(2, 3).reshape(b, c3 // 3, h, w)
+        pixels = qkv.permute(0, 2, 3, 1).reshape(b, h * w, self.num_heads, c3 // 3 // self.num_heads, 3)
+        # One copy makes channels adjacent: without it the memory-efficient kernels are refused.
+        q, k, v = pixels.permute(4, 0, 2, 1, 3).contiguous()  # (B, heads, HW, C / heads) each
+        a = F.scaled_dot_product_attention(q, k, v)
+        a = a.transpose(1, 2).reshape(b, h, w, c3 // 3).permute(0, 3, 1, 2)
+        return a.contiguous() if qkv.is_contiguous() else a

@@ -89,20 +89,32 @@ class Precond(nn.Module):
         Args:
             x: (B, C, H, W), image plus sigma times noise; float64 stays float64, anything else becomes float32.
             sigma: Scalar, (1,) or (B,), > 0.
-            class_labels: (B, label_dim) one-hot; None means no class.
+            class_labels: (B, label_dim) or (1, label_dim) one-hot; None means no class; an unconditional network ignores them.
             augment_labels: (B, augment_dim).
 
         Returns:
             (B, C, H, W), the denoised image.
+
+        Under autocast the U-Net runs in low precision; its embeddings of sigma and labels, the coefficients and the sum do not.
+
+        Raises:
+            GddlabError: Class labels of another shape.
         """
         x = x if x.dtype == torch.float64 else x.float()
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
+        b = x.shape[0]
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(b, 1, 1, 1)
         if self.label_dim and class_labels is None:
             class_labels = x.new_zeros(1, self.label_dim)
         elif not self.label_dim:
             class_labels = None
         if class_labels is not None:
-            class_labels = class_labels.to(x.dtype).reshape(-1, self.label_dim)
+            if class_labels.ndim != 2 or class_labels.shape[1] != self.label_dim or class_labels.shape[0] not in (b, 1):
+                raise GddlabError(
+                    f"class_labels are {tuple(class_labels.shape)}: give one-hot rows, ({b}, {self.label_dim})"
+                )
+            class_labels = class_labels.to(x.dtype)
+        if augment_labels is not None:
+            augment_labels = augment_labels.to(x.dtype)
         c = self.coefficients(sigma)
         f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
@@ -217,7 +229,9 @@ class iDDPMPrecond(Precond):
         for j in range(M, 0, -1):  # EDM's appendix C.3.1
             ratio = max(self.alpha_bar(j - 1) / self.alpha_bar(j), C_1)
             u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
-        self.register_buffer("u", torch.tensor(u[::-1], dtype=torch.float32))
+        self.register_buffer(
+            "u", torch.tensor(u[::-1], dtype=torch.float32, device="cpu")
+        )  # read below, also under "meta"
         self.u: Tensor
         self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
 

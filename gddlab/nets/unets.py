@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gddlab.errors import unknown
+from gddlab.errors import GddlabError, unknown
 from gddlab.nets.layers import (
     Conv2d,
     FourierEmbedding,
     PositionalEmbedding,
     Resample,
     UNetBlock,
+    autocast_off,
     group_norm,
     xavier_,
 )
@@ -23,10 +24,9 @@ from gddlab.nets.layers import (
 __all__ = ["UNETS", "DhariwalUNet", "SongUNet"]
 
 
-def _drop_labels(labels: Tensor, p: float, training: bool) -> Tensor:
-    if training and p:
-        labels = labels * (torch.rand(labels.shape[0], 1, device=labels.device) >= p).to(labels.dtype)
-    return labels
+def _drop_labels(labels: Tensor, p: float, batch: int) -> Tensor:
+    """Zeroes the label of each image with probability `p`.  (B or 1, label_dim) -> (B, label_dim)"""
+    return labels * (torch.rand(batch, 1, device=labels.device) >= p).to(labels.dtype) if p else labels
 
 
 class SongUNet(nn.Module):
@@ -70,6 +70,10 @@ class SongUNet(nn.Module):
             raise unknown("encoder_type", encoder_type, ("standard", "skip", "residual"))
         if decoder_type not in ("standard", "skip"):
             raise unknown("decoder_type", decoder_type, ("standard", "skip"))
+        if len(resample_filter) % 2:
+            raise GddlabError(
+                f"resample_filter={list(resample_filter)}: give an even number of taps, as [1, 1] or [1, 3, 3, 1]"
+            )
         super().__init__()
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
@@ -154,10 +158,11 @@ class SongUNet(nn.Module):
                 xavier_(m, 1e-5 if zero else math.sqrt(0.2) if leaf == "qkv" else 1.0)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """Embedding of noise level, class and augmentation."""
         emb = self.map_noise(noise_labels)
         emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # the reference puts sines first
         if self.map_label is not None and class_labels is not None:
-            labels = _drop_labels(class_labels, self.label_dropout, self.training)
+            labels = _drop_labels(class_labels, self.label_dropout * self.training, noise_labels.shape[0])
             emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -172,7 +177,8 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim) -> (B, Cout, H, W)"""
-        emb = self.embed(noise_labels, class_labels, augment_labels)
+        with autocast_off(x.device):
+            emb = self.embed(noise_labels, class_labels, augment_labels)
         skips: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -278,6 +284,17 @@ class DhariwalUNet(nn.Module):
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """Embedding of noise level, augmentation and class."""
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and class_labels is not None:
+            labels = _drop_labels(class_labels, self.label_dropout * self.training, noise_labels.shape[0])
+            emb = emb + self.map_label(labels)
+        return F.silu(emb)
+
     def forward(
         self,
         x: Tensor,
@@ -286,13 +303,8 @@ class DhariwalUNet(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim) -> (B, Cout, H, W)"""
-        emb = self.map_noise(noise_labels)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None and class_labels is not None:
-            emb = emb + self.map_label(_drop_labels(class_labels, self.label_dropout, self.training))
-        emb = F.silu(emb)
+        with autocast_off(x.device):
+            emb = self.embed(noise_labels, class_labels, augment_labels)
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
