@@ -1,27 +1,11 @@
-"""Datasets by name: `open_dataset("digits")`."""
+"""Images and labels: digits, EDM zips, folders, CIFAR-10, Hugging Face; `prepare` makes EDM zips."""
 
 from __future__ import annotations
 
 from gddlab.datasets.base import ImageDataset, Manifest, order
 from gddlab.datasets.digits import digits
-from gddlab.errors import unknown
+from gddlab.datasets.opening import open_dataset
+from gddlab.datasets.prepare import PrepareReport, prepare
+from gddlab.datasets.reader import BatchReader
 
-__all__ = ["ImageDataset", "Manifest", "digits", "open_dataset", "order"]
-
-_NAMED = {"digits": digits}
-
-
-def open_dataset(data: str | ImageDataset) -> ImageDataset:
-    """A dataset by name, or the dataset itself.
-
-    Args:
-        data: "digits", or an ImageDataset.
-
-    Raises:
-        GddlabError: Unknown name.
-    """
-    if isinstance(data, ImageDataset):
-        return data
-    if data not in _NAMED:
-        raise unknown("dataset", data, _NAMED)
-    return _NAMED[data]()
+__all__ = ["BatchReader", "ImageDataset", "Manifest", "PrepareReport", "digits", "open_dataset", "order", "prepare"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from gddlab.errors import GddlabError
 from gddlab.rng import generator
 
-__all__ = ["ImageDataset", "Manifest", "order"]
+__all__ = ["ContentHash", "ImageDataset", "Manifest", "content_hash", "order"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,38 @@ class Manifest:
         return asdict(self)
 
 
+class ContentHash:
+    """The `sha256` of a manifest, fed with the images in order: shape (N, R, R, C), bytes, then labels as int64."""
+
+    def __init__(self, shape: Sequence[int]):
+        self._h = hashlib.sha256(str(tuple(shape)).encode())
+
+    def add(self, images: np.ndarray) -> None:
+        self._h.update(np.ascontiguousarray(images).data)
+
+    def digest(self, labels: np.ndarray | None) -> str:
+        if labels is not None:
+            self._h.update(np.ascontiguousarray(labels, dtype=np.int64).data)
+        return self._h.hexdigest()
+
+
+def content_hash(images: np.ndarray, labels: np.ndarray | None) -> str:
+    """The `sha256` of a manifest; images are read a part at a time, since mapped ones need not fit in memory."""
+    h = ContentHash(images.shape)
+    for i in range(0, len(images), 1024):
+        h.add(images[i : i + 1024])
+    return h.digest(labels)
+
+
 class ImageDataset:
     """Square images of one size, held as uint8 NHWC, read as float32 NCHW in [-1, 1].
 
     Args:
-        images: uint8, (N, R, R, C).
+        images: uint8, (N, R, R, C); a memory-mapped array stays one.
         labels: Class of each image, (N,), or None.
         classes: Number of classes; 0 without labels.
-        name, source, crop, filter, codec: For the manifest: where the images come from and what was done to them.
+        name, source, crop, filter, codec, extra: For the manifest: where the images come from, what was done to them.
+        sha256: The manifest's hash where it is known already; it is computed when first asked for otherwise.
     """
 
     def __init__(
@@ -59,6 +84,8 @@ class ImageDataset:
         crop: str = "none",
         filter: str = "none",
         codec: str = "none",
+        extra: Mapping[str, Any] | None = None,
+        sha256: str | None = None,
     ):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
             raise GddlabError(f"images are {images.dtype} {images.shape}: give uint8 (N, R, R, C)")
@@ -74,6 +101,8 @@ class ImageDataset:
             )
         self.classes = classes if labels is not None else 0
         self._about: dict[str, Any] = {"name": name, "source": source, "crop": crop, "filter": filter, "codec": codec}
+        self._about["extra"] = dict(extra or {})
+        self._sha256 = sha256
 
     def __len__(self) -> int:
         return len(self.uint8)
@@ -92,16 +121,14 @@ class ImageDataset:
 
     @cached_property
     def manifest(self) -> Manifest:
-        h = hashlib.sha256(str(self.uint8.shape).encode())
-        h.update(self.uint8.tobytes())
-        if self.class_ids is not None:
-            h.update(self.class_ids.tobytes())
+        if self._sha256 is None:
+            self._sha256 = content_hash(self.uint8, self.class_ids)
         return Manifest(
             resolution=self.resolution,
             channels=self.channels,
             count=len(self),
             classes=self.classes,
-            sha256=h.hexdigest(),
+            sha256=self._sha256,
             **self._about,
         )
 
@@ -131,7 +158,13 @@ def order(n: int, seed: int, start: int, count: int) -> Tensor:
     parts: list[Tensor] = []
     while count > 0:
         epoch, offset = divmod(start, n)
-        part = torch.randperm(n, generator=generator(seed, epoch))[offset : offset + count]
+        part = _epoch(n, seed, epoch)[offset : offset + count]
         parts.append(part)
         start, count = start + len(part), count - len(part)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch; kept, since shuffling a million indices at every step takes tens of milliseconds."""
+    return torch.randperm(n, generator=generator(seed, epoch))

@@ -1,0 +1,266 @@
+"""What images a source has, by name, and which class each belongs to; nothing is decoded here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+
+from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES
+from gddlab.errors import GddlabError
+from gddlab.rng import generator
+
+__all__ = ["HINTS", "LABELS", "MANIFEST", "Listing", "Problem", "Reader", "arrange", "choose", "image_files", "refusal"]
+
+LABELS = "dataset.json"
+MANIFEST = "manifest.json"
+MAX_CLASSES = 100_000
+
+# What to do about each kind of problem; replace or remove the file where nothing is said.
+HINTS = {
+    "not square": "give crop='center'",
+    "size differs": "give resolution=",
+    "alpha channel": "give alpha='white' or alpha='black'",
+    "CMYK colours": "convert to RGB",
+    "colour space": "convert to RGB",
+    "more than 8 bits a channel": "convert to 8 bits",
+    "animated": "save one frame of each",
+    "format not read": "convert to PNG",
+    "class folder without images": "remove the folder",
+    "path not accepted": "make the zip anew",
+    "name used twice": "make the zip anew",
+    "encrypted": "make the zip anew",
+    **dict.fromkeys(
+        (
+            "no label",
+            "labelled twice",
+            "no such image",
+            "class id is no integer",
+            "class id out of range",
+            "damaged labels",
+        ),
+        "correct the labels",
+    ),
+}
+
+# 00000/img00000000.png as EDM's dataset tool writes, 001000/001234.png as its samplers do.
+_SHARDED = re.compile(r"(\d{5,})/(?:img)?(\d{5,})\.\w+")
+
+
+class Reader(Protocol):
+    """Reads images by name; it may be pickled, and used from threads."""
+
+    def read(self, name: str) -> bytes | np.ndarray:
+        """The image file, or pixels, uint8 (H, W, C); raises BadImage or OSError."""
+
+    def open(self, name: str) -> BinaryIO | np.ndarray:
+        """The same, for who reads the beginning only."""
+
+    def part(self, names: Sequence[str]) -> Reader:
+        """A reader of these names at least, cheap to send to another process."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an image, or the file of labels, cannot be used."""
+
+    name: str
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        name = self.name if self.name.isprintable() else repr(self.name)
+        return f"{name}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source, in order.
+
+    Attributes:
+        name: Of the dataset.
+        source: Where it is, for messages and manifests.
+        names: Of the images; file names relative to the source, or numbers.
+        reader: Reads them.
+        labels: Class ids, int64 (N,), or None.
+        classes: Number of classes; 0 without labels.
+        class_names: In the order of ids, where known.
+        fingerprint: JSON that changes when the content does.
+        about: `crop`, `filter`, `codec`, `sha256`, `extra` of a manifest, as far as known.
+        problems: What is wrong without looking into an image.
+        ignored: Files passed over, by suffix.
+    """
+
+    name: str
+    source: str
+    names: Sequence[str]
+    reader: Reader
+    labels: np.ndarray | None = None
+    classes: int = 0
+    class_names: Sequence[str] | None = None
+    fingerprint: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    problems: Sequence[Problem] = ()
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = False) -> GddlabError:
+    """The one line about a source with problems."""
+    shown = problems[:3]
+    text = "; ".join(str(p) for p in shown)
+    if len(problems) > len(shown):
+        rest = f"{len(problems) - len(shown):,} more (gddlab prepare {listing.source} --dry-run lists all)"
+        text += f"; and {rest}"
+    hints = ", or ".join(dict.fromkeys(HINTS.get(p.kind, "replace or remove the file") for p in shown))
+    if not preparing:
+        hints = hints.replace("give ", "run gddlab.prepare with ")
+    images = "1 image" if len(listing) == 1 else f"{len(listing):,} images"
+    many = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+    return GddlabError(f"{listing.source} ({images}) has {many}: {text}: {hints}")
+
+
+def image_files(names: Sequence[str]) -> tuple[list[str], list[Problem], dict[str, int]]:
+    """Sorts files by name: images in order, images of kinds that are not read, and the number of others by suffix.
+
+    Hidden files, and those that macOS adds to zips, are passed over.
+    """
+    images, problems, ignored = [], [], Counter[str]()
+    for name in names:
+        parts = name.split("/")
+        if any(p.startswith(".") or p == "__MACOSX" for p in parts) or name in (LABELS, MANIFEST):
+            continue
+        stem, dot, suffix = parts[-1].rpartition(".")
+        suffix = f"{dot}{suffix}".lower() if stem else ""
+        if suffix in SUFFIXES:
+            images.append(name)
+        elif suffix in OTHER_SUFFIXES:
+            problems.append(Problem(name, "format not read", f"{suffix}; accepted: {', '.join(sorted(SUFFIXES))}"))
+        else:
+            ignored[suffix or "no suffix"] += 1
+    return sorted(images), problems, dict(ignored)
+
+
+def arrange(
+    names: Sequence[str], labels_file: bytes | None, *, empty: Sequence[str] = (), classes: int | None = None
+) -> tuple[np.ndarray | None, list[str] | None, int, list[Problem]]:
+    """Class ids of images, from dataset.json where there is one, else from their folders.
+
+    Without dataset.json the first folder of a name is its class: ids count the folders in order, by number if all are
+    numbers, by name otherwise. There are no classes when all images lie in the source itself, when they have one folder
+    only, or when the folders are shards (00000/img00000000.png, 001000/001234.png).
+
+    Args:
+        names: Images, sorted.
+        labels_file: dataset.json.
+        empty: Folders without images.
+        classes: How many there are, where the manifest says.
+
+    Returns:
+        Labels (N,) or None, names of classes or None, their number, and problems; with problems, labels are None.
+    """
+    if labels_file is not None:
+        return _from_json(names, labels_file, classes)
+    if all((m := _SHARDED.fullmatch(n)) and int(m[1]) in (int(m[2]) // 1000, int(m[2]) // 1000 * 1000) for n in names):
+        return None, None, 0, []
+    folder = [n.split("/", 1)[0] if "/" in n else "" for n in names]
+    found = set(folder) - {""}
+    if not found or (len(found) == 1 and "" not in folder and not empty):
+        return None, None, 0, []
+    problems = [Problem(e, "class folder without images") for e in empty]
+    problems += [
+        Problem(n, "no label", "it lies in no class folder") for n, f in zip(names, folder, strict=True) if not f
+    ]
+    numbers = all(f.isascii() and f.isdigit() for f in found)
+    ordered = sorted(found, key=(lambda f: (int(f), f)) if numbers else None)
+    if problems:
+        return None, None, 0, problems
+    ids = {f: i for i, f in enumerate(ordered)}
+    return np.array([ids[f] for f in folder], dtype=np.int64), ordered, len(ordered), []
+
+
+def _from_json(
+    names: Sequence[str], content: bytes, classes: int | None
+) -> tuple[np.ndarray | None, list[str] | None, int, list[Problem]]:
+    def bad(why: str) -> tuple[None, None, int, list[Problem]]:
+        return None, None, 0, [Problem(LABELS, "damaged labels", why)]
+
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as e:
+        return bad(f"no JSON: {e}")
+    if not isinstance(value, dict) or "labels" not in value:
+        return bad('it is not {"labels": [[name, class], ...]} or {"labels": null}')
+    pairs = value["labels"]
+    if pairs is None:
+        return None, None, 0, []
+    if not isinstance(pairs, list):
+        return bad(f"labels is {type(pairs).__name__}, accepted is a list or null")
+    problems: list[Problem] = []
+    label: dict[str, Any] = {}
+    limit = MAX_CLASSES if classes is None else classes
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            problems.append(
+                Problem(LABELS, "damaged labels", f"entry {i} is {str(pair)[:60]}, accepted is [name, class]")
+            )
+            continue
+        name = pair[0].replace("\\", "/").removeprefix("./")
+        if name in label:
+            problems.append(Problem(name, "labelled twice", f"in {LABELS}"))
+        label[name] = pair[1]
+    there = set(names)
+    for name in names:
+        if name not in label:
+            problems.append(Problem(name, "no label", f"in {LABELS}"))
+    for name, y in label.items():
+        if name not in there:
+            problems.append(Problem(name, "no such image", f"it has a label in {LABELS}"))
+        elif type(y) is not int:
+            problems.append(Problem(name, "class id is no integer", str(y)[:40]))
+        elif not 0 <= y < limit:
+            problems.append(Problem(name, "class id out of range", f"{str(y)[:20]}, accepted are 0..{limit - 1}"))
+    if problems:
+        return None, None, 0, problems
+    labels = np.array([label[n] for n in names], dtype=np.int64)
+    return labels, None, classes if classes is not None else int(labels.max(initial=-1)) + 1, []
+
+
+def choose(
+    listing: Listing, *, classes: Sequence[int] | None = None, max_images: int | None = None, seed: int = 0
+) -> Listing:
+    """Images of some classes, at most `max_images` of them drawn by `seed`; order, ids and number of classes stay.
+
+    Raises:
+        GddlabError: No labels to choose by, unknown ids, or nothing is left.
+    """
+    if max_images is not None and (type(max_images) is not int or max_images < 1):
+        raise GddlabError(f"max_images={max_images!r}: give a whole number from 1 up")
+    if classes is None and max_images is None:
+        return listing
+    index = np.arange(len(listing))
+    if classes is not None:
+        if listing.labels is None:
+            raise GddlabError(f"classes={list(classes)}, but {listing.source} has no labels: leave classes away")
+        wrong = [y for y in classes if type(y) is not int or not 0 <= y < listing.classes]
+        if wrong or not classes:
+            raise GddlabError(f"classes={list(classes)}: give some of 0..{listing.classes - 1}")
+        index = index[np.isin(listing.labels, list(classes))]
+        if not len(index):
+            raise GddlabError(f"classes={list(classes)}: {listing.source} has no image of them")
+    if max_images is not None and max_images < len(index):
+        drawn = torch.randperm(len(index), generator=generator(seed, 0))[:max_images]
+        index = index[drawn.sort().values.numpy()]
+    return replace(
+        listing,
+        names=[listing.names[i] for i in index.tolist()],
+        labels=None if listing.labels is None else listing.labels[index],
+    )

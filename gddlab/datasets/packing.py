@@ -1,0 +1,165 @@
+"""EDM zips made in parts: work that is killed goes on where it was, and the zip is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gddlab.errors import GddlabError
+from gddlab.files import atomic_path, fsync_dir, read_json, write_json
+
+__all__ = ["Entry", "assemble", "image_name", "missing_parts", "open_parts", "read_part", "write_part"]
+
+_LABELS = "dataset.json"
+_MANIFEST = "manifest.json"
+_PART = re.compile(r"part-(\d{6,})\.zip")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a zip: its path inside, its PNG file, and its class where the set has labels."""
+
+    name: str
+    png: bytes
+    label: int | None = None
+
+
+def image_name(index: int) -> str:
+    """Path of image `index` in a zip, a folder a thousand: image_name(1234) == "00001/img00001234.png"."""
+    return f"{index // 1000:05d}/img{index:08d}.png"
+
+
+def open_parts(out: Path, settings: dict[str, Any]) -> Path:
+    """Makes, or opens again, the folder OUT.parts beside `out`.
+
+    Args:
+        out: The zip to make.
+        settings: Everything that decides what the parts hold; values as JSON knows them.
+
+    Raises:
+        GddlabError: The folder was made with other settings.
+    """
+    folder = out.with_name(out.name + ".parts")
+    path = folder / "settings.json"
+    if not path.exists():
+        if folder.is_dir() and any(_PART.fullmatch(p.name) for p in folder.iterdir()):
+            raise GddlabError(f"{folder} has parts but no settings.json: delete the folder to begin again")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    old, new = read_json(path), json.loads(json.dumps(settings))
+    if not isinstance(old, dict):
+        raise GddlabError(f"{path} holds {type(old).__name__}, not settings: delete {folder} to begin again")
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            raise GddlabError(
+                f"{folder} was begun with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
+                "continue with the first, or delete the folder to begin again"
+            )
+    return folder
+
+
+def missing_parts(folder: Path, count: int) -> list[int]:
+    """Which of the parts 0..count - 1 are not there yet, ascending."""
+    there = {int(m[1]) for p in folder.iterdir() if (m := _PART.fullmatch(p.name))}
+    return [k for k in range(count) if k not in there]
+
+
+def write_part(folder: Path, k: int, entries: Sequence[Entry]) -> None:
+    """Writes part `k`, whole or not at all; processes may write at the same time.
+
+    Raises:
+        GddlabError: Two entries have one name, or some have a label and others none.
+    """
+    labels: dict[str, int | None] = {}
+    with atomic_path(_part(folder, k)) as tmp, zipfile.ZipFile(tmp, "w") as z:
+        for e in entries:
+            _add(z, e, labels)
+        _store(z, _LABELS, _json({"labels": _pairs(labels)}))
+
+
+def read_part(folder: Path, k: int) -> Iterator[Entry]:
+    """The entries of part `k`, in order.
+
+    Raises:
+        GddlabError: It is damaged.
+    """
+    path = _part(folder, k)
+    try:
+        with zipfile.ZipFile(path) as z:
+            labels = dict(json.loads(z.read(_LABELS))["labels"] or [])
+            for name in z.namelist():
+                if name != _LABELS:
+                    yield Entry(name, z.read(name), labels.get(name))
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
+        raise GddlabError(f"{path} is damaged ({e}): delete it and run the same command again") from None
+
+
+def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dict[str, Any]]) -> None:
+    """Merges the parts 0..count - 1 to `out`, in order, and removes the folder.
+
+    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json.
+
+    Args:
+        folder: From `open_parts`.
+        count: How many parts there must be.
+        out: Replaced when the whole is written and on the disk, not earlier.
+        manifest: Makes the manifest from the zip that holds all but it; `lambda _: {...}` where that does not matter.
+
+    Raises:
+        GddlabError: A part is missing or damaged, two images have one name, or only some have labels.
+    """
+    if missing := missing_parts(folder, count):
+        raise GddlabError(f"{folder} lacks {len(missing)} of {count} parts (first: {missing[0]}): make them first")
+    # Inside the folder, so that a process killed here leaves nothing beside `out` but the folder.
+    with atomic_path(folder / "whole.zip") as tmp:
+        labels: dict[str, int | None] = {}
+        with zipfile.ZipFile(tmp, "w") as z:
+            for k in range(count):
+                for e in read_part(folder, k):
+                    _add(z, e, labels)
+            _store(z, _LABELS, _json({"labels": _pairs(labels)}))
+        about = _json(manifest(tmp))
+        with zipfile.ZipFile(tmp, "a") as z:
+            _store(z, _MANIFEST, about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "whole.zip").replace(out)
+    fsync_dir(out.parent)
+    shutil.rmtree(folder)
+
+
+def _part(folder: Path, k: int) -> Path:
+    return folder / f"part-{k:06d}.zip"
+
+
+def _add(z: zipfile.ZipFile, e: Entry, labels: dict[str, int | None]) -> None:
+    if e.name in labels or e.name in (_LABELS, _MANIFEST):
+        raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
+    labels[e.name] = e.label
+    _store(z, e.name, e.png)
+
+
+def _pairs(labels: dict[str, int | None]) -> list[tuple[str, int]] | None:
+    """The labels of dataset.json; None where no image has one."""
+    pairs = [(name, label) for name, label in labels.items() if label is not None]
+    if pairs and len(pairs) < len(labels):
+        name = next(name for name, label in labels.items() if label is None)
+        raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
+    return pairs or None
+
+
+def _store(z: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Adds a file without compression, time or owner, so that equal images make equal zips."""
+    info = zipfile.ZipInfo(name)
+    info.create_system = 3  # Unix, wherever it was made
+    info.external_attr = 0o644 << 16
+    z.writestr(info, content)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False).encode()

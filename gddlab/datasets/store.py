@@ -1,0 +1,208 @@
+"""Decoded images in memory, or once in the cache folder and mapped by every process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from gddlab.datasets.base import content_hash
+from gddlab.datasets.listing import Listing, Problem, refusal
+from gddlab.datasets.pixels import BadImage, array, decode
+from gddlab.errors import GddlabError
+from gddlab.files import atomic_path, hash_json, read_json, write_json
+from gddlab.progress import progress_bar
+
+__all__ = ["MEMORY", "cache_dir", "cores", "locked", "materialise", "problem"]
+
+MEMORY = ("auto", "ram", "mapped")
+_CHUNK = 128
+
+
+def cache_dir() -> Path:
+    """`$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
+    given = os.environ.get("GDDLAB_CACHE")
+    return Path(given) if given else Path("~/.cache/gddlab").expanduser()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds an flock on `path`; it ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: Somebody holds it, and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def materialise(
+    listing: Listing, *, recorded: str | None = None, xflip: bool = False, memory: str = "auto", progress: bool = True
+) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+    """All images decoded, their labels, and the hash of the content where it was computed.
+
+    Args:
+        listing: Images of one size and number of channels.
+        recorded: Hash that the content must have.
+        xflip: Appends every image mirrored: N + i is image i.
+        memory: "ram"; "mapped": decoded by one process into a file that all map; "auto": in memory if all processes of
+            this machine together take less than a quarter of what is free.
+        progress: Shows a bar when at a terminal.
+
+    Returns:
+        Images, uint8, (N or 2N, R, R, C); labels, int64, (N or 2N,), or None; sha256 or None.
+
+    Raises:
+        GddlabError: Images are missing, damaged, of different sizes or not those recorded; or the cache folder cannot
+            hold them.
+    """
+    if listing.problems:
+        raise refusal(listing, list(listing.problems))
+    shape = (len(listing) * (1 + xflip), *_shape(listing))
+    size = int(np.prod(shape, dtype=np.int64))
+    labels = listing.labels
+    if labels is not None and xflip:
+        labels = np.concatenate([labels, labels])
+    if memory == "auto":
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory = "ram" if size * together <= _free_memory() // 4 else "mapped"
+    if memory == "ram":
+        images = np.empty(shape, dtype=np.uint8)
+        _fill(images, listing, progress)
+        return images, labels, _hash(images, labels, recorded, listing.source) if recorded else None
+    return _mapped(shape, size, listing, labels, recorded, progress)
+
+
+def _mapped(
+    shape: tuple[int, ...],
+    size: int,
+    listing: Listing,
+    labels: np.ndarray | None,
+    recorded: str | None,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    from PIL import __version__ as pillow
+
+    ids = None if labels is None else labels.tolist()
+    key = hash_json([listing.fingerprint, list(listing.names), ids, shape, pillow])[:32]
+    folder = cache_dir() / "datasets"
+    path = folder / f"{key}.npy"
+    about = folder / f"{key}.json"  # written last: it is there when all is
+    try:
+        with locked(folder / f"{key}.lock"):
+            if not (about.exists() and path.exists()):
+                if shutil.disk_usage(folder).free < size:
+                    raise GddlabError(
+                        f"{size:,} bytes of images do not fit into {folder}: set GDDLAB_CACHE to another folder"
+                    )
+                with atomic_path(path) as tmp:
+                    images = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=shape)
+                    _fill(images, listing, progress)
+                    images.flush()
+                    sha256 = _hash(images, labels, recorded, listing.source)
+                    del images
+                write_json(about, {"source": listing.source, "sha256": sha256})
+    except OSError as e:
+        raise GddlabError(f"cannot write to {folder} ({e}): set GDDLAB_CACHE to a folder that can be written") from None
+    # Copy on write: pages are shared between processes, and nobody can change the file.
+    mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+    if mapped.shape != shape or mapped.dtype != np.uint8:
+        raise GddlabError(f"{path} is damaged: delete it and {about.name}")
+    return mapped, labels, str(read_json(about)["sha256"])
+
+
+def _square(listing: Listing, name: str) -> np.ndarray:
+    image = array(decode(listing.reader.read(name)))
+    if image.shape[0] != image.shape[1]:
+        raise BadImage("not square", f"{image.shape[1]}x{image.shape[0]}")
+    return image
+
+
+def _shape(listing: Listing) -> tuple[int, ...]:
+    """Shape of the first image that can be used; the others must have it."""
+    problems = []
+    for name in listing.names:
+        try:
+            return _square(listing, name).shape
+        except (BadImage, OSError) as e:
+            problems.append(problem(name, e))
+    raise refusal(listing, problems)
+
+
+def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
+    """Decodes into `out` by threads (Pillow's decoders run without Python's lock); what lies behind is mirrored."""
+    n = len(listing)
+    shape = out.shape[1:]
+
+    def chunk(start: int) -> list[Problem]:
+        problems = []
+        for i in range(start, min(start + _CHUNK, n)):
+            try:
+                image = _square(listing, listing.names[i])
+                if image.shape != shape:
+                    raise BadImage("size differs", f"{_size(image.shape)}, the first has {_size(shape)}")
+                out[i] = image
+            except (BadImage, OSError) as e:
+                problems.append(problem(listing.names[i], e))
+        return problems
+
+    problems: list[Problem] = []
+    bar = progress_bar(total=n, desc=f"reading {listing.name}", unit="img", enabled=progress)
+    with ThreadPoolExecutor(cores()) as pool, bar:
+        for found in pool.map(chunk, range(0, n, _CHUNK)):
+            problems += found
+            bar.update(_CHUNK)
+    if problems:
+        raise refusal(listing, problems)
+    for i in range(n, len(out), 1024):
+        stop = min(i + 1024, len(out))
+        out[i:stop] = out[i - n : stop - n, :, ::-1]
+
+
+def _hash(images: np.ndarray, labels: np.ndarray | None, recorded: str | None, source: str) -> str:
+    found = content_hash(images, labels)
+    if recorded is not None and found != recorded:
+        raise GddlabError(
+            f"{source}: images or labels are not those of its manifest (sha256 {found[:16]}, recorded {recorded[:16]}): "
+            "prepare the data again"
+        )
+    return found
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}x{shape[2]}"
+
+
+def problem(name: str, e: BadImage | OSError) -> Problem:
+    """What an image that cannot be read is reported as."""
+    if isinstance(e, BadImage):
+        return Problem(name, e.kind, e.detail)
+    return Problem(name, "cannot be read", e.strerror or type(e).__name__)
+
+
+def _free_memory() -> int:
+    """Bytes that may be taken: what the system says is available, less where a container is narrower."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    if not free:
+        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(free))

@@ -1,0 +1,64 @@
+"""Batches with a position: ranks share the global order, a state continues it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gddlab.datasets import BatchReader, digits, open_dataset, order
+from gddlab.distill.distributed import World
+from gddlab.errors import GddlabError
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_together_read_the_global_order(size: int) -> None:
+    data = digits()
+    readers = [BatchReader(data, batch=8, seed=3, rank=r, world_size=size) for r in range(size)]
+    worlds = [World(r, size, torch.device("cpu")) for r in range(size)]
+    for step in range(3):
+        index = order(len(data), 3, 8 * step, 8)
+        parts = [r.next() for r in readers]
+        assert torch.equal(torch.cat([x for x, _ in parts]), data.images(index))
+        assert torch.equal(torch.cat([y for _, y in parts]), data.labels(index))
+        for world, (x, _) in zip(worlds, parts, strict=True):
+            assert torch.equal(x, data.images(world.shard(index)))  # as the trainer takes its part
+        assert all(r.position == 8 * (step + 1) for r in readers)
+
+
+def test_a_state_continues_with_other_ranks_and_batches() -> None:
+    data = digits()
+    whole = BatchReader(data, batch=1797, seed=0)
+    first, second = whole.next()[0], whole.next()[0]  # across the end of an epoch
+    reader = BatchReader(data, batch=600, seed=0)
+    seen = [reader.next()[0] for _ in range(2)]
+    state = reader.state_dict()
+    ranks = [BatchReader(data, batch=1194, seed=0, rank=r, world_size=2) for r in range(2)]
+    for r in ranks:
+        r.load_state_dict(state)
+    seen += [r.next()[0] for r in ranks]
+    assert torch.equal(torch.cat(seen), torch.cat([first, second])[: 1200 + 1194])
+
+
+def test_states_of_others_are_refused() -> None:
+    data = digits()
+    state = BatchReader(data, batch=4, seed=0).state_dict()
+    with pytest.raises(GddlabError, match="is of seed=0, here it is 1"):
+        BatchReader(data, batch=4, seed=1).load_state_dict(state)
+    with pytest.raises(GddlabError, match="is of dataset_sha256='5d7c4425"):
+        BatchReader(open_dataset("digits", max_images=9), batch=4, seed=0).load_state_dict(state)
+    reader = BatchReader(data, batch=4, seed=0)
+    for bad, words in (
+        ({}, "lacks 'position'"),
+        (state | {"position": -1}, "position=-1"),
+        (state | {"position": 1.5}, "1.5"),
+    ):
+        with pytest.raises(GddlabError, match=words):
+            reader.load_state_dict(bad)
+    assert reader.position == 0
+    for fields, words in (
+        ({"batch": 5}, "multiple of 2"),
+        ({"batch": 0}, "multiple"),
+        ({"rank": 2}, "ranks count from 0"),
+    ):
+        with pytest.raises(GddlabError, match=words):
+            BatchReader(data, **({"batch": 4, "seed": 0, "rank": 0, "world_size": 2} | fields))
