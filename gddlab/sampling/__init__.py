@@ -1,6 +1,22 @@
 """Images from teachers and students."""
 
+from gddlab.sampling.files import sample_files
 from gddlab.sampling.grid import image_grid, save_grid
-from gddlab.sampling.samplers import heun, karras_sigmas, latents, sample
+from gddlab.sampling.noise import ImageNoise, latents
+from gddlab.sampling.samplers import sample
+from gddlab.sampling.schedules import karras_sigmas
+from gddlab.sampling.solvers import Sampler, heun, integrate, multistep
 
-__all__ = ["heun", "image_grid", "karras_sigmas", "latents", "sample", "save_grid"]
+__all__ = [
+    "ImageNoise",
+    "Sampler",
+    "heun",
+    "image_grid",
+    "integrate",
+    "karras_sigmas",
+    "latents",
+    "multistep",
+    "sample",
+    "sample_files",
+    "save_grid",
+]

@@ -1,150 +1,167 @@
-"""Samplers: EDM's deterministic Heun sampler and the one-step student."""
+"""`sample`: images of a student or a teacher, each from a seed of its own."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, unknown
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.progress import progress_bar
+from gddlab.sampling.arguments import module_of, one_hot, positive, precision, seed_list, sigma_list
+from gddlab.sampling.noise import ImageNoise
+from gddlab.sampling.schedules import karras_sigmas
+from gddlab.sampling.solvers import Sampler, check_sigmas, integrate, multistep, time_steps
 
-__all__ = ["heun", "karras_sigmas", "latents", "sample"]
+__all__ = ["Method", "draw", "one_hot", "prepared", "resolve", "sample", "sampler_name"]
 
-
-def karras_sigmas(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Noise levels from `sigma_max` down to `sigma_min`, float64, (n,) (Karras et al. 2022, equation 5)."""
-    if n < 1:
-        raise GddlabError(f"{n} noise levels: give at least 1")
-    if not 0 < sigma_min <= sigma_max:
-        raise GddlabError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: give 0 < sigma_min <= sigma_max")
-    if n == 1:
-        return torch.tensor([sigma_max], dtype=torch.float64)
-    ramp = torch.arange(n, dtype=torch.float64) / (n - 1)
-    hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (hi + ramp * (lo - hi)) ** rho
-
-
-def latents(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, one seed an image, so that an image does not depend on its batch.  -> (n, *shape), float32"""
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(s))) for s in seeds])
-
-
-def heun(
-    net: Precond,
-    z: Tensor,
-    class_labels: Tensor | None = None,
-    *,
-    num_steps: int = 18,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-) -> Tensor:
-    """Integrates the probability flow ODE from noise to images with Heun's method (Karras et al. 2022, algorithm 1).
-
-    Args:
-        net: Denoiser.
-        z: Standard normal noise, (B, C, H, W).
-        class_labels: One-hot, (B, label_dim).
-        num_steps: Steps; 2 * num_steps - 1 network calls.
-        sigma_min, sigma_max, rho: Noise levels, clipped to the network's range.
-
-    Returns:
-        (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
-    """
-    sigma_min, sigma_max = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
-    sigmas = karras_sigmas(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).to(z.device)
-    sigmas = torch.cat([net.round_sigma(sigmas), sigmas.new_zeros(1)])
-    dtype = next(net.parameters()).dtype
-
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - net(x.to(dtype), sigma.to(dtype), class_labels).double()) / sigma
-
-    x = z.double() * sigmas[0]
-    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
-        d = slope(x, s)
-        x_next = x + (s_next - s) * d
-        if i < num_steps - 1:
-            x_next = x + (s_next - s) * (d + slope(x_next, s_next)) / 2
-        x = x_next
-    return x
+Method = Sampler | tuple[float, ...]
+"""A teacher's sampler, or the noise levels of a student."""
 
 
 def sample(
     net: Precond,
-    n: int = 64,
+    n: int | None = None,
     *,
     steps: int | None = None,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     class_labels: Tensor | Sequence[int] | int | None = None,
+    sigmas: Sequence[float] | None = None,
     batch_size: int = 128,
+    dtype: torch.dtype | str | None = None,
+    channels_last: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Tensor:
-    """Draws images; image i comes from seed + i, whatever the batch size.
+    """Draws images; an image comes from its seed, whatever the batch size.
+
+    A student takes one step, or n: `sample(student, sigmas=(80.0, 0.8))`. A teacher is sampled with EDM's deterministic Heun sampler, or as
+    the fields of `Sampler` say: `sample(teacher, steps=32, S_churn=40)`. A SiD student is a plain EDMPrecond network that is
+    run once at sigma 2.5: `sample(net, steps=1, sigma_max=2.5)` is D(2.5 z; 2.5).
 
     Args:
-        net: Student or teacher.
-        n: Images.
-        steps: None for a student (one step); for a teacher the number of Heun steps, 18 if None.
-        seed: First seed.
+        net: Student or teacher; it stays on its device.
+        n: Images; 64, or one a seed, if None.
+        steps: For a student the number of steps, 1 if None; more than one visit the Karras grid from 80 to eps. For a teacher the
+            number of noise levels, 18 if None.
+        seed: First seed; image i comes from seed + i.
+        seeds: Explicit seeds in its place, one an image, 0 to 2^32 - 1.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim);
-            None deals classes in turn, image i having class (seed + i) mod label_dim.
+            None deals classes in turn, an image having class seed mod label_dim.
+        sigmas: For a student: the noise levels of its steps, descending from 80.
         batch_size: Images at once.
+        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None in its own precision.
+        channels_last: Runs the network in that memory format, faster for convolutions on CPUs with bfloat16 and on GPUs.
         progress: Shows a bar when at a terminal or in a notebook.
+        **settings: Fields of `Sampler`, for a teacher: solver, discretization, schedule, scaling, sigma_min, sigma_max, rho,
+            S_churn, S_min, S_max, S_noise, ...
 
     Returns:
         float32 in [-1, 1], (n, C, H, W), on the CPU.
 
     Raises:
-        GddlabError: n or steps below 1, steps given to a student, labels that do not fit.
+        GddlabError: Numbers out of range, settings of a teacher given to a student or the other way round, labels that do not fit.
     """
-    if n < 1:
-        raise GddlabError(f"n={n} images: give at least 1")
-    if isinstance(net, OneStepPrecond):
-        if steps not in (None, 1):
-            raise GddlabError(f"steps={steps}: a one-step student takes one step, leave steps away")
-    elif steps is not None and steps < 1:
-        raise GddlabError(f"steps={steps}: give at least 1")
+    how = resolve(net, steps=steps, sigmas=sigmas, **settings)
+    image_seeds = seed_list(n, seed, seeds)
+    n = len(image_seeds)
+    batch_size = positive("batch_size", batch_size)
+    if class_labels is None and net.label_dim:
+        class_labels = [s % net.label_dim for s in image_seeds]
     labels = one_hot(net.label_dim, n, seed, class_labels)
-    device = next(net.parameters()).device
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    out = torch.empty(n, *shape)
-    was_training = net.training
-    net.eval()
-    try:
-        with torch.inference_mode(), progress_bar(total=n, desc="sampling", unit="img", enabled=progress) as bar:
-            for i in range(0, n, batch_size):
-                j = min(i + batch_size, n)
-                z = latents(range(seed + i, seed + j), shape).to(device)
-                c = None if labels is None else labels[i:j].to(device)
-                if isinstance(net, OneStepPrecond):
-                    x = net.generate(z.to(next(net.parameters()).dtype), c)
-                else:
-                    x = heun(net, z, c, num_steps=18 if steps is None else steps)
-                out[i:j] = x.float().clamp(-1, 1).cpu()
-                bar.update(j - i)
-    finally:
-        net.train(was_training)
+    out = torch.empty(n, net.img_channels, net.img_resolution, net.img_resolution)
+    bar = progress_bar(total=n, desc="sampling", unit="img", enabled=progress)
+    with bar, prepared(net, dtype=dtype, channels_last=channels_last):
+        for i in range(0, n, batch_size):
+            j = min(i + batch_size, n)
+            c = None if labels is None else labels[i:j]
+            out[i:j] = draw(net, how, image_seeds[i:j], c, channels_last=channels_last)
+            bar.update(j - i)
     return out
 
 
-def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
-    if not label_dim:
-        if labels is not None:
-            raise GddlabError("class_labels given to an unconditional network: leave them away")
-        return None
-    if labels is None:
-        ids = (torch.arange(n) + seed) % label_dim
+def resolve(
+    net: Precond, *, steps: int | None = None, sigmas: Sequence[float] | None = None, **settings: Any
+) -> Method:
+    """What `sample` does with a network: the noise levels of a student, or the sampler of a teacher."""
+    module = module_of(net)
+    if isinstance(module, OneStepPrecond):
+        for name, value in settings.items():
+            raise GddlabError(f"{name}={value!r} with a one-step student: it takes steps=N or sigmas=(80.0, ...)")
+        if sigmas is not None:
+            if steps is not None:
+                raise GddlabError(f"steps={steps} and sigmas={sigmas}: give one of them")
+            levels = sigma_list(sigmas)
+            check_sigmas(module, levels)
+            return tuple(levels)
+        k = positive("steps", 1 if steps is None else steps)
+        between = karras_sigmas(k + 1, sigma_min=module.eps, sigma_max=module.sigma_g)[1:-1]
+        return (module.sigma_g, *between.tolist())
+    if sigmas is not None:
+        raise GddlabError(
+            f"sigmas={sigmas} with {type(module).__name__}: only a one-step student takes sigmas; "
+            "give steps, sigma_min, sigma_max"
+        )
+    fields = [f.name for f in dataclasses.fields(Sampler)]
+    for name in settings:
+        if name not in fields:
+            raise unknown("option of sample", name, fields)
+    sampler = Sampler(**settings if steps is None else {"steps": steps, **settings})
+    time_steps(module, sampler)
+    return sampler
+
+
+def sampler_name(how: Method) -> str:
+    """A short name: "one-step", "consistency-2", "heun-18", and whatever is not EDM's default after it."""
+    if isinstance(how, tuple):
+        if len(how) == 1:
+            return "one-step"
+        return f"consistency-{len(how)} sigmas=" + ",".join(f"{s:.4g}" for s in how)
+    default = Sampler().to_dict()
+    rest = {k: v for k, v in how.to_dict().items() if k not in ("steps", "solver") and v != default[k]}
+    return " ".join([f"{how.solver}-{how.steps}", *(f"{k}={v}" for k, v in rest.items())])
+
+
+@contextlib.contextmanager
+def prepared(net: Precond, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
+    """Inference: eval mode, no gradients, autocast, memory format of the weights; afterwards the network is as before."""
+    first = next(net.parameters())
+    name = precision(dtype)
+    if name != "float32" and first.dtype != torch.float32:
+        raise GddlabError(f"dtype={name} with a {first.dtype} network: autocast wants float32 weights, use net.float()")
+    was_training = net.training
+    weights = [(p, p.data) for p in net.parameters() if channels_last and p.ndim == 4]
+    try:
+        for p, data in weights:
+            p.data = data.contiguous(memory_format=torch.channels_last)
+        net.eval()
+        autocast = torch.autocast(first.device.type, dtype=getattr(torch, name), enabled=name != "float32")
+        with torch.inference_mode(), autocast:
+            yield
+    finally:
+        net.train(was_training)
+        for p, data in weights:
+            p.data = data
+
+
+def draw(
+    net: Precond, how: Method, seeds: Sequence[int], labels: Tensor | None, *, channels_last: bool = False
+) -> Tensor:
+    """One batch, inside `prepared`.  -> (len(seeds), C, H, W), float32 in [-1, 1], on the CPU"""
+    first = next(net.parameters())
+    noise = ImageNoise(seeds, (net.img_channels, net.img_resolution, net.img_resolution))
+    z = noise(torch.float32).to(first.device)
+    if channels_last:
+        z = z.contiguous(memory_format=torch.channels_last)
+    c = None if labels is None else labels.to(first.device)
+    if isinstance(how, tuple):
+        x = multistep(cast(OneStepPrecond, net), z.to(first.dtype), c, sigmas=how, noise=noise)
     else:
-        ids = torch.as_tensor(labels)
-        if ids.ndim == 2:
-            if ids.shape != (n, label_dim):
-                raise GddlabError(f"class_labels are {tuple(ids.shape)}: give ({n}, {label_dim})")
-            return ids.float()
-        ids = ids.expand(n) if ids.ndim == 0 else ids
-        if ids.shape != (n,) or ids.min() < 0 or ids.max() >= label_dim:
-            raise GddlabError(f"class_labels {ids.tolist()[:4]}: give {n} ids in 0..{label_dim - 1}")
-    return torch.nn.functional.one_hot(ids.long(), label_dim).float()
+        x = integrate(net, z, c, how, noise=noise)
+    return x.float().clamp(-1, 1).cpu()

@@ -1,0 +1,140 @@
+"""Noise levels and their course in time: discretisations, schedules and scalings of Karras et al. 2022, table 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gddlab.errors import GddlabError
+
+__all__ = [
+    "SCALINGS",
+    "SCHEDULES",
+    "Schedule",
+    "default_range",
+    "iddpm_sigmas",
+    "karras_sigmas",
+    "noise_levels",
+    "schedule",
+]
+
+SCHEDULES = ("vp", "ve", "linear")
+SCALINGS = ("vp", "none")
+
+# The VP process whose end points are the default range of discretisation "vp".
+_BETA_D, _BETA_MIN = 19.9, 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigma(t), its derivative, and its inverse."""
+
+    sigma: Callable[[float], float]
+    slope: Callable[[float], float]
+    time: Callable[[float], float]
+
+
+def karras_sigmas(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels from `sigma_max` down to `sigma_min`, float64, (n,) (Karras et al. 2022, equation 5)."""
+    if n < 1:
+        raise GddlabError(f"{n} noise levels: give at least 1")
+    if not 0 < sigma_min <= sigma_max:
+        raise GddlabError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: give 0 < sigma_min <= sigma_max")
+    if n == 1:
+        return torch.tensor([sigma_max], dtype=torch.float64)
+    ramp = torch.arange(n, dtype=torch.float64) / (n - 1)
+    hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (hi + ramp * (lo - hi)) ** rho
+
+
+def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Tensor:
+    """The M noise levels of iDDPM's cosine schedule, highest first, float64, (M,) (Karras et al. 2022, appendix C.3)."""
+    alpha_bar = [math.sin(0.5 * math.pi * j / M / (C_2 + 1)) ** 2 for j in range(M + 1)]
+    u = [0.0]
+    for j in range(M, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
+    return torch.tensor(u[:0:-1], dtype=torch.float64)
+
+
+def default_range(discretization: str, *, epsilon_s: float) -> tuple[float, float]:
+    """sigma_min and sigma_max of a discretisation; that of VP runs from t = epsilon_s to 1."""
+    vp = _vp(_BETA_D, _BETA_MIN)
+    return {
+        "vp": (vp.sigma(epsilon_s), vp.sigma(1.0)),
+        "ve": (0.02, 100.0),
+        "iddpm": (0.002, 81.0),
+        "edm": (0.002, 80.0),
+    }[discretization]
+
+
+def noise_levels(
+    discretization: str,
+    n: int,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    rho: float = 7.0,
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+) -> Tensor:
+    """`n` descending noise levels in sigma_min..sigma_max, float64, (n,); one level is the highest.
+
+    Args:
+        discretization: "edm": equation 5 with exponent `rho`; "vp": equal steps of VP's time from 1 to `epsilon_s`;
+            "ve": geometric; "iddpm": taken at equal distances from the M levels of iDDPM (`C_1`, `C_2`) that lie in the range.
+    """
+    if discretization == "edm":
+        return karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    if discretization == "vp":
+        sigma = _fit_vp(sigma_min, sigma_max, epsilon_s).sigma
+        return torch.tensor([sigma(1 + r * (epsilon_s - 1)) for r in ramp.tolist()], dtype=torch.float64)
+    if discretization == "ve":
+        return (sigma_max**2 * (sigma_min**2 / sigma_max**2) ** ramp).sqrt()
+    assert discretization == "iddpm"
+    u = iddpm_sigmas(C_1=C_1, C_2=C_2, M=M)
+    u = u[(u >= sigma_min) & (u <= sigma_max)]
+    if not len(u):
+        raise GddlabError(f"no iDDPM noise level in {sigma_min:g}..{sigma_max:g}: widen sigma_min and sigma_max")
+    return u[((len(u) - 1) * ramp).round().long()]
+
+
+def schedule(name: str, sigma_min: float, sigma_max: float, *, epsilon_s: float = 1e-3) -> Schedule:
+    """sigma(t): "linear" is t, "ve" sqrt(t), "vp" the VP process that has sigma_min at t = epsilon_s and sigma_max at 1."""
+    if name == "linear":
+        return Schedule(lambda t: t, lambda t: 1.0, lambda sigma: sigma)
+    if name == "ve":
+        return Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda sigma: sigma**2)
+    assert name == "vp"
+    return _fit_vp(sigma_min, sigma_max, epsilon_s)
+
+
+def _vp(beta_d: float, beta_min: float) -> Schedule:
+    def sigma(t: float) -> float:
+        return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
+
+    def slope(t: float) -> float:
+        return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t))
+
+    def time(s: float) -> float:
+        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(s**2)) - beta_min) / beta_d
+
+    return Schedule(sigma, slope, time)
+
+
+def _fit_vp(sigma_min: float, sigma_max: float, epsilon_s: float) -> Schedule:
+    lo, hi = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (lo / epsilon_s - hi) / (epsilon_s - 1)
+    beta_min = hi - 0.5 * beta_d
+    if not (beta_d > 0 and beta_min + beta_d * epsilon_s > 0):
+        raise GddlabError(
+            f"no VP process has sigma {sigma_min:g} at t={epsilon_s:g} and {sigma_max:g} at t=1: "
+            "lower sigma_min, raise epsilon_s, or use another schedule and discretization"
+        )
+    return _vp(beta_d, beta_min)
