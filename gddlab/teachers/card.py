@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +34,9 @@ class TeacherCard:
     sha256: str
     source: str
     kimg: float | None = None
+    original: dict[str, Any] | None = None
+    """Of a network that was read from a pickle: file, sha256 of the file, class, key, and the data set that it names."""
+    licence: str | None = None
     scores: tuple[dict[str, Any], ...] = field(default=())
 
     @classmethod
@@ -48,14 +52,21 @@ class TeacherCard:
             channels=net.img_channels,
             classes=net.label_dim,
             parameters=sum(p.numel() for p in net.parameters()),
-            sigma_min=float(meta.get("sigma_min", max(net.sigma_min, 0.002))),
-            sigma_max=float(meta.get("sigma_max", min(net.sigma_max, 80.0))),
+            sigma_min=float(meta.get("sigma_min", net.sigma_min or 0.002)),
+            sigma_max=float(meta.get("sigma_max", net.sigma_max if math.isfinite(net.sigma_max) else 80.0)),
             data=meta.get("data"),
             sha256=hash_tensors(net.state_dict()),
             source=source,
             kimg=meta.get("kimg"),
+            original=meta.get("original"),
+            licence=meta.get("licence"),
             scores=tuple(scores),
         )
+
+    def to_meta(self) -> dict[str, Any]:
+        """What a weights file keeps of the card: all that cannot be read off the network."""
+        keep = ("name", "data", "sigma_min", "sigma_max", "kimg", "original", "licence")
+        return {k: v for k in keep if (v := getattr(self, k)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +87,13 @@ class TeacherCard:
             ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
             ("data", self.data or "not known"),
         ]
+        if self.original is not None:
+            o = self.original
+            rows.append(("original", f"{o['class']} in {o['file']}, sha256 {o['sha256'][:16]}"))
+            if "data" in o:
+                rows.append(("data, it says", o["data"]))
+        if self.licence is not None:
+            rows.append(("licence", self.licence))
         if self.kimg is not None:
             rows.append(("trained on", f"{self.kimg:g} thousand images"))
         rows += [("sha256", self.sha256[:16]), ("file", self.source)]

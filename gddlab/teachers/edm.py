@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond, from_edm
 from gddlab.teachers.rebuild import find
 from gddlab.teachers.torchfile import LEGACY_MAGIC, TensorData, read_torch
-from gddlab.teachers.unpickle import Blob, Budget, Reader, Record, Refused
+from gddlab.teachers.unpickle import Blob, Budget, Reader, Record, Refused, a, printable
 
 __all__ = ["read_edm", "read_pickle"]
 
@@ -31,8 +32,23 @@ CLASSES = {
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file keeps its network, the best first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-LIMITS = {"num_blocks": 64, "model_channels": 8192, "M": 100_000, "img_resolution": 4096, "augment_dim": 4096}
-MAX_DEPTH, MAX_TENSORS = 32, 50_000
+COUNTS = {
+    "img_resolution": (1, 4096),
+    "img_channels": (1, 256),
+    "out_channels": (1, 512),
+    "label_dim": (0, 100_000),
+    "augment_dim": (0, 4096),
+    "model_channels": (1, 8192),
+    "channel_mult_emb": (1, 64),
+    "channel_mult_noise": (1, 64),
+    "num_blocks": (1, 64),
+    "M": (1, 100_000),
+}
+NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
+NUMBERS |= {"dropout", "label_dropout"}
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096)}
+NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
+MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
 
 def read_pickle(path: Path) -> Any:
@@ -41,21 +57,8 @@ def read_pickle(path: Path) -> Any:
     Raises:
         GddlabError: What is wrong, and at which byte.
     """
-    try:
-        with path.open("rb") as f:
-            view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as e:
-        raise GddlabError(f"{path} cannot be read: {e.strerror}") from None
-    blob, budget = Blob(view, 0), Budget()
-    try:
-        if bytes(view[:2]) == b"PK":
-            return read_torch(blob, budget, find=find)
-        value = Reader(blob, find=find, budget=budget).read()
-        return read_torch(blob, budget, find=find) if value == LEGACY_MAGIC else value
-    except Refused as e:
-        raise GddlabError(f"{path} is not read, {e}") from None
-    except ValueError as e:
-        raise GddlabError(f"{path} is not read: {e}") from None
+    with _refusals(path):
+        return _read(path)
 
 
 def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
@@ -70,75 +73,131 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     Raises:
         GddlabError: No network, an unknown class, weights that do not fit, or a pickle that cannot be read.
     """
-    key, record = _network(path, content := read_pickle(path))
-    kwargs = _arguments(path, record)
-    tensors = _tensors(path, record)
-    net = _build(path, record.cls, kwargs, tensors)
-    meta: dict[str, Any] = {"original": {"file": path.name, "sha256": _sha256(path), "class": record.cls, "key": key}}
-    trained_on = _trained_on(content)
-    if trained_on:
-        meta["original"]["data"] = trained_on
-    return net, meta
+    with _refusals(path):
+        content = _read(path)
+        key, record = _network(content)
+        net = _build(record, _arguments(record), _tensors(record), path.stat().st_size)
+        with path.open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
+    if trained_on := _trained_on(content):
+        original["data"] = trained_on
+    return net, {"original": original}
 
 
-def _network(path: Path, content: Any) -> tuple[str, Record]:
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Every refusal is one line that names the file and the byte."""
+    try:
+        yield
+    except Refused as e:
+        raise GddlabError(printable(f"{path} is refused at {e}")) from None
+    except OSError as e:
+        raise GddlabError(printable(f"{path} cannot be read: {e.strerror or e}")) from None
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file() or not path.stat().st_size:
+        raise Refused(0, "there is no file, or it is empty")
+    with path.open("rb") as f:  # a private mapping: writable, as torch wants it, and never written back
+        view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
+    blob, budget = Blob(view, 0), Budget()
+    if bytes(view[:2]) == b"PK":
+        return read_torch(blob, budget, find=find)
+    value = Reader(blob, find=find, budget=budget).read()
+    return read_torch(blob, budget, find=find) if value == LEGACY_MAGIC else value
+
+
+def _network(content: Any) -> tuple[str, Record]:
+    """The network's key in the file, "" where the file is the network, and the network."""
     if isinstance(content, Record):
         return "", content
     if not isinstance(content, dict):
-        raise GddlabError(f"{path} holds a {type(content).__name__}, no network: give a network-snapshot .pkl of EDM")
+        raise Refused(0, f"{a(content)}, no network: give a network-snapshot .pkl of EDM")
     for key in KEYS:
         if isinstance(content.get(key), Record):
             return key, content[key]
     held = ", ".join(str(k)[:30] for k in list(content)[:8]) or "nothing"
-    raise GddlabError(f"{path} holds no network under {', '.join(KEYS)}: it holds {held}")
+    raise Refused(0, f"it holds no network under {', '.join(KEYS)}; it holds {held}")
 
 
-def _arguments(path: Path, record: Record) -> dict[str, Any]:
+def _arguments(record: Record) -> dict[str, Any]:
     """Constructor arguments that `from_edm` takes, all of them small."""
     if record.cls not in CLASSES:
-        raise GddlabError(
-            f"{path} holds a network of class {record.cls[:60]!r}; accepted are {', '.join(CLASSES)}"
-        )
+        raise Refused(record.at, f"a network of class {record.cls[:60]!r}; accepted are {', '.join(CLASSES)}")
     if len(record.args) > len(POSITIONAL):
-        raise GddlabError(f"{path}: {len(record.args)} positional arguments of {record.cls}; known are {POSITIONAL}")
+        raise Refused(
+            record.at,
+            f"{record.cls} with {len(record.args)} positional arguments; accepted are {', '.join(POSITIONAL)}",
+        )
     kwargs = dict(zip(POSITIONAL, record.args, strict=False)) | record.kwargs
     for name in ("img_resolution", "img_channels", "label_dim", "sigma_data"):  # attributes say what defaults were
         if name in record.state and name not in kwargs:
             kwargs[name] = record.state[name]
-    unet = (record.state.get("_modules") or {}).get("model")
+    unet = _members(record, "_modules").get("model")
     if isinstance(unet, Record):
         kwargs["model_type"] = unet.cls
-    kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
+    kwargs.pop("use_fp16", None)
+    if kwargs.get("sigma_max") == math.inf:  # the default, and no number in JSON
+        del kwargs["sigma_max"]
     for name, value in kwargs.items():
-        for v in value if isinstance(value, list) and len(value) <= 16 else [value]:
-            plain = v is None or (isinstance(v, str) and len(v) < 100) or (isinstance(v, (int, float)) and abs(v) <= 1e6)
-            infinite = isinstance(v, float) and math.isinf(v)
-            if not (plain or infinite) or (name in LIMITS and not (isinstance(v, int) and v <= LIMITS[name])):
-                shown = v if isinstance(v, (int, float, str)) else type(v).__name__
-                raise GddlabError(f"{path}: {record.cls} has {name[:40]}={str(shown)[:40]}, which no network has")
-    return {k: v for k, v in kwargs.items() if not (isinstance(v, float) and math.isinf(v))}
+        if (accepted := _accepted(name, value)) is not None:
+            shown = (
+                repr(value[:40]) if isinstance(value, str) else value if isinstance(value, (int, float)) else a(value)
+            )
+            raise Refused(record.at, f"{record.cls} has {str(name)[:40]}={str(shown)[:40]}: {accepted}")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
 
 
-def _tensors(path: Path, record: Record) -> dict[str, TensorData]:
+def _accepted(name: Any, value: Any) -> str | None:
+    """What an argument may be, if `value` is not."""
+    if name in COUNTS:
+        low, high = COUNTS[name]
+        return None if type(value) is int and low <= value <= high else f"accepted are whole numbers, {low} to {high:,}"
+    if name in NUMBERS:
+        return None if type(value) in (int, float) and abs(value) <= 1e6 else "accepted are numbers, up to 1e6"
+    if name in LISTS:
+        low, high = LISTS[name]
+        short = isinstance(value, (list, tuple)) and len(value) <= 16 and (value or name == "attn_resolutions")
+        if short and all(type(v) in (int, float) and low <= v <= high for v in value):
+            return None
+        return f"accepted are lists of 1 to 16 numbers, {low} to {high:,}"
+    if name in NAMES:
+        return None if isinstance(value, str) and len(value) < 100 else "accepted is a short text"
+    return "no network of EDM has this argument"
+
+
+def _members(module: Record, kind: str) -> dict[Any, Any]:
+    members = module.state.get(kind)
+    if members is not None and not isinstance(members, dict):
+        raise Refused(module.at, f"{kind} of a module is {a(members)}: no network")
+    return members or {}
+
+
+def _tensors(record: Record) -> dict[str, TensorData]:
     """State dict of a module that was never made."""
     out: dict[str, TensorData] = {}
-    todo, seen = [("", record, 0)], set()
+    todo, seen, visited = [("", record, 0)], set(), 0
     while todo:
         prefix, module, depth = todo.pop()
         if id(module) in seen or depth > MAX_DEPTH:
-            raise GddlabError(f"{path}: module {prefix[:60]!r} holds itself or is nested too deep: no network")
+            raise Refused(module.at, f"the module {prefix[:60]!r} is there twice, or nested too deep: no network")
         seen.add(id(module))
-        transient = module.state.get("_non_persistent_buffers_set") or ()
+        transient = module.state.get("_non_persistent_buffers_set")
         for kind, wanted in (("_parameters", TensorData), ("_buffers", TensorData), ("_modules", Record)):
-            members = module.state.get(kind) or {}
-            if not isinstance(members, dict) or len(out) + len(members) + len(todo) > MAX_TENSORS:
-                raise GddlabError(f"{path}: {prefix[:60]}{kind} is no dict, or too large: no network")
+            members = _members(module, kind)
+            visited += len(members)
+            if visited > MAX_TENSORS:
+                raise Refused(module.at, f"more than {MAX_TENSORS:,} tensors and modules: no network")
             for name, member in members.items():
-                if member is None or (kind == "_buffers" and name in transient):
+                if member is None or (kind == "_buffers" and isinstance(transient, set) and name in transient):
                     continue
                 full = f"{prefix}{name}"
-                if not isinstance(member, wanted) or len(full) > 500:
-                    raise GddlabError(f"{path}: {full[:80]} is a {type(member).__name__}, no {wanted.__name__}")
+                if not isinstance(name, str) or len(full) > 500:
+                    raise Refused(module.at, f"{full[:80]} is no name of a tensor or module")
+                if not isinstance(member, wanted):
+                    what = "tensor" if wanted is TensorData else "module"
+                    raise Refused(module.at, f"{full[:80]} is {a(member)}, no {what}")
                 if isinstance(member, Record):
                     todo.append((f"{full}.", member, depth + 1))
                 else:
@@ -146,30 +205,42 @@ def _tensors(path: Path, record: Record) -> dict[str, TensorData]:
     return out
 
 
-def _build(path: Path, cls: str, kwargs: dict[str, Any], tensors: dict[str, TensorData]) -> Precond:
+def _build(record: Record, kwargs: dict[str, Any], tensors: dict[str, TensorData], size: int) -> Precond:
+    """The network, its parts made only after everything that the file announces has been found in the file."""
+    cls, at = record.cls, record.at
+    blocks, levels = kwargs.get("num_blocks", 1), len(kwargs.get("channel_mult", [1]))
+    if 20 * blocks * levels > len(tensors):  # ten tensors a block, at least: no large network from a small file
+        raise Refused(at, f"{cls} of {blocks} blocks in {levels} levels has only {len(tensors)} tensors")
     try:
         with torch.device("meta"):
             net = from_edm(CLASSES[cls], **kwargs)
-    except GddlabError as e:
-        raise GddlabError(f"{path}: {e}") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as e:
-        raise GddlabError(f"{path}: no {cls} can be built from its arguments ({str(e).splitlines()[0][:120]})") from None
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as e:
+        raise Refused(at, f"{cls} cannot be built from its arguments: {str(e).splitlines()[0][:200]}") from None
+    if not 0 <= net.sigma_min < net.sigma_max:
+        raise Refused(at, f"{cls} with sigma from {net.sigma_min} to {net.sigma_max}: no noise levels")
     expected = net.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise GddlabError(f"{path}: {len(missing)} tensors of {cls} are missing, {missing[0]!r} the first")
+        raise Refused(at, f"{cls} lacks {len(missing)} of its tensors, {missing[0]} the first")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise GddlabError(f"{path}: {len(extra)} tensors that {cls} does not have, {extra[0][:80]!r} the first")
+        raise Refused(
+            at, f"{len(extra)} tensors that {cls} of these arguments does not have, {extra[0][:80]} the first"
+        )
     for name, t in expected.items():
         if tuple(t.shape) != tensors[name].size:
-            raise GddlabError(f"{path}: {name} is {tensors[name].size}, where the architecture has {tuple(t.shape)}")
+            raise Refused(tensors[name].at, f"{name} is {tensors[name].size}, where {cls} has {tuple(t.shape)}")
         if not tensors[name].storage.dtype.is_floating_point:
-            raise GddlabError(f"{path}: {name} is of {tensors[name].storage.dtype}, no floating point numbers")
-    if sum(tensors[n].nbytes for n in expected) > path.stat().st_size:
-        raise GddlabError(f"{path}: its weights are larger than the file, tensors share their bytes: no network")
-    try:
-        state: dict[str, Tensor] = {n: tensors[n].tensor().float() for n in expected}
-    except ValueError as e:
-        raise GddlabError(f"{path}: {e}") from None
+            raise Refused(tensors[name].at, f"{name} is {tensors[name].storage.dtype}, no floating point numbers")
+    if sum(tensors[n].nbytes for n in expected) > size:
+        raise Refused(at, "weights larger than the file: tensors share their bytes")
+    state = {}
+    for name in expected:
+        try:
+            weights = tensors[name].view().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        except (ValueError, RuntimeError) as e:
+            raise Refused(tensors[name].at, f"{name}: {str(e).splitlines()[0][:200]}") from None
+        if not math.isfinite(weights.sum()):
+            raise Refused(tensors[name].at, f"{name} holds numbers that are not finite")
+        state[name] = weights
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval()
 
@@ -179,10 +250,5 @@ def _trained_on(content: Any) -> str | None:
     for key in ("training_set_kwargs", "dataset_kwargs"):
         about = content.get(key) if isinstance(content, dict) else None
         if isinstance(about, dict) and isinstance(about.get("path"), str):
-            return str(about["path"]).replace("\\", "/").rstrip("/").rpartition("/")[2][:120]
+            return printable(about["path"][-1000:].replace("\\", "/").rstrip("/").rpartition("/")[2][:120])
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

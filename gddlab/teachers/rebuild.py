@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gddlab.teachers.torchfile import DTYPES, Storage, TensorData, count, find_storage, need, read_torch, shape
-from gddlab.teachers.unpickle import Blob, Name, Node, Reader, Record, key
+from gddlab.teachers.unpickle import Blob, Name, Node, Reader, Record
 
 __all__ = ["find"]
 
@@ -28,8 +28,8 @@ def rebuild_tensor(reader: Reader, storage: Any, offset: Any, size: Any, stride:
     if n and (
         n > storage.numel or offset + sum((d - 1) * s for d, s in zip(size, stride, strict=True)) >= storage.numel
     ):
-        raise ValueError(f"a tensor of {n:,} elements in a storage of {storage.numel:,}")
-    return TensorData(storage, offset, size, stride)
+        raise ValueError(f"a tensor that reaches beyond its storage, whose length is {storage.numel:,}")
+    return TensorData(storage, offset, size, stride, reader.at)
 
 
 def rebuild_parameter(reader: Reader, data: Any, *rest: Any) -> TensorData:
@@ -53,9 +53,9 @@ class DType(Node):
     order: str = "<"
 
     def build(self, state: Any) -> None:
-        order = need(state, tuple, "the state of a dtype")[1]
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order not in ("<", ">", "|", "="):
-            raise ValueError("a dtype of unknown byte order")
+            raise ValueError("the state of a dtype, without a byte order")
         self.order = order
 
     @property
@@ -67,19 +67,21 @@ class DType(Node):
 class Array(Node):
     """A numpy array, made when its state comes."""
 
-    value: np.ndarray = field(default_factory=lambda: np.empty(0))
+    value: np.ndarray[Any, Any] | None = None
 
     def build(self, state: Any) -> None:
-        _, size, dtype, fortran, data = need(state, tuple, "the state of an array")
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("the state of an array that is no tuple of five")
+        _, size, dtype, fortran, data = state
         self.value = frombuffer(data, dtype, size, "F" if fortran is True else "C")
 
 
-def frombuffer(data: Any, dtype: Any, size: Any, order: str) -> np.ndarray:
+def frombuffer(data: Any, dtype: Any, size: Any, order: str) -> np.ndarray[Any, Any]:
     """An array over the file's bytes, not copied."""
     data, dtype = need(data, Blob, "the data of an array").view, need(dtype, DType, "the dtype of an array").numpy
     size = shape(size, "an array's size")
     if math.prod(size) * dtype.itemsize != len(data):
-        raise ValueError(f"an array of {math.prod(size):,} elements in {len(data):,} bytes")
+        raise ValueError(f"an array of size {size} in {len(data):,} bytes")
     return np.frombuffer(data, dtype=dtype).reshape(size, order="F" if order == "F" else "C")
 
 
@@ -111,18 +113,24 @@ def make_dict(reader: Reader, *args: Any) -> dict[Any, Any]:
     return {}
 
 
+def new_dict(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+    if args or kwargs:
+        raise ValueError("a dict with arguments")
+    return {}
+
+
 def make_set(reader: Reader, items: Any = ()) -> set[Any]:
-    reader.budget.charge(96 * len(need(items, (list, tuple), "the content of a set")), reader.offset)
-    return set(map(key, items))
+    return set(reader.members(need(items, (list, tuple), "the content of a set")))
 
 
-def make_bytes(reader: Reader, text: Any = "", encoding: Any = "latin1") -> Blob:
-    """`_codecs.encode(text, "latin1")`: bytes in protocol 2."""
-    if encoding != "latin1":
+def make_bytes(reader: Reader, content: Any = "", encoding: Any = "latin1") -> Blob:
+    """`_codecs.encode(text, "latin1")` and `bytearray(...)`: bytes in older protocols."""
+    if isinstance(content, Blob):
+        return content
+    if encoding not in ("latin1", "latin-1"):
         raise ValueError("an encoding other than latin1")
-    data = need(text, str, "a text to encode").encode("latin1")
-    reader.budget.charge(len(data), reader.offset)
-    return Blob(memoryview(data), reader.offset)
+    reader.budget.charge(2 * len(need(content, str, "a text to encode")), reader.at)
+    return Blob(memoryview(bytearray(content, "latin1")), reader.at, decoded=True)
 
 
 def make_size(reader: Reader, items: Any = ()) -> tuple[int, ...]:
@@ -138,9 +146,9 @@ def persistent_object(reader: Reader, meta: Any) -> Record:
     meta = need(meta, dict, "a persistent object")
     if meta.get("type") != "class":
         raise ValueError("a persistent object that is no class")
-    record = Record(need(meta.get("class_name"), str, "the class name of a persistent object"))
+    record = Record(need(meta.get("class_name"), str, "the class name of a persistent object"), at=reader.at)
     record.build(meta.get("state"))
-    record.args = need(record.state.get("_init_args", ()), (tuple, list), "the arguments of a persistent object")
+    record.args = need(record.state.get("_init_args", ()), tuple, "the arguments of a persistent object")
     record.kwargs = need(record.state.get("_init_kwargs", {}), dict, "the keyword arguments of a persistent object")
     return record
 
@@ -159,27 +167,30 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.multiarray", "scalar"): make_scalar,
     ("numpy._core.numeric", "_frombuffer"): array_of_buffer,
     ("_codecs", "encode"): make_bytes,
+    ("builtins", "bytes"): make_bytes,
+    ("builtins", "bytearray"): make_bytes,
     ("builtins", "set"): make_set,
+    ("builtins", "frozenset"): make_set,
 }
 INERT = {("numpy", "ndarray"), *(("torch", str(d).removeprefix("torch.")) for d in set(DTYPES.values()))}
-INERT |= {("torch", name) for name in DTYPES} | {("torch.storage", name) for name in DTYPES}
+INERT |= {(module, name) for name in DTYPES for module in ("torch", "torch.storage")}
 MODULES = ("torch.nn.modules.", "training.", "torch_utils.", "dnnlib.")  # whose classes may appear as records
 
 
 def find(module: str, name: str) -> Name:
     """The allow-list: what a name becomes. Nothing is imported, whatever the answer."""
-    if len(module) > 256 or len(name) > 256:
-        raise ValueError("a name of more than 256 characters")
-    module = re.sub(r"^numpy\.core\.", "numpy._core.", module)
-    module = "builtins" if module == "__builtin__" else module
+    if module.startswith("numpy.core."):
+        module = module.replace("numpy.core.", "numpy._core.", 1)
+    elif module == "__builtin__":
+        module = "builtins"
     if (module, name) in CALLS:
-        return Name(module, name, call=CALLS[module, name], new=make_dict if name == "OrderedDict" else None)
+        return Name(module, name, call=CALLS[module, name], new=new_dict if name == "OrderedDict" else None)
     if (module, name) in INERT:
         return Name(module, name)
     if name == "_reconstruct_persistent_obj" and module.split(".")[-2:] == ["torch_utils", "persistence"]:
         return Name(module, name, call=persistent_object)
     if name == "EasyDict" and module.split(".")[-2:] == ["dnnlib", "util"]:
-        return Name(module, name, new=make_dict)
+        return Name(module, name, new=new_dict)
     if module.startswith(MODULES) and name.isidentifier():
-        return Name(module, name, new=lambda reader, *args, **kwargs: Record(name, args, kwargs))
+        return Name(module, name, new=lambda reader, args, kwargs: Record(name, args, kwargs, at=reader.at))
     raise ValueError(f"it names {module[:60]}.{name[:60]}, which no EDM network needs; nothing of it was run")

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import math
 import struct
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.teachers.unpickle import Blob, Budget, Name, Reader
+from gddlab.teachers.unpickle import MAX_NAME, OBJECT, Blob, Budget, Name, Reader, Refused, a
 
-__all__ = ["DTYPES", "Storage", "TensorData", "count", "find_storage", "need", "read_torch", "shape"]
+__all__ = [
+    "DTYPES",
+    "LEGACY_MAGIC",
+    "Storage",
+    "TensorData",
+    "count",
+    "find_storage",
+    "need",
+    "read_torch",
+    "shape",
+    "zip_directory",
+]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 DTYPES = {
@@ -32,7 +40,6 @@ DTYPES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-MAX_DIRECTORY = 2**21  # bytes of a zip's directory: 20,000 storages
 
 
 @dataclass(slots=True, eq=False)
@@ -46,39 +53,26 @@ class Storage:
 
 @dataclass(slots=True, eq=False)
 class TensorData:
-    """A tensor that is still in the file: `tensor()` reads it."""
+    """A tensor that is still in the file; `at` is the byte that made it."""
 
     storage: Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    at: int = 0
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.size) * self.storage.dtype.itemsize
 
-    def tensor(self) -> Tensor:
-        """A copy of its own, so that nothing refers to the file."""
+    def view(self) -> Tensor:
+        """The tensor over the file's own bytes: copy it before the file may change."""
         s = self.storage
         if s.data is None:
             raise ValueError("a tensor whose bytes are not in the file")
         if not math.prod(self.size):
             return torch.empty(self.size, dtype=s.dtype)
-        flat = torch.empty(s.numel, dtype=s.dtype)
-        target = flat.view(torch.uint8).numpy()
-        target[:] = np.frombuffer(s.data, dtype=np.uint8)
-        if self.offset == 0 and math.prod(self.size) == s.numel and is_contiguous(self.size, self.stride):
-            return flat.view(self.size)
-        return flat.as_strided(self.size, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
-
-
-def is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    step = 1
-    for n, s in zip(reversed(size), reversed(stride), strict=True):
-        if n != 1 and s != step:
-            return False
-        step *= n
-    return True
+        return torch.frombuffer(s.data, dtype=s.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 def count(value: Any, what: str) -> int:
@@ -95,7 +89,7 @@ def shape(value: Any, what: str) -> tuple[int, ...]:
 
 def need(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"{what} is a {type(value).__name__}")
+        raise ValueError(f"{what} is {a(value)}")
     return value
 
 
@@ -109,17 +103,17 @@ class Storages:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6):
             raise ValueError("a persistent id that is no storage")
         kind, cls, name, _, numel, *rest = pid
-        if kind != "storage" or not isinstance(cls, Name) or cls.name not in DTYPES:
+        if kind != "storage" or not isinstance(cls, Name) or cls.name not in DTYPES or (rest and rest[0] is not None):
             raise ValueError("a persistent id that is no storage")
-        if rest and rest[0] is not None:
-            raise ValueError("a storage that is a view of another")
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise ValueError("a storage whose name is no short text")
         storage = Storage(DTYPES[cls.name], count(numel, "the length of a storage"))
-        return self.found.setdefault(need(name, str, "the name of a storage"), storage)
+        return self.found.setdefault(name, storage)
 
-    def place(self, name: Any, data: memoryview) -> None:
-        storage = self.found.get(name)
-        if storage is None or len(data) != storage.numel * storage.dtype.itemsize:
-            raise ValueError(f"a storage of {len(data):,} bytes that is not the one announced")
+    def place(self, name: str, data: memoryview) -> None:
+        storage = self.found[name]
+        if len(data) != storage.numel * storage.dtype.itemsize:
+            raise ValueError(f"a storage of {len(data):,} bytes, where {storage.numel:,} numbers were announced")
         storage.data = data
 
 
@@ -127,101 +121,94 @@ def read_torch(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) 
     """The value of a torch file, of either format; storages stay where they are.
 
     `torch.load(weights_only=True)` would not do: it allocates what a file announces before it looks what is there, and inflates zips.
+
+    Raises:
+        Refused: What is wrong, and at which byte.
     """
     if bytes(blob.view[:4]) == b"PK\x03\x04":
         return read_torch_zip(blob, budget, find=find)
     storages = Storages()
     reader = Reader(blob, find=find, persistent=storages, budget=budget)
-    magic, version = reader.read(), reader.read()
-    if magic != LEGACY_MAGIC or version != 1001:
-        raise ValueError("bytes that are no torch file")
-    if need(reader.read(), dict, "the header of a torch file").get("little_endian") is not True:
-        raise ValueError("a torch file of a big-endian machine")
-    value = reader.read()
-    for name in need(reader.read(), list, "the list of storages"):
-        numel = reader.unpack("<q")
-        storage = storages.found.get(need(name, str, "the name of a storage"))
-        if storage is None or numel != storage.numel:
-            raise ValueError(f"a storage of {numel} elements that is not the one announced")
-        storages.place(name, reader.take(numel * storage.dtype.itemsize))
+    try:
+        if reader.read() != LEGACY_MAGIC or reader.read() != 1001:
+            raise ValueError("bytes that are no torch file")
+        if need(reader.read(), dict, "the header of a torch file").get("little_endian") is not True:
+            raise ValueError("a torch file of a big-endian machine")
+        value = reader.read()
+        for name in need(reader.read(), list, "the list of storages"):
+            storage = storages.found.get(name) if isinstance(name, str) else None
+            numel = reader.unpack("<q")
+            if storage is None or numel != storage.numel:
+                raise ValueError(f"a storage of {numel:,} numbers that is not the one announced")
+            storages.place(name, reader.take(numel * storage.dtype.itemsize))
+    except ValueError as e:
+        raise Refused(reader.offset, str(e)) from None
     return value
 
 
 def read_torch_zip(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) -> Any:
     """The value of a torch file since 1.6; entries must be stored, not compressed, so that no entry is larger than the file."""
-    entries = zip_entries(blob, budget)
-    pickles = [n for n in entries if n.endswith("data.pkl")]
-    if len(pickles) != 1:
-        raise ValueError("a zip without a data.pkl, no torch file")
-    folder = pickles[0].removesuffix("data.pkl")
-    order = entries.get(f"{folder}byteorder")
-    if order is not None and bytes(order.view[:8]) != b"little":
-        raise ValueError("a torch file of a big-endian machine")
+    entries: dict[str, Blob] = {}
     storages = Storages()
-    value = Reader(entries[pickles[0]], find=find, persistent=storages, budget=budget).read()
-    for name in storages.found:
-        entry = entries.get(f"{folder}data/{name}")
-        if entry is None:
-            raise ValueError("a storage that is not in the zip")
-        storages.place(name, entry.view)
+    try:
+        for entry in zip_directory(blob.view):
+            budget.charge(OBJECT + 8 * len(entry.name), blob.base)
+            if not entry.stored or len(entry.name) > MAX_NAME or entry.name in entries:
+                raise ValueError(f"a zip with the entry {entry.name[:60]!r} compressed or twice, no torch file")
+            data = entry.data(blob.view)
+            entries[entry.name] = Blob(blob.view[data], blob.base + (0 if blob.decoded else data.start), blob.decoded)
+        pickles = [n for n in entries if n.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"a zip with {len(pickles)} data.pkl in place of one, no torch file")
+        folder = pickles[0].removesuffix("data.pkl")
+        if (order := entries.get(f"{folder}byteorder")) is not None and bytes(order.view[:8]) != b"little":
+            raise ValueError("a torch file of a big-endian machine")
+        value = Reader(entries[pickles[0]], find=find, persistent=storages, budget=budget).read()
+        for name in storages.found:
+            if (content := entries.get(f"{folder}data/{name}")) is None:
+                raise ValueError(f"the storage {name[:60]!r} is not in the zip")
+            storages.place(name, content.view)
+    except ValueError as e:
+        raise Refused(blob.base, str(e)) from None
     return value
 
 
-def zip_entries(blob: Blob, budget: Budget) -> dict[str, Blob]:
-    """Where the stored entries of a zip lie."""
-    view = blob.view
-    tail = bytes(view[-(2**16) :])
+class Entry(NamedTuple):
+    """A file in a zip: its name, whether it is stored as it is, where its header stands, its length."""
+
+    name: str
+    stored: bool
+    header: int
+    size: int
+
+    def data(self, view: memoryview) -> slice:
+        """Where its bytes lie."""
+        if self.header + 30 > len(view):
+            raise ValueError(f"a zip whose entry {self.name[:60]!r} lies outside it")
+        start = self.header + 30 + sum(struct.unpack_from("<HH", view, self.header + 26))
+        if start + self.size > len(view):
+            raise ValueError(f"a zip whose entry {self.name[:60]!r} lies outside it")
+        return slice(start, start + self.size)
+
+
+def zip_directory(view: memoryview) -> Iterator[Entry]:
+    """The first 65,535 entries of a zip, one by one: a directory may be as large as the file, and `zipfile` reads it whole.
+
+    Raises:
+        ValueError: There is no directory, or it is damaged.
+    """
+    tail = bytes(view[-(2**16 + 22) :])
     end = tail.rfind(b"PK\x05\x06")
-    directory = struct.unpack_from("<I", tail, end + 12)[0] if 0 <= end <= len(tail) - 16 else len(view)
-    if directory > MAX_DIRECTORY:
-        raise ValueError("a zip without an end, or with a directory too large for a torch file")
-    budget.charge(2**16 + 16 * directory, blob.base)
-    try:
-        with zipfile.ZipFile(Window(view)) as z:
-            infos = z.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
-        raise ValueError(f"a damaged zip ({e})") from None
-    entries = {}
-    for info in infos:
-        at = info.header_offset
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ValueError("a zip with a compressed or encrypted entry, no torch file")
-        if not 0 <= at <= len(view) - 30:
-            raise ValueError("a zip whose entries lie outside it")
-        start = at + 30 + sum(struct.unpack_from("<HH", view, at + 26))
-        if start + info.file_size > len(view):
-            raise ValueError("a zip whose entries lie outside it")
-        entries[info.filename] = Blob(view[start : start + info.file_size], blob.base + start)
-    return entries
-
-
-class Window(io.RawIOBase):
-    """A file over bytes that are not copied."""
-
-    def __init__(self, view: memoryview):
-        self.bytes, self.at = view, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self.at, len(self.bytes))[whence]
-        if at < 0:
-            raise ValueError("a seek before the start")
-        self.at = at
-        return at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self.bytes[self.at : self.at + len(buffer)]
-        buffer[: len(part)] = part
-        self.at += len(part)
-        return len(part)
+    if not 0 <= end <= len(tail) - 22:
+        raise ValueError("a zip without its directory (a download that was cut off?)")
+    n, _, at = struct.unpack_from("<HII", tail, end + 10)
+    for _ in range(n):
+        if at + 46 > len(view) or bytes(view[at : at + 4]) != b"PK\x01\x02":
+            raise ValueError("a zip with a damaged directory")
+        flags, method, packed, size, *lengths, header = struct.unpack_from("<8xHH8xIIHHH8xI", view, at)
+        name = str(view[at + 46 : at + 46 + lengths[0]], "utf-8", "replace")
+        yield Entry(name, method == 0 and packed == size and not flags & 1, header, size)
+        at += 46 + sum(lengths)
 
 
 def find_storage(module: str, name: str) -> Name:

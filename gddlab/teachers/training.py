@@ -6,32 +6,23 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gddlab.datasets import open_dataset, order
+from gddlab.datasets import BatchReader, open_dataset
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write_json, write_text
 from gddlab.nets import Precond, from_edm, save_network
+from gddlab.nets.architectures import NCSNPP
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.rng import generator
 from gddlab.sampling import sample, save_grid
 
 __all__ = ["TeacherConfig", "edm_loss", "train_teacher"]
-
-NCSNPP: dict[str, Any] = {
-    "model_type": "SongUNet",
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "decoder_type": "standard",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
 
 
 class TeacherConfig(BaseModel):
@@ -145,6 +136,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     ).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+    reader = BatchReader(data, batch=config.batch, seed=config.seed)
     step, seconds = 0, 0.0
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -152,6 +144,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
+        reader.load_state_dict(state["data"])
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
 
     total = -(-round(config.total_kimg * 1000) // config.batch)
@@ -162,11 +155,10 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     bar.update(step * config.batch)
     with bar:
         while step < total:
-            nimg = step * config.batch
+            nimg = reader.position
             g = generator(config.seed, step)
-            index = order(len(data), config.seed, nimg, config.batch)
-            x = data.images(index)
-            c = data.labels(index) if config.conditional else None
+            x, labels = reader.next()
+            c = labels if config.conditional else None
             sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
             noise = torch.randn(x.shape, generator=g)
             torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
@@ -195,6 +187,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
                             "ema": ema.state_dict(),
                             "optimizer": optimizer.state_dict(),
                             "step": step,
+                            "data": reader.state_dict(),
                             "seconds": spent,
                         },
                         tmp,

@@ -8,7 +8,7 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -48,8 +48,15 @@ class New:
     items: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """Opcodes as they are; they push one value and leave the memo alone."""
+
+    opcodes: bytes
+
+
 class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Python lets names be written without importing them
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def symbol(self, s: Symbol) -> None:
         if self.proto >= 4:
@@ -74,6 +81,9 @@ class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Pyth
             self.save(n.state)
             self.write(pickle.BUILD)
 
+    def verbatim(self, r: Raw) -> None:
+        self.write(r.opcodes)
+
     def raw(self, b: bytes) -> None:
         if self.proto >= 3:
             pickle._Pickler.dispatch[bytes](self, b)  # type: ignore[attr-defined]
@@ -88,25 +98,35 @@ class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Pyth
 
     def tensor(self, t: torch.Tensor) -> None:
         inner = io.BytesIO()
-        torch.save(t.detach().clone()._typed_storage(), inner, _use_new_zipfile_serialization=False)
+        torch.save(t.detach()._typed_storage(), inner, _use_new_zipfile_serialization=self.zipped)
         storage = Call(Symbol("torch.storage", "_load_from_bytes"), (inner.getvalue(),))
-        plain = (storage, 0, tuple(t.shape), tuple(t.stride()), False, OrderedDict())
+        plain = (storage, t.storage_offset(), tuple(t.shape), tuple(t.stride()), False, OrderedDict())
         value = Call(Symbol("torch._utils", "_rebuild_tensor_v2"), plain)
         if isinstance(t, nn.Parameter):
             value = Call(Symbol("torch._utils", "_rebuild_parameter"), (value, True, OrderedDict()))
         self.keep.append(value)
         self.save(value)
 
-    def __init__(self, file: io.BytesIO, protocol: int):
+    def __init__(self, file: io.BytesIO, protocol: int, zipped: bool):
         super().__init__(file, protocol)
+        self.zipped = zipped  # the storages as torch files of today, where EDM's are of the format before 1.6
         self.keep: list[Any] = []  # ids in the memo must stay taken
 
-    dispatch |= {Symbol: symbol, Call: call, New: new, bytes: raw, OrderedDict: ordered, torch.Tensor: tensor, nn.Parameter: tensor}
+    dispatch |= {
+        Symbol: symbol,
+        Call: call,
+        New: new,
+        Raw: verbatim,
+        bytes: raw,
+        OrderedDict: ordered,
+        torch.Tensor: tensor,
+        nn.Parameter: tensor,
+    }
 
 
-def dumps(value: Any, protocol: int = 4) -> bytes:
+def dumps(value: Any, protocol: int = 4, zipped: bool = False) -> bytes:
     out = io.BytesIO()
-    Pickler(out, protocol).dump(value)
+    Pickler(out, protocol, zipped).dump(value)
     return out.getvalue()
 
 
@@ -140,22 +160,39 @@ def pickled(module: nn.Module, **extra: Any) -> Any:
     return persistent(type(module).__name__, state_of(module, _init_args=(), _init_kwargs={}) | extra)
 
 
-def network(net: Precond, *, cls: str | None = None, **kwargs: Any) -> Call:
-    """A network with the arguments that it was built from."""
-    init = easy(use_fp16=False, **net.init_kwargs, **kwargs)
-    state = state_of(net, _init_args=(), _init_kwargs=init, img_resolution=net.img_resolution, label_dim=net.label_dim)
-    return persistent(cls or type(net).__name__, state)
+def network(
+    net: Precond,
+    *,
+    cls: str | None = None,
+    args: tuple[Any, ...] = (),
+    init: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
+) -> Call:
+    """A network with the arguments that it was built from; `args`, `init` and `state` change what the file says."""
+    init_kwargs = dict(use_fp16=False, **net.init_kwargs) | (init or {})
+    for name in ("img_resolution", "img_channels", "label_dim", "use_fp16")[: len(args)]:
+        init_kwargs.pop(name, None)
+    given = {"_init_args": args, "_init_kwargs": easy(**init_kwargs)}
+    about = {"img_resolution": net.img_resolution, "label_dim": net.label_dim}
+    return persistent(cls or type(net).__name__, state_of(net, **given, **about) | (state or {}))
 
 
-def snapshot(net: Precond, *, cls: str | None = None, protocol: int = 4, **kwargs: Any) -> bytes:
-    """A network-snapshot pickle."""
-    content = {
-        "ema": network(net, cls=cls, **kwargs),
+def snapshot(
+    net: Precond,
+    *,
+    protocol: int = 4,
+    zipped: bool = False,
+    content: dict[str, Any] | None = None,
+    **changes: Any,
+) -> bytes:
+    """A network-snapshot pickle; `content` adds to it or replaces."""
+    whole = {
+        "ema": network(net, **changes),
         "loss_fn": persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "_init_args": (), "_init_kwargs": easy()}),
         "augment_pipe": persistent("AugmentPipe", {"p": 0.12, "_init_args": (0.12,), "_init_kwargs": easy(xflip=1e8)}),
         "dataset_kwargs": easy(class_name="training.dataset.ImageFolderDataset", path="datasets/digits-16x16.zip"),
     }
-    return dumps(content, protocol)
+    return dumps(whole | (content or {}), protocol, zipped)
 
 
 def write_snapshot(path: Path, net: Precond, **kwargs: Any) -> Path:
@@ -163,10 +200,26 @@ def write_snapshot(path: Path, net: Precond, **kwargs: Any) -> Path:
     return path
 
 
-def opcodes(*parts: bytes | str | int) -> bytes:
-    """A pickle by hand: protocol 4, the given opcodes, STOP."""
-    return b"\x80\x04" + b"".join(p.encode() if isinstance(p, str) else bytes([p]) if isinstance(p, int) else p for p in parts) + b"."
+# Opcodes by hand.
+
+
+def opcodes(*parts: bytes | str, protocol: int = 4) -> bytes:
+    """A pickle: its protocol, the opcodes, STOP."""
+    return bytes([0x80, protocol]) + b"".join(p.encode("latin1") if isinstance(p, str) else p for p in parts) + b"."
 
 
 def text(s: str) -> bytes:
     return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
+
+
+def name(module: str, qualified: str) -> bytes:
+    return b"c" + f"{module}\n{qualified}\n".encode()
+
+
+def values(*items: bytes) -> bytes:
+    """A tuple."""
+    return b"(" + b"".join(items) + b"t"
+
+
+def call(function: bytes, *args: bytes) -> bytes:
+    return function + values(*args) + b"R"
