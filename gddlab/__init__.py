@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gddlab import nets
+    from gddlab.datasets import open_dataset, prepare
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split
     from gddlab.freezing import FreezeMask, select_freeze
     from gddlab.launch import attach, train
+    from gddlab.nets.export import export
     from gddlab.probing import Probe, ProbeResult, probe
     from gddlab.runs import load_run
-    from gddlab.sampling import sample
-    from gddlab.teachers import TeacherConfig, load_teacher, train_teacher
+    from gddlab.sampling import sample, sample_files
+    from gddlab.teachers import TeacherConfig, convert, load_teacher, train_teacher
 
 __version__ = "0.1.0"
 
@@ -28,14 +30,19 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "attach",
+    "convert",
     "evaluate",
+    "export",
     "load_run",
     "load_teacher",
     "nets",
+    "open_dataset",
+    "prepare",
     "presets",
     "probe",
     "real_split",
     "sample",
+    "sample_files",
     "select_freeze",
     "train",
     "train_teacher",
@@ -50,14 +57,19 @@ _HOME = {
     "TeacherConfig": "gddlab.teachers",
     "TrainConfig": "gddlab.distill.config",
     "attach": "gddlab.launch",
+    "convert": "gddlab.teachers",
     "evaluate": "gddlab.evaluation",
+    "export": "gddlab.nets.export",
     "load_run": "gddlab.runs",
     "load_teacher": "gddlab.teachers",
     "nets": "gddlab",
+    "open_dataset": "gddlab.datasets",
+    "prepare": "gddlab.datasets",
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",
     "real_split": "gddlab.evaluation",
     "sample": "gddlab.sampling",
+    "sample_files": "gddlab.sampling",
     "select_freeze": "gddlab.freezing",
     "train": "gddlab.launch",
     "train_teacher": "gddlab.teachers",

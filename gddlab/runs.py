@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json, read_jsonl
-from gddlab.nets import OneStepPrecond, load_network
+from gddlab.nets import OneStepPrecond, Precond, load_network
 from gddlab.teachers.card import TeacherCard
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run", "load_run", "open_model"]
 
 
 class Run:
@@ -85,3 +85,13 @@ def load_run(run_dir: str | Path) -> Run:
         NotFound: No run there.
     """
     return Run(run_dir)
+
+
+def open_model(source: str | Path) -> Precond:
+    """The student of a run directory, or else a teacher: whatever `load_teacher` takes."""
+    from gddlab.teachers import load_teacher
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "teacher.safetensors").exists() and (folder / "config.json").exists():
+        return load_run(folder).student()
+    return load_teacher(source)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from gddlab.cli import main
+from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.freezing import FreezeMask
 from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
+from gddlab.sampling import sample
+from gddlab.sampling.grid import to_uint8
+from tests.conftest import tiny_net
+from tests.teachers.pickles import write_snapshot
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -82,6 +90,47 @@ def test_probe_freeze_train_sample_evaluate(
     assert "head_width is 8 there, 16 here" in refused(
         capsys, "train", "--run-dir", str(run), "--teacher", teacher, "--mask", str(mask), *flags, "--head-width", "16"
     )
+
+
+def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a pickle and a folder of photographs to a run: convert, prepare, probe, train, sample to a zip, read it again."""
+    photos = tmp_path / "photos"
+    for label in ("cat", "dog"):
+        (photos / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.default_rng(i).integers(0, 255, (20, 24), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / label / f"{i}.png")
+    with pytest.raises(SystemExit) as e:
+        main(["prepare", str(photos), "--dry-run", "--resolution", "16"])
+    assert e.value.code == 2
+    assert "cat/0.png" in capsys.readouterr().out
+    data, teacher = str(tmp_path / "photos.zip"), str(tmp_path / "teacher.safetensors")
+    main(["prepare", str(photos), data, "--resolution", "16", "--crop", "center"])
+    assert "12 images, 16x16, grey, 2 classes" in capsys.readouterr().out
+
+    pickled = write_snapshot(tmp_path / "network-snapshot.pkl", tiny_net())
+    main(["teacher", "show", str(pickled)])
+    assert "network-snapshot.pkl" in capsys.readouterr().out
+    main(["convert", str(pickled), teacher])
+    assert "bit for bit" in capsys.readouterr().out
+    main(["probe", str(pickled), "--data", data, "--out", str(tmp_path / "probe"), "--timesteps", "2", "--n", "2"])
+
+    run = str(tmp_path / "run")
+    flags = ["--batch", "4", "--total-kimg", "0.008", "--input-size", "32", "--cout", "4", "--head-width", "8"]
+    main(["train", "--run-dir", run, "--teacher", teacher, "--data", data, *flags, "--tick-kimg", "0.004"])
+    assert "done" in capsys.readouterr().out
+    images = tmp_path / "samples.zip"
+    main(["sample", run, "--out", str(images), "--n", "5", "--batch-size", "2"])
+    drawn = open_dataset(images)
+    assert (len(drawn), drawn.resolution, drawn.channels) == (5, 16, 1)
+    assert torch.equal(drawn.images(), quantised(sample(load_run(run).student(), 5)))
+    assert "no one-step student" in refused(capsys, "export", teacher, str(tmp_path / "x.pt2"))
+    main(["export", run, str(tmp_path / "x.pt2")])
+    assert "pixels differ by at most" in capsys.readouterr().out
+
+
+def quantised(images: torch.Tensor) -> torch.Tensor:
+    return to_uint8(images).float() / 127.5 - 1
 
 
 def test_teacher_show(capsys: pytest.CaptureFixture[str]) -> None:

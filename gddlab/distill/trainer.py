@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, open_dataset, order
+from gddlab.datasets import BatchReader, ImageDataset, open_dataset
 from gddlab.distill.checkpoints import load_checkpoint, save_checkpoint
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.discriminators import ProjectedDiscriminator
@@ -116,6 +116,9 @@ class Trainer:
             autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
         )
         self.ema = copy.deepcopy(g).eval()
+        self.reader = BatchReader(
+            self.data, batch=config.batch, seed=config.seed, rank=world.rank, world_size=world.size
+        )
         self.iteration = 0
         self.seconds = 0.0
         self.sums: dict[str, Tensor] = {}
@@ -125,7 +128,8 @@ class Trainer:
 
     @property
     def nimg(self) -> int:
-        return self.iteration * self.config.batch
+        """Images seen: the position of the reader."""
+        return self.reader.position
 
     @property
     def total(self) -> int:
@@ -151,7 +155,7 @@ class Trainer:
     def iterate(self) -> None:
         """One iteration: G, D, and R1 where due."""
         c, device, dtype = self.config, self.world.device, DTYPES[self.config.precision]
-        index = self.world.shard(order(len(self.data), c.seed, self.nimg, c.batch))
+        index = self.reader.indices()
         due = self.step.due_r1(self.iteration)
         images = self.data.images(index).to(device, dtype) if due or self.real is None else torch.empty(0)
         labels = self.data.labels(index).to(device, dtype) if self.step.g.label_dim else None
@@ -167,6 +171,7 @@ class Trainer:
             stats |= self.step.r1_step(images, labels)
             stats["nonfinite/d"] = stats["nonfinite/d"] + bad
         self.iteration += 1
+        self.reader.position += c.batch
         ema_update(self.ema, self.step.g, ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg))
         for k, v in stats.items():
             v = v.double() if device.type == "cpu" else v.float()
@@ -217,6 +222,7 @@ class Trainer:
         meta = {
             "nimg": self.nimg,
             "iteration": self.iteration,
+            "data": self.reader.state_dict(),
             "seconds": self.seconds,
             "world_size": self.world.size,
             "sums": {k: self.world.mean(v).item() for k, v in sorted(self.sums.items())},
@@ -229,6 +235,7 @@ class Trainer:
         if meta is None:
             return False
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
+        self.reader.load_state_dict(meta["data"])
         kind = torch.float64 if self.world.device.type == "cpu" else torch.float32
         self.sums = {k: torch.tensor(v, dtype=kind, device=self.world.device) for k, v in meta["sums"].items()}
         self.counts = dict(meta["counts"])

@@ -64,6 +64,16 @@ def test_continued_run_is_bit_identical(tmp_path: Path, tiny_teacher: Path) -> N
     assert [m["nimg"] for m in lines[0]] == [16, 32, 48]
 
 
+def test_a_run_does_not_continue_on_other_data(tmp_path: Path, tiny_teacher: Path) -> None:
+    first = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
+    first.iterate()
+    first.checkpoint()
+    second = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
+    second.reader.dataset = ImageDataset(second.data.uint8[::-1], name="digits", source="test")
+    with pytest.raises(GddlabError, match="the data position is of dataset_sha256"):
+        second.restore()
+
+
 def test_frozen_parameters_are_the_teachers_and_in_no_optimiser(tmp_path: Path, tiny_teacher: Path) -> None:
     teacher = load_teacher(tiny_teacher)
     mask = select_freeze(teacher, strategy="gdd-i")
@@ -92,7 +102,7 @@ def test_cached_real_features_change_nothing(tmp_path: Path, tiny_teacher: Path)
         config = tiny_config(tmp_path / str(cached), tiny_teacher, cache_real=cached, precision="float64")
         t = Trainer(config, ALONE)
         few = t.data.uint8[:24]
-        t.data = ImageDataset(few, name="few", source="test")
+        t.data = t.reader.dataset = ImageDataset(few, name="few", source="test")
         if cached:
             t.cache_real()
         for _ in range(3):
