@@ -18,6 +18,7 @@ from gddlab.errors import GddlabError, NotFound
 
 __all__ = [
     "atomic_path",
+    "cache_dir",
     "data_dir",
     "fsync_dir",
     "hash_json",
@@ -35,6 +36,11 @@ def data_dir() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "data"
     return inside if inside.is_dir() else package.parent / "data"
+
+
+def cache_dir() -> Path:
+    """Folder of downloads and of what is dear to compute: `$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
+    return Path(os.environ.get("GDDLAB_CACHE") or "~/.cache/gddlab").expanduser()
 
 
 def fsync_dir(folder: Path) -> None:

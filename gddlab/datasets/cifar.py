@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gddlab.datasets.plain_pickle import Array, parse
-from gddlab.datasets.store import cache_dir
 from gddlab.errors import GddlabError, NotFound
+from gddlab.files import cache_dir
 
 __all__ = ["ARCHIVE", "CLASSES", "FOLDER", "find_cifar10", "read_cifar10"]
 

@@ -58,7 +58,8 @@ def of_huggingface(address: str) -> Listing:
     Raises:
         GddlabError: `datasets` is missing, the dataset cannot be loaded, or it has no column of images.
     """
-    table, _, label = _load(address, os.getpid())
+    absolute = _absolute(address)
+    table, _, label = _load(absolute, os.getpid())
     names = [f"{i:08d}" for i in range(len(table))]
     labels, class_names, classes, problems = None, None, 0, []
     if label is not None:
@@ -76,7 +77,7 @@ def of_huggingface(address: str) -> Listing:
         name=address.removeprefix("hf:").replace("/", "-"),
         source=address,
         names=names,
-        reader=HuggingFaceReader(address),
+        reader=HuggingFaceReader(absolute),
         labels=labels,
         classes=classes,
         class_names=class_names,
@@ -95,6 +96,12 @@ def _parts(address: str) -> tuple[str, str | None, str]:
     if rest and (rest[0] in _SPLITS or "[" in rest[0] or "+" in rest[0]):
         return name, None, rest[0]
     return name, rest[0] if rest else None, "train"
+
+
+def _absolute(address: str) -> str:
+    """A local folder by its whole path: in another working folder its name means another."""
+    name = _parts(address)[0]
+    return address.replace(name, os.path.abspath(name), 1) if os.path.isdir(name) else address
 
 
 @functools.lru_cache(maxsize=2)

@@ -244,8 +244,12 @@ def choose(
     """
     if max_images is not None and (type(max_images) is not int or max_images < 1):
         raise GddlabError(f"max_images={max_images!r}: give a whole number from 1 up")
-    if classes is None and max_images is None:
-        return listing
+    if type(seed) is not int:
+        raise GddlabError(f"seed={seed!r}: give a whole number")
+    if isinstance(classes, int | str):
+        raise GddlabError(f"classes={classes!r}: give a list of class ids")
+    if (classes is None and max_images is None) or (listing.problems and listing.labels is None):
+        return listing  # labels that cannot be read are reported by who reads the images
     index = np.arange(len(listing))
     if classes is not None:
         if listing.labels is None:

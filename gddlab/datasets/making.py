@@ -24,7 +24,7 @@ from gddlab.progress import progress_bar
 __all__ = ["Recipe", "check", "count_changes", "make", "plan", "scan"]
 
 _SCAN = 256  # headers a task
-_PART_BYTES = 32 << 20  # pixels of a part: what a process holds, and what a kill may lose
+_PART_BYTES = 8 << 20  # pixels of a part: what a process holds, and what a kill may lose
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def make(
     from PIL import __version__ as pillow
 
     n, r, c = len(listing), recipe.resolution, recipe.channels
-    per_part = max(1, min(max(16, n // 256), 512, _PART_BYTES // (r * r * c)))  # not of the number of workers
+    per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # not of the number of workers
     parts = list(_chunks(range(n), per_part))
     files = hash_json([listing.fingerprint, list(listing.names)])[:16]
     settings = {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
@@ -174,9 +174,11 @@ def make(
                 channels=c,
                 count=n,
                 classes=listing.classes,
-                crop=_and(listing, "crop", recipe.crop if changes.get("cropped") else None),
-                filter=_and(listing, "filter", recipe.filter if changes.keys() & {"reduced", "enlarged"} else None),
-                codec=f"{_before(listing, 'codec', 'pixels')} to png by Pillow {pillow}",
+                crop=_steps(listing.about["crop"], recipe.crop if changes.get("cropped") else None),
+                filter=_steps(
+                    listing.about["filter"], recipe.filter if changes.keys() & {"reduced", "enlarged"} else None
+                ),
+                codec=f"{listing.about['codec']} to png by Pillow {pillow}".removeprefix("none to "),
                 sha256=sha256,
                 extra=extra,
             )
@@ -227,16 +229,11 @@ def _make(
     return out, [p for p in problems if p]
 
 
-def _before(listing: Listing, key: str, default: str) -> str:
-    known = str(listing.about.get(key, "none"))
-    return default if known in ("none", "unknown") else known
-
-
-def _and(listing: Listing, key: str, now: str | None) -> str:
+def _steps(before: str, now: str | None) -> str:
     """What was done to the images, by their own manifest and now."""
-    before = listing.about.get(key, "none")
-    steps = [s for s in (before if before != "unknown" or now is None else "none", now) if s and s != "none"]
-    return ", ".join(steps) or "none"
+    if now is None:
+        return before
+    return now if before in ("none", "unknown") else f"{before}, {now}"
 
 
 def _chunks(items: Sequence[Any], n: int) -> Iterator[Any]:

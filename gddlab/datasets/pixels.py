@@ -52,7 +52,7 @@ class BadImage(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Header:
     """What an image says before it is decoded; width and height as it is seen, turned by its EXIF orientation."""
 

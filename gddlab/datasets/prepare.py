@@ -19,6 +19,7 @@ from gddlab.errors import GddlabError, unknown
 __all__ = ["PrepareReport", "prepare"]
 
 _MAX_SIDE = 8192
+_ALONE = 128  # images that one process has made before a second one has started
 _LISTED = 20  # problems of a kind that a report prints by name
 _NOTES = {
     "turned": "images turned as their EXIF orientation says",
@@ -108,7 +109,7 @@ def prepare(
         filter: Resampling: lanczos, box, bicubic, bilinear, hamming or nearest (Pillow's, over 8-bit values).
         alpha: What stands behind transparent pixels: "white", "black"; "refuse" refuses images with an alpha channel.
         classes, max_images, seed: As for `open_dataset`.
-        workers: Processes; as many as cores may be used, if left away.
+        workers: Processes; as many as there are cores to use, fewer for few images, if left away.
         overwrite: Replaces OUT if it is there, when the new one is whole.
         dry_run: Reads every image, writes nothing, and reports all that is wrong.
         download: Fetches CIFAR-10 into the cache folder when it is not found.
@@ -131,7 +132,7 @@ def prepare(
         raise GddlabError(f"resolution={resolution}: give 1..{_MAX_SIDE} pixels")
     target = None if dry_run else _target(source, out, overwrite)
     listing = choose(find_source(source, download=download), classes=classes, max_images=max_images, seed=seed)
-    with Workers(workers or cores()) as pool:
+    with Workers(workers or min(cores(), max(1, len(listing) // _ALONE))) as pool:
         headers, found = scan(pool, listing, alpha=alpha, progress=progress)
         recipe, more = plan(headers, resolution=resolution, crop=crop, filter=filter, alpha=alpha)
         problems = [*listing.problems, *found, *more]

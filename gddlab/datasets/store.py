@@ -16,19 +16,13 @@ from gddlab.datasets.base import content_hash
 from gddlab.datasets.listing import Listing, Problem, refusal
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path, hash_json, read_json, write_json
+from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
 
-__all__ = ["MEMORY", "cache_dir", "cores", "locked", "materialise", "problem"]
+__all__ = ["MEMORY", "cores", "locked", "materialise", "problem"]
 
 MEMORY = ("auto", "ram", "mapped")
 _CHUNK = 128
-
-
-def cache_dir() -> Path:
-    """`$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
-    given = os.environ.get("GDDLAB_CACHE")
-    return Path(given) if given else Path("~/.cache/gddlab").expanduser()
 
 
 def cores() -> int:

@@ -125,6 +125,10 @@ def _listing(
         raise GddlabError(f"{source} has no images (it has {kinds}): accepted are PNG, JPEG, WebP, BMP, GIF, TIFF")
     suffixes = {n.rpartition(".")[2].lower() for n in images}
     codec = "png" if suffixes == {"png"} else "+".join(sorted(suffixes))
+    extra = dict(manifest.get("extra", {}))
+    if "source" in manifest:
+        extra["from"] = manifest["source"]
+    known = {"crop": "unknown", "filter": "unknown", "codec": codec, "sha256": None}
     return Listing(
         name=str(manifest.get("name", name)),
         source=source,
@@ -132,18 +136,9 @@ def _listing(
         reader=reader,
         labels=labels,
         classes=classes,
-        class_names=manifest.get("extra", {}).get("class_names") or class_names,
+        class_names=extra.get("class_names") or class_names,
         fingerprint=hash_json([fingerprint, (labels_file or b"").decode("latin-1")]),
-        about={
-            key: manifest.get(key, default)
-            for key, default in (
-                ("crop", "unknown"),
-                ("filter", "unknown"),
-                ("codec", codec),
-                ("sha256", None),
-                ("extra", {}),
-            )
-        },
+        about={key: manifest.get(key, default) for key, default in known.items()} | {"extra": extra},
         problems=problems + wrong,
         ignored=ignored,
     )

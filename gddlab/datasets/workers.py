@@ -59,7 +59,7 @@ class Workers:
             for task in tasks:
                 with _no_main():
                     waiting.append(self._pool.submit(function, *task))
-                if len(waiting) > 3 * self.count:  # enough that a slow first task leaves nobody idle
+                if len(waiting) > 2 * self.count:  # enough that a slow first task leaves nobody idle
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

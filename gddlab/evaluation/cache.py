@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from gddlab.files import atomic_path
+from gddlab.files import atomic_path, cache_dir
 
-__all__ = ["cache_dir", "recall"]
+__all__ = ["recall"]
 
 T = TypeVar("T")
-
-
-def cache_dir() -> Path:
-    """`$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
-    given = os.environ.get("GDDLAB_CACHE")
-    return Path(given) if given else Path(os.path.expanduser("~/.cache/gddlab"))
 
 
 def recall(name: str, compute: Callable[[], T], *, read: Callable[[Path], T], write: Callable[[Path, T], None]) -> T:

@@ -74,7 +74,10 @@ def _table() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 ARCHITECTURES = _table()
-"""Name -> class name and keyword arguments, as in an EDM pickle; names with vp, ve, iddpm are EDM's baselines."""
+"""Name -> class name and keyword arguments, as in an EDM pickle.
+
+Names that begin with vp, ve or iddpm are EDM's baselines (configuration A), as far as the paper tells: their files decide.
+"""
 
 
 def architectures() -> list[str]:

@@ -200,7 +200,8 @@ class UNetBlock(nn.Module):
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))).mul_(self.skip_scale)  # the sum is no module's output
         if self.num_heads:
-            x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x).mul_(self.skip_scale)
+            # x first: the sum takes its memory format
+            x = (x + self.proj(self.attend(self.qkv(self.norm2(x))))).mul_(self.skip_scale)
         return x
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -209,6 +210,5 @@ class UNetBlock(nn.Module):
         pixels = qkv.permute(0, 2, 3, 1).reshape(b, h * w, self.num_heads, c3 // 3 // self.num_heads, 3)
         # One copy makes channels adjacent: without it the memory-efficient kernels are refused.
         q, k, v = pixels.permute(4, 0, 2, 1, 3).contiguous()  # (B, heads, HW, C / heads) each
-        a = F.scaled_dot_product_attention(q, k, v)
-        a = a.transpose(1, 2).reshape(b, h, w, c3 // 3).permute(0, 3, 1, 2)
-        return a.contiguous() if qkv.is_contiguous() else a
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, HW, heads, C / heads)
+        return a.reshape(b, h, w, c3 // 3).permute(0, 3, 1, 2)  # channels last, as the products leave it

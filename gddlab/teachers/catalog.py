@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from gddlab.errors import unknown
+from gddlab.files import cache_dir
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.teachers.download import download, refusal
 
-__all__ = ["PUBLISHED", "Published", "cache_folder", "fetch", "locate", "published"]
+__all__ = ["PUBLISHED", "Published", "fetch", "locate", "published"]
 
 ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LICENCE = "CC BY-NC-SA 4.0, non-commercial"
@@ -23,12 +24,15 @@ class Published:
     """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
 
     `size` (bytes) and `sha256` are None where no public record of that very file was found; `parameters` then gives the estimate.
+    `verified`: its authors published the training options that fix the architecture. For the baselines it is an estimate
+    (configuration A); what the file itself says counts.
     """
 
     name: str
     url: str
     architecture: str
     data: str
+    verified: bool = False
     licence: str = LICENCE
     size: int | None = None
     sha256: str | None = None
@@ -70,8 +74,9 @@ def _catalog() -> dict[str, Published]:
     ]
     out = {}
     for name, architecture, data in sorted(rows, key=lambda r: (not r[0].startswith("edm"), r[0])):
-        folder = ROOT if name.startswith("edm") else f"{ROOT}/baseline"
-        out[name] = Published(name, f"{folder}/{name}.pkl", architecture, data)
+        edm = name.startswith("edm")
+        url = f"{ROOT if edm else f'{ROOT}/baseline'}/{name}.pkl"
+        out[name] = Published(name, url, architecture, data, verified=edm)
     return out
 
 
@@ -90,11 +95,6 @@ def published(name: str) -> Published:
     return PUBLISHED[name]
 
 
-def cache_folder() -> Path:
-    """Where downloads go: `$GDDLAB_CACHE/teachers`, or `~/.cache/gddlab/teachers`."""
-    return Path(os.environ.get("GDDLAB_CACHE") or os.path.expanduser("~/.cache/gddlab")) / "teachers"
-
-
 def locate(name: str) -> Path | None:
     """A local copy of a published teacher, `NAME.safetensors` or `NAME.pkl`, else None.
 
@@ -109,7 +109,7 @@ def locate(name: str) -> Path | None:
     folders = [
         Path.cwd(),
         *([Path(home).expanduser(), Path(home).expanduser() / "teachers"] if home else []),
-        cache_folder(),
+        cache_dir() / "teachers",
     ]
     for folder in folders:
         for suffix in (".safetensors", ".pkl"):
@@ -139,7 +139,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     found = locate(name)
     if found is not None:
         return found
-    target = cache_folder() / f"{name}.pkl"
+    target = cache_dir() / "teachers" / f"{name}.pkl"
     if os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0"):
         raise refusal(teacher, "GDDLAB_OFFLINE is set", target)
     download(teacher, target, progress=progress)

@@ -51,12 +51,10 @@ def load_teacher(source: str | Path) -> Precond:
     where = f"teachers/{name}, ships with gddlab" if bundled else str(path)
     if name in PUBLISHED:
         entry = PUBLISHED[name]
-        if (type(net).__name__, parameters := sum(p.numel() for p in net.parameters())) != (
-            entry.precond,
-            entry.parameters,
-        ):
+        found = type(net).__name__, sum(p.numel() for p in net.parameters())
+        if entry.verified and found != (entry.precond, entry.parameters):
             raise GddlabError(
-                f"{path} is another network than {name}: {type(net).__name__} with {parameters:,} parameters, "
+                f"{path} is another network than {name}: {found[0]} with {found[1]:,} parameters, "
                 f"not {entry.precond} with {entry.parameters:,}; rename or remove it"
             )
         meta = {"data": entry.data, "licence": entry.licence} | meta

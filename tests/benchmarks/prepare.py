@@ -79,15 +79,17 @@ def measure(source: Path, out: Path, workers: int) -> dict[str, float]:
     done.set()
     thread.join()
     out.unlink()
-    steady = [row for row in rows if row[1] > 0]
-    (t0, n0, c0, m0), (t1, n1, c1, m1) = steady[0], steady[-1]
-    per_part = images / max(n for _, n, _, _ in steady)
+    most = max(n for _, n, _, _ in rows)
+    (t0, n0, c0, m0) = next(row for row in rows if row[1] > 0)
+    (t1, n1, c1, m1) = next(row for row in rows if row[1] == most)
+    per_part = images / most
     return {
         "seconds": seconds,
         "images_per_s_whole": images / seconds,
         "images_per_s": (n1 - n0) * per_part / (t1 - t0),
         "cores_busy": (c1 - c0) / (t1 - t0),
         "cores_busy_by_others": max(0.0, (m1 - m0 - c1 + c0) / (t1 - t0)),
+        "cores_idle": max(0.0, cores() - (m1 - m0) / (t1 - t0)),
     }
 
 

@@ -122,7 +122,10 @@ def refused(source: Path, *words: str) -> None:
 def test_labels_that_do_not_fit_are_refused_by_name(make_zip: Zip, pictures: dict[str, bytes]) -> None:
     names = list(pictures)
     good = [[n, 0] for n in names]
-    refused(make_zip(pictures, labels=good[:-1]), f"{names[-1]}: no label", "1 problem")
+    path = make_zip(pictures, labels=good[:-1])
+    refused(path, f"{names[-1]}: no label", "1 problem")
+    with pytest.raises(GddlabError, match="no label"):
+        open_dataset(path, classes=[0])
     refused(make_zip(pictures, labels=[*good[1:], [names[0], -1]]), f"{names[0]}: class id out of range (-1")
     refused(make_zip(pictures, labels=[*good[1:], [names[0], 10**9]]), f"{names[0]}: class id out of range (1000000000")
     for y in (0.5, "0", None, True, [0]):
@@ -233,9 +236,16 @@ def test_options_choose_and_mirror(make_zip: Zip, pictures: dict[str, bytes], me
     assert drawn[0].manifest.extra["options"] == {"max_images": 5, "seed": 0}
     assert drawn[0].manifest.sha256 == content_hash(drawn[0].uint8, drawn[0].class_ids)
     assert len(open_dataset(path, max_images=99)) == 12
-    for bad in ({"classes": [3]}, {"classes": []}, {"max_images": 0}, {"max_images": 1.5}):
-        with pytest.raises(GddlabError, match=r"give (some|a whole)"):
-            open_dataset(path, **bad)  # type: ignore[arg-type]
+    for bad in (
+        {"classes": [3]},
+        {"classes": []},
+        {"classes": 1},
+        {"max_images": 0},
+        {"max_images": 1.5},
+        {"seed": 0.5},
+    ):
+        with pytest.raises(GddlabError, match=r"give (some|a whole|a list)"):
+            open_dataset(path, **({"max_images": 2} | bad))  # type: ignore[arg-type]
     with pytest.raises(GddlabError, match="has no labels"):
         open_dataset(make_zip(pictures), classes=[0])
 
@@ -324,18 +334,26 @@ def test_processes_decode_once_between_them(make_zip: Zip, pictures: dict[str, b
     assert len(list((cache / "datasets").glob("*.npy"))) == 1
 
 
-def test_a_forked_process_opens_the_zip_for_itself(make_zip: Zip, pictures: dict[str, bytes]) -> None:
-    listing = of_zip(make_zip(pictures))
-    names = list(listing.names) * 200
-    assert listing.reader.read(names[0]) == pictures[names[0]]
+def test_a_forked_process_opens_the_zip_for_itself(make_zip: Zip) -> None:
+    files = {f"{i:03d}.png": bytes([i]) * 50_000 for i in range(100)}
+    reader = of_zip(make_zip(files)).reader
+    assert reader.read("000.png") == files["000.png"]
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(2)
 
     def read_all() -> None:
-        if not all(listing.reader.read(n) == pictures[n] for n in names):
-            os._exit(1)
+        ready.wait(30)
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            if not all(reader.read(n) == content for n, content in files.items()):
+                os._exit(1)
 
-    child = multiprocessing.get_context("fork").Process(target=read_all)
+    child = context.Process(target=read_all)
     child.start()
-    assert all(listing.reader.read(n) == pictures[n] for n in names)
+    ready.wait(30)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:  # both at once: one file position for two would mix their images
+        assert all(reader.read(n) == content for n, content in files.items())
     child.join(30)
     assert child.exitcode == 0
 

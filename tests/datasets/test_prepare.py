@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
+from gddlab.datasets import PrepareReport, digits, making, open_dataset, prepare
+from gddlab.datasets.packing import Entry
 from gddlab.datasets.workers import Workers
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
@@ -59,7 +61,10 @@ def test_zip_is_what_the_manifest_says(photos: Path, tmp_path: Path) -> None:
     files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.*"))
     assert np.array_equal(data.uint8, np.stack([expected(photos / f, 16) for f in files]))
     assert labels == [[n, int(f.startswith("dog"))] for n, f in zip(names, files, strict=True)]
-    assert manifest == data.manifest.to_dict() | {"source": str(photos)}
+    opened = data.manifest.to_dict()
+    assert opened.pop("source") == str(out)
+    assert opened["extra"].pop("from") == manifest.pop("source") == str(photos)
+    assert manifest == opened
     assert report.sha256 == data.manifest.sha256
     assert (manifest["crop"], manifest["filter"], manifest["classes"]) == ("center", "lanczos", 2)
     assert manifest["codec"].startswith("jpg+png to png by Pillow ")
@@ -74,6 +79,17 @@ def test_processes_make_the_same_zip(photos: Path, tmp_path: Path) -> None:
     prepare(photos, one, resolution=16, crop="center", workers=1)
     prepare(photos, two, resolution=16, crop="center", workers=2)
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_relative_paths_and_hugging_face(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare("photos", "o.zip", resolution=16, crop="center", workers=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.zip", "photos"]
+    hf = pytest.importorskip("datasets")
+    rows = {"image": [picture(seed=i) for i in range(9)]}
+    hf.Dataset.from_dict(rows, features=hf.Features({"image": hf.Image()})).save_to_disk("rows")
+    prepare("hf:rows", "hf.zip", workers=2)
+    assert np.array_equal(open_dataset("hf.zip").uint8, np.stack([np.asarray(im) for im in rows["image"]]))
 
 
 def test_nothing_done_is_recorded_as_nothing(make_zip: Zip, pictures: dict[str, bytes], tmp_path: Path) -> None:
@@ -209,10 +225,33 @@ def test_begun_with_other_options_is_refused(photos: Path, tmp_path: Path, monke
         GddlabError, match=r"o\.zip\.parts was begun with resolution=16, now it is 8: continue with the first"
     ):
         prepare(photos, out, resolution=8, crop="center", workers=1)
+    changed = photos / "cat" / "001.jpg"
+    before = changed.stat()
+    os.utime(changed, (0, 0))
+    with pytest.raises(GddlabError, match=r"was begun with files='\w+', now it is"):
+        prepare(photos, out, resolution=16, crop="center", workers=1)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     with monkeypatch.context() as m:
         m.setattr("gddlab.datasets.making.fit", None)  # nothing is made again
         prepare(photos, out, resolution=16, crop="center", workers=1)
     assert len(open_dataset(out)) == 40
+
+
+def test_a_full_disk_leaves_the_parts(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, out = making.write_part, tmp_path / "o.zip"
+
+    def full(folder: Path, k: int, entries: list[Entry]) -> None:
+        if k == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, k, entries)
+
+    with monkeypatch.context() as m:
+        m.setattr(making, "write_part", full)
+        with pytest.raises(GddlabError, match=r"o\.zip cannot be made .*No space left on device.*: make room"):
+            prepare(photos, out, resolution=16, crop="center", workers=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.zip.parts", "photos"]
+    prepare(photos, out, resolution=16, crop="center", workers=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.zip", "photos"]
 
 
 SCRIPT = """

@@ -190,7 +190,7 @@ def test_refusals(some, counter):
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):
-    from gddlab.evaluation.cache import cache_dir
+    from gddlab.files import cache_dir
 
     monkeypatch.delenv("GDDLAB_CACHE")
     assert str(cache_dir()) == os.path.expanduser("~/.cache/gddlab")

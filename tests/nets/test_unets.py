@@ -92,7 +92,9 @@ def test_contiguous_stays_contiguous(net: Precond) -> None:
     seen = watch(net)
     with torch.no_grad():
         net(*inputs(net))
-    assert not [n for n, t in seen.items() if not t.is_contiguous()]
+    assert not [
+        n for n, t in seen.items() if not t.is_contiguous() and not n.endswith(".proj")
+    ]  # attention is channels last
 
 
 def test_bfloat16_autocast(net: Precond) -> None:

@@ -133,6 +133,7 @@ def test_catalog() -> None:
     for name, entry in PUBLISHED.items():
         cond = "-cond" in name
         assert entry.architecture.endswith("-cond") or "imagenet" in name or not cond
+        assert entry.verified == name.startswith("edm-")
         assert "BY-NC-SA" in entry.licence and entry.data.split("-")[0] in name
     assert replace(edm, size=223_165_173).megabytes == "223 MB"
     with pytest.raises(GddlabError, match="did you mean 'edm-cifar10-32x32-uncond-v"):
