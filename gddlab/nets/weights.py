@@ -10,6 +10,7 @@ import torch
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import atomic_path
+from gddlab.nets.arguments import refusal
 from gddlab.nets.precond import Precond, from_edm
 
 __all__ = ["FORMAT", "architecture", "load_network", "save_network"]
@@ -53,14 +54,22 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
             if header.get("format") != FORMAT:
                 raise GddlabError(f"{path} does not say its architecture: give a .safetensors file that gddlab wrote")
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as e:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise GddlabError(f"{path} is not a whole safetensors file ({e})") from None
-    with torch.device("meta"):
-        net = from_edm(header["precond"], **header["init_kwargs"])
+    precond, kwargs, meta = (header.get(k) for k in ("precond", "init_kwargs", "meta"))
+    if not (isinstance(precond, str) and isinstance(kwargs, dict) and isinstance(meta, dict)):
+        raise GddlabError(f"{path}: its metadata lacks precond, init_kwargs or meta: give a file that gddlab wrote")
+    if reason := refusal(kwargs, len(state)):
+        raise GddlabError(f"{path}: {precond[:40]!r} has {reason}")
+    try:
+        with torch.device("meta"):
+            net = from_edm(precond, **kwargs)
+    except (ValueError, RuntimeError, ArithmeticError, LookupError) as e:
+        raise GddlabError(f"{path}: {precond[:40]!r} cannot be built: {str(e).splitlines()[0]}") from None
     try:
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e:
         raise GddlabError(
             f"{path}: weights do not fit {header['precond']}: {str(e).splitlines()[-1].strip()}"
         ) from None
-    return net.eval(), header["meta"]
+    return net.eval(), meta

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gddlab.files import hash_tensors
 from gddlab.nets import Precond
+from gddlab.nets.unets import UNETS
 
 __all__ = ["TeacherCard"]
 
@@ -72,8 +74,8 @@ class TeacherCard:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        kw = self.init_kwargs
-        levels = f"{kw.get('model_channels', '?')} x {list(kw.get('channel_mult', []))}, {kw.get('num_blocks', '?')} blocks a level"
+        kw = {k: p.default for k, p in inspect.signature(UNETS[self.unet]).parameters.items()} | self.init_kwargs
+        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks a level"
         rows = [
             ("teacher", self.name),
             ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),

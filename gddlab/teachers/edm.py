@@ -14,6 +14,7 @@ import torch
 
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond, from_edm
+from gddlab.nets.arguments import refusal
 from gddlab.teachers.rebuild import find
 from gddlab.teachers.torchfile import LEGACY_MAGIC, TensorData, read_torch
 from gddlab.teachers.unpickle import Blob, Budget, Reader, Record, Refused, a, printable
@@ -32,22 +33,6 @@ CLASSES = {
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file keeps its network, the best first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-COUNTS = {
-    "img_resolution": (1, 4096),
-    "img_channels": (1, 256),
-    "out_channels": (1, 512),
-    "label_dim": (0, 100_000),
-    "augment_dim": (0, 4096),
-    "model_channels": (1, 8192),
-    "channel_mult_emb": (1, 64),
-    "channel_mult_noise": (1, 64),
-    "num_blocks": (1, 64),
-    "M": (1, 100_000),
-}
-NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
-NUMBERS |= {"dropout", "label_dropout"}
-LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096)}
-NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
 
@@ -97,8 +82,10 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file() or not path.stat().st_size:
-        raise Refused(0, "there is no file, or it is empty")
+    if not path.is_file():
+        raise GddlabError(printable(f"{path} is no regular file, or there is none"))  # a pipe would be waited for
+    if not path.stat().st_size:
+        raise Refused(0, "the file is empty")
     with path.open("rb") as f:  # a private mapping: writable, as torch wants it, and never written back
         view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
     blob, budget = Blob(view, 0), Budget()
@@ -140,31 +127,7 @@ def _arguments(record: Record) -> dict[str, Any]:
     kwargs.pop("use_fp16", None)
     if kwargs.get("sigma_max") == math.inf:  # the default, and no number in JSON
         del kwargs["sigma_max"]
-    for name, value in kwargs.items():
-        if (accepted := _accepted(name, value)) is not None:
-            shown = (
-                repr(value[:40]) if isinstance(value, str) else value if isinstance(value, (int, float)) else a(value)
-            )
-            raise Refused(record.at, f"{record.cls} has {str(name)[:40]}={str(shown)[:40]}: {accepted}")
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
-
-
-def _accepted(name: Any, value: Any) -> str | None:
-    """What an argument may be, if `value` is not."""
-    if name in COUNTS:
-        low, high = COUNTS[name]
-        return None if type(value) is int and low <= value <= high else f"accepted are whole numbers, {low} to {high:,}"
-    if name in NUMBERS:
-        return None if type(value) in (int, float) and abs(value) <= 1e6 else "accepted are numbers, up to 1e6"
-    if name in LISTS:
-        low, high = LISTS[name]
-        short = isinstance(value, (list, tuple)) and len(value) <= 16 and (value or name == "attn_resolutions")
-        if short and all(type(v) in (int, float) and low <= v <= high for v in value):
-            return None
-        return f"accepted are lists of 1 to 16 numbers, {low} to {high:,}"
-    if name in NAMES:
-        return None if isinstance(value, str) and len(value) < 100 else "accepted is a short text"
-    return "no network of EDM has this argument"
 
 
 def _members(module: Record, kind: str) -> dict[Any, Any]:
@@ -208,9 +171,8 @@ def _tensors(record: Record) -> dict[str, TensorData]:
 def _build(record: Record, kwargs: dict[str, Any], tensors: dict[str, TensorData], size: int) -> Precond:
     """The network, its parts made only after everything that the file announces has been found in the file."""
     cls, at = record.cls, record.at
-    blocks, levels = kwargs.get("num_blocks", 1), len(kwargs.get("channel_mult", [1]))
-    if 20 * blocks * levels > len(tensors):  # ten tensors a block, at least: no large network from a small file
-        raise Refused(at, f"{cls} of {blocks} blocks in {levels} levels has only {len(tensors)} tensors")
+    if reason := refusal(kwargs, len(tensors)):
+        raise Refused(at, f"{cls} has {reason}")
     try:
         with torch.device("meta"):
             net = from_edm(CLASSES[cls], **kwargs)

@@ -58,7 +58,12 @@ def load_teacher(source: str | Path) -> Precond:
                 f"not {entry.precond} with {entry.parameters:,}; rename or remove it"
             )
         meta = {"data": entry.data, "licence": entry.licence} | meta
-    net.card = TeacherCard.of(net, name=name or meta.get("name") or path.stem, source=where, meta=meta, scores=scores)
+    try:
+        net.card = TeacherCard.of(
+            net, name=name or meta.get("name") or path.stem, source=where, meta=meta, scores=scores
+        )
+    except (TypeError, ValueError) as e:
+        raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
     return net
 
 

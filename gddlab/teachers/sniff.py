@@ -74,7 +74,7 @@ def _zip(path: Path) -> str:
     try:
         names = [entry.name for entry in itertools.islice(zip_directory(view), 1000)]  # data.pkl is torch.save's first
     except ValueError as e:
-        return f"a damaged zip ({e}): fetch it again" if "cut off" in str(e) else f"a damaged zip ({e})"
+        return f"a damaged zip ({e})"
     if any(n.endswith("data.pkl") for n in names):
         return "torch"
     many = f"{len(names):,} files" if len(names) < 1000 else "1,000 files and more"

@@ -139,7 +139,7 @@ def read_torch(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) 
             storage = storages.found.get(name) if isinstance(name, str) else None
             numel = reader.unpack("<q")
             if storage is None or numel != storage.numel:
-                raise ValueError(f"a storage of {numel:,} numbers that is not the one announced")
+                raise ValueError(f"a storage of {numel:,} numbers, which was not announced")
             storages.place(name, reader.take(numel * storage.dtype.itemsize))
     except ValueError as e:
         raise Refused(reader.offset, str(e)) from None
@@ -154,22 +154,22 @@ def read_torch_zip(blob: Blob, budget: Budget, *, find: Callable[[str, str], Nam
         for entry in zip_directory(blob.view):
             budget.charge(OBJECT + 8 * len(entry.name), blob.base)
             if not entry.stored or len(entry.name) > MAX_NAME or entry.name in entries:
-                raise ValueError(f"a zip with the entry {entry.name[:60]!r} compressed or twice, no torch file")
+                raise ValueError(f"the entry {entry.name[:60]!r} is compressed, or there twice")
             data = entry.data(blob.view)
             entries[entry.name] = Blob(blob.view[data], blob.base + (0 if blob.decoded else data.start), blob.decoded)
         pickles = [n for n in entries if n.endswith("data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"a zip with {len(pickles)} data.pkl in place of one, no torch file")
+            raise ValueError(f"it holds {len(pickles)} data.pkl in place of one")
         folder = pickles[0].removesuffix("data.pkl")
         if (order := entries.get(f"{folder}byteorder")) is not None and bytes(order.view[:8]) != b"little":
-            raise ValueError("a torch file of a big-endian machine")
+            raise ValueError("it is of a big-endian machine")
         value = Reader(entries[pickles[0]], find=find, persistent=storages, budget=budget).read()
         for name in storages.found:
             if (content := entries.get(f"{folder}data/{name}")) is None:
                 raise ValueError(f"the storage {name[:60]!r} is not in the zip")
             storages.place(name, content.view)
     except ValueError as e:
-        raise Refused(blob.base, str(e)) from None
+        raise Refused(blob.base, f"no torch file, or a damaged zip: {e}") from None
     return value
 
 
@@ -184,10 +184,10 @@ class Entry(NamedTuple):
     def data(self, view: memoryview) -> slice:
         """Where its bytes lie."""
         if self.header + 30 > len(view):
-            raise ValueError(f"a zip whose entry {self.name[:60]!r} lies outside it")
+            raise ValueError(f"its entry {self.name[:60]!r} lies outside it")
         start = self.header + 30 + sum(struct.unpack_from("<HH", view, self.header + 26))
         if start + self.size > len(view):
-            raise ValueError(f"a zip whose entry {self.name[:60]!r} lies outside it")
+            raise ValueError(f"its entry {self.name[:60]!r} lies outside it")
         return slice(start, start + self.size)
 
 
@@ -200,11 +200,11 @@ def zip_directory(view: memoryview) -> Iterator[Entry]:
     tail = bytes(view[-(2**16 + 22) :])
     end = tail.rfind(b"PK\x05\x06")
     if not 0 <= end <= len(tail) - 22:
-        raise ValueError("a zip without its directory (a download that was cut off?)")
+        raise ValueError("without its directory; a download that was cut off?")
     n, _, at = struct.unpack_from("<HII", tail, end + 10)
     for _ in range(n):
         if at + 46 > len(view) or bytes(view[at : at + 4]) != b"PK\x01\x02":
-            raise ValueError("a zip with a damaged directory")
+            raise ValueError("its directory is broken")
         flags, method, packed, size, *lengths, header = struct.unpack_from("<8xHH8xIIHHH8xI", view, at)
         name = str(view[at + 46 : at + 46 + lengths[0]], "utf-8", "replace")
         yield Entry(name, method == 0 and packed == size and not flags & 1, header, size)

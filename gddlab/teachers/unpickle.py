@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 __all__ = ["BUDGET", "OBJECT", "Blob", "Budget", "Name", "Node", "Reader", "Record", "Refused", "a", "key", "printable"]
 
 BUDGET = 96 * 2**20
-"""Bytes that the containers, numbers and texts of one file may take; a network of 300 M parameters needs a tenth of it."""
+"""Bytes that the containers, numbers and texts of one file may take; a network of 300 M parameters needs a fifth of it."""
 MAX_TEXT, MAX_NAME, MAX_KEY, MAX_LONG, MAX_ARGS = 16 * 2**20, 256, 1000, 256, 64
 ATOM, SMALL, BOX, OBJECT = 24, 64, 160, 640
 """Bytes that a shared value, a number, a small container and an object of ours take at most, with their place on the stack."""
@@ -87,8 +87,10 @@ class Record(Node):
         """What `__setstate__` would have got: a dict, perhaps in a pair with the empty state of slots. It is not copied."""
         if isinstance(state, tuple) and len(state) == 2 and state[1] is None:
             state = state[0]
-        if not isinstance(state, dict) or self.state:
+        if not isinstance(state, dict):
             raise ValueError(f"{a(state)} as the state of an object")
+        if self.state:
+            raise ValueError("the state of an object for the second time")
         self.state = state
 
 

@@ -17,14 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 from gddlab.teachers import load_teacher
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():  # VmHWM begins anew with a program; ru_maxrss keeps that of its parent
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+before = peak()
 began = time.perf_counter()
 net = load_teacher(sys.argv[1])
 seconds = time.perf_counter() - began
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-print(json.dumps({"seconds": seconds, "peak_growth_mib": peak, "sha256": net.card.sha256}))
+print(json.dumps({"seconds": seconds, "peak_growth_mib": peak() - before, "sha256": net.card.sha256}))
 """
 
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections import OrderedDict
@@ -46,11 +47,11 @@ MARK = "attacked"
 """The file that attacks try to write in the working folder."""
 
 
-def small_net() -> Precond:
-    """A network of 2,000 parameters."""
+def small_net(**changes: Any) -> Precond:
+    """A network of 3,000 parameters."""
     torch.manual_seed(0)
     unet: dict[str, Any] = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    return from_edm("EDMPrecond", img_resolution=4, img_channels=1, model_type="SongUNet", **unet).eval()
+    return from_edm("EDMPrecond", img_resolution=4, img_channels=1, model_type="SongUNet", **unet | changes).eval()
 
 
 def u64(n: int) -> bytes:
@@ -448,6 +449,127 @@ def changed(net: Precond, change: Callable[[torch.Tensor], torch.Tensor]) -> Pre
     return net
 
 
+# Files of n bytes that try to take far more memory or time than they should.
+
+MB = 2**20
+CLASS = name("torch.nn.modules.linear", "Linear")
+
+
+def get(i: int) -> bytes:
+    return b"j" + struct.pack("<I", i)
+
+
+def put(i: int) -> bytes:
+    return b"r" + struct.pack("<I", i)
+
+
+def number(i: int) -> bytes:
+    return b"J" + struct.pack("<i", i)
+
+
+def each(n: int, item: Callable[[int], bytes]) -> bytes:
+    return b"".join(map(item, range(n)))
+
+
+def again(n: int, function: bytes, *args: bytes) -> bytes:
+    """One call with long arguments, again and again, by the memo."""
+    return opcodes(function, put(0), values(*args), put(1), (get(0) + get(1) + b"R0") * (n // 12))
+
+
+def _blob(content: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(content)) + content
+
+
+def _zip_of_nothing(n: int) -> bytes:
+    directory = each(n // 52, lambda i: b"PK\1\2" + bytes(24) + struct.pack("<HHH", 6, 0, 0) + bytes(12) + b"%06x" % i)
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 65535, 65535, len(directory), 30, 0)
+    return b"PK\3\4" + bytes(26) + directory + end
+
+
+def _shared_members(n: int) -> bytes:
+    """Many modules with one dict of many tensors."""
+    few = b"}(" + each(9000, lambda i: text(f"m{i}") + b"N") + b"u" + put(99_990) + b"0"
+    state = b"}" + text("_parameters") + get(99_990) + b"s" + put(99_991) + b"0" + CLASS + put(99_992) + b"0"
+    many = b"}(" + each(9000, lambda i: text(f"m{i}") + get(99_992) + b")\x81" + get(99_991) + b"b") + b"u"
+    return snapshot(small_net(), protocol=3, state={"_modules": Raw(few + state + many)})
+
+
+def _wide(n: int) -> bytes:
+    """A text that takes four bytes a letter, for one letter in it."""
+    letters = min(n, 16 * MB) - 4
+    one = b"X" + struct.pack("<I", letters + 4) + b"a" * letters + "\U0001f600".encode()
+    return opcodes(one * max(1, n // (16 * MB)))
+
+
+def _wide_network(n: int) -> bytes:
+    """A network in half precision, which is not refused and grows to twice its file."""
+    unet = {"model_type": "SongUNet", "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    channels = 32 * max(1, int((n / 2**18) ** 0.5))
+    net = from_edm("EDMPrecond", img_resolution=4, img_channels=1, model_channels=channels, **unet)
+    return snapshot(changed(net, lambda t: t.half()))
+
+
+AMPLIFIERS: dict[str, Callable[[int], bytes]] = {
+    "None": lambda n: opcodes("(" + "N" * n + "t"),
+    "None from the memo": lambda n: opcodes("Nq\0(" + "h\0" * (n // 2) + "t"),
+    "dicts": lambda n: opcodes("}" * n),
+    "lists": lambda n: opcodes("]" * n),
+    "sets": lambda n: opcodes("\x8f" * n),
+    "frozen sets": lambda n: opcodes("(N\x91" * (n // 3)),
+    "lists of one": lambda n: opcodes("]Na" * (n // 3)),
+    "dicts of one": lambda n: opcodes("}NNs" * (n // 4)),
+    "sets of one": lambda n: opcodes("\x8f(N\x90" * (n // 4)),
+    "tuples in tuples": lambda n: opcodes(")" + "\x85" * min(n, 500_000)),
+    "lists in lists": lambda n: opcodes("]" * (m := min(n // 2, 250_000)) + "a" * (m - 1)),
+    "dicts in dicts": lambda n: opcodes("}" + "N}" * (m := min(n // 3, 150_000)) + "s" * m),
+    "objects in objects": lambda n: opcodes(
+        CLASS, put(0), b"0", (get(0) + b")\x81}N") * (m := min(n // 8, 50_000)), b"N", "sb" * m
+    ),
+    "marks": lambda n: opcodes("(" * n),
+    "frames": lambda n: opcodes((b"\x95" + bytes(8)) * (n // 9)),
+    "protocols": lambda n: opcodes("\x80\x04" * (n // 2)),
+    "pops": lambda n: opcodes("N0" * (n // 2)),
+    "memo": lambda n: opcodes(b"N" + each(n // 5, put)),
+    "memo by itself": lambda n: opcodes("N" + "\x94" * n),
+    "wide texts": lambda n: opcodes("(", (b"X\4\0\0\0" + "\U0001f600".encode()) * (n // 9), "t"),
+    "a wide text": _wide,
+    "numbers of 255 bytes": lambda n: opcodes("(", (b"\x8a\xff" + b"\x7f" * 255) * (n // 257), "t"),
+    "floats": lambda n: opcodes("(" + "G@\x08\0\0\0\0\0\1" * (n // 9) + "t"),
+    "keys that are numbers": lambda n: opcodes("}(", each(n // 6, lambda i: number(i) + b"N"), "u"),
+    "keys whose hashes collide": lambda n: opcodes(
+        "}(", each(n // 6, lambda i: number((i << 18) & 0x7FFFFFFF | i >> 13) + b"N"), "u"
+    ),
+    "keys that are texts": lambda n: opcodes("}(", each(n // 14, lambda i: text(f"{i:08x}") + b"N"), "u"),
+    "keys that are equal": lambda n: opcodes(
+        text("k" * 1000), put(0), text("k" * 1000), put(1), "}", get(0), "Ns", (get(1) + b"Ns") * (n // 7)
+    ),
+    "names": lambda n: opcodes(CLASS * (n // len(CLASS))),
+    "objects": lambda n: opcodes(CLASS, put(0), (get(0) + b")\x81") * (n // 7)),
+    "bytes": lambda n: opcodes("C\0" * (n // 2)),
+    "sets of a long list": lambda n: again(n, name("builtins", "set"), b"](" + each(20_000, number) + b"e"),
+    "bytes of a long text": lambda n: again(n, name("_codecs", "encode"), text("a" * MB), text("latin1")),
+    "tensors": lambda n: again(n, name("torch._utils", "_rebuild_tensor_v2"), ONE, b"K\0", b"(K\1t", b"(K\1t"),
+    "arrays": lambda n: again(n, name("numpy.core.multiarray", "_reconstruct")),
+    "storages": lambda n: again(
+        n, name("torch.storage", "_load_from_bytes"), _blob(legacy(FLOAT + b"K\1NtQ", tail=u64(1) + bytes(4)))
+    ),
+    "storages in zips": lambda n: again(
+        n, name("torch.storage", "_load_from_bytes"), _blob(zipped(FLOAT + b"K\1NtQ", **{"0": bytes(4)}))
+    ),
+    "storages by name": lambda n: legacy(
+        each(n // 64, lambda i: FLOAT.replace(text("0"), text(str(i))) + b"K\0NtQ"), keys=b"]"
+    ),
+    "storages of nothing": lambda n: legacy(
+        FLOAT + b"K\0NtQ", keys=text("0") + put(0) + b"0](" + get(0) * (n // 13) + b"e", tail=bytes(8) * (n // 13)
+    ),
+    "a zip of nothing": _zip_of_nothing,
+    "a storage in a zip of nothing": lambda n: opcodes(in_bytes(_zip_of_nothing(n))),
+    "members that modules share": _shared_members,
+    "a network in half precision": _wide_network,
+    "zeros": lambda n: b"\x80\x04" + bytes(n),
+}
+
+
 def corpus() -> dict[str, bytes]:
     """Every attack as a file, by its name."""
     files = {f"call: {n}": opcodes(p) for n, p in CALLS.items()} | {f"bomb: {n}": opcodes(p) for n, p in BOMBS.items()}
@@ -458,26 +580,28 @@ def corpus() -> dict[str, bytes]:
 # What reading does besides reading.
 
 _events: list[str] | None = None
+_thread = 0
 QUIET = {"mmap.__new__", "sys._getframe", "builtins.id"}
 _hooked = False
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if _events is not None and event not in QUIET:
+    if _events is not None and event not in QUIET and threading.get_ident() == _thread:
         _events.append(f"{event} {args!r:.200}" if event in ("open", "import", "exec", "compile") else event)
 
 
 @contextlib.contextmanager
 def watched(path: Path) -> Iterator[None]:
     """Fails where the block imports, compiles, runs, opens or starts anything besides opening `path`."""
-    global _events, _hooked
+    global _events, _hooked, _thread
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
         with tempfile.TemporaryDirectory() as folder:  # torch imports parts of itself when they are first used
-            (valid := Path(folder) / "valid.pkl").write_bytes(snapshot(small_net()))
+            net = small_net(channel_mult=[1, 1], embedding_type="fourier", label_dim=2)
+            (valid := Path(folder) / "valid.pkl").write_bytes(snapshot(net))
             read_edm(valid)
-    _events = seen = []
+    _events, _thread = (seen := []), threading.get_ident()
     try:
         yield
     finally:
@@ -508,6 +632,7 @@ def measure(paths: list[Path]) -> list[dict[str, Any]]:
 def measure_here(paths: list[str]) -> None:
     import resource
 
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in a MiB
     with tempfile.TemporaryDirectory() as folder, watched(Path(folder)):
         pass
     for path in paths:
@@ -518,7 +643,7 @@ def measure_here(paths: list[str]) -> None:
                 end = message or f"{sum(p.numel() for p in net.parameters()) if net else 0} parameters"
             except BaseException as e:
                 end = f"{type(e).__name__}: {e}"
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
             sys.stdout.write(json.dumps({"s": time.perf_counter() - start, "mib": grown, "end": end}) + "\n")
             sys.stdout.flush()
             os._exit(0)
