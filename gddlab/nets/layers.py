@@ -45,8 +45,8 @@ def xavier_(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
 
 def resample_filter(taps: Sequence[float]) -> Tensor:
     """Separable low-pass filter of unit sum, (1, 1, T, T)."""
-    f = torch.tensor(taps, dtype=torch.float32)
-    return (f.outer(f) / f.sum() ** 2)[None, None]
+    scale = sum(taps) ** 2
+    return torch.tensor([[[[a * b / scale for a in taps] for b in taps]]], dtype=torch.float32)
 
 
 def upsample(x: Tensor, f: Tensor, pad: int) -> Tensor:
@@ -138,7 +138,10 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int, *, scale: float = 16):
         super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        freqs = torch.empty(channels // 2)
+        if not freqs.is_meta:  # drawing there imports torch's compiler, more than a second of every load
+            freqs = torch.randn(channels // 2) * scale
+        self.register_buffer("freqs", freqs)
         self.freqs: Tensor
 
     def forward(self, x: Tensor) -> Tensor:

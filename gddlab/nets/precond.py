@@ -225,18 +225,15 @@ class iDDPMPrecond(Precond):
     ):
         super().__init__(img_resolution, img_channels, label_dim, out_channels=img_channels * 2, **kwargs)
         self.C_1, self.C_2, self.M = C_1, C_2, M
-        u = [0.0]
-        for j in range(M, 0, -1):  # EDM's appendix C.3.1
-            ratio = max(self.alpha_bar(j - 1) / self.alpha_bar(j), C_1)
-            u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
-        self.register_buffer(
-            "u", torch.tensor(u[::-1], dtype=torch.float32, device="cpu")
-        )  # read below, also under "meta"
+        j = torch.arange(M + 1, device="cpu")  # all in float32, as the published networks hold it
+        alpha_bar = (0.5 * math.pi * j / M / (C_2 + 1)).sin() ** 2
+        ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)
+        u = torch.zeros(M + 1, device="cpu")
+        for i in range(M, 0, -1):  # EDM's appendix C.3.1
+            u[i - 1] = ((u[i] ** 2 + 1) / ratio[i - 1] - 1).sqrt()
+        self.register_buffer("u", u)
         self.u: Tensor
         self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
-
-    def alpha_bar(self, j: int) -> float:
-        return math.sin(0.5 * math.pi * j / self.M / (self.C_2 + 1)) ** 2
 
     def index(self, sigma: Tensor) -> Tensor:
         u = self.u.to(sigma.device, torch.float32)

@@ -281,7 +281,7 @@ class DhariwalUNet(nn.Module):
                 nn.init.zeros_(m.weight)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        if self.map_label is not None:
+        if self.map_label is not None and not self.map_label.weight.is_meta:  # see FourierEmbedding
             nn.init.normal_(self.map_label.weight)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
