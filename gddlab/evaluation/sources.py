@@ -11,9 +11,10 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.features import real_images
 from gddlab.files import hash_tensors
-from gddlab.nets import OneStepPrecond, Precond
+from gddlab.nets import Precond
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
+from gddlab.sampling.samplers import resolve, sampler_name
 
 __all__ = ["SourceImages", "images_of"]
 
@@ -81,10 +82,9 @@ def _sampled(
         classes = torch.from_numpy(real.class_ids)[torch.arange(n) % len(real)]
     x = sample(net, n, steps=steps, seed=seed, class_labels=classes, batch_size=batch_size, progress=progress)
     _check_values(x)
-    one_step = isinstance(net, OneStepPrecond)
     return SourceImages(
         to_uint8(x),
-        "one-step" if one_step else f"heun-{18 if steps is None else steps}",
+        sampler_name(resolve(net, steps=steps)),
         seeds=(seed, seed + n - 1),
         model_sha256=hash_tensors(net.state_dict()),
     )

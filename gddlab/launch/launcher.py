@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.trainer import check, write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take
+from gddlab.processes import fresh_environment
 
 __all__ = ["train"]
-
-# glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again: about a tenth of a step on a CPU.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
 
 def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
@@ -46,12 +43,6 @@ def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
             return handle
         write_status(run_dir, "starting")
         (run_dir / "log").mkdir(exist_ok=True)
-        env = dict(os.environ)
-        root = str(Path(__file__).resolve().parents[2])  # gddlab may be imported from a clone that is not installed
-        env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-        for name, value in MALLOC.items():
-            env.setdefault(name, value)
         with (run_dir / "log" / "launch.txt").open("ab") as log:
             handle.process = subprocess.Popen(
                 [sys.executable, "-m", "gddlab.launch.worker", str(run_dir), str(nproc)],
@@ -60,7 +51,7 @@ def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=(fd,),
-                env=env,
+                env=fresh_environment(nproc),
             )
         sign(fd, handle.process.pid)
         return handle

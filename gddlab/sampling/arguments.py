@@ -34,7 +34,10 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
         if not 0 <= first <= MAX_SEED - count + 1:
             raise GddlabError(f"seed={seed} for {count} images: seeds are 0..{MAX_SEED}")
         return range(first, first + count)
-    listed = [_integer("seeds", s) for s in seeds]
+    try:
+        listed = [_integer("seeds", s) for s in seeds]
+    except TypeError:
+        raise GddlabError(f"seeds={seeds!r}: give a list of integers, or seed={seeds!r} for the first") from None
     if not listed:
         raise GddlabError("seeds is empty: give one seed an image")
     if n is not None and n != len(listed):

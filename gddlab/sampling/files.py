@@ -184,16 +184,13 @@ def open_model(source: str | Path, device: str = "auto") -> Precond:
         source: As for `gddlab.load_teacher`, or a run directory of `gddlab.train`.
         device: "auto" (CUDA where there is one, of several that of LOCAL_RANK), "cpu" or "cuda".
     """
-    from gddlab.runs import load_run
-    from gddlab.teachers import load_teacher
-
     if device not in ("auto", "cpu", "cuda"):
         raise GddlabError(f"device={device!r}: give auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
-    folder = Path(source)
-    is_run = folder.is_dir() and (folder / "config.json").exists() and not (folder / "teacher.safetensors").exists()
-    net: Precond = load_run(folder).student() if is_run else load_teacher(source)
+    from gddlab.runs import open_model as opened
+
+    net = opened(source)
     if device == "cpu" or not torch.cuda.is_available():
         return net
     return net.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()))

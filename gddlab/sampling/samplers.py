@@ -136,10 +136,13 @@ def prepared(net: Precond, *, dtype: torch.dtype | str | None = None, channels_l
     if name != "float32" and first.dtype != torch.float32:
         raise GddlabError(f"dtype={name} with a {first.dtype} network: autocast wants float32 weights, use net.float()")
     was_training = net.training
-    weights = [(p, p.data) for p in net.parameters() if channels_last and p.ndim == 4]
+    number = first.dtype if name == "float32" else getattr(torch, name)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    # Kernels are converted here once; autocast would cast them again in every call.
+    weights = [(p, p.data) for p in net.parameters() if p.ndim == 4 and p is not first]
     try:
         for p, data in weights:
-            p.data = data.contiguous(memory_format=torch.channels_last)
+            p.data = data.to(number, memory_format=layout)
         net.eval()
         autocast = torch.autocast(first.device.type, dtype=getattr(torch, name), enabled=name != "float32")
         with torch.inference_mode(), autocast:

@@ -52,11 +52,15 @@ def karras_sigmas(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, 
 
 
 def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Tensor:
-    """The M noise levels of iDDPM's cosine schedule, highest first, float64, (M,) (Karras et al. 2022, appendix C.3)."""
-    alpha_bar = [math.sin(0.5 * math.pi * j / M / (C_2 + 1)) ** 2 for j in range(M + 1)]
+    """The M noise levels of iDDPM's cosine schedule, highest first, float64, (M,) (Karras et al. 2022, appendix C.3).
+
+    The cosines are float32, as in the networks that were trained on these levels.
+    """
+    alpha_bar = ((0.5 * math.pi * torch.arange(M + 1)) / M / (C_2 + 1)).sin() ** 2
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1).tolist()
     u = [0.0]
-    for j in range(M, 0, -1):
-        u.append(math.sqrt((u[-1] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
+    for ratio in reversed(ratios):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
     return torch.tensor(u[:0:-1], dtype=torch.float64)
 
 

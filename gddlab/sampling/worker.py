@@ -10,15 +10,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
+from gddlab.processes import fresh_environment
 
 __all__ = ["run_workers"]
-
-# glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
 
 def run_workers(job: dict[str, Any], nproc: int, report: Callable[[int], Any]) -> None:
@@ -32,9 +29,7 @@ def run_workers(job: dict[str, Any], nproc: int, report: Callable[[int], Any]) -
         GddlabError: The refusal of a process, or how it died; the others are ended.
     """
     line = json.dumps(job, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)).encode() + b"\n"
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **_MALLOC, **os.environ}
-    root = str(Path(__file__).resolve().parents[2])  # gddlab may be imported from a clone that is not installed
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env = fresh_environment(nproc)
     events: queue.Queue[tuple[int, int | None]] = queue.Queue()  # rank, images done; None when it has ended
     workers: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
     try:

@@ -19,17 +19,10 @@ from typing import Any
 import torch
 
 from gddlab.nets import Precond, from_edm
+from gddlab.nets.architectures import NCSNPP
 from gddlab.provenance import hardware, versions
 from gddlab.sampling import heun, latents, sample
 
-NCSNPP: dict[str, Any] = {
-    "model_type": "SongUNet",
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "decoder_type": "standard",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
 CIFAR10 = {"img_resolution": 32, "img_channels": 3, "model_channels": 128, "channel_mult": [2, 2, 2], "dropout": 0.13}
 DIGITS = {"img_resolution": 16, "img_channels": 1, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2}
 GFLOP_AN_IMAGE = 42.8  # of the CIFAR-10 network
@@ -99,4 +92,4 @@ def main(n: int, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, int(sys.argv[2]) if len(sys.argv) > 2 else 16)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, int(sys.argv[2]) if len(sys.argv) > 2 else 32)

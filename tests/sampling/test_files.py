@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from gddlab.files import hash_tensors, read_json
 from gddlab.nets import save_network
 from gddlab.sampling import sample, sample_files
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.targets import FolderTarget, ZipTarget
+from gddlab.sampling.targets import FolderTarget, ZipTarget, encode
 from gddlab.sampling.worker import run_workers
 from tests.conftest import tiny_net
 
@@ -57,6 +59,16 @@ def test_folder(student, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
     about = read_json(out / "manifest.json")["extra"]
     assert about["seeds"] == "8-12" and about["sampler"] == "consistency-2 sigmas=80,1"
     assert about["model"] == hash_tensors(student.state_dict()) and "torch" in about["versions"]
+
+
+def test_colour() -> None:
+    """Red stays red, and the pixels are those of `to_uint8`."""
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
+    images[0] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    red, other = encode(images, [(3, None), (70000, 5)], FolderTarget.name)
+    assert Image.open(io.BytesIO(red.png)).getpixel((1, 2)) == (255, 0, 0)
+    assert (red.name, other.name, red.label, other.label) == ("000003.png", "070000.png", None, 5)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(other.png))).transpose(2, 0, 1), to_uint8(images)[1].numpy())
 
 
 def test_zip_is_a_dataset(classy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -144,19 +156,38 @@ def test_processes(teacher_file: Path, tmp_path: Path) -> None:
             assert np.abs(x - y).max() <= 1
 
 
-def test_a_worker_refuses() -> None:
-    """One line and exit code 2, as `run_workers` reads them."""
-    job = {"model": "digit", "out": "x", "n": 1, "seed": 0, "seeds": None, "class_labels": None, "batch_size": 2}
-    job |= {"dtype": "float32", "channels_last": False, "device": "cpu", "timeout_s": 1.0}
+@contextlib.contextmanager
+def worker(job: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker as `run_workers` starts it; its standard input stays open."""
+    rest = {"seed": 0, "seeds": None, "class_labels": None, "batch_size": 1, "dtype": "float32", "channels_last": False}
     command = [sys.executable, "-m", "gddlab.sampling.worker"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
-        assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()  # open until the end: its end would end the worker
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(rest | {"device": "cpu", "timeout_s": 1.0} | job).encode() + b"\n")
+        process.stdin.flush()
+        yield process
+        process.kill()
+
+
+def test_a_worker_refuses() -> None:
+    """One line and exit code 2, as `run_workers` reads them."""
+    with worker({"model": "digit", "out": "x", "n": 1}) as process:
         assert process.wait(60) == 2
+        assert process.stderr is not None
         (line,) = process.stderr.read().decode().splitlines()
     assert line.startswith("gddlab: ") and "'digit'" in line
+
+
+def test_a_worker_ends_with_its_parent(teacher_file: Path, tmp_path: Path) -> None:
+    """The end of the parent, however it comes, closes the worker's standard input."""
+    with worker({"model": str(teacher_file), "out": str(tmp_path / "g"), "n": 10**5, "steps": 1}) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        process.stdin.close()
+        assert process.wait(10) == 1
+    assert 0 < len(list((tmp_path / "g").glob("*.png"))) < 10**5
 
 
 @pytest.mark.parametrize(
@@ -181,21 +212,6 @@ def test_a_process_that_dies(end: str, message: str, tmp_path: Path, monkeypatch
     assert 2 in done
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid0").read_text()), 0)
-
-
-def test_workers_end_with_their_parent(teacher_file: Path, tmp_path: Path) -> None:
-    code = f"from gddlab.sampling import sample_files; sample_files({str(teacher_file)!r}, {str(tmp_path / 'g')!r}, 10**5, nproc=2, batch_size=1)"
-    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not list(tmp_path.glob("g/*.png")):
-        assert parent.poll() is None
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
-    counts = [-1, -2]
-    while counts[-1] != counts[-2]:  # images stop coming
-        counts.append(len(list(tmp_path.glob("g/*.png"))))
-        time.sleep(0.5)
-    assert counts[-1] < 10**5
 
 
 def test_under_torchrun(student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -97,6 +97,13 @@ def test_classes() -> None:
     assert not torch.allclose(sample(net, 2, class_labels=4), sample(net, 2, class_labels=5))
 
 
+def test_precision_is_autocast() -> None:
+    net, z = make_student(tiny_net()), latents(range(3), (1, 16, 16))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = net.generate(z).clamp(-1, 1)
+    assert torch.equal(sample(net, 3, dtype=torch.bfloat16), expected)
+
+
 class Spy(torch.overrides.TorchFunctionMode):
     """Notes types and memory formats of convolutions."""
 
@@ -172,6 +179,7 @@ def test_grid_pixels() -> None:
         (lambda s, t: sample(s, 2, batch_size=0), "batch_size=0"),
         (lambda s, t: sample(s, 2, seed=-1), "seed=-1 for 2 images: seeds are 0..4294967295"),
         (lambda s, t: sample(s, 2, seed=2**32 - 1), "seed=4294967295 for 2 images"),
+        (lambda s, t: sample(s, seeds=5), "seeds=5: give a list of integers, or seed=5"),
         (lambda s, t: sample(s, seeds=[]), "seeds is empty"),
         (lambda s, t: sample(s, 3, seeds=[1, 2]), "n=3 with 2 seeds"),
         (lambda s, t: sample(s, seeds=[1, -2]), "seeds hold -2"),
