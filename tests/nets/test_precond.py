@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,36 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(GddlabError, match="not a whole safetensors file"):
         load_network(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_kwargs": TINY | {"num_blocks": 10**6}}, r"num_blocks=1000000: accepted are whole numbers, 1 to 64"),
+        ({"init_kwargs": TINY | {"num_blocks": 60}}, r"60 blocks in 2 levels, but only \d+ tensors"),
+        ({"init_kwargs": TINY | {"M": 10**9}}, "M=1000000000"),
+        ({"init_kwargs": TINY | {"img_channels": 0}}, "img_channels=0"),
+        ({"init_kwargs": [1]}, "its metadata lacks precond, init_kwargs or meta"),
+        ({"precond": None}, "its metadata lacks precond, init_kwargs or meta"),
+        ({"precond": "EDMPrecon"}, "did you mean 'EDMPrecond'"),
+        ({"meta": 3}, "its metadata lacks precond, init_kwargs or meta"),
+        ({"format": "other"}, "does not say its architecture"),
+    ],
+)
+def test_a_file_cannot_ask_for_endless_work(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net = tiny_net()
+    header = {"format": "gddlab-network-1", "precond": "EDMPrecond", "init_kwargs": TINY, "meta": {}} | changes
+    metadata = {k: json.dumps(v) for k, v in header.items()}
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(GddlabError, match=message) as e:
+        load_network(tmp_path / "x.safetensors")
+    assert "\n" not in str(e.value)
+
+
+def test_iddpm_levels_are_the_published_ones() -> None:
+    """Float32 arithmetic, step by step: in float64 the lowest level is off by 5e-4, and samplers lose it."""
+    net = from_edm("iDDPMPrecond", img_resolution=16, img_channels=1, model_channels=16, channel_mult=[1], num_blocks=1)
+    assert net.sigma_min == pytest.approx(0.006422337, rel=1e-6)
+    assert net.round_sigma(torch.tensor([0.0064, 1e5])).tolist() == pytest.approx([net.sigma_min, net.sigma_max])
