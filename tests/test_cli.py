@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from gddlab.cli import main
@@ -123,14 +122,11 @@ def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["sample", run, "--out", str(images), "--n", "5", "--batch-size", "2"])
     drawn = open_dataset(images)
     assert (len(drawn), drawn.resolution, drawn.channels) == (5, 16, 1)
-    assert torch.equal(drawn.images(), quantised(sample(load_run(run).student(), 5)))
+    expected = to_uint8(sample(load_run(run).student(), 5)).float() / 127.5 - 1
+    assert (drawn.images() - expected).abs().max() < 1.5 / 127.5  # another batch may round a pixel the other way
     assert "no one-step student" in refused(capsys, "export", teacher, str(tmp_path / "x.pt2"))
     main(["export", run, str(tmp_path / "x.pt2")])
     assert "pixels differ by at most" in capsys.readouterr().out
-
-
-def quantised(images: torch.Tensor) -> torch.Tensor:
-    return to_uint8(images).float() / 127.5 - 1
 
 
 def test_teacher_show(capsys: pytest.CaptureFixture[str]) -> None:
