@@ -90,7 +90,7 @@ class Evaluate:
     """Scores a student, a teacher or a dataset against real images; a run keeps the records in evaluation.jsonl."""
 
     model: Positional[str]
-    """Run directory of a student, teacher's name, .safetensors file, or data:NAME."""
+    """Run directory of a student, teacher's name, EDM pickle, .safetensors file, or data: and a dataset's name or path."""
     data: str | None = None
     """Real images; the dataset on the model's card if left away."""
     metrics: tuple[str, ...] = ("fid", "kid")
@@ -100,7 +100,7 @@ class Evaluate:
     seed: int = 0
     """First seed."""
     steps: int | None = None
-    """Heun steps of a teacher; 18 if left away."""
+    """Of a teacher, Heun steps, 18 if left away; of a student, network calls, 1 if left away."""
     extractor: str = "lite2"
     """Feature network."""
 

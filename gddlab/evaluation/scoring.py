@@ -49,7 +49,7 @@ def evaluate(
         n: Images scored; as many as there are real ones if None (given images: all).
         seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a dataset is drawn
             with it.
-        steps: Heun steps of a teacher, 18 if None.
+        steps: Heun steps of a teacher, 18 if None; network calls of a student, 1 if None.
         extractor: "lite2", "lite0", or "inception" where its weights are on this machine.
         batch_size: Images sampled at once.
         progress: Shows bars when at a terminal.

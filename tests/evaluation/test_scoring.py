@@ -88,6 +88,8 @@ def test_a_student(some, counter):
     same = evaluate(net, data=some, metrics="kid", seed=7, batch_size=5)
     assert same.records[0].images_sha256 == record.images_sha256
     assert evaluate(net, data=some, metrics="kid", seed=8).records[0].images_sha256 != record.images_sha256
+    (record,) = evaluate(net, data=some, metrics="kid", steps=2, n=6)
+    assert record.sampler.startswith("consistency-2 sigmas=80,")
 
 
 def test_a_teacher(some, counter):
