@@ -1,9 +1,27 @@
-"""Probing: how active each layer of a diffusion network is at each noise level."""
+"""Probing: how active each layer of a diffusion network is at each noise level, and what it does there."""
 
+from gddlab.probing.ablation import ablate
+from gddlab.probing.estimate import Estimate
 from gddlab.probing.hooks import Probe
 from gddlab.probing.layers import Layer, select_layers
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.run import probe
-from gddlab.probing.statistics import DEFAULT, STATISTICS, Statistic
+from gddlab.probing.statistics import DEFAULT, STATISTICS, PerImage, Statistic
+from gddlab.probing.weights import weight_change
+from gddlab.probing.wrapping import wrap
 
-__all__ = ["DEFAULT", "STATISTICS", "Layer", "Probe", "ProbeResult", "Statistic", "probe", "select_layers"]
+__all__ = [
+    "DEFAULT",
+    "STATISTICS",
+    "Estimate",
+    "Layer",
+    "PerImage",
+    "Probe",
+    "ProbeResult",
+    "Statistic",
+    "ablate",
+    "probe",
+    "select_layers",
+    "weight_change",
+    "wrap",
+]

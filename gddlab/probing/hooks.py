@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,11 +12,55 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.layers import Layer, LayerSelection, inventory, select_layers
-from gddlab.probing.reductions import REDUCTIONS, Tap
+from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
+from gddlab.probing.reductions import (
+    Reduction,
+    Tap,
+    channel_square,
+    double,
+    gram,
+    mean,
+    mean_magnitude,
+    mean_square,
+)
 from gddlab.probing.statistics import DEFAULT, STATISTICS, Statistic
+from gddlab.probing.wrapping import eager
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "StatisticSelection", "statistic_classes"]
+
+StatisticSelection = str | type[Statistic] | Iterable[str | type[Statistic]]
+"""Names of `STATISTICS`, subclasses of `Statistic`, or a list of both."""
+
+_LEVELS = (mean_square, mean_magnitude, mean, channel_square)
+
+
+def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
+    """What `stats` names, each once.
+
+    Raises:
+        GddlabError: An unknown name; a class that is no statistic, or leaves out what it means; nothing.
+    """
+    listed = [stats] if isinstance(stats, str | type) else list(stats)
+    out: list[type[Statistic]] = []
+    for item in listed:
+        if isinstance(item, str):
+            if item not in STATISTICS:
+                raise unknown("statistic", item, STATISTICS)
+            found = STATISTICS[item]
+        elif isinstance(item, type) and issubclass(item, Statistic):
+            found = item
+        else:
+            raise GddlabError(f"statistic {item!r}: give names ({', '.join(STATISTICS)}) or subclasses of Statistic")
+        missing = [a for a in ("name", "definition", "axes", "unit") if not isinstance(getattr(found, a, None), str)]
+        if missing:
+            raise GddlabError(f"statistic {found.__name__} does not say its {missing[0]}: set it as a class attribute")
+        if found not in out:
+            if clash := [c for c in out if c.name == found.name]:
+                raise GddlabError(f"two statistics are called {found.name!r}: {clash[0].__name__} and {found.__name__}")
+            out.append(found)
+    if not out:
+        raise GddlabError(f"stats is empty: accepted are {', '.join(STATISTICS)}")
+    return out
 
 
 class Probe:
@@ -28,16 +73,16 @@ class Probe:
         p.statistics["model.enc.16x16_conv"]["rms"].result()
 
     Hooks stand from `with` to its end, whatever is raised in between; only these are removed. Passes outside of
-    `images` are not measured. The network, its outputs, its modes and others' hooks are not touched.
+    `images` are not measured. The network, its outputs, its modes and others' hooks are not touched; a compiled network runs eagerly
+    inside, since compiled code does not call hooks that came later.
 
     Args:
         model: Any network.
         sigmas: Noise levels of the rows of one image, largest first.
-        layers: See `LayerSelection`. Statistics of blocks are taken of each U-Net block that holds a selected layer.
-        stats: Names of statistics.
+        layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
+        stats: Names of statistics, or statistics of your own, see `Statistic`.
 
     Attributes:
-        layers: What is measured, in the order of the network: the selected layers and the blocks around them.
         statistics: By layer name and statistic name.
 
     Raises:
@@ -51,76 +96,77 @@ class Probe:
         sigmas: Sequence[float],
         *,
         layers: LayerSelection = "conv",
-        stats: str | Iterable[str] = DEFAULT,
+        stats: StatisticSelection = DEFAULT,
     ):
         self.model = model
         self.sigmas = [float(s) for s in sigmas]
         if not self.sigmas or any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
             raise GddlabError(f"sigmas={self.sigmas}: give at least one noise level, largest first, each once")
-        names = [stats] if isinstance(stats, str) else list(dict.fromkeys(stats))
-        for name in names:
-            if name not in STATISTICS:
-                raise unknown("statistic", name, STATISTICS)
-        if not names:
-            raise GddlabError(f"stats is empty: accepted are {', '.join(STATISTICS)}")
-        self.stats = tuple(names)
-
-        modules = dict(model.named_modules())
+        self.stats = statistic_classes(stats)
+        modules = named_layers(model)
         known = inventory(model)
         selected = select_layers(model, layers)
         around = {layer.block for layer in selected if layer.block}
-        wanted = around | {layer.name for layer in selected}
         chosen = {layer.name for layer in selected}
         self.statistics: dict[str, dict[str, Statistic]] = {}
         self._plan: dict[str, dict[str, dict[str, Tap]]] = {}
-        for name in (n for n in known if n in wanted):
+        for name in (n for n in known if n in around | chosen):
             for stat in self.stats:
-                target = around if STATISTICS[stat].target == "block" else chosen
-                taps = STATISTICS[stat].taps(known[name], modules) if name in target else None
+                target = around if stat.target == "block" else chosen
+                taps = stat.taps(known[name], modules) if name in target else None
                 if taps is not None:
-                    self._plan.setdefault(name, {})[stat] = taps
-                    self.statistics.setdefault(name, {})[stat] = STATISTICS[stat]()
-        self.layers: list[Layer] = [known[n] for n in self._plan]
+                    self._plan.setdefault(name, {})[stat.name] = taps
+                    self.statistics.setdefault(name, {})[stat.name] = stat()
+        self._layers = [known[n] for n in self._plan]
         measured = {s for by_stat in self._plan.values() for s in by_stat}
-        absent = [s for s in self.stats if s not in measured]
-        if absent and (self.stats != DEFAULT or not measured):
+        absent = [s for s in self.stats if s.name not in measured]
+        if absent and (stats != DEFAULT or not measured):
             raise GddlabError(
-                f"statistic {absent[0]!r} exists for none of the {len(selected)} selected layers "
-                f"({STATISTICS[absent[0]].definition}): choose other layers or statistics"
+                f"statistic {absent[0].name!r} exists for none of the {len(selected)} selected layers "
+                f"({absent[0].definition}): choose other layers or statistics"
             )
         self._reductions = self._taps()
+        self._modules = {name: modules[name] for name, _ in self._reductions}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
-        self._reduced: dict[tuple[str, str], dict[str, Tensor]] = {}
-        self._nonfinite: defaultdict[tuple[str, str], Tensor | int] = defaultdict(int)
+        self._reduced: dict[tuple[str, str], dict[Reduction, Tensor]] = {}
+        self._nonfinite: dict[tuple[str, str], Tensor] = {}
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What is measured, in the order of the network: the selected layers and the blocks around them."""
+        return [
+            dataclasses.replace(a, resolution=self._sizes.get(a.name)) if a.resolution is None else a
+            for a in self._layers
+        ]
 
     @property
     def n_images(self) -> int:
         """Images measured so far."""
         return max(s.n_images for by_stat in self.statistics.values() for s in by_stat.values())
 
-    def _taps(self) -> dict[tuple[str, str], set[str]]:
+    def _taps(self) -> dict[tuple[str, str], set[Reduction]]:
         """Reductions by module and side."""
-        out: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        out: defaultdict[tuple[str, str], set[Reduction]] = defaultdict(set)
         for by_stat in self._plan.values():
             for taps in by_stat.values():
                 for tap in taps.values():
                     out[tap.module, tap.side].add(tap.reduction)
-        for (name, side), reductions in out.items():
-            if "gram" in reductions:
-                reductions.discard("mean_square")
-            # a share of positive values is finite even where activations are not
-            if reductions == {"positive_share"} and (name, "output") not in out:
-                out[name, side] = reductions | {"mean_magnitude"}
+        for reductions in out.values():
+            if gram in reductions:
+                reductions.discard(mean_square)  # its diagonal is free
+            elif not reductions & {*_LEVELS}:
+                reductions.add(mean_square)  # a share is finite even where activations are not
         return dict(out)
 
     def __enter__(self) -> Probe:
         if self._hooks is not None:
             raise GddlabError("this Probe is already in use: leave its `with` before entering it again")
-        modules = dict(self.model.named_modules())
         with contextlib.ExitStack() as stack:
+            stack.enter_context(eager(self.model))
             for name, side in self._reductions:
-                module = modules[name]
+                module = self._modules[name]
                 if side == "output":
                     handle = module.register_forward_hook(self._on_output(name))
                 else:
@@ -165,14 +211,19 @@ class Probe:
             raise GddlabError(
                 f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
             )
-        reductions = self._reductions[name, side]
+        if side == "output" and x.ndim == 4:
+            self._sizes[name] = x.shape[-2]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
-            x = x.detach().float()
-            if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                x = x.permute(0, 2, 3, 1)  # no reduction minds the order within a row; flattening it would copy
-            found = {r: REDUCTIONS[r](x, self._n) for r in reductions}
-        if "gram" in found:  # its diagonal is free
-            found["mean_square"] = found["gram"].diagonal(dim1=-2, dim2=-1)
+            x = x.detach()
+            x = x if x.dtype == torch.float64 else x.float()
+            found = {}
+            for reduction in self._reductions[name, side]:
+                try:
+                    found[reduction] = reduction(x, self._n)
+                except ValueError as e:
+                    raise GddlabError(f"layer {name!r}: {e}") from None
+        if gram in found:
+            found[mean_square] = found[gram].diagonal(dim1=-2, dim2=-1)
         self._reduced[name, side] = found
 
     @contextlib.contextmanager
@@ -194,23 +245,66 @@ class Probe:
         self._reduced.clear()
 
     def _count(self) -> None:
+        reduced = {
+            key: {r: x.cpu().double() if x.device.type == "mps" else double(x) for r, x in found.items()}
+            for key, found in self._reduced.items()
+        }
         for layer, by_stat in self._plan.items():
             for stat, taps in by_stat.items():
-                reduced = {role: self._reduced[t.module, t.side][t.reduction] for role, t in taps.items()}
-                self.statistics[layer][stat].update(**reduced)
-        for key, found in self._reduced.items():
-            level = found.get("mean_square", found.get("mean_magnitude"))
-            if level is not None:
-                self._nonfinite[key] = self._nonfinite[key] + (~level.isfinite()).sum(0)
+                self.statistics[layer][stat].update(
+                    **{role: reduced[t.module, t.side][t.reduction] for role, t in taps.items()}
+                )
+        for key, found in reduced.items():
+            level = next(found[r] for r in _LEVELS if r in found)
+            level = level.mean(-1) if level.ndim == 3 else level  # of channels
+            bad = (~level.isfinite()).sum(0)
+            self._nonfinite[key] = self._nonfinite[key] + bad if key in self._nonfinite else bad
 
     def nonfinite(self) -> list[dict[str, Any]]:
         """Where activations were NaN, infinite or too large to square: layer, side, sigma, number of images."""
         return [
             {"layer": name, "side": side, "sigma": sigma, "images": int(count)}
             for (name, side), counts in self._nonfinite.items()
-            for sigma, count in zip(self.sigmas, torch.as_tensor(counts).tolist(), strict=True)
+            for sigma, count in zip(self.sigmas, counts.tolist(), strict=True)
             if count
         ]
+
+    def state(self) -> dict[str, Any]:
+        """What it has measured, on the CPU; for `add` in another process."""
+        sums = {
+            layer: {name: (stat.samples, {k: v.cpu() for k, v in stat.sums.items()}) for name, stat in by.items()}
+            for layer, by in self.statistics.items()
+        }
+        return {"sums": sums, "nonfinite": {k: v.cpu() for k, v in self._nonfinite.items()}, "sizes": self._sizes}
+
+    def reset(self) -> None:
+        """Forgets what was measured."""
+        self.statistics = {n: {k: type(s)() for k, s in by.items()} for n, by in self.statistics.items()}
+        self._nonfinite, self._sizes = {}, {}
+
+    def add(self, state: dict[str, Any]) -> None:
+        """Adds what another probe of the same layers, statistics and noise levels gave as its `state`."""
+        for layer, by in state["sums"].items():
+            for name, (samples, sums) in by.items():
+                stat = self.statistics[layer][name]
+                stat.samples += samples
+                stat.add(**sums)
+        for key, bad in state["nonfinite"].items():
+            self._nonfinite[key] = self._nonfinite[key] + bad if key in self._nonfinite else bad
+        self._sizes |= state["sizes"]
+
+    def merge(self, other: Probe) -> None:
+        """Adds what another probe of the same network, layers and statistics has measured on other images.
+
+        Raises:
+            GddlabError: The probes do not measure the same.
+        """
+        ours, theirs = (
+            {n: {k: type(s) for k, s in by.items()} for n, by in p.statistics.items()} for p in (self, other)
+        )
+        if ours != theirs or self.sigmas != other.sigmas:
+            raise GddlabError("these probes measure different layers, statistics or noise levels: merge equal ones")
+        self.add(other.state())
 
 
 @contextlib.contextmanager

@@ -1,19 +1,47 @@
-"""What a hook keeps of an activation: a few float64 numbers a row, computed at once.
+"""What a hook keeps of an activation: a few numbers a row, computed at once.
 
-In a forward pass, row i * S + s of a batch is image i at noise level s. When the pass is over, statistics are updated
-from these numbers; no activation outlives its hook.
+In a forward pass, row i * S + s of a batch is image i at noise level s. A reduction takes the activation, (n * S, ...), float32 or
+float64, and n; it gives a tensor whose first dimension counts images, or groups of images. Statistics are updated from these when the pass is over; no
+activation outlives its hook.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCTIONS", "Tap"]
+__all__ = [
+    "BANDS",
+    "GROUP",
+    "Reduction",
+    "Tap",
+    "band_share",
+    "channel_mean",
+    "channel_square",
+    "gram",
+    "hsic",
+    "mean",
+    "mean_magnitude",
+    "mean_square",
+    "per_row",
+    "positive_share",
+]
+
+Reduction = Callable[[Tensor, int], Tensor]
+
+PIECE = 1 << 14
+"""Numbers summed in float32 before float64 takes over: the error stays below 1e-7 of the sum of magnitudes."""
+
+GROUP = 8
+"""Images that CKA compares with each other."""
+
+BANDS = (0.0, 0.25, 0.5, 1.0, math.inf)
+"""Edges of radial frequency, as a share of the Nyquist frequency; the corners of the spectrum lie above 1."""
 
 
 class Tap(NamedTuple):
@@ -21,50 +49,147 @@ class Tap(NamedTuple):
 
     module: str
     side: Literal["input", "output"]
-    reduction: str
+    reduction: Reduction
 
 
-def _double(x: Tensor) -> Tensor:
-    return x.cpu().double() if x.device.type == "mps" else x.double()  # MPS has no float64
+def double(x: Tensor) -> Tensor:
+    """float64 where the device has it; MPS has not, and fetching from it inside a hook would wait for it."""
+    return x if x.device.type == "mps" else x.double()
 
 
-def _row_means(x: Tensor, n: int, f: Callable[..., Tensor]) -> Tensor:
-    """Mean of f over each row, through a small buffer that stays in the CPU's cache; sums of rows are pairwise, so exact enough.
+def flat(x: Tensor) -> Tensor:
+    """Rows as vectors, in the order of memory, which no sum over a row minds and which spares a copy.  (B, ...) -> (B, D)"""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(x.shape[0], -1)
 
-    (n * S, ...) -> (n, S)
-    """
-    v = x.reshape(x.shape[0], -1)
-    chunk = max(1, (1 << (18 if x.device.type == "cpu" else 26)) // v.shape[1])
-    buffer = torch.empty_like(v[:chunk])
-    sums = torch.cat([f(part, out=buffer[: len(part)]).sum(-1) for part in v.split(chunk)])
-    return (_double(sums) / v.shape[1]).reshape(n, -1)
+
+def _row_means(x: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over each row of what `total` sums over the last dimension.  (n * S, ...) -> (n, S)"""
+    v = flat(x)
+    parts = [double(total(part)) for part in v.split(PIECE, 1)]
+    return (functools.reduce(torch.add, parts) / v.shape[1]).reshape(n, -1)
+
+
+def mean(x: Tensor, n: int) -> Tensor:
+    """Mean of each row.  (n * S, ...) -> (n, S)"""
+    return _row_means(x, n, lambda v: v.sum(-1))
 
 
 def mean_square(x: Tensor, n: int) -> Tensor:
     """Mean of squares of each row.  (n * S, ...) -> (n, S)"""
-    return _row_means(x, n, torch.square)
+    # The norm squares and adds in one pass, without a temporary of the activation's size.
+    return _row_means(x, n, lambda v: double(torch.linalg.vector_norm(v, 2, -1)).square())
 
 
 def mean_magnitude(x: Tensor, n: int) -> Tensor:
     """Mean of absolute values of each row.  (n * S, ...) -> (n, S)"""
-    return _row_means(x, n, torch.abs)
+    return _row_means(x, n, lambda v: torch.linalg.vector_norm(v, 1, -1))
 
 
 def positive_share(x: Tensor, n: int) -> Tensor:
     """Share of values above 0 of each row.  (n * S, ...) -> (n, S)"""
-    return _row_means(x, n, functools.partial(torch.gt, other=0))
+    v = flat(x)
+    # A small buffer that stays in the cache; summing booleans directly is ten times slower on CPUs.
+    chunk = max(1, (1 << (18 if x.device.type == "cpu" else 26)) // v.shape[1])
+    buffer = torch.empty_like(v[:chunk])
+    sums = torch.cat([torch.gt(part, 0, out=buffer[: len(part)]).sum(-1) for part in v.split(chunk)])
+    return (double(sums) / v.shape[1]).reshape(n, -1)
 
 
 def gram(x: Tensor, n: int) -> Tensor:
     """Inner products of the rows of each image, over the number of values.  (n * S, ...) -> (n, S, S)"""
-    v = x.reshape(n, x.shape[0] // n, -1)
-    total: Tensor | int = 0
-    for part in v.split(1 << 12, -1):  # partial sums in float32, their sum in float64
-        total = total + _double(torch.bmm(part, part.mT))
-    assert isinstance(total, Tensor)
-    return total / v.shape[-1]
+    v = flat(x)
+    v = v.reshape(n, v.shape[0] // n, -1)
+    parts = [double(torch.bmm(part, part.mT)) for part in v.split(PIECE, -1)]
+    return functools.reduce(torch.add, parts) / v.shape[-1]
 
 
-REDUCTIONS: Mapping[str, Callable[[Tensor, int], Tensor]] = {
-    f.__name__: f for f in (mean_square, mean_magnitude, positive_share, gram)
-}
+def _channels(x: Tensor, n: int, total: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Mean over pixels or tokens: of (B, C, H, W), over the last two; of (B, T, C), over the middle; (B, C) stands.  -> (n, S, C)"""
+    if x.ndim == 3:
+        x = x.mT
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        v, dim, piece = x.permute(0, 2, 3, 1).flatten(1, 2), 1, PIECE >> 6  # here the kernel adds one after the other
+    else:
+        v, dim, piece = x.flatten(2) if x.ndim > 2 else x[:, :, None], 2, PIECE
+    parts = [double(total(part, dim)) for part in v.split(piece, dim)]
+    return (functools.reduce(torch.add, parts) / v.shape[dim]).unflatten(0, (n, -1))
+
+
+def channel_mean(x: Tensor, n: int) -> Tensor:
+    """Mean of each channel of each row.  (n * S, C, ...) -> (n, S, C)"""
+    return _channels(x, n, lambda v, dim: v.sum(dim))
+
+
+def channel_square(x: Tensor, n: int) -> Tensor:
+    """Mean of squares of each channel of each row.  (n * S, C, ...) -> (n, S, C)"""
+    return _channels(x, n, lambda v, dim: double(torch.linalg.vector_norm(v, 2, dim)).square())
+
+
+def band_share(x: Tensor, n: int) -> Tensor:
+    """Share of each row's power in the bands of radial frequency between `BANDS`.  (n * S, C, H, W) -> (n, S, 4)"""
+    if x.ndim != 4:
+        raise ValueError(f"spectral_share needs (rows, C, H, W), this is {tuple(x.shape)}")
+    h, w = x.shape[-2:]
+    band, weight = _radial(h, w, x.device)
+    out = torch.zeros(x.shape[0], len(BANDS) - 1, dtype=torch.float32 if x.device.type == "mps" else torch.float64).to(
+        x.device
+    )
+    rows = max(1, (1 << 22) // x[0].numel())  # the transform of a whole batch would outweigh the activation itself
+    for i, part in enumerate(x.split(rows)):
+        power = double(torch.view_as_real(torch.fft.rfft2(part)).square().sum((1, -1))) * weight  # (b, H, W/2+1)
+        out[i * rows : i * rows + len(part)].index_add_(1, band.flatten(), power.flatten(1))
+    return (out / out.sum(1, keepdim=True)).reshape(n, -1, len(BANDS) - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _radial(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Band of each frequency of `rfft2`, and how often it occurs in the full spectrum."""
+    fy, fx = torch.fft.fftfreq(h), torch.fft.rfftfreq(w)
+    radius = (fy[:, None].square() + fx.square()).sqrt() / 0.5
+    band = torch.bucketize(radius, torch.tensor(BANDS[1:-1]), right=True)
+    weight = torch.full((w // 2 + 1,), 2.0)
+    weight[0] = 1.0
+    if w % 2 == 0:
+        weight[-1] = 1.0
+    return band.to(device), weight.to(device)
+
+
+def hsic(x: Tensor, n: int) -> Tensor:
+    """Unbiased HSIC between noise levels within whole groups of `GROUP` images; images beyond them are left out.
+
+    Song et al. 2012, equation 5, as a mini-batch estimate (Nguyen et al. 2021, equation 3).  (n * S, ...) -> (n // GROUP, S, S)
+    """
+    v = flat(x).unflatten(0, (n, -1))  # (n, S, D)
+    m, s = GROUP, v.shape[1]
+    out = [double(x.new_zeros(0, s, s))]
+    for group in v.split(m):
+        if len(group) < m:
+            break
+        a = group.transpose(0, 1)  # (S, m, D)
+        # Only differences between images count, and at low noise they may be a millionth of the rest.
+        parts = (double(p) - double(p).mean(1, keepdim=True) for p in a.split(PIECE, -1))
+        k = functools.reduce(torch.add, [torch.bmm(p, p.mT) for p in parts]) / v.shape[-1]
+        k = k - torch.diag_embed(k.diagonal(dim1=-2, dim2=-1))  # (S, m, m)
+        rows = k.sum(-1)  # (S, m)
+        total = rows.sum(-1)  # (S,)
+        trace = torch.einsum("sij,tij->st", k, k)
+        found = trace + torch.outer(total, total) / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows @ rows.mT
+        out.append(found[None] / (m * (m - 3)))
+    return torch.cat(out)
+
+
+@functools.lru_cache(maxsize=256)
+def per_row(reduce: Callable[[Tensor], Tensor]) -> Reduction:
+    """A user's function of rows, (B, ...) -> (B,) or (B, K), as a reduction; one function gives one reduction, which is computed once."""
+
+    @functools.wraps(reduce)
+    def reduction(x: Tensor, n: int) -> Tensor:
+        found = reduce(x)
+        if not isinstance(found, Tensor) or found.ndim not in (1, 2) or len(found) != len(x):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"reduce gave {shape} for {len(x)} rows: give a tensor ({len(x)},) or ({len(x)}, K)")
+        return double(found).unflatten(0, (n, -1))
+
+    return reduction

@@ -1,34 +1,56 @@
-"""What a probe found: a tidy table, Gram matrices, and where they come from."""
+"""What a probe found: a tidy table, matrices between noise levels, numbers of channels, and where they come from."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
-import io
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path, read_json
-from gddlab.probing.hooks import Probe
-from gddlab.probing.statistics import Cosine
+from gddlab.errors import GddlabError, unknown
+from gddlab.files import hash_tensors
+from gddlab.nets import Precond, architecture
+from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
+from gddlab.probing.statistics import Statistic
+from gddlab.provenance import versions
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["COLUMNS", "FORMAT", "ProbeResult"]
+    from gddlab.freezing import FreezeMask
 
-FORMAT = "gddlab-probe-1"
+__all__ = ["COLUMNS", "ProbeResult", "Statistics", "network_meta"]
+
 COLUMNS = (
     *("layer", "block", "kind", "stage", "resolution", "depth", "n_params"),
     *("sigma", "stat", "value", "sem", "n_images", "unit"),
 )
+Statistics = Mapping[str, Mapping[str, Statistic]]
+"""By layer name and statistic name."""
+
+
+def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, Any]:
+    """What a result says of its network: class, fingerprint, architecture, parameters, layers."""
+    names = {layer.name for layer in measured}
+    bare, denoiser = unwrap(model), denoiser_of(model)
+    about: dict[str, Any] = {"class": type(bare).__name__}
+    about["fingerprint"] = hash_tensors({plain_name(k): v for k, v in bare.state_dict().items()})
+    if isinstance(denoiser, Precond):
+        about |= architecture(denoiser)
+    return {
+        "model": about,
+        "parameters": [[name, list(shape)] for name, shape in parameter_table(bare)],
+        "layers": [layer.to_dict() for layer in inventory(bare).values() if layer.type or layer.name in names],
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,32 +60,63 @@ class ProbeResult:
     Attributes:
         frame: A row a layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network, sigma
             (data scale) descending; `sem` is the standard error over images, NaN for one image.
-        gram: Cosines between noise levels by layer, (S, S) float64, same order of sigma; where "cosine" was measured.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
             and the network's parameters, from which masks are made.
+        matrices: By statistic ("cosine", "cka") and layer: noise levels against each other, (S, S) float64, same order of sigma.
+        channels: By layer: "mean" and "var" of each channel, (S, C) float64, with `per_channel=True`.
+        statistics: The sums behind the table, by layer and statistic; they let results merge. Empty where values are not
+            means over images.
     """
 
     frame: pd.DataFrame
-    gram: dict[str, np.ndarray]
     meta: dict[str, Any]
+    matrices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    channels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, probe: Probe, meta: dict[str, Any]) -> ProbeResult:
-        """The result of a finished `Probe`."""
+    def of(
+        cls, layers: Iterable[Layer], sigmas: Sequence[float], statistics: Statistics, meta: Mapping[str, Any]
+    ) -> ProbeResult:
+        """The table of statistics that have seen their images.
+
+        Args:
+            layers: What was measured, in the order of the network.
+            sigmas: Noise levels, descending.
+            statistics: By layer name and statistic name.
+            meta: What to add to the statistics' definitions and the versions.
+        """
         import pandas as pd
 
         rows: list[tuple[Any, ...]] = []
-        matrices: dict[str, np.ndarray] = {}
-        for layer in probe.layers:
-            about = (*(getattr(layer, c) for c in COLUMNS[1:7]),)
-            for name, stat in probe.statistics[layer.name].items():
-                value, sem = (x.tolist() for x in stat.result())
-                for sigma, v, e in zip(probe.sigmas, value, sem, strict=True):
-                    rows.append((layer.name, *about, sigma, name, v, e, stat.n_images, stat.unit))
-                if isinstance(stat, Cosine):
-                    matrices[layer.name] = stat.matrix().cpu().numpy()
+        matrices: dict[str, dict[str, np.ndarray]] = {}
+        channels: dict[str, dict[str, np.ndarray]] = {}
+        about: dict[str, dict[str, str]] = {}
+        for layer in layers:
+            place = (*(getattr(layer, c) for c in COLUMNS[1:7]),)
+            for stat in statistics[layer.name].values():
+                about[stat.name] = stat.describe()
+                if (matrix := stat.matrix()) is not None:
+                    matrices.setdefault(stat.name, {})[layer.name] = matrix.cpu().numpy()
+                if found := stat.channels():
+                    channels[layer.name] = {k: v.cpu().numpy() for k, v in found.items()}
+                if not stat.in_frame:
+                    continue
+                value, sem = (x.reshape(len(sigmas), -1).tolist() for x in stat.result())
+                names = [f"{stat.name}_{p}" for p in stat.parts] or [stat.name]
+                for k, name in enumerate(names):
+                    rows += [
+                        (layer.name, *place, sigma, name, v[k], e[k], stat.n_images, stat.unit)
+                        for sigma, v, e in zip(sigmas, value, sem, strict=True)
+                    ]
         frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"resolution": "Int64"})
-        return cls(frame, matrices, meta)
+        full = {**meta, "sigmas": list(sigmas), "stats": about, "versions": versions()}
+        return cls(frame, {"nonfinite": [], **full}, matrices, channels, statistics)
+
+    @property
+    def gram(self) -> dict[str, np.ndarray]:
+        """Cosines between noise levels by layer, (S, S); where "cosine" was measured."""
+        return self.matrices.get("cosine", {})
 
     @property
     def sigmas(self) -> list[float]:
@@ -76,6 +129,11 @@ class ProbeResult:
         return list(dict.fromkeys(self.frame["stat"]))
 
     @property
+    def layers(self) -> list[str]:
+        """Layers in the frame, in the order of the network."""
+        return list(dict.fromkeys(self.frame["layer"]))
+
+    @property
     def hash(self) -> str:
         """sha256 of the frame and of the network's fingerprint."""
         table = self.frame.to_csv(index=False, float_format="%.17g")
@@ -84,8 +142,12 @@ class ProbeResult:
     def to_frame(self) -> pd.DataFrame:
         return self.frame
 
-    def pivot(self, stat: str) -> pd.DataFrame:
-        """Values of one statistic: layers in the order of the network down, noise levels across, descending.
+    def pivot(self, stat: str, values: str = "value") -> pd.DataFrame:
+        """One statistic: layers in the order of the network down, noise levels across, descending.
+
+        Args:
+            stat: A statistic of the frame.
+            values: "value" or "sem".
 
         Raises:
             GddlabError: `stat` was not measured.
@@ -93,46 +155,122 @@ class ProbeResult:
         if stat not in self.stats:
             raise unknown("statistic", stat, self.stats)
         part = self.frame[self.frame["stat"] == stat]
-        wide = part.pivot(index="layer", columns="sigma", values="value")
+        wide = part.pivot(index="layer", columns="sigma", values=values)
         return wide.loc[list(dict.fromkeys(part["layer"])), sorted(wide.columns, reverse=True)]
 
-    def heatmap(self, stat: str, ax: Axes | None = None) -> Axes:
-        """Draws one statistic, layers down, noise levels across (log scale); a colour scale that colour-blind people can read.
+    def nearest(self, at: float) -> float:
+        """The noise level nearest to `at`, on the log scale.
+
+        Raises:
+            GddlabError: `at` is no sigma.
+        """
+        if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
+            raise GddlabError(f"at={at!r}: give a sigma above 0")
+        return min(self.sigmas, key=lambda s: abs(math.log(s / at)))
+
+    def contrast(self, stat: str, at: float = 80.0) -> pd.DataFrame:
+        """How much a statistic at one noise level, where the student lives, differs from the others.
+
+        Args:
+            stat: A statistic of the frame.
+            at: A sigma; the nearest one measured is taken.
+
+        Returns:
+            A row a layer: `at` (the value there), `sem`, `others` (median over the other noise levels), `difference` (at - others), `ratio`
+            (at / others), `z` (difference in standard deviations of the others over noise levels).
+
+        Raises:
+            GddlabError: `stat` was not measured, or at one noise level only.
+        """
+        import pandas as pd
+
+        table, sigma = self.pivot(stat), self.nearest(at)
+        rest = table.drop(columns=sigma)
+        if rest.shape[1] == 0:
+            raise GddlabError(f"{stat!r} was measured at sigma {sigma:g} alone: a contrast needs other noise levels")
+        others = rest.median(axis=1)
+        out = pd.DataFrame({"at": table[sigma], "sem": self.pivot(stat, "sem")[sigma], "others": others})
+        out["difference"] = out["at"] - others
+        out["ratio"] = out["at"] / others
+        out["z"] = out["difference"] / rest.std(axis=1)
+        return out
+
+    def merge(self, *others: ProbeResult) -> ProbeResult:
+        """Adds results of the same network, layers, statistics and noise levels on other images.
+
+        Raises:
+            GddlabError: They measure something else, or some of the same images; or values are no means over images.
+        """
+        from gddlab.probing.combining import merge
+
+        return merge(self, *others)
+
+    def join(self, *others: ProbeResult) -> ProbeResult:
+        """Puts layers, statistics or noise levels of other results of the same network beside these.
+
+        Raises:
+            GddlabError: Another network, or the same layer, statistic and sigma twice.
+        """
+        from gddlab.probing.combining import join
+
+        return join(self, *others)
+
+    def heatmap(self, stat: str, ax: Axes | None = None, *, mask: FreezeMask | None = None) -> Axes:
+        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
 
         Args:
             stat: A statistic of the frame.
             ax: Where to draw; None makes a figure that fits the number of layers.
+            mask: Marks what it freezes.
 
         Raises:
             GddlabError: `stat` was not measured.
         """
         from gddlab.probing.plots import draw_heatmap
 
-        return draw_heatmap(self, stat, ax)
+        return draw_heatmap(self, stat, ax, mask=mask)
 
-    def similarity(self, layer: str, ax: Axes | None = None) -> Axes:
-        """Draws the cosines of one layer's outputs between all pairs of noise levels.
+    def lines(
+        self,
+        stat: str,
+        layers: Sequence[str] | None = None,
+        ax: Axes | None = None,
+        *,
+        over: str = "sigma",
+        at: float | Sequence[float] | None = None,
+    ) -> Axes:
+        """Draws one statistic over "sigma", a line a layer, or over "depth", a line a noise level."""
+        from gddlab.probing.plots import draw_lines
+
+        return draw_lines(self, stat, layers, ax, over=over, at=at)
+
+    def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
+        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
+        from gddlab.probing.plots import draw_stem
+
+        return draw_stem(self, stat, at, ax)
+
+    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
+        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
 
         Raises:
-            GddlabError: No Gram matrix of `layer`.
+            GddlabError: No such matrix of `layer`.
         """
         from gddlab.probing.plots import draw_similarity
 
-        return draw_similarity(self, layer, ax)
+        return draw_similarity(self, layer, ax, kind=kind)
+
+    def similarities(self, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
+        """Draws `similarity` of all layers, or some, as small multiples."""
+        from gddlab.probing.plots import draw_similarities
+
+        return draw_similarities(self, layers, kind=kind)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `frame.parquet`, `gram.npz` and `meta.json`: all are written before the first replaces an older one."""
-        folder = Path(folder)
-        parquet, npz = io.BytesIO(), io.BytesIO()
-        self.frame.to_parquet(parquet, index=False)
-        np.savez_compressed(npz, **self.gram)  # type: ignore[arg-type]
-        files = {"frame.parquet": parquet.getvalue(), "gram.npz": npz.getvalue()}
-        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        meta = {"format": FORMAT, "files": sums, **self.meta}
-        files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
-        with contextlib.ExitStack() as stack:
-            for name, content in files.items():
-                stack.enter_context(atomic_path(folder / name)).write_bytes(content)
+        """Writes `frame.parquet`, `arrays.npz` and `meta.json`: all are written before the first replaces an older one."""
+        from gddlab.probing.storage import save
+
+        save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeResult:
@@ -142,22 +280,13 @@ class ProbeResult:
             NotFound: No such folder, or a file is missing in it.
             GddlabError: Not a probe result, or its files do not belong together.
         """
-        import pandas as pd
+        from gddlab.probing.storage import load
 
-        folder = Path(folder)
-        meta = read_json(folder / "meta.json")
-        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
-            raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")
-        content = {}
-        for name, expected in meta.pop("files").items():
-            if not (folder / name).is_file():
-                raise NotFound(f"no such file: {folder / name}")
-            content[name] = (folder / name).read_bytes()
-            if hashlib.sha256(content[name]).hexdigest() != expected:
-                raise GddlabError(f"{folder / name} is not the file that meta.json names: probe again, or restore it")
-        with np.load(io.BytesIO(content["gram.npz"]), allow_pickle=False) as z:
-            matrices = {k: z[k] for k in z.files}
-        return cls(pd.read_parquet(io.BytesIO(content["frame.parquet"])), matrices, meta)
+        return load(Path(folder))
+
+    def copy(self, **changes: Any) -> ProbeResult:
+        """This result with other fields; meta data are copied."""
+        return replace(self, **{"meta": copy.deepcopy(self.meta), **changes})
 
     def _repr_html_(self) -> str:
         data = self.meta["data"]["name"] if self.meta["data"] else "none"
@@ -165,10 +294,13 @@ class ProbeResult:
             "network": f"{self.meta['model']['class']}, {self.meta['model']['fingerprint'][:12]}",
             "states": f"{self.meta['states']}, data {data}, {self.meta['n_images']} images, seed {self.meta['seed']}",
             "sigma": f"{len(self.sigmas)} levels, {self.sigmas[0]:g} to {self.sigmas[-1]:g}",
-            "layers": str(self.frame["layer"].nunique()),
-            "statistics": ", ".join(self.stats),
+            "layers": str(len(self.layers)),
         }
         if bad := self.meta["nonfinite"]:
             rows["not finite"] = f"{bad[0]['layer']} at sigma {bad[0]['sigma']:g}, {len(bad)} places in all"
         cells = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
-        return f"<table><caption>ProbeResult</caption>{cells}</table>"
+        top = self.sigmas[0]
+        table = self.frame.groupby("stat", sort=False)["value"].agg(["count", "min", "median", "max"])
+        table[f"median at {top:g}"] = self.frame[self.frame["sigma"] == top].groupby("stat")["value"].median()
+        shown = table.to_html(float_format="{:.3g}".format)
+        return f"<table><caption>ProbeResult</caption>{cells}</table>{shown}"

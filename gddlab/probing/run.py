@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset, open_dataset, order
-from gddlab.errors import GddlabError, unknown
-from gddlab.files import hash_tensors
-from gddlab.nets import Precond, architecture
-from gddlab.probing.hooks import Probe
-from gddlab.probing.layers import LayerSelection, inventory, is_conv, parameter_table
-from gddlab.probing.result import ProbeResult
-from gddlab.probing.statistics import DEFAULT, STATISTICS
+from gddlab.datasets import ImageDataset
+from gddlab.errors import GddlabError
+from gddlab.probing.estimate import estimate
+from gddlab.probing.hooks import Probe, StatisticSelection, statistic_classes
+from gddlab.probing.inputs import Inputs, as_it_was
+from gddlab.probing.layers import LayerSelection
+from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic
 from gddlab.progress import progress_bar
-from gddlab.provenance import versions
-from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.samplers import one_hot
+from gddlab.sampling.arguments import positive
 
-__all__ = ["STATES", "probe"]
+__all__ = ["probe"]
 
-STATES = ("noised", "prior", "student")
-SIGMA_STUDENT = 80.0
+Pass = tuple[int, int]
 
 
 def probe(
@@ -37,35 +33,48 @@ def probe(
     data: str | ImageDataset | None = None,
     states: str = "noised",
     layers: LayerSelection = "conv",
-    stats: str | Iterable[str] = DEFAULT,
+    stats: StatisticSelection = DEFAULT,
+    per_channel: bool = False,
     n: int = 256,
     batch_size: int = 64,
     class_labels: Tensor | Sequence[int] | int | None = None,
     seed: int = 0,
+    start: int = 0,
     device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> ProbeResult:
     """Measures how active each layer of a network is at each noise level.
 
     The same images with the same noise are seen at every noise level. Numbers do not depend on `batch_size` beyond
-    float32 rounding. The network is run in eval mode without gradients and left as it was.
+    float32 rounding, nor on the number of processes: where torch.distributed is initialised, each process measures its part of the images and
+    all return the whole. Memory does not grow with images, noise levels or layers. The network is run in eval mode without gradients and left
+    as it was.
 
     Args:
-        model: A denoiser called as `model(x, sigma, class_labels)`: teacher, student, or one of yours.
+        model: A denoiser called as `model(x, sigma, class_labels)`: teacher, student, one of yours, or what `gddlab.wrap` makes of
+            any other network; compiled (it runs eagerly here) or in DistributedDataParallel if you like.
         timesteps: A number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
             network's range; or the levels themselves, standard deviations on the scale of images in [-1, 1].
         data: Dataset or its name, for "noised" states; None takes the one on the teacher's card.
-        states: What the network sees: "noised", image + sigma * noise; "prior", sigma * noise;
-            "student", the one-step generator's input, 80 * noise at sigma 80 and nothing else.
-        layers: "conv" (4-d weights), "block" (U-Net blocks), "all", a glob, "re:..." , a list, or a function of name and module.
-        stats: Names of statistics, see `gddlab.probing.STATISTICS`.
-        n: Images; image i is at position i of the dataset's order under `seed`, its noise has seed `seed` + i.
-        batch_size: Rows of one forward pass, images times noise levels; an image's noise levels stay together.
+        states: What the network sees: "noised", image + sigma * noise; "prior", sigma * noise; "trajectory", the states of Heun's sampler on its way
+            from noise to image; "student", the one-step generator's input, 80 * noise at sigma 80 and nothing else.
+        layers: "conv" (4-d weights), "block" (residual blocks), "attention", "norm", "linear", "all", a glob, "re:..." , a list, or a function of
+            name and module.
+        stats: Names of statistics, see `gddlab.probing.STATISTICS`, or statistics of your own, see `gddlab.probing.Statistic`.
+        per_channel: Keeps mean and variance of each channel, `ProbeResult.channels`.
+        n: Images; image i is at position `start` + i of the dataset's order under `seed`, its noise has seed `seed` + `start` + i.
+        batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels ("cosine", "cka") need an
+            image's noise levels in one pass, even where that is more rows; without these a pass holds no more.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim). None takes
             the images' labels, or deals classes in turn where there are no images.
         seed: Of the images' order and the noise.
+        start: Position of the first image; results of other images of the same seed add up with `ProbeResult.merge`.
         device: Where to run; None means where the network is. The network returns to where it was.
+        dtype: "bfloat16" or "float16" run the network under autocast; statistics are float32 and float64 all the same.
         progress: Shows a bar at a terminal.
+        dry_run: Measures one pass and returns an `Estimate` of time and memory of the whole, in place of the result.
 
     Returns:
         The table of values with standard errors over images, and sigma x sigma cosines.
@@ -74,152 +83,88 @@ def probe(
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
             images than there are; labels or images that do not fit the network; a layer that cannot be measured.
     """
-    if states not in STATES:
-        raise unknown("states", states, STATES)
-    for name, value in (("n", n), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GddlabError(f"{name}={value!r}: give a whole number of at least 1")
-    sigmas = _noise_levels(model, timesteps, states)
-    dataset = _dataset(model, data, states)
-    images, labels = _inputs(model, dataset, n, seed, class_labels)
-    measure = Probe(model, sigmas, layers=layers, stats=stats)
-    origin = _device_of(model)
-    target = origin if device is None else torch.device(device)
-    levels = torch.tensor(sigmas, dtype=torch.float32, device=target)
-    step = max(1, batch_size // len(sigmas))
-    with (
-        _as_it_was(model, target, origin),
-        torch.no_grad(),
-        measure,
-        progress_bar(total=n, desc="probing", unit="img", enabled=progress) as bar,
-    ):
-        for i in range(0, n, step):
-            j = min(i + step, n)
-            clean = images(i, j).to(target)  # (b, C, R, R)
-            noise = latents(range(seed + i, seed + j), clean.shape[1:]).to(target)
-            x = clean[:, None] + levels[:, None, None, None] * noise[:, None]  # (b, S, C, R, R)
-            c = None if labels is None else labels[i:j].to(target).repeat_interleave(len(sigmas), 0)
-            with measure.images(j - i):
-                model(x.flatten(0, 1), levels.repeat(j - i), c)
-            bar.update(j - i)
-    result = ProbeResult.of(measure, _meta(model, measure, dataset, states, n, seed))
-    if bad := result.meta["nonfinite"]:
+    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    positive("batch_size", batch_size)
+    chosen: list[type[Statistic]] = statistic_classes(stats)
+    if per_channel:
+        chosen = [*chosen, ChannelMoments]
+    group = max(s.group for s in chosen)
+    if n < group:
+        name = next(s.name for s in chosen if s.group == group)
+        raise GddlabError(f"n={n} images: {name!r} compares {group} with each other, give n={group} or more")
+
+    sigmas = inputs.sigmas
+    across = any(s.across for s in chosen)
+    width = len(sigmas) if across else min(len(sigmas), max(1, batch_size // group))
+    levels = [sigmas[i : i + width] for i in range(0, len(sigmas), width)]
+    images = max(1, batch_size // width // group) * group
+    wanted: StatisticSelection = DEFAULT if stats == DEFAULT and not per_channel else chosen
+    measures = [Probe(model, part, layers=layers, stats=wanted) for part in levels]
+
+    passes = list(_passes(n, images, group))
+    with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():
+        if dry_run:
+            cost = estimate(measures[0], inputs, (0, min(n, images)), target, passes=len(passes) * len(levels))
+            return cost  # type: ignore[return-value]  # the one call in which a user wants no result
+        total = len(passes) * len(levels)
+        with progress_bar(total=total, desc="probing", unit="pass", enabled=progress) as bar:
+            for measure in measures:
+                with measure:
+                    for i, j in passes:
+                        x, sigma, labels = inputs.rows(i, j, device=target, sigmas=measure.sigmas)
+                        with measure.images(j - i):
+                            inputs.denoiser(x, sigma, labels)
+                        bar.update()
+        for measure in measures:
+            _add_ranks(measure)
+    meta = network_meta(model, measures[0].layers) | inputs.describe()
+    meta["nonfinite"] = [b for m in measures for b in m.nonfinite()]
+    meta["settings"] = {"dtype": None if dtype is None else str(dtype).removeprefix("torch."), "layers": _named(layers)}
+    result = ProbeResult.of(measures[0].layers, sigmas, _stacked(measures), meta)
+    if bad := meta["nonfinite"]:
         places = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in bad[:3])
         warnings.warn(f"activations are not finite in {len(bad)} places: {places}", RuntimeWarning, stacklevel=2)
     return result
 
 
-def _noise_levels(model: nn.Module, timesteps: int | Sequence[float] | None, states: str) -> list[float]:
-    low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
-    if states == "student":
-        if timesteps is not None and not (isinstance(timesteps, int) and timesteps == 18):
-            raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, leave timesteps away")
-        return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
-    if timesteps is None:
-        timesteps = 18
-    if isinstance(timesteps, bool):
-        raise GddlabError(f"timesteps={timesteps}: give a whole number, or a list of sigmas")
-    if isinstance(timesteps, int):
-        grid = karras_sigmas(timesteps, sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
-    else:
-        try:
-            grid = [float(s) for s in timesteps]
-        except (TypeError, ValueError):
-            raise GddlabError(f"timesteps={timesteps!r}: give a whole number, or a list of sigmas") from None
-        wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low <= s <= high)]
-        if wrong:
-            accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
-            raise GddlabError(f"sigma {wrong[0]:g} in timesteps: this network accepts {accepted}")
-        if not grid or len(set(grid)) < len(grid):
-            raise GddlabError(f"timesteps={grid}: give at least one sigma, each once")
-    if isinstance(model, Precond):  # iDDPM knows certain levels only
-        grid = model.round_sigma(torch.tensor(grid, dtype=torch.float64)).tolist()
-    return sorted(set(grid), reverse=True)
+def _passes(n: int, images: int, group: int) -> Iterator[Pass]:
+    """First and last image of each pass of this process; whole groups, but for the end."""
+    rank, size = _rank()
+    share = math.ceil(n / group / size) * group
+    first, last = min(rank * share, n), min((rank + 1) * share, n)
+    for i in range(first, last, images):
+        yield i, min(i + images, last)
 
 
-def _dataset(model: nn.Module, data: str | ImageDataset | None, states: str) -> ImageDataset | None:
-    if states != "noised":
-        if data is not None:
-            raise GddlabError(f'states="{states}" needs no images: leave data= away')
-        return None
-    if data is None:
-        data = getattr(getattr(model, "card", None), "data", None)
-    if data is None:
-        raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
-    return open_dataset(data)
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
-def _inputs(
-    model: nn.Module,
-    dataset: ImageDataset | None,
-    n: int,
-    seed: int,
-    class_labels: Tensor | Sequence[int] | int | None,
-) -> tuple[Any, Tensor | None]:
-    """A function of first and last index that gives images, zeros without a dataset; and labels, (n, label_dim)."""
-    label_dim = int(getattr(model, "label_dim", 0))
-    shape = tuple(getattr(model, a, None) for a in ("img_channels", "img_resolution", "img_resolution"))
-    if dataset is None:
-        if None in shape:
-            raise GddlabError(
-                "this network does not say img_channels and img_resolution: set them, or probe noised data"
-            )
-        return lambda i, j: torch.zeros(j - i, *shape), one_hot(label_dim, n, seed, class_labels)
-    if n > len(dataset):
-        raise GddlabError(f"n={n} images, but {dataset.name!r} has {len(dataset)}: give n={len(dataset)} or less")
-    have = (dataset.channels, dataset.resolution, dataset.resolution)
-    if None not in shape and shape != have:
-        raise GddlabError(f"{dataset.name!r} has images {have}, this network takes {shape}: give another data=")
-    index = order(len(dataset), seed, 0, n)
-    if class_labels is None and label_dim:
-        if dataset.classes != label_dim:
-            raise GddlabError(
-                f"{dataset.name!r} has {dataset.classes} classes, this network {label_dim}: give class_labels="
-            )
-        labels: Tensor | None = dataset.labels(index)
-    else:
-        labels = one_hot(label_dim, n, seed, class_labels)
-    return lambda i, j: dataset.images(index[i:j]), labels
+def _add_ranks(measure: Probe) -> None:
+    """Every process comes to have what all have measured."""
+    if _rank()[1] == 1:
+        return
+    gathered: list[Any] = [None] * _rank()[1]
+    torch.distributed.all_gather_object(gathered, measure.state())
+    measure.reset()
+    for state in gathered:  # in the order of ranks on every rank, so that all have the same digits
+        measure.add(state)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module, device: torch.device, origin: torch.device) -> Iterator[None]:
-    """Eval mode on `device` inside; every module's mode and the network's device come back."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        if device != origin:
-            model.to(device)
-        yield
-    finally:
-        if device != origin:
-            model.to(origin)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _meta(
-    model: nn.Module, measure: Probe, dataset: ImageDataset | None, states: str, n: int, seed: int
-) -> dict[str, Any]:
-    named = {m.name for m in measure.layers} | {name for name, m in model.named_modules() if is_conv(m)}
+def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:
+    """Statistics over all noise levels from probes of a part of them each."""
+    first = measures[0].statistics
+    if len(measures) == 1:
+        return first
     return {
-        "model": {
-            "class": type(model).__name__,
-            "fingerprint": hash_tensors(model.state_dict()),
-            **(architecture(model) if isinstance(model, Precond) else {}),
-        },
-        "parameters": [[name, list(shape)] for name, shape in parameter_table(model)],
-        "layers": [layer.to_dict() for name, layer in inventory(model).items() if name in named],
-        "data": None if dataset is None else dataset.manifest.to_dict(),
-        "states": states,
-        "sigmas": measure.sigmas,
-        "n_images": n,
-        "seed": seed,
-        "stats": {name: STATISTICS[name].describe() for name in measure.stats},
-        "nonfinite": measure.nonfinite(),
-        "versions": versions(),
+        layer: {name: type(stat).stack([m.statistics[layer][name] for m in measures]) for name, stat in by.items()}
+        for layer, by in first.items()
     }
+
+
+def _named(layers: LayerSelection) -> Any:
+    if isinstance(layers, str):
+        return layers
+    return repr(layers) if callable(layers) else [str(item) for item in layers]

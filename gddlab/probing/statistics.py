@@ -1,51 +1,58 @@
-"""Statistics of activations over images and noise levels: arithmetic on the small tensors that reductions give."""
+"""Statistics of activations over images and noise levels: arithmetic on the small tensors that reductions give.
+
+Everything that a statistic keeps is a sum over images, so that batches, processes and runs add up.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from gddlab.probing.layers import Layer
-from gddlab.probing.reductions import Tap
+from gddlab.errors import GddlabError
+from gddlab.probing.layers import Layer, anatomy
+from gddlab.probing.reductions import (
+    BANDS,
+    GROUP,
+    Tap,
+    band_share,
+    channel_mean,
+    channel_square,
+    gram,
+    hsic,
+    mean,
+    mean_magnitude,
+    mean_square,
+    per_row,
+    positive_share,
+)
 
-__all__ = ["DEFAULT", "STATISTICS", "Statistic"]
-
-
-class Mean:
-    """Mean over images and its standard error, from running sums, float64, (S,)."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.total: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
-
-    def update(self, x: Tensor) -> None:
-        """x: (n, S), a value an image and noise level."""
-        self.n += len(x)
-        self.total = self.total + x.sum(0)
-        self.square = self.square + x.square().sum(0)
-
-    def merge(self, other: Mean) -> None:
-        self.n += other.n
-        self.total = self.total + other.total
-        self.square = self.square + other.square
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean, (S,), and its standard error, (S,); the latter is NaN for one image."""
-        mean = torch.as_tensor(self.total) / self.n
-        spread = (torch.as_tensor(self.square) / self.n - mean.square()).clamp(min=0)
-        return mean, (spread / (self.n - 1)).sqrt() if self.n > 1 else torch.full_like(mean, torch.nan)
+__all__ = ["DEFAULT", "STATISTICS", "PerImage", "Statistic"]
 
 
-class Statistic(ABC):
-    """One number a layer and noise level, from images that come in batches.
+class Statistic:
+    """A number a layer and noise level, from images that come in batches, with its standard error over images.
 
-    A subclass says what it measures, where it reads (`taps`), and how batches are added up. `target` is "layer" for a
-    statistic of every selected layer, "block" for one of every U-Net block that holds a selected layer.
+    The shortest statistic of your own is a name, what it means, and a function of rows:
+
+        class Kurtosis(Statistic):
+            name = "kurtosis"
+            definition = "mean over images of the fourth standardised moment of a layer's output"
+            axes = "moment over channels, pixels; mean over images"
+            unit = "1"
+
+            @staticmethod
+            def reduce(x):  # (rows, C, H, W) -> (rows,)
+                x = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
+                return x.pow(4).mean(1) / x.square().mean(1).square()
+
+        gddlab.probe(net, stats=("rms", Kurtosis))
+
+    `reduce` runs inside the hook, on one batch. For more, override `taps` (what is read where), `quantities` (numbers an image, whose means are kept) and `value`
+    (a function of these means; its error follows by the delta method).
     """
 
     name: ClassVar[str]
@@ -53,34 +60,114 @@ class Statistic(ABC):
     axes: ClassVar[str]
     unit: ClassVar[str]
     target: ClassVar[Literal["layer", "block"]] = "layer"
+    """ "block" for a statistic of every residual block that holds a selected layer."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Where a value is several numbers: what each is called after the name."""
+    across: ClassVar[bool] = False
+    """Whether it compares noise levels, so that all of them must lie in one pass."""
+    group: ClassVar[int] = 1
+    """Images that make one sample, and must lie in one pass; batches hold whole groups."""
+    in_frame: ClassVar[bool] = True
+    side: ClassVar[Literal["input", "output"]] = "output"
+    """What `reduce` sees: a layer's output or its first input."""
+    reduce: ClassVar[Callable[[Tensor], Tensor]]
+    kinds: ClassVar[dict[str, type[Statistic]]] = {}
+    """Every statistic by the name of its class, so that saved sums find their meaning again."""
 
-    @staticmethod
-    @abstractmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        """What to read for `layer`, by role; None where the statistic has no meaning."""
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Statistic.kinds[cls.__name__] = cls
 
     def __init__(self) -> None:
-        self.mean = Mean()
+        self.samples = 0
+        """How many the sums are over: images, or groups of them."""
+        self.sums: dict[str, Tensor] = {}
 
     @property
     def n_images(self) -> int:
-        return self.mean.n
+        return self.samples * self.group
 
-    @abstractmethod
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        """What to read for `layer`, by role; None where the statistic has no meaning."""
+        return {"x": Tap(layer.name, cls.side, per_row(cls.reduce))}
+
     def update(self, **reduced: Tensor) -> None:
-        """Adds a batch: float64 reductions by role, (n, S) or (n, S, S)."""
+        """Adds a batch: float64 reductions by role."""
+        q = self.quantities(**reduced)
+        if q.ndim == 2:
+            q = q[..., None]
+        self.samples += len(q)
+        self.add(first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))
+
+    def add(self, **sums: Tensor) -> None:
+        for name, x in sums.items():
+            self.sums[name] = self.sums[name] + x if name in self.sums else x
+
+    def quantities(self, x: Tensor) -> Tensor:
+        """Numbers of each image, (n, S) or (n, S, K)."""
+        return x
+
+    def value(self, means: Tensor) -> Tensor:
+        """The statistic from the means of the quantities over images.  (S, K) -> (S,), or (S, P) with P `parts`"""
+        return means if self.parts else means[:, 0]
 
     def merge(self, other: Statistic) -> None:
         """Adds what another instance has seen of other images at the same noise levels."""
-        self.mean.merge(other.mean)
+        if type(other) is not type(self):
+            raise GddlabError(f"{type(other).__name__} does not add to {type(self).__name__}: merge equal statistics")
+        self.samples += other.samples
+        self.add(**other.sums)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Value and standard error over images, (S,) each."""
-        return self.mean.result()
+        """Value and standard error over images, (S,) each, or (S, P); the error of one image is NaN."""
+        n = self.samples
+        if not n:
+            raise GddlabError(f"{self.name} has seen no image: measure a pass first")
+        means = (self.sums["first"] / n).detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = self.value(means)
+            columns = value if value.ndim == 2 else value[:, None]
+            # value is a function of its own noise level's means alone, so that one backward pass gives every row's slope
+            slopes = [torch.autograd.grad(c.sum(), means, retain_graph=True)[0] for c in columns.unbind(1)]
+        slope, mean = torch.stack(slopes, 1), means.detach()  # (S, P, K), (S, K)
+        slope = torch.where(slope.isfinite(), slope, 0.0)  # the root's slope at 0, where nothing spreads
+        if n > 1:
+            covariance = (self.sums["second"] / n - mean[:, :, None] * mean[:, None]) / (n - 1)
+            sem = torch.einsum("spi,sij,spj->sp", slope, covariance, slope).clamp(min=0).sqrt()
+        else:
+            sem = torch.full_like(columns, torch.nan).detach()
+        return value.detach(), sem if value.ndim == 2 else sem[:, 0]
+
+    def matrix(self) -> Tensor | None:
+        """Noise levels against each other, (S, S), where the statistic compares them."""
+        return None
+
+    def channels(self) -> dict[str, Tensor]:
+        """Numbers of each channel, (S, C), by name."""
+        return {}
+
+    @classmethod
+    def stack(cls, levels: Sequence[Self]) -> Self:
+        """One instance of those that saw the same images at different noise levels."""
+        out = cls.__new__(cls)
+        out.__dict__.update(levels[0].__dict__)
+        out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
+        return out
 
     @classmethod
     def describe(cls) -> dict[str, str]:
-        return {"definition": cls.definition, "axes": cls.axes, "unit": cls.unit, "target": cls.target}
+        return {
+            "definition": cls.definition,
+            "axes": cls.axes,
+            "unit": cls.unit,
+            "target": cls.target,
+            "class": cls.__name__,
+        }
+
+
+class PerImage(Statistic):
+    """Means over images of numbers that are computed elsewhere: `update(x=...)` takes them, (n, S)."""
 
 
 class RootMeanSquare(Statistic):
@@ -89,17 +176,12 @@ class RootMeanSquare(Statistic):
     axes = "images, channels, pixels"
     unit = "activation"
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap]:
-        return {"x": Tap(layer.name, "output", "mean_square")}
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", mean_square)}
 
-    def update(self, **reduced: Tensor) -> None:
-        self.mean.update(reduced["x"])
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        mean, sem = self.mean.result()
-        rms = mean.sqrt()
-        return rms, torch.where(rms > 0, sem / (2 * rms), sem)
+    def value(self, means: Tensor) -> Tensor:
+        return means[:, 0].sqrt()
 
 
 class MeanAbsolute(Statistic):
@@ -108,12 +190,39 @@ class MeanAbsolute(Statistic):
     axes = "images, channels, pixels"
     unit = "activation"
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap]:
-        return {"x": Tap(layer.name, "output", "mean_magnitude")}
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", mean_magnitude)}
 
-    def update(self, **reduced: Tensor) -> None:
-        self.mean.update(reduced["x"])
+
+class Mean(Statistic):
+    name = "mean"
+    definition = "mean of the layer's output"
+    axes = "images, channels, pixels"
+    unit = "activation"
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", mean)}
+
+
+class StandardDeviation(Statistic):
+    name = "std"
+    definition = (
+        "standard deviation of the layer's output, over all of images, channels and pixels; sem by the delta method"
+    )
+    axes = "images, channels, pixels"
+    unit = "activation"
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", mean), "square": Tap(layer.name, "output", mean_square)}
+
+    def quantities(self, x: Tensor, square: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.stack([x, square], -1)
+
+    def value(self, means: Tensor) -> Tensor:
+        return (means[:, 1] - means[:, 0].square()).clamp(min=0).sqrt()
 
 
 class ActiveFraction(Statistic):
@@ -124,32 +233,58 @@ class ActiveFraction(Statistic):
     axes = "images, channels, pixels"
     unit = "share"
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "input", "positive_share")} if layer.activated_input else None
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "input", positive_share)} if layer.activated_input else None
 
-    def update(self, **reduced: Tensor) -> None:
-        self.mean.update(reduced["x"])
+
+class DeadChannels(Statistic):
+    """Reported where `ActiveFraction` is."""
+
+    name = "dead_channels"
+    definition = (
+        "share of the channels of the layer's input that stay near 0: root mean square over an image's pixels below 0.01 of that over "
+        "all channels; mean over images; for layers whose input is the output of SiLU"
+    )
+    axes = "root mean square over pixels; share over channels; mean over images"
+    unit = "share"
+    threshold: ClassVar[float] = 0.01
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "input", channel_square)} if layer.activated_input else None
+
+    def quantities(self, x: Tensor) -> Tensor:
+        near = x < self.threshold**2 * x.mean(-1, keepdim=True)
+        share = near.to(x.dtype).mean(-1)
+        return torch.where(x.isfinite().all(-1), share, torch.nan)
 
 
 class RelativeUpdate(Statistic):
     name = "rel_update"
     definition = (
-        "mean over images of |conv1(...)| / |skip path|, Euclidean norms of one image's activations; "
-        "the skip path is the skip module's output, or the block's input where there is none"
+        "mean over images of |branch| / |skip path|, Euclidean norms of one image's activations; the branch is the output of the block's last "
+        "convolution (conv1; conv2 in diffusers), the skip path is the skip module's output, or the block's input where there is none"
     )
     axes = "norm over channels, pixels; mean over images"
     unit = "ratio"
     target = "block"
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        skip = modules[layer.name].skip is not None
-        base = Tap(f"{layer.name}.skip", "output", "mean_square") if skip else Tap(layer.name, "input", "mean_square")
-        return {"update": Tap(f"{layer.name}.conv1", "output", "mean_square"), "base": base}
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        parts = anatomy(modules[layer.name])
+        if parts is None or parts.skip is None:
+            return None
+        skip = modules.get(f"{layer.name}.{parts.skip}")
+        base = (
+            Tap(layer.name, "input", mean_square)
+            if skip is None
+            else Tap(f"{layer.name}.{parts.skip}", "output", mean_square)
+        )
+        return {"update": Tap(f"{layer.name}.{parts.branch}", "output", mean_square), "base": base}
 
-    def update(self, **reduced: Tensor) -> None:
-        self.mean.update((reduced["update"] / reduced["base"]).sqrt())  # equal shapes: the counts cancel
+    def quantities(self, update: Tensor, base: Tensor) -> Tensor:  # type: ignore[override]
+        return (update / base).sqrt()  # equal shapes: the counts cancel
 
 
 class RelativeAttentionUpdate(RelativeUpdate):
@@ -159,79 +294,133 @@ class RelativeAttentionUpdate(RelativeUpdate):
         "x is what the attention's output is added to, the input of norm2"
     )
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        if not modules[layer.name].num_heads:
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        parts = anatomy(modules[layer.name])
+        if parts is None or f"{layer.name}.{parts.attention}" not in modules:
             return None
         return {
-            "update": Tap(f"{layer.name}.proj", "output", "mean_square"),
-            "base": Tap(f"{layer.name}.norm2", "input", "mean_square"),
+            "update": Tap(f"{layer.name}.{parts.attention}", "output", mean_square),
+            "base": Tap(f"{layer.name}.{parts.attention_base}", "input", mean_square),
         }
 
 
-class Cosine(Statistic):
-    """Keeps the Gram matrix summed over images, and second moments of the three entries of the cosine for its error."""
+class _Likeness(Statistic):
+    """m(s, t) / sqrt(m(s, s) m(t, t)) for a matrix m that is summed over images; t is the largest sigma in `result`."""
 
+    unit = "similarity"
+    across = True
+
+    def update(self, **reduced: Tensor) -> None:
+        super().update(**reduced)
+        self.add(matrix=reduced["m"].sum(0))
+
+    def quantities(self, m: Tensor) -> Tensor:  # type: ignore[override]
+        """m(s, 0), m(s, s), m(0, 0): noise levels descend, so that 0 is the largest.  (n, S, S) -> (n, S, 3)"""
+        diagonal = m.diagonal(dim1=-2, dim2=-1)
+        return torch.stack([m[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)
+
+    def value(self, means: Tensor) -> Tensor:
+        cross, ss, tt = means.unbind(1)
+        return cross / (ss * tt).sqrt()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        value, sem = super().result()
+        sem = sem.clone()
+        if self.samples > 1:
+            sem[0] = torch.where(value[0].isfinite(), 0.0, sem[0])  # with itself: rounding is no spread
+        return value, sem
+
+    def matrix(self) -> Tensor:
+        """Likeness between all noise levels, (S, S)."""
+        m = self.sums["matrix"]
+        norm = m.diagonal().sqrt()
+        return m / norm[:, None] / norm
+
+
+class Cosine(_Likeness):
     name = "cosine"
     definition = (
         "cosine between the layer's outputs at this sigma and at the largest one, for the same images and noise: "
         "G[s, t] / sqrt(G[s, s] G[t, t]), G[s, t] = sum over images of <a_s, a_t>; sem by the delta method"
     )
     axes = "images, channels, pixels"
-    unit = "cosine"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gram: Tensor | float = 0.0
-        self.moments: Tensor | float = 0.0
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"m": Tap(layer.name, "output", gram)}
 
-    @staticmethod
-    def taps(layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap]:
-        return {"g": Tap(layer.name, "output", "gram")}
 
-    @staticmethod
-    def _entries(g: Tensor) -> Tensor:
-        """<a_s, a_0>, <a_s, a_s>, <a_0, a_0>: noise levels descend, so that 0 is the largest.  (..., S, S) -> (..., S, 3)"""
-        diagonal = g.diagonal(dim1=-2, dim2=-1)
-        return torch.stack([g[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)
+class CenteredKernelAlignment(_Likeness):
+    name = "cka"
+    definition = (
+        "linear centred kernel alignment of the layer's outputs at this sigma and at the largest one: HSIC[s, t] / sqrt(HSIC[s, s] HSIC[t, t]), "
+        f"unbiased HSIC within groups of {GROUP} images, averaged over whole groups (Nguyen et al. 2021, equation 3); sem over groups by the delta method; "
+        "can be misled (arXiv:2210.16156)"
+    )
+    axes = "images, channels, pixels"
+    group = GROUP
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"m": Tap(layer.name, "output", hsic)}
+
+
+class SpectralShare(Statistic):
+    name = "spectral_share"
+    definition = (
+        "share of the power of the layer's output in a band of radial frequency, 0 at the constant and 1 at the Nyquist frequency of an axis: "
+        + ", ".join(f"{i} from {a:g} to {b:g}" for i, (a, b) in enumerate(itertools.pairwise(BANDS)))
+        + "; share of one image over all channels, mean over images"
+    )
+    axes = "power over channels, frequencies; mean over images"
+    unit = "share"
+    parts = ("0", "1", "2", "3")
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", band_share)} if layer.type in ("conv", "block") else None
+
+
+class ChannelMoments(Statistic):
+    """Mean and variance of each channel, for `ProbeResult.channels`."""
+
+    name = "channel_moments"
+    definition = "mean and variance of each channel of the layer's output"
+    axes = "images, pixels"
+    unit = "activation"
+    in_frame = False
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", channel_mean), "square": Tap(layer.name, "output", channel_square)}
 
     def update(self, **reduced: Tensor) -> None:
-        g = reduced["g"]
-        self.mean.n += len(g)
-        self.gram = self.gram + g.sum(0)
-        e = self._entries(g)
-        self.moments = self.moments + torch.einsum("nsi,nsj->sij", e, e)
+        self.samples += len(reduced["x"])
+        self.add(mean=reduced["x"].sum(0), square=reduced["square"].sum(0))
 
-    def merge(self, other: Statistic) -> None:
-        assert isinstance(other, Cosine)
-        self.mean.n += other.mean.n
-        self.gram = self.gram + other.gram
-        self.moments = self.moments + other.moments
-
-    def matrix(self) -> Tensor:
-        """Cosines between all noise levels, (S, S)."""
-        g = torch.as_tensor(self.gram)
-        norm = g.diagonal().sqrt()
-        return g / norm[:, None] / norm
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        n = self.n_images
-        cosine = self.matrix()[:, 0]
-        if n < 2:
-            return cosine, torch.full_like(cosine, torch.nan)
-        mean = self._entries(torch.as_tensor(self.gram)) / n  # (S, 3)
-        covariance = (torch.as_tensor(self.moments) / n - mean[:, :, None] * mean[:, None]) / (n - 1)
-        yy, xx = mean[:, 1], mean[:, 2]
-        slope = torch.stack([1 / (yy * xx).sqrt(), -cosine / (2 * yy), -cosine / (2 * xx)], -1)
-        variance = torch.einsum("si,sij,sj->s", slope, covariance, slope)
-        variance[0] = 0.0  # with itself
-        return cosine, variance.clamp(min=0).sqrt()
+    def channels(self) -> dict[str, Tensor]:
+        mean = self.sums["mean"] / self.samples
+        return {"mean": mean, "var": (self.sums["square"] / self.samples - mean.square()).clamp(min=0)}
 
 
 STATISTICS: Mapping[str, type[Statistic]] = {
-    s.name: s for s in (RootMeanSquare, MeanAbsolute, ActiveFraction, RelativeUpdate, RelativeAttentionUpdate, Cosine)
+    s.name: s
+    for s in (
+        RootMeanSquare,
+        MeanAbsolute,
+        Mean,
+        StandardDeviation,
+        ActiveFraction,
+        DeadChannels,
+        RelativeUpdate,
+        RelativeAttentionUpdate,
+        Cosine,
+        CenteredKernelAlignment,
+        SpectralShare,
+    )
 }
 """All statistics by name."""
 
-DEFAULT = tuple(STATISTICS)
+DEFAULT = tuple(name for name in STATISTICS if name not in ("cka", "spectral_share"))
 """What `probe` measures unless told otherwise: one forward pass gives all of it."""

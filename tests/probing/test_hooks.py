@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing import Probe, Statistic, probe
-from gddlab.probing.hooks import STATISTICS
+from gddlab.probing import STATISTICS, Probe, Statistic, probe, reductions
 from tests.probing.networks import tiny
 
 
@@ -71,28 +70,33 @@ def test_hooks_go_when_the_network_raises(net, pictures):
     assert net.training
 
 
-def test_hooks_go_when_a_statistic_raises(net, pictures, monkeypatch):
-    class Broken(STATISTICS["rms"]):
-        def update(self, **reduced):
-            raise ZeroDivisionError
+class Breaks(STATISTICS["rms"]):
+    """Raises when it adds a pass up."""
 
-    assert issubclass(Broken, Statistic)
-    monkeypatch.setattr("gddlab.probing.hooks.STATISTICS", {**STATISTICS, "rms": Broken})
-    before = hooks(net)
-    with pytest.raises(ZeroDivisionError):
-        probe(net, [2.0, 1.0], data=pictures, n=2)
-    assert hooks(net) == before
+    name = "breaks"
 
-
-def test_hooks_go_when_a_reduction_raises(net, pictures, monkeypatch):
-    def broken(x, n):
+    def update(self, **reduced):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gddlab.probing.hooks.REDUCTIONS", dict.fromkeys(("gram", "mean_square"), broken))
+
+class BreaksInside(Statistic):
+    """Raises inside the hook."""
+
+    name, definition, axes, unit = "breaks_inside", "none", "none", "1"
+
+    @staticmethod
+    def reduce(x):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("stat", [Breaks, BreaksInside])
+def test_hooks_go_when_a_statistic_raises(net, pictures, stat):
     before = hooks(net)
+    modes = [m.training for m in net.train().modules()]
     with pytest.raises(ZeroDivisionError):
-        probe(net, [2.0, 1.0], data=pictures, n=2, stats="rms")
+        probe(net, [2.0, 1.0], data=pictures, n=2, stats=["rms", stat])
     assert hooks(net) == before
+    assert modes == [m.training for m in net.modules()]
 
 
 def test_a_failed_pass_counts_nothing(net):
@@ -152,6 +156,19 @@ def test_unknown_statistics_are_refused(net):
         Probe(net, [1.0], stats=["rmss"])
     with pytest.raises(GddlabError, match="stats is empty"):
         Probe(net, [1.0], stats=[])
+    with pytest.raises(GddlabError, match="statistic 3: give names"):
+        Probe(net, [1.0], stats=[3])
+    with pytest.raises(GddlabError, match="does not say its unit"):
+        Probe(net, [1.0], stats=type("Odd", (Statistic,), {"name": "odd", "definition": "", "axes": ""}))
+    with pytest.raises(GddlabError, match="two statistics are called 'rms'"):
+        Probe(
+            net,
+            [1.0],
+            stats=[
+                "rms",
+                type("Rms", (Statistic,), {**dict.fromkeys(("definition", "axes", "unit"), ""), "name": "rms"}),
+            ],
+        )
     with pytest.raises(GddlabError, match="'rel_update' exists for none of the 1 selected"):
         Probe(net, [1.0], layers="model.enc.16x16_conv", stats=["rms", "rel_update"])
 
@@ -174,3 +191,71 @@ def test_a_share_alone_does_not_hide_nan(net):
     with torch.no_grad(), Probe(net, [2.0, 1.0], stats="active_fraction") as p, p.images(1):
         feed(net)
     assert {"layer": "model.enc.16x16_block0.conv0", "side": "input", "sigma": 2.0, "images": 1} in p.nonfinite()
+
+
+class Clipped(Statistic):
+    """A statistic as a user writes one."""
+
+    name = "clipped"
+    definition = "share of the layer's output above 1 in size"
+    axes = "channels, pixels; mean over images"
+    unit = "share"
+
+    @staticmethod
+    def reduce(x):
+        return (x.abs() > 1).double().flatten(1).mean(1)
+
+
+def test_a_users_statistic_stands_beside_the_others(net, pictures, tmp_path):
+    seen = {}
+    conv = net.model.enc["16x16_block0"].conv0
+    own = conv.register_forward_hook(lambda m, a, y: seen.update(y=y.detach().clone()))
+    result = probe(net, [2.0, 1.0], data=pictures, n=4, batch_size=100, stats=["rms", Clipped])
+    own.remove()
+    expected = (seen["y"].abs() > 1).double().flatten(1).mean(1).reshape(4, 2)
+    row = result.pivot("clipped").loc["model.enc.16x16_block0.conv0"]
+    assert row.tolist() == pytest.approx(expected.mean(0).tolist())
+    sem = result.pivot("clipped", "sem").loc["model.enc.16x16_block0.conv0"]
+    assert sem.tolist() == pytest.approx((expected.std(0) / 2).tolist())
+    assert result.meta["stats"]["clipped"]["definition"] == Clipped.definition
+    result.save(tmp_path)
+    parts = [probe(net, [2.0, 1.0], data=pictures, n=2, start=i, stats=["rms", Clipped]) for i in (0, 2)]
+    merged = parts[0].merge(parts[1])
+    assert merged.pivot("clipped").loc["model.enc.16x16_block0.conv0"].tolist() == pytest.approx(row.tolist())
+
+
+def test_what_a_users_function_gives_is_checked(net, pictures):
+    wrong = type("Wrong", (Clipped,), {"name": "wrong", "reduce": staticmethod(lambda x: x.sum())})
+    with pytest.raises(GddlabError, match=r"layer 'model.enc.16x16_conv': reduce gave \(\) for 4 rows"):
+        probe(net, [2.0, 1.0], data=pictures, n=2, stats=wrong)
+
+
+def test_probes_of_other_images_add_up(net):
+    x = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([2.0, 1.0])
+    found = []
+    for parts in ([x], [x[:4], x[4:]]):
+        probes = []
+        for part in parts:
+            with torch.no_grad(), Probe(net, [2.0, 1.0]) as p, p.images(len(part) // 2):
+                net(part, sigma.repeat(len(part) // 2))
+            probes.append(p)
+        for other in probes[1:]:
+            probes[0].merge(other)
+        found.append(probes[0])
+    whole, added = found
+    assert added.n_images == 3
+    for name, by_stat in whole.statistics.items():
+        for stat, s in by_stat.items():
+            for a, b in zip(s.result(), added.statistics[name][stat].result(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(GddlabError, match="measure different layers"):
+        whole.merge(Probe(net, [2.0, 0.5]))
+
+
+@pytest.mark.parametrize("name", [n for n in reductions.__all__ if n[0].islower() and n != "per_row"])
+def test_no_reduction_waits_for_the_device(name):
+    """On the meta device nothing can be read back, so that a reduction that asked for a value would raise."""
+    found = getattr(reductions, name)(torch.empty(16, 4, 8, 8, device="meta"), 8)
+    assert found.is_meta
+    assert found.dtype == torch.float64

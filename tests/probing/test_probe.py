@@ -6,8 +6,9 @@ import torch
 from gddlab.datasets import ImageDataset, order
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
-from gddlab.probing import DEFAULT, Probe, probe
-from gddlab.sampling import karras_sigmas, latents
+from gddlab.probing import DEFAULT, Estimate, Probe, probe
+from gddlab.probing.estimate import peak_memory
+from gddlab.sampling import karras_sigmas, latents, sample
 from tests.probing.networks import tiny
 
 
@@ -28,8 +29,28 @@ def test_a_pass_holds_whole_images_within_the_batch(net, pictures):
     rows = []
     net.register_forward_pre_hook(lambda m, a: rows.append(len(a[0])))
     probe(net, [3.0, 2.0, 1.0], data=pictures, n=5, batch_size=8, stats="rms")
-    probe(net, [3.0, 2.0, 1.0], data=pictures, n=2, batch_size=1, stats="rms")
+    probe(net, [3.0, 2.0, 1.0], data=pictures, n=2, batch_size=1, stats="cosine")
     assert rows == [6, 6, 3, 3, 3]
+    rows.clear()
+    probe(net, [3.0, 2.0, 1.0], data=pictures, n=9, batch_size=6, stats=["rms", "cka"])
+    assert rows == [24, 3]
+
+
+def test_noise_levels_share_passes_only_where_they_fit_or_must(net, pictures):
+    """Without a statistic that compares noise levels no pass has more rows than asked, and the numbers are the same."""
+    rows = []
+    own = net.register_forward_pre_hook(lambda m, a: rows.append((len(a[0]), sorted(set(a[1].tolist()), reverse=True))))
+    stats = ["rms", "std", "spectral_share", "active_fraction"]
+    sigmas = [4.0, 3.0, 2.0, 1.0, 0.5]
+    split = probe(net, sigmas, data=pictures, n=3, batch_size=2, stats=stats, per_channel=True)
+    assert rows == [(2, [4.0, 3.0])] * 3 + [(2, [2.0, 1.0])] * 3 + [(1, [0.5])] * 3
+    own.remove()
+    whole = probe(net, sigmas, data=pictures, n=3, batch_size=100, stats=stats, per_channel=True)
+    keys = ["layer", "sigma", "stat"]
+    a, b = (r.frame.set_index(keys)["value"] for r in (split, whole))
+    np.testing.assert_allclose(a[b.index], b, rtol=1e-5, atol=1e-3)
+    for layer, found in whole.channels.items():
+        np.testing.assert_allclose(split.channels[layer]["mean"], found["mean"], rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_network_sees(net, pictures):
@@ -112,6 +133,11 @@ def test_the_card_names_the_data(net):
         ({"states": "prior"}, "leave data= away"),
         ({"n": 13}, "'pictures' has 12: give n=12 or less"),
         ({"n": 0}, "n=0"),
+        ({"n": 4, "start": 9}, "start=9, n=4, but 'pictures' has 12: give n=3 or less"),
+        ({"start": -1}, "start=-1"),
+        ({"n": 7, "stats": "cka"}, "'cka' compares 8 with each other, give n=8 or more"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtype": "float64"}, "unknown dtype 'float64'"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"layers": "model.enc.16x16_con"}, "did you mean"),
         ({"stats": "rm"}, "did you mean 'rms'"),
@@ -140,7 +166,7 @@ def test_any_module_that_takes_x_and_sigma_can_be_probed(pictures):
             return self.b(self.a(x).relu())
 
     result = probe(Mine(), [2.0, 1.0], data=pictures, n=3)
-    assert set(result.stats) == {"rms", "mean_abs", "cosine"}
+    assert set(result.stats) == {"rms", "mean_abs", "mean", "std", "cosine"}
     with pytest.raises(GddlabError, match="img_channels"):
         probe(Mine(), [1.0], states="prior", n=3)
 
@@ -161,4 +187,122 @@ def test_no_activation_is_kept(net):
         net(torch.ones(6, 1, 16, 16), torch.tensor([2.0, 1.0] * 3))
         kept = [t for found in p._reduced.values() for t in found.values()]
         assert kept
-        assert all(t.untyped_storage().nbytes() <= 8 * 3 * 2 * 2 for t in kept)
+        assert all(t.untyped_storage().nbytes() <= 8 * 3 * 2 * 32 for t in kept)  # a number a row, or a channel
+
+
+def test_trajectory_states_are_those_of_heuns_sampler(net):
+    seen = []
+    net.register_forward_pre_hook(lambda m, a: seen.append((a[0].clone(), a[1].clone())))
+    probe(net, 18, states="trajectory", n=2, seed=3, stats="rms")
+    x, sigma = seen[-1]
+    grid = karras_sigmas(18).tolist()
+    visited = []
+    net._forward_pre_hooks.clear()
+    net.register_forward_pre_hook(lambda m, a: visited.append((float(a[1].flatten()[0]), a[0].clone())))
+    sample(net, 2, steps=18, seed=3)
+    states = {}
+    for level, state in visited:
+        states.setdefault(level, []).append(state)
+    # Heun calls the network at each level but the first twice: the corrector's second slope, then the state itself
+    for s, level in enumerate(sigma[:18].tolist()):
+        key = min(states, key=lambda k: abs(k - level))
+        torch.testing.assert_close(x[s::18], states[key][-1], rtol=1e-4, atol=1e-4)
+    assert np.allclose(sigma[:18].tolist(), grid)
+    for few in ([80.0, 0.5], [5.0]):
+        seen.clear()
+        net._forward_pre_hooks.clear()
+        net.register_forward_pre_hook(lambda m, a: seen.append((a[0].clone(), a[1].clone())))
+        probe(net, few, states="trajectory", n=2, seed=3, stats="rms")
+        assert seen[-1][1].tolist() == few * 2
+    with pytest.raises(GddlabError, match="needs no images"):
+        probe(net, states="trajectory", data="digits")
+
+
+def test_results_of_other_images_merge(net, pictures):
+    options = {"data": pictures, "stats": ["rms", "cosine", "rel_update"], "per_channel": True}
+    whole = probe(net, [80.0, 1.0], n=9, **options)
+    parts = [probe(net, [80.0, 1.0], n=n, start=start, **options) for n, start in ((4, 0), (2, 4), (3, 6))]
+    merged = parts[0].merge(*parts[1:])
+    pd.testing.assert_frame_equal(merged.frame, whole.frame, rtol=1e-5, atol=1e-6)
+    assert merged.meta["n_images"] == 9
+    assert all(np.allclose(merged.gram[k], whole.gram[k], atol=1e-6) for k in whole.gram)
+    assert all(np.allclose(merged.channels[k]["var"], whole.channels[k]["var"], rtol=1e-4) for k in whole.channels)
+    assert (parts[0].frame["n_images"] == 4).all()
+    with pytest.raises(GddlabError, match="both results saw images 0 to 4 of seed 0"):
+        merged.merge(parts[0])
+    with pytest.raises(GddlabError, match="different networks"):
+        merged.merge(probe(tiny(seed=1), [80.0, 1.0], n=2, start=9, **options))
+    with pytest.raises(GddlabError, match=r"sigmas is \[80.0, 1.0\] here, \[1.0\] there"):
+        merged.merge(probe(net, [1.0], n=2, start=9, **options))
+    with pytest.raises(GddlabError, match="settings is .*merge equal measurements"):
+        merged.merge(probe(net, [80.0, 1.0], n=2, start=9, **(options | {"layers": "model.enc.*"})))
+
+
+def test_measurements_of_one_network_join(net, pictures):
+    a = probe(net, [80.0, 1.0], n=3, data=pictures, stats=["rms", "cosine"])
+    b = probe(net, [80.0, 1.0], n=3, data=pictures, stats="mean_abs", layers="block")
+    c = probe(net, [5.0], n=2, states="prior", stats="rms")
+    joined = a.join(b, c)
+    assert joined.sigmas == [80.0, 5.0, 1.0]
+    assert set(joined.stats) == {"rms", "cosine", "mean_abs"}
+    assert len(joined.frame) == len(a.frame) + len(b.frame) + len(c.frame)
+    assert joined.pivot("rms").shape[1] == 3
+    order = [d["name"] for d in joined.meta["layers"]]
+    assert [order.index(n) for n in joined.layers] == sorted(order.index(n) for n in joined.layers)
+    assert joined.gram.keys() == a.gram.keys()
+    assert [part["states"] for part in joined.meta["joined"]] == ["noised", "noised", "prior"]
+    with pytest.raises(GddlabError, match="'rms' of layer .* at sigma 80 is in both"):
+        a.join(a)
+    with pytest.raises(GddlabError, match="does not merge"):
+        joined.merge(a)
+    with pytest.raises(GddlabError, match="different networks"):
+        a.join(probe(tiny(seed=1), [3.0], n=2, states="prior", stats="rms"))
+
+
+def test_a_dry_run_says_what_the_whole_would_cost(net, pictures):
+    calls = []
+    net.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
+    cost = probe(net, [80.0, 1.0, 0.1], data=pictures, n=12, batch_size=6, dry_run=True)
+    assert isinstance(cost, Estimate)
+    assert calls == [6, 6, 6]
+    assert (cost.passes, cost.rows, cost.sigmas, cost.n_images) == (6, 6, 3, 12)
+    assert cost.seconds > 0
+    assert "12 images, 6 passes of 6 rows" in str(cost)
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_low_precision_runs_under_autocast(net, pictures):
+    kinds = []
+    net.model.enc["16x16_conv"].register_forward_hook(lambda m, a, y: kinds.append(y.dtype))
+    low = probe(net, [80.0, 1.0], data=pictures, n=4, dtype="bfloat16", stats="rms")
+    full = probe(net, [80.0, 1.0], data=pictures, n=4, stats="rms")
+    assert kinds == [torch.bfloat16, torch.float32]
+    np.testing.assert_allclose(low.frame["value"], full.frame["value"], rtol=0.05)
+    assert low.meta["settings"]["dtype"] == "bfloat16"
+
+
+def test_a_float64_network_is_measured_in_float64(pictures):
+    net = tiny().double()
+    net.forward = lambda x, s, c=None, f=type(net).forward: f(net, x.double(), s, c)
+    seen = {}
+    conv = net.model.enc["16x16_block0"].conv1
+    conv.register_forward_hook(lambda m, a, y: seen.update(y=y.clone()))
+    result = probe(net, [80.0, 1.0], data=pictures, n=4, batch_size=100, stats="rms")
+    exact = seen["y"].square().flatten(1).mean(1).reshape(4, 2).mean(0).sqrt()
+    assert result.pivot("rms").loc["model.enc.16x16_block0.conv1"].tolist() == pytest.approx(exact.tolist(), rel=1e-12)
+
+
+def test_memory_does_not_grow_with_noise_levels_or_images(pictures):
+    """At 4 and at 64 noise levels, 1 and 12 images, a pass of 64 rows takes the same memory, within one of the largest layer's output."""
+    net = tiny(model_channels=32)
+    torch.set_num_threads(1)
+    largest = 64 * 64 * 16 * 16 * 4 / 2**20  # the widest input, MiB
+    used = {}
+    for sigmas in (4, 64):
+        for n in (1, 12):
+            probe(net, sigmas, data=pictures, n=n, batch_size=64, stats=DEFAULT)
+            with peak_memory(torch.device("cpu")) as peak:
+                probe(net, sigmas, data=pictures, n=n, batch_size=64, stats=DEFAULT)
+            used[sigmas, n] = peak[0]
+    if None not in used.values():
+        assert used[64, 12] <= used[4, 12] + 2 * largest

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from gddlab.errors import GddlabError, NotFound
-from gddlab.probing import ProbeResult, probe
+from gddlab.probing import Layer, ProbeResult, probe
 from gddlab.probing.result import COLUMNS
 from tests.probing.networks import tiny
 
@@ -49,23 +49,56 @@ def test_gram_is_normalised(result):
 def test_save_and_load(result, tmp_path):
     result.save(tmp_path / "probe")
     result.save(tmp_path / "probe")
-    assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == ["frame.parquet", "gram.npz", "meta.json"]
+    assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == ["arrays.npz", "frame.parquet", "meta.json"]
     other = ProbeResult.load(tmp_path / "probe")
     pd.testing.assert_frame_equal(other.frame, result.frame, check_exact=True)
     assert other.gram.keys() == result.gram.keys()
     assert all(np.array_equal(other.gram[k], result.gram[k]) for k in result.gram)
     assert (other.meta, other.hash, other.sigmas) == (result.meta, result.hash, result.sigmas)
+    again = ProbeResult.of(
+        [Layer(**d) for d in other.meta["layers"] if d["name"] in other.statistics],
+        other.sigmas,
+        other.statistics,
+        other.meta,
+    )
+    key = ["layer", "stat", "sigma"]
+    a, b = (r.frame.sort_values(key)["value"].to_numpy() for r in (again, result))
+    assert np.array_equal(a, b)  # the sums came back, so that a loaded result merges
+    assert other.merge().meta["n_images"] == 6
+
+
+def test_channels_come_back(tmp_path, pictures):
+    full = probe(tiny(), [2.0, 1.0], data=pictures, n=2, stats="rms", per_channel=True)
+    full.save(tmp_path)
+    other = ProbeResult.load(tmp_path)
+    assert other.channels.keys() == full.channels.keys()
+    found = other.channels["model.enc.16x16_conv"]
+    assert found["mean"].shape == found["var"].shape == (2, 8)
+    assert np.array_equal(found["var"], full.channels["model.enc.16x16_conv"]["var"])
+
+
+def test_contrast(result):
+    table = result.contrast("rms", at=70.0)
+    values = result.pivot("rms")
+    assert np.allclose(table["at"], values[80.0])
+    assert np.allclose(table["others"], (values[1.0] + values[0.01]) / 2)
+    assert np.allclose(table["ratio"], table["at"] / table["others"])
+    assert np.allclose(table["difference"], table["at"] - table["others"])
+    with pytest.raises(GddlabError, match="at=-1"):
+        result.contrast("rms", at=-1)
+    with pytest.raises(GddlabError, match="at sigma 80 alone"):
+        probe(tiny(), [80.0], states="prior", n=2).contrast("rms")
 
 
 def test_files_that_do_not_belong_together_are_refused(result, tmp_path):
     with pytest.raises(NotFound, match="no such file"):
         ProbeResult.load(tmp_path / "none")
     result.save(tmp_path)
-    (tmp_path / "gram.npz").write_bytes(b"half")
-    with pytest.raises(GddlabError, match=r"gram.npz is not the file that meta.json names"):
+    (tmp_path / "arrays.npz").write_bytes(b"half")
+    with pytest.raises(GddlabError, match=r"arrays.npz is not the file that meta.json names"):
         ProbeResult.load(tmp_path)
-    (tmp_path / "gram.npz").unlink()
-    with pytest.raises(NotFound, match=r"gram\.npz"):
+    (tmp_path / "arrays.npz").unlink()
+    with pytest.raises(NotFound, match=r"arrays\.npz"):
         ProbeResult.load(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(GddlabError, match="holds no probe result"):
@@ -74,7 +107,7 @@ def test_files_that_do_not_belong_together_are_refused(result, tmp_path):
 
 def test_a_failed_save_leaves_the_old_files(result, tmp_path, monkeypatch):
     result.save(tmp_path)
-    bad = ProbeResult(result.frame, result.gram, {**result.meta, "seed": float("nan")})
+    bad = result.copy(meta={**result.meta, "seed": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
         bad.save(tmp_path)
     assert ProbeResult.load(tmp_path).hash == result.hash

@@ -5,23 +5,29 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.nets.layers import UNetBlock
-from gddlab.probing import DEFAULT, STATISTICS, Probe
+from gddlab.probing import STATISTICS, Probe, Statistic, reductions
 from gddlab.probing.layers import is_conv
-from gddlab.probing.reductions import REDUCTIONS
+from gddlab.probing.statistics import ChannelMoments
 from tests.probing.networks import tiny, tiny_adm
 
+STATS = (*STATISTICS.values(), ChannelMoments)
 SIGMAS = [80.0, 2.0, 0.3, 0.01]
-N, S = 5, len(SIGMAS)
+N, S = 8, len(SIGMAS)
+
+
+raw = {}
 
 
 def run(net, n=N, seed=0, **kwargs):
-    """A probed pass, and every module's output and first input in float64, (n, S, D)."""
+    """A probed pass, and every module's output and first input in float64, (n, S, D); raw keeps the shape of outputs, (n, S, C, H, W)."""
     seen = {}
+    raw.clear()
 
     def keep(name):
         def hook(module, args, output):
             if args and isinstance(output, torch.Tensor):
                 seen[name, "output"] = output.detach().double().reshape(n, S, -1).clone()
+                raw[name] = output.detach().double().unflatten(0, (n, S)).clone()
 
         return hook
 
@@ -49,11 +55,11 @@ def sem(values):
 @pytest.fixture(scope="module", params=["ncsnpp", "adm"])
 def probed(request):
     if request.param == "ncsnpp":
-        return run(tiny(), layers="all")
+        return run(tiny(), layers=["conv", "block"], stats=STATS)
     net = tiny_adm()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return run(net.eval(), layers="all")
+    return run(net.eval(), layers=["conv", "block"], stats=STATS)
 
 
 def check(found, value, error):
@@ -132,13 +138,13 @@ def test_cosine(probed):
         assert (error[1:] > jackknife[1:] / 3 - 1e-6).all()
 
 
-@pytest.mark.parametrize("stat", DEFAULT)
+@pytest.mark.parametrize("stat", [*STATISTICS.values(), ChannelMoments])
 def test_merge_equals_one_pass_over_all(stat):
     net = tiny()
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(6, S, 1, 16, 16, generator=g)
+    x = torch.randn(16, S, 1, 16, 16, generator=g)
     probes = []
-    for parts in ([x], [x[:4]], [x[4:]]):
+    for parts in ([x], [x[:8]], [x[8:]]):
         with torch.no_grad(), Probe(net, SIGMAS, stats=stat) as p:
             for part in parts:
                 with p.images(len(part)):
@@ -146,24 +152,36 @@ def test_merge_equals_one_pass_over_all(stat):
         probes.append(p)
     whole, first, second = probes
     for name in whole.statistics:
-        mine = first.statistics[name][stat]
-        mine.merge(second.statistics[name][stat])
-        assert mine.n_images == 6
-        for a, b in zip(mine.result(), whole.statistics[name][stat].result(), strict=True):
-            assert_close(a, b, rtol=1e-5, atol=1e-6)
+        mine = first.statistics[name][stat.name]
+        mine.merge(second.statistics[name][stat.name])
+        assert mine.n_images == 16
+        for key, total in whole.statistics[name][stat.name].sums.items():
+            assert_close(mine.sums[key], total, rtol=1e-5, atol=1e-5)
 
 
 def test_reductions_of_large_rows_keep_their_digits():
-    x = torch.randn(4, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
-    d = x.double().reshape(2, 2, -1)
+    x = torch.randn(16, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
+    d = x.double().reshape(8, 2, -1)
+    c = x.double().reshape(8, 2, 64, -1)
     expected = {
+        "mean": d.mean(-1),
         "mean_square": d.square().mean(-1),
         "mean_magnitude": d.abs().mean(-1),
         "positive_share": (d > 0).double().mean(-1),
         "gram": torch.einsum("nsd,ntd->nst", d, d) / d.shape[-1],
+        "channel_mean": c.mean(-1),
+        "channel_square": c.square().mean(-1),
     }
-    for name, reduce in REDUCTIONS.items():
-        assert_close(reduce(x, 2), expected[name], rtol=1e-6, atol=0)
+    for name, value in expected.items():
+        for form in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert_close(getattr(reductions, name)(form, 8), value, rtol=1e-6, atol=1e-6)
+
+
+def test_channels_of_tokens_are_the_last_dimension():
+    x = torch.randn(6, 10, 4, dtype=torch.float64)
+    assert_close(reductions.channel_mean(x, 3), x.mean(1).unflatten(0, (3, 2)))
+    v = torch.randn(6, 4, dtype=torch.float64)
+    assert_close(reductions.channel_square(v, 3), v.square().unflatten(0, (3, 2)))
 
 
 def test_half_precision_and_channels_last_are_measured_in_float32():
@@ -180,7 +198,111 @@ def test_half_precision_and_channels_last_are_measured_in_float32():
     assert_close(p.statistics["0"]["cosine"].matrix(), expected, rtol=0, atol=1e-6)
 
 
+def test_mean_and_std(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        a = seen[name, "output"]
+        check(stats["mean"].result(), a.mean((0, 2)), sem(a.mean(-1)))
+        value, error = stats["std"].result()
+        assert_close(value, a.transpose(0, 1).flatten(1).std(-1, correction=0), rtol=1e-6, atol=1e-6)
+        rest = torch.stack([a[[j for j in range(N) if j != i]].transpose(0, 1).flatten(1).std(-1) for i in range(N)])
+        jackknife = ((N - 1) / N * (rest - rest.mean(0)).square().sum(0)).sqrt()
+        assert_close(error, jackknife, rtol=0.5, atol=1e-6)
+
+
+def test_dead_channels(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        if "dead_channels" not in stats:
+            assert "active_fraction" not in stats
+            continue
+        channels = p.model.get_submodule(name).in_channels
+        square = seen[name, "input"].unflatten(-1, (channels, -1)).square().mean(-1)
+        near = square.sqrt() < 0.01 * square.mean(-1, keepdim=True).sqrt()
+        check(stats["dead_channels"].result(), near.double().mean((0, 2)), sem(near.double().mean(-1)))
+
+
+def test_dead_channels_are_found():
+    conv = torch.nn.Conv2d(4, 4, 1)
+    x = torch.rand(6, 4, 5, 5) + 0.5
+    x[:2, 1] *= 1e-3  # dead in one image of three, at both noise levels
+    x[:, 2] = 0
+    stat = STATISTICS["dead_channels"]()
+    stat.update(x=reductions.channel_square(x, 3))
+    assert conv(x).shape == x.shape
+    assert_close(stat.result()[0], torch.full((2,), (2 + 1 + 1) / 12, dtype=torch.float64))
+
+
+def test_spectral_share(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        a = raw[name]
+        h, w = a.shape[-2:]
+        power = torch.fft.fft2(a).abs().square().sum(2)  # (n, S, H, W)
+        radius = (torch.fft.fftfreq(h)[:, None] ** 2 + torch.fft.fftfreq(w) ** 2).sqrt() * 2
+        edges = [0, 0.25, 0.5, 1, 9]
+        bands = [(radius >= a) & (radius < b) for a, b in zip(edges, edges[1:], strict=False)]
+        share = torch.stack([(power * band).sum((-1, -2)) for band in bands], -1) / power.sum((-1, -2))[..., None]
+        value, error = stats["spectral_share"].result()
+        assert_close(value, share.mean(0), rtol=1e-6, atol=1e-6)
+        assert_close(value.sum(-1), torch.ones(S, dtype=torch.float64))
+        assert_close(error, share.std(0) / N**0.5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_wave_lies_in_its_band():
+    t = torch.arange(32) / 32
+    for cycles, band in ((0, 0), (3, 0), (6, 1), (12, 2), (16, 3)):
+        x = torch.cos(2 * torch.pi * cycles * t).expand(2, 3, 32, 32)
+        share = reductions.band_share(x, 1)[0, 0]
+        assert share.argmax() == band
+        assert share[band] == pytest.approx(1, abs=1e-5)
+
+
+def test_channel_moments(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        found = stats["channel_moments"].channels()
+        a = raw[name].flatten(3)  # (n, S, C, HW)
+        assert_close(found["mean"], a.mean((0, 3)), rtol=1e-6, atol=1e-6)
+        assert_close(found["var"], a.var((0, 3), correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_cka_is_unbiased_hsic_as_its_formula_says(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        a = seen[name, "output"]  # one group of 8 images
+        a = a - a.mean(0)  # changes no HSIC, and leaves float64 the digits that matter here
+        k = torch.einsum("isd,jsd->sij", a, a) * (1 - torch.eye(8, dtype=torch.float64))
+        one = torch.ones(8, dtype=torch.float64)
+
+        def hsic(x, y, one=one):  # Song et al. 2012, equation 5
+            m = 8
+            return (
+                torch.trace(x @ y)
+                + (one @ x @ one) * (one @ y @ one) / ((m - 1) * (m - 2))
+                - 2 / (m - 2) * (one @ x @ y @ one)
+            ) / (m * (m - 3))
+
+        table = torch.stack([torch.stack([hsic(x, y) for y in k]) for x in k])
+        norm = table.diagonal().sqrt()
+        assert_close(stats["cka"].matrix(), table / norm[:, None] / norm, rtol=0, atol=1e-6)
+        assert_close(stats["cka"].result()[0], stats["cka"].matrix()[:, 0], rtol=1e-9, atol=0)
+        assert stats["cka"].n_images == 8
+
+
+def test_cka_is_1_for_equal_and_small_for_unrelated_layers():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 1, 2000, generator=g)
+    b = torch.randn(64, 1, 2000, generator=g)
+    for second, low, high in ((a * 3 + 5, 0.999, 1.001), (b, -0.2, 0.2)):
+        stat = STATISTICS["cka"]()
+        stat.update(m=reductions.hsic(torch.cat([a, second], 1).flatten(0, 1), 64))
+        assert low < stat.result()[0][1] < high
+        assert stat.samples == 8
+
+
 def test_every_statistic_says_what_it_is():
     for name, stat in STATISTICS.items():
         assert stat.name == name
         assert all(stat.describe().values())
+        assert Statistic.kinds[stat.__name__] is stat

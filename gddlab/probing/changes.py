@@ -1,0 +1,163 @@
+"""One layer of a network changed for a while: its outputs, its weights, or another network's outputs in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError
+from gddlab.probing.layers import denoiser_of, named_layers, plain_name, unwrap
+
+__all__ = [
+    "Change",
+    "activations_of",
+    "check_architecture",
+    "equal_weights",
+    "spread",
+    "swapped",
+    "tapped",
+    "weights_of",
+]
+
+Change = Callable[[Tensor], Tensor | None] | None
+"""Takes a layer's output and gives what goes on in its place, of the same shape or one that expands to it; None leaves it, as the
+answer or as the function."""
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = None) -> Iterator[dict[str, torch.Size]]:
+    """Inside, in one forward pass, the outputs of some layers are seen and changed.
+
+    Args:
+        model: Any network.
+        changes: What happens to the output of each layer, by name.
+        rows: First dimension that outputs must have; None accepts any.
+
+    Yields:
+        Shape of each layer's output, once it has run; clear it before another pass.
+
+    Raises:
+        GddlabError: A layer did not run, ran twice, gave no tensor, or has another number of rows.
+    """
+    modules = named_layers(model)
+    ran: dict[str, torch.Size] = {}
+
+    def hook_of(name: str, change: Change) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):
+                raise GddlabError(
+                    f"the output of layer {name!r} is a {type(output).__name__}, no tensor: leave it out of layers="
+                )
+            if name in ran:
+                raise GddlabError(
+                    f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
+                )
+            if rows is not None and (output.ndim == 0 or len(output) != rows):
+                raise GddlabError(
+                    f"the output of layer {name!r} is {tuple(output.shape)}, but this pass has {rows} rows: leave it out of layers="
+                )
+            ran[name] = output.shape
+            found = None if change is None else change(output)
+            # a tensor of its own, laid out like the output: later layers may write into it
+            return None if found is None else torch.empty_like(output).copy_(found)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, change in changes.items():
+            stack.callback(modules[name].register_forward_hook(hook_of(name, change)).remove)
+        yield ran
+    for name in (n for n in changes if n not in ran):
+        raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+
+
+def spread(mean: Tensor, output: Tensor) -> Tensor:
+    """Means of channels, (B, C), over pixels; over tokens of (B, T, C), as `reductions.channel_mean` takes them."""
+    return mean[:, None] if output.ndim == 3 else mean.reshape(*mean.shape, *[1] * (output.ndim - 2))
+
+
+def swapped(n: int, output: Tensor) -> Tensor:
+    """Rows of image 2k for those of 2k + 1 and the other way round.  (n * S, ...) -> (n * S, ...)"""
+    return output.unflatten(0, (n // 2, 2, -1)).flip(1).flatten(0, 2)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the module's own and its children's, by plain name."""
+    return {plain_name(name): t for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+@contextlib.contextmanager
+def weights_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, layer `name` of `model` has the parameters and buffers of `donor`'s; its own come back bit for bit."""
+    ours, theirs = (_tensors(named_layers(net)[name]) for net in (model, donor))
+    before = {k: t.detach().clone() for k, t in ours.items()}
+    try:
+        _write(ours, theirs)
+        yield
+    finally:
+        _write(ours, before)
+
+
+def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for k, t in tensors.items():
+        t.data.copy_(values[k])  # by .data: a graph that the user holds stays valid once the values are back
+    torch.clear_autocast_cache()  # it holds low-precision copies of the old values
+
+
+def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
+    """Whether layer `name` has the same bits in both, on one device.
+
+    Raises:
+        GddlabError: It has no weights.
+    """
+    ours, theirs = (_tensors(named_layers(net)[name]) for net in (model, donor))
+    if not ours:
+        raise GddlabError(f'layer {name!r} has no weights: leave it out of layers=, or give what="activations"')
+    return all(t.dtype == theirs[k].dtype and torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+@contextlib.contextmanager
+def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, layer `name` of `model` gives what `donor`'s gives for the same arguments of the network; `donor` is run before each pass.
+
+    Raises:
+        GddlabError: The layer does not run once a pass, or gives no tensor, in either.
+    """
+    kept: list[Tensor] = []
+    with tapped(model, {name: lambda _: kept[0]}) as ran:
+
+        def run_donor(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            ran.clear()
+            kept.clear()
+            with tapped(donor, {name: lambda output: kept.append(output.clone())}):
+                denoiser_of(donor)(*args, **kwargs)
+
+        handle = denoiser_of(model).register_forward_pre_hook(run_donor, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def check_architecture(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses networks whose parameters and buffers differ in name or shape, but for `map_augment`, which a student drops.
+
+    Raises:
+        GddlabError: They do, or are one network.
+    """
+    if unwrap(student) is unwrap(teacher):
+        raise GddlabError("student and teacher are the same network: give two")
+    ours, theirs = (
+        {k: tuple(t.shape) for k, t in _tensors(unwrap(net)).items() if "map_augment" not in k.split(".")}
+        for net in (student, teacher)
+    )
+    for name in (*ours, *theirs):
+        a, b = (str(table.get(name, "missing")) for table in (ours, theirs))
+        if a != b:
+            raise GddlabError(
+                f"{name!r} is {a} in the student, {b} in the teacher: give two networks of the same architecture"
+            )

@@ -1,0 +1,77 @@
+"""How far the weights of each layer have moved from another network's, and the table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError
+from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
+from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.statistics import Statistic
+
+__all__ = ["weight_change"]
+
+
+class WeightChange(Statistic):
+    """Computed from weights, not from images."""
+
+    name = "weight_change"
+    definition = "|w - w_reference| / |w_reference|, Euclidean norms over all parameters of the layer; it does not depend on sigma"
+    axes = "parameters"
+    unit = "ratio"
+
+    def __init__(self, values: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.values = torch.tensor(values, dtype=torch.float64)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self.values, torch.full_like(self.values, torch.nan)
+
+
+@torch.no_grad()
+def weight_change(
+    model: nn.Module, reference: nn.Module, layers: LayerSelection = "all", *, sigma: float | None = None
+) -> ProbeResult:
+    """Measures how far each layer's parameters are from another network's of the same architecture.
+
+    Args:
+        model: A student, say.
+        reference: Its teacher, say; what students drop (`map_augment`) does not count.
+        layers: As for `probe`.
+        sigma: Noise level under which the values stand in the table; None takes the one that a student runs at, 80 for others.
+
+    Returns:
+        `weight_change` of each layer with parameters; 0 where they are equal bit for bit, NaN without a reference norm. `sem` is NaN: it has
+        no images.
+
+    Raises:
+        GddlabError: The networks differ in a parameter's name or shape; no layer has parameters.
+    """
+    ours, theirs = named_layers(model), named_layers(reference)
+    level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
+    chosen = [layer for layer in select_layers(model, layers) if layer.n_params]
+    if not chosen:
+        raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
+    found: dict[str, dict[str, Statistic]] = {}
+    for layer in chosen:
+        if layer.name not in theirs:
+            raise GddlabError(f"the reference has no layer {layer.name}: give a network of the same architecture")
+        w, other = (dict(m[layer.name].named_parameters()) for m in (ours, theirs))
+        for name in w.keys() ^ other.keys():
+            raise GddlabError(f"{layer.name}.{name} is in one network alone: give a network of the same architecture")
+        moved = size = 0.0
+        for name, p in w.items():
+            if p.shape != other[name].shape:
+                raise GddlabError(
+                    f"{layer.name}.{name} is {tuple(p.shape)} and {tuple(other[name].shape)}: give a network of the same architecture"
+                )
+            q = other[name].to(p.device).double()
+            moved += float((p.double() - q).square().sum())
+            size += float(q.square().sum())
+        ratio = (moved / size) ** 0.5 if size else (0.0 if not moved else float("nan"))
+        found[layer.name] = {"weight_change": WeightChange([ratio])}
+    meta = network_meta(model, chosen) | {"data": None, "states": "weights", "n_images": 0, "seed": None, "images": []}
+    return ProbeResult.of(chosen, [level], found, meta).copy(statistics={})

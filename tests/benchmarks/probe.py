@@ -1,0 +1,119 @@
+"""What hooks cost on a forward pass of the CIFAR-10 NCSN++: bare, probed, captum, clones; interleaved pairs; prints JSON.
+
+python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from gddlab.nets import build
+from gddlab.probing import Probe
+from gddlab.probing.estimate import peak_memory
+from gddlab.provenance import hardware, versions
+from gddlab.sampling import karras_sigmas
+
+CHEAP = ("rms", "mean_abs", "mean", "std")
+
+
+@contextlib.contextmanager
+def clones(net: nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The hook that everyone writes first: it keeps a copy of every convolution's output."""
+    handles = [
+        m.register_forward_hook(lambda _m, _a, y, n=n: kept.__setitem__(n, y.detach().clone()))
+        for n, m in net.named_modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Callable[[], object]]:
+    x = torch.randn(images * len(sigmas), net.img_channels, net.img_resolution, net.img_resolution)
+    level = torch.tensor(sigmas).repeat(images)
+    x = x * level[:, None, None, None]
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+
+    def probed(**options: object) -> Callable[[], object]:
+        measure = Probe(net, sigmas, **options)
+
+        def run() -> None:
+            with measure, measure.images(images):
+                net(x, level)
+
+        return run
+
+    def cloned() -> object:
+        kept: dict[str, torch.Tensor] = {}
+        with clones(net, kept):
+            net(x, level)
+        return {n: y.square().mean((1, 2, 3)) for n, y in kept.items()}
+
+    out: dict[str, Callable[[], object]] = {
+        "bare": lambda: net(x, level),
+        "four cheapest": probed(stats=CHEAP),
+        "default": probed(),
+        "default and spectral": probed(stats=(*CHEAP, "cosine", "spectral_share")),
+        "clones, mean square": cloned,
+    }
+    try:
+        from captum.attr import LayerActivation
+    except ImportError:
+        return out
+    out["captum LayerActivation"] = lambda: LayerActivation(net, convs).attribute(x, additional_forward_args=(level,))
+    return out
+
+
+def main(rounds: int, images: int, levels: int, name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name).eval()
+    sigmas = karras_sigmas(levels).tolist()
+    runs = variants(net, sigmas, images)
+    times: dict[str, list[float]] = {k: [] for k in runs}
+    memory: dict[str, list[float]] = {k: [] for k in runs}
+    with torch.no_grad():
+        for i in range(rounds + 1):
+            for key, run in runs.items():
+                with peak_memory(torch.device("cpu")) as peak:
+                    began = time.perf_counter()
+                    run()
+                    took = time.perf_counter() - began
+                if i:  # the first round warms up
+                    times[key].append(took)
+                    memory[key].append(peak[0] or 0.0)
+    print(
+        json.dumps(
+            {
+                "what": f"forward pass of {name}, {images} images at {levels} noise levels; medians, ratios from pairs within a round",
+                "rounds": rounds,
+                "layers": sum(isinstance(m, nn.Conv2d) for m in net.modules()),
+                "seconds": {k: round(statistics.median(t), 3) for k, t in times.items()},
+                "ratio_to_bare": {
+                    k: round(statistics.median(b / a for a, b in zip(times["bare"], t, strict=True)), 3)
+                    for k, t in times.items()
+                },
+                "peak_mib_in_a_pass": {k: round(max(m)) for k, m in memory.items()},
+                "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "hardware": hardware(),
+                "versions": versions(),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    given = dict(enumerate(sys.argv))
+    main(int(given.get(1, 5)), int(given.get(2, 1)), int(given.get(3, 18)), given.get(4, "ncsnpp-cifar10"))

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from gddlab.errors import GddlabError
+from gddlab.probing import PerImage, select_layers
+from gddlab.probing.effects import Effect, Effects, denoised, split, warn_of, weighted_error
+from gddlab.probing.inputs import Inputs
+from tests.probing.networks import tiny
+
+
+class OneNumber(PerImage):
+    name, definition, axes, unit = "first", "a number", "images", "1"
+
+
+class OneRatio(PerImage):
+    name, definition, axes, unit = "share", "a ratio of means", "images", "1"
+
+    def value(self, means):
+        return means[:, 0] / means[:, 1]
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return select_layers(tiny(), "model.enc.16x16_conv")[0]
+
+
+def test_a_way_makes_a_name_and_a_definition():
+    class Loss(Effect):
+        stem, template, axes, unit = "loss", "loss when {how}; see loss_{way}", "images", "1"
+
+    class LossZero(Loss, way="zero", how="zeroed"): ...
+
+    assert (LossZero.name, LossZero.definition) == ("loss_zero", "loss when zeroed; see loss_zero")
+    assert Effect.kinds["LossZero"] is LossZero
+
+
+def test_the_weight_is_edms():
+    a, b = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4)
+    found = weighted_error(a, b, [2.0, 0.5])
+    mean = (a - b).double().square().mean((1, 2, 3)).reshape(3, 2)
+    torch.testing.assert_close(found, mean * torch.tensor([4.25, 8.0], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_small_differences_of_large_images_are_exact():
+    a = torch.full((1, 1, 4, 4), 1.0)
+    assert weighted_error(a + 2**-20, a, [0.5]).item() == 8 * 2.0**-40
+
+
+def test_parts_of_noise_levels_and_passes(pictures):
+    inputs = Inputs(tiny(), [5.0, 4.0, 3.0, 2.0, 1.0], data=pictures, n=7)
+    assert split(inputs, 100) == ([[5.0, 4.0, 3.0, 2.0, 1.0]], [(0, 7)])
+    assert split(inputs, 10)[1] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert split(inputs, 3) == ([[5.0, 4.0, 3.0], [2.0, 1.0]], [(i, i + 1) for i in range(7)])
+    assert split(inputs, 4, group=2) == ([[5.0, 4.0], [3.0, 2.0], [1.0]], [(0, 2), (2, 4), (4, 6), (6, 7)])
+    assert split(inputs, 1, group=2)[1][0] == (0, 2)
+
+
+def test_noise_levels_that_come_in_parts_are_put_together(layer):
+    effects = Effects([layer], [OneNumber, OneRatio])
+    numbers = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 9.0]])
+    pair = torch.stack([numbers, torch.ones(2, 3)], -1)
+    for part, sigmas in ((slice(0, 2), [3.0, 2.0]), (slice(2, 3), [1.0])):
+        for image in (0, 1):
+            effects.add(layer.name, sigmas, numbers[image : image + 1, part], pair[image : image + 1, part])
+    by = effects.statistics[layer.name]
+    assert by["first"].samples == 2
+    assert by["first"].result()[0].tolist() == [2.0, 3.0, 6.0]
+    assert by["share"].result()[0].tolist() == [2.0, 3.0, 6.0]
+    torch.testing.assert_close(by["first"].result()[1], torch.tensor([1.0, 1.0, 3.0]))
+    assert effects.nonfinite("ablated") == []
+
+
+def test_what_is_not_finite_is_counted_and_spoils_its_noise_level_alone(layer):
+    effects = Effects([layer], [OneNumber, OneRatio])
+    numbers = torch.tensor([[1.0, torch.inf], [3.0, torch.nan], [1.0, 1.0]])
+    effects.add(layer.name, [2.0, 1.0], numbers, torch.stack([numbers, torch.ones(3, 2)], -1))
+    bad = [{"layer": layer.name, "side": "ablated", "sigma": 1.0, "images": 2}]
+    assert effects.nonfinite("ablated") == bad
+    for stat in effects.statistics[layer.name].values():
+        value, sem = stat.result()
+        assert value.isnan().tolist() == sem.isnan().tolist() == [False, True]
+    with pytest.warns(RuntimeWarning, match=r"1 places: model.enc.16x16_conv \(ablated\) at sigma 1") as caught:
+        (lambda: warn_of(bad))()
+    assert caught[0].filename == __file__
+
+
+def test_answers_that_are_no_images_are_refused():
+    x = torch.zeros(2, 1, 4, 4)
+    assert denoised(lambda x, sigma, labels: x, (x, torch.ones(2), None)) is x
+    for answer, says in ((x[:, :, 1:], r"\(2, 1, 3, 4\)"), ((x, x), "a tuple")):
+        with pytest.raises(GddlabError, match=f"gave {says} for states .*: give a denoiser"):
+            denoised(lambda *_, y=answer: y, (x, torch.ones(2), None))

@@ -1,0 +1,444 @@
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_hex
+
+from gddlab.errors import GddlabError
+from gddlab.freezing import FreezeMask, plots
+from gddlab.nets import from_edm
+from gddlab.probing.layers import inventory, is_conv
+from gddlab.probing.plots import (
+    draw_course,
+    draw_heatmap,
+    draw_lines,
+    draw_pair,
+    draw_similarities,
+    draw_similarity,
+    draw_stem,
+)
+from gddlab.probing.plots.bands import FROZEN, HUES, TRAINED
+from gddlab.probing.plots.labels import BandLabel
+from gddlab.probing.plots.scales import plain
+from tests.probing.networks import tiny
+
+SIGMAS = (80.0, 1.0, 0.1, 0.002)
+CIFAR = {
+    "img_resolution": 32,
+    "img_channels": 3,
+    "model_type": "SongUNet",
+    "model_channels": 128,
+    "channel_mult": [2, 2, 2],
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+}
+
+
+def probed(net, values, sigmas=SIGMAS, states="noised"):
+    """What is read of a probe: `values` takes the number of a layer and of a sigma."""
+    modules = dict(net.named_modules())
+    layers = [layer for name, layer in inventory(net).items() if is_conv(modules[name])]
+    rows = [
+        (layer.name, "", layer.kind, layer.stage, layer.resolution, layer.depth, layer.n_params)
+        + (sigma, stat, value, 0.1 * abs(value), 6, unit)
+        for i, layer in enumerate(layers)
+        for stat, unit in (("rms", "activation"), ("cosine", "cosine"))
+        for j, sigma in enumerate(sigmas)
+        for value in [values(i, j) if stat == "rms" else 1.0 - 0.1 * j]
+    ]
+    columns = "layer block kind stage resolution depth n_params sigma stat value sem n_images unit"
+    frame = pd.DataFrame(rows, columns=columns.split()).astype({"resolution": "Int64"})
+    i, j = np.indices([len(sigmas)] * 2)
+    grid = 1 - 0.1 * np.abs(i - j) - 0.001 * np.abs(i**2 - j**2)  # no symmetry but the diagonal's
+    cosine = {layer.name: grid - 0.01 * k * (grid < 1) for k, layer in enumerate(layers)}
+    meta = {"n_images": 6, "states": states, "data": {"name": "pictures"}}
+    return SimpleNamespace(frame=frame, meta=meta, matrices={"cosine": cosine}, sigmas=list(sigmas))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return probed(tiny(), lambda i, j: 1 + 0.1 * i + 0.01 * j)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """102 convolutions."""
+    with torch.device("meta"):
+        net = from_edm("EDMPrecond", **CIFAR)
+    out = probed(net, lambda i, j: 1.0 + i % 7 + j)
+    out.parameters = tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+def names_of(result):
+    return list(dict.fromkeys(result.frame["layer"]))
+
+
+def changed(result, change):
+    """`result` with other values of "rms"."""
+    frame = result.frame.copy()
+    part = frame["stat"] == "rms"
+    frame.loc[part, "value"] = change(frame.loc[part, "value"].to_numpy())
+    return SimpleNamespace(**{**vars(result), "frame": frame})
+
+
+def texts(artist):
+    return [t.get_text() for t in artist]
+
+
+def bands_of(ax):
+    return [t.get_text() for t in ax.texts + ax.artists if isinstance(t, BandLabel) and t.get_text() and t.fits()]
+
+
+def assert_apart(labels, axis):
+    """No two neighbours overlap, and none is cut off by the figure."""
+    boxes = [t.get_window_extent() for t in labels if t.get_text()]
+    figure = labels[0].figure.bbox
+    starts = sorted((b.y0, b.y1) if axis == "y" else (b.x0, b.x1) for b in boxes)
+    assert all(a[1] <= b[0] + 2.5 for a, b in itertools.pairwise(starts))  # boxes are higher than lower-case letters
+    assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.x1 and b.y1 <= figure.y1 for b in boxes)
+
+
+def test_importing_them_does_not_import_matplotlib():
+    code = "import sys, gddlab.probing.plots; print(sorted({'matplotlib', 'pandas'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_numbers_are_plain():
+    assert [plain(x) for x in (0.0, 0.0020000000000000003, 0.585, 13.4, 80.0, 157.4)] == [
+        "0",
+        "0.002",
+        "0.58",
+        "13",
+        "80",
+        "157",
+    ]
+    assert [plain(x, 6) for x in (12.5, 1.25, 1e-7)] == ["12.5", "1.25", "1e-7"]
+
+
+def test_heat_map_shows_each_value_where_its_layer_and_sigma_are(small):
+    ax = draw_heatmap(small, "rms")
+    mesh = ax.collections[0]
+    table = small.frame[small.frame["stat"] == "rms"].pivot(index="layer", columns="sigma", values="value")
+    np.testing.assert_allclose(mesh.get_array(), table.loc[names_of(small)])  # sigma ascends to the right
+    assert ax.get_xscale() == "log"
+    borders = mesh.get_coordinates()[0, :, 0]
+    assert all(a < s < b for s, (a, b) in zip(sorted(SIGMAS), itertools.pairwise(borders), strict=True))
+    ax.figure.canvas.draw()
+    assert texts(ax.get_yticklabels()) == [n.removeprefix("model.") for n in names_of(small)]
+    assert sorted(texts(ax.get_xticklabels()), key=float) == ["0.002", "0.1", "1", "80"]
+    assert ax.get_title() == "rms: pictures, noised, n = 6"
+    _, own = plt.subplots(figsize=(6, 4))
+    assert draw_heatmap(small, "rms", own) is own
+
+
+def test_bands_say_stage_and_resolution_of_their_layers(small):
+    ax = draw_heatmap(small, "rms")
+    ax.figure.canvas.draw()
+    assert bands_of(ax) == ["16", "8", "8", "16", "encoder", "decoder"]
+    where = small.frame.drop_duplicates("layer").reset_index(drop=True)
+    said = {"stage": [""] * len(where), "resolution": [""] * len(where)}
+    for band in [t for t in ax.texts + ax.artists if isinstance(t, BandLabel)]:
+        column = "resolution" if band.get_text().isdigit() else "stage"
+        for row in range(*map(int, band.ends)):
+            said[column][row] += band.get_text()
+    assert said["stage"] == list(where["stage"].map({"enc": "encoder", "dec": "decoder"}))
+    assert said["resolution"] == list(where["resolution"].astype(str))
+
+
+def test_networks_without_stages_and_resolutions_have_no_bands(small):
+    frame = small.frame.assign(stage="", resolution=pd.array([pd.NA] * len(small.frame), dtype="Int64"))
+    bare = SimpleNamespace(**{**vars(small), "frame": frame})
+    for ax in (draw_heatmap(bare, "rms"), draw_stem(bare, "rms"), draw_lines(bare, "rms")):
+        ax.figure.canvas.draw()
+        assert bands_of(ax) == []
+    assert draw_similarities(bare, "*conv0").texts[0].get_text() == ""
+
+
+def test_102_layers_are_legible(large):
+    assert len(names_of(large)) == 102
+    ax = draw_heatmap(large, "rms", mask=FreezeMask((), large.parameters))
+    ax.figure.canvas.draw()
+    assert len(texts(ax.get_yticklabels())) == 102
+    assert_apart(ax.get_yticklabels(), "y")
+    assert bands_of(ax) == ["32", "16", "8", "8", "16", "32", "encoder", "decoder"]
+    for ax in (draw_stem(large, "rms"), draw_lines(large, "rms", over="depth")):
+        ax.figure.canvas.draw()
+        assert len([t for t in texts(ax.get_xticklabels()) if t]) == 102
+        assert_apart(ax.get_xticklabels(), "x")
+
+
+def test_small_axes_name_some_layers_and_hide_what_does_not_fit(large):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.5))
+    draw_heatmap(large, "rms", axes[0])
+    draw_stem(large, "rms", ax=axes[1])
+    figure.canvas.draw()
+    labels = axes[0].get_yticklabels()
+    assert 3 < len(labels) < 40
+    assert_apart(labels, "y")
+    assert "20" in texts(axes[1].get_xticklabels())  # no room for names: depth
+    bar = axes[0].child_axes[0].get_tightbbox()
+    assert bar.x1 <= axes[1].get_tightbbox().x0
+
+
+@pytest.mark.parametrize(
+    ("change", "norm", "limits", "note"),
+    [
+        (lambda v: v, Normalize, None, ""),
+        (lambda v: np.linspace(0.1, 10, len(v)), LogNorm, (0.1, 10), "log scale"),
+        (lambda v: np.linspace(-1, 3, len(v)), Normalize, (-3, 3), ""),
+        (
+            lambda v: np.where(np.arange(len(v)) == 3, 900.0, np.linspace(-1, 1, len(v))),
+            SymLogNorm,
+            (-900, 900),
+            "away",
+        ),
+        (lambda v: np.where(np.arange(len(v)) == 3, np.nan, v), Normalize, None, "grey: no value"),
+        (lambda v: np.where(np.arange(len(v)) < 9, 0, np.geomspace(0.01, 10, len(v))), LogNorm, None, "white: 0"),
+    ],
+    ids=["plain", "wide", "signed", "signed and wide", "missing", "zeros"],
+)
+def test_the_colour_scale_suits_the_values(small, change, norm, limits, note):
+    result = changed(small, change)
+    ax = draw_heatmap(result, "rms")
+    mesh = ax.collections[0]
+    assert type(mesh.norm) is norm
+    values = result.frame.loc[result.frame["stat"] == "rms", "value"]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx(limits or (values[values > 0].min(), values.max()))
+    assert note in ax.child_axes[0].get_ylabel()
+    if "signed" in str(change) or values.min() < 0:
+        assert mesh.cmap.name == "PuOr_r"
+        assert mesh.norm(0.0) == pytest.approx(0.5)
+    if values.isna().any():
+        assert to_hex(mesh.to_rgba(mesh.get_array()).reshape(-1, 4)[mesh.get_array().mask.ravel()][0]) == "#bfbfbf"
+    if (values == 0).any():
+        assert to_hex(mesh.to_rgba(mesh.get_array())[0, -1]) == "#ffffff"
+
+
+def test_a_mask_is_drawn_beside_its_layers(small):
+    net = tiny()
+    parameters = tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+    frozen = ["model.enc.16x16_conv.weight", "model.enc.16x16_conv.bias", "model.dec.8x8_in0.conv0.weight"]
+    mask = FreezeMask(tuple(frozen), parameters)
+    ax = draw_heatmap(small, "rms", mask=mask)
+    width = dict.fromkeys(range(len(names_of(small))), 0.0)
+    full = dict(width)
+    for p in ax.patches:
+        if to_hex(p.get_facecolor()) in (FROZEN.lower(), TRAINED.lower()):
+            full[int(p.get_y())] += p.get_width()
+            width[int(p.get_y())] += p.get_width() * (to_hex(p.get_facecolor()) == FROZEN.lower())
+    shares = {name: width[i] / full[i] for i, name in enumerate(names_of(small))}
+    part = net.model.dec["8x8_in0"].conv0
+    expected = dict.fromkeys(shares, 0.0) | {"model.enc.16x16_conv": 1.0}
+    expected["model.dec.8x8_in0.conv0"] = part.weight.numel() / (part.weight.numel() + part.bias.numel())
+    assert shares == pytest.approx(expected)
+    assert texts(ax.get_legend().get_texts()) == [f"frozen, {mask.fraction:.1%} of all parameters", "trained"]
+    assert (FROZEN, TRAINED) == (plots.FROZEN, plots.TRAINED)
+    with pytest.raises(GddlabError, match=r"no parameters of layer 'model.enc.16x16_conv': give a mask of the network"):
+        draw_heatmap(small, "rms", mask=FreezeMask((), (("other.weight", (3,)),)))
+
+
+def test_few_lines_have_names_and_bands_of_one_standard_error(small):
+    chosen = names_of(small)[:3]
+    ax = draw_lines(small, "rms", chosen)
+    assert texts(ax.get_legend().get_texts()) == [n.removeprefix("model.enc.") for n in chosen]
+    assert len({line.get_color() for line in ax.lines}) == 3
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), sorted(SIGMAS))
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.13, 1.12, 1.11, 1.1])
+    band = ax.collections[1].get_paths()[0].vertices
+    at80 = band[np.isclose(band[:, 0], 80), 1]
+    assert (at80.min(), at80.max()) == pytest.approx((0.99, 1.21))
+    assert ax.get_xscale() == "log"
+    assert "0.002" in texts(ax.get_xticklabels()) and "80" in texts(ax.get_xticklabels())
+
+
+def test_many_lines_are_coloured_by_resolution_with_medians(small):
+    ax = draw_lines(small, "rms")
+    table = small.frame[small.frame["stat"] == "rms"]
+    labelled = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert len(ax.lines) == len(names_of(small)) + 2 * len(labelled)
+    part = table[(table["stage"] == "dec") & (table["resolution"] == 8)]
+    line = labelled[f"decoder 8: median of {part['layer'].nunique()}"]
+    np.testing.assert_allclose(line.get_ydata(), part.groupby("sigma")["value"].median())
+    assert (line.get_color(), line.get_linestyle()) == (HUES[1], "--")
+    assert {line.get_color() for line in labelled.values()} == set(HUES[:2])
+
+
+def test_lines_along_depth(small):
+    layers = small.frame.drop_duplicates("layer")
+    ax = draw_lines(small, "rms", over="depth", at=[70, 0.003])
+    assert texts(ax.get_legend().get_texts()) == ["σ = 80", "σ = 0.002"]
+    line = next(line for line in ax.lines if line.get_label() == "σ = 80")
+    np.testing.assert_array_equal(line.get_xdata(), layers["depth"])
+    np.testing.assert_allclose(line.get_ydata(), 1 + 0.1 * np.arange(len(layers)))
+    many = probed(tiny(), lambda i, j: 1 + i, np.geomspace(80, 0.002, 18))
+    legend = texts(draw_lines(many, "rms", "*conv0", over="depth").get_legend().get_texts())
+    assert (legend[0], legend[-1], len(legend)) == ("σ = 80", "σ = 0.002", 5)
+
+
+def test_stem(small):
+    ax = draw_stem(small, "rms", at=1.3)
+    ax.figure.canvas.draw()
+    assert ax.get_title() == "rms at σ = 1: pictures, noised, n = 6"
+    points = np.concatenate([c.lines[0].get_xydata() for c in ax.containers])
+    layers = small.frame.drop_duplicates("layer")
+    np.testing.assert_allclose(points, np.stack([layers["depth"], 1.01 + 0.1 * np.arange(len(layers))], 1))
+    colours = [c.lines[0].get_color() for c in ax.containers]
+    assert colours == [HUES[0], HUES[1], HUES[1], HUES[0]]  # 16 8 | 8 16
+    ends = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert ends == pytest.approx([0.909, 1.111])
+    assert bands_of(ax) == ["16", "8", "8", "16", "encoder", "decoder"]
+    assert "1 of" in draw_stem(changed(small, lambda v: np.where(v == v[0], np.nan, v)), "rms").get_title()
+
+
+def test_layers_that_share_a_depth_stand_in_order(small):
+    frame = small.frame.assign(depth=small.frame["depth"] // 2)
+    ax = draw_stem(SimpleNamespace(**{**vars(small), "frame": frame}), "rms")
+    xs = np.concatenate([c.lines[0].get_xdata() for c in ax.containers])
+    np.testing.assert_array_equal(xs, np.arange(len(names_of(small))))
+
+
+def test_pair_shows_both_and_the_range_of_the_teacher(small):
+    student = probed(tiny(), lambda i, j: 2 + 0.1 * i, [80.0], "student")
+    ax = draw_pair(small, student, "rms")
+    n = len(names_of(small))
+    ours, theirs = (next(c for c in ax.containers if c.get_label() == f"{w}, σ = 80") for w in ("teacher", "student"))
+    np.testing.assert_allclose(ours.lines[0].get_ydata(), 1 + 0.1 * np.arange(n))
+    np.testing.assert_allclose(theirs.lines[0].get_ydata(), 2 + 0.1 * np.arange(n))
+    (bars,) = (c for c in ax.containers if c.get_label() == "teacher, σ 0.002 to 80")
+    np.testing.assert_allclose([(b.get_y(), b.get_height()) for b in bars], [(1 + 0.1 * i, 0.03) for i in range(n)])
+    assert len(ax.get_legend().get_texts()) == 3
+    fewer = SimpleNamespace(**{**vars(student), "frame": student.frame[student.frame["kind"] != "conv0"]})
+    with pytest.raises(GddlabError, match=r"the teacher has rms of '.*conv0', the student has not \(\d+ such layers\)"):
+        draw_pair(small, fewer, "rms")
+    with pytest.raises(GddlabError, match=r"the student has rms of '.*conv0', the teacher has not"):
+        draw_pair(fewer, student, "rms")
+
+
+def test_course(small):
+    student = small.frame[small.frame["sigma"] == 80.0]
+    frame = pd.concat([student.assign(kimg=k, value=student["value"] + k) for k in (0, 10, 2.5)])
+    ax = draw_course(frame, "rms")
+    values = student.loc[student["stat"] == "rms", "value"].to_numpy()
+    np.testing.assert_allclose(ax.collections[0].get_array(), values[:, None] + np.array([0, 2.5, 10]))
+    ax.figure.canvas.draw()
+    assert sorted(texts(ax.get_xticklabels()), key=float) == ["0", "2.5", "10"]
+    assert ax.get_title() == "rms at σ = 80: n = 6"
+    with pytest.raises(GddlabError, match='no column "kimg"'):
+        draw_course(student, "rms")
+    with pytest.raises(GddlabError, match=r"4 noise levels \(80, 1, 0.1, 0.002\): keep one"):
+        draw_course(small.frame.assign(kimg=0), "rms")
+    with pytest.raises(GddlabError, match="twice at kimg 0: keep one run"):
+        draw_course(pd.concat([student, student]).assign(kimg=0), "rms")
+    with pytest.raises(GddlabError, match="did you mean 'rms'"):
+        draw_course(frame, "rsm")
+
+
+def test_similarity_ascends_to_the_right_and_upwards(small):
+    layer = names_of(small)[2]
+    ax = draw_similarity(small, layer)
+    matrix = small.matrices["cosine"][layer]
+    image = ax.images[0]
+    assert image.origin == "lower"
+    np.testing.assert_allclose(image.get_array(), matrix[::-1, ::-1])
+    ax.figure.canvas.draw()
+    found = {t.get_text(): t.get_position()[0] for t in ax.get_xticklabels()}
+    assert found == {"0.002": 0, "0.1": 1, "1": 2, "80": 3}
+    assert ax.get_title() == layer
+    assert (image.norm.vmin, image.norm.vmax) == (0, 1)
+    with pytest.raises(GddlabError, match=f"did you mean '{layer}'"):
+        draw_similarity(small, layer[:-1])
+    with pytest.raises(GddlabError, match="unknown similarity 'cka': accepted: cosine"):
+        draw_similarity(small, layer, kind="cka")
+    with pytest.raises(GddlabError, match="was not measured"):
+        draw_similarities(SimpleNamespace(**{**vars(small), "matrices": {}}))
+
+
+def test_similarities_are_grouped_and_share_a_scale(large):
+    figure = draw_similarities(large)
+    *panels, bar = figure.axes
+    assert len(panels) == 102
+    for ax, name in zip(panels, names_of(large), strict=True):
+        np.testing.assert_allclose(ax.images[0].get_array(), large.matrices["cosine"][name][::-1, ::-1])
+    assert len({id(ax.images[0].norm) for ax in panels}) == 1
+    assert panels[0].images[0].norm.vmin == -1  # deep layers of this probe are below 0
+    assert bar.get_ylabel() == "cosine"
+    assert panels[1].get_title() == "block0.conv0"
+    groups = [f"{s} {r}" for s, r in zip(["encoder"] * 3 + ["decoder"] * 3, [32, 16, 8, 8, 16, 32], strict=True)]
+    assert texts(figure.texts)[:-1] == groups
+    lines = sorted({round(ax.get_position().y0, 6) for ax in panels}, reverse=True)
+    where = large.frame.drop_duplicates("layer")
+    by_line = {
+        (round(a.get_position().y0, 6), s, r)
+        for a, s, r in zip(panels, where["stage"], where["resolution"], strict=True)
+    }
+    assert len(by_line) == len(lines)  # a line has one stage and one resolution
+    figure.canvas.draw()
+    boxes = [ax.title.get_window_extent() for ax in panels]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes) if abs(a.y0 - b.y0) < 1)
+
+
+def test_similarities_of_some_layers(small):
+    figure = draw_similarities(small, "*conv0", columns=1)
+    panels = figure.axes[:-1]
+    assert len(panels) == sum(n.endswith("conv0") for n in names_of(small))
+    assert len({round(ax.get_position().x0, 6) for ax in panels}) == 1
+    own = plt.figure(figsize=(5, 4))
+    assert draw_similarities(small, figure=own) is own
+    with pytest.raises(GddlabError, match="columns=0: give a whole number"):
+        draw_similarities(small, columns=0)
+
+
+def test_a_matrix_that_does_not_fit_the_noise_levels_is_refused(small):
+    layer = names_of(small)[0]
+    less = SimpleNamespace(**{**vars(small), "matrices": {"cosine": {layer: np.eye(2)}}})
+    with pytest.raises(GddlabError, match=r"is 2 x 2, for 4 noise levels"):
+        draw_similarity(less, layer)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: draw_heatmap(r, "rsm"), "unknown statistic 'rsm': did you mean 'rms'"),
+        (lambda r: draw_stem(r, "speed"), "unknown statistic 'speed'"),
+        (lambda r: draw_stem(r, "rms", at=0), "at=0: give a noise level above 0"),
+        (lambda r: draw_lines(r, "rms", "model.enc.16x16_con"), "did you mean 'model.enc.16x16_conv'"),
+        (lambda r: draw_lines(r, "rms", ["*conv0", "*none*"]), "unknown layer '\\*none\\*'"),
+        (lambda r: draw_lines(r, "rms", []), "layers is an empty list"),
+        (lambda r: draw_lines(r, "rms", over="time"), "unknown over 'time'"),
+        (lambda r: draw_lines(r, "rms", at=80), "chooses noise levels of over="),
+        (lambda r: draw_lines(r, "rms", over="depth", at=[]), "at is an empty list"),
+        (lambda r: draw_lines(r, "rms", over="depth", at="80"), "at='80': give a noise level"),
+        (lambda r: draw_pair(r, r, "rms", at=-1), "at=-1: give a noise level"),
+        (lambda r: draw_similarity(r, "model.enc"), "unknown layer with cosine between noise levels"),
+        (lambda r: draw_pair(r, r, "rsm"), "did you mean 'rms'"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_no_figure(small, call, message):
+    with pytest.raises(GddlabError, match=message) as caught:
+        call(small)
+    assert "\n" not in str(caught.value)
+    assert plt.get_fignums() == []
+
+
+def test_results_draw_themselves(result):
+    ax = result.heatmap("rel_update")
+    ax.figure.canvas.draw()
+    assert len(ax.get_yticklabels()) == result.frame.loc[result.frame["stat"] == "rel_update", "layer"].nunique()
+    assert draw_similarities(result).axes
+    assert draw_pair(result, result, "rms").get_legend()
