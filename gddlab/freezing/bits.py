@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gddlab.probing.layers import plain_name
+from gddlab.probing.layers import plain_name, unwrap
 
 __all__ = ["same_bits", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by plain name."""
-    return {plain_name(n): t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    """Parameters and buffers of the bare network by plain name."""
+    net = unwrap(model)
+    return {plain_name(n): t.detach() for n, t in (*net.named_parameters(), *net.named_buffers())}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

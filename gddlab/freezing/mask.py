@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +10,17 @@ from torch import nn
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import hash_json, read_json, write_json
-from gddlab.freezing.bits import same_bits, tensors_of
-from gddlab.probing.layers import kind_of, parameter_table, place, plain_name
+from gddlab.freezing import applying, storage
+from gddlab.freezing.places import numel, parameter_frame
+from gddlab.freezing.tables import diff, mask_html, mask_line, summary
+from gddlab.probing.layers import owner_of, parameter_table, plain_name, unwrap
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["FORMAT", "FreezeMask", "Parameters", "fingerprint"]
+__all__ = ["FreezeMask", "Parameters", "fingerprint"]
 
-FORMAT = "gddlab-mask-1"
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a network's parameters, in its order, without `map_augment`."""
 
@@ -43,19 +42,22 @@ class FreezeMask:
         parameters: Names and shapes of all parameters of the network, without `map_augment`.
         strategy: How it was chosen.
         arguments: Of the strategy, and what it reached; JSON.
-        scores: By layer, where layers were ordered by a measurement.
+        scores: By candidate, where candidates were ordered by a measurement.
         probe_hash: `ProbeResult.hash` of that measurement.
+        candidates: What it was chosen among: names of layers, or of blocks that are frozen together, with the layers whose own
+            parameters are meant. None where no such choice was made.
 
     Raises:
-        GddlabError: A frozen name is not among the parameters.
+        GddlabError: A frozen name is not among the parameters, or a candidate's layer has none.
     """
 
-    frozen: tuple[str, ...]
+    frozen: tuple[str, ...] = field(repr=False)
     parameters: Parameters = field(repr=False)
     strategy: str = "custom"
     arguments: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, float] | None = field(default=None, repr=False)
     probe_hash: str | None = None
+    candidates: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.parameters]
@@ -64,9 +66,17 @@ class FreezeMask:
             raise unknown("parameter", name, names)
         object.__setattr__(self, "frozen", tuple(n for n in names if n in wanted))
         object.__setattr__(self, "parameters", tuple((n, tuple(shape)) for n, shape in self.parameters))
+        if self.candidates is not None:
+            owners = {owner_of(name) for name in names}
+            for layer in (x for layers in self.candidates.values() for x in layers if x not in owners):
+                raise unknown("layer", layer, owners)
+            object.__setattr__(self, "candidates", {n: tuple(layers) for n, layers in self.candidates.items()})
 
     def __hash__(self) -> int:
         return hash(self.hash)
+
+    def __str__(self) -> str:
+        return mask_line(self)
 
     @property
     def fingerprint(self) -> str:
@@ -81,29 +91,42 @@ class FreezeMask:
     @property
     def n_params(self) -> int:
         """Numbers in all parameters."""
-        return sum(_numel(shape) for _, shape in self.parameters)
+        return sum(numel(shape) for _, shape in self.parameters)
 
     @property
     def n_frozen(self) -> int:
         """Numbers in frozen parameters."""
         frozen = set(self.frozen)
-        return sum(_numel(shape) for name, shape in self.parameters if name in frozen)
+        return sum(numel(shape) for name, shape in self.parameters if name in frozen)
 
     @property
     def fraction(self) -> float:
         """Frozen share of all parameters."""
         return self.n_frozen / self.n_params
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, *, force: bool = False) -> tuple[str, ...]:
         """Frozen parameters stop requiring gradients, all others require them, whatever was before.
 
+        Frozen modules with buffers, such as BatchNorm's running statistics, are put into eval mode and stay there under
+        `model.train()` until another mask trains them.
+
+        Args:
+            model: The network, bare or wrapped.
+            force: Takes another architecture too: parameters of equal name and shape are frozen, all others trained.
+
+        Returns:
+            Names that the mask and `model` do not share with one shape; () without `force`.
+
         Raises:
-            GddlabError: `model` is another architecture.
+            GddlabError: `model` is another architecture; with `force`, nothing matches.
         """
-        self._check(model)
-        frozen = set(self.frozen)
-        for name, p in model.named_parameters():
-            p.requires_grad_(plain_name(name) not in frozen)
+        rest: tuple[str, ...] = ()
+        if force:
+            rest = applying.unmatched(dict(self.parameters), dict(parameter_table(_network(model))))
+        else:
+            self._check(model)
+        applying.freeze(model, set(self.frozen).difference(rest))
+        return rest
 
     def trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are trained, with their names, in the order of the network: what an optimiser gets.
@@ -113,60 +136,60 @@ class FreezeMask:
         """
         self._check(model)
         frozen = set(self.frozen)
-        named = ((plain_name(name), p) for name, p in model.named_parameters())
+        named = ((plain_name(name), p) for name, p in unwrap(model).named_parameters())
         return [(name, p) for name, p in named if name not in frozen]
 
     def verify(self, model: nn.Module, teacher: nn.Module) -> None:
-        """Compares frozen parameters, and buffers of the modules that own them, with the teacher's, bit by bit.
+        """Compares frozen parameters, and buffers of frozen modules, with the teacher's, bit by bit.
 
         Raises:
             GddlabError: Some differ; it names them. Or one network is another architecture.
         """
         self._check(model)
         self._check(teacher)
-        ours, theirs = tensors_of(model), tensors_of(teacher)
-        owners = {name.rpartition(".")[0] for name in self.frozen}
-        buffers = [plain_name(n) for n, _ in model.named_buffers()]
-        names = [*self.frozen, *(n for n in buffers if n.rpartition(".")[0] in owners and n in theirs)]
-        changed = [n for n in names if not same_bits(ours[n], theirs[n])]
+        changed, n = applying.changed_tensors(model, teacher, self.frozen)
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise GddlabError(
-                f"{len(changed)} of {len(names)} frozen tensors differ from the teacher's: {', '.join(changed[:5])}{more}"
+                f"{len(changed)} of {n} frozen tensors differ from the teacher's: {', '.join(changed[:5])}{more}"
             )
 
+    def transfer(self, model: nn.Module, *, by: str = "resolution") -> FreezeMask:
+        """The mask's decisions for another architecture.
+
+        Each parameter takes the decision of this network's parameter of equal stage, resolution, kind of layer and name (weight,
+        bias), at the nearest relative position among these. What has no such counterpart is trained, and listed.
+
+        Args:
+            model: The other network; it is not changed.
+            by: "resolution", pixels, or "level", halvings below the network's highest resolution.
+
+        Returns:
+            A mask for `model`; its arguments list the groups without a counterpart ("dec/64/conv0") and the share of
+            parameters that have one.
+
+        Raises:
+            GddlabError: Nothing of `model` has a counterpart; unknown `by`.
+        """
+        from gddlab.freezing.transfer import transfer
+
+        return transfer(self, _network(model), by)
+
     def _check(self, model: nn.Module) -> None:
-        table = parameter_table(model)
-        if fingerprint(table) == self.fingerprint:
-            return
-        mine, other = dict(self.parameters), dict(table)
-        shapes = (n for n in mine if n in other and mine[n] != other[n])
-        if (name := next((n for n in mine if n not in other), None)) is not None:
-            where = f"it has no {name}"
-        elif (name := next((n for n in other if n not in mine), None)) is not None:
-            where = f"the mask does not know its {name}"
-        else:
-            name = next(shapes)
-            where = f"{name} is {other[name]}, not {mine[name]}"
-        raise GddlabError(
-            f"this mask is for another network ({self.n_params:,} parameters; {where}): select one for this network"
-        )
+        table = parameter_table(_network(model))
+        if fingerprint(table) != self.fingerprint:
+            where = applying.difference(dict(self.parameters), dict(table))
+            raise GddlabError(
+                f"this mask is for another network ({self.n_params:,} parameters; {where}): select one for this network"
+            )
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a parameter: columns parameter, block, stage, resolution (pixels), kind, size (numbers), frozen."""
+        return parameter_frame(self.parameters, self.frozen)
 
     def summary(self) -> pd.DataFrame:
         """Parameters, frozen parameters and their share, by stage of the network and kind of layer, with a total."""
-        import pandas as pd
-
-        frozen = set(self.frozen)
-        rows = []
-        for name, shape in self.parameters:
-            owner, size = name.rpartition(".")[0], _numel(shape)
-            rows.append((place(owner)[0] or "-", kind_of(owner), size, size if name in frozen else 0))
-        frame = pd.DataFrame(rows, columns=["stage", "kind", "parameters", "frozen"])
-        table = frame.groupby(["stage", "kind"], sort=False).sum()
-        table.loc[("total", ""), :] = table.sum()
-        table = table.astype("int64")
-        table["share"] = table["frozen"] / table["parameters"]
-        return table
+        return summary(self)
 
     def diff(self, other: FreezeMask) -> pd.DataFrame:
         """Parameters that one mask freezes and the other trains: columns parameter, size, self, other.
@@ -174,20 +197,7 @@ class FreezeMask:
         Raises:
             GddlabError: `other` is for another architecture.
         """
-        import pandas as pd
-
-        if self.fingerprint != other.fingerprint:
-            raise GddlabError(
-                f"masks of {self.n_params:,} and {other.n_params:,} parameters are for different networks"
-            )
-        mine, theirs = set(self.frozen), set(other.frozen)
-        words = {True: "frozen", False: "trained"}
-        rows = [
-            (name, _numel(shape), words[name in mine], words[name in theirs])
-            for name, shape in self.parameters
-            if (name in mine) != (name in theirs)
-        ]
-        return pd.DataFrame(rows, columns=["parameter", "size", "self", "other"])
+        return diff(self, other)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws each block's share of all parameters along depth, frozen and trained."""
@@ -196,39 +206,12 @@ class FreezeMask:
         return draw_mask(self, ax)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "strategy": self.strategy,
-            "arguments": self.arguments,
-            "fraction": self.fraction,
-            "hash": self.hash,
-            "fingerprint": self.fingerprint,
-            "probe_hash": self.probe_hash,
-            "frozen": list(self.frozen),
-            "scores": self.scores,
-            "parameters": [[name, list(shape)] for name, shape in self.parameters],
-        }
+        return storage.to_dict(self)
 
     @classmethod
     def from_dict(cls, value: Any) -> FreezeMask:
         """Raises GddlabError where `value` is no mask, or was edited so that its hash no longer fits."""
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise GddlabError("this is no freeze mask: give what FreezeMask.save wrote")
-        try:
-            mask = cls(
-                frozen=tuple(value["frozen"]),
-                parameters=tuple((name, tuple(shape)) for name, shape in value["parameters"]),
-                strategy=value["strategy"],
-                arguments=value["arguments"],
-                scores=value["scores"],
-                probe_hash=value["probe_hash"],
-            )
-            fits = (mask.hash, mask.fingerprint) == (value["hash"], value["fingerprint"])
-        except (KeyError, TypeError) as e:
-            raise GddlabError(f"this freeze mask is incomplete ({e!r}): give what FreezeMask.save wrote") from None
-        if not fits:
-            raise GddlabError("this freeze mask was edited: its hash does not fit its names; select it again")
-        return mask
+        return storage.from_dict(cls, value)
 
     def save(self, path: str | Path) -> None:
         """Writes JSON atomically."""
@@ -250,14 +233,10 @@ class FreezeMask:
             raise GddlabError(f"{path}: {e}") from None
 
     def _repr_html_(self) -> str:
-        arguments = ", ".join(f"{k}={v}" for k, v in self.arguments.items())
-        text = (
-            f"FreezeMask {self.hash[:12]}: {self.strategy}({arguments}), "
-            f"{self.n_frozen:,} of {self.n_params:,} parameters frozen ({self.fraction:.2%})"
-        )
-        table = self.summary()
-        return f"<p>{escape(text)}</p>" + table.to_html(formatters={"share": "{:.1%}".format})
+        return mask_html(self)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
+def _network(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise GddlabError(f"model is a {type(model).__name__}: give a network, an nn.Module")
+    return model

@@ -2,207 +2,167 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from torch import nn
-
-from gddlab.errors import GddlabError, unknown
-from gddlab.freezing.mask import FreezeMask, Parameters, fingerprint
+from gddlab.errors import GddlabError
+from gddlab.freezing import rules
+from gddlab.freezing.budgets import Budget, fill_resolutions, fill_share, reached, reached_by_resolution
+from gddlab.freezing.candidates import DEFAULT, Unit, choose, describe, recorded, split
+from gddlab.freezing.mask import FreezeMask, fingerprint
+from gddlab.freezing.network import ENDS, Network, Selection, Source
+from gddlab.freezing.options import USES, checked
+from gddlab.freezing.rules import RULES
+from gddlab.freezing.scores import Score, direction, in_order, score_units
 from gddlab.probing import ProbeResult
-from gddlab.probing.layers import inventory, parameter_table, plain_name
 
-__all__ = ["RULES", "STRATEGIES", "select_freeze"]
-
-RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
-"""GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
-
-PLACES = ("block", "up", "down", "in")
-"""... and words of which it contains another: the released code looks for substrings of the whole name."""
-
-STRATEGIES = (*RULES, "budget", "random", "invert", "none")
+__all__ = ["names_of", "select_freeze", "shuffled"]
 
 
-class Candidate(NamedTuple):
-    """A layer that may be frozen: all of its own parameters or none."""
-
-    name: str
-    block: str
-    depth: int
-    parameters: tuple[str, ...]
-    size: int
-
-
+@checked
 def select_freeze(
-    source: ProbeResult | nn.Module,
+    source: Source,
     *,
-    strategy: str,
-    score: str | None = None,
+    strategy: str | Callable[[Any], Iterable[str]],
+    score: Score | None = None,
     at: float = 80.0,
     freeze: str = "low",
-    budget: float = 0.85,
+    budget: Budget = 0.85,
+    unit: str = "params",
+    granularity: str = "layer",
+    candidates: Selection | None = None,
+    always_train: str | Iterable[str] = ENDS,
     seed: int = 0,
     mask: FreezeMask | None = None,
+    threshold: float | None = None,
 ) -> FreezeMask:
     """Chooses which parameters to freeze.
 
     Strategies:
-        "gdd-i", "gdd-i-2", "gdd-i-3": The published rules on names, options 1 to 3.
-        "budget": Candidate layers in the order of a measured `score`, lowest or highest first, ties by depth. Each
-            is frozen whole if it still fits into the budget. Layers without the score are trained.
-        "random": The same with candidates in random order; with `mask`, its frozen share is the budget.
-        "invert": Candidates that `mask` trains are frozen, those it freezes are trained, and nothing else is frozen. (The
-            opposite choice of equal budget is "budget" with the other `freeze`.)
+        "gdd-i", "gdd-i-2", "gdd-i-3": The published rules on names, options 1 to 3 (Zheng & Yang 2024).
         "none": Nothing is frozen: GDD.
-
-    Candidates are the convolutions inside U-Net blocks: not the first convolution, nor auxiliary or last ones.
+        "all-conv": Every candidate convolution is frozen.
+        "norms-only": Norm layers are trained, all else is frozen.
+        "budget": Candidates in the order of a measured `score`, ties by depth; each is frozen whole if it still fits.
+        "per-resolution": The same within each resolution.
+        "threshold": Candidates with a score of at most (at least, for `freeze="high"`) `threshold` are frozen.
+        "random": Candidates in random order fill the budget; with `mask`, its share is the budget.
+        "invert": Candidates that `mask` trains are frozen, those it freezes are trained, nothing else is frozen. (For the
+            opposite choice of equal budget see `controls`.)
+        A function of `source` that returns names of parameters or layers to freeze.
 
     Args:
         source: A probe's result, or a network where nothing measured is needed.
         strategy: One of the above.
-        score: For "budget": a statistic of the result. A block's statistic, such as "rel_update", counts for each
-            convolution of the block that has none of its own.
-        at: For "budget": sigma at which the score is read, the nearest one probed (log scale).
-        freeze: For "budget": "low" or "high" scores first.
-        budget: For "budget" and "random": share of all parameters to freeze, not exceeded, between 0 and 1.
-        seed: For "random".
-        mask: For "invert", and for "random" if wished.
+        score: A statistic's name; {statistic: weight}, the weighted mean of ranks among candidates, 0 to 1, turned round by a negative
+            weight; or a function of the probe's result that returns {layer: number}. A block's value counts for its layers
+            that have none. Candidates without a score are trained, and counted as "unscored".
+        at: Sigma at which statistics are read, the nearest one probed (log scale).
+        freeze: "low" or "high" scores first.
+        budget: Share to freeze, not exceeded: of all parameters, between 0 and 1. For "per-resolution": of the candidates' at each
+            resolution, or {resolution: share}, others trained.
+        unit: "params", or "layers": the budget is a share of the number of candidates.
+        granularity: What is frozen together: "layer"; "block", its candidates, by the block's own value or else their mean
+            weighted by parameters; "tensor", weight and bias apart.
+        candidates: Layers that may be frozen, "conv" if not given: a preset ("conv", "linear", ...), names, globs, "re:..."; with a network as source
+            also a function of name and module. A block or container stands for all that is inside.
+        always_train: Candidates to leave out: "first" and "last" convolution of the network, names, globs.
+        seed: Of "random".
+        mask: For "invert", and for "random" if wished; its candidates are kept if none are given.
+        threshold: On the scale of the score.
 
     Returns:
         The mask; its arguments say what was asked and reached.
 
     Raises:
-        GddlabError: Unknown strategy or score; a budget out of reach; something missing that the strategy needs, or
-            given that it does not use.
+        GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; something missing that the
+            strategy needs, or given that it does not use.
     """
-    if strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
-    if not isinstance(source, ProbeResult | nn.Module):
-        raise GddlabError(f"source is a {type(source).__name__}: give a ProbeResult or a network")
-    if score is not None and strategy != "budget":
-        raise GddlabError(f'score={score!r} has no meaning for strategy="{strategy}": leave it away, or take "budget"')
-    if mask is not None and strategy not in ("invert", "random"):
-        raise GddlabError(
-            f'mask= has no meaning for strategy="{strategy}": leave it away, or take "invert" or "random"'
-        )
-    parameters, candidates = _open(source)
-    if mask is not None and mask.fingerprint != fingerprint(parameters):
+    network = Network(source)
+    if mask is not None and mask.fingerprint != fingerprint(network.parameters):
         raise GddlabError(f"mask= ({mask.n_params:,} parameters) is for another network than source")
-
-    arguments: dict[str, Any] = {}
-    scores: dict[str, float] | None = None
+    if not isinstance(strategy, str):
+        return _mask(network, rules.by_function(network, source, strategy), describe(strategy))
+    if strategy == "none":
+        return _mask(network, (), strategy)
+    if strategy == "norms-only":
+        return _mask(network, rules.norms_only(network), strategy)
     if strategy in RULES:
-        frozen = [n for n, _ in parameters if _contains(n, PLACES) and _contains(n, RULES[strategy])]
-    elif strategy == "invert":
-        if mask is None:
-            raise GddlabError('strategy="invert" turns a mask round: give mask=')
-        chosen = [c for c in candidates if not set(c.parameters) <= set(mask.frozen)]
-        frozen = [p for c in chosen for p in c.parameters]
-        arguments = {"mask": mask.hash}
-    elif strategy in ("budget", "random"):
-        if strategy == "random":
-            budget = budget if mask is None else mask.fraction
-            ordered = candidates.copy()
-            random.Random(seed).shuffle(ordered)
-            arguments = {"seed": seed, "mask": None if mask is None else mask.hash}
-        else:
-            if not isinstance(source, ProbeResult):
-                raise GddlabError(
-                    'strategy="budget" orders layers by a measurement: give the ProbeResult of probe(...)'
-                )
-            scores, sigma = _scores(source, candidates, score, at)
-            if freeze not in ("low", "high"):
-                raise unknown("freeze", freeze, ("low", "high"))
-            sign = 1 if freeze == "low" else -1
-            by_score = scores
-            ordered = sorted(
-                (c for c in candidates if c.name in by_score), key=lambda c: (sign * by_score[c.name], c.depth)
-            )
-            unscored = len(candidates) - len(ordered)
-            arguments = {"score": score, "at": at, "sigma": sigma, "freeze": freeze, "unscored": unscored}
-        chosen = _fill(ordered, budget, parameters)
-        frozen = [p for c in chosen for p in c.parameters]
-        arguments |= {"budget": budget}
+        return _mask(network, rules.published(network, strategy), strategy)
+
+    if mask is not None and candidates is None:
+        units = recorded(mask)
+        granularity = mask.arguments.get("granularity", "layer")
     else:
-        frozen = []
-    out = FreezeMask(
-        frozen=tuple(frozen),
-        parameters=parameters,
-        strategy=strategy,
-        arguments=arguments,
-        scores=scores,
-        probe_hash=source.hash if isinstance(source, ProbeResult) and scores is not None else None,
-    )
-    out.arguments["reached"] = out.fraction
+        candidates, always_train = _kept(DEFAULT if candidates is None else candidates), _kept(always_train)
+        units = choose(network, candidates, always_train, granularity)
+    given = {
+        **{"score": score, "at": None if callable(score) else at, "freeze": freeze, "threshold": threshold},
+        **{"budget": budget, "unit": unit, "granularity": granularity, "seed": seed},
+        **{"candidates": candidates, "always_train": None if candidates is None else always_train},
+        "mask": None if mask is None else mask.hash,
+    }
+    arguments = {name: describe(given[name]) for name in USES[strategy] if given[name] is not None}
+    record = {u.name: u.layers for u in units}
+    if strategy == "all-conv":
+        return _mask(network, rules.all_conv(network, units), strategy, arguments, candidates=record)
+    if strategy == "invert":
+        assert mask is not None
+        still = set(mask.frozen)
+        turned = [p for u in units for p in u.parameters if p not in still]
+        return _mask(network, turned, strategy, arguments, candidates=record)
+    if strategy == "random":
+        parts = shuffled(split(units, granularity), seed)
+        arguments["budget"] = share = budget if mask is None else mask.fraction
+        chosen = fill_share(parts, share, units=parts, network=network, unit=unit)
+        arguments["reached"] = reached(chosen, parts, unit, network)
+        return _mask(network, names_of(chosen), strategy, arguments, candidates=record)
+
+    assert isinstance(source, ProbeResult) and score is not None
+    scores, sigma = score_units(source, network, units, score, at)
+    parts = split(units, granularity)
+    ordered = in_order(parts, scores, freeze)
+    arguments |= {"sigma": sigma, "unscored": len(units) - len(scores)}
+    if strategy == "threshold":
+        assert threshold is not None
+        sign = direction(freeze)
+        chosen = [u for u in ordered if sign * scores[u.name] <= sign * threshold]
+    elif strategy == "budget":
+        chosen = fill_share(ordered, budget, units=parts, network=network, unit=unit)
+        arguments["reached"] = reached(chosen, parts, unit, network)
+    else:
+        chosen = fill_resolutions(ordered, budget, units=parts, unit=unit)
+        arguments["reached"] = reached_by_resolution(chosen, parts, unit)
+        arguments["unplaced"] = sum(u.resolution is None for u in units)
+    return _mask(network, names_of(chosen), strategy, arguments, scores, source.hash, record)
+
+
+def _kept(selection: Any) -> Any:
+    """A generator would be empty when it is read again."""
+    return selection if isinstance(selection, str) or not isinstance(selection, Iterable) else tuple(selection)
+
+
+def shuffled(units: Sequence[Unit], seed: int) -> list[Unit]:
+    out = list(units)
+    random.Random(int(seed)).shuffle(out)
     return out
 
 
-def _contains(name: str, words: Sequence[str]) -> bool:
-    return any(word in name for word in words)
+def names_of(units: Iterable[Unit]) -> list[str]:
+    return [p for u in units for p in u.parameters]
 
 
-def _open(source: ProbeResult | nn.Module) -> tuple[Parameters, list[Candidate]]:
-    """The network's parameters, and the layers that may be frozen, in its order."""
-    if isinstance(source, ProbeResult):
-        parameters: Parameters = tuple((name, tuple(shape)) for name, shape in source.meta["parameters"])
-        layers = source.meta["layers"]
-    else:
-        parameters = parameter_table(source)
-        layers = [layer.to_dict() for layer in inventory(source).values()]
-    own: dict[str, list[tuple[str, int]]] = {}
-    for name, shape in parameters:
-        own.setdefault(name.rpartition(".")[0], []).append((name, math.prod(shape)))
-    out = []
-    for layer in layers:
-        parts = own.get(plain_name(layer["name"]), [])
-        if layer["candidate"] and parts:
-            names, sizes = zip(*parts, strict=True)
-            out.append(Candidate(layer["name"], layer["block"], layer["depth"], names, sum(sizes)))
-    return parameters, out
-
-
-def _scores(
-    result: ProbeResult, candidates: list[Candidate], score: str | None, at: float
-) -> tuple[dict[str, float], float]:
-    """Scores of candidates at the probed sigma nearest to `at`, and that sigma."""
-    if score is None:
-        raise GddlabError(f'strategy="budget" needs score=: accepted are {", ".join(result.stats)}')
-    table = result.pivot(score)
-    if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
-        raise GddlabError(f"at={at!r}: give a sigma above 0")
-    sigma = min((float(s) for s in table.columns), key=lambda s: abs(math.log(s / at)))
-    column = {str(name): float(value) for name, value in table[sigma].items()}
-    found = {c.name: column.get(c.name, column.get(c.block)) for c in candidates}
-    scores = {name: value for name, value in found.items() if value is not None}
-    if not scores:
-        raise GddlabError(f"score {score!r} was measured for no layer that may be frozen: probe layers='conv'")
-    bad = [name for name, value in scores.items() if not math.isfinite(value)]
-    if bad:
-        raise GddlabError(
-            f"score {score!r} is {scores[bad[0]]} for {bad[0]} at sigma {sigma:g}: give another score or at="
-        )
-    low, high = min(scores.values()), max(scores.values())
-    if len(scores) > 1 and high - low <= 1e-9 * max(abs(low), abs(high)):
-        raise GddlabError(f"score {score!r} is {low:g} for every layer at sigma {sigma:g}: give another score or at=")
-    return scores, sigma
-
-
-def _fill(ordered: list[Candidate], budget: float, parameters: Parameters) -> list[Candidate]:
-    """Takes whole layers in order, each that still fits."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
-        raise GddlabError(f"budget={budget!r}: give a share of all parameters above 0 and below 1")
-    total = sum(math.prod(shape) for _, shape in parameters)
-    reachable = sum(c.size for c in ordered) / total
-    if budget > reachable:
-        raise GddlabError(
-            f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of all parameters, "
-            f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
-        )
-    chosen, room = [], math.floor(budget * total + 1e-3)  # another mask's share comes back whole
-    for c in ordered:
-        if c.size <= room:
-            chosen.append(c)
-            room -= c.size
-    return chosen
+def _mask(
+    network: Network,
+    frozen: Iterable[str],
+    strategy: str,
+    arguments: dict[str, Any] | None = None,
+    scores: dict[str, float] | None = None,
+    probe_hash: str | None = None,
+    candidates: dict[str, tuple[str, ...]] | None = None,
+) -> FreezeMask:
+    """The mask; where no budget was asked, what it reached is its share of all parameters."""
+    out = FreezeMask(tuple(frozen), network.parameters, strategy, arguments or {}, scores, probe_hash, candidates)
+    out.arguments.setdefault("reached", out.fraction)
+    return out

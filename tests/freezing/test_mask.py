@@ -1,7 +1,6 @@
 import copy
 import json
 
-import matplotlib as mpl
 import pytest
 import torch
 from torch import nn
@@ -10,17 +9,10 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.freezing import FreezeMask, select_freeze
 from tests.probing.networks import tiny
 
-mpl.use("Agg")
-
 
 @pytest.fixture
-def mask(net) -> FreezeMask:
-    return select_freeze(net, strategy="gdd-i")
-
-
-@pytest.fixture
-def net():
-    return tiny()
+def mask(rule) -> FreezeMask:
+    return rule
 
 
 def test_apply_sets_every_flag(net, mask):
@@ -102,7 +94,7 @@ def test_a_training_step_changes_what_is_trained_only(net, mask):
     assert moved
 
 
-def test_numbers_and_summary(net, mask):
+def test_numbers_and_tables(net, mask):
     sizes = {n: p.numel() for n, p in net.named_parameters()}
     assert mask.n_params == sum(sizes.values())
     assert mask.n_frozen == sum(sizes[n] for n in mask.frozen)
@@ -113,6 +105,11 @@ def test_numbers_and_summary(net, mask):
     assert table.loc[("enc", "conv0"), "share"] == 1
     assert table.loc[("enc", "norm0"), "share"] == 0
     assert table.loc[("-", "map_layer0"), "share"] == 0
+    frame = mask.to_frame().set_index("parameter")
+    assert frame["size"].to_dict() == sizes
+    assert set(frame.index[frame["frozen"]]) == set(mask.frozen)
+    place = frame.loc["model.dec.8x8_block0.conv1.weight", ["block", "stage", "resolution", "kind"]]
+    assert place.tolist() == ["model.dec.8x8_block0", "dec", 8, "conv1"]
 
 
 def test_diff(net, mask):
@@ -126,15 +123,27 @@ def test_diff(net, mask):
         mask.diff(select_freeze(tiny(num_blocks=2), strategy="none"))
 
 
-def test_json_round_trip(mask, tmp_path):
-    scored = FreezeMask(mask.frozen, mask.parameters, "budget", {"budget": 0.5}, {"model.x": 0.1}, "ab")
-    for m in (mask, scored):
+def test_json_round_trip(mask, result, tmp_path):
+    made = [
+        select_freeze(result, strategy="budget", score={"rms": 1, "mean_abs": -0.5}, budget=0.5, granularity="block"),
+        select_freeze(
+            result, strategy="per-resolution", score="rms", budget={16: 0.5}, always_train=["first", "*.qkv"]
+        ),
+        select_freeze(result, strategy="threshold", score=lambda r: {"model.enc.16x16_block0": 1.0}, threshold=1),
+    ]
+    for m in (mask, *made):
         m.save(tmp_path / "mask.json")
         other = FreezeMask.load(tmp_path / "mask.json")
         assert other == m
         assert other.hash == m.hash
         assert hash(other) == hash(m)
         assert other.fingerprint == m.fingerprint
+
+
+def test_masks_saved_before_candidates_were_recorded_still_load(mask):
+    value = mask.to_dict()
+    del value["candidates"]
+    assert FreezeMask.from_dict(value) == mask
 
 
 def test_the_hash_is_of_what_is_frozen(net, mask):
@@ -165,11 +174,25 @@ def test_files_that_are_no_masks_are_refused(mask, tmp_path):
 def test_unknown_names_are_refused(mask):
     with pytest.raises(GddlabError, match=r"did you mean 'model.enc.16x16_conv.weight'"):
         FreezeMask(("model.enc.16x16_conv.weigh",), mask.parameters)
+    with pytest.raises(GddlabError, match=r"unknown layer 'model.enc.16x16_con': did you mean 'model.enc.16x16_conv'"):
+        FreezeMask((), mask.parameters, candidates={"x": ("model.enc.16x16_con",)})
 
 
-def test_pictures(mask):
-    ax = mask.plot()
-    assert sum(p.get_height() for p in ax.patches) == pytest.approx(100)
-    assert "enc.16x16_block0" in [t.get_text() for t in ax.get_xticklabels()]
-    assert mask.plot(ax=ax) is ax
-    assert mask.hash[:12] in mask._repr_html_()
+def test_in_words(mask, result):
+    n, share = f"{mask.n_params:,}", f"{mask.fraction:.2%}"
+    tensors = f"{len(mask.frozen)} of {len(mask.parameters)} tensors"
+    assert str(mask) == f"gdd-i: {share} of {n} parameters frozen ({tensors})"
+    assert "model." not in repr(mask)
+    html = mask._repr_html_()
+    assert all(text in html for text in ("gdd-i", share, tensors, mask.hash[:12], "conv0"))
+    asked = select_freeze(result, strategy="budget", score="rms", budget=0.5)
+    reached = f"{asked.fraction:.2%}"
+    assert str(asked).endswith(f"tensors; budget 50.00%, reached {reached})")
+    html = asked._repr_html_()
+    assert f"<th>budget asked</th><td>50.00%</td></tr><tr><th>budget reached</th><td>{reached}</td>" in html
+    counted = select_freeze(result, strategy="budget", score="rms", budget=0.5, unit="layers")
+    assert "budget 50.00% of the candidates' number, reached 50.00%" in str(counted)
+    each = select_freeze(result, strategy="per-resolution", score="rms", budget=0.5)
+    assert "budget 50.00% of the candidates at each resolution, reached 16: " in str(each)
+    custom = FreezeMask((), mask.parameters, "<b>")
+    assert "<b>" not in custom._repr_html_()
