@@ -12,11 +12,22 @@ if TYPE_CHECKING:
     from gddlab.distill.config import TrainConfig
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split
-    from gddlab.freezing import FreezeMask, select_freeze
+    from gddlab.experiments import reproduce
+    from gddlab.freezing import FreezeMask, compare, controls, select_freeze
     from gddlab.launch import attach, train
     from gddlab.nets.export import export
-    from gddlab.probing import Probe, ProbeResult, probe
-    from gddlab.runs import load_run
+    from gddlab.probing import (
+        Probe,
+        ProbeResult,
+        ablate,
+        attribute,
+        grad_probe,
+        patch,
+        probe,
+        weight_change,
+        wrap,
+    )
+    from gddlab.runs import load_run, load_runs
     from gddlab.sampling import sample, sample_files
     from gddlab.teachers import TeacherConfig, convert, load_teacher, train_teacher
 
@@ -29,23 +40,33 @@ __all__ = [
     "ProbeResult",
     "TeacherConfig",
     "TrainConfig",
+    "ablate",
     "attach",
+    "attribute",
+    "compare",
+    "controls",
     "convert",
     "evaluate",
     "export",
+    "grad_probe",
     "load_run",
+    "load_runs",
     "load_teacher",
     "nets",
     "open_dataset",
+    "patch",
     "prepare",
     "presets",
     "probe",
     "real_split",
+    "reproduce",
     "sample",
     "sample_files",
     "select_freeze",
     "train",
     "train_teacher",
+    "weight_change",
+    "wrap",
 ]
 
 # Where each name lives; it is imported when first used, since torch, pandas and timm cost seconds.
@@ -56,23 +77,33 @@ _HOME = {
     "ProbeResult": "gddlab.probing",
     "TeacherConfig": "gddlab.teachers",
     "TrainConfig": "gddlab.distill.config",
+    "ablate": "gddlab.probing",
     "attach": "gddlab.launch",
+    "attribute": "gddlab.probing",
+    "compare": "gddlab.freezing",
+    "controls": "gddlab.freezing",
     "convert": "gddlab.teachers",
     "evaluate": "gddlab.evaluation",
     "export": "gddlab.nets.export",
+    "grad_probe": "gddlab.probing",
     "load_run": "gddlab.runs",
+    "load_runs": "gddlab.runs",
     "load_teacher": "gddlab.teachers",
     "nets": "gddlab",
     "open_dataset": "gddlab.datasets",
+    "patch": "gddlab.probing",
     "prepare": "gddlab.datasets",
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",
     "real_split": "gddlab.evaluation",
+    "reproduce": "gddlab.experiments",
     "sample": "gddlab.sampling",
     "sample_files": "gddlab.sampling",
     "select_freeze": "gddlab.freezing",
     "train": "gddlab.launch",
     "train_teacher": "gddlab.teachers",
+    "weight_change": "gddlab.probing",
+    "wrap": "gddlab.probing",
 }
 
 

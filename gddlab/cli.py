@@ -8,8 +8,10 @@ from typing import Annotated
 import tyro
 
 from gddlab.commands.data import Prepare
+from gddlab.commands.experiments import Reproduce
+from gddlab.commands.freezing import Freeze, Mask
 from gddlab.commands.images import Evaluate, Sample
-from gddlab.commands.probing import Freeze, Probe
+from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.teachers import Convert, Export, Teacher
 from gddlab.commands.training import Demo, Train
 from gddlab.errors import GddlabError
@@ -23,10 +25,13 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Freeze, tyro.conf.subcommand("freeze")]
+    | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gddlab.distill import presets
 from gddlab.errors import GddlabError
-from gddlab.evaluation import Record, append_records, evaluate, load_records, real_split
+from gddlab.evaluation import Record, evaluate, evaluate_snapshots, real_split
 from gddlab.evaluation.teachers import STEPS
 from gddlab.files import data_dir, write_json, write_text
 from gddlab.freezing import FreezeMask, select_freeze
@@ -79,7 +79,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     run.watch()
 
     student = run.student()
-    scores = _scores_of(run)
+    scores = evaluate_snapshots(run, say=say)
     references = {s.sampler: s for s in _teacher_scores(teacher, recompute) if s.name == METRIC and s.sampler != "data"}
     split = real_split("digits", metrics=("fid",), progress=False).record(METRIC)
     final = scores[-1][1]
@@ -124,25 +124,6 @@ def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
     if not teacher.card.scores:
         raise GddlabError(f"no scores beside {teacher.card.source}: run gddlab teacher score, or demo --recompute")
     return [Record.from_dict(s) for s in teacher.card.scores]
-
-
-def _scores_of(run: RunHandle) -> list[tuple[float, Record]]:
-    """The student's distance at every snapshot after the start and at the end; records stay in evaluation.jsonl."""
-    known = (
-        {r.model_sha256: r for r in load_records(run.run_dir)} if (run.run_dir / "evaluation.jsonl").exists() else {}
-    )
-    out: list[tuple[float, Record]] = []
-    for path in run.snapshots():
-        net = run.student(path)
-        if net.card.kimg == 0:
-            continue
-        record = known.get(net.card.sha256)
-        if record is None:
-            record = evaluate(net, metrics=("fid",), progress=False).record(METRIC)
-            append_records(run.run_dir, [record])
-            say(f"evaluate  {net.card.kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
-        out.append((net.card.kimg, record))
-    return out
 
 
 def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:

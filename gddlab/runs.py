@@ -14,7 +14,7 @@ from gddlab.teachers.card import TeacherCard
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "load_run", "open_model"]
+__all__ = ["Run", "load_run", "load_runs", "open_model"]
 
 
 class Run:
@@ -49,6 +49,18 @@ class Run:
         """status.json, {} before there is one."""
         path = self.run_dir / "status.json"
         return read_json(path) if path.exists() else {}
+
+    @property
+    def probes(self) -> pd.DataFrame:
+        """A row a layer and statistic of each probe made while training, with its kimg; empty where `probe_kimg` was not set."""
+        import pandas as pd
+
+        from gddlab.probing import ProbeResult
+        from gddlab.probing.result import COLUMNS
+
+        folders = sorted((self.run_dir / "probes").glob("*/meta.json"), key=lambda p: float(p.parent.name))
+        parts = [ProbeResult.load(p.parent).frame.assign(kimg=float(p.parent.name)) for p in folders]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["kimg", *COLUMNS])
 
     def snapshots(self) -> list[Path]:
         """EMA students saved on the way, oldest first; the file's name is its kimg."""
@@ -85,6 +97,18 @@ def load_run(run_dir: str | Path) -> Run:
         NotFound: No run there.
     """
     return Run(run_dir)
+
+
+def load_runs(folder: str | Path) -> list[Run]:
+    """Every run directory below `folder`, by path.
+
+    Raises:
+        NotFound: No such folder, or no run in it.
+    """
+    found = sorted(p.parent for p in Path(folder).rglob("config.json"))
+    if not found:
+        raise NotFound(f"no run below {folder}: give a folder that holds run directories")
+    return [Run(path) for path in found]
 
 
 def open_model(source: str | Path) -> Precond:

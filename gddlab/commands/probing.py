@@ -1,7 +1,8 @@
-"""Commands that measure layers and choose what to freeze."""
+"""Commands that measure layers."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,17 +10,13 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from gddlab.commands.output import out
-from gddlab.freezing import FreezeMask
 
-__all__ = ["Freeze", "Probe"]
-
-
-Stats = tuple[str, ...]
+__all__ = ["Ablate", "Probe"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Measures the activation of layers at each noise level, and saves table, matrices and a heat map."""
+    """Measures the activation of layers at each noise level, and saves table, arrays and a heat map of each statistic."""
 
     teacher: Positional[str] = "digits"
     """Name, EDM pickle, .safetensors file, or run directory."""
@@ -31,83 +28,124 @@ class Probe:
     """Explicit noise levels, in place of the grid."""
     data: str | None = None
     """Dataset; the one on the teacher's card if left away."""
-    states: Literal["noised", "prior", "student"] = "noised"
-    """Noised images, pure noise, or the one-step input."""
+    states: Literal["noised", "prior", "trajectory", "student"] = "noised"
+    """Noised images, pure noise, the sampler's states, or the one-step input."""
     layers: str = "conv"
-    """Preset (conv, block, all), glob, or re:PATTERN."""
-    stats: Stats = ()
+    """Preset (conv, block, attention, norm, linear, all), glob, or re:PATTERN."""
+    stats: tuple[str, ...] = ()
     """Statistics; the default ones if left away."""
+    per_channel: bool = False
+    """Keeps mean and variance of each channel too."""
     n: int = 256
     """Images."""
+    start: int = 0
+    """Position of the first image; results of other images merge."""
     batch_size: int = 64
     """Rows of a forward pass (images times noise levels)."""
     seed: int = 0
-    """Image i's noise comes from seed + i."""
+    """Image i's noise comes from seed + start + i."""
+    device: str | None = None
+    """Where to run, such as cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network, under autocast."""
+    dry_run: bool = False
+    """Measures one pass, says what the whole would cost, and writes nothing."""
 
     def run(self) -> None:
         from gddlab.probing import probe
-        from gddlab.reporting.figures import save_figure
-        from gddlab.teachers import load_teacher
+        from gddlab.runs import open_model
 
         extra: dict[str, Any] = {"stats": self.stats} if self.stats else {}
         result = probe(
-            load_teacher(self.teacher),
-            list(self.sigmas) or self.timesteps,
+            open_model(self.teacher),
+            _levels(self.timesteps, self.sigmas, self.states),
             data=self.data,
             states=self.states,
             layers=self.layers,
+            per_channel=self.per_channel,
             n=self.n,
+            start=self.start,
             batch_size=self.batch_size,
             seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            dry_run=self.dry_run,
             **extra,
         )
-        result.save(self.out)
-        for stat in result.stats:
-            save_figure(result.heatmap(stat).figure, self.out / f"{stat}.png")
-        layers, sigmas = result.frame["layer"].nunique(), len(result.sigmas)
-        out(f"{self.out}: {layers} layers at {sigmas} noise levels; statistics {', '.join(result.stats)}")
+        if self.dry_run:
+            out(result)
+            return
+        _write(result, self.out)
 
 
 @dataclass(frozen=True)
-class Freeze:
-    """Chooses a freeze mask, by a rule on names or by a measured score, and saves it as JSON."""
+class Ablate:
+    """Replaces each layer's output in turn and measures what it does to the denoised image, at each noise level."""
 
-    source: Positional[str] = "digits"
-    """A teacher, or a folder that `gddlab probe` wrote."""
-    out: Path = Path("mask.json")
-    """File of the mask."""
-    strategy: str = "gdd-i"
-    """gdd-i, gdd-i-2, gdd-i-3, budget, random, invert, none."""
-    score: str | None = None
-    """Statistic that strategy budget goes by."""
-    at: float = 80.0
-    """Noise level at which the score is read, sigma."""
-    freeze: Literal["low", "high"] = "low"
-    """Whether low or high scores are frozen first."""
-    budget: float = 0.85
-    """Share of all parameters to freeze."""
-    mask: Path | None = None
-    """The mask that strategy invert inverts."""
+    teacher: Positional[str] = "digits"
+    """Name, EDM pickle, .safetensors file, or run directory."""
+    out: Path = Path("ablation")
+    """Folder for the result."""
+    timesteps: int = 18
+    """Noise levels on the Karras grid from 80 to 0.002."""
+    sigmas: tuple[float, ...] = ()
+    """Explicit noise levels, in place of the grid."""
+    layers: str = "conv"
+    """Preset (conv, block, attention, norm, linear, all), glob, or re:PATTERN."""
+    mode: Literal["mean", "zero", "resample"] = "mean"
+    """What stands in: the channel means at that noise level, zeros, or another image's output."""
+    data: str | None = None
+    """Dataset; the one on the teacher's card if left away."""
+    states: Literal["noised", "prior", "trajectory", "student"] = "noised"
+    """Noised images, pure noise, the sampler's states, or the one-step input."""
+    n: int = 16
+    """Images."""
+    start: int = 0
+    """Position of the first image."""
+    batch_size: int = 64
+    """Rows of a forward pass (images times noise levels)."""
     seed: int = 0
-    """Seed of strategy random."""
+    """Image i's noise comes from seed + start + i."""
+    device: str | None = None
+    """Where to run, such as cuda."""
 
     def run(self) -> None:
-        from gddlab.freezing import select_freeze
-        from gddlab.probing import ProbeResult
-        from gddlab.teachers import load_teacher
+        from gddlab.probing import ablate
+        from gddlab.runs import open_model
 
-        folder = Path(self.source)
-        source = ProbeResult.load(folder) if (folder / "frame.parquet").exists() else load_teacher(self.source)
-        mask = select_freeze(
-            source,
-            strategy=self.strategy,
-            score=self.score,
-            at=self.at,
-            freeze=self.freeze,
-            budget=self.budget,
-            mask=FreezeMask.load(self.mask) if self.mask else None,
+        result = ablate(
+            open_model(self.teacher),
+            _levels(self.timesteps, self.sigmas, self.states),
+            self.layers,
+            self.mode,
+            data=self.data,
+            states=self.states,
+            n=self.n,
+            start=self.start,
+            batch_size=self.batch_size,
             seed=self.seed,
+            device=self.device,
         )
-        mask.save(self.out)
-        out(mask.summary().to_string())
-        out(f"{self.out}: {mask.fraction:.2%} of {mask.n_params:,} parameters frozen by {mask.strategy}")
+        _write(result, self.out)
+
+
+def _levels(timesteps: int, sigmas: tuple[float, ...], states: str) -> Any:
+    if states == "student" and not sigmas and timesteps == 18:
+        return None
+    return list(sigmas) or timesteps
+
+
+def _write(result: Any, folder: Path) -> None:
+    """The result, a heat map of each statistic, and a line of what was measured."""
+    from gddlab.reporting.figures import save_figure
+
+    result.save(folder)
+    for stat in result.stats:
+        save_figure(result.heatmap(stat).figure, folder / f"{stat}.png")
+    for bad in result.meta["nonfinite"][:5]:
+        sys.stderr.write(
+            f"not finite: {bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}, {bad['images']} images\n"
+        )
+    out(
+        f"{folder}: {len(result.layers)} layers at {len(result.sigmas)} noise levels; statistics {', '.join(result.stats)}"
+    )

@@ -82,6 +82,8 @@ class TrainConfig(BaseModel):
     """Images between two sample grids and student snapshots, thousands."""
     checkpoint_kimg: float = Field(default=500, gt=0)
     """Images between two checkpoints, thousands."""
+    probe_kimg: float | None = Field(default=None, gt=0)
+    """Images between two probes of the averaged student into `probes/`, thousands; None for none."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept."""
 

@@ -27,6 +27,7 @@ from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_jsonl, write_json, write_text
 from gddlab.nets import Precond, save_network
+from gddlab.probing import DEFAULT, probe, weight_change
 from gddlab.provenance import commit, hardware, versions
 from gddlab.rng import generator
 from gddlab.sampling import sample, save_grid
@@ -36,6 +37,9 @@ __all__ = ["Trainer", "check", "write_status"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 GRID = 64
+PROBED = 64
+STUDENT_STATS = tuple(s for s in DEFAULT if s != "cosine")
+"""A student has one noise level, nothing to compare it with."""
 
 
 def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDataset]:
@@ -259,6 +263,13 @@ class Trainer:
         save_grid(sample(self.ema, GRID, seed=0), run / "samples" / f"{kimg}.png", columns=8)
         save_network(self.ema, run / "snapshots" / f"{kimg}.safetensors", **self.student_meta())
 
+    def probe(self) -> None:
+        """Activations of the averaged student at its sigma, and how far each layer is from the teacher; every rank takes its part of the images."""
+        found = probe(self.ema, states="student", layers="all", stats=STUDENT_STATS, n=PROBED, progress=False)
+        if self.world.rank == 0:
+            moved = weight_change(self.ema, self.teacher, "all")
+            found.join(moved).save(self.config.run_dir / "probes" / f"{self.nimg / 1000:010.3f}")
+
     def provenance(self) -> dict[str, Any]:
         return {
             "versions": versions(),
@@ -293,6 +304,8 @@ class Trainer:
                 write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": c.teacher})
             if not resumed:
                 self.snapshot()
+        if c.probe_kimg and not resumed:
+            self.probe()
         beat = 0.0
         state = "done"
         while self.iteration < self.total:
@@ -317,6 +330,8 @@ class Trainer:
                     sys.stdout.flush()
             if main and self.every(c.snapshot_kimg):
                 self.snapshot()
+            if c.probe_kimg and self.every(c.probe_kimg):
+                self.probe()
             stop = world.any(self.stop_asked)
             if stop or self.every(c.checkpoint_kimg):
                 self.checkpoint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gddlab.evaluation.course import evaluate_snapshots
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
@@ -17,6 +18,7 @@ __all__ = [
     "append_records",
     "compare",
     "evaluate",
+    "evaluate_snapshots",
     "find_extractor",
     "load_records",
     "real_split",

@@ -38,6 +38,7 @@ class Record:
         settings: Settings of the metric and what else must agree for scores to be comparable.
         versions: Of Python and the packages whose numerics matter.
         seconds: Wall time; sampling and features, shared by the metrics, count in each.
+        kimg: Thousands of real images that the model had seen in training; None where that is not known.
     """
 
     metric: str
@@ -57,6 +58,7 @@ class Record:
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
+    kimg: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -79,8 +81,8 @@ class Record:
             GddlabError: Fields are missing or unknown.
         """
         names = {f.name for f in fields(cls)}
-        if set(d) != names:
-            raise GddlabError(f"not an evaluation record: fields {sorted(set(d) ^ names)} are missing or unknown")
+        if wrong := set(d) ^ names - ({"kimg"} - set(d)):  # records had no kimg once
+            raise GddlabError(f"not an evaluation record: fields {sorted(wrong)} are missing or unknown")
         return cls(**d | {"seeds": tuple(d["seeds"]) if d["seeds"] else None})
 
 

@@ -64,7 +64,9 @@ def evaluate(
         if data is None:
             raise GddlabError(f"no dataset to score against: the {type(source).__name__} names none, give data=")
     real = open_dataset(data)
-    about = _about(spec, real) | {"reference_n": len(real)}  # missing weights are refused before sampling takes minutes
+    about = _about(spec, real) | {"reference_n": len(real)}
+    about["kimg"] = getattr(getattr(source, "card", None), "kimg", None)
+    # missing weights are refused before sampling takes minutes
     images = images_of(source, real, n=n, seed=seed, steps=steps, batch_size=batch_size, progress=progress)
     if len(images.uint8) < 2 or len(real) < 2:
         raise GddlabError(f"{len(images.uint8)} images against {len(real)}: give at least 2 of each")

@@ -16,6 +16,8 @@ from gddlab.errors import GddlabError
 from gddlab.files import read_json, read_jsonl
 from gddlab.freezing import select_freeze
 from gddlab.nets import load_network
+from gddlab.probing import probe
+from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net
 
@@ -211,3 +213,28 @@ def test_mask_of_another_network_is_refused(tmp_path: Path, tiny_teacher: Path) 
     with pytest.raises(GddlabError, match="another network"):
         train(tiny_config(tmp_path / "run", tiny_teacher, mask=mask))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_student_is_probed_while_it_trains(tmp_path: Path, tiny_teacher: Path) -> None:
+    teacher = load_teacher(tiny_teacher)
+    mask = select_freeze(teacher, strategy="gdd-i")
+    config = tiny_config(tmp_path / "run", tiny_teacher, mask=mask, probe_kimg=0.016)
+    config.write()
+    trainer = Trainer(config, ALONE)
+    trainer.train()
+    frame = load_run(tmp_path / "run").probes
+    assert sorted(set(frame["kimg"])) == [0.0, 0.016, 0.032, 0.048]
+    moved = frame[frame["stat"] == "weight_change"].pivot(index="layer", columns="kimg", values="value")
+    frozen = {n.rpartition(".")[0] for n in mask.frozen}
+    assert (moved.loc[sorted(frozen & set(moved.index))] == 0).all(axis=None)
+    assert (moved[0.0] == 0).all()
+    assert (moved.loc["model.enc.16x16_conv", [0.016, 0.032, 0.048]].diff().iloc[1:] > 0).all()
+    last = frame[(frame["kimg"] == 0.048) & (frame["stat"] == "rms")].set_index("layer")["value"]
+    again = probe(trainer.ema, states="student", layers="all", stats="rms", n=64).pivot("rms")[80.0]
+    assert last["model.enc.16x16_conv"] == pytest.approx(again["model.enc.16x16_conv"], rel=1e-5)
+    config = tiny_config(tmp_path / "plain", tiny_teacher, mask=mask)
+    config.write()
+    plain = Trainer(config, ALONE)
+    plain.train()
+    assert all(torch.equal(a, b) for a, b in zip(plain.ema.parameters(), trainer.ema.parameters(), strict=True))
+    assert len(load_run(tmp_path / "plain").probes) == 0

@@ -1,0 +1,112 @@
+"""What a student on its way is asked to do: the generator's loss of a run, to be differentiated outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gddlab.datasets import ImageDataset, order
+from gddlab.distill.checkpoints import checkpoints
+from gddlab.distill.config import TrainConfig
+from gddlab.distill.distributed import World
+from gddlab.distill.objectives import g_loss
+from gddlab.distill.trainer import Trainer
+from gddlab.errors import GddlabError, NotFound
+from gddlab.nets import OneStepPrecond
+from gddlab.probing.gradients import Batch
+from gddlab.sampling import latents
+from gddlab.sampling.arguments import positive
+
+__all__ = ["AdversarialProblem", "FreshNoise", "adversarial_problem"]
+
+
+@dataclass(frozen=True)
+class FreshNoise:
+    """Batches of a student's inputs, made anew each time they are gone through: unit noise (B, C, H, W) and one-hot labels or None.
+
+    Attributes:
+        student: Whose inputs; they lie where it lies, in its precision.
+        data: Where classes come from, in its order under `seed`.
+        n, batch_size: Images, and images of a batch.
+        seed: Image i has noise of seed `seed` + i.
+    """
+
+    student: OneStepPrecond
+    data: ImageDataset
+    n: int
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        net, like = self.student, next(self.student.parameters())
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        for i in range(0, self.n, self.batch_size):
+            z = latents(range(self.seed + i, self.seed + i + self.batch_size), shape).to(like)
+            index = order(len(self.data), self.seed, i, self.batch_size)
+            labels = self.data.labels(index).to(like) if net.label_dim else None
+            yield Batch(net.sigma_g, (z, labels), self.batch_size)
+
+
+class AdversarialProblem(NamedTuple):
+    """Arguments of `gddlab.grad_probe`: `grad_probe(*adversarial_problem(run_dir))`.
+
+    Attributes:
+        student: The generator as it is trained, not its average.
+        loss: (student, (z, labels)) -> (), the generator's loss, mean over images, without `adversarial_weight`.
+        batches: Fresh noise at the student's sigma.
+    """
+
+    student: OneStepPrecond
+    loss: Callable[[nn.Module, Any], Tensor]
+    batches: FreshNoise
+
+
+def adversarial_problem(
+    run_dir: str | Path, *, n: int = 256, batch_size: int | None = None, seed: int = 0
+) -> AdversarialProblem:
+    """The generator's loss where a run's last checkpoint left student and discriminator.
+
+    The discriminator is as in training: BatchNorm sees the fakes of a batch, spectral norm takes its step; but it stays what it is in the
+    checkpoint, so that every batch meets the same one. A bfloat16 run is rebuilt in float32.
+
+    Args:
+        run_dir: A run directory; it is only read.
+        n: Images, a multiple of `batch_size`.
+        batch_size: Images of a batch; None is the run's own, over all its processes.
+        seed: Of noise and classes.
+
+    Raises:
+        GddlabError: No run there, or one without a checkpoint; its teacher or data are not what they were; `n` is no multiple.
+    """
+    config = TrainConfig.load(run_dir)
+    size = positive("batch_size", config.batch if batch_size is None else batch_size)
+    if positive("n", n) % size:
+        raise GddlabError(f"n={n} images in batches of {size}: give a multiple, or another batch_size=")
+    if not checkpoints(Path(run_dir)):
+        raise NotFound(
+            f"{run_dir} has no checkpoint: let the run go on to its first one, or stop() it, which writes one"
+        )
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the trainer seeds the global generators
+        trainer = Trainer(config, World(0, 1, torch.device("cuda" if cuda else "cpu")))
+    trainer.restore()
+    student, d, kind = trainer.step.g, trainer.step.d, config.loss
+    d.requires_grad_(False)
+
+    def loss(net: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
+        assert isinstance(net, OneStepPrecond)
+        z, labels = inputs
+        buffers = {name: b.clone() for name, b in d.named_buffers()}  # a pass in training mode changes them
+        logits = functional_call(d, buffers, (net.generate(z, labels), labels))
+        return g_loss(logits, kind)
+
+    return AdversarialProblem(student, loss, FreshNoise(student, trainer.data, n, size, seed))

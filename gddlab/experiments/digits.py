@@ -1,0 +1,84 @@
+"""The experiments on the embedded digits, in the order that the notebooks need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gddlab.distill import presets
+from gddlab.distill.config import TrainConfig
+from gddlab.experiments.experiment import Experiment, Measured
+from gddlab.freezing import FreezeMask, controls, select_freeze
+from gddlab.nets import Precond
+from gddlab.probing import ProbeResult, ablate, probe
+from gddlab.teachers import load_teacher
+
+__all__ = ["DIGITS", "measure"]
+
+MASKS = ("02_choosing_a_mask",)
+SCORES = {
+    "rel_update": "what a block adds to its skip path at sigma 80",
+    "ablation": "how much the output at sigma 80 changes when a layer's output is replaced by its channel means",
+    "sigma_specific": "1 - mean cosine between a layer's output at sigma 80 and at the other noise levels",
+}
+"""Measured scores by the name that experiments carry."""
+
+
+def measure() -> Measured:
+    """Probes and ablates the digits teacher: 64 and 16 images at 18 noise levels, seed 0."""
+    teacher = load_teacher("digits")
+    result = probe(teacher, 18, n=64, seed=0).join(ablate(teacher, 18, n=16, seed=0))
+    return Measured(result, rule(teacher))
+
+
+def rule(source: Precond | ProbeResult) -> FreezeMask:
+    return select_freeze(source, strategy="gdd-i")
+
+
+def score_of(name: str, result: ProbeResult) -> str | dict[str, float]:
+    """What `select_freeze` takes as the score of that name."""
+    if name == "sigma_specific":
+        cosines = result.pivot("cosine")
+        others = cosines.drop(columns=result.nearest(80.0)).mean(axis=1)
+        return {str(k): 1.0 - float(v) for k, v in others.items()}
+    return {"rel_update": "rel_update", "ablation": "ablation_output_mean"}[name]
+
+
+def measured_mask(measured: Measured, name: str, *, inverse: bool = False) -> FreezeMask:
+    """The layers with the lowest score are frozen, up to the rule's share; or the inverse of that, of equal budget."""
+    score = score_of(name, measured.result)
+    mask = select_freeze(
+        measured.result,
+        strategy="budget",
+        score=score if isinstance(score, str) else lambda _: score,
+        budget=measured.rule.fraction,
+    )
+    return controls(mask, seeds=())["inverse"] if inverse else mask
+
+
+def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
+    """The digits preset, scored half way and at the end."""
+    return presets.digits(run_dir=run_dir, seed=seed, mask=mask, snapshot_kimg=6)
+
+
+DIGITS: tuple[Experiment, ...] = (
+    Experiment("gdd-i", "GDD-I: the authors' rule on names", MASKS, lambda m, seed: m.rule, configure),
+    Experiment("gdd", "GDD: everything is trained", MASKS, lambda m, seed: None, configure, seconds=260.0),
+    Experiment(
+        "random",
+        "random masks of the rule's share, another one for each seed",
+        MASKS,
+        lambda m, seed: select_freeze(m.result, strategy="random", budget=m.rule.fraction, seed=seed),
+        configure,
+    ),
+    *(
+        Experiment(
+            f"{name}-{'high' if inverse else 'low'}",
+            f"freezes {'high' if inverse else 'low'} values of: {what}",
+            MASKS,
+            lambda m, seed, name=name, inverse=inverse: measured_mask(m, name, inverse=inverse),
+            configure,
+        )
+        for name, what in SCORES.items()
+        for inverse in (False, True)
+    ),
+)
