@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gddlab.distill import presets
@@ -34,25 +35,22 @@ def rule(source: Precond | ProbeResult) -> FreezeMask:
     return select_freeze(source, strategy="gdd-i")
 
 
-def score_of(name: str, result: ProbeResult) -> str | dict[str, float]:
-    """What `select_freeze` takes as the score of that name."""
-    if name == "sigma_specific":
-        cosines = result.pivot("cosine")
-        others = cosines.drop(columns=result.nearest(80.0)).mean(axis=1)
-        return {str(k): 1.0 - float(v) for k, v in others.items()}
-    return {"rel_update": "rel_update", "ablation": "ablation_output_mean"}[name]
+def sigma_specific(result: ProbeResult) -> dict[str, float]:
+    """1 - mean cosine between a layer's output at sigma 80 and at the other noise levels."""
+    cosines = result.pivot("cosine")
+    others = cosines.drop(columns=result.nearest(80.0)).mean(axis=1)
+    return {str(k): 1.0 - float(v) for k, v in others.items()}
 
 
 def measured_mask(measured: Measured, name: str, *, inverse: bool = False) -> FreezeMask:
     """The layers with the lowest score are frozen, up to the rule's share; or the inverse of that, of equal budget."""
-    score = score_of(name, measured.result)
-    mask = select_freeze(
-        measured.result,
-        strategy="budget",
-        score=score if isinstance(score, str) else lambda _: score,
-        budget=measured.rule.fraction,
-    )
+    score = {"rel_update": "rel_update", "ablation": "ablation_output_mean", "sigma_specific": sigma_specific}[name]
+    mask = select_freeze(measured.result, strategy="budget", score=score, budget=measured.rule.fraction)
     return controls(mask, seeds=())["inverse"] if inverse else mask
+
+
+def chosen_by(name: str, *, inverse: bool) -> Callable[[Measured, int], FreezeMask]:
+    return lambda measured, seed: measured_mask(measured, name, inverse=inverse)
 
 
 def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
@@ -75,7 +73,7 @@ DIGITS: tuple[Experiment, ...] = (
             f"{name}-{'high' if inverse else 'low'}",
             f"freezes {'high' if inverse else 'low'} values of: {what}",
             MASKS,
-            lambda m, seed, name=name, inverse=inverse: measured_mask(m, name, inverse=inverse),
+            chosen_by(name, inverse=inverse),
             configure,
         )
         for name, what in SCORES.items()

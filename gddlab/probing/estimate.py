@@ -102,7 +102,7 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
         return
 
     def read() -> float:
-        return int(pages.read_text().split()[1]) * resource.getpagesize() / 2**20
+        return float(pages.read_text().split()[1]) * resource.getpagesize() / 2**20
 
     before = read()
     peak = before

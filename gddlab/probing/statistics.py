@@ -315,7 +315,7 @@ class _Likeness(Statistic):
         super().update(**reduced)
         self.add(matrix=reduced["m"].sum(0))
 
-    def quantities(self, m: Tensor) -> Tensor:  # type: ignore[override]
+    def quantities(self, m: Tensor) -> Tensor:
         """m(s, 0), m(s, s), m(0, 0): noise levels descend, so that 0 is the largest.  (n, S, S) -> (n, S, 3)"""
         diagonal = m.diagonal(dim1=-2, dim2=-1)
         return torch.stack([m[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)

@@ -120,7 +120,7 @@ def along_depth(ax: Axes, rows: Rows, title: str, *, coloured: bool = False) -> 
     ax.tick_params(axis="x", labelsize=8)
     ax.figure.canvas.figure.draw_without_rendering()  # now the layout says how much room there is
     points = ax.get_window_extent().width / ax.figure.dpi * 72 / (borders[-1] - borders[0])
-    if np.diff(x).min(initial=math.inf) * points >= POINTS:
+    if np.diff(x).min(initial=math.inf) * points >= 1.1 * POINTS:
         label_axis(ax.xaxis, x, short_names(rows.names), size=POINTS, rotation=90)
         ax.set_xlabel("")
     return ax

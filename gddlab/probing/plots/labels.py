@@ -36,9 +36,9 @@ class BandLabel(Text):
 
 
 class _Roomy(Locator):
-    """Those of some places that are at least `points` apart, the first ones first."""
+    """Those of some places that have `points` to themselves, the first ones first."""
 
-    def __init__(self, places: np.ndarray, points: float) -> None:
+    def __init__(self, places: np.ndarray, points: np.ndarray) -> None:
         self.places, self.points = places, points
 
     def __call__(self) -> Any:
@@ -47,9 +47,10 @@ class _Roomy(Locator):
         pixels = max(box.width if axis.axis_name == "x" else box.height, 1)
         scaled = axis.get_transform().transform
         data = np.ptp(scaled(axis.get_view_interval())) / pixels * axis.axes.figure.dpi / 72  # of one point
+        at, half = scaled(self.places), 0.4995 * self.points * data
         kept: list[int] = []
-        for i, place in enumerate(scaled(self.places)):
-            if not kept or abs(place - scaled(self.places[kept[-1]])) >= 0.999 * self.points * data:
+        for i in range(len(at)):
+            if not kept or abs(at[i] - at[kept[-1]]) >= half[i] + half[kept[-1]]:
                 kept.append(i)
         return np.sort(self.places[kept])
 
@@ -65,7 +66,7 @@ def label_axis(
     """
     places = np.asarray(places, dtype=float)
     one_after_other = axis.axis_name == "x" and rotation == 0
-    points = size * (0.6 * max(map(len, names)) + 1 if one_after_other else 1.0)
+    points = size * np.array([0.6 * len(n) + 1 if one_after_other else 1.1 for n in names])
     known = dict(zip(places.tolist(), names, strict=True))
     axis.set_major_locator(_Roomy(places, points))
     axis.set_major_formatter(FuncFormatter(lambda x, _: known.get(float(x), "")))
