@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gddlab.datasets import open_dataset, prepare
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
+    from gddlab.distill.problem import adversarial_problem
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split
     from gddlab.experiments import reproduce
@@ -41,6 +42,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "ablate",
+    "adversarial_problem",
     "attach",
     "attribute",
     "compare",
@@ -78,6 +80,7 @@ _HOME = {
     "TeacherConfig": "gddlab.teachers",
     "TrainConfig": "gddlab.distill.config",
     "ablate": "gddlab.probing",
+    "adversarial_problem": "gddlab.distill.problem",
     "attach": "gddlab.launch",
     "attribute": "gddlab.probing",
     "compare": "gddlab.freezing",

@@ -13,6 +13,7 @@ from gddlab.teachers.card import TeacherCard
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["Run", "load_run", "load_runs", "open_model"]
 
@@ -61,6 +62,19 @@ class Run:
         folders = sorted((self.run_dir / "probes").glob("*/meta.json"), key=lambda p: float(p.parent.name))
         parts = [ProbeResult.load(p.parent).frame.assign(kimg=float(p.parent.name)) for p in folders]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["kimg", *COLUMNS])
+
+    def draw_probes(self, stat: str, ax: Axes | None = None) -> Axes:
+        """Draws one statistic of the student's layers over the training, such as "weight_change"; needs `probe_kimg`.
+
+        Raises:
+            GddlabError: No probe was made while training, or it has no such statistic.
+        """
+        from gddlab.probing.plots import draw_course
+
+        frame = self.probes
+        if not len(frame):
+            raise GddlabError(f"{self.run_dir} has no probes: train with probe_kimg=")
+        return draw_course(frame, stat, ax)
 
     def snapshots(self) -> list[Path]:
         """EMA students saved on the way, oldest first; the file's name is its kimg."""

@@ -55,7 +55,7 @@ def test_probe_freeze_train_sample_evaluate(
     )
     assert FreezeMask.load(mask).strategy == "budget"
     main(["freeze", teacher, "--out", str(mask)])
-    assert "parameters frozen by gdd-i" in capsys.readouterr().out
+    assert "gdd-i: 77.32% of 48,321 parameters frozen" in capsys.readouterr().out
 
     run = tmp_path / "run"
     flags = [
@@ -157,3 +157,43 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "train", "digts", "--run-dir", str(tmp_path / "r"))
     assert "batch=0" in refused(capsys, "train", "--run-dir", str(tmp_path / "r"), "--batch", "0")
     assert not list(tmp_path.iterdir())
+
+
+def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, folder = str(tiny_teacher), tmp_path / "probe"
+    few = ["--sigmas", "80", "1", "--n", "2"]
+    main(["probe", teacher, "--out", str(folder), *few, "--dry-run"])
+    assert "2 images, 1 passes of 4 rows" in capsys.readouterr().out
+    assert not folder.exists()
+    main(["probe", teacher, "--out", str(folder), *few, "--states", "trajectory", "--per-channel", "--start", "3"])
+    result = ProbeResult.load(folder)
+    assert result.meta["images"] == [[0, 3, 5]]
+    assert result.channels
+    main(["ablate", teacher, "--out", str(tmp_path / "ablation"), *few, "--layers", "block", "--mode", "zero"])
+    assert "ablation_output_zero" in capsys.readouterr().out
+    assert (tmp_path / "ablation" / "ablation_loss_zero.png").exists()
+    main(["probe", teacher, "--out", str(tmp_path / "student"), "--n", "2", "--states", "student", "--stats", "rms"])
+    assert ProbeResult.load(tmp_path / "student").sigmas == [80.0]
+
+    a, b, c = (str(tmp_path / f"{x}.json") for x in "abc")
+    main(["freeze", str(folder), "--strategy", "budget", "--score", "rms", "--budget", "0.5", "--out", a])
+    main(["freeze", str(folder), "--strategy", "threshold", "--score", "rms", "--threshold", "0.5", "--out", b])
+    main(["freeze", teacher, "--strategy", "invert", "--mask", a, "--out", c])
+    capsys.readouterr()
+    main(["mask", "show", a])
+    shown = capsys.readouterr().out
+    assert "budget" in shown and "total" in shown
+    main(["mask", "diff", a, c])
+    shown = capsys.readouterr().out
+    assert "Jaccard" in shown and "parameters differ:" in shown
+    assert "1 given: name two files" in refused(capsys, "mask", "diff", a)
+    assert "no such file" in refused(capsys, "mask", "show", str(tmp_path / "none.json"))
+
+
+def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["reproduce", "digits", "--out", str(tmp_path), "--dry-run", "--only", "gdd-i", "random", "--seeds", "2"])
+    out = capsys.readouterr().out
+    assert out.count("to do") == 4
+    assert "0 of 4 runs are done" in out
+    assert not list(tmp_path.iterdir())
+    assert "did you mean 'gdd-i'" in refused(capsys, "reproduce", "digits", "--only", "gddi", "--out", str(tmp_path))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, Measured
 from gddlab.freezing import FreezeMask, controls, select_freeze
+from gddlab.freezing.scores import Score
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, ablate, probe
 from gddlab.teachers import load_teacher
@@ -42,10 +43,16 @@ def sigma_specific(result: ProbeResult) -> dict[str, float]:
     return {str(k): 1.0 - float(v) for k, v in others.items()}
 
 
+SCORE_OF: Mapping[str, Score] = {
+    "rel_update": "rel_update",
+    "ablation": "ablation_output_mean",
+    "sigma_specific": sigma_specific,
+}
+
+
 def measured_mask(measured: Measured, name: str, *, inverse: bool = False) -> FreezeMask:
     """The layers with the lowest score are frozen, up to the rule's share; or the inverse of that, of equal budget."""
-    score = {"rel_update": "rel_update", "ablation": "ablation_output_mean", "sigma_specific": sigma_specific}[name]
-    mask = select_freeze(measured.result, strategy="budget", score=score, budget=measured.rule.fraction)
+    mask = select_freeze(measured.result, strategy="budget", score=SCORE_OF[name], budget=measured.rule.fraction)
     return controls(mask, seeds=())["inverse"] if inverse else mask
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gddlab.freezing.mask import FreezeMask
 from gddlab.freezing.places import NOWHERE, shares
 from gddlab.probing.layers import kind_of
+from gddlab.probing.plots.bands import FROZEN, TRAINED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from gddlab.freezing.compare import MaskComparison
 
 __all__ = ["draw_comparison", "draw_mask"]
-
-FROZEN, TRAINED = "#0072B2", "#E69F00"
-"""Okabe and Ito's blue and orange."""
 
 INCH_A_BLOCK = 0.2
 

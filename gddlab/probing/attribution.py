@@ -25,29 +25,24 @@ from gddlab.sampling.arguments import positive
 __all__ = ["METHODS", "attribute"]
 
 _LOSS = (
-    f"f is an image's denoising loss lambda |D(x; sigma) - y|^2, mean over pixels, {WEIGHT}; without images y the mean square of D(x; sigma); the "
-    "path is the line to the state x from its noise alone, sigma * noise; from 0 where there is no image"
-)
-_CONDUCTANCE = (
-    "unit's conductance for f, the part of f's change along the path that goes through it (Dhamdhere et al. 2018; captum's LayerConductance); the mean "
-    f"of the way there and, negated, of the way back, so that captum's one-sided differences cancel; {_LOSS}"
-)
-_INTEGRATED = (
-    "unit's integrated gradient of f, the layer's output going from its value at the path's start to that at x while all else sees x (Sundararajan "
-    f"et al. 2017; captum's LayerIntegratedGradients); {_LOSS}"
+    f"f: the image's denoising loss lambda |D(x; sigma) - y|^2, mean over pixels, {WEIGHT}, or without images y the mean square of D(x; sigma); "
+    "path: the line to the state x from its noise alone, sigma * noise, or without images from 0"
 )
 
 
 class Conductance(PerImage):
     name = "conductance"
-    definition = f"mean absolute value of a {_CONDUCTANCE}"
+    definition = (
+        "mean over the layer's units of |c|, c the part of f's change along the path that goes through the unit (Dhamdhere et al. 2018; captum's "
+        f"LayerConductance), mean of the way there and, negated, of the way back, so that captum's one-sided differences cancel; {_LOSS}"
+    )
     axes = "mean over channels, pixels, images"
     unit = "EDM loss"
 
 
 class ConductanceSum(PerImage):
     name = "conductance_sum"
-    definition = f"sum over the layer of each {_CONDUCTANCE}"
+    definition = "sum over the layer's units of c, see conductance"
     axes = "sum over channels, pixels; mean over images"
     unit = "EDM loss"
 
@@ -57,8 +52,8 @@ class ConductanceShare(PerImage):
 
     name = "conductance_share"
     definition = (
-        "conductance_sum over the change of f along the path, means over images of each; 1, but for the error of `steps`, for a layer "
-        "through which everything passes; sem by the delta method"
+        "conductance_sum over the change of f along the path, means over images of each, see conductance; 1, up to the error of a finite "
+        "number of steps, for a layer through which everything passes; sem by the delta method"
     )
     axes = "sum over channels, pixels; ratio of means over images"
     unit = "share"
@@ -69,14 +64,17 @@ class ConductanceShare(PerImage):
 
 class IntegratedGradients(PerImage):
     name = "integrated_gradients"
-    definition = f"mean absolute value of a {_INTEGRATED}"
+    definition = (
+        "mean over the layer's units of |a|, a the integrated gradient of f by the unit, while the layer's output goes straight from its value at the "
+        f"path's start to that at x and all else sees x (Sundararajan et al. 2017; captum's LayerIntegratedGradients); {_LOSS}"
+    )
     axes = "mean over channels, pixels, images"
     unit = "EDM loss"
 
 
 class IntegratedGradientsSum(PerImage):
     name = "integrated_gradients_sum"
-    definition = f"sum over the layer, f less f with the layer's output at the start put in, of each {_INTEGRATED}"
+    definition = "sum over the layer's units of a, see integrated_gradients: f less what f is when the layer's output at the path's start is put in"
     axes = "sum over channels, pixels; mean over images"
     unit = "EDM loss"
 
@@ -148,8 +146,9 @@ def attribute(
 
     with as_it_was(net, device=device) as target, eager(model), differentiable(net):
         check = Probe(model, levels[0], layers=layers, stats="mean_abs")
+        first = noised(inputs, 0, 1, sigmas=levels[0], device=target)
         with check, check.images(1), torch.no_grad():  # refuses layers that captum would misread
-            denoised(net, noised(inputs, 0, 1, sigmas=levels[0], device=target)[:3])
+            denoised(net, first[:3])
         effects = Effects(check.layers, METHODS[method])
         total = len(levels) * len(passes) * len(check.layers)
         with progress_bar(total=total, desc="attributing", unit="layer", enabled=progress) as bar:

@@ -62,6 +62,10 @@ def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
     meta = copy.deepcopy(first.meta)
     frames = [first.frame]
     matrices = {k: dict(v) for k, v in first.matrices.items()}
+    grids = {tuple(r.sigmas) for r in (first, *others)}
+    for kind in {k for r in (first, *others) for k in r.matrices} if len(grids) > 1 else ():
+        if sum(kind in r.matrices for r in (first, *others)) > 1:
+            raise GddlabError(f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas")
     channels = dict(first.channels)
     for other in others:
         _same_network(first, other)
@@ -88,7 +92,9 @@ def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
     frame = frame.assign(_order=order).sort_values(
         ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
     )
-    return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, matrices, channels)
+    # likewise matrices and channels, whose rows are the noise levels of one measurement
+    whole = (matrices, channels) if len(grids) == 1 else ({}, {})
+    return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, *whole)
 
 
 def _added(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:

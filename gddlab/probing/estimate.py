@@ -91,9 +91,9 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
     out: list[float | None] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         yield out
-        out.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        out.append((torch.cuda.max_memory_allocated(device) - held) / 2**20)
         return
     pages = Path("/proc/self/statm")
     if not pages.exists():

@@ -93,7 +93,7 @@ def grad_probe(
             raise unknown("loss", loss, ("denoising",))
         if batches is not None:
             raise GddlabError('loss="denoising" makes its own batches: give n= and batch_size=, or a function as loss')
-        if n % positive("batch_size", batch_size):
+        if positive("n", n) % positive("batch_size", batch_size):
             raise GddlabError(f"n={n} images in batches of {batch_size}: give a multiple of batch_size")
         inputs = Inputs(model, timesteps, data=data, n=n, start=start, seed=seed, class_labels=class_labels)
     elif batches is None:
@@ -113,9 +113,7 @@ def grad_probe(
             total = len(batches) if isinstance(batches, Sized) else 0
         assert callable(loss) and batches is not None
         with progress_bar(total=total, desc="gradients", unit="batch", enabled=progress) as bar:
-            for sigma, level in itertools.groupby((Batch(*b) for b in batches), lambda b: float(b.sigma)):
-                if not (math.isfinite(sigma) and sigma > 0):
-                    raise GddlabError(f"a batch has sigma {sigma:g}: give a number above 0")
+            for sigma, level in itertools.groupby(map(_batch, batches), lambda b: b.sigma):
                 if sigma in levels:
                     raise GddlabError(f"the batches of sigma {sigma:g} come apart: give those of one sigma in a row")
                 levels[sigma] = Level(chosen)
@@ -160,6 +158,17 @@ def _parameters(model: nn.Module, layers: LayerSelection) -> dict[Layer, Filters
     if not out:
         raise GddlabError(f"layers={layers!r}: none of these has parameters, give others")
     return out
+
+
+def _batch(item: Any) -> Batch:
+    try:
+        batch = Batch(*item)
+        sigma = float(batch.sigma)
+    except (TypeError, ValueError):
+        raise GddlabError(f"a batch is a {type(item).__name__}: give Batch(sigma, inputs, n)") from None
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise GddlabError(f"a batch has sigma {sigma:g}: give a number above 0")
+    return batch._replace(sigma=sigma)
 
 
 def _gradients(loss: Any, wanted: Mapping[nn.Parameter, str]) -> dict[Tensor, Tensor]:

@@ -109,11 +109,12 @@ class Inputs:
 
     def rows(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float] | None = None) -> Rows:
         """Images i to j at all noise levels, or at some, on `device`."""
-        levels = torch.tensor(self.sigmas if sigmas is None else sigmas, dtype=torch.float32, device=device)
+        wanted = self.sigmas if sigmas is None else list(sigmas)
+        levels = torch.tensor(wanted, dtype=torch.float32, device=device)
         labels = None if self.labels is None else self.labels[i:j].to(device)
         noise = self.noise(i, j).to(device)
         if self.states == "trajectory":
-            x = self._trajectory(noise, labels, levels.tolist() if sigmas is None else list(sigmas))
+            x = self._trajectory(noise, labels, wanted)
         else:
             clean = self.clean(i, j).to(device)
             x = clean[:, None] + levels[:, None, None, None] * noise[:, None]  # (b, S, C, H, W)

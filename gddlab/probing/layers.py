@@ -142,9 +142,11 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _preset(name: str, modules: Mapping[str, nn.Module]) -> set[str]:
-    """ "attention" is the projections of self-attention; "all" is every convolution, linear layer, norm and block."""
+    """ "attention" is the projections of self-attention; "all" is every convolution, linear layer, norm and block. The embedding of EDM's augmentation
+    labels is in none: it runs only while a teacher is trained."""
     if name != "attention":
-        return {n for n, m in modules.items() if type_of(m) and name in (type_of(m), "all")}
+        chosen = {n for n, m in modules.items() if type_of(m) and name in (type_of(m), "all")}
+        return {n for n in chosen if "map_augment" not in n.split(".")}
     found = set()
     for n in modules:
         parent, dot, leaf = n.rpartition(".")

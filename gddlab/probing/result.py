@@ -17,17 +17,13 @@ from torch import nn
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import hash_tensors
 from gddlab.nets import Precond, architecture
+from gddlab.probing.drawing import Pictures
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.statistics import Statistic
 from gddlab.provenance import versions
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from gddlab.freezing import FreezeMask
-
 __all__ = ["COLUMNS", "ProbeResult", "Statistics", "network_meta"]
 
 COLUMNS = (
@@ -54,7 +50,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult:
+class ProbeResult(Pictures):
     """Statistics of layers over noise levels.
 
     Attributes:
@@ -214,57 +210,6 @@ class ProbeResult:
         from gddlab.probing.combining import join
 
         return join(self, *others)
-
-    def heatmap(self, stat: str, ax: Axes | None = None, *, mask: FreezeMask | None = None) -> Axes:
-        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
-
-        Args:
-            stat: A statistic of the frame.
-            ax: Where to draw; None makes a figure that fits the number of layers.
-            mask: Marks what it freezes.
-
-        Raises:
-            GddlabError: `stat` was not measured.
-        """
-        from gddlab.probing.plots import draw_heatmap
-
-        return draw_heatmap(self, stat, ax, mask=mask)
-
-    def lines(
-        self,
-        stat: str,
-        layers: Sequence[str] | None = None,
-        ax: Axes | None = None,
-        *,
-        over: str = "sigma",
-        at: float | Sequence[float] | None = None,
-    ) -> Axes:
-        """Draws one statistic over "sigma", a line a layer, or over "depth", a line a noise level."""
-        from gddlab.probing.plots import draw_lines
-
-        return draw_lines(self, stat, layers, ax, over=over, at=at)
-
-    def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
-        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
-        from gddlab.probing.plots import draw_stem
-
-        return draw_stem(self, stat, at, ax)
-
-    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
-        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
-
-        Raises:
-            GddlabError: No such matrix of `layer`.
-        """
-        from gddlab.probing.plots import draw_similarity
-
-        return draw_similarity(self, layer, ax, kind=kind)
-
-    def similarities(self, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
-        """Draws `similarity` of all layers, or some, as small multiples."""
-        from gddlab.probing.plots import draw_similarities
-
-        return draw_similarities(self, layers, kind=kind)
 
     def save(self, folder: str | Path) -> None:
         """Writes `frame.parquet`, `arrays.npz` and `meta.json`: all are written before the first replaces an older one."""

@@ -72,11 +72,15 @@ class Statistic:
     """What `reduce` sees: a layer's output or its first input."""
     reduce: ClassVar[Callable[[Tensor], Tensor]]
     kinds: ClassVar[dict[str, type[Statistic]]] = {}
-    """Every statistic by the name of its class, so that saved sums find their meaning again."""
+    """Every statistic by module and class, so that saved sums find their meaning again."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Statistic.kinds[cls.__name__] = cls
+        Statistic.kinds[cls.identity()] = cls
+
+    @classmethod
+    def identity(cls) -> str:
+        return f"{cls.__module__}.{cls.__qualname__}"
 
     def __init__(self) -> None:
         self.samples = 0
@@ -124,8 +128,9 @@ class Statistic:
         n = self.samples
         if not n:
             raise GddlabError(f"{self.name} has seen no image: measure a pass first")
-        means = (self.sums["first"] / n).detach().requires_grad_(True)
-        with torch.enable_grad():
+        first, second = self.sums["first"], self.sums["second"]
+        with torch.inference_mode(False), torch.enable_grad():
+            means = (first.clone() / n).requires_grad_(True)  # a copy: sums made in inference mode take no gradient
             value = self.value(means)
             columns = value if value.ndim == 2 else value[:, None]
             # value is a function of its own noise level's means alone, so that one backward pass gives every row's slope
@@ -133,7 +138,7 @@ class Statistic:
         slope, mean = torch.stack(slopes, 1), means.detach()  # (S, P, K), (S, K)
         slope = torch.where(slope.isfinite(), slope, 0.0)  # the root's slope at 0, where nothing spreads
         if n > 1:
-            covariance = (self.sums["second"] / n - mean[:, :, None] * mean[:, None]) / (n - 1)
+            covariance = (second / n - mean[:, :, None] * mean[:, None]) / (n - 1)
             sem = torch.einsum("spi,sij,spj->sp", slope, covariance, slope).clamp(min=0).sqrt()
         else:
             sem = torch.full_like(columns, torch.nan).detach()
@@ -162,7 +167,7 @@ class Statistic:
             "axes": cls.axes,
             "unit": cls.unit,
             "target": cls.target,
-            "class": cls.__name__,
+            "class": cls.identity(),
         }
 
 

@@ -156,16 +156,20 @@ def test_results_of_other_images_merge(net, pictures):
         np.testing.assert_allclose(merged.frame[column], whole.frame[column], rtol=1e-4, atol=1e-9)
 
 
-def test_without_images_it_is_the_mean_square_from_zero():
-    net = tiny("OneStepPrecond").double()
-    result = attribute(net, None, [CONV], states="student", method="LayerIntegratedGradients", n=2, steps=4)
-    assert result.sigmas == [80.0]
-    x = 80 * Inputs(net, None, states="student", n=2).noise(0, 2).double()
-    by_hand = captum.attr.LayerIntegratedGradients(
-        lambda x: net(x, 80.0).square().mean((1, 2, 3)), net.get_submodule(CONV)
-    )
-    c = by_hand.attribute(x, n_steps=4).detach().abs().mean()
-    assert float(result.pivot("integrated_gradients").iloc[0, 0]) == pytest.approx(float(c), rel=1e-9)
+@pytest.mark.parametrize(
+    ("kind", "states"), [("OneStepPrecond", "student"), ("EDMPrecond", "prior"), ("EDMPrecond", "trajectory")]
+)
+def test_without_images_it_is_the_mean_square_from_zero(kind, states):
+    net = tiny(kind)
+    timesteps = None if states == "student" else SIGMAS
+    result = attribute(net, timesteps, [CONV], states=states, method="LayerIntegratedGradients", n=2, steps=4)
+    assert result.sigmas == ([80.0] if states == "student" else SIGMAS)
+    seen = Inputs(net, timesteps, states=states, n=2)
+    x, sigma, _ = seen.rows(0, 2, device=torch.device("cpu"), sigmas=result.sigmas)
+    by_hand = captum.attr.LayerIntegratedGradients(lambda *a: net(*a).square().mean((1, 2, 3)), net.get_submodule(CONV))
+    c = by_hand.attribute(x, additional_forward_args=(sigma,), n_steps=4).detach().abs().mean((1, 2, 3))
+    expected = c.reshape(2, -1).mean(0)
+    np.testing.assert_allclose(result.pivot("integrated_gradients").loc[CONV], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -31,7 +31,7 @@ def test_a_way_makes_a_name_and_a_definition():
     class LossZero(Loss, way="zero", how="zeroed"): ...
 
     assert (LossZero.name, LossZero.definition) == ("loss_zero", "loss when zeroed; see loss_zero")
-    assert Effect.kinds["LossZero"] is LossZero
+    assert Effect.kinds[LossZero.identity()] is LossZero
 
 
 def test_the_weight_is_edms():

@@ -217,6 +217,8 @@ def test_presets_leave_out_layers_without_parameters():
         ({"timesteps": 3}, "timesteps= has no use"),
         ({"batches": [Batch(1.0, 0), Batch(2.0, 0), Batch(1.0, 0)]}, "sigma 1 come apart"),
         ({"batches": [Batch(-1.0, 0)]}, "sigma -1"),
+        ({"batches": [3.0]}, "a batch is a float"),
+        ({"batches": [Batch("high", 0)]}, "a batch is a Batch: give Batch"),
         ({"loss": lambda net, x: net.line.weight}, r"loss gave \(1, 50\)"),
         ({"loss": lambda net, x: 3.0}, "loss gave a float"),
         ({"loss": lambda net, x: torch.zeros(())}, "depends on none of the layers"),

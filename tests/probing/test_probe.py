@@ -249,7 +249,10 @@ def test_measurements_of_one_network_join(net, pictures):
     assert joined.pivot("rms").shape[1] == 3
     order = [d["name"] for d in joined.meta["layers"]]
     assert [order.index(n) for n in joined.layers] == sorted(order.index(n) for n in joined.layers)
-    assert joined.gram.keys() == a.gram.keys()
+    assert joined.gram == {}  # it would have to have noise levels that it has not
+    assert a.join(b).gram.keys() == a.gram.keys()
+    with pytest.raises(GddlabError, match="'cosine' compares the noise levels of one measurement"):
+        a.join(probe(net, [5.0, 1.0], n=3, data=pictures, stats="cosine"))
     assert [part["states"] for part in joined.meta["joined"]] == ["noised", "noised", "prior"]
     with pytest.raises(GddlabError, match="'rms' of layer .* at sigma 80 is in both"):
         a.join(a)
@@ -306,3 +309,24 @@ def test_memory_does_not_grow_with_noise_levels_or_images(pictures):
             used[sigmas, n] = peak[0]
     if None not in used.values():
         assert used[64, 12] <= used[4, 12] + 2 * largest
+
+
+def test_presets_leave_out_what_runs_in_training_alone(pictures):
+    net = tiny(augment_dim=9)
+    for preset in ("all", "linear"):
+        result = probe(net, [1.0], data=pictures, n=2, layers=preset, stats="rms")
+        assert "model.map_layer0" in result.layers
+        assert not any("map_augment" in n for n in result.layers)
+    with pytest.raises(GddlabError, match="'model.map_augment' did not run"):
+        probe(net, [1.0], data=pictures, n=2, layers="model.map_augment", stats="rms")
+
+
+def test_inference_mode_is_no_obstacle(net, pictures):
+    plain = probe(net, [2.0, 1.0], data=pictures, n=3)
+    with torch.inference_mode():
+        inside = probe(net, [2.0, 1.0], data=pictures, n=3)
+    pd.testing.assert_frame_equal(plain.frame, inside.frame, rtol=1e-6)
+
+
+def test_trajectories_visit_levels_that_float32_does_not_hold(net):
+    assert probe(net, [80.0, 0.2], states="trajectory", n=1, stats="rms").sigmas == [80.0, 0.2]

@@ -1,0 +1,122 @@
+"""A list of experiments runs once, goes on where it was, and ships what is light."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from gddlab.errors import GddlabError
+from gddlab.evaluation import load_records
+from gddlab.experiments import Experiment, plan, reproduce, ship
+from gddlab.experiments import runner as module
+from gddlab.experiments.digits import DIGITS, SCORE_OF, SCORES, measured_mask
+from gddlab.experiments.experiment import Measured
+from gddlab.files import data_dir, read_jsonl
+from gddlab.freezing import select_freeze
+from gddlab.probing import ProbeResult, probe
+from gddlab.runs import load_run, load_runs
+from gddlab.teachers import load_teacher
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def tiny_list(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two experiments on the tiny teacher; the list counts how often it was measured."""
+    measured: list[int] = []
+
+    def measure() -> Measured:
+        measured.append(1)
+        result = probe(load_teacher(tiny_teacher), [80.0, 1.0], n=2, progress=False)
+        return Measured(result, select_freeze(result, strategy="gdd-i"))
+
+    def configure(run_dir: Path, seed: int, mask: object) -> object:
+        return tiny_config(run_dir, tiny_teacher, seed=seed, mask=mask, total_kimg=0.016, snapshot_kimg=0.008)
+
+    experiments = (
+        Experiment("rule", "by name", ("n",), lambda m, s: m.rule, configure, seconds=60.0),  # type: ignore[arg-type]
+        Experiment("all", "everything", ("n",), lambda m, s: None, configure, seconds=60.0),  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(module, "LISTS", {"tiny": experiments})
+    monkeypatch.setattr(module, "measure", measure)
+    return measured
+
+
+def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = plan("tiny", out=out, seeds=2)
+    assert [(p.experiment.name, p.seed, p.state) for p in before] == [
+        ("rule", 0, "to do"),
+        ("all", 0, "to do"),
+        ("rule", 1, "to do"),
+        ("all", 1, "to do"),
+    ]
+    said: list[str] = []
+    after = reproduce("tiny", out=out, only=["rule"], seeds=1, say=said.append)
+    assert [p.state for p in after] == ["done"]
+    assert len(said) == 1 and "rule seed 0: fd-lite2@1797" in said[0]
+    run = load_run(out / "tiny" / "rule" / "seed-0")
+    assert run.config.mask is not None and run.config.mask.strategy == "gdd-i"
+    assert [r.kimg for r in load_records(run.run_dir)] == [0.008, 0.016]
+    lines = read_jsonl(run.run_dir / "metrics.jsonl")
+    again = reproduce("tiny", out=out, only=["rule"], seeds=1, say=said.append)
+    assert [p.state for p in again] == ["done"]
+    assert len(said) == 1
+    assert read_jsonl(run.run_dir / "metrics.jsonl") == lines
+    assert tiny_list == [1]
+
+    folders = ship(out, tmp_path / "data")
+    assert {f.relative_to(tmp_path / "data").as_posix() for f in folders} == {"tiny/rule/seed-0", "tiny/measured"}
+    files = {p.relative_to(folders[0]).as_posix() for p in folders[0].rglob("*") if p.is_file()}
+    assert files == {*module.LIGHT, "samples/00000000.016.png"} or files == {
+        *module.LIGHT,
+        next(f for f in files if f.startswith("samples/")),
+    }
+    (shipped,) = load_runs(tmp_path / "data")
+    assert shipped.config.mask == run.config.mask
+    assert shipped.metrics["nimg"].tolist() == run.metrics["nimg"].tolist()
+    assert ProbeResult.load(tmp_path / "data" / "tiny" / "measured").stats
+
+
+def test_what_another_process_works_on_is_left_to_it(tiny_list: list[int], tmp_path: Path) -> None:
+    folder = tmp_path / "tiny" / "rule" / "seed-0"
+    folder.mkdir(parents=True)
+    fd = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    said: list[str] = []
+    reproduce("tiny", out=tmp_path, only=["rule"], seeds=1, say=said.append)
+    os.close(fd)
+    assert said == ["rule seed 0: another process works on it"]
+    assert tiny_list == []
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="unknown list of experiments 'digit': did you mean 'digits'"):
+        plan("digit", out=tmp_path)
+    with pytest.raises(GddlabError, match="unknown experiment 'gdd-1': did you mean 'gdd-i'"):
+        plan("digits", out=tmp_path, only=["gdd-1"])
+    with pytest.raises(GddlabError, match="seeds=0"):
+        plan("digits", out=tmp_path, seeds=0)
+
+
+def test_the_digits_masks_are_those_that_were_trained() -> None:
+    """Masks chosen anew from the shipped measurement equal the masks of the shipped runs, bit for bit."""
+    folder = data_dir() / "runs" / "digits"
+    result = ProbeResult.load(folder / "measured")
+    measured = Measured(result, select_freeze(result, strategy="gdd-i"))
+    experiments = {e.name: e for e in DIGITS}
+    assert SCORE_OF.keys() == SCORES.keys()
+    seen = set()
+    for run in load_runs(folder):
+        name = run.run_dir.parent.name
+        mask = experiments[name].mask(measured, run.config.seed)
+        assert (mask and mask.hash) == (run.config.mask and run.config.mask.hash), run.run_dir
+        seen.add(name)
+    assert {"gdd-i", "gdd", "random"} <= seen
+    low, high = (measured_mask(measured, "rel_update", inverse=i) for i in (False, True))
+    assert abs(low.fraction - high.fraction) < 0.02
+    trained = {n for n, _ in low.parameters} - set(low.frozen)
+    inside = {n for n in trained if "block" in n or "_in" in n or "_up" in n or "_down" in n}
+    assert len({n for n in inside if n.endswith(("conv0.weight", "conv1.weight"))} - set(high.frozen)) == 0
