@@ -1,5 +1,7 @@
 """Each statistic against float64 arithmetic on cloned activations."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -234,14 +236,14 @@ def test_dead_channels_are_found():
 
 
 def test_spectral_share(probed):
-    p, seen = probed
+    p, _ = probed
     for name, stats in p.statistics.items():
         a = raw[name]
         h, w = a.shape[-2:]
         power = torch.fft.fft2(a).abs().square().sum(2)  # (n, S, H, W)
         radius = (torch.fft.fftfreq(h)[:, None] ** 2 + torch.fft.fftfreq(w) ** 2).sqrt() * 2
         edges = [0, 0.25, 0.5, 1, 9]
-        bands = [(radius >= a) & (radius < b) for a, b in zip(edges, edges[1:], strict=False)]
+        bands = [(radius >= a) & (radius < b) for a, b in itertools.pairwise(edges)]
         share = torch.stack([(power * band).sum((-1, -2)) for band in bands], -1) / power.sum((-1, -2))[..., None]
         value, error = stats["spectral_share"].result()
         assert_close(value, share.mean(0), rtol=1e-6, atol=1e-6)
@@ -259,7 +261,7 @@ def test_a_wave_lies_in_its_band():
 
 
 def test_channel_moments(probed):
-    p, seen = probed
+    p, _ = probed
     for name, stats in p.statistics.items():
         found = stats["channel_moments"].channels()
         a = raw[name].flatten(3)  # (n, S, C, HW)

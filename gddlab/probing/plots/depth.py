@@ -52,7 +52,7 @@ def draw_stem(result: ProbeResult, stat: str, at: float = 80.0, ax: Axes | None 
     ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, values)), fontsize=9)
     if spread.kind == "log":
         ax.set_ylim(bottom=floor)
-    title = titled(f"{stat} at σ = {plain(sigma)}: {about(result)}", values)
+    title = titled(f"{stat} at σ = {plain(sigma)}: {about(result, stat)}", values)
     return along_depth(ax, rows, title, coloured=True)
 
 
@@ -98,7 +98,7 @@ def draw_pair(
     note = value_axis(ax, np.concatenate([*values, low, high]))
     ax.set_ylabel(stat_label(teacher.frame, stat, note), fontsize=9)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    title = titled(f"{stat}: teacher ({about(teacher)}), student ({about(student)})", np.stack(values, axis=1))
+    title = titled(f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)})", np.stack(values, axis=1))
     return along_depth(ax, rows, title)
 
 

@@ -45,7 +45,7 @@ def draw_heatmap(result: ProbeResult, stat: str, ax: Axes | None = None, *, mask
     ax.set_xscale("log")
     _grid(ax, result.frame, stat, table, rows, 10 ** edges(np.log10(levels(table))), shares)
     _columns(ax, table, "noise level σ")
-    ax.set_title(f"{stat}: {about(result)}", fontsize=9, pad=6 if mask is None else 20)
+    ax.set_title(f"{stat}: {about(result, stat)}", fontsize=9, pad=6 if mask is None else 20)
     return ax
 
 

@@ -84,7 +84,7 @@ def draw_lines(
     if over == "depth":  # drawn from the lowest level up, named from the top down, as they lie
         handles, labels = handles[::-1], labels[::-1]
     ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    title = titled(f"{stat}: {about(result)}", table.to_numpy())
+    title = titled(f"{stat}: {about(result, stat)}", table.to_numpy())
     if over == "depth":
         return along_depth(ax, rows, title)
     sigma_axis(ax, levels(table))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ColourScale", "Spread", "edges", "plain", "sigma_axis", "value_axis"]
 
-SPAN = 30
+SPAN = 10
 """Values that differ by more than this factor get a logarithmic scale."""
 
 
@@ -39,7 +39,7 @@ class Spread:
     """How values are spread.
 
     Attributes:
-        kind: "log" where positive values span more than a factor of 30; "symlog" where 0 is among them, or where values
+        kind: "log" where positive values span more than a factor of 10; "symlog" where 0 is among them, or where values
             of both signs do; else "linear".
         linear: For "symlog", values nearer to 0 than this are on a linear scale.
         signed: Some are below 0 and some above.
@@ -78,7 +78,7 @@ class ColourScale:
 
     @classmethod
     def of(cls, values: np.ndarray, *, correlation: bool = False) -> ColourScale:
-        """Logarithmic where values span more than a factor of 30; around 0, in two hues, where they have both signs.
+        """Logarithmic where values span more than a factor of 10; around 0, in two hues, where they have both signs.
 
         Args:
             correlation: Values reach 1 at most: the scale ends there, and begins at 0, or at -1 where some are negative.

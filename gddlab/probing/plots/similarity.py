@@ -120,7 +120,7 @@ def draw_similarities(
     cax = figure.add_axes(tuple(np.array([*corner, 0.13, bar]) / whole))
     scale.bar(image, _bar_label(kind, scale), font=font, cax=cax)
     ends = "ascends" if len(sigmas) > 1 else "= {} (left, bottom) to {} (right, top)".format(*sigmas.pop())
-    text = f"{kind} between noise levels: {about(result)}\nin each σ {ends}"
+    text = f"{kind} between noise levels: {about(result, kind)}\nin each σ {ends}"
     figure.text(LEFT / width, 1 - 0.08 / height, text, fontsize=9 * font, va="top")
     return figure
 

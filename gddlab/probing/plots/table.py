@@ -161,11 +161,12 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [n[prefix:] for n in names]
 
 
-def about(result: ProbeResult) -> str:
-    """What was probed: "digits, noised, n = 256"."""
+def about(result: ProbeResult, stat: str) -> str:
+    """What was probed: "digits, noised, n = 256", with the images that this statistic saw: joined results differ in that."""
     meta: dict[str, Any] = result.meta
     known = [meta["data"]["name"]] if meta.get("data") else []
-    return ", ".join([*known, meta["states"], f"n = {meta['n_images']}"])
+    images = result.frame.loc[result.frame["stat"] == stat, "n_images"]
+    return ", ".join([*known, meta["states"], f"n = {int(images.max()) if len(images) else meta['n_images']}"])
 
 
 def stat_label(frame: pd.DataFrame, stat: str, note: str = "") -> str:
