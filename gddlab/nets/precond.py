@@ -98,8 +98,14 @@ class Precond(nn.Module):
         Under autocast the U-Net runs in low precision; its embeddings of sigma and labels, the coefficients and the sum do not.
 
         Raises:
-            GddlabError: Class labels of another shape.
+            GddlabError: Class labels of another shape; weights of less than 32 bits, which autocast serves better.
         """
+        weight = next(self.model.parameters()).dtype
+        if weight.itemsize < 4:
+            raise GddlabError(
+                f"this network's weights are {str(weight).removeprefix('torch.')}, too coarse for its noise embedding: "
+                'use net.float(), and dtype="bfloat16" or torch.autocast to run it in low precision'
+            )
         x = x if x.dtype == torch.float64 else x.float()
         b = x.shape[0]
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(b, 1, 1, 1)

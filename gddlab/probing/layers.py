@@ -87,10 +87,21 @@ class Layer:
         return asdict(self)
 
 
+def _middle_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    names = list(modules)
+    middle = [n for n in names if n.split(".")[0] == "mid_block"]
+    up = next((i for i, n in enumerate(names) if n.split(".")[0] == "up_blocks"), None)
+    if up is None or not middle:
+        return modules
+    rest = [n for n in names if n not in set(middle)]
+    up = rest.index(names[up])
+    return {n: modules[n] for n in (*rest[:up], *middle, *rest[up:])}
+
+
 def inventory(model: nn.Module) -> dict[str, Layer]:
     """Every module of the bare network by name, in the order of `named_modules()`, without the root and the inside of
-    parametrizations."""
-    modules = _modules(model)
+    parametrizations; the middle of a diffusers network, which lists it last, stands before its decoder, as it runs."""
+    modules = _middle_first(_modules(model))
     blocks = [n for n, m in modules.items() if anatomy(m) is not None]
     out: dict[str, Layer] = {}
     depth = 0

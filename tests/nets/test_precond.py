@@ -116,3 +116,10 @@ def test_iddpm_levels_are_the_published_ones() -> None:
     net = from_edm("iDDPMPrecond", img_resolution=16, img_channels=1, model_channels=16, channel_mult=[1], num_blocks=1)
     assert net.sigma_min == pytest.approx(0.006422337, rel=1e-6)
     assert net.round_sigma(torch.tensor([0.0064, 1e5])).tolist() == pytest.approx([net.sigma_min, net.sigma_max])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_low_precision_are_refused(dtype: torch.dtype) -> None:
+    net = tiny_net().to(dtype)
+    with pytest.raises(GddlabError, match=f"weights are {str(dtype).removeprefix('torch.')}, too coarse"):
+        net(torch.zeros(1, 1, 16, 16), 1.0)

@@ -10,7 +10,7 @@ from torch import nn
 from gddlab.errors import GddlabError
 from gddlab.probing import probe
 from gddlab.probing.inputs import Inputs
-from gddlab.probing.layers import named_layers
+from gddlab.probing.layers import inventory, named_layers
 from gddlab.probing.wrapping import wrap
 
 ABAR = DDPMScheduler().alphas_cumprod
@@ -264,3 +264,15 @@ def test_a_network_in_low_precision_is_probed_as_it_is(pictures, compiled):
     for found in (rms(network), rms(unet(), dtype="bfloat16")):
         torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
         assert not torch.equal(found, exact)
+
+
+def test_the_middle_stands_before_the_decoder():
+    names = list(inventory(unet()))
+    first = {
+        part: next(i for i, n in enumerate(names) if n.startswith(part))
+        for part in ("down_blocks", "mid_block", "up_blocks")
+    }
+    assert first["down_blocks"] < first["mid_block"] < first["up_blocks"]
+    assert sorted(names) == sorted(n for n, _ in unet().named_modules() if n)
+    depths = [layer.depth for layer in inventory(unet()).values()]
+    assert depths == sorted(depths)

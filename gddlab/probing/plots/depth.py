@@ -98,7 +98,9 @@ def draw_pair(
     note = value_axis(ax, np.concatenate([*values, low, high]))
     ax.set_ylabel(stat_label(teacher.frame, stat, note), fontsize=9)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    title = titled(f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)})", np.stack(values, axis=1))
+    title = titled(
+        f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)})", np.stack(values, axis=1)
+    )
     return along_depth(ax, rows, title)
 
 
