@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError
 from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
 from gddlab.probing.reductions import (
     Reduction,
@@ -23,44 +23,12 @@ from gddlab.probing.reductions import (
     mean_magnitude,
     mean_square,
 )
-from gddlab.probing.statistics import DEFAULT, STATISTICS, Statistic
+from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
 from gddlab.probing.wrapping import eager
 
-__all__ = ["Probe", "StatisticSelection", "statistic_classes"]
-
-StatisticSelection = str | type[Statistic] | Iterable[str | type[Statistic]]
-"""Names of `STATISTICS`, subclasses of `Statistic`, or a list of both."""
+__all__ = ["Probe"]
 
 _LEVELS = (mean_square, mean_magnitude, mean, channel_square)
-
-
-def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
-    """What `stats` names, each once.
-
-    Raises:
-        GddlabError: An unknown name; a class that is no statistic, or leaves out what it means; nothing.
-    """
-    listed = [stats] if isinstance(stats, str | type) else list(stats)
-    out: list[type[Statistic]] = []
-    for item in listed:
-        if isinstance(item, str):
-            if item not in STATISTICS:
-                raise unknown("statistic", item, STATISTICS)
-            found = STATISTICS[item]
-        elif isinstance(item, type) and issubclass(item, Statistic):
-            found = item
-        else:
-            raise GddlabError(f"statistic {item!r}: give names ({', '.join(STATISTICS)}) or subclasses of Statistic")
-        missing = [a for a in ("name", "definition", "axes", "unit") if not isinstance(getattr(found, a, None), str)]
-        if missing:
-            raise GddlabError(f"statistic {found.__name__} does not say its {missing[0]}: set it as a class attribute")
-        if found not in out:
-            if clash := [c for c in out if c.name == found.name]:
-                raise GddlabError(f"two statistics are called {found.name!r}: {clash[0].__name__} and {found.__name__}")
-            out.append(found)
-    if not out:
-        raise GddlabError(f"stats is empty: accepted are {', '.join(STATISTICS)}")
-    return out
 
 
 class Probe:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.probing.estimate import estimate
-from gddlab.probing.hooks import Probe, StatisticSelection, statistic_classes
+from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic
+from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.sampling.arguments import positive
 

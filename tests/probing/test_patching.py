@@ -255,7 +255,7 @@ def test_a_teacher_with_augmentation_has_a_layer_more(pictures):
     student = make_student(teacher)
     assert len(patch(student, teacher, "linear", n=1).layers) > 2
     with pytest.raises(GddlabError, match=r"'model.map_augment' is in the teacher alone"):
-        patch(student, teacher, "linear", into="teacher", data=pictures, n=1)
+        patch(student, teacher, ["linear", "model.map_augment"], into="teacher", data=pictures, n=1)
 
 
 def test_bad_input_is_refused(student, teacher, pictures):
