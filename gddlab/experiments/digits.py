@@ -50,14 +50,20 @@ SCORE_OF: Mapping[str, Score] = {
 }
 
 
-def measured_mask(measured: Measured, name: str, *, inverse: bool = False) -> FreezeMask:
-    """The layers with the lowest score are frozen, up to the rule's share; or the inverse of that, of equal budget."""
-    mask = select_freeze(measured.result, strategy="budget", score=SCORE_OF[name], budget=measured.rule.fraction)
+def measured_mask(measured: Measured, name: str, *, inverse: bool = False, share: float = 1.0) -> FreezeMask:
+    """The layers with the lowest score are frozen, up to the rule's budget times `share`; or the inverse of that, of equal budget."""
+    budget = share * measured.rule.fraction
+    mask = select_freeze(measured.result, strategy="budget", score=SCORE_OF[name], budget=budget)
     return controls(mask, seeds=())["inverse"] if inverse else mask
 
 
-def chosen_by(name: str, *, inverse: bool) -> Callable[[Measured, int], FreezeMask]:
-    return lambda measured, seed: measured_mask(measured, name, inverse=inverse)
+def chosen_by(name: str, *, inverse: bool, share: float = 1.0) -> Callable[[Measured, int], FreezeMask]:
+    return lambda measured, seed: measured_mask(measured, name, inverse=inverse, share=share)
+
+
+def at_random(share: float = 1.0) -> Callable[[Measured, int], FreezeMask]:
+    """Another random mask for each training seed."""
+    return lambda m, seed: select_freeze(m.result, strategy="random", budget=share * m.rule.fraction, seed=seed)
 
 
 def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
@@ -72,7 +78,7 @@ DIGITS: tuple[Experiment, ...] = (
         "random",
         "random masks of the rule's share, another one for each seed",
         MASKS,
-        lambda m, seed: select_freeze(m.result, strategy="random", budget=m.rule.fraction, seed=seed),
+        at_random(),
         configure,
     ),
     *(
@@ -84,6 +90,17 @@ DIGITS: tuple[Experiment, ...] = (
             configure,
         )
         for name, what in SCORES.items()
+        for inverse in (False, True)
+    ),
+    Experiment("half-random", "random masks of half the rule's share", MASKS, at_random(0.5), configure),
+    *(
+        Experiment(
+            f"half-ablation-{'high' if inverse else 'low'}",
+            f"as ablation-{'high' if inverse else 'low'}, at half the share, where the two freeze different layers",
+            MASKS,
+            chosen_by("ablation", inverse=inverse, share=0.5),
+            configure,
+        )
         for inverse in (False, True)
     ),
 )
