@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
+    except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk
+        sys.stderr.write(f"gddlab: {e.filename or 'file system'}: {e.strerror or e}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

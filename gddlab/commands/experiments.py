@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from gddlab.commands.output import out
+from gddlab.errors import GddlabError
 
 __all__ = ["Reproduce"]
 
@@ -32,8 +33,10 @@ class Reproduce:
     def run(self) -> None:
         from gddlab.experiments import plan, reproduce, ship
 
+        if self.ship is not None and self.dry_run:
+            raise GddlabError("--ship with --dry-run: give one of them")
         if self.ship is not None:
-            for folder in ship(self.out, self.ship):
+            for folder in ship(self.name, self.out, self.ship, only=self.only, seeds=self.seeds):
                 out(folder)
             return
         if not self.dry_run:

@@ -41,8 +41,10 @@ class Freeze:
     """What is frozen as a whole; layer if left away."""
     candidates: str | None = None
     """Which layers may be frozen: preset, glob or re:PATTERN; conv if left away."""
+    always_train: tuple[str, ...] | None = None
+    """Layers that are never frozen: first, last, names or globs; first and last if left away."""
     mask: Path | None = None
-    """The mask that strategy invert inverts."""
+    """The mask that strategy invert inverts, or whose share strategy random takes."""
     seed: int | None = None
     """Seed of strategy random."""
 
@@ -53,7 +55,18 @@ class Freeze:
 
         folder = Path(self.source)
         source = ProbeResult.load(folder) if (folder / "frame.parquet").exists() else load_teacher(self.source)
-        names = ("score", "at", "freeze", "budget", "threshold", "unit", "granularity", "candidates", "seed")
+        names = (
+            "score",
+            "at",
+            "freeze",
+            "budget",
+            "threshold",
+            "unit",
+            "granularity",
+            "candidates",
+            "always_train",
+            "seed",
+        )
         given: dict[str, Any] = {k: v for k in names if (v := getattr(self, k)) is not None}
         if self.mask is not None:
             given["mask"] = FreezeMask.load(self.mask)
@@ -93,7 +106,7 @@ class Diff:
 
         if len(self.masks) < 2:
             raise GddlabError(f"mask diff compares masks, {len(self.masks)} given: name two files or more")
-        masks = {str(path): FreezeMask.load(path) for path in self.masks}
+        masks = {f"{i}: {path}": FreezeMask.load(path) for i, path in enumerate(self.masks)}
         found = compare(masks)
         out(found.to_frame().to_string())
         out("\noverlap of the frozen parameters (Jaccard index)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from gddlab.commands.output import out
+from gddlab.errors import GddlabError
 
 __all__ = ["Ablate", "Probe"]
 
@@ -55,6 +57,7 @@ class Probe:
         from gddlab.probing import probe
         from gddlab.runs import open_model
 
+        _check(self.out)
         extra: dict[str, Any] = {"stats": self.stats} if self.stats else {}
         result = probe(
             open_model(self.teacher),
@@ -113,6 +116,7 @@ class Ablate:
         from gddlab.probing import ablate
         from gddlab.runs import open_model
 
+        _check(self.out)
         result = ablate(
             open_model(self.teacher),
             _levels(self.timesteps, self.sigmas, self.states),
@@ -127,6 +131,15 @@ class Ablate:
             device=self.device,
         )
         _write(result, self.out)
+
+
+def _check(folder: Path) -> None:
+    """Refuses before minutes are spent what could not be saved."""
+    if folder.exists() and not folder.is_dir():
+        raise GddlabError(f"--out {folder} is a file: give a folder")
+    above = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
+    if above is None or not os.access(above, os.W_OK):
+        raise GddlabError(f"--out {folder} cannot be written: give another folder")
 
 
 def _levels(timesteps: int, sigmas: tuple[float, ...], states: str) -> Any:

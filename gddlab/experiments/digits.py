@@ -39,7 +39,7 @@ def rule(source: Precond | ProbeResult) -> FreezeMask:
 def sigma_specific(result: ProbeResult) -> dict[str, float]:
     """1 - mean cosine between a layer's output at sigma 80 and at the other noise levels."""
     cosines = result.pivot("cosine")
-    others = cosines.drop(columns=result.nearest(80.0)).mean(axis=1)
+    others = cosines.drop(columns=result.nearest(80.0, "cosine")).mean(axis=1)
     return {str(k): 1.0 - float(v) for k, v in others.items()}
 
 

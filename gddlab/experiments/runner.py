@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from gddlab.evaluation import evaluate_snapshots
 from gddlab.experiments.digits import DIGITS, measure, rule
 from gddlab.experiments.experiment import Experiment, Measured
 from gddlab.files import read_jsonl, write_bytes
-from gddlab.launch import RunHandle, train
+from gddlab.launch import attach, train
+from gddlab.launch.lock import held
 from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
 
@@ -117,7 +117,9 @@ def reproduce(
             if measured is None:
                 measured = _measured(Path(out) / name / "measured")
             mask = item.experiment.mask(measured, item.seed)
-            run = train(item.experiment.configure(item.run_dir, item.seed, mask))
+            config = item.experiment.configure(item.run_dir, item.seed, mask)
+            # a run outlives the process that started it: where it still goes on, this one waits for it
+            run = attach(item.run_dir) if held(item.run_dir) else train(config)
             run.wait()
             scores = evaluate_snapshots(run)
             say(
@@ -138,39 +140,49 @@ def _measured(folder: Path) -> Measured:
 @contextmanager
 def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone works on `folder`; the claim ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield True
-    except BlockingIOError:
-        yield False
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise GddlabError(f"{folder} cannot be written ({e.strerror}): give another out=") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
     finally:
         os.close(fd)
 
 
-def ship(out: str | Path, to: str | Path) -> list[Path]:
-    """Copies what is light of the finished runs below `out`: configuration, mask, provenance, metrics, scores, last grid; and measurements.
+def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
+    """Copies what is light of a list's finished runs: configuration, mask, provenance, metrics, scores, last grid; and the measurement.
+
+    Args:
+        name, out, only, seeds: As for `reproduce`.
+        to: Folder; runs come to lie in `to/LIST/EXPERIMENT/seed-S`.
 
     Returns:
         The folders written.
+
+    Raises:
+        GddlabError: No run of these is done.
     """
-    out, to = Path(out), Path(to)
+    done = [p.run_dir for p in plan(name, out=out, only=only, seeds=seeds) if p.state == "done"]
+    if not done:
+        raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
     written: list[Path] = []
-    for config in sorted(out.rglob("config.json")):
-        source = config.parent
-        if load_run(source).written_status.get("state") != "done":
-            continue
-        target = to / source.relative_to(out)
+    for source in done:
+        target = Path(to) / source.relative_to(out)
         for file in (source / n for n in LIGHT):
             if file.exists():
                 write_bytes(target / file.name, file.read_bytes())
-        for grid in RunHandle(source).grids()[-1:]:
-            (target / "samples").mkdir(parents=True, exist_ok=True)
-            shutil.copy2(grid, target / "samples" / grid.name)
+        for grid in load_run(source).grids()[-1:]:
+            write_bytes(target / "samples" / grid.name, grid.read_bytes())
         written.append(target)
-    for meta in sorted(out.rglob("measured/meta.json")):
-        target = to / meta.parent.relative_to(out)
-        ProbeResult.load(meta.parent).save(target)
-        written.append(target)
+    measured = Path(out) / name / "measured"
+    if measured.is_dir():
+        ProbeResult.load(measured).save(Path(to) / name / "measured")
+        written.append(Path(to) / name / "measured")
     return written

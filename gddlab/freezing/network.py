@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError
 from gddlab.freezing.mask import Parameters
 from gddlab.freezing.places import numel
 from gddlab.probing import ProbeResult
-from gddlab.probing.layers import PRESETS, inventory, owner_of, parameter_table, place, plain_name, select_layers
+from gddlab.probing.layers import (
+    PRESETS,
+    inventory,
+    match_layers,
+    owner_of,
+    parameter_table,
+    place,
+    plain_name,
+    select_layers,
+)
 
 __all__ = ["ENDS", "Network", "Selection", "Source", "around"]
 
@@ -24,8 +32,6 @@ ENDS = ("first", "last")
 """First and last convolution of a network: trained unless the call says otherwise."""
 
 _WEIGHT = re.compile(r"weight|parametrizations\.weight\.")
-_ATTENTION = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
-"""Projections that lie beside one of that name, as in `select_layers`."""
 
 
 class Network:
@@ -79,53 +85,25 @@ class Network:
         Raises:
             GddlabError: Nothing matches, or one item of a list does not; a function, and there is no network to call it on.
         """
+        types = {n: self.type(n) for n in self.names}
         if isinstance(selection, str):
-            found = self._match(selection, what)
+            found = match_layers(selection, types, what)
         elif callable(selection):
             if self.model is None:
                 raise GddlabError(f"{what} is a function of modules: give the network as source, or names or globs")
             found = {layer.name for layer in select_layers(self.model, selection)}
         elif isinstance(selection, Iterable):
-            found = {n for item in selection for n in self._match(item, what)}
+            found = {n for item in selection for n in match_layers(item, types, what)}
         else:
             raise GddlabError(
                 f"{what}={selection!r}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
             )
         return [n for n in self.names if n in found]
 
-    def _match(self, pattern: object, what: str) -> set[str]:
-        if not isinstance(pattern, str):
-            raise GddlabError(f"{what}: {pattern!r} is no name of a layer; give strings, names or globs")
-        if pattern in PRESETS:
-            found = self._preset(pattern)
-            if not found:
-                raise GddlabError(f"{what}={pattern!r}: this network has none; give names or globs instead")
-            return found
-        if pattern.startswith("re:"):
-            try:
-                regex = re.compile(pattern[3:])
-            except re.error as e:
-                raise GddlabError(f"{what}={pattern!r} is no regular expression ({e})") from None
-            found = {n for n in self.names if regex.search(n)}
-        else:
-            plain = plain_name(pattern)
-            found = {n for n in self.names if n == plain or fnmatch.fnmatchcase(n, plain)}
-        if not found:
-            raise unknown("layer", pattern, [*self.names, *PRESETS])
-        return found
-
-    def _preset(self, preset: str) -> set[str]:
-        types = {n: self.type(n) for n in self.names}
-        if preset != "attention":
-            return {n for n, kind in types.items() if kind and preset in (kind, "all")}
-        found: set[str] = set()
-        for name in types:
-            leaf = name.rpartition(".")[2]
-            found |= {name.removesuffix(leaf) + beside for beside in _ATTENTION.get(leaf, ())}
-        return {n for n in found if types.get(n) in ("conv", "linear")}
-
     def ends(self, always_train: str | Iterable[str]) -> set[str]:
         """Names that `always_train` means, "first" and "last" among them."""
+        if not isinstance(always_train, str | Iterable):
+            raise GddlabError(f"always_train={always_train!r}: give first, last, names or globs, or a list of these")
         items = [always_train] if isinstance(always_train, str) else list(always_train)
         convs = [n for n in self.own if self.type(n) == "conv"]
         out: set[str] = set()

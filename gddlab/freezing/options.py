@@ -60,6 +60,8 @@ def _check(source: object, strategy: object, given: dict[str, Any]) -> None:
     """Refuses options that the strategy does not use, and misses those that it needs."""
     if not isinstance(source, ProbeResult | nn.Module):
         raise GddlabError(f"source is a {type(source).__name__}: give a ProbeResult or a network")
+    if isinstance(source, nn.Module) and next(source.parameters(), None) is None:
+        raise GddlabError(f"this {type(source).__name__} has no parameters: there is nothing to freeze")
     if not callable(strategy) and strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
     shown = f'strategy="{strategy}"' if isinstance(strategy, str) else "a function as strategy"

@@ -46,7 +46,9 @@ def from_dict(make: Callable[..., FreezeMask], value: Any) -> FreezeMask:
             candidates=value.get("candidates"),  # files of older versions have none
         )
         fits = (mask.hash, mask.fingerprint) == (value["hash"], value["fingerprint"])
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        if isinstance(e, GddlabError):
+            raise
         raise GddlabError(f"this freeze mask is incomplete ({e!r}): give what FreezeMask.save wrote") from None
     if not fits:
         raise GddlabError("this freeze mask was edited: its hash does not fit its names; select it again")

@@ -75,6 +75,8 @@ def summary(mask: FreezeMask) -> pd.DataFrame:
 
 
 def same_network(mask: FreezeMask, other: FreezeMask) -> None:
+    if not hasattr(other, "fingerprint"):
+        raise GddlabError(f"{other!r} is no FreezeMask: give what select_freeze or FreezeMask.load returns")
     if mask.fingerprint != other.fingerprint:
         raise GddlabError(f"masks of {mask.n_params:,} and {other.n_params:,} parameters are for different networks")
 

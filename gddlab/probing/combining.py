@@ -13,6 +13,8 @@ __all__ = ["join", "merge"]
 
 
 def _same_network(first: ProbeResult, other: ProbeResult) -> None:
+    if not isinstance(other, ProbeResult):
+        raise GddlabError(f"{other!r} is no ProbeResult: give what probe, ablate and the like return")
     ours, theirs = (r.meta["model"]["fingerprint"] for r in (first, other))
     if ours != theirs:
         raise GddlabError(
@@ -23,14 +25,15 @@ def _same_network(first: ProbeResult, other: ProbeResult) -> None:
 def merge(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
     statistics = copy.deepcopy({n: dict(s) for n, s in first.statistics.items()})
     meta = copy.deepcopy(first.meta)
+    for other in others:
+        _same_network(first, other)
     for r in (first, *others):
         if not r.statistics or {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
             raise GddlabError(
                 "a result without its sums over images does not merge: measure it with all images at once"
             )
     for other in others:
-        _same_network(first, other)
-        for key in ("states", "sigmas", "settings"):
+        for key in ("states", "sigmas", "labels", "settings"):
             if first.meta.get(key) != other.meta.get(key):
                 raise GddlabError(
                     f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
@@ -43,10 +46,11 @@ def merge(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
             raise GddlabError(f"{stat!r} of layer {layer!r} is in one result alone: merge results of the same layers")
         for seed, start, stop in other.meta["images"]:
             for s, a, b in meta["images"]:
-                if s == seed and start < b and a < stop:
-                    raise GddlabError(
-                        f"both results saw images {max(start, a)} to {min(stop, b)} of seed {seed}: probe others with start="
-                    )
+                # Without a dataset an image is its noise, whose seed is the sum.
+                same, shift = (s == seed, 0) if meta["data"] else (True, seed - s)
+                low, high = max(start + shift, a), min(stop + shift, b)
+                if same and low < high:
+                    raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
         meta["images"] += other.meta["images"]
         for layer, by_name in statistics.items():
             for name, statistic in by_name.items():
@@ -59,6 +63,8 @@ def merge(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
 def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
     import pandas as pd
 
+    for other in others:
+        _same_network(first, other)
     meta = copy.deepcopy(first.meta)
     frames = [first.frame]
     matrices = {k: dict(v) for k, v in first.matrices.items()}
@@ -68,7 +74,6 @@ def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
             raise GddlabError(f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas")
     channels = dict(first.channels)
     for other in others:
-        _same_network(first, other)
         frames.append(other.frame)
         for kind, by_layer in other.matrices.items():
             matrices.setdefault(kind, {}).update(by_layer)

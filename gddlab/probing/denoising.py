@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gddlab.probing.effects import SIGMA_DATA
+from gddlab.probing.effects import SIGMA_DATA, denoised
 from gddlab.probing.inputs import Inputs
 
 __all__ = ["Noised", "denoising_loss", "differentiable", "noised"]
@@ -35,8 +35,7 @@ class Noised(NamedTuple):
 
 def noised(inputs: Inputs, i: int, j: int, *, sigmas: Sequence[float], device: torch.device) -> Noised:
     """Images i to j at some noise levels, as `inputs.rows` gives them, in float64 where the network is."""
-    doubles = any(p.dtype == torch.float64 for p in inputs.denoiser.parameters())
-    dtype = torch.float64 if doubles else torch.float32
+    dtype = torch.float64 if inputs.float64 else torch.float32
     labels = None if inputs.labels is None else inputs.labels[i:j].to(device).repeat_interleave(len(sigmas), 0)
     levels = torch.tensor(sigmas, dtype=dtype, device=device)
     sigma = levels.repeat(j - i)
@@ -58,7 +57,7 @@ def denoising_loss(model: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | 
     (sigma^2 + 0.5^2) / (0.5 sigma)^2 (D(x; sigma) - clean)^2.
     """
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return weight * (model(x, sigma, labels) - clean).square().mean((1, 2, 3))
+    return weight * (denoised(model, (x, sigma, labels)) - clean).square().mean((1, 2, 3))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -68,7 +69,11 @@ class Probe:
     ):
         self.model = model
         self.sigmas = [float(s) for s in sigmas]
-        if not self.sigmas or any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
+        if (
+            not self.sigmas
+            or not all(map(math.isfinite, self.sigmas))
+            or any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
+        ):
             raise GddlabError(f"sigmas={self.sigmas}: give at least one noise level, largest first, each once")
         self.stats = statistic_classes(stats)
         modules = named_layers(model)
@@ -182,7 +187,8 @@ class Probe:
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
-            x = x.detach()
+            version = None if x.is_inference() else x._version
+            before, x = x, x.detach()
             x = x if x.dtype == torch.float64 else x.float()
             found = {}
             for reduction in self._reductions[name, side]:
@@ -190,6 +196,10 @@ class Probe:
                     found[reduction] = reduction(x, self._n)
                 except ValueError as e:
                     raise GddlabError(f"layer {name!r}: {e}") from None
+        if version is not None and before._version != version:
+            raise GddlabError(
+                f"a statistic of layer {name!r} writes into what it is given, the network's own activation: copy it first"
+            )
         if gram in found:
             found[mean_square] = found[gram].diagonal(dim1=-2, dim2=-1)
         self._reduced[name, side] = found
@@ -217,16 +227,20 @@ class Probe:
             key: {r: x.cpu().double() if x.device.type == "mps" else double(x) for r, x in found.items()}
             for key, found in self._reduced.items()
         }
+        for key, found in reduced.items():
+            level = next(found[r] for r in _LEVELS if r in found)
+            level = level.mean(-1) if level.ndim == 3 else level  # of channels
+            bad = ~level.isfinite()  # (n, S)
+            for r, x in found.items():
+                if x.shape[:2] == bad.shape:  # a share counts what is not finite as something; it is nothing
+                    found[r] = torch.where(bad.reshape(*bad.shape, *[1] * (x.ndim - 2)), torch.nan, x)
+            count = bad.sum(0)
+            self._nonfinite[key] = self._nonfinite[key] + count if key in self._nonfinite else count
         for layer, by_stat in self._plan.items():
             for stat, taps in by_stat.items():
                 self.statistics[layer][stat].update(
                     **{role: reduced[t.module, t.side][t.reduction] for role, t in taps.items()}
                 )
-        for key, found in reduced.items():
-            level = next(found[r] for r in _LEVELS if r in found)
-            level = level.mean(-1) if level.ndim == 3 else level  # of channels
-            bad = (~level.isfinite()).sum(0)
-            self._nonfinite[key] = self._nonfinite[key] + bad if key in self._nonfinite else bad
 
     def nonfinite(self) -> list[dict[str, Any]]:
         """Where activations were NaN, infinite or too large to square: layer, side, sigma, number of images."""

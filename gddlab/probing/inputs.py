@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.arguments import one_hot, positive, precision
+from gddlab.sampling.arguments import one_hot, positive, precision, seed_list
 
 __all__ = ["STATES", "Inputs", "Rows", "as_it_was", "device_of"]
 
@@ -55,11 +57,18 @@ class Inputs:
         seed: int = 0,
         class_labels: Tensor | Sequence[int] | int | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise GddlabError(
+                f"the network is a {type(model).__name__}: give a torch.nn.Module, such as load_teacher(...)"
+            )
         if states not in STATES:
             raise unknown("states", states, STATES)
         positive("n", n)
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
             raise GddlabError(f"start={start!r}: give the position of the first image, from 0 up")
+        seed_list(n, seed, None)
+        seed = int(seed)
+        seed_list(n, seed + start, None)
         self.denoiser = denoiser_of(model)
         self.states, self.n, self.start, self.seed = states, n, start, seed
         self.sigmas = _noise_levels(self.denoiser, timesteps, states)
@@ -68,6 +77,10 @@ class Inputs:
         names = ("img_channels", "img_resolution", "img_resolution")
         shape = tuple(getattr(self.denoiser, a, None) for a in names)
         self.index: Tensor | None = None
+        self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
+        self.labels_of = "images" if class_labels is None else "given"
+        if isinstance(class_labels, int):
+            self.labels_of = f"class {class_labels}"
         if self.dataset is None:
             if None in shape:
                 raise GddlabError(
@@ -108,15 +121,16 @@ class Inputs:
         return latents(range(first + i, first + j), self.shape)
 
     def rows(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float] | None = None) -> Rows:
-        """Images i to j at all noise levels, or at some, on `device`."""
+        """Images i to j at all noise levels, or at some, on `device`; float64 where the network is."""
         wanted = self.sigmas if sigmas is None else list(sigmas)
-        levels = torch.tensor(wanted, dtype=torch.float32, device=device)
+        dtype = torch.float64 if self.float64 else torch.float32
+        levels = torch.tensor(wanted, dtype=dtype, device=device)
         labels = None if self.labels is None else self.labels[i:j].to(device)
-        noise = self.noise(i, j).to(device)
+        noise = self.noise(i, j).to(device, dtype)
         if self.states == "trajectory":
             x = self._trajectory(noise, labels, wanted)
         else:
-            clean = self.clean(i, j).to(device)
+            clean = self.clean(i, j).to(device, dtype)
             x = clean[:, None] + levels[:, None, None, None] * noise[:, None]  # (b, S, C, H, W)
         c = None if labels is None else labels.repeat_interleave(len(levels), 0)
         return x.flatten(0, 1), levels.repeat(j - i), c
@@ -152,24 +166,34 @@ class Inputs:
             "n_images": self.n,
             "seed": self.seed,
             "images": [[self.seed, self.start, self.start + self.n]],
+            "labels": None
+            if self.labels is None
+            else self.labels_of
+            if self.dataset or self.labels_of != "images"
+            else "in turn",
         }
 
 
 def _noise_levels(model: nn.Module, timesteps: int | Sequence[float] | None, states: str) -> list[float]:
     low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
     if states == "student":
-        if timesteps is not None and not (isinstance(timesteps, int) and timesteps == 18):
-            raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, leave timesteps away")
+        if timesteps is not None and not (isinstance(timesteps, Integral) and timesteps == 18):
+            raise GddlabError(
+                f"timesteps={timesteps!r}: a student sees sigma 80 alone, leave timesteps (or --sigmas) away"
+            )
         return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
     if timesteps is None:
         timesteps = 18
-    if isinstance(timesteps, bool):
+    listed: list[Any] = list(timesteps) if isinstance(timesteps, Iterable) else [timesteps]
+    if any(isinstance(s, bool) for s in listed):
         raise GddlabError(f"timesteps={timesteps}: give a whole number, or a list of sigmas")
-    if isinstance(timesteps, int):
-        grid = karras_sigmas(timesteps, sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
+    if isinstance(timesteps, Integral):
+        grid = karras_sigmas(int(timesteps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
         try:
-            grid = [float(s) for s in timesteps]
+            if not isinstance(timesteps, Iterable):
+                raise TypeError
+            grid = [float(s) for s in listed]
         except (TypeError, ValueError):
             raise GddlabError(f"timesteps={timesteps!r}: give a whole number, or a list of sigmas") from None
         wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low <= s <= high)]
@@ -192,12 +216,24 @@ def _dataset(model: nn.Module, data: str | ImageDataset | None, states: str) -> 
         data = getattr(getattr(model, "card", None), "data", None)
     if data is None:
         raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
+    if not isinstance(data, str | Path | ImageDataset):
+        raise GddlabError(f"data={data!r}: give a dataset, or its name or path")
     return open_dataset(data)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a network's first tensor lies."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0].rstrip(".")
+        raise GddlabError(f"device={str(name)!r} cannot be used here ({reason}): give another, such as cpu") from None
+    return device
 
 
 @contextlib.contextmanager
@@ -212,7 +248,7 @@ def as_it_was(
         dtype: "bfloat16" or "float16", or their torch dtypes, for autocast; None runs it in its own precision.
     """
     origin = device_of(model)
-    target = torch.device(device) if device is not None else origin
+    target = origin if device is None else _device(device)
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}
     try:

@@ -19,7 +19,6 @@ from gddlab.probing.anatomy import (
     kind_of,
     place,
     type_of,
-    weight_ndim,
 )
 from gddlab.probing.naming import denoiser_of, named_layers, owner_of, parameter_table, plain_name, unwrap
 
@@ -33,6 +32,7 @@ __all__ = [
     "inventory",
     "is_conv",
     "kind_of",
+    "match_layers",
     "named_layers",
     "owner_of",
     "parameter_table",
@@ -131,14 +131,15 @@ def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
         GddlabError: Nothing matches, or one name or glob of a list does not.
     """
     modules = {n: m for n, m in _modules(model).items() if n}
+    types = {n: type_of(m) for n, m in modules.items()}
     if isinstance(layers, str):
-        chosen = _match(layers, modules)
+        chosen = match_layers(layers, types)
     elif callable(layers):
         chosen = {n for n, m in modules.items() if layers(n, m)}
         if not chosen:
             raise GddlabError(f"layers={layers!r} accepts none of {len(modules)} modules: return True for some")
     elif isinstance(layers, Iterable):
-        chosen = {n for item in layers for n in _match(item, modules)}
+        chosen = {n for item in layers for n in match_layers(item, types)}
         if not chosen:
             raise GddlabError(f"layers is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
     else:
@@ -152,38 +153,48 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
 
 
-def _preset(name: str, modules: Mapping[str, nn.Module]) -> set[str]:
+def _preset(name: str, types: Mapping[str, str]) -> set[str]:
     """ "attention" is the projections of self-attention; "all" is every convolution, linear layer, norm and block. The embedding of EDM's augmentation
     labels is in none: it runs only while a teacher is trained."""
     if name != "attention":
-        chosen = {n for n, m in modules.items() if type_of(m) and name in (type_of(m), "all")}
+        chosen = {n for n, kind in types.items() if kind and name in (kind, "all")}
         return {n for n in chosen if "map_augment" not in n.split(".")}
     found = set()
-    for n in modules:
+    for n in types:
         parent, dot, leaf = n.rpartition(".")
         found |= {parent + dot + beside for beside in _ATTENTION.get(leaf, ())}
-    return {n for n in found if n in modules and weight_ndim(modules[n])}
+    return {n for n in found if types.get(n) in ("conv", "linear", "")}  # "": a convolution over tokens, say
 
 
-def _match(pattern: object, modules: Mapping[str, nn.Module]) -> set[str]:
+def match_layers(pattern: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
+    """Names that one preset, name, glob or "re:..." means.
+
+    Args:
+        pattern: What the user gave.
+        types: `Layer.type` of each name that there is.
+        what: The user's argument, for errors.
+
+    Raises:
+        GddlabError: Nothing matches, near matches are given; or it is no string.
+    """
     if not isinstance(pattern, str):
-        raise GddlabError(f"layer {pattern!r} is no name: give strings, names or globs")
+        raise GddlabError(f"{what}: {pattern!r} is no name of a layer; give strings, names or globs")
     if pattern in PRESETS:
-        found = _preset(pattern, modules)
+        found = _preset(pattern, types)
         if not found:
-            raise GddlabError(f"layers={pattern!r}: this network has none; give names, a glob or a function instead")
+            raise GddlabError(f"{what}={pattern!r}: this network has none; give names or globs instead")
         return found
     if pattern.startswith("re:"):
         try:
             regex = re.compile(pattern[3:])
         except re.error as e:
-            raise GddlabError(f"layers={pattern!r} is no regular expression ({e})") from None
-        found = {n for n in modules if regex.search(n)}
+            raise GddlabError(f"{what}={pattern!r} is no regular expression ({e})") from None
+        found = {n for n in types if regex.search(n)}
     else:
         plain = plain_name(pattern)  # as a wrapped network's own named_modules() gives it
-        found = {n for n in modules if n == plain or fnmatch.fnmatchcase(n, plain)}
+        found = {n for n in types if n == plain or fnmatch.fnmatchcase(n, plain)}
     if not found:
-        raise unknown("layer", pattern, [*modules, *PRESETS])
+        raise unknown("layer", pattern, [*types, *PRESETS])
     return found
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "band_share",
     "channel_mean",
     "channel_square",
+    "channel_variance",
     "gram",
     "hsic",
     "mean",
@@ -30,6 +31,7 @@ __all__ = [
     "mean_square",
     "per_row",
     "positive_share",
+    "variance",
 ]
 
 Reduction = Callable[[Tensor, int], Tensor]
@@ -87,13 +89,29 @@ def mean_magnitude(x: Tensor, n: int) -> Tensor:
     return _row_means(x, n, lambda v: torch.linalg.vector_norm(v, 1, -1))
 
 
+def _chunk(x: Tensor) -> int:
+    """Rows of a buffer that stays in a CPU's cache; an accelerator takes more at once."""
+    return max(1, (1 << (18 if x.device.type == "cpu" else 26)) // max(1, x[0].numel()))
+
+
+def variance(x: Tensor, n: int) -> Tensor:
+    """Mean square of each row's distance from its own mean: a difference of large means would lose its digits.  (n * S, ...) -> (n, S)"""
+    v, rows = flat(x), _chunk(x)
+    buffer = torch.empty_like(v[:rows])
+    found = []
+    for part in v.split(rows):
+        middle = functools.reduce(torch.add, [double(p.sum(-1)) for p in part.split(PIECE, 1)]) / v.shape[1]
+        away = torch.sub(part, middle.to(x.dtype)[:, None], out=buffer[: len(part)])
+        squares = [double(torch.linalg.vector_norm(p, 2, -1)).square() for p in away.split(PIECE, 1)]
+        found.append(functools.reduce(torch.add, squares) / v.shape[1])
+    return torch.cat(found).reshape(n, -1)
+
+
 def positive_share(x: Tensor, n: int) -> Tensor:
     """Share of values above 0 of each row.  (n * S, ...) -> (n, S)"""
-    v = flat(x)
-    # A small buffer that stays in the cache; summing booleans directly is ten times slower on CPUs.
-    chunk = max(1, (1 << (18 if x.device.type == "cpu" else 26)) // v.shape[1])
-    buffer = torch.empty_like(v[:chunk])
-    sums = torch.cat([torch.gt(part, 0, out=buffer[: len(part)]).sum(-1) for part in v.split(chunk)])
+    v, rows = flat(x), _chunk(x)
+    buffer = torch.empty_like(v[:rows])  # summing booleans directly is ten times slower on CPUs
+    sums = torch.cat([torch.gt(part, 0, out=buffer[: len(part)]).sum(-1) for part in v.split(rows)])
     return (double(sums) / v.shape[1]).reshape(n, -1)
 
 
@@ -125,6 +143,16 @@ def channel_mean(x: Tensor, n: int) -> Tensor:
 def channel_square(x: Tensor, n: int) -> Tensor:
     """Mean of squares of each channel of each row.  (n * S, C, ...) -> (n, S, C)"""
     return _channels(x, n, lambda v, dim: double(torch.linalg.vector_norm(v, 2, dim)).square())
+
+
+def channel_variance(x: Tensor, n: int) -> Tensor:
+    """Mean square of each channel's distance from its own mean over pixels.  (n * S, C, ...) -> (n, S, C)"""
+    found = []
+    for part in x.split(_chunk(x)):
+        middle = channel_mean(part, 1)[0].to(x.dtype)
+        middle = middle[:, None] if x.ndim == 3 else middle.reshape(*middle.shape, *[1] * (x.ndim - 2))
+        found.append(channel_square(part - middle, 1)[0])
+    return torch.cat(found).unflatten(0, (n, -1))
 
 
 def band_share(x: Tensor, n: int) -> Tensor:

@@ -150,19 +150,22 @@ class ProbeResult(Pictures):
         """
         if stat not in self.stats:
             raise unknown("statistic", stat, self.stats)
+        if values not in ("value", "sem"):
+            raise unknown("column", values, ("value", "sem"))
         part = self.frame[self.frame["stat"] == stat]
         wide = part.pivot(index="layer", columns="sigma", values=values)
         return wide.loc[list(dict.fromkeys(part["layer"])), sorted(wide.columns, reverse=True)]
 
-    def nearest(self, at: float) -> float:
-        """The noise level nearest to `at`, on the log scale.
+    def nearest(self, at: float, stat: str | None = None) -> float:
+        """The noise level nearest to `at`, on the log scale; among those at which `stat` was measured, if it is given.
 
         Raises:
             GddlabError: `at` is no sigma.
         """
         if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
             raise GddlabError(f"at={at!r}: give a sigma above 0")
-        return min(self.sigmas, key=lambda s: abs(math.log(s / at)))
+        levels = self.sigmas if stat is None else [float(s) for s in self.pivot(stat).columns]
+        return min(levels, key=lambda s: abs(math.log(s / at)))
 
     def contrast(self, stat: str, at: float = 80.0) -> pd.DataFrame:
         """How much a statistic at one noise level, where the student lives, differs from the others.
@@ -180,7 +183,8 @@ class ProbeResult(Pictures):
         """
         import pandas as pd
 
-        table, sigma = self.pivot(stat), self.nearest(at)
+        table = self.pivot(stat)
+        sigma = self.nearest(at, stat)
         rest = table.drop(columns=sigma)
         if rest.shape[1] == 0:
             raise GddlabError(f"{stat!r} was measured at sigma {sigma:g} alone: a contrast needs other noise levels")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from gddlab.errors import GddlabError
 from gddlab.probing.estimate import estimate
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, as_it_was
-from gddlab.probing.layers import LayerSelection
+from gddlab.probing.layers import PRESETS, LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
 from gddlab.progress import progress_bar
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.arguments import positive, precision
 
 __all__ = ["probe"]
 
@@ -49,7 +49,8 @@ def probe(
 
     The same images with the same noise are seen at every noise level. Numbers do not depend on `batch_size` beyond
     float32 rounding, nor on the number of processes: where torch.distributed is initialised, each process measures its part of the images and
-    all return the whole. Memory does not grow with images, noise levels or layers. The network is run in eval mode without gradients and left
+    all return the whole, so that all have to call it. Memory does not grow with images, layers or noise levels, but for more
+    levels than `batch_size` where statistics compare them. The network is run in eval mode without gradients and left
     as it was.
 
     Args:
@@ -85,6 +86,7 @@ def probe(
     """
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
     positive("batch_size", batch_size)
+    layers = layers if isinstance(layers, str) or callable(layers) else _listed(layers)
     chosen: list[type[Statistic]] = statistic_classes(stats)
     if per_channel:
         chosen = [*chosen, ChannelMoments]
@@ -119,7 +121,7 @@ def probe(
             _add_ranks(measure)
     meta = network_meta(model, measures[0].layers) | inputs.describe()
     meta["nonfinite"] = [b for m in measures for b in m.nonfinite()]
-    meta["settings"] = {"dtype": None if dtype is None else str(dtype).removeprefix("torch."), "layers": _named(layers)}
+    meta["settings"] = {"dtype": precision(dtype)}
     result = ProbeResult.of(measures[0].layers, sigmas, _stacked(measures), meta)
     if bad := meta["nonfinite"]:
         places = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in bad[:3])
@@ -164,7 +166,10 @@ def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:
     }
 
 
-def _named(layers: LayerSelection) -> Any:
-    if isinstance(layers, str):
-        return layers
-    return repr(layers) if callable(layers) else [str(item) for item in layers]
+def _listed(layers: Iterable[str]) -> list[str]:
+    """A generator is gone through once, the selection several times."""
+    if not isinstance(layers, Iterable):
+        raise GddlabError(
+            f"layers={layers!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
+        )
+    return list(layers)

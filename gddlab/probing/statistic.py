@@ -86,6 +86,10 @@ class Statistic:
         q = self.quantities(**reduced)
         if q.ndim == 2:
             q = q[..., None]
+        if type(self).value is Statistic.value and q.shape[2] != max(1, len(self.parts)):
+            raise GddlabError(
+                f"statistic {self.name!r} gives {q.shape[2]} numbers a row and names {len(self.parts)} parts: name as many, or override value"
+            )
         self.samples += len(q)
         self.add(first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))
 

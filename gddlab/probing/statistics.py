@@ -18,12 +18,14 @@ from gddlab.probing.reductions import (
     band_share,
     channel_mean,
     channel_square,
+    channel_variance,
     gram,
     hsic,
     mean,
     mean_magnitude,
     mean_square,
     positive_share,
+    variance,
 )
 from gddlab.probing.statistic import PerImage, Statistic
 
@@ -84,13 +86,25 @@ class StandardDeviation(Statistic):
 
     @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", mean), "square": Tap(layer.name, "output", mean_square)}
+        return {"x": Tap(layer.name, "output", mean), "within": Tap(layer.name, "output", variance)}
 
-    def quantities(self, x: Tensor, square: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.stack([x, square], -1)
+    def quantities(self, x: Tensor, within: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.stack([x, x.square() + within], -1)
+
+    def update(self, **reduced: Tensor) -> None:
+        super().update(**reduced)
+        self.add(within=reduced["within"].sum(0))
 
     def value(self, means: Tensor) -> Tensor:
         return (means[:, 1] - means[:, 0].square()).clamp(min=0).sqrt()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Variance within images and between their means, added: the difference of squares serves for the error alone."""
+        _, sem = super().result()
+        n = self.samples
+        first, square = self.sums["first"][:, 0], self.sums["second"][:, 0, 0]
+        between = (square / n - (first / n).square()).clamp(min=0)
+        return (self.sums["within"] / n + between).sqrt(), sem
 
 
 class ActiveFraction(Statistic):
@@ -261,15 +275,18 @@ class ChannelMoments(Statistic):
 
     @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", channel_mean), "square": Tap(layer.name, "output", channel_square)}
+        return {"x": Tap(layer.name, "output", channel_mean), "within": Tap(layer.name, "output", channel_variance)}
 
     def update(self, **reduced: Tensor) -> None:
-        self.samples += len(reduced["x"])
-        self.add(mean=reduced["x"].sum(0), square=reduced["square"].sum(0))
+        x = reduced["x"]
+        self.samples += len(x)
+        self.add(mean=x.sum(0), square=x.square().sum(0), within=reduced["within"].sum(0))
 
     def channels(self) -> dict[str, Tensor]:
+        """Variance within images and between their means, added: no difference of large numbers but for the means, which are float64."""
         mean = self.sums["mean"] / self.samples
-        return {"mean": mean, "var": (self.sums["square"] / self.samples - mean.square()).clamp(min=0)}
+        between = (self.sums["square"] / self.samples - mean.square()).clamp(min=0)
+        return {"mean": mean, "var": self.sums["within"] / self.samples + between}
 
 
 STATISTICS: Mapping[str, type[Statistic]] = {
@@ -303,6 +320,8 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
     Raises:
         GddlabError: An unknown name; a class that is no statistic, or leaves out what it means; nothing.
     """
+    if not isinstance(stats, str | type | Iterable):
+        raise GddlabError(f"stats={stats!r}: give names ({', '.join(STATISTICS)}), subclasses of Statistic, or a list")
     listed = [stats] if isinstance(stats, str | type) else list(stats)
     out: list[type[Statistic]] = []
     for item in listed:
@@ -317,6 +336,14 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
         missing = [a for a in ("name", "definition", "axes", "unit") if not isinstance(getattr(found, a, None), str)]
         if missing:
             raise GddlabError(f"statistic {found.__name__} does not say its {missing[0]}: set it as a class attribute")
+        if "/" in found.name or not found.name:
+            raise GddlabError(f"a statistic is called {found.name!r}: give a name without a slash")
+        if found.target not in ("layer", "block") or found.side not in ("input", "output"):
+            raise GddlabError(
+                f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or block, input or output"
+            )
+        if found.taps.__func__ is Statistic.taps.__func__ and not hasattr(found, "reduce"):  # type: ignore[attr-defined]
+            raise GddlabError(f"statistic {found.name!r} reads nothing: define reduce(x), or taps")
         if found not in out:
             if clash := [c for c in out if c.name == found.name]:
                 raise GddlabError(f"two statistics are called {found.name!r}: {clash[0].__name__} and {found.__name__}")

@@ -33,6 +33,8 @@ def _arrays(result: ProbeResult) -> dict[str, np.ndarray]:
 
 
 def save(result: ProbeResult, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise GddlabError(f"{folder} is a file: give a folder")
     parquet, npz = io.BytesIO(), io.BytesIO()
     result.frame.to_parquet(parquet, index=False)
     np.savez_compressed(npz, **_arrays(result))  # type: ignore[arg-type]
@@ -49,7 +51,7 @@ def load(folder: Path) -> ProbeResult:
     import pandas as pd
 
     meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
+    if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT or not isinstance(meta.get("files"), dict):
         raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")
     content = {}
     for name, expected in meta.pop("files").items():

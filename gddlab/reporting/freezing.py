@@ -24,7 +24,7 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2") -> pd.DataFrame:
         metric: Name of the distance, without its n.
 
     Returns:
-        Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), trained (parameters), kimg, metric, value, state; a
+        Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), kimg, metric, value, state; a
         run that is not finished, or has no such score at its end, has no value, and `state` says why.
 
     Raises:

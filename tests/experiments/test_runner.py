@@ -16,6 +16,8 @@ from gddlab.experiments.digits import DIGITS, SCORE_OF, SCORES, measured_mask
 from gddlab.experiments.experiment import Measured
 from gddlab.files import data_dir, read_jsonl
 from gddlab.freezing import select_freeze
+from gddlab.launch import train
+from gddlab.launch.lock import held
 from gddlab.probing import ProbeResult, probe
 from gddlab.runs import load_run, load_runs
 from gddlab.teachers import load_teacher
@@ -67,17 +69,33 @@ def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path
     assert read_jsonl(run.run_dir / "metrics.jsonl") == lines
     assert tiny_list == [1]
 
-    folders = ship(out, tmp_path / "data")
+    folders = ship("tiny", out, tmp_path / "data", seeds=1)
     assert {f.relative_to(tmp_path / "data").as_posix() for f in folders} == {"tiny/rule/seed-0", "tiny/measured"}
     files = {p.relative_to(folders[0]).as_posix() for p in folders[0].rglob("*") if p.is_file()}
-    assert files == {*module.LIGHT, "samples/00000000.016.png"} or files == {
-        *module.LIGHT,
-        next(f for f in files if f.startswith("samples/")),
-    }
+    assert files == {*module.LIGHT, "samples/000000.016.png"}
     (shipped,) = load_runs(tmp_path / "data")
     assert shipped.config.mask == run.config.mask
     assert shipped.metrics["nimg"].tolist() == run.metrics["nimg"].tolist()
     assert ProbeResult.load(tmp_path / "data" / "tiny" / "measured").stats
+
+
+def test_a_run_that_outlives_its_reproduction_is_waited_for(tiny_list: list[int], tmp_path: Path) -> None:
+    """A run goes on when the process that started it is killed; the same call again takes it up, and then the next."""
+    experiment = module.LISTS["tiny"][1]
+    config = experiment.configure(tmp_path / "tiny" / "all" / "seed-0", 0, None)
+    run = train(config)
+    assert held(run.run_dir)
+    after = reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
+    assert [p.state for p in after] == ["done"]
+    assert run.status == "done"
+
+
+def test_nothing_finished_is_nothing_to_ship(tiny_list: list[int], tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="no run of 'tiny' below"):
+        ship("tiny", tmp_path, tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GddlabError, match="cannot be written"):
+        reproduce("tiny", out=tmp_path / "file")
 
 
 def test_what_another_process_works_on_is_left_to_it(tiny_list: list[int], tmp_path: Path) -> None:

@@ -158,19 +158,66 @@ def test_unknown_statistics_are_refused(net):
         Probe(net, [1.0], stats=[])
     with pytest.raises(GddlabError, match="statistic 3: give names"):
         Probe(net, [1.0], stats=[3])
-    with pytest.raises(GddlabError, match="does not say its unit"):
-        Probe(net, [1.0], stats=type("Odd", (Statistic,), {"name": "odd", "definition": "", "axes": ""}))
-    with pytest.raises(GddlabError, match="two statistics are called 'rms'"):
-        Probe(
-            net,
-            [1.0],
-            stats=[
-                "rms",
-                type("Rms", (Statistic,), {**dict.fromkeys(("definition", "axes", "unit"), ""), "name": "rms"}),
-            ],
-        )
-    with pytest.raises(GddlabError, match="'rel_update' exists for none of the 1 selected"):
-        Probe(net, [1.0], layers="model.enc.16x16_conv", stats=["rms", "rel_update"])
+    with pytest.raises(GddlabError, match="stats=5: give names"):
+        Probe(net, [1.0], stats=5)
+    with pytest.raises(GddlabError, match="sigmas="):
+        Probe(net, [float("nan")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"unit": None}, "does not say its unit"),
+        ({"name": "a/b"}, "is called 'a/b': give a name without a slash"),
+        ({"target": "blok"}, "has target 'blok'"),
+        ({"side": "out"}, "side 'out'"),
+        ({"reduce": None}, "reads nothing: define reduce"),
+        ({"name": "rms"}, "two statistics are called 'rms'"),
+    ],
+)
+def test_a_users_statistic_is_checked_before_anything_runs(net, changes, says):
+    own = {
+        "name": "odd",
+        "definition": "d",
+        "axes": "a",
+        "unit": "1",
+        "reduce": staticmethod(lambda x: x.flatten(1).sum(1)),
+    }
+    fields = {k: v for k, v in (own | changes).items() if v is not None}
+    with pytest.raises(GddlabError, match=says):
+        Probe(net, [1.0], stats=["rms", type("Odd", (Statistic,), fields)])
+
+
+@pytest.mark.parametrize(("columns", "parts"), [(2, ()), (2, ("a", "b", "c")), (3, ("a", "b"))])
+def test_a_users_statistic_names_as_many_parts_as_it_gives(net, pictures, columns, parts):
+    reduce = staticmethod(lambda x: x.flatten(1)[:, :columns])
+    odd = type("Odd", (Clipped,), {"name": "odd", "parts": parts, "reduce": reduce})
+    with pytest.raises(GddlabError, match=f"'odd' gives {columns} numbers a row and names {len(parts)} parts"):
+        probe(net, [2.0, 1.0], data=pictures, n=2, stats=odd)
+    right = type(
+        "Right",
+        (Clipped,),
+        {"name": "right", "parts": ("a", "b"), "reduce": staticmethod(lambda x: x.flatten(1)[:, :2])},
+    )
+    assert probe(net, [2.0, 1.0], data=pictures, n=2, stats=right).stats == ["right_a", "right_b"]
+
+
+def test_a_statistic_that_writes_into_an_activation_is_refused(net, pictures):
+    greedy = type(
+        "Greedy", (Clipped,), {"name": "greedy", "reduce": staticmethod(lambda x: x.mul_(0).flatten(1).mean(1))}
+    )
+    with pytest.raises(GddlabError, match="writes into what it is given"):
+        probe(net, [2.0, 1.0], data=pictures, n=2, stats=greedy)
+
+
+def test_what_is_not_finite_is_no_share(net, pictures):
+    with torch.no_grad():
+        net.model.enc["16x16_block0"].conv0.weight[0, 0, 0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        table = probe(net, [2.0, 1.0], data=pictures, n=2, stats=["active_fraction", "dead_channels", Clipped])
+    for stat in table.stats:
+        assert table.pivot(stat).loc["model.enc.16x16_block0.conv1"].isna().all()
+    assert table.pivot("active_fraction").loc["model.enc.16x16_block0.conv0"].notna().all()
 
 
 def test_activations_that_are_not_finite_are_reported():

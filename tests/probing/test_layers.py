@@ -60,7 +60,7 @@ def test_patterns_lists_and_functions(net):
         ("re:(", "no regular expression"),
         (lambda n, m: False, "accepts none"),
         ([], "empty list"),
-        ([3], "layer 3 is no name"),
+        ([3], "layers: 3 is no name"),
         (3, "layers=3"),
     ],
 )

@@ -134,6 +134,13 @@ def test_the_card_names_the_data(net):
         ({"n": 0}, "n=0"),
         ({"n": 4, "start": 9}, "start=9, n=4, but 'pictures' has 12: give n=3 or less"),
         ({"start": -1}, "start=-1"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": -1}, "seeds are 0"),
+        ({"seed": 2**32}, "seeds are 0"),
+        ({"timesteps": [True]}, "timesteps="),
+        ({"device": "nope"}, "device='nope' cannot be used here"),
+        ({"data": 5}, "data=5: give a dataset"),
+        ({"layers": 5}, "layers=5: give a name"),
         ({"n": 7, "stats": "cka"}, "'cka' compares 8 with each other, give n=8 or more"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),
@@ -233,7 +240,7 @@ def test_results_of_other_images_merge(net, pictures):
         merged.merge(probe(tiny(seed=1), [80.0, 1.0], n=2, start=9, **options))
     with pytest.raises(GddlabError, match=r"sigmas is \[80.0, 1.0\] here, \[1.0\] there"):
         merged.merge(probe(net, [1.0], n=2, start=9, **options))
-    with pytest.raises(GddlabError, match=r"settings is .*merge equal measurements"):
+    with pytest.raises(GddlabError, match="is in one result alone"):
         merged.merge(probe(net, [80.0, 1.0], n=2, start=9, **(options | {"layers": "model.enc.*"})))
 
 
@@ -285,8 +292,6 @@ def test_low_precision_runs_under_autocast(net, pictures):
 
 def test_a_float64_network_is_measured_in_float64(pictures):
     net = tiny().double()
-    forward = net.forward
-    net.forward = lambda x, s, c=None: forward(x.double(), s, c)
     seen = {}
     conv = net.model.enc["16x16_block0"].conv1
     conv.register_forward_hook(lambda m, a, y: seen.update(y=y.clone()))
@@ -346,3 +351,67 @@ def test_inference_mode_is_no_obstacle(net, pictures):
 
 def test_trajectories_visit_levels_that_float32_does_not_hold(net):
     assert probe(net, [80.0, 0.2], states="trajectory", n=1, stats="rms").sigmas == [80.0, 0.2]
+
+
+def test_what_is_no_network_is_refused():
+    for thing in ("digits", None):
+        with pytest.raises(GddlabError, match=r"the network is a (str|NoneType): give a torch.nn.Module"):
+            probe(thing)
+
+
+def test_noise_counts_once(pictures):
+    """Without a dataset an image is its noise, of seed + position, whatever the two are."""
+    options = {"states": "prior", "stats": "rms"}
+    first = probe(tiny(), [80.0], n=8, **options)
+    for other in ({"seed": 4}, {"seed": 2, "start": 3}):
+        with pytest.raises(GddlabError, match="both results saw images"):
+            first.merge(probe(tiny(), [80.0], n=8, **options, **other))
+    assert first.merge(probe(tiny(), [80.0], n=8, seed=8, **options)).meta["n_images"] == 16
+
+
+def test_results_of_other_classes_do_not_merge(pictures):
+    net = tiny(label_dim=3)
+    options = {"data": pictures, "n": 4, "stats": "rms"}
+    third = probe(net, [80.0], class_labels=2, **options)
+    assert third.meta["labels"] == "class 2"
+    with pytest.raises(GddlabError, match="labels is class 2 here, class 1 there"):
+        third.merge(probe(net, [80.0], class_labels=1, start=4, **options))
+    assert probe(net, [80.0], **options).meta["labels"] == "images"
+    assert probe(net, [80.0], states="prior", n=2, stats="rms").meta["labels"] == "in turn"
+    assert third.merge(probe(net, [80.0], class_labels=2, start=4, **options)).meta["n_images"] == 8
+
+
+def test_layers_may_be_any_iterable_and_results_merge_however_they_were_named(net, pictures):
+    names = ["model.enc.16x16_conv", "model.dec.16x16_aux_conv"]
+    options = {"data": pictures, "stats": "rms", "batch_size": 2}
+    made = probe(net, [80.0, 1.0, 0.5], n=2, layers=(n for n in names), **options)
+    assert made.layers == names
+    other = probe(net, [80.0, 1.0, 0.5], n=2, start=2, layers={*names}, dtype="float32", **options)
+    assert made.merge(other).meta["n_images"] == 4
+
+
+def test_contrast_of_joined_results_takes_a_level_that_was_measured(net, pictures):
+    joined = probe(net, [80.0, 1.0], data=pictures, n=2, stats="mean").join(
+        probe(net, [10.0, 0.1], data=pictures, n=2, stats="rms")
+    )
+    assert joined.contrast("rms", at=80.0)["at"].tolist() == joined.pivot("rms")[10.0].tolist()
+    with pytest.raises(GddlabError, match="unknown column 'x'"):
+        joined.pivot("rms", values="x")
+    for call in (joined.join, joined.merge):
+        with pytest.raises(GddlabError, match="3 is no ProbeResult"):
+            call(3)
+
+
+def test_numpy_numbers_are_numbers(net, pictures):
+    assert len(probe(net, np.int64(3), data=pictures, n=1, stats="rms").sigmas) == 3
+    assert probe(net, np.array([2.0, 1.0]), data=pictures, n=1, seed=np.int64(3), stats="rms").sigmas == [2.0, 1.0]
+
+
+def test_float64_networks_see_float64(pictures):
+    net = tiny().double()
+    seen = []
+    net.register_forward_pre_hook(lambda m, a: seen.append((a[0].dtype, a[1].dtype)))
+    result = probe(net, [2.0, 1.0], data=pictures, n=2)
+    assert seen == [(torch.float64, torch.float64)]
+    plain = probe(tiny(), [2.0, 1.0], data=pictures, n=2)
+    np.testing.assert_allclose(result.frame["value"], plain.frame["value"], rtol=1e-3, atol=1e-4)

@@ -173,10 +173,25 @@ def test_reductions_of_large_rows_keep_their_digits():
         "gram": torch.einsum("nsd,ntd->nst", d, d) / d.shape[-1],
         "channel_mean": c.mean(-1),
         "channel_square": c.square().mean(-1),
+        "variance": d.var(-1, correction=0),
+        "channel_variance": c.var(-1, correction=0),
     }
     for name, value in expected.items():
         for form in (x, x.contiguous(memory_format=torch.channels_last)):
             assert_close(getattr(reductions, name)(form, 8), value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(1, 0.1), (10, 0.1), (100, 0.1), (100, 0.01)])
+def test_spreads_beside_large_means_keep_their_digits(mean, spread):
+    x = mean + spread * torch.randn(16, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    d = x.double().unflatten(0, (8, 2))
+    std, channel = STATISTICS["std"](), ChannelMoments()
+    std.update(x=reductions.mean(x, 8), within=reductions.variance(x, 8))
+    channel.update(x=reductions.channel_mean(x, 8), within=reductions.channel_variance(x, 8))
+    # the activation itself is float32: a mean of 100 leaves it five digits of a spread of 0.01
+    assert_close(std.result()[0], d.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-6, atol=0)
+    loss = 1e-6 if mean < 1000 * spread else 1e-4  # of the channel's means, which are sums of float32
+    assert_close(channel.channels()["var"], d.var((0, 3, 4), correction=0), rtol=loss, atol=0)
 
 
 def test_channels_of_tokens_are_the_last_dimension():
@@ -184,6 +199,8 @@ def test_channels_of_tokens_are_the_last_dimension():
     assert_close(reductions.channel_mean(x, 3), x.mean(1).unflatten(0, (3, 2)))
     v = torch.randn(6, 4, dtype=torch.float64)
     assert_close(reductions.channel_square(v, 3), v.square().unflatten(0, (3, 2)))
+    assert_close(reductions.channel_variance(x, 3), x.var(1, correction=0).unflatten(0, (3, 2)))
+    assert_close(reductions.channel_variance(v, 3), torch.zeros(3, 2, 4, dtype=torch.float64))
 
 
 def test_half_precision_and_channels_last_are_measured_in_float32():
