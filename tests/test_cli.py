@@ -154,6 +154,17 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'fid'" in refused(capsys, "evaluate", "digits", "--metrics", "fed")
     assert "did you mean 'digits'" in refused(capsys, "evaluate", "digits", "--data", "digit")
     assert "budget" in refused(capsys, "freeze", "digits", "--strategy", "random", "--budget", "1.5")
+    assert "device='nope' cannot be used" in refused(
+        capsys, "probe", "digits", "--device", "nope", "--n", "2", "--out", str(tmp_path / "p")
+    )
+    assert "is a file: give a folder" in refused(capsys, "probe", "digits", "--out", __file__)
+    assert "is a file: give a folder" in refused(capsys, "ablate", "digits", "--out", __file__)
+    assert "Is a directory" in refused(capsys, "mask", "show", str(Path(__file__).parent))
+    assert "cannot be written" in refused(capsys, "reproduce", "digits", "--out", __file__)
+    assert "--ship with --dry-run" in refused(capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--dry-run")
+    assert "no run of 'digits'" in refused(
+        capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--out", str(tmp_path / "o")
+    )
     assert "did you mean 'digits'" in refused(capsys, "train", "digts", "--run-dir", str(tmp_path / "r"))
     assert "batch=0" in refused(capsys, "train", "--run-dir", str(tmp_path / "r"), "--batch", "0")
     assert not list(tmp_path.iterdir())

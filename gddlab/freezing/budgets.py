@@ -52,6 +52,8 @@ def fill_resolutions(ordered: Sequence[Unit], budget: object, *, units: Sequence
     if not known:
         raise GddlabError('no candidate has a resolution, in its name or from its probe: take strategy="budget"')
     budgets = budget if isinstance(budget, Mapping) else dict.fromkeys(known, budget)
+    if not budgets:
+        raise GddlabError("budget={}: give a share for at least one resolution, such as {16: 0.8}")
     chosen = []
     for key, share in budgets.items():
         resolution = int(key) if str(key).isdecimal() else key  # JSON has strings

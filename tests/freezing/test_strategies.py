@@ -116,6 +116,8 @@ def test_threshold(net, result, freeze):
 
 def test_each_resolution_has_its_budget(net, result):
     made = with_values(result, "rms", values := spread(net))
+    with pytest.raises(GddlabError, match="at least one resolution"):
+        select_freeze(made, strategy="per-resolution", score="rms", budget={})
     mask = select_freeze(made, strategy="per-resolution", score="rms", budget=0.5)
     frozen = set(frozen_layers(mask))
     assert set(mask.arguments["reached"]) == {"16", "8"}

@@ -76,7 +76,8 @@ def draw_course(frame: pd.DataFrame, stat: str, ax: Axes | None = None) -> Axes:
     ax = axes(ax, 8.0, max(2.5, INCH_A_LAYER * len(rows) + 1.3))
     _grid(ax, frame, stat, table, rows, edges(np.array(levels(table))), None)
     _columns(ax, table, "real images seen, thousands")
-    ax.set_title(f"{stat} at σ = {plain(sigmas[0])}: n = {int(part['n_images'].max())}", fontsize=9)
+    images = int(part["n_images"].max())  # none where weights were measured, which no noise level has a part in
+    ax.set_title(f"{stat} at σ = {plain(sigmas[0])}: n = {images}" if images else stat, fontsize=9)
     return ax
 
 
