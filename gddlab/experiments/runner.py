@@ -13,7 +13,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.evaluation import evaluate_snapshots
 from gddlab.experiments.digits import DIGITS, measure, rule
 from gddlab.experiments.experiment import Experiment, Measured
-from gddlab.files import read_jsonl, write_bytes
+from gddlab.files import read_json, read_jsonl, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.launch.lock import held
 from gddlab.probing import ProbeResult
@@ -178,6 +178,9 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
         for file in (source / n for n in LIGHT):
             if file.exists():
                 write_bytes(target / file.name, file.read_bytes())
+        card = read_json(source / "teacher.json")
+        if "source" in card:  # where the teacher lay on this machine is nobody's business
+            write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
         for grid in load_run(source).grids()[-1:]:
             write_bytes(target / "samples" / grid.name, grid.read_bytes())
         written.append(target)

@@ -23,6 +23,7 @@ from gddlab.probing.reductions import (
     mean,
     mean_magnitude,
     mean_square,
+    moments,
 )
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
 from gddlab.probing.wrapping import eager
@@ -127,9 +128,11 @@ class Probe:
                 for tap in taps.values():
                     out[tap.module, tap.side].add(tap.reduction)
         for reductions in out.values():
+            if moments in reductions:
+                reductions -= {mean, mean_square, mean_magnitude}  # they follow from it
             if gram in reductions:
                 reductions.discard(mean_square)  # its diagonal is free
-            elif not reductions & {*_LEVELS}:
+            elif not reductions & {*_LEVELS, moments}:
                 reductions.add(mean_square)  # a share is finite even where activations are not
         return dict(out)
 
@@ -200,6 +203,9 @@ class Probe:
             raise GddlabError(
                 f"a statistic of layer {name!r} writes into what it is given, the network's own activation: copy it first"
             )
+        if moments in found:
+            middle, within, magnitude = found[moments].unbind(-1)
+            found |= {mean: middle, mean_square: middle.square() + within, mean_magnitude: magnitude}
         if gram in found:
             found[mean_square] = found[gram].diagonal(dim1=-2, dim2=-1)
         self._reduced[name, side] = found

@@ -29,13 +29,14 @@ __all__ = [
     "mean",
     "mean_magnitude",
     "mean_square",
+    "moments",
     "per_row",
     "positive_share",
-    "variance",
 ]
 
 Reduction = Callable[[Tensor, int], Tensor]
 
+BLOCK = 1 << 12
 PIECE = 1 << 14
 """Numbers summed in float32 before float64 takes over: the error stays below 1e-7 of the sum of magnitudes."""
 
@@ -66,61 +67,103 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
-def _row_means(x: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean over each row of what `total` sums over the last dimension.  (n * S, ...) -> (n, S)"""
+def _blocks(x: Tensor) -> Tensor:
+    """Rows cut into equal blocks, (blocks, P): long enough to be summed fast, short enough to be summed exactly in float32."""
     v = flat(x)
-    parts = [double(total(part)) for part in v.split(PIECE, 1)]
-    return (functools.reduce(torch.add, parts) / v.shape[1]).reshape(n, -1)
+    p = math.gcd(v.shape[1], BLOCK)
+    return v.reshape(-1, p if p >= 64 else v.shape[1])
+
+
+def _row_means(blocks: Tensor, x: Tensor, n: int) -> Tensor:
+    """Sums of blocks to means of the rows of `x`.  (blocks,) -> (n, S)"""
+    return (double(blocks).reshape(len(x), -1).sum(1) / x[0].numel()).reshape(n, -1)
+
+
+def _chunk(blocks: Tensor) -> int:
+    """Blocks whose copy stays in a CPU's cache; an accelerator takes more at once."""
+    return max(1, (1 << (19 if blocks.device.type == "cpu" else 26)) // blocks.shape[1])
+
+
+def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
+    """`total` of each block of what `change` makes of it, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
+    size = _chunk(blocks)
+    out, buffer = torch.empty_like(blocks[:, 0]), torch.empty_like(blocks[:size])
+    for i in range(0, len(blocks), size):
+        part = blocks[i : i + size]
+        total(change(part, out=buffer[: len(part)]), out=out[i : i + size])
+    return out
+
+
+def _sum(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.sum(x, -1, out=out)
+
+
+def _norm(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Squares and adds in one pass, without a temporary of the activation's size."""
+    norm: Tensor = torch.linalg.vector_norm(x, 2, -1, out=out)
+    return norm
 
 
 def mean(x: Tensor, n: int) -> Tensor:
     """Mean of each row.  (n * S, ...) -> (n, S)"""
-    return _row_means(x, n, lambda v: v.sum(-1))
+    return _row_means(_sum(_blocks(x)), x, n)
 
 
 def mean_square(x: Tensor, n: int) -> Tensor:
     """Mean of squares of each row.  (n * S, ...) -> (n, S)"""
-    # The norm squares and adds in one pass, without a temporary of the activation's size.
-    return _row_means(x, n, lambda v: double(torch.linalg.vector_norm(v, 2, -1)).square())
+    return _row_means(double(_norm(_blocks(x))).square(), x, n)
+
+
+def moments(x: Tensor, n: int) -> Tensor:
+    """Mean of each row, mean square of the distance from it, and mean of absolute values.  (n * S, ...) -> (n, S, 3)
+
+    Reading the activation is what costs, so that all three come of one reading. Distances are taken from the mean of each block, and the blocks'
+    means added in float64: a difference of mean squares would lose its digits where means are large.
+    """
+    blocks = _blocks(x)
+    size = _chunk(blocks)
+    total, away, magnitude = torch.empty(3, len(blocks), dtype=x.dtype, device=x.device)
+    buffer = torch.empty_like(blocks[:size])
+    for i in range(0, len(blocks), size):
+        part, chunk = blocks[i : i + size], slice(i, i + size)
+        place = buffer[: len(part)]
+        _sum(part, out=total[chunk])
+        middle = (total[chunk] / blocks.shape[1])[:, None]
+        _norm(torch.sub(part, middle, out=place), out=away[chunk])
+        _sum(torch.abs(part, out=place), out=magnitude[chunk])
+    rows, p = len(x), blocks.shape[1]
+    exact = double(total).reshape(rows, -1) / p  # (rows, blocks of a row)
+    middle = exact.mean(1)
+    # the distance was taken from the mean as float32 has it, which is not the mean to the last digit
+    off = exact - double(total / p).reshape(rows, -1)
+    within = double(away).square().reshape(rows, -1) / p - off.square()
+    spread = within.mean(1) + (exact - middle[:, None]).square().mean(1)
+    found = torch.stack([middle, spread, double(magnitude).reshape(rows, -1).sum(1) / x[0].numel()], -1)
+    return found.unflatten(0, (n, -1))
 
 
 def mean_magnitude(x: Tensor, n: int) -> Tensor:
     """Mean of absolute values of each row.  (n * S, ...) -> (n, S)"""
-    return _row_means(x, n, lambda v: torch.linalg.vector_norm(v, 1, -1))
-
-
-def _chunk(x: Tensor) -> int:
-    """Rows of a buffer that stays in a CPU's cache; an accelerator takes more at once."""
-    return max(1, (1 << (18 if x.device.type == "cpu" else 26)) // max(1, x[0].numel()))
-
-
-def variance(x: Tensor, n: int) -> Tensor:
-    """Mean square of each row's distance from its own mean: a difference of large means would lose its digits.  (n * S, ...) -> (n, S)"""
-    v, rows = flat(x), _chunk(x)
-    buffer = torch.empty_like(v[:rows])
-    found = []
-    for part in v.split(rows):
-        middle = functools.reduce(torch.add, [double(p.sum(-1)) for p in part.split(PIECE, 1)]) / v.shape[1]
-        away = torch.sub(part, middle.to(x.dtype)[:, None], out=buffer[: len(part)])
-        squares = [double(torch.linalg.vector_norm(p, 2, -1)).square() for p in away.split(PIECE, 1)]
-        found.append(functools.reduce(torch.add, squares) / v.shape[1])
-    return torch.cat(found).reshape(n, -1)
+    blocks = _blocks(x)  # the 1-norm needs no buffer, and three times as long
+    return _row_means(_buffered(blocks, torch.abs, _sum), x, n)
 
 
 def positive_share(x: Tensor, n: int) -> Tensor:
     """Share of values above 0 of each row.  (n * S, ...) -> (n, S)"""
-    v, rows = flat(x), _chunk(x)
-    buffer = torch.empty_like(v[:rows])  # summing booleans directly is ten times slower on CPUs
-    sums = torch.cat([torch.gt(part, 0, out=buffer[: len(part)]).sum(-1) for part in v.split(rows)])
-    return (double(sums) / v.shape[1]).reshape(n, -1)
+    blocks = _blocks(x)  # summing booleans directly takes ten times as long
+    return _row_means(_buffered(blocks, functools.partial(torch.gt, other=0), _sum), x, n)
 
 
 def gram(x: Tensor, n: int) -> Tensor:
     """Inner products of the rows of each image, over the number of values.  (n * S, ...) -> (n, S, S)"""
     v = flat(x)
     v = v.reshape(n, v.shape[0] // n, -1)
-    parts = [double(torch.bmm(part, part.mT)) for part in v.split(PIECE, -1)]
-    return functools.reduce(torch.add, parts) / v.shape[-1]
+    p = math.gcd(v.shape[2], PIECE)
+    if p < 1024:
+        parts = [double(torch.bmm(part, part.mT)) for part in v.split(PIECE, -1)]
+        return functools.reduce(torch.add, parts) / v.shape[-1]
+    pieces = v.unflatten(2, (-1, p)).transpose(1, 2)  # (n, pieces, S, p)
+    return torch.stack([double(torch.bmm(a, a.mT)).sum(0) for a in pieces]) / v.shape[-1]
 
 
 def _channels(x: Tensor, n: int, total: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -148,7 +191,7 @@ def channel_square(x: Tensor, n: int) -> Tensor:
 def channel_variance(x: Tensor, n: int) -> Tensor:
     """Mean square of each channel's distance from its own mean over pixels.  (n * S, C, ...) -> (n, S, C)"""
     found = []
-    for part in x.split(_chunk(x)):
+    for part in x.split(max(1, (1 << 20) // x[0].numel())):  # no temporary of the activation's size
         middle = channel_mean(part, 1)[0].to(x.dtype)
         middle = middle[:, None] if x.ndim == 3 else middle.reshape(*middle.shape, *[1] * (x.ndim - 2))
         found.append(channel_square(part - middle, 1)[0])

@@ -24,8 +24,8 @@ from gddlab.probing.reductions import (
     mean,
     mean_magnitude,
     mean_square,
+    moments,
     positive_share,
-    variance,
 )
 from gddlab.probing.statistic import PerImage, Statistic
 
@@ -86,14 +86,15 @@ class StandardDeviation(Statistic):
 
     @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", mean), "within": Tap(layer.name, "output", variance)}
+        return {"x": Tap(layer.name, "output", moments)}
 
-    def quantities(self, x: Tensor, within: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.stack([x, x.square() + within], -1)
+    def quantities(self, x: Tensor) -> Tensor:
+        mean, within, _ = x.unbind(-1)
+        return torch.stack([mean, mean.square() + within], -1)
 
     def update(self, **reduced: Tensor) -> None:
         super().update(**reduced)
-        self.add(within=reduced["within"].sum(0))
+        self.add(within=reduced["x"][..., 1].sum(0))
 
     def value(self, means: Tensor) -> Tensor:
         return (means[:, 1] - means[:, 0].square()).clamp(min=0).sqrt()

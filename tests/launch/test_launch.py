@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from gddlab.files import read_json
 from gddlab.freezing import select_freeze
 from gddlab.launch import RunFailed, attach, train
 from gddlab.launch.lock import held, take
+from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
 
@@ -27,12 +29,18 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path) -> None:
     """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
     mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
     fields = {"mask": mask, "precision": "float64", "sync_batchnorm": True, "total_kimg": 0.04, "checkpoint_kimg": 0.04}
-    one = Trainer(tiny_config(tmp_path / "one", tiny_teacher, **fields), ALONE)
+    fields["probe_kimg"] = 0.04
+    config = tiny_config(tmp_path / "one", tiny_teacher, **fields)
+    config.write()
+    one = Trainer(config, ALONE)
     one.train()
     config = tiny_config(tmp_path / "two", tiny_teacher, **fields)
     run = train(config, nproc=2).wait(240)
     assert run.status == "done"
     assert read_json(run.run_dir / "provenance.json")["world_size"] == 2
+    alone, shared = (load_run(tmp_path / name).probes for name in ("one", "two"))
+    assert sorted(set(shared["kimg"])) == [0.0, 0.04]
+    pd.testing.assert_frame_equal(alone, shared, rtol=1e-6, atol=1e-6)
     two = Trainer(config, ALONE)
     assert two.restore()
     assert one.iteration == two.iteration == 5
