@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.changes import Change, spread, swapped, tapped
-from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, split, warn_of, weighted_error
+from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, Rows, as_it_was
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, select_layers
@@ -156,7 +156,7 @@ def ablate(
     outputs = {layer.name: _outputs(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
     effects = Effects(selected, KINDS[mode] if states == "noised" else KINDS[mode][:1])
-    levels, passes = split(inputs, batch_size, group)
+    levels, passes = inputs.split(batch_size, group)
     total = len(levels) * len(passes) * (len(selected) + (mode == "mean"))
     shapes: dict[str, torch.Size] = {}
     with (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gddlab.datasets import ImageDataset
 from gddlab.errors import unknown
 from gddlab.probing.denoising import Noised, denoising_loss, differentiable, noised
-from gddlab.probing.effects import WEIGHT, Effects, denoised, split, warn_of
+from gddlab.probing.effects import WEIGHT, Effects, denoised, warn_of
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import LayerSelection, named_layers
@@ -135,7 +135,7 @@ def attribute(
         raise unknown("method", method, METHODS)
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
     points = {"LayerConductance": positive("steps", steps) + 1, "LayerIntegratedGradients": steps}.get(method, 1)
-    levels, passes = split(inputs, max(1, positive("batch_size", batch_size) // points))
+    levels, passes = inputs.split(max(1, positive("batch_size", batch_size) // points))
     piece = None if points <= batch_size else max(2, batch_size)  # conductance takes differences of two points
     net, modules = inputs.denoiser, named_layers(model)
 

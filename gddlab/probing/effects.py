@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing.inputs import Inputs, Rows
+from gddlab.probing.inputs import Rows
 from gddlab.probing.layers import Layer
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.statistics import PerImage, Statistic
 
-__all__ = ["SIGMA_DATA", "WEIGHT", "Effect", "Effects", "denoised", "split", "warn_of", "weighted_error"]
+__all__ = ["SIGMA_DATA", "WEIGHT", "Effect", "Effects", "denoised", "warn_of", "weighted_error"]
 
 SIGMA_DATA = 0.5
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
@@ -62,15 +62,6 @@ def weighted_error(a: Tensor, b: Tensor, sigmas: Sequence[float]) -> Tensor:
     sigma = torch.tensor(sigmas, dtype=torch.float64)
     weight = (sigma.square() + SIGMA_DATA**2) / (sigma * SIGMA_DATA).square()
     return weight * mean_square(double(a) - double(b), len(a) // len(sigmas)).cpu().double()
-
-
-def split(inputs: Inputs, batch_size: int, group: int = 1) -> tuple[list[list[float]], list[tuple[int, int]]]:
-    """Parts of the noise levels, and first and last image of each pass, at most `batch_size` rows where a group of images fits in."""
-    sigmas, n = inputs.sigmas, inputs.n
-    width = min(len(sigmas), max(1, batch_size // group))
-    images = max(1, batch_size // width // group) * group
-    levels = [sigmas[i : i + width] for i in range(0, len(sigmas), width)]
-    return levels, [(i, min(i + images, n)) for i in range(0, n, images)]
 
 
 class Effects:

@@ -109,6 +109,23 @@ class Inputs:
         else:
             self.labels = one_hot(label_dim, n, seed, class_labels)
 
+    def split(
+        self, batch_size: int, group: int = 1, *, together: bool = False, images: tuple[int, int] | None = None
+    ) -> tuple[list[list[float]], list[tuple[int, int]]]:
+        """Parts of the noise levels, and first and last image of each pass, at most `batch_size` rows where that can be.
+
+        Args:
+            batch_size: Rows of a pass.
+            group: Images that stay in one pass.
+            together: All noise levels stay in one pass.
+            images: First and last image; None for all.
+        """
+        first, last = (0, self.n) if images is None else images
+        width = len(self.sigmas) if together else min(len(self.sigmas), max(1, batch_size // group))
+        levels = [self.sigmas[i : i + width] for i in range(0, len(self.sigmas), width)]
+        step = max(1, batch_size // width // group) * group
+        return levels, [(i, min(i + step, last)) for i in range(first, last, step)]
+
     def clean(self, i: int, j: int) -> Tensor:
         """The images themselves, (j - i, C, H, W) in [-1, 1]; zeros where there are none."""
         if self.dataset is None or self.index is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.changes import activations_of, check_architecture, equal_weights, weights_of
-from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, split, warn_of, weighted_error
+from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
@@ -183,7 +183,7 @@ def patch(
     patched = weights_of if what == "weights" else activations_of
     kinds = KINDS[what, into]
     effects, measured = Effects(selected, kinds), Effects(selected, [MEASURES[what]])
-    levels, passes = split(inputs, batch_size)
+    levels, passes = inputs.split(batch_size)
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(as_it_was(net, device=device, dtype=dtype))
         stack.enter_context(as_it_was(other, device=target))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ from gddlab.progress import progress_bar
 from gddlab.sampling.arguments import positive, precision
 
 __all__ = ["probe"]
-
-Pass = tuple[int, int]
 
 
 def probe(
@@ -97,16 +95,19 @@ def probe(
 
     sigmas = inputs.sigmas
     across = any(s.across for s in chosen)
-    width = len(sigmas) if across else min(len(sigmas), max(1, batch_size // group))
-    levels = [sigmas[i : i + width] for i in range(0, len(sigmas), width)]
-    images = max(1, batch_size // width // group) * group
+    levels, passes = inputs.split(batch_size, group, together=across, images=_share(n, group))
     wanted: StatisticSelection = DEFAULT if stats == DEFAULT and not per_channel else chosen
     measures = [Probe(model, part, layers=layers, stats=wanted) for part in levels]
 
-    passes = list(_passes(n, images, group))
     with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():
         if dry_run:
-            cost = estimate(measures[0], inputs, (0, min(n, images)), target, passes=len(passes) * len(levels))
+            cost = estimate(
+                measures[0],
+                inputs,
+                passes[0] if passes else (0, min(n, group)),
+                target,
+                passes=len(passes) * len(levels),
+            )
             return cost  # type: ignore[return-value]  # the one call in which a user wants no result
         total = len(passes) * len(levels)
         with progress_bar(total=total, desc="probing", unit="pass", enabled=progress) as bar:
@@ -129,13 +130,11 @@ def probe(
     return result
 
 
-def _passes(n: int, images: int, group: int) -> Iterator[Pass]:
-    """First and last image of each pass of this process; whole groups, but for the end."""
+def _share(n: int, group: int) -> tuple[int, int]:
+    """First and last image of this process; whole groups, but for the end."""
     rank, size = _rank()
     share = math.ceil(n / group / size) * group
-    first, last = min(rank * share, n), min((rank + 1) * share, n)
-    for i in range(first, last, images):
-        yield i, min(i + images, last)
+    return min(rank * share, n), min((rank + 1) * share, n)
 
 
 def _rank() -> tuple[int, int]:

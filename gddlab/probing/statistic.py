@@ -56,6 +56,8 @@ class Statistic:
     side: ClassVar[Literal["input", "output"]] = "output"
     """What `reduce` sees: a layer's output or its first input."""
     reduce: ClassVar[Callable[[Tensor], Tensor]]
+    reduction: ClassVar[Any] = None
+    """One of `gddlab.probing.reductions` in place of `reduce`; equal ones of several statistics are computed once."""
     kinds: ClassVar[dict[str, type[Statistic]]] = {}
     """Every statistic by module and class, so that saved sums find their meaning again."""
 
@@ -77,9 +79,14 @@ class Statistic:
         return self.samples * self.group
 
     @classmethod
+    def applies(cls, layer: Layer) -> bool:
+        """Whether the statistic has a meaning for a layer."""
+        return True
+
+    @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
         """What to read for `layer`, by role; None where the statistic has no meaning."""
-        return {"x": Tap(layer.name, cls.side, per_row(cls.reduce))}
+        return {"x": Tap(layer.name, cls.side, cls.reduction or per_row(cls.reduce))} if cls.applies(layer) else None
 
     def update(self, **reduced: Tensor) -> None:
         """Adds a batch: float64 reductions by role."""

@@ -45,10 +45,7 @@ class RootMeanSquare(Statistic):
     definition = "square root of the mean over images of the mean square of the layer's output; sem by the delta method"
     axes = "images, channels, pixels"
     unit = "activation"
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", mean_square)}
+    reduction = staticmethod(mean_square)
 
     def value(self, means: Tensor) -> Tensor:
         return means[:, 0].sqrt()
@@ -59,10 +56,7 @@ class MeanAbsolute(Statistic):
     definition = "mean absolute value of the layer's output"
     axes = "images, channels, pixels"
     unit = "activation"
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", mean_magnitude)}
+    reduction = staticmethod(mean_magnitude)
 
 
 class Mean(Statistic):
@@ -70,10 +64,7 @@ class Mean(Statistic):
     definition = "mean of the layer's output"
     axes = "images, channels, pixels"
     unit = "activation"
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", mean)}
+    reduction = staticmethod(mean)
 
 
 class StandardDeviation(Statistic):
@@ -83,10 +74,7 @@ class StandardDeviation(Statistic):
     )
     axes = "images, channels, pixels"
     unit = "activation"
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", moments)}
+    reduction = staticmethod(moments)
 
     def quantities(self, x: Tensor) -> Tensor:
         mean, within, _ = x.unbind(-1)
@@ -115,10 +103,12 @@ class ActiveFraction(Statistic):
     definition = "share of the layer's input above 0, for layers whose input is the output of SiLU"
     axes = "images, channels, pixels"
     unit = "share"
+    reduction = staticmethod(positive_share)
+    side = "input"
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "input", positive_share)} if layer.activated_input else None
+    def applies(cls, layer: Layer) -> bool:
+        return layer.activated_input
 
 
 class DeadChannels(Statistic):
@@ -132,10 +122,12 @@ class DeadChannels(Statistic):
     axes = "root mean square over pixels; share over channels; mean over images"
     unit = "share"
     threshold: ClassVar[float] = 0.01
+    reduction = staticmethod(channel_square)
+    side = "input"
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "input", channel_square)} if layer.activated_input else None
+    def applies(cls, layer: Layer) -> bool:
+        return layer.activated_input
 
     def quantities(self, x: Tensor) -> Tensor:
         near = x < self.threshold**2 * x.mean(-1, keepdim=True)
@@ -196,12 +188,12 @@ class _Likeness(Statistic):
 
     def update(self, **reduced: Tensor) -> None:
         super().update(**reduced)
-        self.add(matrix=reduced["m"].sum(0))
+        self.add(matrix=reduced["x"].sum(0))
 
-    def quantities(self, m: Tensor) -> Tensor:
+    def quantities(self, x: Tensor) -> Tensor:
         """m(s, 0), m(s, s), m(0, 0): noise levels descend, so that 0 is the largest.  (n, S, S) -> (n, S, 3)"""
-        diagonal = m.diagonal(dim1=-2, dim2=-1)
-        return torch.stack([m[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)
+        diagonal = x.diagonal(dim1=-2, dim2=-1)
+        return torch.stack([x[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)
 
     def value(self, means: Tensor) -> Tensor:
         cross, ss, tt = means.unbind(1)
@@ -228,10 +220,7 @@ class Cosine(_Likeness):
         "G[s, t] / sqrt(G[s, s] G[t, t]), G[s, t] = sum over images of <a_s, a_t>; sem by the delta method"
     )
     axes = "images, channels, pixels"
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"m": Tap(layer.name, "output", gram)}
+    reduction = staticmethod(gram)
 
 
 class CenteredKernelAlignment(_Likeness):
@@ -243,10 +232,7 @@ class CenteredKernelAlignment(_Likeness):
     )
     axes = "images, channels, pixels"
     group = GROUP
-
-    @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"m": Tap(layer.name, "output", hsic)}
+    reduction = staticmethod(hsic)
 
 
 class SpectralShare(Statistic):
@@ -259,10 +245,11 @@ class SpectralShare(Statistic):
     axes = "power over channels, frequencies; mean over images"
     unit = "share"
     parts = ("0", "1", "2", "3")
+    reduction = staticmethod(band_share)
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        return {"x": Tap(layer.name, "output", band_share)} if layer.type in ("conv", "block") else None
+    def applies(cls, layer: Layer) -> bool:
+        return layer.type in ("conv", "block")
 
 
 class ChannelMoments(Statistic):
@@ -343,7 +330,7 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
             raise GddlabError(
                 f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or block, input or output"
             )
-        if found.taps.__func__ is Statistic.taps.__func__ and not hasattr(found, "reduce"):  # type: ignore[attr-defined]
+        if found.taps.__func__ is Statistic.taps.__func__ and not (found.reduction or hasattr(found, "reduce")):  # type: ignore[attr-defined]
             raise GddlabError(f"statistic {found.name!r} reads nothing: define reduce(x), or taps")
         if found not in out:
             if clash := [c for c in out if c.name == found.name]:

@@ -3,7 +3,7 @@ import torch
 
 from gddlab.errors import GddlabError
 from gddlab.probing import PerImage, select_layers
-from gddlab.probing.effects import Effect, Effects, denoised, split, warn_of, weighted_error
+from gddlab.probing.effects import Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.inputs import Inputs
 from tests.probing.networks import tiny
 
@@ -48,11 +48,11 @@ def test_small_differences_of_large_images_are_exact():
 
 def test_parts_of_noise_levels_and_passes(pictures):
     inputs = Inputs(tiny(), [5.0, 4.0, 3.0, 2.0, 1.0], data=pictures, n=7)
-    assert split(inputs, 100) == ([[5.0, 4.0, 3.0, 2.0, 1.0]], [(0, 7)])
-    assert split(inputs, 10)[1] == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    assert split(inputs, 3) == ([[5.0, 4.0, 3.0], [2.0, 1.0]], [(i, i + 1) for i in range(7)])
-    assert split(inputs, 4, group=2) == ([[5.0, 4.0], [3.0, 2.0], [1.0]], [(0, 2), (2, 4), (4, 6), (6, 7)])
-    assert split(inputs, 1, group=2)[1][0] == (0, 2)
+    assert inputs.split(100) == ([[5.0, 4.0, 3.0, 2.0, 1.0]], [(0, 7)])
+    assert inputs.split(10)[1] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert inputs.split(3) == ([[5.0, 4.0, 3.0], [2.0, 1.0]], [(i, i + 1) for i in range(7)])
+    assert inputs.split(4, group=2) == ([[5.0, 4.0], [3.0, 2.0], [1.0]], [(0, 2), (2, 4), (4, 6), (6, 7)])
+    assert inputs.split(1, group=2)[1][0] == (0, 2)
 
 
 def test_noise_levels_that_come_in_parts_are_put_together(layer):

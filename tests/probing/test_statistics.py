@@ -315,7 +315,7 @@ def test_cka_is_1_for_equal_and_small_for_unrelated_layers():
     b = torch.randn(64, 1, 2000, generator=g)
     for second, low, high in ((a * 3 + 5, 0.999, 1.001), (b, -0.2, 0.2)):
         stat = STATISTICS["cka"]()
-        stat.update(m=reductions.hsic(torch.cat([a, second], 1).flatten(0, 1), 64))
+        stat.update(x=reductions.hsic(torch.cat([a, second], 1).flatten(0, 1), 64))
         assert low < stat.result()[0][1] < high
         assert stat.samples == 8
 
