@@ -174,7 +174,7 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
     teacher, folder = str(tiny_teacher), tmp_path / "probe"
     few = ["--sigmas", "80", "1", "--n", "2"]
     main(["probe", teacher, "--out", str(folder), *few, "--dry-run"])
-    assert "2 images, 1 passes of 4 rows" in capsys.readouterr().out
+    assert "2 images, 1 pass of 4 rows" in capsys.readouterr().out
     assert not folder.exists()
     main(["probe", teacher, "--out", str(folder), *few, "--states", "trajectory", "--per-channel", "--start", "3"])
     result = ProbeResult.load(folder)

@@ -108,7 +108,7 @@ class Diff:
             raise GddlabError(f"mask diff compares masks, {len(self.masks)} given: name two files or more")
         masks = {f"{i}: {path}": FreezeMask.load(path) for i, path in enumerate(self.masks)}
         found = compare(masks)
-        out(found.to_frame().to_string())
+        out(found.to_frame().round(4).to_string(na_rep="-"))
         out("\noverlap of the frozen parameters (Jaccard index)")
         out(found.overlap.round(3).to_string())
         if len(masks) == 2:

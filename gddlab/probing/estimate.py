@@ -40,10 +40,13 @@ class Estimate:
 
     def __str__(self) -> str:
         memory = "memory unknown" if self.peak_mib is None else f"{self.peak_mib:,.0f} MiB more memory"
-        seconds = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+        seconds = f"{self.seconds:.2g} s" if self.seconds < 10 else f"{self.seconds:.0f} s"
+        if self.seconds > 120:
+            seconds = f"{self.seconds / 60:.0f} min"
         return (
             f"about {seconds}, {memory}: {self.layers} layers at {self.sigmas} noise levels, {self.n_images} images, "
-            f"{self.passes} passes of {self.rows} rows; hooks cost {self.seconds / self.seconds_bare - 1:+.0%}"
+            f"{self.passes} pass{'' if self.passes == 1 else 'es'} of {self.rows} rows; "
+            f"hooks cost {self.seconds / self.seconds_bare - 1:+.0%}"
         )
 
 
