@@ -25,7 +25,7 @@ from gddlab.probing.reductions import (
     mean_square,
     moments,
 )
-from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
+from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
 from gddlab.probing.wrapping import eager
 
 __all__ = ["Probe"]
@@ -51,6 +51,7 @@ class Probe:
         sigmas: Noise levels of the rows of one image, largest first.
         layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
         stats: Names of statistics, or statistics of your own, see `Statistic`.
+        per_channel: Adds up each channel's moments too, as the statistic "channel_moments".
 
     Attributes:
         statistics: By layer name and statistic name.
@@ -67,6 +68,7 @@ class Probe:
         *,
         layers: LayerSelection = "conv",
         stats: StatisticSelection = DEFAULT,
+        per_channel: bool = False,
     ):
         self.model = model
         self.sigmas = [float(s) for s in sigmas]
@@ -76,7 +78,7 @@ class Probe:
             or any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
         ):
             raise GddlabError(f"sigmas={self.sigmas}: give at least one noise level, largest first, each once")
-        self.stats = statistic_classes(stats)
+        self.stats: list[type[Statistic]] = [*statistic_classes(stats), *([ChannelMoments] if per_channel else [])]
         modules = named_layers(model)
         known = inventory(model)
         selected = select_layers(model, layers)

@@ -17,7 +17,7 @@ from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import PRESETS, LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
+from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.sampling.arguments import positive, precision
 
@@ -86,8 +86,6 @@ def probe(
     positive("batch_size", batch_size)
     layers = layers if isinstance(layers, str) or callable(layers) else _listed(layers)
     chosen: list[type[Statistic]] = statistic_classes(stats)
-    if per_channel:
-        chosen = [*chosen, ChannelMoments]
     group = max(s.group for s in chosen)
     if n < group:
         name = next(s.name for s in chosen if s.group == group)
@@ -96,8 +94,8 @@ def probe(
     sigmas = inputs.sigmas
     across = any(s.across for s in chosen)
     levels, passes = inputs.split(batch_size, group, together=across, images=_share(n, group))
-    wanted: StatisticSelection = DEFAULT if stats == DEFAULT and not per_channel else chosen
-    measures = [Probe(model, part, layers=layers, stats=wanted) for part in levels]
+    wanted: StatisticSelection = DEFAULT if stats == DEFAULT else chosen
+    measures = [Probe(model, part, layers=layers, stats=wanted, per_channel=per_channel) for part in levels]
 
     with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():
         if dry_run:

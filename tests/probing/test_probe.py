@@ -173,6 +173,9 @@ def test_any_module_that_takes_x_and_sigma_can_be_probed(pictures):
 
     result = probe(Mine(), [2.0, 1.0], data=pictures, n=3)
     assert set(result.stats) == {"rms", "mean_abs", "mean", "std", "cosine"}
+    both = probe(Mine(), [2.0, 1.0], data=pictures, n=3, per_channel=True, stats=(s for s in ("rms", "std")))
+    assert set(both.stats) == {"rms", "std"}
+    assert probe(Mine(), [2.0, 1.0], data=pictures, n=3, per_channel=True).channels["a"]["mean"].shape == (2, 4)
     with pytest.raises(GddlabError, match="img_channels"):
         probe(Mine(), [1.0], states="prior", n=3)
 
