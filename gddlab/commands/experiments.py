@@ -45,7 +45,8 @@ class Reproduce:
         width = max(len(p.experiment.name) for p in runs)
         for p in runs:
             out(
-                f"{p.experiment.name:<{width}}  seed {p.seed}  {p.state:<11}  {p.seconds / 60:5.1f} min  {p.experiment.what}"
+                f"{p.experiment.name:<{width}}  seed {p.seed}  {p.state:<11}  {p.seconds / 60:5.1f} min  {p.experiment.what} "
+                f"({', '.join(p.experiment.feeds)})"
             )
         left = [p for p in runs if p.state != "done"]
         out(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gddlab.freezing import FreezeMask
+    from gddlab.probing.plots.bands import Mask
     from gddlab.probing.result import ProbeResult
 
 __all__ = ["Pictures"]
@@ -18,13 +18,13 @@ __all__ = ["Pictures"]
 class Pictures:
     """Methods of `ProbeResult` that draw; each takes `ax` and returns it, and makes a figure that fits without one."""
 
-    def heatmap(self: Any, stat: str, ax: Axes | None = None, *, mask: FreezeMask | None = None) -> Axes:
+    def heatmap(self: Any, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
         """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
 
         Args:
             stat: A statistic of the frame.
             ax: Where to draw; None makes a figure that fits the number of layers.
-            mask: Marks what it freezes.
+            mask: A `FreezeMask`: marks what it freezes.
 
         Raises:
             GddlabError: `stat` was not measured.

@@ -56,10 +56,9 @@ def estimate(measure: Probe, inputs: Inputs, images: tuple[int, int], device: to
     began = time.perf_counter()
     x, sigma, labels = inputs.rows(i, j, device=device, sigmas=measure.sigmas)
     made = time.perf_counter() - began
+    # This pass also pays for caches and kernels, so that the next ones can be timed.
     with peak_memory(device) as found, measure, measure.images(j - i):
-        inputs.denoiser(
-            x, sigma, labels
-        )  # this pass also pays for caches and kernels, so that the next ones can be timed
+        inputs.denoiser(x, sigma, labels)
     took: dict[bool, float] = {}
     for hooked in (False, True):
         with contextlib.ExitStack() as stack:

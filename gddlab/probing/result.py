@@ -208,6 +208,8 @@ class ProbeResult(Pictures):
     def join(self, *others: ProbeResult) -> ProbeResult:
         """Puts layers, statistics or noise levels of other results of the same network beside these.
 
+        The sums are gone afterwards, so merge first; matrices and channels stay where all results have the same noise levels.
+
         Raises:
             GddlabError: Another network, or the same layer, statistic and sigma twice.
         """
