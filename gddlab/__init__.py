@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gddlab import nets
     from gddlab.datasets import open_dataset, prepare
+    from gddlab.diagnosis import doctor
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.problem import adversarial_problem
@@ -48,6 +49,7 @@ __all__ = [
     "compare",
     "controls",
     "convert",
+    "doctor",
     "evaluate",
     "export",
     "grad_probe",
@@ -86,6 +88,7 @@ _HOME = {
     "compare": "gddlab.freezing",
     "controls": "gddlab.freezing",
     "convert": "gddlab.teachers",
+    "doctor": "gddlab.diagnosis",
     "evaluate": "gddlab.evaluation",
     "export": "gddlab.nets.export",
     "grad_probe": "gddlab.probing",

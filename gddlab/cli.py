@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from gddlab.commands.data import Prepare
+from gddlab.commands.doctor import Doctor
 from gddlab.commands.experiments import Reproduce
 from gddlab.commands.freezing import Freeze, Mask
 from gddlab.commands.images import Evaluate, Sample
 from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.teachers import Convert, Export, Teacher
-from gddlab.commands.training import Demo, Train
+from gddlab.commands.training import Configured, Demo, Preflight, Train
 from gddlab.errors import GddlabError
 
 __all__ = ["main"]
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Teacher, tyro.conf.subcommand("teacher")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-    | Annotated[Freeze, tyro.conf.subcommand("freeze")]
-    | Annotated[Mask, tyro.conf.subcommand("mask")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-)
+COMMANDS: dict[str, type] = {
+    "demo": Demo,
+    "teacher": Teacher,
+    "convert": Convert,
+    "export": Export,
+    "prepare": Prepare,
+    "probe": Probe,
+    "ablate": Ablate,
+    "freeze": Freeze,
+    "mask": Mask,
+    "train": Train,
+    "preflight": Preflight,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "reproduce": Reproduce,
+    "doctor": Doctor,
+}
+
+
+def _preset(words: list[str]) -> str:
+    """The preset that a line of `gddlab train` or `gddlab preflight` begins with."""
+    return words[1] if len(words) > 1 and not words[1].startswith("-") else "digits"
+
+
+def _command(name: str, words: list[str]) -> Any:
+    """A subcommand; a preset's fields are its defaults, so the preset is read before the rest of the line."""
+    kind = COMMANDS[name]
+    if words[:1] == [name] and issubclass(kind, Configured):
+        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words)))]
+    return Annotated[kind, tyro.conf.subcommand(name)]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     try:
-        command = tyro.cli(Command, prog="gddlab", args=argv, description=__doc__)
+        words = sys.argv[1:] if argv is None else argv
+        kinds = functools.reduce(operator.or_, [_command(name, words) for name in COMMANDS])
+        command = tyro.cli(kinds, prog="gddlab", args=argv, description=__doc__)
+        if isinstance(command, Configured) and command.preset != _preset(words):
+            raise GddlabError(
+                f"preset {command.preset!r} after other arguments: give it first, gddlab {words[0]} {command.preset} ..."
+            )
         command.run()
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")

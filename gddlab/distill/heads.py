@@ -3,18 +3,106 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gddlab.distill.distributed import all_reduce_sum
+from gddlab.errors import GddlabError, NotFound
 
-__all__ = ["BatchNorm", "Head", "SNConv2d"]
+__all__ = ["EMBEDDING", "BatchNorm", "Head", "SNConv2d", "load_embedding", "logit_sizes", "nominal_resolutions"]
 
-WIDTHS = {64: 64, 32: 128, 16: 256, 8: 512, 4: 512, 2: 512}
-"""Channels of a DownBlock by the nominal resolution it reaches."""
+EMBEDDING = 320
+"""Width of the class embedding."""
+
+
+def nominal_resolutions(input_size: int) -> tuple[int, ...]:
+    """Resolutions of the four levels by which head depths are chosen, whatever the backbone: 2R/4 to 2R/32, R = 256 for images resized to 224."""
+    resolution = 256 if input_size == 224 else input_size
+    return tuple(2 * resolution // stride for stride in (4, 8, 16, 32))
+
+
+def last_resolution(input_size: int) -> int:
+    """The nominal resolution at which the heads of all levels end."""
+    return min(8, nominal_resolutions(input_size)[-1])
+
+
+def width(resolution: int) -> int:
+    """Channels of a DownBlock by the nominal resolution it reaches: 64 at 64 and above, 128 at 32, 256 at 16, 512 below; between, as at the power of two below."""
+    return min(512, max(64, 4096 >> (resolution.bit_length() - 1)))
+
+
+def last_kernel(end: int) -> int:
+    return 4 if end >= 8 else max(1, end // 2)
+
+
+def logit_sizes(sizes: tuple[int, ...], input_size: int) -> tuple[int, ...]:
+    """Sides of the four maps of logits.
+
+    Args:
+        sizes: Sides of the backbone's four levels, which the projection doubles.
+        input_size: Size to which images are resized.
+
+    Returns:
+        One number a level; below 1 where the level is too small for its head.
+    """
+    end = last_resolution(input_size)
+    out = []
+    for size, start in zip(sizes, nominal_resolutions(input_size), strict=True):
+        side, res = 2 * size, start
+        while res > end:
+            side, res = side // 2, res // 2
+        out.append(side - last_kernel(end) + 1)
+    return tuple(out)
+
+
+def load_embedding(path: str | Path, rows: int) -> Tensor:
+    """A class embedding from a file that holds one two-dimensional array, (rows or more, 320).
+
+    Args:
+        path: A .npy, .npz, .safetensors, .pt or .pth file; nothing in it is run.
+        rows: Rows wanted, the first of the file.
+
+    Returns:
+        (rows, 320).
+
+    Raises:
+        GddlabError: Another kind of file, another shape, or values that are not finite.
+    """
+    path, accepted = Path(path), (".npy", ".npz", ".safetensors", ".pt", ".pth")
+    if path.suffix not in accepted:
+        raise GddlabError(f"class embedding {path}: give one of {', '.join(accepted)}")
+    if not path.is_file():
+        raise NotFound(f"class embedding {path}: no such file")
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        found = list(loaded.values()) if hasattr(loaded, "values") and not torch.is_tensor(loaded) else [loaded]
+        tensors = [torch.as_tensor(a) for a in found]
+    except Exception as e:  # readers of four formats each have their own
+        raise GddlabError(
+            f"class embedding {path} cannot be read ({type(e).__name__}): give an array of ({rows}, {EMBEDDING})"
+        ) from None
+    if len(tensors) != 1:
+        raise GddlabError(f"class embedding {path} holds {len(tensors)} arrays: give one of ({rows}, {EMBEDDING})")
+    (table,) = tensors
+    if table.ndim != 2 or table.shape[1] != EMBEDDING or table.shape[0] < rows:
+        raise GddlabError(
+            f"class embedding {path} is {tuple(table.shape)}: give ({rows}, {EMBEDDING}), or more rows than {rows}"
+        )
+    if not table.is_floating_point() or not table[:rows].isfinite().all():
+        raise GddlabError(f"class embedding {path} holds something else than finite floating point numbers")
+    return table[:rows]
 
 
 class SNConv2d(nn.Module):
@@ -119,16 +207,16 @@ class Head(nn.Module):
         res = start
         while res > end:
             res //= 2
-            width = min(WIDTHS[res], max_width)
-            blocks.append(DownBlock(channels, width))
-            channels = width
-        kernel = 4 if end >= 8 else max(1, end // 2)
+            cout = min(width(res), max_width)
+            blocks.append(DownBlock(channels, cout))
+            channels = cout
+        kernel = last_kernel(end)
         self.classes = classes
         if classes:
             self.main = nn.Sequential(*blocks)
             self.cls = SNConv2d(channels, 64, kernel, bias=False)
-            self.embed = nn.Embedding(embeddings or classes, 320)
-            self.embed_proj = EqualLinear(320, 64)
+            self.embed = nn.Embedding(embeddings or classes, EMBEDDING)
+            self.embed_proj = EqualLinear(EMBEDDING, 64)
         else:
             self.main = nn.Sequential(*blocks, SNConv2d(channels, 1, kernel, bias=False))
 

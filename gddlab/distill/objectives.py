@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gddlab.distill.discriminators import ProjectedDiscriminator
+    from gddlab.distill.step import Discriminator
 
 __all__ = ["d_loss_fake", "d_loss_real", "g_loss", "r1_penalty"]
 
@@ -35,7 +35,9 @@ def d_loss_real(logits: Sequence[Tensor], kind: str = "ns") -> Tensor:
     return torch.stack([(F.softplus(-x) if kind == "ns" else F.relu(1 - x)).mean() for x in logits]).sum()
 
 
-def r1_penalty(d: ProjectedDiscriminator, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def r1_penalty(
+    d: Discriminator, images: Tensor, labels: Tensor | None, *, parts: Sequence[slice] = (slice(None),)
+) -> tuple[Tensor, Tensor]:
     """Squared norm of d sum(logits) / d image, mean over images: the image gradient, through resize, backbone and projection.
 
     The penalty P depends on the heads' parameters p only through f = d sum(logits) / d features, since everything before the features is frozen. With J the
@@ -46,19 +48,35 @@ def r1_penalty(d: ProjectedDiscriminator, images: Tensor, labels: Tensor | None)
         d: Discriminator.
         images: (B, C, H, W) in [-1, 1].
         labels: One-hot, (B, classes), or None.
+        parts: Slices that divide the batch; the features' graph is held for one at a time (and made again for each, if there are several).
 
     Returns:
         The penalty, (), without a graph; and a surrogate, (), whose gradient with respect to the heads' parameters is the penalty's.
     """
+    images = images.detach()
+    x = [images[s].requires_grad_(True) for s in parts]
     with torch.enable_grad():
-        x = images.detach().requires_grad_(True)
-        features = d.features(x)
-        leaves = [f.detach().requires_grad_(True) for f in features]
+        made = [d.features(x[0])] if len(x) == 1 else None
+    if made is None:
+        with torch.no_grad():
+            plain = [d.features(p) for p in x]
+    features = [torch.cat([f.detach() for f in level]) for level in zip(*(made or plain), strict=True)]
+    leaves = [f.requires_grad_(True) for f in features]
+    with torch.enable_grad():
         total = torch.stack([y.sum() for y in d.logits(leaves, labels)]).sum()
         slopes = torch.autograd.grad(total, leaves, create_graph=True)
-        (grad,) = torch.autograd.grad(features, x, [s.detach() for s in slopes])
-    with torch.no_grad(), fwAD.dual_level():
-        moved = d.features(fwAD.make_dual(images.detach(), 2 / len(images) * grad))
-        tangents = [fwAD.unpack_dual(f).tangent for f in moved]
-    surrogate = torch.stack([(t * s).sum() for t, s in zip(tangents, slopes, strict=True)]).sum()
-    return grad.square().sum((1, 2, 3)).mean(), surrogate
+        at = 0
+        grads, tangents = [], []
+        for i, p in enumerate(x):
+            rows = slice(at, at + len(p))
+            at += len(p)
+            f = made[i] if made else d.features(p)
+            (grad,) = torch.autograd.grad(f, p, [s.detach()[rows] for s in slopes])
+            del f
+            with torch.no_grad(), fwAD.dual_level():
+                moved = d.features(fwAD.make_dual(p.detach(), 2 / len(images) * grad))
+                tangents.append([fwAD.unpack_dual(m).tangent for m in moved])
+            grads.append(grad)
+    pushed = [torch.cat(level) for level in zip(*tangents, strict=True)]
+    surrogate = torch.stack([(t * s).sum() for t, s in zip(pushed, slopes, strict=True)]).sum()
+    return torch.cat(grads).square().sum((1, 2, 3)).mean(), surrogate

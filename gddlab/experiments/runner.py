@@ -11,8 +11,9 @@ from pathlib import Path
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.evaluation import evaluate_snapshots
-from gddlab.experiments.digits import DIGITS, measure, rule
+from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, Measured
+from gddlab.experiments.masks import measure, rule
 from gddlab.files import read_json, read_jsonl, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.launch.lock import held

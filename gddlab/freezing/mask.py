@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FreezeMask", "Parameters", "fingerprint"]
 
+_ADDED = frozenset(("map_target0", "map_target1"))
+
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a network's parameters, in its order, without `map_augment`."""
 
@@ -34,8 +36,9 @@ def fingerprint(parameters: Parameters) -> str:
 class FreezeMask:
     """Which parameters of a network stay as the teacher has them.
 
-    A mask made for a teacher fits its student: `map_augment`, which students drop, belongs to neither. What
-    DistributedDataParallel and torch.compile put in front of names does not matter.
+    A mask made for a teacher fits its student: `map_augment`, which students drop, belongs to neither; the embedding
+    of a target time, which some students add (`map_target0`, `map_target1`), is trained. What DistributedDataParallel and
+    torch.compile put in front of names does not matter.
 
     Attributes:
         frozen: Names of the frozen parameters, relative to the `Precond`, in the order of the network.
@@ -122,7 +125,7 @@ class FreezeMask:
         """
         rest: tuple[str, ...] = ()
         if force:
-            rest = applying.unmatched(dict(self.parameters), dict(parameter_table(_network(model))))
+            rest = applying.unmatched(dict(self.parameters), dict(self._table(model)))
         else:
             self._check(model)
         applying.freeze(model, set(self.frozen).difference(rest))
@@ -176,12 +179,18 @@ class FreezeMask:
         return transfer(self, _network(model), by)
 
     def _check(self, model: nn.Module) -> None:
-        table = parameter_table(_network(model))
+        table = self._table(model)
         if fingerprint(table) != self.fingerprint:
             where = applying.difference(dict(self.parameters), dict(table))
             raise GddlabError(
                 f"this mask is for another network ({self.n_params:,} parameters; {where}): select one for this network"
             )
+
+    def _table(self, model: nn.Module) -> Parameters:
+        """Parameters of `model`; of a student that takes a target time, those that its teacher has too."""
+        known = dict(self.parameters)
+        table = parameter_table(_network(model))
+        return tuple((n, shape) for n, shape in table if n in known or _ADDED.isdisjoint(n.split(".")))
 
     def to_frame(self) -> pd.DataFrame:
         """A row a parameter: columns parameter, block, stage, resolution (pixels), kind, size (numbers), frozen."""

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gddlab.distill.trainer import write_status
+from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.launch.lock import held, owner
 from gddlab.runs import Run

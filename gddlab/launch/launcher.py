@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 
+from gddlab.distill.building import check
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.trainer import check, write_status
+from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take

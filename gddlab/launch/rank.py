@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from gddlab.distill.trainer import write_status
+from gddlab.distill.recording import write_status
 from gddlab.files import read_json
 
 __all__ = ["report_failure", "run_rank"]
@@ -36,12 +36,13 @@ def run_rank(run_dir: str | Path) -> int:
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
     from gddlab.distill.trainer import Trainer
+    from gddlab.launch.scoring import scorer
 
     try:
         config = TrainConfig.load(folder)
         world = World.start(config.device)
         try:
-            Trainer(config, world).train()
+            Trainer(config, world).train(scorer(config, world.device) if config.metric_kimg else None)
         finally:
             world.close()
     except Exception as e:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["audience", "follow", "line"]
 
+LOSSES = {"loss/g": "G", "loss/d": "D", "loss/instance": "instance"}
 LOG_SECONDS = 30
 """Seconds between two lines where nobody sees them live."""
 
@@ -25,9 +26,11 @@ def line(run: RunHandle) -> str:
         return f"{run.run_dir.name}: {run.status}"
     last = m.iloc[-1]
     left = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
+    losses = "  ".join(f"{title} {last[name]:.3f}" for name, title in LOSSES.items() if name in last)
+    alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
     return (
         f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
-        f"loss G {last['loss/g']:.3f}  D {last['loss/d']:.3f}  {last['sec_per_kimg']:.1f} s/kimg  {left:.0f} s left"
+        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg  {left:.0f} s left{alarm}"
     )
 
 
@@ -78,14 +81,14 @@ def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     fig = Figure(figsize=(10, 2.8), layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, names, title in (
-        (axes[0], ("loss/g", "loss/d"), "loss"),
+        (axes[0], tuple(LOSSES), "loss"),
         (axes[1], ("logits/fake", "logits/real"), "logits"),
     ):
         for name in names:
             if name in m:
                 ax.plot(m["kimg"], m[name], label=name)
         ax.set(xlabel="kimg", title=title)
-        if len(m):
+        if ax.lines:
             ax.legend(frameon=False)
     grids = run.grids()
     axes[2].axis("off")

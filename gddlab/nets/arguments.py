@@ -20,7 +20,8 @@ COUNTS = {
 }
 NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
 NUMBERS |= {"dropout", "label_dropout"}
-LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096)}
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096), "mid_sigmas": (0, 4096)}
+FLAGS = {"target_time"}
 NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
 
 
@@ -50,6 +51,8 @@ def _accepted(name: Any, value: Any) -> str | None:
         if short and all(type(v) in (int, float) and low <= v <= high for v in value):
             return None
         return f"accepted are lists of 1 to 16 numbers, {low} to {high:,}"
+    if name in FLAGS:
+        return None if type(value) is bool else "accepted are true and false"
     if name in NAMES:
         return None if isinstance(value, str) and len(value) < 100 else "accepted is a short text"
     return "no network of EDM has this argument"

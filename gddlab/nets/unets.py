@@ -29,6 +29,14 @@ def _drop_labels(labels: Tensor, p: float, batch: int) -> Tensor:
     return labels * (torch.rand(batch, 1, device=labels.device) >= p).to(labels.dtype) if p else labels
 
 
+def _target_layers(cin: int, cout: int) -> tuple[nn.Linear, nn.Linear]:
+    """Two layers after the embedding of a target noise level; the last one is zero, so that they change nothing at first."""
+    first, last = nn.Linear(cin, cout), nn.Linear(cout, cout)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return first, last
+
+
 class SongUNet(nn.Module):
     """DDPM++ and NCSN++ (Song et al. 2021) as reimplemented by EDM (appendix F.2, table 7).
 
@@ -105,6 +113,8 @@ class SongUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(noise_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+        self.map_target0: nn.Linear | None = None
+        self.map_target1: nn.Linear | None = None
 
         self.enc = nn.ModuleDict()
         cout = caux = in_channels
@@ -157,17 +167,33 @@ class SongUNet(nn.Module):
                 zero = leaf in ("conv1", "proj") or leaf.endswith("aux_conv")
                 xavier_(m, 1e-5 if zero else math.sqrt(0.2) if leaf == "qkv" else 1.0)
 
-    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """Embedding of noise level, class and augmentation."""
-        emb = self.map_noise(noise_labels)
-        emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # the reference puts sines first
+    def add_target(self) -> None:
+        """Adds the embedding of a second, target noise level: `map_noise` of it, then `map_target0` and `map_target1`; the output does not change."""
+        self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
+
+    def embed(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        target_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Embedding of noise level, class, augmentation, and target noise level."""
+        emb = self._sines_first(noise_labels)
         if self.map_label is not None and class_labels is not None:
             labels = _drop_labels(class_labels, self.label_dropout * self.training, noise_labels.shape[0])
             emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        emb = F.silu(self.map_layer0(emb))
-        return F.silu(self.map_layer1(emb))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_target0 is not None and self.map_target1 is not None and target_labels is not None:
+            emb = emb + self.map_target1(F.silu(self.map_target0(self._sines_first(target_labels))))
+        return F.silu(emb)
+
+    def _sines_first(self, noise_labels: Tensor) -> Tensor:
+        """`map_noise` in the order of the reference."""
+        emb: Tensor = self.map_noise(noise_labels)
+        return emb.unflatten(1, (2, -1)).flip(1).flatten(1)
 
     def forward(
         self,
@@ -175,10 +201,11 @@ class SongUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        target_labels: Tensor | None = None,
     ) -> Tensor:
-        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim) -> (B, Cout, H, W)"""
+        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim), (B,) -> (B, Cout, H, W)"""
         with autocast_off(x.device):
-            emb = self.embed(noise_labels, class_labels, augment_labels)
+            emb = self.embed(noise_labels, class_labels, augment_labels, target_labels)
         skips: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -240,6 +267,8 @@ class DhariwalUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+        self.map_target0: nn.Linear | None = None
+        self.map_target1: nn.Linear | None = None
         self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
 
         self.enc = nn.ModuleDict()
@@ -284,8 +313,18 @@ class DhariwalUNet(nn.Module):
         if self.map_label is not None and not self.map_label.weight.is_meta:  # see FourierEmbedding
             nn.init.normal_(self.map_label.weight)
 
-    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """Embedding of noise level, augmentation and class."""
+    def add_target(self) -> None:
+        """Adds the embedding of a second, target noise level: `map_noise` of it, then `map_target0` and `map_target1`; the output does not change."""
+        self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
+
+    def embed(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        target_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Embedding of noise level, augmentation, class, and target noise level."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -293,6 +332,8 @@ class DhariwalUNet(nn.Module):
         if self.map_label is not None and class_labels is not None:
             labels = _drop_labels(class_labels, self.label_dropout * self.training, noise_labels.shape[0])
             emb = emb + self.map_label(labels)
+        if self.map_target0 is not None and self.map_target1 is not None and target_labels is not None:
+            emb = emb + self.map_target1(F.silu(self.map_target0(self.map_noise(target_labels))))
         return F.silu(emb)
 
     def forward(
@@ -301,10 +342,11 @@ class DhariwalUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        target_labels: Tensor | None = None,
     ) -> Tensor:
-        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim) -> (B, Cout, H, W)"""
+        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim), (B,) -> (B, Cout, H, W)"""
         with autocast_off(x.device):
-            emb = self.embed(noise_labels, class_labels, augment_labels)
+            emb = self.embed(noise_labels, class_labels, augment_labels, target_labels)
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)

@@ -41,20 +41,20 @@ def sample(
 ) -> Tensor:
     """Draws images; an image comes from its seed, whatever the batch size.
 
-    A student takes one step, or n: `sample(student, sigmas=(80.0, 0.8))`. A teacher is sampled with EDM's deterministic Heun sampler, or as
+    A student takes the steps it was made for, mostly one, or n: `sample(student, sigmas=(80.0, 0.8))`. A teacher is sampled with EDM's deterministic Heun sampler, or as
     the fields of `Sampler` say: `sample(teacher, steps=32, S_churn=40)`. A SiD student is a plain EDMPrecond network that is
     run once at sigma 2.5: `sample(net, steps=1, sigma_max=2.5)` is D(2.5 z; 2.5).
 
     Args:
         net: Student or teacher; it stays on its device.
         n: Images; 64, or one a seed, if None.
-        steps: For a student the number of steps, 1 if None; more than one visit the Karras grid from 80 to eps. For a teacher the
-            number of noise levels, 18 if None.
+        steps: For a student the number of steps, its own if None; more than one visit the Karras grid from 80 to eps. For a teacher
+            the number of noise levels, 18 if None.
         seed: First seed; image i comes from seed + i.
         seeds: Explicit seeds in its place, one an image, 0 to 2^32 - 1.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim);
             None deals classes in turn, an image having class seed mod label_dim.
-        sigmas: For a student: the noise levels of its steps, descending from 80.
+        sigmas: For a student: the noise levels of its steps, descending from 80; its own if None.
         batch_size: Images at once.
         dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None in its own precision.
         channels_last: Runs the network in that memory format, faster for convolutions on CPUs with bfloat16 and on GPUs.
@@ -100,7 +100,9 @@ def resolve(
             levels = sigma_list(sigmas)
             check_sigmas(module, levels)
             return tuple(levels)
-        k = positive("steps", 1 if steps is None else steps)
+        if steps is None:
+            return module.sigmas
+        k = positive("steps", steps)
         between = karras_sigmas(k + 1, sigma_min=module.eps, sigma_max=module.sigma_g)[1:-1]
         return (module.sigma_g, *between.tolist())
     if sigmas is not None:

@@ -61,7 +61,7 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     with _refusals(path):
         content = _read(path)
         key, record = _network(content)
-        net = _build(record, _arguments(record), _tensors(record), path.stat().st_size)
+        net = _build(record, _arguments(record), tensors_of(record), path.stat().st_size)
         with path.open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
@@ -137,7 +137,7 @@ def _members(module: Record, kind: str) -> dict[Any, Any]:
     return members or {}
 
 
-def _tensors(record: Record) -> dict[str, TensorData]:
+def tensors_of(record: Record) -> dict[str, TensorData]:
     """State dict of a module that was never made."""
     out: dict[str, TensorData] = {}
     todo, seen, visited = [("", record, 0)], set(), 0

@@ -12,8 +12,9 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation import load_records
 from gddlab.experiments import Experiment, plan, reproduce, ship
 from gddlab.experiments import runner as module
-from gddlab.experiments.digits import DIGITS, SCORE_OF, SCORES, measured_mask
+from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Measured
+from gddlab.experiments.masks import SCORE_OF, SCORES, measured_mask
 from gddlab.files import data_dir, read_jsonl
 from gddlab.freezing import select_freeze
 from gddlab.launch import train

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gddlab.distill.trainer import write_status
+from gddlab.distill.recording import write_status
 from gddlab.launch import attach
 from gddlab.launch.watching import _picture, audience, follow, line
 from tests.conftest import tiny_config

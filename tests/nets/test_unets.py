@@ -142,6 +142,21 @@ def test_compiles_without_a_graph_break(name: str, bf16: bool) -> None:
         assert_close(compiled(*args), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["ncsnpp", "adm"])
+def test_a_target_time_compiles_without_a_graph_break(name: str) -> None:
+    kwargs = {k: v for k, v in NETS[name][1].items() if k != "augment_dim"}
+    net = shaken(
+        "OneStepPrecond", kwargs | {"model_type": type(shaken(*NETS[name]).model).__name__, "target_time": True}
+    )
+    x, sigma, labels, _ = inputs(net)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = net(x, sigma, labels, target=sigma / 2)
+        assert_close(compiled(x, sigma, labels, target=sigma / 2), expected, rtol=1e-5, atol=1e-4)
+        assert (expected - net(x, sigma, labels)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("encoder", "decoder"), list(itertools.product(["standard", "skip", "residual"], ["standard", "skip"]))
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from gddlab.distill.trainer import write_status
+from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError
 from gddlab.evaluation import append_records
 from gddlab.freezing import FreezeMask, select_freeze

@@ -1,0 +1,86 @@
+"""Everything random in an iteration, as a function of seed and iteration, drawn for the global batch and divided over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gddlab.distill.distributed import World
+from gddlab.distill.instance import InstanceLoss
+from gddlab.distill.step import Draw, InstancePart
+from gddlab.rng import generator
+
+__all__ = ["Drawer"]
+
+SIDE = 2**31
+"""Positions of the sequence from which everything but latents is drawn; latents lie at 2 * iteration + stream."""
+
+
+class Drawer:
+    """Latents and all other random numbers of a rank; neither processes nor micro-batches change them.
+
+    Args:
+        shape: (C, H, W) of an image.
+        batch: Images a step over all ranks.
+        seed: Of the run.
+        world, dtype: Where and in what precision they are used.
+        steps: Steps of the student.
+        width: Uniforms that the augmentation takes for an image.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        batch: int,
+        seed: int,
+        world: World,
+        dtype: torch.dtype,
+        steps: int = 1,
+        width: int = 0,
+        channels_last: bool = False,
+    ):
+        self.shape, self.batch, self.seed, self.world = shape, batch, seed, world
+        self.dtype, self.steps, self.width = dtype, steps, width
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def place(self, images: Tensor) -> Tensor:
+        """Images or noise where and how the networks want them."""
+        return self._move(images).contiguous(memory_format=self.layout)
+
+    def _move(self, x: Tensor) -> Tensor:
+        if self.world.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            return x.pin_memory().to(self.world.device, self.dtype, non_blocking=True)
+        return x.to(self.world.device, self.dtype)
+
+    def _noise(self, g: torch.Generator) -> Tensor:
+        return self.place(self.world.shard(torch.randn((self.batch, *self.shape), generator=g)))
+
+    def latents(self, iteration: int, stream: int) -> Tensor:
+        """Of the generator step (stream 0) or the discriminator step (1), (B, C, H, W)."""
+        return self._noise(generator(self.seed, 2 * iteration + stream))
+
+    def _uniforms(self, g: torch.Generator) -> Tensor | None:
+        if not self.width:
+            return None
+        return self._move(self.world.shard(torch.rand((self.batch, self.width), generator=g, dtype=torch.float64)))
+
+    def draw(self, iteration: int, stream: int) -> Draw:
+        """What a pass of the student and the augmentation of its images need beside latents."""
+        if self.steps == 1 and not self.width:
+            return Draw()
+        g = generator(self.seed, SIDE + 4 * iteration + stream)
+        exit = int(torch.randint(self.steps, (), generator=g))
+        return Draw(tuple(self._noise(g) for _ in range(exit)), exit, self._uniforms(g))
+
+    def real(self, iteration: int) -> Tensor | None:
+        """Uniforms of the augmentation of real images."""
+        return self._uniforms(generator(self.seed, SIDE + 4 * iteration + 2))
+
+    def instance(self, iteration: int, images: Tensor, loss: InstanceLoss) -> InstancePart:
+        """Noise and times of the instance loss, with this rank's real images."""
+        g = generator(self.seed, SIDE + 4 * iteration + 3)
+        noise = self._noise(g)
+        draws = loss.draw(self.batch, g)
+        n = self.batch // self.world.size
+        return InstancePart(images, noise, draws[self.world.rank * n : (self.world.rank + 1) * n])

@@ -1,0 +1,64 @@
+"""The LPIPS network as a discriminator, trained from the first layer: one of the ablations of GDD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.distill.lpips_trunk import LPIPSTrunk, unit
+
+__all__ = ["LPIPSDiscriminator"]
+
+
+class LPIPSDiscriminator(nn.Module):
+    """LPIPS's network with logits in place of a distance.
+
+    Where LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018, equation 1), here a 1x1
+    convolution turns the unit-normalised features of one image into a map of logits. The trunk begins with LPIPS's weights and is trained.
+    With classes, each level's logits gain an inner product of its features with a learned class embedding (Miyato & Koyama 2018).
+
+    Each level's logits are a tensor of their own, so that levels count the same in the losses, as they do in LPIPS, however large their maps are.
+
+    Args:
+        net: "vgg", "alex" or "squeeze".
+        input_size: Images are resized to this many pixels.
+        classes: Number of classes; 0 for an unconditional discriminator.
+        weights: Of the trunk: a path, "random", or None to look for them, see `gddlab.distill.lpips_trunk.LPIPSTrunk`.
+
+    Raises:
+        GddlabError: As `LPIPSTrunk`.
+    """
+
+    coupled = False
+
+    def __init__(self, *, net: str = "vgg", input_size: int = 224, classes: int = 0, weights: str | Path | None = None):
+        super().__init__()
+        self.trunk = LPIPSTrunk(net, input_size=input_size, weights=weights)
+        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in self.trunk.channels)
+        self.embeds = nn.ModuleList(nn.Embedding(classes, c) for c in self.trunk.channels) if classes else None
+        for embed in self.embeds or ():
+            assert isinstance(embed, nn.Embedding)
+            nn.init.normal_(embed.weight, std=1 / math.sqrt(embed.embedding_dim))  # features have norm 1
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The images themselves, (B, 1 or 3, H, W) in [-1, 1], since everything is trained."""
+        return [images]
+
+    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
+        """One tensor (B, L) a level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
+        out: list[Tensor] = []
+        for i, x in enumerate(self.trunk(features[0])):
+            x = unit(x, 1e-8)  # bounds what R1 differentiates where a pixel's features are faint
+            y = self.heads[i](x)
+            if self.embeds is not None:
+                assert labels is not None
+                y = y + torch.einsum("bchw,bc->bhw", x, self.embeds[i](labels.argmax(1)))[:, None]
+            out.append(y.flatten(1))
+        return out
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        return self.logits(self.features(images), labels)

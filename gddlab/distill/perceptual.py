@@ -1,0 +1,153 @@
+"""Distances between images for instance-based losses: squared, LPIPS (Zhang et al. 2018), and a stand-in whose weights come with the package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gddlab.distill.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
+from gddlab.errors import GddlabError, unknown
+from gddlab.nets.lite import LITE_MEAN, LITE_STD, lite_backbone, lite_weights
+
+__all__ = ["DISTANCES", "Distance", "check_distance", "perceptual_distance"]
+
+DISTANCES = ("lpips", "l2", "lite0")
+LITE0 = "tf_efficientnet_lite0"
+
+
+class Distance(nn.Module):
+    """A frozen distance between images, one number a pair: d(a, b) = d(b, a) >= 0."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Two batches of images in [-1, 1], (B, 1 or 3, H, W) each -> (B,); gradients flow to both.
+
+        Raises:
+            GddlabError: Shapes differ.
+        """
+        if a.shape != b.shape:
+            raise GddlabError(f"images of {tuple(a.shape)} and {tuple(b.shape)}: a distance takes equal shapes")
+        return self.measure(a, b)
+
+    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+        """The distance itself."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Distance:
+        return super().train(False)
+
+
+class _L2(Distance):
+    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().mean((1, 2, 3))
+
+
+class _LPIPS(Distance):
+    """LPIPS v0.1 on VGG16: equal to the package's, and differentiable where all channels of a pixel are zero."""
+
+    def __init__(self, weights: str | Path | None, input_size: int):
+        super().__init__()
+        self.trunk = LPIPSTrunk("vgg", input_size=input_size, weights=weights)
+        for i, w in enumerate(_linear_layers()):
+            self.register_buffer(f"lin{i}", w)
+        self.eval().requires_grad_(False)
+
+    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=a.dtype, device=a.device)
+        for i, (x, y) in enumerate(zip(self.trunk(a), self.trunk(b), strict=True)):
+            total = total + ((unit(x) - unit(y)).square() * self.get_buffer(f"lin{i}")).sum(1).mean((1, 2))
+        return total
+
+
+class _Lite0(Distance):
+    """LPIPS's formula without learned weights on four levels of EfficientNet-lite0 (strides 4, 8, 16, 32)."""
+
+    def __init__(self, input_size: int):
+        super().__init__()
+        if input_size < 32:
+            raise GddlabError(f"input_size={input_size}: {LITE0} takes 32 pixels at least")
+        self.input_size = input_size
+        net = lite_backbone(LITE0, fold=True)
+        stem, norm, blocks = net.conv_stem, net.bn1, net.blocks
+        assert isinstance(stem, nn.Module) and isinstance(norm, nn.Module) and isinstance(blocks, nn.Sequential)
+        first = nn.Sequential(stem, norm, *blocks[:2])
+        self.levels = nn.ModuleList([first, blocks[2], nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:7])])
+        self.eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        x = ((x + 1) / 2 - LITE_MEAN) / LITE_STD
+        if x.shape[-2:] != (self.input_size, self.input_size):
+            x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", align_corners=False)
+        x = x.expand(-1, 3, -1, -1)
+        out: list[Tensor] = []
+        for level in self.levels:
+            x = level(x)
+            out.append(x)
+        return out
+
+    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(self.features(a), self.features(b), strict=True)
+        return torch.stack([(unit(x) - unit(y)).square().mean((1, 2, 3)) for x, y in pairs]).mean(0)
+
+
+def perceptual_distance(name: str, *, weights: str | Path | None = None, input_size: int | None = None) -> Distance:
+    """A frozen distance between images.
+
+    - "l2": mean squared difference.
+    - "lpips": LPIPS v0.1 on VGG16 (Zhang et al. 2018, equation 1): squared differences of unit-normalised features of five levels, times learned weights,
+      summed over channels, mean over pixels, summed over levels.
+    - "lite0": a stand-in of our own, no LPIPS: the same differences on four levels of EfficientNet-lite0 without learned weights, mean over
+      channels and pixels, then over levels. Its values are comparable only with each other.
+
+    Args:
+        name: "lpips", "l2" or "lite0".
+        weights: Of LPIPS's VGG16: a path, "random", or None to look for them, see `gddlab.distill.lpips_trunk.LPIPSTrunk`.
+        input_size: Images are resized to this many pixels, bilinearly (align_corners False); None is 224 for lpips, 64 for lite0.
+
+    Raises:
+        GddlabError: Unknown name, an argument that the distance does not take, or weights that are missing or do not fit.
+    """
+    _check_name(name, weights)
+    if name == "l2":
+        if input_size is not None:
+            raise GddlabError(f"input_size={input_size} with the distance l2, which does not resize: leave it away")
+        return _L2().eval()
+    if name == "lpips":
+        return _LPIPS(weights, 224 if input_size is None else input_size)
+    return _Lite0(64 if input_size is None else input_size)
+
+
+def check_distance(name: str, weights: str | Path | None = None) -> None:
+    """Refuses before training what `perceptual_distance` could not build; no network is made.
+
+    Raises:
+        GddlabError: As `perceptual_distance`.
+    """
+    _check_name(name, weights)
+    if name == "lpips":
+        _linear_layers()
+        check_trunk("vgg", weights)
+    elif name == "lite0":
+        lite_weights(LITE0)
+
+
+def _check_name(name: str, weights: str | Path | None) -> None:
+    if name not in DISTANCES:
+        raise unknown("distance", name, DISTANCES)
+    if weights is not None and name != "lpips":
+        raise GddlabError(f"weights={str(weights)!r} with the distance {name}, which takes none: leave them away")
+
+
+def _linear_layers() -> list[Tensor]:
+    """LPIPS's learned weights v0.1 for VGG16, (C, 1, 1) a level, found without importing the package (it draws in half of SciPy)."""
+    spec = importlib.util.find_spec("lpips")
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    path = Path(folder or "") / "weights" / "v0.1" / "vgg.pth"
+    if folder is None or not path.is_file():
+        raise GddlabError("LPIPS's linear layers are missing: pip install lpips")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return [state[f"lin{i}.model.1.weight"][0] for i in range(len(TRUNKS["vgg"].stops))]

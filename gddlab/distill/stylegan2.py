@@ -1,0 +1,187 @@
+"""StyleGAN2's discriminator, trained from the first layer (Karras et al. 2020a; sizes as StyleGAN2-ADA, Karras et al. 2020b)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from gddlab.distill.stylegan2_layers import Conv, Linear, low_pass, minibatch_std
+from gddlab.distill.weight_files import SUFFIXES, load_fitting, read_state
+from gddlab.errors import GddlabError
+
+__all__ = ["StyleGAN2Discriminator"]
+
+
+class _Block(nn.Module):
+    """Halves the resolution; with `residual` beside a down-sampled skip, the sum of unit variance (Karras et al. 2020a, figure 7)."""
+
+    def __init__(self, rgb: int, cin: int, cout: int, *, residual: bool):
+        super().__init__()
+        self.register_buffer("resample_filter", low_pass())
+        self.fromrgb = Conv(rgb, cin, 1) if rgb else None
+        gain = math.sqrt(0.5) if residual else 1.0
+        self.conv0 = Conv(cin, cin, 3)
+        self.conv1 = Conv(cin, cout, 3, down=True, gain=gain)
+        self.skip = Conv(cin, cout, 1, down=True, act=False, bias=False, gain=gain) if residual else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fromrgb is not None:
+            x = self.fromrgb(x)
+        y: Tensor = self.conv1(self.conv0(x))
+        return y if self.skip is None else y + self.skip(x)
+
+
+class _Epilogue(nn.Module):
+    """4x4 maps -> (B, 1), or (B, out) to be multiplied by a class embedding."""
+
+    def __init__(self, channels: int, out: int, group: int):
+        super().__init__()
+        self.group = group
+        self.conv = Conv(channels + 1, channels, 3)
+        self.fc = Linear(16 * channels, channels)
+        self.out = Linear(channels, out, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.fc(self.conv(minibatch_std(x, self.group)).flatten(1)))
+        return y
+
+
+class _Mapping(nn.Module):
+    """One-hot labels -> embedding: a linear layer, normalised, then eight layers of a hundredth of the learning rate."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.embed = Linear(classes, width, act=False)
+        for i in range(8):
+            self.add_module(f"fc{i}", Linear(width, width, lr=0.01))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        x: Tensor = self.embed(labels.to(self.embed.weight.dtype))
+        x = x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+        for i in range(8):
+            x = self.get_submodule(f"fc{i}")(x)
+        return x
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """The residual discriminator of StyleGAN2; its state dict carries the names of StyleGAN2-ADA's PyTorch release (`b32.conv0.weight`).
+
+    No clamping of activations, which only half precision needs. Conditional logits are inner products with a mapped class embedding
+    (Miyato & Koyama 2018), / sqrt(width).
+
+    Args:
+        resolution: Side of the images, pixels: a power of two from 8 to 1024.
+        channels: Of the images, 1 or 3.
+        classes: Number of classes; 0 for an unconditional discriminator.
+        channel_base: Width times resolution: layers at r x r have min(channel_base / r, channel_max) channels. None is StyleGAN2-ADA's
+            automatic choice: 16384 below 512 pixels, else 32768.
+        channel_max: Bound of the widths.
+        mbstd_group_size: Images in a group of the minibatch standard deviation, see `gddlab.distill.stylegan2_layers.minibatch_std`.
+        weights: Path of a state dict (.safetensors, .pt, .pth) or of a StyleGAN2-ADA .pkl, read as data; None starts from scratch. Weights without skips
+            (architecture "orig", as the published CIFAR-10 networks have it) make a discriminator without them.
+
+    Raises:
+        GddlabError: Sizes that are not possible, or weights of another network.
+    """
+
+    coupled = False
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int,
+        *,
+        classes: int = 0,
+        channel_base: int | None = None,
+        channel_max: int = 512,
+        mbstd_group_size: int = 4,
+        weights: str | Path | None = None,
+    ):
+        super().__init__()
+        if not 8 <= resolution <= 1024 or resolution & (resolution - 1):
+            raise GddlabError(
+                f"resolution={resolution}: the StyleGAN2 discriminator takes powers of two from 8 to 1024"
+            )
+        if mbstd_group_size < 1:
+            raise GddlabError(f"mbstd_group_size={mbstd_group_size}: give at least 1")
+        self.resolution, self.channels, self.classes = resolution, channels, classes
+        base = channel_base or (16384 if resolution < 512 else 32768)
+        sizes = [resolution >> i for i in range(resolution.bit_length() - 2)]  # resolution, ..., 8, 4
+        width = {r: max(1, min(base // r, channel_max)) for r in sizes}
+        given = None if weights is None else _read(weights)
+        if given is not None:
+            self._check_images(given, weights)
+        residual = given is None or any(name.endswith("skip.weight") for name in given)
+        for r in sizes[:-1]:
+            block = _Block(channels if r == resolution else 0, width[r], width[r // 2], residual=residual)
+            self.add_module(f"b{r}", block)
+        if classes:
+            self.mapping = _Mapping(classes, width[4])
+        self.b4 = _Epilogue(width[4], width[4] if classes else 1, mbstd_group_size)
+        self._blocks = [f"b{r}" for r in sizes[:-1]]
+        if given is not None:
+            load_fitting(self, given, weights, optional=("resample_filter",))
+
+    def _check_images(self, given: dict[str, Tensor], weights: object) -> None:
+        """Refuses weights for other images, the one mismatch that a name would not explain."""
+        name = f"b{self.resolution}.fromrgb.weight"
+        first = next((k for k in given if k.endswith("fromrgb.weight")), None)
+        if first is None:
+            raise GddlabError(f"{weights} holds no StyleGAN2 discriminator: it lacks {name}")
+        if name not in given:
+            raise GddlabError(f"{weights} is for other images: it has {first}, images of {self.resolution} need {name}")
+        shape = tuple(given[name].shape)
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise GddlabError(
+                f"{weights} does not fit: {name} is {shape}, the images have {self.channels} channels; train from scratch"
+            )
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The images themselves, since everything is trained.
+
+        Args:
+            images: (B, channels, resolution, resolution) in [-1, 1].
+        """
+        expected = (self.channels, self.resolution, self.resolution)
+        if images.shape[1:] != expected:
+            raise GddlabError(f"images of {tuple(images.shape[1:])}: this discriminator takes {expected}")
+        return [images]
+
+    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
+        """One tensor (B, 1); labels are one-hot, (B, classes)."""
+        x = features[0]
+        for name in self._blocks:
+            x = self.get_submodule(name)(x)
+        y: Tensor = self.b4(x)
+        if self.classes:
+            assert labels is not None
+            y = (y * self.mapping(labels)).sum(1, keepdim=True) / math.sqrt(y.shape[1])
+        return [y]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        return self.logits(self.features(images), labels)
+
+
+def _read(weights: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file; of a StyleGAN2-ADA pickle, its D, over the file's own bytes."""
+    path = Path(weights)
+    if path.suffix != ".pkl":
+        if path.is_file() and path.suffix not in SUFFIXES:
+            raise GddlabError(f"{path}: give a state dict ({', '.join(SUFFIXES)}) or a StyleGAN2-ADA .pkl")
+        return read_state(path)
+    from gddlab.teachers.edm import read_pickle, tensors_of
+    from gddlab.teachers.unpickle import Record, Refused, printable
+
+    content = read_pickle(path)
+    net = content.get("D") if isinstance(content, dict) else None
+    if not isinstance(net, Record):
+        raise GddlabError(
+            printable(f"{path} holds no discriminator (D): give a network-snapshot .pkl of StyleGAN2-ADA")
+        )
+    try:
+        return {k: t.view() for k, t in tensors_of(net).items()}
+    except (Refused, ValueError, RuntimeError) as e:
+        raise GddlabError(printable(f"{path} is refused: {str(e).splitlines()[0][:200]}")) from None

@@ -1,0 +1,39 @@
+"""The optimiser of the paper and its step: gradients averaged over ranks, sanitised, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.distill.distributed import World
+
+__all__ = ["adam", "update"]
+
+
+def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
+    """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects lr and betas for a lazy regulariser (StyleGAN2, appendix B).
+
+    The state exists from the start, so that a checkpoint has the same form at every step.
+    """
+    c = interval / (interval + 1) if interval else 1.0
+    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, foreach=True)
+    for p in params:
+        opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return opt
+
+
+def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: World) -> Tensor:
+    """Averages gradients over ranks, replaces what is not finite (nan by 0, +-inf by +-1e5), steps.
+
+    Returns:
+        The number of gradient tensors that were not finite, (), without waiting for the device.
+    """
+    world.average_gradients(params)
+    grads = [p.grad for p in params if p.grad is not None]
+    bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()
+    for g in grads:
+        torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
+    opt.step()
+    return bad

@@ -1,0 +1,254 @@
+"""`preflight`: what a run needs and whether it is there, and how long and how large it will be, before it starts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gddlab.distill.config import TrainConfig
+from gddlab.errors import GddlabError
+from gddlab.files import read_json
+from gddlab.processes import fresh_environment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Check", "Preflight", "preflight"]
+
+CPU_BATCH = 4
+"""Images of the larger of the two steps that are measured on a CPU, where a whole batch can take minutes."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a run needs: its name, whether it is there, and what was found or what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. `str()` of it is a page for people.
+
+    Attributes:
+        checks: Teacher, data, discriminator, metric, disk.
+        stand_in: Whether teacher and backbones had random weights and the images were random: time and memory are those of the real ones.
+        nproc: Processes that the numbers are for; communication between them is not in them.
+        batch: Images a step over all processes.
+        batch_per_device: Images that a process holds at once.
+        measured: Batches measured, on one process.
+        sec_per_kimg: Seconds per thousand images; from the larger batch measured, in proportion to the images.
+        peak_mem_mib: Peak memory of a process, MiB: of the device, or of the process on a CPU; in a straight line through the batches measured.
+        hours: Of the whole run, without scores and probes.
+        parameters, trained, discriminator: Of the student, of it those trained, and trained of the discriminator.
+        disk_gib: Of the whole run: checkpoints kept and one being written, snapshots.
+        device, threads: Where it was measured.
+    """
+
+    checks: tuple[Check, ...]
+    stand_in: bool
+    nproc: int
+    batch: int
+    batch_per_device: int
+    measured: tuple[dict[str, Any], ...] = ()
+    sec_per_kimg: float | None = None
+    peak_mem_mib: float | None = None
+    hours: float | None = None
+    parameters: int | None = None
+    trained: int | None = None
+    discriminator: int | None = None
+    disk_gib: float | None = None
+    device: str | None = None
+    threads: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run can start."""
+        return all(c.ok for c in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for strict JSON."""
+        return asdict(self) | {"ok": self.ok}
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a check: name, ok, detail."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(c) for c in self.checks], columns=["name", "ok", "detail"])
+
+    def __str__(self) -> str:
+        lines = [f"{'ok     ' if c.ok else 'MISSING'}  {c.name:<14} {c.detail}" for c in self.checks]
+        if self.sec_per_kimg is not None:
+            assert self.parameters and self.trained is not None and self.peak_mem_mib is not None
+            assert self.hours is not None and self.disk_gib is not None
+            sizes = " and ".join(str(m["batch"]) for m in self.measured)
+            where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else f"{self.device}"
+            lines += [
+                f"measured on {where}, one process, batch {sizes}{', stand-ins' if self.stand_in else ''}",
+                f"  student        {self.parameters:,} parameters, {self.trained:,} trained ({self.trained / self.parameters:.1%})",
+                f"  discriminator  {self.discriminator:,} trained",
+                f"  time           {self.sec_per_kimg:,.1f} s/kimg on {self.nproc} process(es), {_duration(self.hours)} to the end",
+                f"  memory         {self.peak_mem_mib:,.0f} MiB a process, {self.batch_per_device} images at once of a batch of {self.batch}",
+                f"  disk           {self.disk_gib:.2f} GiB",
+            ]
+        return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
+
+
+def preflight(
+    config: TrainConfig, *, nproc: int = 1, steps: int = 3, measure_batch: int | None = None, stand_in: bool = False
+) -> Preflight:
+    """Checks everything that a run needs, then makes some steps of it in processes of their own; nothing is written to its folder.
+
+    Args:
+        config: The run.
+        nproc: Processes that the run would have on this machine.
+        steps: Iterations timed at each of two batches, after one that is not, and one R1 step.
+        measure_batch: The larger of the two; None is what a process would hold, on a CPU at most 4.
+        stand_in: Takes random weights for a published teacher and the backbones, and random images: time and memory without any download.
+            Then nothing is missing but disk.
+
+    Returns:
+        Checks and numbers; without numbers where something is missing.
+
+    Raises:
+        GddlabError: `steps`, `nproc` or `measure_batch` is not positive, or the batch is not divisible.
+    """
+    for name, value in (("nproc", nproc), ("steps", steps), ("measure_batch", measure_batch)):
+        if value is not None and value < 1:
+            raise GddlabError(f"{name}={value}: give at least 1")
+    part = config.batch // nproc
+    if config.batch % nproc or part % (config.batch_per_device or part):
+        raise GddlabError(
+            f"batch={config.batch} on {nproc} process(es), {config.batch_per_device} images at once: give a batch that divides"
+        )
+    held = config.batch_per_device or part
+    checks = [] if stand_in else _found(config, nproc)
+    about: dict[str, Any] = {"stand_in": stand_in, "nproc": nproc, "batch": config.batch, "batch_per_device": held}
+    if not all(c.ok for c in checks):
+        return Preflight(tuple(checks), **about)
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    large = min(held, measure_batch or (CPU_BATCH if cpu else held))
+    sizes = sorted({max(1, large // 2), large})
+    measured = tuple(_measure(config, nproc, size, steps, stand_in) for size in sizes)
+    last = measured[-1]
+    sec_per_kimg = last["seconds"] / last["batch"] * 1000 / nproc
+    slope = 0.0
+    if len(measured) > 1:
+        slope = max(0.0, last["peak_mem_mib"] - measured[0]["peak_mem_mib"]) / (sizes[1] - sizes[0])
+    disk = _disk_bytes(config, last)
+    checks.append(_room(config, disk))
+    return Preflight(
+        tuple(checks),
+        **about,
+        measured=measured,
+        sec_per_kimg=sec_per_kimg,
+        peak_mem_mib=last["peak_mem_mib"] + slope * (held - last["batch"]),
+        hours=sec_per_kimg * config.total_kimg / 3600,
+        parameters=last["parameters"],
+        trained=last["trained"],
+        discriminator=last["discriminator"],
+        disk_gib=disk / 2**30,
+        device=last["device"],
+        threads=last["threads"],
+    )
+
+
+def _found(config: TrainConfig, nproc: int) -> list[Check]:
+    """Every thing that is needed, each by itself, so that one missing does not hide another."""
+    from gddlab.datasets import open_dataset
+    from gddlab.distill.building import check, check_losses
+    from gddlab.evaluation import find_extractor
+    from gddlab.teachers import load_teacher
+
+    def teacher() -> str:
+        net = load_teacher(config.teacher)
+        return f"{config.teacher}: {type(net.model).__name__}, {net.img_resolution}x{net.img_resolution}, {net.label_dim} classes"
+
+    def data() -> str:
+        found = open_dataset(
+            config.data, classes=config.classes, max_images=config.max_images, xflip=config.xflip, progress=False
+        )
+        return f"{found.name}: {len(found):,} images, {found.resolution}x{found.resolution}, {found.classes} classes"
+
+    def losses() -> str:
+        return check_losses(config)
+
+    def fit() -> str:
+        check(config, world_size=nproc)
+        return "teacher, data, mask and batch fit each other"
+
+    def metric() -> str:
+        spec = find_extractor(config.metric_extractor)
+        return f"{spec.metric_name(config.metric)}: weights at {spec.weights}, scored every {config.metric_kimg} kimg"
+
+    wanted: list[tuple[str, Callable[[], str]]] = [("teacher", teacher), ("data", data), ("losses", losses)]
+    if config.metric_kimg is not None:
+        wanted.append(("metric", metric))
+    checks = [_try(name, look) for name, look in wanted]
+    if all(c.ok for c in checks):
+        checks.append(_try("fit", fit))
+    return checks
+
+
+def _try(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (GddlabError, OSError) as e:
+        return Check(name, False, str(e))
+
+
+def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random = dict.fromkeys(config.backbones, "random") if config.discriminator == "projected" else {}
+        update: dict[str, Any] = {"run_dir": folder, "batch_per_device": None}
+        if stand_in:
+            weights = "random" if config.discriminator == "lpips" else None
+            update |= {"backbone_weights": random, "discriminator_weights": weights, "embedding_file": None}
+            update |= {"distance_weights": "random" if config.instance and config.distance == "lpips" else None}
+        config.model_copy(update=update).write()
+        out = subprocess.run(
+            [sys.executable, "-m", "gddlab.launch.measuring", name, str(batch), str(steps), str(int(stand_in))],
+            env=fresh_environment(nproc),
+            capture_output=True,
+            text=True,
+        )
+        if out.returncode:
+            tail = "\n".join(out.stderr.splitlines()[-15:])
+            raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
+        found: dict[str, Any] = read_json(folder / "measured.json")
+        return found
+
+
+def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
+    """Checkpoints kept and the one being written, snapshots, the final student and the best one."""
+    students = config.total_kimg / config.snapshot_kimg * (2 if config.snapshot_raw else 1) + 1
+    students += 2 if config.metric_kimg is not None else 0
+    return float(
+        measured["checkpoint_bytes"] * (config.keep_checkpoints + 1) + (students + 1) * measured["snapshot_bytes"]
+    )
+
+
+def _room(config: TrainConfig, needed: float) -> Check:
+    folder = config.run_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    detail = f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free at {folder}"
+    return Check("disk", free > needed, detail)

@@ -1,0 +1,245 @@
+"""The trunks of LPIPS against the package's own slices, where weights are found, and the discriminator made of them."""
+
+from __future__ import annotations
+
+import copy
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import URLError
+
+import lpips
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
+from gddlab.distill.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
+from gddlab.distill.objectives import d_loss_real, r1_penalty
+from gddlab.errors import GddlabError, NotFound
+
+SMALL = {"vgg": 16, "alex": 31, "squeeze": 17}
+THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}
+
+
+def batch(n: int = 2, size: int = 8, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, channels, size, size, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without weights and without a network."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GDDLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("GDDLAB_OFFLINE", raising=False)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    return tmp_path
+
+
+def state_of(trunk: LPIPSTrunk, **more: Tensor) -> dict[str, Tensor]:
+    """As torchvision names it."""
+    return {f"features.{k}": v for k, v in trunk.features.state_dict().items()} | more
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+def test_levels_are_those_of_the_package(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    trunk = LPIPSTrunk(net, input_size=SMALL[net] + 16, weights="random").double()
+    model = SimpleNamespace(features=copy.deepcopy(trunk.features))
+    name = TRUNKS[net].model
+    monkeypatch.setattr(lpips.pretrained_networks.tv, name, lambda pretrained: model)
+    theirs = getattr(lpips.pretrained_networks, THEIRS[net])(pretrained=False).double()
+    scaling = lpips.ScalingLayer().double()
+    x = batch(size=SMALL[net] + 16)
+    levels, expected = trunk(x), theirs(scaling(x))
+    assert [f.shape[1] for f in levels] == list(trunk.channels)
+    assert len(levels) == len(expected)
+    for a, b in zip(levels, expected, strict=True):
+        assert a.std() > 0.01
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+def test_the_smallest_size_works_and_a_smaller_one_is_refused(net: str) -> None:
+    assert LPIPSTrunk(net, input_size=SMALL[net], weights="random")(batch().float())[-1].shape[2:] == (1, 1)
+    for build in (lambda **k: LPIPSTrunk(net, **k), lambda **k: check_trunk(net, **k)):
+        with pytest.raises(GddlabError, match=f"input_size={SMALL[net] - 1}: .* takes {SMALL[net]} pixels at least"):
+            build(input_size=SMALL[net] - 1, weights="random")
+
+
+def test_images_are_resized_and_grey_is_repeated() -> None:
+    trunk = LPIPSTrunk("squeeze", input_size=24, weights="random").double()
+    grey = batch(channels=1, size=16)
+    expected = trunk(F.interpolate(grey, size=(24, 24), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1))
+    for a, b in zip(trunk(grey), expected, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "alexnet.safetensors",
+        "home/alexnet.pth",
+        "home/backbones/alexnet.pt",
+        "cache/backbones/alexnet.safetensors",
+        "cache/backbones/alexnet-owt-7be5be79.pth",
+        "torch/hub/checkpoints/alexnet-owt-7be5be79.pth",
+    ],
+)
+def test_weights_are_found(place: str, nowhere: Path) -> None:
+    torch.manual_seed(0)
+    trunk = LPIPSTrunk("alex", input_size=32, weights="random")
+    state = state_of(trunk, **{"classifier.1.weight": torch.zeros(2, 2)})
+    path = nowhere / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    check_trunk("alex")
+    for weights in (None, path):
+        again = LPIPSTrunk("alex", input_size=32, weights=weights)
+        for name, p in trunk.state_dict().items():
+            assert torch.equal(again.state_dict()[name], p)
+
+
+def test_weights_come_from_the_hub(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = LPIPSTrunk("alex", weights="random")
+    asked = []
+
+    def load(url: str, **kwargs: Any) -> dict[str, Tensor]:
+        asked.append(url)
+        assert kwargs["weights_only"]
+        assert kwargs["check_hash"]
+        return state_of(trunk)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
+    assert torch.equal(next(LPIPSTrunk("alex").parameters()), next(trunk.parameters()))
+    assert asked == ["https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"]
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: SimpleNamespace(close=lambda: None))
+    check_trunk("alex")
+
+
+def test_missing_weights_are_refused_in_one_line(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = str(nowhere / "cache" / "backbones" / "vgg16.pth")
+    with pytest.raises(GddlabError, match="URLError at the hub") as e:
+        check_trunk("vgg")
+    assert where in str(e.value)
+    with pytest.raises(GddlabError, match=r"no weights of vgg16 \(URLError") as e:
+        LPIPSDiscriminator()
+    assert where in str(e.value)
+    monkeypatch.setenv("GDDLAB_OFFLINE", "1")
+    for build in (check_trunk, LPIPSTrunk):
+        with pytest.raises(GddlabError, match="GDDLAB_OFFLINE is set") as e:
+            build("vgg")
+        assert where in str(e.value)
+        assert "vgg16-397923af.pth" in str(e.value)
+        assert "\n" not in str(e.value)
+    with pytest.raises(NotFound, match=r"no weights of vgg16 at absent\.pth"):
+        check_trunk("vgg", "absent.pth")
+    with pytest.raises(GddlabError, match="unknown LPIPS network 'vgg19'"):
+        LPIPSDiscriminator(net="vgg19")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_file(state_of(LPIPSTrunk("squeeze", weights="random")), tmp_path / "squeeze.safetensors")
+    for build in (check_trunk, LPIPSTrunk):
+        with pytest.raises(GddlabError, match=r"does not fit: 0\.weight is \(64, 3, 3, 3\), not \(64, 3, 11, 11\)"):
+            build("alex", tmp_path / "squeeze.safetensors") if build is check_trunk else build(
+                "alex", weights=tmp_path / "squeeze.safetensors"
+            )
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_logits_are_maps_of_every_level(net: str, classes: int) -> None:
+    torch.manual_seed(0)
+    d = LPIPSDiscriminator(net=net, input_size=SMALL[net], classes=classes, weights="random").double()
+    x, y = batch(channels=1), torch.tensor([2, 0])
+    logits = torch.cat(d(x, F.one_hot(y, 3) if classes else None), 1)
+    expected = []
+    for level, head in zip(d.trunk(x), d.heads, strict=True):
+        assert isinstance(head, nn.Conv2d)
+        assert head.bias is not None
+        f = level / level.norm(dim=1, keepdim=True).clamp_min(1e-4)
+        for b in range(2):
+            w = head.weight[0, :, 0, 0]
+            if d.embeds is not None:
+                w = w + d.embeds[len(expected) // 2].weight[y[b]]  # type: ignore[index, operator]
+            expected.append((f[b] * w[:, None, None]).sum(0).flatten() + head.bias)
+    wanted = torch.stack([torch.cat(expected[b::2]) for b in range(2)])
+    assert logits.shape == wanted.shape
+    assert_close(logits, wanted, rtol=1e-3, atol=1e-6)  # eps inside the root, not a clamp
+    assert d.features(x)[0] is x
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+def test_every_parameter_is_trained(net: str) -> None:
+    torch.manual_seed(0)
+    d = LPIPSDiscriminator(net=net, input_size=SMALL[net] + 8, classes=2, weights="random")
+    d_loss_real(d(batch(4).float(), F.one_hot(torch.arange(4) % 2, 2))).backward()
+    for name, p in d.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+def test_r1_is_that_of_plain_double_backward(net: str) -> None:
+    torch.manual_seed(0)
+    d, x = LPIPSDiscriminator(net=net, input_size=SMALL[net], weights="random").double(), batch(size=12)
+    penalty, surrogate = r1_penalty(d, x, None)  # type: ignore[arg-type]
+    leaf = x.clone().requires_grad_(True)
+    (g,) = torch.autograd.grad(torch.cat(d(leaf), 1).sum(), leaf, create_graph=True)
+    expected = g.square().sum((1, 2, 3)).mean()
+    assert_close(penalty, expected.detach())
+    params = [p for n, p in d.named_parameters() if "weight" in n]
+    found, wanted = torch.autograd.grad(surrogate, params), torch.autograd.grad(expected, params)
+    assert all(w.abs().sum() > 0 for w in wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b)
+    step = 1e-5  # and along one direction, as finite differences have it
+    head = d.heads[2].weight
+    assert isinstance(head, nn.Parameter)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            head.add_(sign * step)
+        values.append(r1_penalty(d, x, None)[0])  # type: ignore[arg-type]
+        with torch.no_grad():
+            head.sub_(sign * step)
+    slope = torch.autograd.grad(r1_penalty(d, x, None)[1], head)[0].sum()  # type: ignore[arg-type]
+    assert_close(slope, (values[0] - values[1]) / (2 * step), rtol=1e-5, atol=0)
+
+
+def test_unit_normalisation_is_twice_differentiable_at_zero() -> None:
+    x = torch.zeros(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda v: unit(v, 1e-2), x)
+    y = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    assert_close(unit(y).norm(dim=1), torch.ones(2, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [-1e3, 0.0], ids=["dead", "faint"])
+def test_pixels_without_features_leave_r1_finite(bias: float) -> None:
+    torch.manual_seed(0)
+    d = LPIPSDiscriminator(net="squeeze", input_size=17, weights="random")
+    first = d.trunk.features.get_submodule("0")
+    with torch.no_grad():
+        first.get_parameter("bias").fill_(bias)
+        first.get_parameter("weight").mul_(1e-16)
+    penalty, surrogate = r1_penalty(d, batch().float(), None)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(surrogate, list(d.parameters()), allow_unused=True)
+    assert (penalty == 0) == (bias < 0)
+    assert penalty < 1
+    assert all(g is None or g.isfinite().all() for g in grads)

@@ -1,0 +1,321 @@
+"""`gddlab doctor`: what it finds, what it says is wrong, and that it touches nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import gddlab
+from gddlab.cli import main
+from gddlab.commands.doctor import show
+from gddlab.diagnosis import SECTIONS, examine, machine, packages
+from gddlab.diagnosis.devices import device_findings, device_problems
+from gddlab.diagnosis.machine import CPU, GPU, container_limits
+from gddlab.diagnosis.packages import package_findings, requirements, torch_pair
+
+GIB = 1 << 30
+PROCESSOR = CPU("Epyc", 8, 4.0, 4, 16 * GIB, 12 * GIB, ("avx512_bf16",))
+CARD = GPU("H100", 80 * GIB, 78 * GIB, (9, 0), bf16=True, built_for=True)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty machine: no cache, no GDDLAB_HOME, nothing in the working folder, nothing in torch's or Hugging Face's cache."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("GDDLAB_HOME", "GDDLAB_OFFLINE", "GDDLAB_INCEPTION", "HF_HUB_CACHE", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(machine, "cpu", lambda: PROCESSOR)
+    monkeypatch.setattr(machine, "cuda_devices", list)
+    monkeypatch.setattr(machine, "driver_without_cuda", lambda: False)
+    return tmp_path
+
+
+def put(path: Path, size: int = 1 << 20) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+# The machine.
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
+    """The tightest limit on the way up counts; cached files are not in use."""
+    own = tmp_path / "cgroup"
+    own.write_text("0::/pod/box\n")
+    write(tmp_path / "fs" / "pod" / "box", cpu__max="max 100000", memory__max="max")
+    write(
+        tmp_path / "fs" / "pod",
+        cpu__max="150000 100000",
+        memory__max=str(2 * GIB),
+        memory__current=str(GIB),
+        memory__stat=f"anon 5\ninactive_file {GIB // 4}",
+    )
+    limits = container_limits(own, tmp_path / "fs")
+    assert limits == machine.Limits(1.5, 2 * GIB, GIB * 3 // 4)
+
+
+def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
+    """A container sees its own group as the root, under a path that is the host's; a limit near 2^63 is none."""
+    own = tmp_path / "cgroup"
+    own.write_text("9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n")
+    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    write(tmp_path / "fs" / "memory", memory__limit_in_bytes=str(3 * GIB), memory__usage_in_bytes=str(GIB))
+    assert container_limits(own, tmp_path / "fs") == machine.Limits(3.0, 3 * GIB, GIB)
+    write(tmp_path / "fs" / "memory", memory__limit_in_bytes="9223372036854771712")
+    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="-1")
+    assert container_limits(own, tmp_path / "fs") == machine.Limits()
+    assert container_limits(tmp_path / "none", tmp_path / "fs") == machine.Limits()
+
+
+def test_cpu_is_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "container_limits", lambda: machine.Limits(0.5, 2 * GIB, GIB))
+    monkeypatch.setattr(machine, "_ram", lambda: (64 * GIB, 60 * GIB))
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: {"model name": "Epyc", "flags": "sse avx512_bf16 amx_bf16"})
+    found = machine.cpu()
+    assert (found.model, found.usable_cores, found.memory, found.available) == ("Epyc", 0.5, 2 * GIB, GIB)
+    assert found.bf16 == ("amx_bf16", "avx512_bf16")
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: {"Features": "fp asimd bf16"})  # ARM says it in another way
+    assert machine.cpu().bf16 == ("bf16",)
+
+
+def test_cpu_of_this_machine() -> None:
+    found = machine.cpu()
+    assert found.logical_cores == os.cpu_count()
+    assert 0 < found.usable_cores <= found.logical_cores
+    assert found.threads == torch.get_num_threads()
+    assert found.memory is not None and found.memory > GIB // 4
+    assert found.available is None or 0 <= found.available <= found.memory
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "fits"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 6), ["sm_80", "sm_90"], True),
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((6, 1), ["sm_75", "sm_80"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90a", "sm_100"], False),
+    ],
+)
+def test_cuda_devices(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], archs: list[str], fits: bool
+) -> None:
+    class Properties:
+        name = "card"
+        major, minor = capability
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (3 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
+    (gpu,) = machine.cuda_devices()
+    assert gpu == GPU("card", 8 * GIB, 3 * GIB, capability, bf16=capability[0] >= 8, built_for=fits)
+
+
+def test_devices_and_what_is_wrong_with_them() -> None:
+    assert device_problems(PROCESSOR, []) == []
+    assert device_problems(PROCESSOR, [CARD]) == []
+    for cpu, gpus, words in (
+        (replace(PROCESSOR, bf16=()), [], "no bfloat16 instructions"),
+        (replace(PROCESSOR, available=GIB), [], "1.0 GiB of memory are free, training wants 4.0 GiB"),
+        (replace(PROCESSOR, available=None, memory=2 * GIB), [], "2.0 GiB of memory"),
+        (replace(PROCESSOR, threads=8), [], "8 threads on 4 usable cores: set OMP_NUM_THREADS=4"),
+        (replace(PROCESSOR, threads=2, usable_cores=0.5), [], "on 0.5 usable cores: set OMP_NUM_THREADS=1"),
+        (PROCESSOR, [CARD, replace(CARD, bf16=False)], "cuda:1 has no bfloat16"),
+        (PROCESSOR, [replace(CARD, free=GIB)], "cuda:0 has 1.0 GiB free"),
+        (PROCESSOR, [replace(CARD, built_for=False)], "no code for cuda:0, capability 9.0"),
+    ):
+        (problem,) = device_problems(cpu, gpus)
+        assert words in problem and "\n" not in problem
+    assert device_problems(replace(PROCESSOR, bf16=()), [CARD]) == []  # training takes the card
+    assert "sees no device" in device_problems(PROCESSOR, [], driver_unused=True)[0]
+    names = [(f.name, f.found) for f in device_findings(PROCESSOR, [CARD, CARD])]
+    assert names[:3] == [("cpu", True), ("cuda:0", True), ("cuda:1", True)]
+    assert (
+        "Epyc, 4 of 8 cores usable, 4 threads in torch, 12.0 GiB of 16.0 GiB free"
+        in device_findings(PROCESSOR, [])[0].value
+    )
+
+
+# Packages.
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "vision", "words"),
+    [
+        ("2.14.1", "0.29.1", None),
+        ("2.9.0+cu130", "0.24.0+cu130", None),
+        ("2.9.0", "0.24.0+cpu", None),
+        ("2.14.0a0+git12", "0.29.0a0+git12", None),
+        ("2.14.1", "0.24.0", "torchvision==0.29.*"),
+        ("2.9.0+cu130", "0.24.0+cpu", "from one index"),
+        ("2.9.0", "not installed", None),
+    ],
+)
+def test_torch_and_torchvision(torch_version: str, vision: str, words: str | None) -> None:
+    found = torch_pair(torch_version, vision)
+    assert found == [] if words is None else words in found[0]
+
+
+def test_packages_that_are_missing_or_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("timm", "lpips"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"numpy": "3.0.1"}.get(name) or real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(packages, "requirements", lambda: (">=4", ["timm>=1.0.12,<1.1", "numpy<3", "torch"]))
+    findings, missing, unfit = package_findings()
+    assert missing == ["timm is not installed: pip install 'timm<1.1,>=1.0.12'"]
+    assert [u.split(",")[0] for u in unfit] == [f"this is Python {sys.version.split()[0]}", "numpy 3.0.1 is installed"]
+    by_name = {f.name: f for f in findings}
+    assert not by_name["timm"].found and by_name["timm"].remedy == "pip install timm"
+    assert not by_name["lpips"].found and by_name["lpips"].remedy == "pip install lpips, if wanted"
+    assert by_name["torch"].value == real("torch")
+    assert by_name["gddlab"].value.startswith(gddlab.__version__)
+
+
+def test_requirements_are_the_projects() -> None:
+    python, wanted = requirements()
+    assert python.startswith(">=3.11")
+    assert any(w.startswith("torch>=") for w in wanted) and not any("nbval" in w for w in wanted)
+
+
+# Weights, data, folders.
+
+
+def test_an_empty_machine(home: Path) -> None:
+    found = gddlab.doctor()
+    assert found["teacher digits"].found and Path(found["teacher digits"].value).is_file()
+    assert found["backbone tf_efficientnet_lite0"].found and found["extractor lite2"].found and found["digits"].found
+    for name in ("backbone vgg16_bn", "backbone deit_base_distilled_patch16_224", "LPIPS network vgg16"):
+        assert not found[name].found
+        assert f"{home / 'cache' / 'backbones'}/" in found[name].remedy and "https://" in found[name].remedy
+    assert "GDDLAB_INCEPTION" in found["extractor inception"].remedy
+    assert "170 MB" in found["cifar10"].remedy
+    assert found["preset digits"].found and found["preset digits"].value == "yes"
+    assert found["preset cifar10"].value == "lacks teacher edm-cifar10-32x32-uncond-ve, cifar10, backbone vgg16_bn"
+    assert found["bfloat16 training"].found
+    assert found["training"].value == "on 4 cores, nproc up to 4"
+    assert list(home.iterdir()) == []  # it made nothing
+
+
+def test_what_is_put_where_it_says_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = home / "own"
+    monkeypatch.setenv("GDDLAB_HOME", str(own))
+    placed = {
+        "teacher edm-cifar10-32x32-uncond-ve": put(own / "teachers" / "edm-cifar10-32x32-uncond-ve.pkl"),
+        "backbone vgg16_bn": put(home / "hub" / "checkpoints" / "vgg16_bn-6c64b313.pth"),
+        "backbone deit_base_distilled_patch16_224": put(
+            home / "hf/hub/models--timm--deit_base_distilled_patch16_224.fb_in1k/snapshots/0/model.safetensors"
+        ),
+        "LPIPS network vgg16": put(home / "cache" / "backbones" / "vgg16.pth"),
+        "cifar10": put(own / "cifar-10-python.tar.gz"),
+        "extractor inception": put(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"),
+        "ffhq-64x64.zip": put(home / "ffhq-64x64.zip"),
+    }
+    found = gddlab.doctor()
+    for name, path in placed.items():
+        assert found[name].found and Path(found[name].value) == path, name
+        assert found[name].details["bytes"] == 1 << 20
+    assert found["preset cifar10"].found and found["FID and KID"].found
+    assert found["preset ffhq"].value == "lacks teacher edm-ffhq-64x64-uncond-ve"
+    assert "17 published teachers" in str(found)
+    assert found.problems == ()
+
+
+def test_problems_of_storage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pointer = put(home / "vgg16_bn.pth", 133)
+    put(home / "cache")  # a file where the folder belongs
+    monkeypatch.setenv("GDDLAB_HOME", str(home / "nowhere"))
+    found = gddlab.doctor()
+    assert not found["cache"].found
+    assert [p.partition(":")[0] for p in found.problems] == [
+        f"the cache {home / 'cache'} is not writable",
+        f"GDDLAB_HOME={home / 'nowhere'} is no folder",
+        f"{pointer} has 133 bytes and so holds no weights",
+    ]
+
+
+def test_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda p: type("usage", (), {"free": GIB // 2}))
+    assert "0.5 GiB are free on the disk of" in gddlab.doctor().problems[0]
+
+
+# What comes out.
+
+
+def test_forms(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cuda_devices", lambda: [CARD])
+    found = gddlab.doctor()
+    d = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert list(d) == [*SECTIONS, "problems", "broken"]
+    assert d["devices"]["cuda:0"]["details"]["memory"] == 80 * GIB
+    assert d["able"]["training"]["details"] == {"device": "cuda", "nproc": 1}
+    frame = found.to_frame()
+    assert list(frame.columns) == ["section", "name", "found", "value", "remedy"]
+    assert len(frame) == len(found.findings) == sum(len(d[s]) for s in SECTIONS)  # no name twice in a section
+    assert (frame["section"].drop_duplicates() == list(SECTIONS)).all()
+    console = Console(file=io.StringIO(), width=200)
+    show(found, console)
+    for text in (str(found), console.file.getvalue()):  # type: ignore[attr-defined]
+        for word in (*SECTIONS, "H100, capability 9.0", "18 published teachers", "downloaded when asked for", "none"):
+            assert word in text
+    monkeypatch.setenv("GDDLAB_OFFLINE", "1")
+    assert "downloaded when asked for" not in str(gddlab.doctor())
+    with pytest.raises(KeyError, match="vgg19"):
+        found["vgg19"]
+
+
+def test_command(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["doctor"])
+    assert "  + teacher digits " in capsys.readouterr().out
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["broken"] is False
+    problem = "timm is not installed: pip install timm"
+    monkeypatch.setattr(examine, "package_findings", lambda: ([], [problem], []))
+    with pytest.raises(SystemExit) as e:
+        main(["doctor"])
+    assert e.value.code == 2
+    assert f"  ! {problem}" in capsys.readouterr().out
+
+
+def test_is_quick_and_imports_nothing_heavy() -> None:
+    """Nor is the function hidden by a module of its name."""
+    code = (
+        "import torch, time, sys; began = time.perf_counter(); import gddlab.commands.doctor, gddlab; found = gddlab.doctor(); "
+        "took = time.perf_counter() - began; assert len(found.findings) > 40; "
+        "heavy = {'timm', 'torchvision', 'lpips', 'kornia', 'pandas', 'scipy', 'sklearn', 'captum', 'torch_fidelity'}; "
+        "print(took, sorted(heavy & set(sys.modules)))"
+    )
+    began = time.perf_counter()
+    out: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    took, _, heavy = out.stdout.strip().partition(" ")
+    assert heavy == "[]"
+    assert float(took) < 3 or time.perf_counter() - began > 20  # a machine that is that busy says nothing
