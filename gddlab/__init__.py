@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gddlab.experiments import reproduce
     from gddlab.freezing import FreezeMask, compare, controls, select_freeze
     from gddlab.launch import attach, train
+    from gddlab.launch.preflight import preflight
     from gddlab.nets.export import export
     from gddlab.probing import (
         Probe,
@@ -59,6 +60,7 @@ __all__ = [
     "nets",
     "open_dataset",
     "patch",
+    "preflight",
     "prepare",
     "presets",
     "probe",
@@ -98,6 +100,7 @@ _HOME = {
     "nets": "gddlab",
     "open_dataset": "gddlab.datasets",
     "patch": "gddlab.probing",
+    "preflight": "gddlab.launch.preflight",
     "prepare": "gddlab.datasets",
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",

@@ -101,7 +101,7 @@ class Preflight(Configured):
     steps: int = 3
     """Iterations timed at each of two batches."""
     measure_batch: int | None = None
-    """The larger of the two; what a process would hold, on a CPU at most 4, if left away."""
+    """The larger of the two; what a process would hold, on a CPU at most what takes ten seconds, if left away."""
     stand_in: bool = False
     """Random weights for teacher and backbones, and random images: time and memory without any download."""
     json: bool = False
@@ -109,7 +109,7 @@ class Preflight(Configured):
 
     def run(self) -> None:
         from gddlab.launch.measuring import stand_ins
-        from gddlab.preflight import preflight
+        from gddlab.launch.preflight import preflight
 
         teacher = stand_ins(self.config)[0] if self.stand_in and self.rule is not None else None
         found = preflight(

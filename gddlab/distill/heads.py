@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gddlab.distill.distributed import all_reduce_sum
 from gddlab.errors import GddlabError, NotFound
+from gddlab.nets.layers import autocast_off
 
 __all__ = ["EMBEDDING", "BatchNorm", "Head", "SNConv2d", "load_embedding", "logit_sizes", "nominal_resolutions"]
 
@@ -105,6 +108,24 @@ def load_embedding(path: str | Path, rows: int) -> Tensor:
     return table[:rows]
 
 
+class _Normalise(torch.autograd.Function):
+    """w / (u' w v) with u and v held, (O, K): autograd's own rule takes three times as many passes over the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        sigma = torch.dot(u, w @ v)
+        y = w / sigma
+        ctx.save_for_backward(y, u, v, sigma)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (g,), (y, u, v, sigma) = grads, ctx.saved_tensors
+        along = torch.dot(g.reshape(-1), y.view(-1))
+        return torch.addr(g, u * -along, v).div_(sigma), None, None
+
+
 class SNConv2d(nn.Module):
     """Convolution with spectral normalisation (Miyato et al. 2018): one power iteration a training-mode pass.
 
@@ -124,14 +145,24 @@ class SNConv2d(nn.Module):
         self.weight_v: Tensor
 
     def weight(self) -> Tensor:
-        """The weight divided by its largest singular value, as estimated by u and v."""
-        w = self.weight_orig.flatten(1)
-        if self.training:
+        """The weight divided by its largest singular value, as estimated by u and v; in full precision under autocast too."""
+        p = self.weight_orig
+        # As rows in the order of memory, whichever that is: copying them costs more than the rest.
+        last = p.is_contiguous(memory_format=torch.channels_last)
+        w = (p.permute(0, 2, 3, 1) if last else p).flatten(1)
+        shape = p.shape[1:]
+        with autocast_off(p.device):
             with torch.no_grad():
-                v = F.normalize(w.t() @ self.weight_u, dim=0, eps=1e-12)
-                u = F.normalize(w @ v, dim=0, eps=1e-12)
-                self.weight_u, self.weight_v = u, v  # new tensors: earlier passes keep theirs for their backward
-        return self.weight_orig / torch.dot(self.weight_u, w @ self.weight_v)
+                u, v = self.weight_u, self.weight_v.view(shape)
+                v = (v.permute(1, 2, 0) if last else v).flatten()
+                if self.training:
+                    v = F.normalize(w.t() @ u, dim=0, eps=1e-12)
+                    u = F.normalize(w @ v, dim=0, eps=1e-12)
+                    # New tensors: earlier passes keep theirs for their backward.
+                    kept = v.view(*shape[1:], shape[0]).permute(2, 0, 1).flatten() if last else v
+                    self.weight_u, self.weight_v = u, kept
+            y: Tensor = _Normalise.apply(w, u, v)
+        return y.view(-1, *shape[1:], shape[0]).permute(0, 3, 1, 2) if last else y.view_as(p)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)

@@ -15,12 +15,13 @@ __all__ = ["adam", "update"]
 def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
     """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects lr and betas for a lazy regulariser (StyleGAN2, appendix B).
 
-    The state exists from the start, so that a checkpoint has the same form at every step.
+    One kernel makes the whole step. The state exists from the start, so that a checkpoint has the same form at every step.
     """
     c = interval / (interval + 1) if interval else 1.0
-    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, foreach=True)
+    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
     for p in params:
-        opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        step = torch.zeros((), device=p.device)  # the kernel counts it there
+        opt.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return opt
 
 

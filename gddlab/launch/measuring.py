@@ -47,6 +47,8 @@ def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any
     world = World.start(config.device)
     base = _memory(world)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
+    if config.cache_real:
+        trainer.cache_real()
     built = _memory(world)
     trainer.reader.position = config.batch  # the first iteration has no R1
     trainer.iteration = 1
@@ -95,7 +97,7 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def main(folder: Path, batch: int, steps: int, stand_in: bool) -> None:
-    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None, "cache_real": False})
+    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
     write_json(folder / "measured.json", measure(config, steps=steps, stand_in=stand_in))
 
 

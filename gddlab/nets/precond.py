@@ -145,7 +145,9 @@ class Precond(nn.Module):
 
 def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
-    return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
+    if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
+        return torch.full((x.shape[0], 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
+    return sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
 
 
 class EDMPrecond(Precond):

@@ -144,15 +144,16 @@ def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[No
 
 
 def check_architecture(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses networks whose parameters and buffers differ in name or shape, but for `map_augment`, which a student drops.
+    """Refuses networks whose parameters and buffers differ in name or shape, but for `map_augment`, which a student drops, and `map_target0` and `map_target1`, which one may add.
 
     Raises:
         GddlabError: They do, or are one network.
     """
     if unwrap(student) is unwrap(teacher):
         raise GddlabError("student and teacher are the same network: give two")
+    own = {"map_augment", "map_target0", "map_target1"}
     ours, theirs = (
-        {k: tuple(t.shape) for k, t in _tensors(unwrap(net)).items() if "map_augment" not in k.split(".")}
+        {k: tuple(t.shape) for k, t in _tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
         for net in (student, teacher)
     )
     for name in (*ours, *theirs):

@@ -39,7 +39,7 @@ def weight_change(
 
     Args:
         model: A student, say.
-        reference: Its teacher, say; what students drop (`map_augment`) does not count.
+        reference: Its teacher, say; what students drop (`map_augment`) or add (`map_target0`, `map_target1`) does not count.
         layers: As for `probe`.
         sigma: Noise level under which the values stand in the table; None takes the one that a student runs at, 80 for others.
 
@@ -52,7 +52,8 @@ def weight_change(
     """
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
-    chosen = [layer for layer in select_layers(model, layers) if layer.n_params]
+    added = {n for n in ours if n not in theirs and n.rpartition(".")[2] in ("map_target0", "map_target1")}
+    chosen = [layer for layer in select_layers(model, layers) if layer.n_params and layer.name not in added]
     if not chosen:
         raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
     found: dict[str, dict[str, Statistic]] = {}

@@ -4,15 +4,14 @@ python tests/benchmarks/train_step.py [PAIRS] [BATCH]
 
 Random weights of teacher and VGG16 (times do not depend on them). An iteration is the generator's and the discriminator's step and the average of the parameters; R1 is timed
 apart, and a cycle is 16 iterations and one R1 step. Before anything is timed, the reference mode's losses, R1 and gradients are compared with the plain loop's.
-Memory is taken in a process for each mode that runs one iteration and one R1 step: the system's peak for the process, and the rise during each of the two.
+Memory is taken in a process for each mode that runs one iteration and one R1 step, the first ones: the system's peak for the process (VmHWM), which holds the networks and their
+making, and the rise of what is resident during each of the two, looked at every 2 ms.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,8 +40,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Real images in [-1, 1] and the latents of both steps, each (B, 3, 32, 32)."""
 BACKBONES = {"vgg16_bn": "random"}
 MODES = {
-    "reference": {"precision": "float32", "channels_last": True},
-    "reference, contiguous": {"precision": "float32"},
+    "reference": {"precision": "float32"},
+    "reference, channels last": {"precision": "float32", "channels_last": True},
     "fast": FAST,
 }
 INTERVAL, WEIGHT, GAMMA, LR = 16, 64, 1e-4, 1e-4
@@ -214,7 +213,8 @@ def check(plain: Loop, ours: Loop, batch: Batch) -> dict[str, float]:
                 for x in (plain, ours)
             ]
             out[f"gradient of {net[0]} after {step}"] = abs(norms[0].item() / norms[1].item() - 1)
-    assert all(v < 2e-3 for v in out.values()), out
+        # Adam's first step is all but a sign: it makes rounding visible in what follows it.
+        assert all(v < (1e-3 if step == "iteration" else 1e-2) for v in out.values()), out
     return out
 
 
@@ -234,13 +234,18 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def memory(mode: str, n: int) -> dict[str, float]:
-    loop, batch, out = make(mode), batch_of(n), {}
-    for name, run in (("iteration", loop.iteration), ("r1", loop.r1)):
+def memory(mode: str, n: int) -> dict[str, float | None]:
+    loop, batch = make(mode), batch_of(n)
+    out: dict[str, float | None] = {}
+    for name, run in (("iteration", loop.iteration), ("R1 step", loop.r1)):
         with peak_memory(torch.device("cpu")) as rise:
             run(batch)
         out[f"rise in the {name}, MiB"] = rise[0] and round(rise[0])
-    return {"peak of the process, MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)} | out
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # not ru_maxrss, which a process inherits from the one that started it
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]
+    return {"peak of the process, MiB": round(int(peak) / 1024)} | out
 
 
 def main(pairs: int, n: int) -> None:
@@ -264,24 +269,20 @@ def main(pairs: int, n: int) -> None:
         m: {"iteration": gflop(lambda m=m: loops[m].iteration(batch)), "r1": gflop(lambda m=m: loops[m].r1(batch))}
         for m in loops
     }
-    results = {}
+    results: dict[str, dict[str, object]] = {}
     for m in loops:
-        medians = {s: statistics.median(times[f"{m} {s}"]) for s in ("iteration", "r1")}
+        median = {s: statistics.median(times[f"{m} {s}"]) for s in ("iteration", "r1")}
+        ratios = [p / t for p, t in zip(cycles["plain"], cycles[m], strict=True)]
         results[m] = {
-            "seconds an iteration": round(medians["iteration"], 3),
-            "seconds an R1 step": round(medians["r1"], 3),
-            "seconds, iteration + R1 / 16": round(statistics.median(cycles[m]), 3),
-            "times as fast as plain": round(
-                statistics.median(p / t for p, t in zip(cycles["plain"], cycles[m], strict=True)), 3
-            ),
-            "times as fast as plain, each pair": [
-                round(p / t, 3) for p, t in zip(cycles["plain"], cycles[m], strict=True)
-            ],
-            "GFLOP an image, iteration": round((work[m]["iteration"] or math.nan) / n, 1),
-            "GFLOP/s, iteration": round((work[m]["iteration"] or math.nan) / medians["iteration"]),
+            "seconds an iteration": round(median["iteration"], 3),
+            "seconds an R1 step": round(median["r1"], 3),
+            "seconds an iteration and 1/16 of an R1 step": round(statistics.median(cycles[m]), 3),
+            "times as fast as plain": round(statistics.median(ratios), 2),
+            "times as fast as plain, each pair": [round(r, 2) for r in ratios],
         }
-        if work[m]["r1"]:
-            results[m]["GFLOP an image, R1"] = round(work[m]["r1"] / n, 1)
+        for s, flop in work[m].items():
+            if flop is not None:
+                results[m] |= {f"GFLOP an image, {s}": round(flop / n), f"GFLOP/s, {s}": round(flop / median[s])}
     here = [sys.executable, str(Path(__file__).resolve()), "--memory"]
     for m in loops:
         out = subprocess.run([*here, m, str(n)], capture_output=True, text=True, check=True).stdout

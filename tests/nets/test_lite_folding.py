@@ -113,6 +113,16 @@ def test_what_something_else_reads_is_not_folded(kind: str) -> None:
     assert_close(net(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["two readers", "twice", "between", "shared norm"])
+def test_one_pair_that_must_stay_does_not_hold_back_the_others(kind: str) -> None:
+    net = lively(nn.Sequential(Net(""), Net(kind))).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = net(x)
+    fold_batchnorm(net, x)
+    assert norms(net) == ["1.bn"]
+    assert_close(net(x), expected)
+
+
 def test_activations_inside_a_norm_and_shared_modules() -> None:
     """A norm that two containers hold is replaced in both; timm's BatchNormAct2d leaves its activation behind."""
     norm = timm.layers.BatchNormAct2d(4, act_layer=nn.ReLU6)

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.files import read_json
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Preflight", "preflight"]
 
-CPU_BATCH = 4
-"""Images of the larger of the two steps that are measured on a CPU, where a whole batch can take minutes."""
+CPU_SECONDS = 10.0
+"""A step of the larger of the two batches measured takes about so long at most on a CPU, where a whole batch can take minutes."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def preflight(
         config: The run.
         nproc: Processes that the run would have on this machine.
         steps: Iterations timed at each of two batches, after one that is not, and one R1 step.
-        measure_batch: The larger of the two; None is what a process would hold, on a CPU at most 4.
+        measure_batch: The larger of the two; None is what a process would hold, on a CPU at most what takes ten seconds.
         stand_in: Takes random weights for a published teacher and the backbones, and random images: time and memory without any download.
             Then nothing is missing but disk.
 
@@ -142,15 +140,16 @@ def preflight(
     about: dict[str, Any] = {"stand_in": stand_in, "nproc": nproc, "batch": config.batch, "batch_per_device": held}
     if not all(c.ok for c in checks):
         return Preflight(tuple(checks), **about)
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    large = min(held, measure_batch or (CPU_BATCH if cpu else held))
-    sizes = sorted({max(1, large // 2), large})
-    measured = tuple(_measure(config, nproc, size, steps, stand_in) for size in sizes)
+    large = min(held, measure_batch or held)
+    first = _measure(config, nproc, max(1, min(large // 2, 2)), steps, stand_in)
+    if measure_batch is None and first["device"] == "cpu":
+        large = min(large, max(2, int(CPU_SECONDS / first["seconds"] * first["batch"])))
+    measured = (first,) if large == first["batch"] else (first, _measure(config, nproc, large, steps, stand_in))
     last = measured[-1]
     sec_per_kimg = last["seconds"] / last["batch"] * 1000 / nproc
     slope = 0.0
     if len(measured) > 1:
-        slope = max(0.0, last["peak_mem_mib"] - measured[0]["peak_mem_mib"]) / (sizes[1] - sizes[0])
+        slope = max(0.0, last["peak_mem_mib"] - first["peak_mem_mib"]) / (last["batch"] - first["batch"])
     disk = _disk_bytes(config, last)
     checks.append(_room(config, disk))
     return Preflight(
