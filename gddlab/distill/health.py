@@ -95,25 +95,28 @@ class Health:
 
     Args:
         real: Real images that grids are compared with, [-1, 1], (N, C, H, W): no more than a grid has, drawn at random (the first ones of a
-            sorted dataset are all of one class).
+            sorted dataset are all of one class). None: grids are not judged, but for values that are not finite.
         thresholds: When to alarm.
 
     Raises:
         GddlabError: Real images that are all alike or not finite, or fewer than two.
     """
 
-    def __init__(self, real: Tensor, thresholds: Thresholds | None = None):
+    def __init__(self, real: Tensor | None, thresholds: Thresholds | None = None):
         self.thresholds = thresholds or Thresholds()
-        self.n = len(real)
-        self.scale = neighbor_distance(real) / 2
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise GddlabError(f"the {self.n} real images are all alike or not finite: give images that differ")
-        self.reference = distinct_images(real, self.scale)
+        self.n, self.scale, self.reference = 0, 1.0, 1.0
         self._raised: set[str] = set()
         self._saturated_ticks = 0
         self._diverse = False
         self._widest: tuple[float, float] | None = None
         self._best: dict[str, tuple[float, float]] = {}
+        if real is None:
+            return
+        self.n = len(real)
+        self.scale = neighbor_distance(real) / 2
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise GddlabError(f"the {self.n} real images are all alike or not finite: give images that differ")
+        self.reference = distinct_images(real, self.scale)
 
     def diversity(self, images: Tensor) -> float:
         """Distinct images among the first N of a grid, relative to the N real ones: 1 is as diverse as real."""
@@ -175,7 +178,7 @@ class Health:
             f"{_percent(lost)} of the images are not finite at {kimg:g} kimg: lower lr_g in a new run; {self._return()}"
         )
         out = self._switch("nan/images", Alarm("nan", kimg, message, lost, 0.0), on=lost > 0, off=lost == 0)
-        if lost:
+        if lost or not self.n:
             return out
         share = self.diversity(images)
         message = (

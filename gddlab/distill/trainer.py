@@ -21,6 +21,7 @@ from gddlab.distill.building import DTYPES, build_step, check
 from gddlab.distill.checkpoints import load_checkpoint, save_checkpoint
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
+from gddlab.distill.diversity import neighbor_distance
 from gddlab.distill.drawing import Drawer
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.metering import Meter
@@ -75,8 +76,9 @@ class Trainer:
             channels_last=config.channels_last,
         )
         self.meter = Meter(world.device)
+        real = self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data))))
         self.health = Health(
-            self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data)))),
+            real if len(real) > 1 and neighbor_distance(real) > 0 else None,  # copies in the data are no yardstick
             Thresholds(grace_kimg=min(Thresholds.grace_kimg, config.total_kimg / 2)),
         )
         self.iteration = 0
