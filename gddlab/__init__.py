@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gddlab import nets
     from gddlab.datasets import open_dataset, prepare
     from gddlab.diagnosis import doctor
+    from gddlab.diagnosis.preflight import preflight
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.problem import adversarial_problem
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from gddlab.experiments import reproduce
     from gddlab.freezing import FreezeMask, compare, controls, select_freeze
     from gddlab.launch import attach, train
-    from gddlab.launch.preflight import preflight
     from gddlab.nets.export import export
     from gddlab.probing import (
         Probe,
@@ -100,7 +100,7 @@ _HOME = {
     "nets": "gddlab",
     "open_dataset": "gddlab.datasets",
     "patch": "gddlab.probing",
-    "preflight": "gddlab.launch.preflight",
+    "preflight": "gddlab.diagnosis.preflight",
     "prepare": "gddlab.datasets",
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",

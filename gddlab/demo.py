@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.launch import RunHandle, train
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, probe
+from gddlab.processes import peak_memory_mib
 from gddlab.provenance import commit, hardware, versions
 from gddlab.reporting.figures import draw_distance, draw_metrics, figure_html, image_html, save_figure
 from gddlab.reporting.page import Page
@@ -114,7 +114,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
 
 def _peak_mib(run: RunHandle, nproc: int) -> float:
     """Bound of the memory in use at one time, MiB: this process's peak and that of every training process."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    own = peak_memory_mib()
     return own + nproc * float(run.metrics["peak_mem_mib"].max())
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+import sys
 from pathlib import Path
 
-__all__ = ["fresh_environment"]
+__all__ = ["fresh_environment", "peak_memory_mib"]
 
 # glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again: about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -17,3 +20,12 @@ def fresh_environment(nproc: int) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env
+
+
+def peak_memory_mib() -> float:
+    """Peak of this process's memory so far, MiB; on Linux since its program began, elsewhere a peak of the process that started it counts too."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gddlab.cli import main
+from gddlab.diagnosis.preflight import preflight
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
-from gddlab.launch.preflight import preflight
 from tests.conftest import tiny_config
 
 

@@ -44,9 +44,9 @@ class Reproduce:
         runs = plan(self.name, out=self.out, only=self.only, seeds=self.seeds)
         width = max(len(p.experiment.name) for p in runs)
         for p in runs:
+            feeds = f" ({', '.join(p.experiment.feeds)})" if p.experiment.feeds else ""
             out(
-                f"{p.experiment.name:<{width}}  seed {p.seed}  {p.state:<11}  {p.seconds / 60:5.1f} min  {p.experiment.what} "
-                f"({', '.join(p.experiment.feeds)})"
+                f"{p.experiment.name:<{width}}  seed {p.seed}  {p.state:<11}  {p.seconds / 60:5.1f} min  {p.experiment.what}{feeds}"
             )
         left = [p for p in runs if p.state != "done"]
         out(

@@ -108,8 +108,8 @@ class Preflight(Configured):
     """Prints JSON."""
 
     def run(self) -> None:
+        from gddlab.diagnosis.preflight import preflight
         from gddlab.launch.measuring import stand_ins
-        from gddlab.launch.preflight import preflight
 
         teacher = stand_ins(self.config)[0] if self.stand_in and self.rule is not None else None
         found = preflight(

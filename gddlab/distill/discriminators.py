@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gddlab.distill.backbones import Backbone
-from gddlab.distill.heads import BatchNorm, Head, last_resolution, load_embedding, nominal_resolutions
+from gddlab.distill.embedding import load_embedding
+from gddlab.distill.heads import BatchNorm, Head, last_resolution, nominal_resolutions
 from gddlab.errors import GddlabError, unknown
 
 __all__ = ["Backbone", "ProjectedDiscriminator", "Projection"]
@@ -76,7 +77,7 @@ class ProjectedDiscriminator(nn.Module):
         sync_batchnorm: BatchNorm statistics over all ranks.
         fold: Folds the backbones' BatchNorm into their convolutions: equal up to float32 rounding, and faster.
         weights: By backbone "auto", "random" or a path; "auto" for those not named.
-        embedding_file: Initial class embedding of every head, (rows or more, 320), see `gddlab.distill.heads.load_embedding`; it is trained.
+        embedding_file: Initial class embedding of every head, (rows or more, 320), see `gddlab.distill.embedding.load_embedding`; it is trained.
 
     Raises:
         GddlabError: A backbone, its size or its weights are refused, or the embedding does not fit.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.processes import peak_memory_mib
 
 __all__ = ["AllReduceSum", "World", "all_reduce_sum"]
 
@@ -61,6 +62,12 @@ class World:
         t = torch.tensor(int(flag))
         dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.control)
         return bool(t)
+
+    def peak_memory_mib(self) -> float:
+        """Peak so far: of the device's memory, or of this process's on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return peak_memory_mib()
 
     def barrier(self) -> None:
         if self.size > 1:

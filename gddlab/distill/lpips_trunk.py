@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gddlab.distill.weight_files import find_weights, fit_state, load_fitting, read_state
+from gddlab.distill.weight_files import ask_hub, find_weights, fit_state, load_fitting, read_state
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import cache_dir
 
@@ -125,12 +125,8 @@ def check_trunk(net: str, weights: str | Path | None = None, *, input_size: int 
     trunk = _trunk(net, input_size)
     source = _source(trunk, weights)
     if isinstance(source, str):
-        from urllib.request import Request, urlopen
-
-        try:
-            urlopen(Request(source, method="HEAD"), timeout=10).close()
-        except OSError as e:
-            raise _missing(trunk, f"{type(e).__name__} at the hub") from None
+        if why := ask_hub(source):
+            raise _missing(trunk, why)
     elif source is not None:
         fit_state(trunk.build().state_dict(), _features(read_state(source)), source)
 

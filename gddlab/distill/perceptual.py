@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gddlab.distill.backbones import Backbone
 from gddlab.distill.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 from gddlab.errors import GddlabError, unknown
-from gddlab.nets.lite import LITE_MEAN, LITE_STD, lite_backbone, lite_weights
+from gddlab.nets.lite import lite_weights
 
 __all__ = ["DISTANCES", "Distance", "check_distance", "perceptual_distance"]
 
@@ -35,7 +34,7 @@ class Distance(nn.Module):
 
     def measure(self, a: Tensor, b: Tensor) -> Tensor:
         """The distance itself."""
-        raise NotImplementedError
+        raise AssertionError("a distance defines its measure")
 
     def train(self, mode: bool = True) -> Distance:
         return super().train(False)
@@ -70,27 +69,10 @@ class _Lite0(Distance):
         super().__init__()
         if input_size < 32:
             raise GddlabError(f"input_size={input_size}: {LITE0} takes 32 pixels at least")
-        self.input_size = input_size
-        net = lite_backbone(LITE0, fold=True)
-        stem, norm, blocks = net.conv_stem, net.bn1, net.blocks
-        assert isinstance(stem, nn.Module) and isinstance(norm, nn.Module) and isinstance(blocks, nn.Sequential)
-        first = nn.Sequential(stem, norm, *blocks[:2])
-        self.levels = nn.ModuleList([first, blocks[2], nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:7])])
-        self.eval().requires_grad_(False)
-
-    def features(self, x: Tensor) -> Sequence[Tensor]:
-        x = ((x + 1) / 2 - LITE_MEAN) / LITE_STD
-        if x.shape[-2:] != (self.input_size, self.input_size):
-            x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", align_corners=False)
-        x = x.expand(-1, 3, -1, -1)
-        out: list[Tensor] = []
-        for level in self.levels:
-            x = level(x)
-            out.append(x)
-        return out
+        self.levels = Backbone(LITE0, input_size)
 
     def measure(self, a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(self.features(a), self.features(b), strict=True)
+        pairs = zip(self.levels(a), self.levels(b), strict=True)
         return torch.stack([(unit(x) - unit(y)).square().mean((1, 2, 3)) for x, y in pairs]).mean(0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
-from gddlab.distill.backbones import backbone_sha256
+from gddlab.distill.backbone_weights import backbone_sha256
 from gddlab.distill.building import DTYPES, build_step, check
 from gddlab.distill.checkpoints import load_checkpoint, save_checkpoint
 from gddlab.distill.config import TrainConfig
@@ -151,9 +150,6 @@ class Trainer:
         """One line of metrics.jsonl: means over the iterations since the last one, over ranks."""
         c = self.config
         means = self.meter.means(self.world)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if self.world.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
         line = {"nimg": self.nimg, "kimg": self.nimg / 1000, **means, "lr/g": c.lr_g}
         if self.step.opt_d is not None:
             line["lr/d"] = self.step.opt_d.param_groups[0]["lr"]
@@ -161,7 +157,7 @@ class Trainer:
             "ema": ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg),
             "sec_per_kimg": self.seconds / (self.nimg / 1000),
             "seconds": self.seconds,
-            "peak_mem_mib": peak,
+            "peak_mem_mib": self.world.peak_memory_mib(),
         }
         self.meter.reset()
         return line

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir
 
-__all__ = ["SUFFIXES", "find_weights", "fit_state", "read_state"]
+__all__ = ["SUFFIXES", "ask_hub", "find_weights", "fit_state", "load_fitting", "read_state"]
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def find_weights(*stems: str) -> Path | None:
-    """The first file STEM.safetensors, .pth or .pt in the working folder, `$GDDLAB_HOME`, `$GDDLAB_HOME/backbones`, the cache's `backbones`; else None."""
+    """The first file STEM.safetensors, .pth, .pt or .bin in the working folder, `$GDDLAB_HOME`, `$GDDLAB_HOME/backbones`, the cache's `backbones`; else None."""
     home = os.environ.get("GDDLAB_HOME")
     folders = [
         Path.cwd(),
@@ -36,7 +37,7 @@ def find_weights(*stems: str) -> Path | None:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors, .pth or .pt file, on the CPU; nothing in the file is run.
+    """A state dict from a .safetensors, .pth, .pt or .bin file, also one under "state_dict" or "model", on the CPU; nothing in the file is run.
 
     Raises:
         NotFound: No such file.
@@ -51,7 +52,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:  # torch maps only files that are zips; those before 1.6 are read
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
@@ -61,9 +62,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except Exception as e:  # safetensors, zip and pickle readers each have their own
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise GddlabError(f"{path} cannot be read ({reason}): fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise GddlabError(f"{path} holds no state dict, tensors by name: give what torch.save(net.state_dict()) wrote")
     return state
+
+
+def ask_hub(address: str) -> str | None:
+    """Asks whether a file is at its address, without fetching it; what went wrong, or None."""
+    from urllib.request import Request, urlopen
+
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=10).close()
+    except OSError as e:
+        return f"{type(e).__name__} at the hub"
+    return None
 
 
 def fit_state(

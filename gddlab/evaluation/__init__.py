@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gddlab.evaluation.course import evaluate_snapshots
+from gddlab.evaluation.course import evaluate_snapshots, scorer
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
@@ -23,4 +23,5 @@ __all__ = [
     "load_records",
     "real_split",
     "register",
+    "scorer",
 ]

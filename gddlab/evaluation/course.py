@@ -1,15 +1,27 @@
-"""Scores over a run: every snapshot of the student, once."""
+"""Scores over a run, each student once: its snapshots afterwards, or students on their way."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+
+from gddlab.datasets import open_dataset
+from gddlab.distill.config import TrainConfig
+from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.records import Record, append_records, load_records
 from gddlab.evaluation.scoring import evaluate
-from gddlab.runs import Run
+from gddlab.runs import Run, load_run
 
-__all__ = ["evaluate_snapshots"]
+if TYPE_CHECKING:
+    from gddlab.distill.trainer import Score
+
+__all__ = ["evaluate_snapshots", "scorer"]
 
 
 def evaluate_snapshots(
@@ -26,7 +38,7 @@ def evaluate_snapshots(
         (thousands of images, record), oldest first.
     """
     metric = find_extractor(extractor).metric_name("fid")
-    known = {r.model_sha256: r for r in load_records(run.run_dir) if r.name == metric}
+    known = _known(run.run_dir, metric)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -40,3 +52,43 @@ def evaluate_snapshots(
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
     return out
+
+
+def _known(run_dir: Path, metric: str) -> dict[str | None, Record]:
+    """The records of a metric, by the hash of what was scored."""
+    return {r.model_sha256: r for r in load_records(run_dir) if r.name == metric}
+
+
+def scorer(config: TrainConfig, device: torch.device) -> Score:
+    """A function from the file of a student to its score, by the metric of the configuration.
+
+    Records go to the run's evaluation.jsonl; a student that was scored before the run was interrupted is not scored again.
+    The real images are all of the data's (of the classes trained on), also where the run trains on some of them.
+
+    Raises:
+        GddlabError: The extractor is unknown, or its weights are missing.
+    """
+    spec = find_extractor(config.metric_extractor)
+    metric = spec.metric_name(config.metric)
+
+    def score(file: Path) -> tuple[str, float, float | None]:
+        net = load_run(config.run_dir).student(file).to(device)
+        record = _known(config.run_dir, metric).get(net.card.sha256)
+        if record is None:
+            try:
+                scores = evaluate(
+                    net,
+                    data=open_dataset(config.data, classes=config.classes, progress=False),
+                    metrics=(config.metric,),
+                    n=config.metric_n,
+                    extractor=config.metric_extractor,
+                    progress=False,
+                )
+            except GddlabError as e:  # images or score are not finite
+                sys.stdout.write(f"no score: {e}\n")
+                return metric, math.nan, None
+            record = scores.record(metric)
+            append_records(config.run_dir, [record])
+        return record.metric, record.value, record.std
+
+    return score

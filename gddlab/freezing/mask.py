@@ -13,6 +13,7 @@ from gddlab.files import hash_json, read_json, write_json
 from gddlab.freezing import applying, storage
 from gddlab.freezing.places import numel, parameter_frame
 from gddlab.freezing.tables import diff, mask_html, mask_line, summary
+from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import owner_of, parameter_table, plain_name, unwrap
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["FreezeMask", "Parameters", "fingerprint"]
-
-_ADDED = frozenset(("map_target0", "map_target1"))
 
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a network's parameters, in its order, without `map_augment`."""
@@ -190,7 +189,7 @@ class FreezeMask:
         """Parameters of `model`; of a student that takes a target time, those that its teacher has too."""
         known = dict(self.parameters)
         table = parameter_table(_network(model))
-        return tuple((n, shape) for n, shape in table if n in known or _ADDED.isdisjoint(n.split(".")))
+        return tuple((n, shape) for n, shape in table if n in known or set(TARGET_LAYERS).isdisjoint(n.split(".")))
 
     def to_frame(self) -> pd.DataFrame:
         """A row a parameter: columns parameter, block, stage, resolution (pixels), kind, size (numbers), frozen."""

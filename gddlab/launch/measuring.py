@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -45,11 +44,11 @@ def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any
     One iteration is made before the clock runs. Iterations with R1 are timed by themselves, since one in `r1_interval` has it.
     """
     world = World.start(config.device)
-    base = _memory(world)
+    base = world.peak_memory_mib()
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
     if config.cache_real:
         trainer.cache_real()
-    built = _memory(world)
+    built = world.peak_memory_mib()
     trainer.reader.position = config.batch  # the first iteration has no R1
     trainer.iteration = 1
     plain, lazy = [_timed(trainer, world) for _ in range(steps + 1)][1:], 0.0
@@ -61,7 +60,7 @@ def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any
         "batch": config.batch,
         "steps": steps,
         "seconds": statistics.median(plain) + lazy,
-        "peak_mem_mib": _memory(world),
+        "peak_mem_mib": world.peak_memory_mib(),
         "built_mem_mib": built,
         "base_mem_mib": base,
         "parameters": sum(p.numel() for p in params),
@@ -80,13 +79,6 @@ def _timed(trainer: Trainer, world: World) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _memory(world: World) -> float:
-    """Peak so far, MiB: of the device, or of this process on a CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _checkpoint_bytes(trainer: Trainer) -> int:

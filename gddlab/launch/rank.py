@@ -36,7 +36,7 @@ def run_rank(run_dir: str | Path) -> int:
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
     from gddlab.distill.trainer import Trainer
-    from gddlab.launch.scoring import scorer
+    from gddlab.evaluation import scorer
 
     try:
         config = TrainConfig.load(folder)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors
-from gddlab.nets.precond import OneStepPrecond, Precond, from_edm
+from gddlab.nets.making import from_edm
+from gddlab.nets.onestep import OneStepPrecond
+from gddlab.nets.precond import Precond
 from gddlab.nets.weights import architecture
 from gddlab.progress import progress_bar
 
@@ -92,6 +94,10 @@ def export(
     if not isinstance(student, Precond):
         raise GddlabError(f"a {type(student).__name__} cannot be exported: give a network of gddlab, as run.student()")
     if sigma is None and isinstance(student, OneStepPrecond):
+        if student.mid_sigmas:
+            raise GddlabError(
+                f"this student takes {len(student.sigmas)} steps, an exported one takes one: give sigma={student.sigma_g:g} for its first"
+            )
         sigma = student.sigma_g
     if sigma is None:
         raise GddlabError(

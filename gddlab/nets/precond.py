@@ -1,10 +1,8 @@
-"""Preconditioned denoisers D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, table 1) and the one-step student."""
+"""Preconditioned denoisers D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, table 1)."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets.unets import UNETS
 
-__all__ = ["PRECONDS", "EDMPrecond", "OneStepPrecond", "Precond", "VEPrecond", "VPPrecond", "from_edm", "iDDPMPrecond"]
+__all__ = ["EDMPrecond", "Precond", "VEPrecond", "VPPrecond", "iDDPMPrecond"]
 
 
 class Coefficients(NamedTuple):
@@ -121,7 +119,7 @@ class Precond(nn.Module):
             )
         x = x if x.dtype == torch.float64 else x.float()
         b = x.shape[0]
-        sigma = _levels(sigma, x)
+        sigma = levels_of(sigma, x)
         if self.label_dim and class_labels is None:
             class_labels = x.new_zeros(1, self.label_dim)
         elif not self.label_dim:
@@ -138,12 +136,12 @@ class Precond(nn.Module):
         if target is None:
             f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels)
         else:
-            c_target = self.coefficients(_levels(target, x)).c_noise
+            c_target = self.coefficients(levels_of(target, x)).c_noise
             f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels, c_target)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
 
 
-def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
+def levels_of(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
     if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
         return torch.full((x.shape[0], 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
@@ -173,131 +171,6 @@ class EDMPrecond(Precond):
         sd = self.sigma_data
         norm = (sigma**2 + sd**2).sqrt()
         return Coefficients(sd**2 / norm**2, sigma * sd / norm, 1 / norm, sigma.flatten().log() / 4)
-
-
-class OneStepPrecond(EDMPrecond):
-    """The one-step student: consistency-model boundary coefficients, exact identity at sigma = eps (method of GDD; Song et al. 2023, appendix C).
-
-    c_skip = sd^2 / ((sigma - eps)^2 + sd^2); c_out = (sigma - eps) sd / sqrt(sigma^2 + sd^2); the rest as EDM.
-
-    With a target time the network is g(x; sigma, s), the image to which a straight way from x at sigma to noise level s points: an estimate in the
-    form above, from a U-Net that sees c_noise of s too (`map_target0`, `map_target1`; what they add is zero at first). `jump` goes that way.
-
-    Args:
-        eps: Lowest noise level.
-        sigma_g: Noise level that images are made from.
-        target_time: Whether the network takes a target noise level.
-        mid_sigmas: Further noise levels of a few-step student, descending between `sigma_g` and `eps`; () for one step.
-
-    Raises:
-        GddlabError: `mid_sigmas` do not descend between `sigma_g` and `eps`.
-    """
-
-    default_unet = "SongUNet"
-
-    def __init__(
-        self,
-        *args: Any,
-        eps: float = 0.002,
-        sigma_g: float = 80.0,
-        target_time: bool = False,
-        mid_sigmas: Sequence[float] = (),
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.eps, self.sigma_g, self.target_time = eps, sigma_g, target_time
-        self.mid_sigmas = _descending(mid_sigmas, sigma_g, eps)
-        if target_time:
-            self.model.add_target()
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of the student's steps: the one it starts from, and `mid_sigmas`."""
-        return (self.sigma_g, *self.mid_sigmas)
-
-    def coefficients(self, sigma: Tensor) -> Coefficients:
-        sd, s = self.sigma_data, sigma - self.eps
-        c = super().coefficients(sigma)
-        return c._replace(c_skip=sd**2 / (s**2 + sd**2), c_out=s * sd / (sigma**2 + sd**2).sqrt())
-
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        target: Tensor | float | None = None,
-    ) -> Tensor:
-        """As `Precond.forward`; `target` is the noise level to go to, a number, (1,) or (B,), > 0, where the network takes one; None means eps.
-
-        Raises:
-            GddlabError: As there; a target for a network without target time.
-        """
-        if self.target_time and target is None:
-            target = self.eps
-        elif not self.target_time and target is not None:
-            raise GddlabError("this student takes no target: leave it away, or make it with target_time=True")
-        return self._denoise(x, sigma, class_labels, augment_labels, target)
-
-    def jump(
-        self, x: Tensor, sigma: Tensor | float, target: Tensor | float, class_labels: Tensor | None = None
-    ) -> Tensor:
-        """From noise level sigma to `target` on a straight line: (s / t) x + (1 - s / t) g(x; t, s) (Kim et al. 2023, "Consistency trajectory models", section 3).
-
-        Args:
-            x: (B, C, H, W).
-            sigma, target: Where x is and where to go, a number, (1,) or (B,), > 0.
-            class_labels: One-hot, (B, label_dim).
-
-        Raises:
-            GddlabError: A network without target time.
-        """
-        image = self(x, sigma, class_labels, target=target)
-        share = _levels(target, image) / _levels(sigma, image)
-        return share * x.to(image.dtype) + (1 - share) * image
-
-    def generate(self, z: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """One step from noise to image: G(z) = D(80 z; 80).  z ~ N(0, I), (B, C, H, W) -> (B, C, H, W)"""
-        out: Tensor = self(self.sigma_g * z, self.sigma_g, class_labels)
-        return out
-
-    def generate_steps(self, z: Tensor, class_labels: Tensor | None, noise: Sequence[Tensor], exit: int) -> Tensor:
-        """The image after step `exit` of `sigmas`, from the student's own earlier steps, which get no gradient.
-
-        Training at random exits shows each step what it meets when images are made (backward simulation; Yin et al. 2024, "Improved distribution matching
-        distillation", section 4.5). The steps are those of `multistep` (Song et al. 2023, algorithm 1).
-
-        Args:
-            z: Standard normal noise, (B, C, H, W).
-            class_labels: One-hot, (B, label_dim), or None.
-            noise: Standard normal noise of each later step, (B, C, H, W); the first `exit` are used.
-            exit: The last step made, from 0 to len(mid_sigmas).
-
-        Raises:
-            GddlabError: No such step, or too little noise.
-        """
-        if not 0 <= exit < len(self.sigmas):
-            raise GddlabError(
-                f"exit={exit} of a student with {len(self.sigmas)} steps: give 0 to {len(self.mid_sigmas)}"
-            )
-        if len(noise) < exit:
-            raise GddlabError(f"exit={exit} with {len(noise)} noise tensors: give one for each step but the first")
-        x = self.sigma_g * z
-        with torch.no_grad():
-            for fresh, (sigma, lower) in zip(noise[:exit], itertools.pairwise(self.sigmas), strict=False):
-                x = self(x, sigma, class_labels) + math.sqrt(lower**2 - self.eps**2) * fresh
-        out: Tensor = self(x, self.sigmas[exit], class_labels)
-        return out
-
-
-def _descending(mid_sigmas: Sequence[float], high: float, low: float) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(s) for s in mid_sigmas)
-    except (TypeError, ValueError):
-        raise GddlabError(f"mid_sigmas={mid_sigmas!r}: give a list of noise levels, such as (0.8,)") from None
-    if not all(a > b for a, b in itertools.pairwise((high, *levels, low))):
-        raise GddlabError(f"mid_sigmas={levels}: give descending noise levels below {high:g} and above {low:g}")
-    return levels
 
 
 class VPPrecond(Precond):
@@ -377,36 +250,3 @@ class iDDPMPrecond(Precond):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         c_noise = (self.M - 1 - self.index(sigma).flatten()).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
-
-
-PRECONDS: dict[str, type[Precond]] = {
-    "EDMPrecond": EDMPrecond,
-    "VPPrecond": VPPrecond,
-    "VEPrecond": VEPrecond,
-    "iDDPMPrecond": iDDPMPrecond,
-    "OneStepPrecond": OneStepPrecond,
-}
-
-
-def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
-    """Builds a network from the class name and keyword arguments found in an EDM pickle.
-
-    Args:
-        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond".
-        **init_kwargs: As in the pickle; `use_fp16` is accepted and has no meaning here (autocast decides).
-
-    Returns:
-        The network with fresh parameters; its state-dict keys equal the reference's.
-
-    Raises:
-        GddlabError: Unknown class, U-Net or argument.
-    """
-    if class_name not in PRECONDS:
-        raise unknown("network class", class_name, PRECONDS)
-    kwargs = {k: v for k, v in init_kwargs.items() if k != "use_fp16"}
-    try:
-        net = PRECONDS[class_name](**kwargs)
-    except TypeError as e:
-        raise GddlabError(f"{class_name} cannot be built from {sorted(kwargs)}: {e}") from None
-    net.init_kwargs = kwargs
-    return net

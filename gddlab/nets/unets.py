@@ -21,12 +21,16 @@ from gddlab.nets.layers import (
     xavier_,
 )
 
-__all__ = ["UNETS", "DhariwalUNet", "SongUNet"]
+__all__ = ["TARGET_LAYERS", "UNETS", "DhariwalUNet", "SongUNet"]
 
 
 def _drop_labels(labels: Tensor, p: float, batch: int) -> Tensor:
     """Zeroes the label of each image with probability `p`.  (B or 1, label_dim) -> (B, label_dim)"""
     return labels * (torch.rand(batch, 1, device=labels.device) >= p).to(labels.dtype) if p else labels
+
+
+TARGET_LAYERS = ("map_target0", "map_target1")
+"""What embeds a target noise level: layers that a student may have beside its teacher's."""
 
 
 def _target_layers(cin: int, cout: int) -> tuple[nn.Linear, nn.Linear]:

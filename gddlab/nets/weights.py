@@ -11,7 +11,8 @@ import torch
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import atomic_path
 from gddlab.nets.arguments import refusal
-from gddlab.nets.precond import Precond, from_edm
+from gddlab.nets.making import from_edm
+from gddlab.nets.precond import Precond
 
 __all__ = ["FORMAT", "architecture", "load_network", "save_network"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import denoiser_of, named_layers, plain_name, unwrap
 
 __all__ = [
@@ -151,7 +152,7 @@ def check_architecture(student: nn.Module, teacher: nn.Module) -> None:
     """
     if unwrap(student) is unwrap(teacher):
         raise GddlabError("student and teacher are the same network: give two")
-    own = {"map_augment", "map_target0", "map_target1"}
+    own = {"map_augment", *TARGET_LAYERS}
     ours, theirs = (
         {k: tuple(t.shape) for k, t in _tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
         for net in (student, teacher)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Statistic
@@ -52,7 +53,7 @@ def weight_change(
     """
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
-    added = {n for n in ours if n not in theirs and n.rpartition(".")[2] in ("map_target0", "map_target1")}
+    added = {n for n in ours if n not in theirs and n.rpartition(".")[2] in TARGET_LAYERS}
     chosen = [layer for layer in select_layers(model, layers) if layer.n_params and layer.name not in added]
     if not chosen:
         raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")

@@ -14,8 +14,7 @@ import time
 import torch
 
 from gddlab.distill.student import make_student
-from gddlab.nets import build
-from gddlab.nets.precond import OneStepPrecond
+from gddlab.nets import OneStepPrecond, build
 from gddlab.provenance import hardware, versions
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

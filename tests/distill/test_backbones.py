@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models import vgg
 
-from gddlab.distill.backbones import Backbone, backbone_sha256, check_backbone, find_weights
+from gddlab.distill.backbone_weights import backbone_sha256, find_weights
+from gddlab.distill.backbones import Backbone, check_backbone
 from gddlab.errors import GddlabError, NotFound
 from gddlab.nets.lite import lite_weights
 
@@ -66,27 +66,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     save_file(lively(create(VIT)).state_dict(), path)
     return path
-
-
-@pytest.fixture
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without weights and without a network."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise URLError("no network")
-
-    import huggingface_hub.constants
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GDDLAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.delenv("GDDLAB_OFFLINE", raising=False)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
-    return tmp_path
 
 
 def images(n: int = 2, channels: int = 3, size: int = 20) -> Tensor:

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from gddlab.distill.discriminators import ProjectedDiscriminator
-from gddlab.distill.heads import Head, load_embedding
+from gddlab.distill.embedding import load_embedding
+from gddlab.distill.heads import Head
 from gddlab.distill.objectives import d_loss_real, r1_penalty
 from gddlab.errors import GddlabError, NotFound
 

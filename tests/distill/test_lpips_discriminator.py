@@ -7,7 +7,6 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.error import URLError
 
 import lpips
 import pytest
@@ -29,23 +28,6 @@ THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}
 def batch(n: int = 2, size: int = 8, channels: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(n, channels, size, size, generator=generator, dtype=torch.float64) * 2 - 1
-
-
-@pytest.fixture
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without weights and without a network."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise URLError("no network")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GDDLAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv("GDDLAB_OFFLINE", raising=False)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    return tmp_path
 
 
 def state_of(trunk: LPIPSTrunk, **more: Tensor) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError
+from gddlab.evaluation import scorer
 from gddlab.files import read_json, read_jsonl
-from gddlab.launch.scoring import scorer
 from gddlab.nets import load_network, save_network
 from gddlab.runs import load_run
 from gddlab.sampling import sample
 from tests.conftest import tiny_config, tiny_net
-from tests.distill.test_trainer import tensors
+from tests.distill.test_trainer import assert_continued, tensors
 
 ALONE = World(0, 1, torch.device("cpu"))
 DISCRIMINATORS: dict[str, dict[str, Any]] = {
@@ -85,25 +85,6 @@ def test_accumulation_with_reused_fakes_and_the_instance_loss(tmp_path: Path, ti
     assert whole.meter.sums["loss/instance"] > 0
 
 
-def continued(tmp_path: Path, teacher: Path, **fields: Any) -> tuple[Trainer, Trainer]:
-    """A run of six iterations, and one that was stopped after three and continued."""
-    whole = Trainer(tiny_config(tmp_path / "a", teacher, **fields), ALONE)
-    assert whole.train() == "done"
-    config = tiny_config(tmp_path / "b", teacher, **fields)
-    first = Trainer(config, ALONE)
-    iterate = first.iterate
-
-    def iterate_and_stop() -> None:
-        iterate()
-        first.stop_asked = first.iteration == 3
-
-    first.iterate = iterate_and_stop  # type: ignore[method-assign]
-    assert first.train() == "stopped"
-    second = Trainer(config, ALONE)
-    assert second.train() == "done"
-    return whole, second
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -119,16 +100,7 @@ def continued(tmp_path: Path, teacher: Path, **fields: Any) -> tuple[Trainer, Tr
 def test_every_kind_of_run_continues_bit_identically(
     tmp_path: Path, tiny_teacher: Path, fields: dict[str, Any]
 ) -> None:
-    a, b = (tensors(t) for t in continued(tmp_path, tiny_teacher, **fields))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    timing = ("seconds", "sec_per_kimg", "peak_mem_mib")
-    lines = [
-        [{k: v for k, v in m.items() if k not in timing} for m in read_jsonl(tmp_path / x / "metrics.jsonl")]
-        for x in "ab"
-    ]
-    assert lines[0] == lines[1]
+    assert_continued(tmp_path, tiny_teacher, **fields)
 
 
 def test_adas_probability_rises_and_is_written(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -318,6 +290,39 @@ def test_compiled_training_equals_plain_training(tmp_path: Path, tiny_teacher: P
     fields = {"precision": "float64", "total_kimg": 0.024}
     plain = trained(tmp_path / "a", tiny_teacher, 3, **fields)
     same(plain, trained(tmp_path / "b", tiny_teacher, 3, compile=True, **fields))
+
+
+def test_the_class_embedding_begins_as_its_file_and_is_learned(tmp_path: Path, tiny_teacher: Path) -> None:
+    cond, table = tmp_path / "cond.safetensors", torch.randn(12, 320)
+    save_network(tiny_net(label_dim=10), cond, name="cond", data="digits")
+    torch.save(table, tmp_path / "table.pt")
+    t = Trainer(tiny_config(tmp_path / "run", cond, embedding_file=str(tmp_path / "table.pt")), ALONE)
+    embeds = [p for n, p in t.step.d.named_parameters() if n.endswith("embed.weight")]
+    assert len(embeds) == 4
+    assert all(torch.equal(p, table[:10]) for p in embeds)
+    t.iterate()
+    assert not any(torch.equal(p, table[:10]) for p in embeds)
+    with pytest.raises(GddlabError, match="unconditional teacher"):
+        Trainer(tiny_config(tmp_path / "run", tiny_teacher, embedding_file=str(tmp_path / "table.pt")), ALONE)
+
+
+def test_a_stylegan2_discriminator_begins_with_weights(tmp_path: Path, tiny_teacher: Path) -> None:
+    first = trained(tmp_path / "a", tiny_teacher, 1, discriminator="stylegan2")
+    torch.save(first.step.d.state_dict(), tmp_path / "d.pt")
+    fields = {"discriminator": "stylegan2", "discriminator_weights": str(tmp_path / "d.pt")}
+    second = Trainer(tiny_config(tmp_path / "b", tiny_teacher, **fields), ALONE)
+    theirs = second.step.d.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in first.step.d.state_dict().items())
+
+
+def test_hinge_loss_and_a_fixed_probability_of_augmentation(tmp_path: Path, tiny_teacher: Path) -> None:
+    """The losses are those of the logits: hinge's generator loss is minus their mean."""
+    t = trained(tmp_path / "a", tiny_teacher, 1, loss="hinge", augment=("cutout",), augment_p=0.5)
+    sums = t.meter.sums
+    assert_close(sums["loss/g"], -sums["logits/g"])
+    assert t.step.augment_p == 0.5
+    whole = trained(tmp_path / "b", tiny_teacher, 1, loss="hinge", augment=("cutout",))
+    assert whole.meter.sums["logits/real"] != sums["logits/real"]
 
 
 def test_the_trained_student_can_be_kept_beside_its_average(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -25,11 +26,19 @@ from tests.conftest import tiny_config
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"augment": ("blit", "color"), "ada_target": 0.1, "ada_kimg": 0.1, "batch_per_device": 2, "instance": "ctm"},
+    ],
+    ids=["plain", "ada, accumulation, instance loss"],
+)
+def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[str, Any]) -> None:
     """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
     mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
     fields = {"mask": mask, "precision": "float64", "sync_batchnorm": True, "total_kimg": 0.04, "checkpoint_kimg": 0.04}
-    fields["probe_kimg"] = 0.04
+    fields |= {"probe_kimg": 0.04, "distance": "l2", "instance_steps": 4, **more}
     config = tiny_config(tmp_path / "one", tiny_teacher, **fields)
     config.write()
     one = Trainer(config, ALONE)

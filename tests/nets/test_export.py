@@ -20,6 +20,7 @@ from gddlab.files import hash_tensors
 from gddlab.nets import Precond, from_edm
 from gddlab.nets import export as module
 from gddlab.nets.export import export
+from tests.conftest import tiny_net
 from tests.nets.test_unets import NETS, SMALL, shaken
 
 FRESH = """
@@ -102,6 +103,9 @@ def test_refusals(student: Precond, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export(torch.nn.Linear(2, 2), tmp_path / "student.pt2")  # type: ignore[arg-type]
     with pytest.raises(GddlabError, match="sigma=0: give one in 0 to inf, above 0"):
         export(student, tmp_path / "student.pt2", sigma=0)
+    two = make_student(tiny_net(), mid_sigmas=(0.8,))
+    with pytest.raises(GddlabError, match="takes 2 steps, an exported one takes one: give sigma=80"):
+        export(two, tmp_path / "student.pt2")
     with pytest.raises(GddlabError, match="opset=3: give 18 to 23"):
         export(student, tmp_path / "student.onnx", opset=3)
     find = importlib.util.find_spec

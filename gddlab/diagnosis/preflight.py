@@ -216,7 +216,7 @@ def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random = dict.fromkeys(config.backbones, "random") if config.discriminator == "projected" else {}
-        update: dict[str, Any] = {"run_dir": folder, "batch_per_device": None}
+        update: dict[str, Any] = {"run_dir": folder}
         if stand_in:
             weights = "random" if config.discriminator == "lpips" else None
             update |= {"backbone_weights": random, "discriminator_weights": weights, "embedding_file": None}
