@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         weight_change,
         wrap,
     )
-    from gddlab.runs import load_run, load_runs
+    from gddlab.runs import load_run, load_runs, load_study
     from gddlab.sampling import sample, sample_files
     from gddlab.teachers import TeacherConfig, convert, load_teacher, train_teacher
 
@@ -56,6 +56,7 @@ __all__ = [
     "grad_probe",
     "load_run",
     "load_runs",
+    "load_study",
     "load_teacher",
     "nets",
     "open_dataset",
@@ -96,6 +97,7 @@ _HOME = {
     "grad_probe": "gddlab.probing",
     "load_run": "gddlab.runs",
     "load_runs": "gddlab.runs",
+    "load_study": "gddlab.runs",
     "load_teacher": "gddlab.teachers",
     "nets": "gddlab",
     "open_dataset": "gddlab.datasets",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "load_run", "load_runs", "open_model"]
+__all__ = ["Run", "load_run", "load_runs", "load_study", "open_model"]
 
 
 class Run:
@@ -145,6 +145,28 @@ def load_runs(folder: str | Path) -> list[Run]:
     if not found:
         raise NotFound(f"no run below {folder}: give a folder that holds run directories")
     return [Run(path) for path in found]
+
+
+def load_study(folder: str | Path) -> pd.DataFrame:
+    """The table of a study: what `gddlab reproduce` measured over several networks.
+
+    Args:
+        folder: Holds frame.parquet and meta.json.
+
+    Returns:
+        The table; `attrs` says where it comes from: name, what, command, inputs (hash of each student), n, seed, extractor, versions, commit.
+
+    Raises:
+        NotFound: No study there.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    if not ((folder / "frame.parquet").is_file() and (folder / "meta.json").is_file()):
+        raise NotFound(f"no study in {folder}: gddlab reproduce makes it, --only {folder.name}")
+    frame = pd.read_parquet(folder / "frame.parquet")
+    frame.attrs = read_json(folder / "meta.json")
+    return frame
 
 
 def open_model(source: str | Path) -> Precond:

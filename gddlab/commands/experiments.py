@@ -15,23 +15,25 @@ __all__ = ["Reproduce"]
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Runs a declared list of experiments; what is done is skipped, what was killed goes on. Several processes may share one folder."""
+    """Runs a declared list of experiments, then its studies; what is done is skipped, what was killed goes on. Several processes may share one folder."""
 
     name: Positional[str] = "digits"
-    """List of experiments: digits."""
+    """List of experiments: digits, cifar10, afhqv2, ffhq, imagenet64."""
     out: Path = Path("reproduction")
     """Folder of the runs."""
     only: tuple[str, ...] = ()
-    """Experiments by name; all if left away."""
+    """Experiments and studies by name; all if left away."""
     seeds: int = 3
-    """Training seeds of each."""
+    """Training seeds of each experiment."""
+    nproc: int = 1
+    """Processes of each training."""
     dry_run: bool = False
-    """Lists the runs with state and time, and starts none."""
+    """Lists what there is with state and time, and starts nothing."""
     ship: Path | None = None
-    """Copies what is light of the finished runs to this folder, and starts none."""
+    """Copies what is light of what is finished to this folder, and starts nothing."""
 
     def run(self) -> None:
-        from gddlab.experiments import plan, reproduce, ship
+        from gddlab.experiments import LISTS, plan, reproduce, ship
 
         if self.ship is not None and self.dry_run:
             raise GddlabError("--ship with --dry-run: give one of them")
@@ -40,15 +42,23 @@ class Reproduce:
                 out(folder)
             return
         if not self.dry_run:
-            reproduce(self.name, out=self.out, only=self.only, seeds=self.seeds, say=out)
-        runs = plan(self.name, out=self.out, only=self.only, seeds=self.seeds)
-        width = max(len(p.experiment.name) for p in runs)
-        for p in runs:
-            feeds = f" ({', '.join(p.experiment.feeds)})" if p.experiment.feeds else ""
-            out(
-                f"{p.experiment.name:<{width}}  seed {p.seed}  {p.state:<11}  {p.seconds / 60:5.1f} min  {p.experiment.what}{feeds}"
-            )
-        left = [p for p in runs if p.state != "done"]
-        out(
-            f"{len(runs) - len(left)} of {len(runs)} runs are done; the rest takes about {sum(p.seconds for p in left) / 60:.0f} minutes"
+            reproduce(self.name, out=self.out, only=self.only, seeds=self.seeds, nproc=self.nproc, say=out)
+        items = plan(self.name, out=self.out, only=self.only, seeds=self.seeds)
+        width = max(len(str(p)) for p in items)
+        for p in items:
+            feeds = f" ({', '.join(p.item.feeds)})" if p.item.feeds else ""
+            out(f"{p!s:<{width}}  {p.state:<11}  {_time(p.seconds)}  {p.item.what}{feeds}")
+        left = [p for p in items if p.state != "done"]
+        unknown = sum(p.seconds is None for p in left)
+        rest = (
+            f"the rest takes about {sum(p.seconds or 0 for p in left) / 60:.0f} minutes on {LISTS[self.name].machine}"
         )
+        if unknown:
+            rest += f", and {unknown} that nobody has timed: see gddlab preflight {self.name}"
+        out(f"{len(items) - len(left)} of {len(items)} are done; {rest}")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "        ?"
+    return f"{seconds / 60:5.1f} min" if seconds < 7200 else f"{seconds / 3600:5.1f} h  "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gddlab.evaluation.course import evaluate_snapshots, scorer
+from gddlab.evaluation.course import evaluate_end, evaluate_snapshots, missing_at_end, scorer
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
@@ -18,9 +18,11 @@ __all__ = [
     "append_records",
     "compare",
     "evaluate",
+    "evaluate_end",
     "evaluate_snapshots",
     "find_extractor",
     "load_records",
+    "missing_at_end",
     "real_split",
     "register",
     "scorer",

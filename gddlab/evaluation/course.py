@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,17 +21,20 @@ from gddlab.runs import Run, load_run
 if TYPE_CHECKING:
     from gddlab.distill.trainer import Score
 
-__all__ = ["evaluate_snapshots", "scorer"]
+__all__ = ["evaluate_end", "evaluate_snapshots", "missing_at_end", "scorer"]
+
+
+KINDS = {"prc": ("precision", "recall")}
 
 
 def evaluate_snapshots(
-    run: Run, *, extractor: str = "lite2", say: Callable[[str], None] = lambda text: None
+    run: Run, *, extractor: str = "lite2", n: int | None = None, say: Callable[[str], None] = lambda text: None
 ) -> list[tuple[float, Record]]:
     """The student's Frechet distance at every snapshot after the start; records stay in the run's evaluation.jsonl and are not made again.
 
     Args:
         run: A run directory.
-        extractor: As for `evaluate`.
+        extractor, n: As for `evaluate`.
         say: Told each new score, in a line.
 
     Returns:
@@ -47,11 +50,38 @@ def evaluate_snapshots(
             continue
         record = known.get(net.card.sha256)
         if record is None:
-            record = evaluate(net, metrics=("fid",), extractor=extractor, progress=False).record(metric)
+            record = evaluate(net, metrics=("fid",), n=n, extractor=extractor, progress=False).record(metric)
             append_records(run.run_dir, [record])
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
     return out
+
+
+def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2") -> list[str]:
+    """Which of some metrics have no record of the run's last moment; "prc" has two."""
+    spec = find_extractor(extractor)
+    have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.total_kimg}
+    return [m for m in metrics if any(spec.metric_name(kind) not in have for kind in KINDS.get(m, (m,)))]
+
+
+def evaluate_end(
+    run: Run, metrics: Sequence[str] = ("fid", "kid", "prc"), *, extractor: str = "lite2", n: int | None = None
+) -> list[Record]:
+    """Scores the student of the end by what `missing_at_end` names; the records go to the run's evaluation.jsonl.
+
+    Args:
+        run: A finished run.
+        metrics, extractor, n: As for `evaluate`.
+
+    Returns:
+        The new records.
+    """
+    missing = missing_at_end(run, metrics, extractor=extractor)
+    if not missing:
+        return []
+    records = list(evaluate(run.student(), metrics=missing, n=n, extractor=extractor, progress=False))
+    append_records(run.run_dir, records)
+    return records
 
 
 def _known(run_dir: Path, metric: str) -> dict[str | None, Record]:

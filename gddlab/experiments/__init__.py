@@ -1,7 +1,7 @@
-"""Declared experiments: what is run for the figures and tables, each a run directory."""
+"""Declared experiments and studies: what is run for the figures and tables."""
 
-from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Experiment
-from gddlab.experiments.runner import Planned, plan, reproduce, ship
+from gddlab.experiments.experiment import Experiment, ExperimentList, Study
+from gddlab.experiments.runner import LISTS, Planned, feeding, plan, reproduce
+from gddlab.experiments.shipping import ship
 
-__all__ = ["DIGITS", "Experiment", "Planned", "plan", "reproduce", "ship"]
+__all__ = ["LISTS", "Experiment", "ExperimentList", "Planned", "Study", "feeding", "plan", "reproduce", "ship"]

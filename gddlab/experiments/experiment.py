@@ -1,16 +1,22 @@
-"""What an experiment is: a name, what it shows, and a configuration for each seed."""
+"""What is declared: experiments, which train; studies, which measure what was trained; and the list that holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gddlab.distill.config import TrainConfig
+from gddlab.evaluation import Record
 from gddlab.freezing import FreezeMask
+from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
 
-__all__ = ["Experiment", "Measured"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Experiment", "ExperimentList", "Found", "Judge", "Measured", "Study", "Subjects"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Experiment:
         feeds: Notebooks that read it.
         mask: The mask for a training seed; None trains everything.
         configure: The configuration of a run, from its folder, seed and mask.
-        seconds: One run with its evaluation on two cores, roughly; for the plan.
+        seconds: One run with its evaluation, roughly; None where it was never measured.
     """
 
     name: str
@@ -39,4 +45,95 @@ class Experiment:
     feeds: tuple[str, ...]
     mask: Callable[[Measured, int], FreezeMask | None]
     configure: Callable[[Path, int, FreezeMask | None], TrainConfig]
-    seconds: float = 220.0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How images are scored.
+
+    Attributes:
+        extractor: Feature network of the scores over a training, and at its end.
+        second: Another one, for the distance at the end alone.
+        n: Images; None as many as there are real ones.
+        pairs: Images of each network where networks are compared with each other; None as many as `n`.
+    """
+
+    extractor: str = "lite2"
+    second: str = "lite0"
+    n: int | None = None
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What a study measures.
+
+    Attributes:
+        teacher: Its card names the data.
+        data: Real images, by name or path.
+        students: Of training seed 0, by experiment; those of the study's `needs` that are trained.
+        steps: Heun steps of the teacher, ascending; the last is the full sampler.
+        judge: How images are scored.
+    """
+
+    teacher: Precond
+    data: str
+    students: Mapping[str, OneStepPrecond]
+    steps: tuple[int, ...]
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a study found: a table, what it says of itself, and the evaluation records behind it where there are any."""
+
+    frame: pd.DataFrame
+    about: Mapping[str, object]
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measurement over the teacher and trained students; its table is a folder of the list.
+
+    Attributes:
+        name: The folder, and the name on the command line.
+        what: One line for people.
+        feeds: Notebooks that read it.
+        needs: Experiments whose students it measures; it is made anew when others of them are there.
+        measure: Makes it.
+        seconds: Roughly; None where it was never measured.
+    """
+
+    name: str
+    what: str
+    feeds: tuple[str, ...]
+    needs: tuple[str, ...]
+    measure: Callable[[Subjects], Found]
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentList:
+    """All that is run for one teacher, in the order that the notebooks need.
+
+    Attributes:
+        teacher, data: As in a configuration.
+        experiments, studies: What is run, and what is measured afterwards.
+        judge: How students are scored.
+        steps: Heun steps at which the teacher is scored; the last is the full sampler.
+        machine: What the times are for.
+    """
+
+    teacher: str
+    data: str
+    experiments: tuple[Experiment, ...]
+    studies: tuple[Study, ...] = ()
+    judge: Judge = field(default_factory=Judge)
+    steps: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 18)
+    machine: str = "two cores"
+
+    @property
+    def names(self) -> list[str]:
+        return [e.name for e in self.experiments] + [s.name for s in self.studies]

@@ -1,22 +1,24 @@
-"""Experiments on the embedded digits: which layers are frozen."""
+"""Which layers are frozen: what is measured of a teacher, the masks chosen from it, and an experiment for each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gddlab.distill import presets
+import torch
+
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, Measured
+from gddlab.experiments.feeds import feeds_of
 from gddlab.freezing import FreezeMask, controls, select_freeze
 from gddlab.freezing.scores import Score
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, ablate, probe
 from gddlab.teachers import load_teacher
 
-__all__ = ["MASKS", "configure", "measure", "rule"]
+__all__ = ["SCORES", "SCORE_OF", "by_rule", "free", "mask_experiments", "measure", "measured_mask", "rule", "ruled"]
 
-FEEDS = ("02_choosing_a_mask",)
+CHOOSING, ABLATION = "02_choosing_a_mask", "17_freezing"
 SCORES = {
     "rel_update": "what a block adds to its skip path at sigma 80",
     "ablation": "how much the output at sigma 80 changes when a layer's output is replaced by its channel means",
@@ -24,12 +26,15 @@ SCORES = {
 }
 """Measured scores by the name that experiments carry."""
 
+Chooser = Callable[[Measured, int], FreezeMask | None]
+Configure = Callable[[Path, int, FreezeMask | None], TrainConfig]
 
-def measure() -> Measured:
-    """Probes and ablates the digits teacher: 64 and 16 images at 18 noise levels, seed 0."""
-    teacher = load_teacher("digits")
-    result = probe(teacher, 18, n=64, seed=0).join(ablate(teacher, 18, n=16, seed=0))
-    return Measured(result, rule(teacher))
+
+def measure(teacher: str, data: str) -> Measured:
+    """Probes and ablates a teacher: 64 and 16 images at 18 noise levels, seed 0."""
+    net = load_teacher(teacher).to("cuda" if torch.cuda.is_available() else "cpu")
+    result = probe(net, 18, data=data, n=64, seed=0).join(ablate(net, 18, data=data, n=16, seed=0))
+    return Measured(result, rule(net))
 
 
 def rule(source: Precond | ProbeResult) -> FreezeMask:
@@ -57,50 +62,53 @@ def measured_mask(measured: Measured, name: str, *, inverse: bool = False, share
     return controls(mask, seeds=())["inverse"] if inverse else mask
 
 
-def chosen_by(name: str, *, inverse: bool, share: float = 1.0) -> Callable[[Measured, int], FreezeMask]:
+def ruled(measured: Measured, seed: int) -> FreezeMask | None:
+    return measured.rule
+
+
+def free(measured: Measured, seed: int) -> FreezeMask | None:
+    return None
+
+
+def by_rule(strategy: str) -> Chooser:
+    """A rule that needs names alone."""
+    return lambda measured, seed: select_freeze(measured.result, strategy=strategy)
+
+
+def chosen_by(name: str, *, inverse: bool, share: float = 1.0) -> Chooser:
     return lambda measured, seed: measured_mask(measured, name, inverse=inverse, share=share)
 
 
-def at_random(share: float = 1.0) -> Callable[[Measured, int], FreezeMask]:
+def at_random(share: float = 1.0) -> Chooser:
     """Another random mask for each training seed."""
     return lambda m, seed: select_freeze(m.result, strategy="random", budget=share * m.rule.fraction, seed=seed)
 
 
-def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
-    """The digits preset, scored half way and at the end."""
-    return presets.digits(run_dir=run_dir, seed=seed, mask=mask, snapshot_kimg=6)
+def mask_experiments(configure: Configure, *, seconds: float | None = None) -> tuple[Experiment, ...]:
+    """GDD-I, GDD, the rule's other options, norms alone, measured masks with their inverses, random ones.
 
-
-MASKS: tuple[Experiment, ...] = (
-    Experiment("gdd-i", "GDD-I: the authors' rule on names", FEEDS, lambda m, seed: m.rule, configure),
-    Experiment("gdd", "GDD: everything is trained", FEEDS, lambda m, seed: None, configure, seconds=260.0),
-    Experiment(
-        "random",
-        "random masks of the rule's share, another one for each seed",
-        FEEDS,
-        at_random(),
-        configure,
-    ),
-    *(
-        Experiment(
-            f"{name}-{'high' if inverse else 'low'}",
-            f"freezes {'high' if inverse else 'low'} values of: {what}",
-            FEEDS,
-            chosen_by(name, inverse=inverse),
-            configure,
-        )
-        for name, what in SCORES.items()
-        for inverse in (False, True)
-    ),
-    Experiment("half-random", "random masks of half the rule's share", FEEDS, at_random(0.5), configure),
-    *(
-        Experiment(
-            f"half-ablation-{'high' if inverse else 'low'}",
-            f"as ablation-{'high' if inverse else 'low'}, at half the share, where the two freeze different layers",
-            FEEDS,
-            chosen_by("ablation", inverse=inverse, share=0.5),
-            configure,
-        )
-        for inverse in (False, True)
-    ),
-)
+    Args:
+        configure: The configuration of a run, from its folder, seed and mask.
+        seconds: One run, roughly.
+    """
+    both = (CHOOSING, ABLATION)
+    rows: list[tuple[str, str, tuple[str, ...], Chooser]] = [
+        ("gdd-i", "GDD-I: the authors' rule on names", both, ruled),
+        ("gdd", "GDD: everything is trained", both, free),
+        ("random", "random masks of the rule's share, another one for each seed", both, at_random()),
+    ]
+    for name, what in SCORES.items():
+        for inverse, word in ((False, "low"), (True, "high")):
+            rows.append((f"{name}-{word}", f"freezes {word} values of: {what}", both, chosen_by(name, inverse=inverse)))
+    rows.append(("half-random", "random masks of half the rule's share", both, at_random(0.5)))
+    for inverse, word in ((False, "low"), (True, "high")):
+        what = f"as ablation-{word}, at half the share, where the two freeze different layers"
+        rows.append((f"half-ablation-{word}", what, both, chosen_by("ablation", inverse=inverse, share=0.5)))
+    rows += [
+        ("option-2", "the authors' option 2: attention's qkv is frozen too", (ABLATION,), by_rule("gdd-i-2")),
+        ("option-3", "the authors' option 3: skip convolutions too", (ABLATION,), by_rule("gdd-i-3")),
+        ("norms-only", "norms alone are trained", (ABLATION,), by_rule("norms-only")),
+    ]
+    return tuple(
+        Experiment(name, what, own + feeds_of(name), mask, configure, seconds) for name, what, own, mask in rows
+    )

@@ -4,71 +4,103 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation import evaluate_snapshots
+from gddlab.evaluation import append_records, evaluate_end, evaluate_snapshots, load_records, missing_at_end
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Experiment, Measured
+from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
+from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import read_json, read_jsonl, write_bytes, write_json
+from gddlab.files import atomic_path, read_json, read_jsonl, write_json
 from gddlab.launch import attach, train
 from gddlab.launch.lock import held
+from gddlab.nets import OneStepPrecond
 from gddlab.probing import ProbeResult
-from gddlab.runs import load_run
+from gddlab.provenance import commit, hardware, versions
+from gddlab.runs import Run, load_run
+from gddlab.teachers import load_teacher
 
-__all__ = ["LISTS", "Planned", "plan", "reproduce", "ship"]
+__all__ = ["LISTS", "Planned", "feeding", "plan", "reproduce"]
 
-LISTS = {"digits": DIGITS}
-LIGHT = (
-    "config.json",
-    "mask.json",
-    "provenance.json",
-    "teacher.json",
-    "metrics.jsonl",
-    "evaluation.jsonl",
-    "status.json",
-)
-"""What ships of a run, with the last sample grid."""
+LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
+AT_END = ("fid", "kid", "prc")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the list: its experiment, seed, folder, what it has come to, and how long it takes or took, seconds."""
+    """A run or study of the list: what it is, the seed (None for a study), its folder, what it has come to, and its time.
 
-    experiment: Experiment
-    seed: int
-    run_dir: Path
+    `state` is "to do", "begun", "to evaluate" or "done"; `seconds` is how long it will take, or took; None where nobody knows.
+    """
+
+    item: Experiment | Study
+    seed: int | None
+    folder: Path
     state: str
-    seconds: float
+    seconds: float | None
+
+    def __str__(self) -> str:
+        return self.item.name if self.seed is None else f"{self.item.name} seed {self.seed}"
+
+
+def find_list(name: str) -> ExperimentList:
+    if name not in LISTS:
+        raise unknown("list of experiments", name, LISTS)
+    return LISTS[name]
+
+
+def feeding(notebook: str, name: str = "digits") -> tuple[str, ...]:
+    """Experiments that a notebook shows, in the order of their list.
+
+    Args:
+        notebook: Its file's name without .ipynb.
+        name: The list.
+
+    Raises:
+        GddlabError: Unknown list, or no experiment feeds such a notebook.
+    """
+    found = find_list(name)
+    fed = [e.name for e in found.experiments if notebook in e.feeds]
+    if not fed:
+        raise unknown("notebook", notebook, sorted({f for e in found.experiments for f in e.feeds}))
+    return tuple(fed)
 
 
 def plan(
     name: str = "digits", *, out: str | Path = "reproduction", only: Sequence[str] = (), seeds: int = 3
 ) -> list[Planned]:
-    """The runs of a list in their order, with their states: "to do", "begun", "to evaluate", "done".
+    """The runs of a list in their order, then its studies, with their states.
 
     Raises:
-        GddlabError: Unknown list or experiment.
+        GddlabError: Unknown list, experiment or study.
     """
-    if name not in LISTS:
-        raise unknown("list of experiments", name, LISTS)
-    names = [e.name for e in LISTS[name]]
+    chosen = find_list(name)
     for wanted in only:
-        if wanted not in names:
-            raise unknown("experiment", wanted, names)
+        if wanted not in chosen.names:
+            raise unknown("experiment", wanted, chosen.names)
     if seeds < 1:
         raise GddlabError(f"seeds={seeds}: give at least 1")
-    chosen = [e for e in LISTS[name] if not only or e.name in only]
     folder = Path(out) / name
-    runs = [(e, seed, folder / e.name / f"seed-{seed}") for seed in range(seeds) for e in chosen]
-    return [Planned(e, seed, path, *_state(e, path)) for e, seed, path in runs]
+    out_: list[Planned] = []
+    for seed in range(seeds):
+        for e in chosen.experiments:
+            if not only or e.name in only:
+                path = folder / e.name / f"seed-{seed}"
+                out_.append(Planned(e, seed, path, *_run_state(e, path, chosen.judge)))
+    for s in chosen.studies:
+        if not only or s.name in only:
+            out_.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
+    return out_
 
 
-def _state(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
+def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str, float | None]:
     if not (run_dir / "config.json").exists():
         return "to do", experiment.seconds
     run = load_run(run_dir)
@@ -76,9 +108,31 @@ def _state(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
     took = float(lines[-1]["seconds"]) if lines else 0.0
     if run.written_status.get("state") != "done":
         share = lines[-1]["kimg"] / run.config.total_kimg if lines else 0.0
-        return "begun", experiment.seconds * (1 - share)
-    scored = {r["kimg"] for r in read_jsonl(run_dir / "evaluation.jsonl")}
-    return ("done" if run.config.total_kimg in scored else "to evaluate"), took
+        return "begun", None if experiment.seconds is None else experiment.seconds * (1 - share)
+    missing = missing_at_end(run, AT_END, extractor=judge.extractor)
+    missing += missing_at_end(run, ("fid",), extractor=judge.second)
+    return ("to evaluate" if missing else "done"), took
+
+
+def _study_state(study: Study, folder: Path) -> tuple[str, float | None]:
+    path = folder / study.name / "meta.json"
+    if not path.exists():
+        return "to do", study.seconds
+    about = read_json(path)
+    return ("done" if about["inputs"] == _inputs(study, folder) else "to do"), float(about["seconds"])
+
+
+def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
+    """Hash of each student that a study can measure, by experiment: those of seed 0 that were scored at the end."""
+    found: dict[str, str | None] = {}
+    for name in study.needs:
+        run_dir = folder / name / "seed-0"
+        if (run_dir / "config.json").exists():
+            run = load_run(run_dir)
+            for record in load_records(run_dir):
+                if record.kimg == run.config.total_kimg:
+                    found[name] = record.model_sha256
+    return found
 
 
 def reproduce(
@@ -87,17 +141,19 @@ def reproduce(
     out: str | Path = "reproduction",
     only: Sequence[str] = (),
     seeds: int = 3,
+    nproc: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Planned]:
-    """Runs a list of experiments, each in `out/LIST/EXPERIMENT/seed-S`; what is done is skipped, what was killed goes on.
+    """Runs a list of experiments, each in `out/LIST/EXPERIMENT/seed-S`, then its studies; what is done is skipped, what was killed goes on.
 
     Several processes may work on one folder: each takes runs that no other has.
 
     Args:
-        name: "digits".
+        name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
         out: Folder.
-        only: Experiments by name; all if empty.
+        only: Experiments and studies by name; all if empty.
         seeds: Training seeds 0 to seeds - 1.
+        nproc: Processes of each training.
         say: Told what happens, in lines.
 
     Returns:
@@ -106,36 +162,78 @@ def reproduce(
     Raises:
         GddlabError: Unknown list or experiment. RunFailed: a run failed, with its traceback.
     """
+    chosen = find_list(name)
+    folder = Path(out) / name
     measured: Measured | None = None
     for item in plan(name, out=out, only=only, seeds=seeds):
-        with _claimed(item.run_dir) as mine:
+        with _claimed(item.folder) as mine:
             if not mine:
-                say(f"{item.experiment.name} seed {item.seed}: another process works on it")
+                say(f"{item}: another process works on it")
                 continue
-            state = _state(item.experiment, item.run_dir)[0]
-            if state == "done":
+            if isinstance(item.item, Study):
+                if _study_state(item.item, folder)[0] != "done":
+                    _make_study(chosen, item.item, folder, name)
+                    say(f"{item}: {item.folder}")
+                continue
+            if _run_state(item.item, item.folder, chosen.judge)[0] == "done":
                 continue
             if measured is None:
-                measured = _measured(Path(out) / name / "measured")
-            mask = item.experiment.mask(measured, item.seed)
-            config = item.experiment.configure(item.run_dir, item.seed, mask)
+                measured = _measured(chosen, folder / "measured")
+            assert item.seed is not None
+            config = item.item.configure(item.folder, item.seed, item.item.mask(measured, item.seed))
             # a run outlives the process that started it: where it still goes on, this one waits for it
-            run = attach(item.run_dir) if held(item.run_dir) else train(config)
+            run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
             run.wait()
-            scores = evaluate_snapshots(run)
-            say(
-                f"{item.experiment.name} seed {item.seed}: {scores[-1][1].metric} {scores[-1][1].value:.1f} at {scores[-1][0]:g} kimg"
-            )
+            say(f"{item}: {_score(run, chosen.judge)}")
     return plan(name, out=out, only=only, seeds=seeds)
 
 
-def _measured(folder: Path) -> Measured:
+def _score(run: Run, judge: Judge) -> str:
+    """Every snapshot by the judge, the end by further metrics and the second extractor."""
+    kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n)[-1]
+    evaluate_end(run, AT_END, extractor=judge.extractor, n=judge.n)
+    evaluate_end(run, ("fid",), extractor=judge.second, n=judge.n)
+    return f"{record.metric} {record.value:.1f} at {kimg:g} kimg"
+
+
+def _measured(chosen: ExperimentList, folder: Path) -> Measured:
     """The probe that masks are chosen from; it is made once."""
     with _claimed(folder, wait=True):
         if not (folder / "meta.json").exists():
-            measure().result.save(folder)
+            measure(chosen.teacher, chosen.data).result.save(folder)
     result = ProbeResult.load(folder)
     return Measured(result, rule(result))
+
+
+def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = _inputs(study, folder)
+    students: dict[str, OneStepPrecond] = {e: load_run(folder / e / "seed-0").student() for e in inputs}
+    for net in students.values():
+        net.to(device)
+    began = time.perf_counter()
+    teacher = load_teacher(chosen.teacher).to(device)
+    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge))
+    target = folder / study.name
+    (target / "meta.json").unlink(missing_ok=True)  # the last one written: with it the study is whole
+    (target / "evaluation.jsonl").unlink(missing_ok=True)
+    if found.records:
+        append_records(target, found.records)
+    with atomic_path(target / "frame.parquet") as tmp:
+        found.frame.to_parquet(tmp)
+    about = {
+        "name": study.name,
+        "what": study.what,
+        "command": f"gddlab reproduce {name} --only {study.name}",
+        "teacher": chosen.teacher,
+        "teacher_sha256": teacher.card.sha256,
+        "inputs": inputs,
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+    }
+    write_json(target / "meta.json", about | dict(found.about))
 
 
 @contextmanager
@@ -155,38 +253,3 @@ def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
         yield mine
     finally:
         os.close(fd)
-
-
-def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
-    """Copies what is light of a list's finished runs: configuration, mask, provenance, metrics, scores, last grid; and the measurement.
-
-    Args:
-        name, out, only, seeds: As for `reproduce`.
-        to: Folder; runs come to lie in `to/LIST/EXPERIMENT/seed-S`.
-
-    Returns:
-        The folders written.
-
-    Raises:
-        GddlabError: No run of these is done.
-    """
-    done = [p.run_dir for p in plan(name, out=out, only=only, seeds=seeds) if p.state == "done"]
-    if not done:
-        raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
-    written: list[Path] = []
-    for source in done:
-        target = Path(to) / source.relative_to(out)
-        for file in (source / n for n in LIGHT):
-            if file.exists():
-                write_bytes(target / file.name, file.read_bytes())
-        card = read_json(source / "teacher.json")
-        if "source" in card:  # where the teacher lay on this machine is nobody's business
-            write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
-        for grid in load_run(source).grids()[-1:]:
-            write_bytes(target / "samples" / grid.name, grid.read_bytes())
-        written.append(target)
-    measured = Path(out) / name / "measured"
-    if measured.is_dir():
-        ProbeResult.load(measured).save(Path(to) / name / "measured")
-        written.append(Path(to) / name / "measured")
-    return written

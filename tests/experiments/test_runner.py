@@ -6,21 +6,24 @@ import fcntl
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.evaluation import load_records
-from gddlab.experiments import Experiment, plan, reproduce, ship
+from gddlab.experiments import Experiment, ExperimentList, Study, feeding, plan, reproduce, ship
 from gddlab.experiments import runner as module
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Measured
+from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
+from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import SCORE_OF, SCORES, measured_mask
+from gddlab.experiments.shipping import RUN_FILES
 from gddlab.files import data_dir, read_jsonl
 from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.launch.lock import held
-from gddlab.probing import ProbeResult, probe
-from gddlab.runs import load_run, load_runs
+from gddlab.probing import ProbeResult, probe, weight_change
+from gddlab.runs import load_run, load_runs, load_study
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
 
@@ -30,7 +33,7 @@ def tiny_list(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Two experiments on the tiny teacher; the list counts how often it was measured."""
     measured: list[int] = []
 
-    def measure() -> Measured:
+    def measure(teacher: str, data: str) -> Measured:
         measured.append(1)
         result = probe(load_teacher(tiny_teacher), [80.0, 1.0], n=2, progress=False)
         return Measured(result, select_freeze(result, strategy="gdd-i"))
@@ -42,7 +45,15 @@ def tiny_list(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         Experiment("rule", "by name", ("n",), lambda m, s: m.rule, configure, seconds=60.0),  # type: ignore[arg-type]
         Experiment("all", "everything", ("n",), lambda m, s: None, configure, seconds=60.0),  # type: ignore[arg-type]
     )
-    monkeypatch.setattr(module, "LISTS", {"tiny": experiments})
+
+    def moved(s: Subjects) -> Found:
+        """One row a student."""
+        shares = {n: weight_change(net, s.teacher, "conv").frame["value"].mean() for n, net in s.students.items()}
+        return Found(pd.DataFrame({"network": shares.keys(), "value": shares.values()}), {"seed": 0})
+
+    study = Study("moved", "how far", ("n",), ("rule", "all"), moved)
+    tiny = ExperimentList(str(tiny_teacher), "digits", experiments, (study,), Judge(n=48))
+    monkeypatch.setattr(module, "LISTS", {"tiny": tiny})
     monkeypatch.setattr(module, "measure", measure)
     return measured
 
@@ -50,19 +61,23 @@ def tiny_list(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = plan("tiny", out=out, seeds=2)
-    assert [(p.experiment.name, p.seed, p.state) for p in before] == [
+    assert [(p.item.name, p.seed, p.state) for p in before] == [
         ("rule", 0, "to do"),
         ("all", 0, "to do"),
         ("rule", 1, "to do"),
         ("all", 1, "to do"),
+        ("moved", None, "to do"),
     ]
     said: list[str] = []
     after = reproduce("tiny", out=out, only=["rule"], seeds=1, say=said.append)
     assert [p.state for p in after] == ["done"]
-    assert len(said) == 1 and "rule seed 0: fd-lite2@1797" in said[0]
+    assert len(said) == 1 and "rule seed 0: fd-lite2@48" in said[0]
     run = load_run(out / "tiny" / "rule" / "seed-0")
     assert run.config.mask is not None and run.config.mask.strategy == "gdd-i"
-    assert [r.kimg for r in load_records(run.run_dir)] == [0.008, 0.016]
+    records = load_records(run.run_dir)
+    assert [(r.name, r.kimg) for r in records if r.name == "fd-lite2"] == [("fd-lite2", 0.008), ("fd-lite2", 0.016)]
+    at_end = {r.name for r in records if r.kimg == 0.016}
+    assert at_end == {"fd-lite2", "kd-lite2", "precision-lite2", "recall-lite2", "fd-lite0"}
     lines = read_jsonl(run.run_dir / "metrics.jsonl")
     again = reproduce("tiny", out=out, only=["rule"], seeds=1, say=said.append)
     assert [p.state for p in again] == ["done"]
@@ -73,7 +88,7 @@ def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path
     folders = ship("tiny", out, tmp_path / "data", seeds=1)
     assert {f.relative_to(tmp_path / "data").as_posix() for f in folders} == {"tiny/rule/seed-0", "tiny/measured"}
     files = {p.relative_to(folders[0]).as_posix() for p in folders[0].rglob("*") if p.is_file()}
-    assert files == {*module.LIGHT, "samples/000000.016.png"}
+    assert files | {"alarms.jsonl"} == {*RUN_FILES, "samples/000000.016.png"}
     (shipped,) = load_runs(tmp_path / "data")
     assert shipped.config.mask == run.config.mask
     assert shipped.metrics["nimg"].tolist() == run.metrics["nimg"].tolist()
@@ -82,7 +97,7 @@ def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path
 
 def test_a_run_that_outlives_its_reproduction_is_waited_for(tiny_list: list[int], tmp_path: Path) -> None:
     """A run goes on when the process that started it is killed; the same call again takes it up, and then the next."""
-    experiment = module.LISTS["tiny"][1]
+    experiment = module.LISTS["tiny"].experiments[1]
     config = experiment.configure(tmp_path / "tiny" / "all" / "seed-0", 0, None)
     run = train(config)
     assert held(run.run_dir)
@@ -125,7 +140,7 @@ def test_the_digits_masks_are_those_that_were_trained() -> None:
     folder = data_dir() / "runs" / "digits"
     result = ProbeResult.load(folder / "measured")
     measured = Measured(result, select_freeze(result, strategy="gdd-i"))
-    experiments = {e.name: e for e in DIGITS}
+    experiments = {e.name: e for e in DIGITS.experiments}
     assert SCORE_OF.keys() == SCORES.keys()
     seen = set()
     for run in load_runs(folder):
@@ -139,3 +154,55 @@ def test_the_digits_masks_are_those_that_were_trained() -> None:
     trained = {n for n, _ in low.parameters} - set(low.frozen)
     inside = {n for n in trained if "block" in n or "_in" in n or "_up" in n or "_down" in n}
     assert len({n for n in inside if n.endswith(("conv0.weight", "conv1.weight"))} - set(high.frozen)) == 0
+
+
+def test_a_study_is_made_anew_when_another_student_is_there(tiny_list: list[int], tmp_path: Path) -> None:
+    reproduce("tiny", out=tmp_path, only=["rule", "moved"], seeds=1)
+    folder = tmp_path / "tiny" / "moved"
+    frame = load_study(folder)
+    assert frame["network"].tolist() == ["rule"]
+    assert frame.attrs["command"] == "gddlab reproduce tiny --only moved"
+    run = load_run(tmp_path / "tiny" / "rule" / "seed-0")
+    assert frame.attrs["inputs"] == {"rule": run.student().card.sha256}
+    written = (folder / "meta.json").stat().st_mtime_ns
+    assert [p.state for p in reproduce("tiny", out=tmp_path, only=["moved"], seeds=1)] == ["done"]
+    assert (folder / "meta.json").stat().st_mtime_ns == written
+    after = reproduce("tiny", out=tmp_path, seeds=1)
+    assert [p.state for p in after] == ["done"] * 3
+    assert load_study(folder)["network"].tolist() == ["rule", "all"]
+    shipped = {f.name for f in ship("tiny", tmp_path, tmp_path / "data", only=["moved"], seeds=1)}
+    assert shipped == {"moved", "measured"}
+    assert load_study(tmp_path / "data" / "tiny" / "moved").equals(load_study(folder))
+
+
+def test_a_run_that_lacks_a_score_at_its_end_is_scored_and_not_trained(tiny_list: list[int], tmp_path: Path) -> None:
+    reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
+    run_dir = tmp_path / "tiny" / "all" / "seed-0"
+    lines = (run_dir / "evaluation.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"kd-lite2' not in line]
+    (run_dir / "evaluation.jsonl").write_text("".join(kept))
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["all"], seeds=1)] == ["to evaluate"]
+    metrics = (run_dir / "metrics.jsonl").read_text()
+    reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
+    assert (run_dir / "metrics.jsonl").read_text() == metrics
+    assert len((run_dir / "evaluation.jsonl").read_text().splitlines()) == len(lines)
+
+
+@pytest.mark.parametrize("name", ["digits", *FULL])
+def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> None:
+    chosen = module.LISTS[name]
+    assert len(set(chosen.names)) == len(chosen.names)
+    for experiment in chosen.experiments:
+        config = experiment.configure(tmp_path / experiment.name, 1, None)
+        assert config.teacher == chosen.teacher and config.data == chosen.data
+        assert config.seed == (1 if name == "digits" else 43)
+        assert config.total_kimg % config.snapshot_kimg == 0
+    for study in chosen.studies:
+        assert set(study.needs) < set(chosen.names)
+
+
+def test_notebooks_know_their_experiments() -> None:
+    assert feeding("20_initialisation") == ("gdd-i", "gdd", "scratch")
+    assert feeding("20_initialisation", "cifar10") == ("gdd-i", "gdd", "scratch")
+    with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):
+        feeding("20_initialization")

@@ -1,0 +1,214 @@
+"""Studies: the teacher in few steps, local minima, layers of teacher and students, spectra."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gddlab.datasets import open_dataset
+from gddlab.evaluation import evaluate, find_extractor, real_split
+from gddlab.evaluation.features import image_features, real_features
+from gddlab.evaluation.metrics import frechet
+from gddlab.experiments.experiment import Found, Study, Subjects
+from gddlab.nets import Precond
+from gddlab.probing import probe, weight_change
+from gddlab.probing.inputs import Inputs
+from gddlab.probing.spectra import radial_power
+from gddlab.sampling import sample
+from gddlab.sampling.grid import to_uint8
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["OTHER_NOISE", "STUDIES"]
+
+OTHER_NOISE = "other noise"
+PROBED, SPECTRA = 64, 512
+"""Images of the probes, and of the spectra of noised and denoised images."""
+SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
+"""Noise levels of denoised images' spectra."""
+
+
+def teacher_steps(s: Subjects) -> Found:
+    """Scores of the teacher at each number of Heun steps, and of two halves of the real images."""
+    import pandas as pd
+
+    rows, records = [], []
+    for steps in s.steps:
+        found = list(_scores(s, steps=steps))
+        records += found
+        rows += [{"steps": steps, "nfe": 2 * steps - 1, **_flat(r)} for r in found]
+    halves = list(real_split(s.data, extractor=s.judge.extractor, metrics=("fid", "kid", "prc"), progress=False))
+    rows += [{"steps": None, "nfe": None, **_flat(r)} for r in halves]
+    frame = pd.DataFrame(rows).astype({"steps": "Int64", "nfe": "Int64"})
+    return Found(frame, {"n": records[0].n, "seed": 0}, (*records, *halves))
+
+
+def _scores(s: Subjects, *, steps: int) -> Iterator[Any]:
+    for extractor, metrics in ((s.judge.extractor, ("fid", "kid", "prc")), (s.judge.second, ("fid",))):
+        yield from evaluate(
+            s.teacher, data=s.data, metrics=metrics, n=s.judge.n, steps=steps, extractor=extractor, progress=False
+        )
+
+
+def _flat(record: Any) -> dict[str, Any]:
+    """What of a record fits into a table; the whole stands in the study's evaluation.jsonl."""
+    keys = ("metric", "value", "std", "n", "extractor", "reference", "reference_n", "sampler", "model_sha256")
+    seeds = "" if record.seeds is None else f"{record.seeds[0]} to {record.seeds[1]}"
+    return {k: getattr(record, k) for k in keys} | {"seeds": seeds}
+
+
+def local_minima(s: Subjects) -> Found:
+    """Distances of each network to the data, and of all networks to each other: as sets, and image by image for the same noise."""
+    import pandas as pd
+
+    real = open_dataset(s.data)
+    spec = find_extractor(s.judge.extractor)
+    n = s.judge.pairs or s.judge.n or len(real)
+    images = {name: _uint8(net, n, steps=steps, classes=_classes(net, real, n)) for name, net, steps in _networks(s)}
+    device = next(s.teacher.parameters()).device
+    features = {name: image_features(x, spec, device=device) for name, x in images.items()}
+    metric = f"{spec.metric_name('fid')}"
+    rows: list[dict[str, Any]] = []
+
+    def add(a: str, b: str, distance: str, value: float, sem: float | None, unit: str) -> None:
+        rows.append({"a": a, "b": b, "distance": distance, "value": value, "sem": sem, "n": n, "unit": unit})
+
+    def same_noise(a: str, b: str, x: Tensor, y: Tensor, f: Tensor, g: Tensor) -> None:
+        pixel = ((x.float() - y.float()) / 127.5).square().flatten(1).mean(1).sqrt()  # (N,), on the scale of [-1, 1]
+        feature = (f - g).norm(dim=1)
+        for distance, values, unit in (("pixel", pixel, "rms of [-1, 1]"), ("feature", feature, f"{spec.name} units")):
+            add(a, b, distance, values.mean().item(), values.std().item() / len(values) ** 0.5, unit)
+
+    theirs = real_features(real, spec, device=device)
+    for name, f in features.items():
+        add(name, "data", metric, frechet(f, theirs)[0].value, None, "squared features")
+    for a, b in itertools.combinations(images, 2):
+        add(a, b, metric, frechet(features[a], features[b])[0].value, None, "squared features")
+        same_noise(a, b, images[a], images[b], features[a], features[b])
+    full = f"teacher-{s.steps[-1]}"
+    x, f = images[full], features[full]
+    same_noise(full, f"{full}, {OTHER_NOISE}", x, x.roll(1, 0), f, f.roll(1, 0))
+    about = {"n": n, "seed": 0, "extractor": spec.name, "extractor_sha256": spec.sha256, "data": real.name}
+    return Found(pd.DataFrame(rows), about | {"data_sha256": real.manifest.sha256, "reference_n": len(real)})
+
+
+def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
+    """Name, network, Heun steps."""
+    for steps in s.steps:
+        if steps > 1:  # one Euler step is the mean of the data, for every noise
+            yield f"teacher-{steps}", s.teacher, steps
+    for name, student in s.students.items():
+        yield name, student, None
+
+
+def _classes(net: Precond, real: Any, n: int) -> Tensor | None:
+    """Image i has the class of real image i mod N, as in `evaluate`."""
+    if not net.label_dim or real.class_ids is None:
+        return None
+    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real)]
+
+
+def _uint8(net: Precond, n: int, *, steps: int | None, classes: Tensor | None) -> Tensor:
+    return to_uint8(sample(net, n, steps=steps, seed=0, class_labels=classes))
+
+
+def layers(s: Subjects) -> Found:
+    """Activation of layers over noise levels, teacher and students; and how far each layer's weights moved."""
+    import pandas as pd
+
+    kinds = ("conv", "block")
+    stats = ("rms", "active_fraction", "rel_update", "cosine", "spectral_share")
+    parts: list[pd.DataFrame] = []
+    for name, net in {"teacher": s.teacher, **s.students}.items():
+        noised = probe(net, 18, data=s.data, layers=kinds, stats=stats, n=PROBED, progress=False)
+        alone = probe(net, states="student", layers=kinds, stats=stats[:3] + stats[4:], n=PROBED, progress=False)
+        parts += [f.frame.assign(network=name, states=x) for f, x in ((noised, "noised"), (alone, "student"))]
+        if name != "teacher":
+            moved = weight_change(net, s.teacher, "all").frame
+            # a container's change is its layers'
+            own = {m for m, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))}
+            parts.append(moved[moved["layer"].isin(own)].assign(network=name, states="weights"))
+    frame = pd.concat(parts, ignore_index=True)
+    for column in ("layer", "block", "kind", "stage", "stat", "unit", "network", "states"):
+        frame[column] = frame[column].astype("category")
+    return Found(frame, {"n": PROBED, "seed": 0})
+
+
+def spectra(s: Subjects) -> Found:
+    """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
+    import pandas as pd
+
+    real = open_dataset(s.data)
+    n = s.judge.pairs or s.judge.n or len(real)
+    parts: list[pd.DataFrame] = []
+
+    def add(network: str, source: str, sigma: float | None, x: Tensor) -> None:
+        frequency, power = radial_power(x)
+        sem = power.std(0) / len(power) ** 0.5
+        columns = {"frequency": frequency.numpy(), "power": power.mean(0).numpy(), "sem": sem.numpy()}
+        about = {"network": network, "source": source, "sigma": float("nan") if sigma is None else sigma}
+        parts.append(pd.DataFrame({**about, **columns, "n": len(x)}))
+
+    add("data", "data", None, real.images(slice(0, n)))
+    for name, net, steps in _networks(s):
+        x = sample(net, n, steps=steps, seed=0, class_labels=_classes(net, real, n))
+        add(name, "sampled", None, x)
+    inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(SPECTRA, len(real)), seed=0)
+    x, y = _denoised(s.teacher, inputs)  # (n, S, C, H, W)
+    for i, sigma in enumerate(inputs.sigmas):
+        add("data", "noised", sigma, x[:, i])
+        add("teacher", "denoised", sigma, y[:, i])
+    return Found(pd.concat(parts, ignore_index=True), {"n": n, "seed": 0, "data": real.name})
+
+
+@torch.inference_mode()
+def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    device = next(net.parameters()).device
+    xs, ys = [], []
+    for i in range(0, inputs.n, 16):
+        x, sigma, labels = inputs.rows(i, min(i + 16, inputs.n), device=device)
+        xs.append(x.cpu())
+        ys.append(net(x, sigma, labels).float().cpu())
+    shape = (inputs.n, len(inputs.sigmas), *inputs.shape)
+    return torch.cat(xs).reshape(shape), torch.cat(ys).reshape(shape)
+
+
+STUDIES: tuple[Study, ...] = (
+    Study(
+        "teacher-steps",
+        "the teacher at 1 to its full number of Heun steps, by both extractors",
+        ("12_main_results", "13_second_extractor", "14_local_minima", "10_fid_over_images"),
+        (),
+        teacher_steps,
+        900.0,
+    ),
+    Study(
+        "local-minima",
+        "distances of teacher and students to the data and to each other",
+        ("14_local_minima",),
+        ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd"),
+        local_minima,
+        500.0,
+    ),
+    Study(
+        "layers",
+        "activation over noise levels and moved weights, teacher and students",
+        ("15_activations", "16_moved_parameters", "22_frequencies"),
+        ("gdd", "gdd-i", "cd"),
+        layers,
+        60.0,
+    ),
+    Study(
+        "spectra",
+        "power spectra of images: data, noised, denoised, sampled",
+        ("22_frequencies",),
+        ("gdd", "gdd-i", "cd"),
+        spectra,
+        300.0,
+    ),
+)

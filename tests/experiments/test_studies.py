@@ -1,0 +1,98 @@
+"""The studies on a tiny teacher and students made of it: every column, and numbers computed a second way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.datasets import open_dataset
+from gddlab.distill.student import make_student
+from gddlab.evaluation import evaluate
+from gddlab.experiments.experiment import Found, Judge, Subjects
+from gddlab.experiments.studies import STUDIES
+from gddlab.probing.spectra import radial_power
+from gddlab.sampling import sample
+from gddlab.teachers import load_teacher
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def subjects(tiny_teacher: Path) -> Subjects:
+    teacher = load_teacher(tiny_teacher)
+    same, other = make_student(teacher), make_student(teacher)
+    with torch.no_grad():
+        other.get_parameter("model.dec.16x16_block1.conv1.weight").mul_(1.5)
+    return Subjects(teacher, "digits", {"gdd": same, "gdd-i": other}, (1, 2, 3), Judge(n=N))
+
+
+def found(name: str, subjects: Subjects) -> Found:
+    return next(s for s in STUDIES if s.name == name).measure(subjects)
+
+
+def test_teacher_steps(subjects: Subjects) -> None:
+    f = found("teacher-steps", subjects)
+    by_teacher = f.frame[f.frame["sampler"] != "data"]
+    assert by_teacher["steps"].unique().tolist() == [1, 2, 3]
+    assert by_teacher["nfe"].unique().tolist() == [1, 3, 5]
+    names = {f"{m}@{N}" for m in ("fd-lite2", "kd-lite2", "precision-lite2", "recall-lite2", "fd-lite0")}
+    assert set(by_teacher["metric"]) == names
+    two = evaluate(subjects.teacher, data="digits", metrics=("fid",), n=N, steps=2, progress=False)
+    row = by_teacher.query(f"steps == 2 and metric == 'fd-lite2@{N}'").iloc[0]
+    assert_close(row["value"], two["fd-lite2"], rtol=1e-9, atol=0)
+    assert row["seeds"] == f"0 to {N - 1}"
+    assert [r.value for r in f.records] == f.frame["value"].tolist()
+    assert (f.frame.loc[f.frame["sampler"] == "data", "n"] == 898).all()
+
+
+def test_local_minima(subjects: Subjects) -> None:
+    f = found("local-minima", subjects).frame.set_index(["a", "b", "distance"])
+    networks = ["teacher-2", "teacher-3", "gdd", "gdd-i"]
+    assert set(f.xs("data", level="b").index) == {(n, "fd-lite2") for n in networks}
+    scores = evaluate(subjects.students["gdd"], data="digits", metrics=("fid",), n=N, progress=False)
+    assert_close(f.loc[("gdd", "data", "fd-lite2"), "value"], scores["fd-lite2"], rtol=1e-6, atol=0)
+    assert len(f.xs("pixel", level="distance")) == 6 + 1
+    a, b = (sample(subjects.students[n], N, seed=0).clamp(-1, 1) for n in ("gdd", "gdd-i"))
+    rms = (a - b).square().flatten(1).mean(1).sqrt()
+    row = f.loc[("gdd", "gdd-i", "pixel")]
+    assert_close(row["value"], rms.mean().item(), rtol=0, atol=2 / 255)
+    assert row["sem"] > 0 and (f["n"] == N).all()
+    yardstick = f.loc[("teacher-3", "teacher-3, other noise", "pixel"), "value"]
+    assert yardstick > 2 / 255
+
+
+def test_layers(subjects: Subjects) -> None:
+    f = found("layers", subjects).frame
+    assert set(f["network"]) == {"teacher", "gdd", "gdd-i"}
+    assert set(f["states"]) == {"noised", "student", "weights"}
+    stats = {"rms", "active_fraction", "rel_update", "cosine", *(f"spectral_share_{i}" for i in range(4))}
+    assert set(f["stat"]) == {*stats, "weight_change"}
+    assert f.loc[f["states"] == "noised", "sigma"].nunique() == 18
+    moved = f[f["stat"] == "weight_change"]
+    assert set(moved["network"]) == {"gdd", "gdd-i"}
+    nonzero = moved[moved["value"] > 0]
+    assert nonzero[["network", "layer"]].to_numpy().tolist() == [["gdd-i", "model.dec.16x16_block1.conv1"]]
+    assert not moved["layer"].isin(["model", "model.dec", "model.dec.16x16_block1"]).any()
+
+
+def test_spectra(subjects: Subjects) -> None:
+    f = found("spectra", subjects).frame
+    keys = f[["network", "source"]].drop_duplicates().to_numpy().tolist()
+    assert keys[0] == ["data", "data"]
+    assert {tuple(k) for k in keys} == {
+        ("data", "data"),
+        ("data", "noised"),
+        ("teacher", "denoised"),
+        *((n, "sampled") for n in ("teacher-2", "teacher-3", "gdd", "gdd-i")),
+    }
+    assert f["frequency"].unique().tolist() == list(range(9))
+    real = open_dataset("digits").images(slice(0, N))
+    _, power = radial_power(real)
+    assert_close(torch.tensor(f.loc[f["source"] == "data", "power"].to_numpy()), power.mean(0))
+    noised = f[(f["source"] == "noised") & (f["sigma"] == 80.0)]
+    assert_close(
+        torch.tensor(noised["power"].to_numpy()), torch.full((9,), 6400.0, dtype=torch.float64), rtol=0.2, atol=0
+    )
