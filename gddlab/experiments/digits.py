@@ -56,7 +56,7 @@ def random_backbone(name: str) -> dict[str, Any]:
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (
-    *mask_experiments(configured(), seconds=90.0),
+    *mask_experiments(configured(), others=configured(snapshot_kimg=6), seconds=90.0),
     row("gdd-i-long", "GDD-I for 40 thousand images", total_kimg=40, snapshot_kimg=4, seconds=240.0),
     row("gdd-long", "GDD for 40 thousand images", mask=free, total_kimg=40, snapshot_kimg=4, seconds=270.0),
     row("scratch", "GDD from random weights in place of the teacher's", mask=free, student="scratch"),

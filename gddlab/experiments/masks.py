@@ -84,11 +84,14 @@ def at_random(share: float = 1.0) -> Chooser:
     return lambda m, seed: select_freeze(m.result, strategy="random", budget=share * m.rule.fraction, seed=seed)
 
 
-def mask_experiments(configure: Configure, *, seconds: float | None = None) -> tuple[Experiment, ...]:
+def mask_experiments(
+    configure: Configure, *, others: Configure | None = None, seconds: float | None = None
+) -> tuple[Experiment, ...]:
     """GDD-I, GDD, the rule's other options, norms alone, measured masks with their inverses, random ones.
 
     Args:
         configure: The configuration of a run, from its folder, seed and mask.
+        others: Of all but GDD-I and GDD, where they are followed less closely.
         seconds: One run, roughly.
     """
     both = (CHOOSING, ABLATION)
