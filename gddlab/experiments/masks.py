@@ -18,6 +18,7 @@ from gddlab.teachers import load_teacher
 
 __all__ = ["SCORES", "SCORE_OF", "by_rule", "free", "mask_experiments", "measure", "measured_mask", "rule", "ruled"]
 
+MAIN = ("gdd-i", "gdd")
 CHOOSING, ABLATION = "02_choosing_a_mask", "17_freezing"
 SCORES = {
     "rel_update": "what a block adds to its skip path at sigma 80",
@@ -113,5 +114,6 @@ def mask_experiments(
         ("norms-only", "norms alone are trained", (ABLATION,), by_rule("norms-only")),
     ]
     return tuple(
-        Experiment(name, what, own + feeds_of(name), mask, configure, seconds) for name, what, own, mask in rows
+        Experiment(name, what, own + feeds_of(name), mask, configure if name in MAIN else others or configure, seconds)
+        for name, what, own, mask in rows
     )
