@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         weight_change,
         wrap,
     )
+    from gddlab.reporting.report import report
     from gddlab.runs import load_run, load_runs, load_study
     from gddlab.sampling import sample, sample_files
     from gddlab.teachers import TeacherConfig, convert, load_teacher, train_teacher
@@ -66,6 +67,7 @@ __all__ = [
     "presets",
     "probe",
     "real_split",
+    "report",
     "reproduce",
     "sample",
     "sample_files",
@@ -107,6 +109,7 @@ _HOME = {
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",
     "real_split": "gddlab.evaluation",
+    "report": "gddlab.reporting.report",
     "reproduce": "gddlab.experiments",
     "sample": "gddlab.sampling",
     "sample_files": "gddlab.sampling",

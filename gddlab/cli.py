@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import operator
 import sys
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from gddlab.commands.experiments import Reproduce
 from gddlab.commands.freezing import Freeze, Mask
 from gddlab.commands.images import Evaluate, Sample
 from gddlab.commands.probing import Ablate, Probe
+from gddlab.commands.reporting import Report
 from gddlab.commands.teachers import Convert, Export, Teacher
 from gddlab.commands.training import Configured, Demo, Preflight, Train
 from gddlab.errors import GddlabError
@@ -36,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "reproduce": Reproduce,
+    "report": Report,
     "doctor": Doctor,
 }
 
@@ -53,12 +57,28 @@ def _command(name: str, words: list[str]) -> Any:
     return Annotated[kind, tyro.conf.subcommand(name)]
 
 
+def _parsed(kinds: Any, argv: list[str] | None) -> Any:
+    """The command of a line. What a configuration refuses is raised as it is; tyro would put it into a box of its own."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kinds, prog="gddlab", args=argv, description=__doc__)
+    except SystemExit as e:
+        cause: BaseException | None = e
+        while cause is not None:
+            if isinstance(cause, GddlabError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(said.getvalue())
+        raise
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     try:
         words = sys.argv[1:] if argv is None else argv
         kinds = functools.reduce(operator.or_, [_command(name, words) for name in COMMANDS])
-        command = tyro.cli(kinds, prog="gddlab", args=argv, description=__doc__)
+        command = _parsed(kinds, argv)
         if isinstance(command, Configured) and command.preset != _preset(words):
             raise GddlabError(
                 f"preset {command.preset!r} after other arguments: give it first, gddlab {words[0]} {command.preset} ..."

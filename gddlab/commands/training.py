@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes, Positional
@@ -110,10 +110,18 @@ class Preflight(Configured):
     def run(self) -> None:
         from gddlab.diagnosis.preflight import preflight
         from gddlab.launch.measuring import stand_ins
+        from gddlab.teachers import load_teacher
 
-        teacher = stand_ins(self.config)[0] if self.stand_in and self.rule is not None else None
+        teacher, command = None, self
+        if self.rule is not None:
+            try:
+                teacher = stand_ins(self.config)[0] if self.stand_in else load_teacher(self.config.teacher)
+            except (GddlabError, OSError):
+                command = replace(
+                    self, rule=None
+                )  # no names for a rule; the page lists the teacher among what is missing
         found = preflight(
-            self.configured(teacher),
+            command.configured(teacher),
             nproc=self.nproc,
             steps=self.steps,
             measure_batch=self.measure_batch,

@@ -14,13 +14,15 @@ from gddlab.distill.backbones import check_backbone
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.discriminators import ProjectedDiscriminator
 from gddlab.distill.distributed import World
+from gddlab.distill.embedding import load_embedding
 from gddlab.distill.instance import InstanceLoss, needs_target_time
 from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
 from gddlab.distill.lpips_trunk import check_trunk
 from gddlab.distill.perceptual import check_distance, perceptual_distance
 from gddlab.distill.step import GanStep
 from gddlab.distill.student import make_student
-from gddlab.distill.stylegan2 import StyleGAN2Discriminator
+from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator
+from gddlab.distill.stylegan2_layers import group_size
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.teachers import load_teacher
@@ -71,7 +73,10 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
         raise GddlabError(
             f"embedding_file with the unconditional teacher {config.teacher!r}: there are no classes to embed, leave it away"
         )
+    if config.embedding_file is not None:
+        load_embedding(config.embedding_file, teacher.label_dim)
     if config.adversarial_weight and config.discriminator == "stylegan2":
+        _check_groups(config.batch, config.batch_per_device or part)
         with torch.random.fork_rng(devices=[]):
             build_discriminator(config, teacher)  # reads the weights and fits them to the images
     with torch.device("meta"):
@@ -81,6 +86,15 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
         if not any(p.requires_grad for p in student.parameters()):
             raise GddlabError("the mask freezes every parameter: nothing is left to train")
     return teacher, data
+
+
+def _check_groups(batch: int, part: int) -> None:
+    """Parts of a batch must hold whole groups of the minibatch standard deviation, or the result would depend on them."""
+    size = group_size(batch, GROUP)
+    if part % size:
+        raise GddlabError(
+            f"{part} of {batch} images at once with discriminator='stylegan2', whose minibatch deviation is of {size} images: give a multiple of {size}"
+        )
 
 
 def check_losses(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +152,9 @@ class TrainConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as e:
             first = e.errors()[0]
+            refusal = first.get("ctx", {}).get("error")
+            if isinstance(refusal, GddlabError):  # ours says all that there is to say
+                raise type(refusal)(str(refusal)) from None
             field = ".".join(str(x) for x in first["loc"])
             if first["type"] == "extra_forbidden":
                 raise unknown("configuration field", field, type(self).model_fields) from None
@@ -160,6 +164,11 @@ class TrainConfig(BaseModel):
     def _check(self) -> TrainConfig:
         check_combination(self)
         return self
+
+    @property
+    def end_kimg(self) -> float:
+        """Thousands of images after the last iteration: `total_kimg`, or the next whole batch."""
+        return math.ceil(self.total_kimg * 1000 / self.batch) * self.batch / 1000
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the mask by its hash, the folder left out."""
@@ -199,6 +208,8 @@ class TrainConfig(BaseModel):
         """The configuration of a run directory."""
         run_dir = Path(run_dir)
         values = read_json(run_dir / "config.json")
+        if "mask" not in values:
+            raise GddlabError(f"{run_dir / 'config.json'} does not say which mask, or none: it is damaged")
         mask = FreezeMask.load(run_dir / "mask.json") if values["mask"] else None
         if mask is not None and mask.hash != values["mask"]:
             raise GddlabError(f"{run_dir / 'mask.json'} is not the mask of this run: restore it or use a new run_dir")

@@ -14,6 +14,9 @@ from gddlab.errors import GddlabError
 
 __all__ = ["StyleGAN2Discriminator"]
 
+GROUP = 4
+"""Images in a group of the minibatch standard deviation."""
+
 
 class _Block(nn.Module):
     """Halves the resolution; with `residual` beside a down-sampled skip, the sum of unit variance (Karras et al. 2020a, figure 7)."""
@@ -97,7 +100,7 @@ class StyleGAN2Discriminator(nn.Module):
         classes: int = 0,
         channel_base: int | None = None,
         channel_max: int = 512,
-        mbstd_group_size: int = 4,
+        mbstd_group_size: int = GROUP,
         weights: str | Path | None = None,
     ):
         super().__init__()

@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conv", "Linear", "low_pass", "minibatch_std"]
+__all__ = ["Conv", "Linear", "group_size", "low_pass", "minibatch_std"]
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
 """Low-pass filter before down-sampling, in each direction."""
+
+
+def group_size(batch: int, group: int) -> int:
+    """Images in a group of the minibatch deviation: `group`, or the largest divisor of the batch below."""
+    return max(n for n in range(1, min(group, batch) + 1) if batch % n == 0)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
@@ -29,7 +34,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
         (B, C + 1, H, W): the deviation over the group, its mean over channels and pixels, the same for the group's images.
     """
     b, _, h, w = x.shape
-    size = max(n for n in range(1, min(group, b) + 1) if b % n == 0)
+    size = group_size(b, group)
     var = x.unflatten(0, (-1, size)).var(1, correction=0)  # (B / size, C, H, W)
     std = (var + 1e-8).sqrt().mean((1, 2, 3)).repeat_interleave(size)
     return torch.cat([x, std[:, None, None, None].expand(-1, 1, h, w)], 1)

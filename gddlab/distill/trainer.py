@@ -289,6 +289,8 @@ class Trainer:
         with suppress(ValueError):  # not in the main thread: whoever runs us there stops us otherwise
             for s in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(s, lambda *_: setattr(self, "stop_asked", True))
+            # what was asked while the process started was held back
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         resumed = self.restore()
         if c.cache_real:
             self.cache_real()

@@ -40,8 +40,9 @@ def evaluate_snapshots(
     Returns:
         (thousands of images, record), oldest first.
     """
-    metric = find_extractor(extractor).metric_name("fid")
-    known = _known(run.run_dir, metric)
+    metric, config = find_extractor(extractor).metric_name("fid"), run.config
+    known = _known(run.run_dir, metric, n)
+    data = open_dataset(config.data, classes=config.classes, progress=False)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -50,7 +51,7 @@ def evaluate_snapshots(
             continue
         record = known.get(net.card.sha256)
         if record is None:
-            record = evaluate(net, metrics=("fid",), n=n, extractor=extractor, progress=False).record(metric)
+            record = evaluate(net, data=data, metrics=("fid",), n=n, extractor=extractor, progress=False).record(metric)
             append_records(run.run_dir, [record])
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
@@ -60,7 +61,7 @@ def evaluate_snapshots(
 def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2") -> list[str]:
     """Which of some metrics have no record of the run's last moment; "prc" has two."""
     spec = find_extractor(extractor)
-    have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.total_kimg}
+    have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
     return [m for m in metrics if any(spec.metric_name(kind) not in have for kind in KINDS.get(m, (m,)))]
 
 
@@ -79,14 +80,16 @@ def evaluate_end(
     missing = missing_at_end(run, metrics, extractor=extractor)
     if not missing:
         return []
-    records = list(evaluate(run.student(), metrics=missing, n=n, extractor=extractor, progress=False))
+    data = open_dataset(run.config.data, classes=run.config.classes, progress=False)
+    scores = evaluate(run.student(), data=data, metrics=missing, n=n, extractor=extractor, progress=False)
+    records = list(scores)
     append_records(run.run_dir, records)
     return records
 
 
-def _known(run_dir: Path, metric: str) -> dict[str | None, Record]:
-    """The records of a metric, by the hash of what was scored."""
-    return {r.model_sha256: r for r in load_records(run_dir) if r.name == metric}
+def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record]:
+    """The records of a metric at `n` images, at any number if None, by the hash of what was scored."""
+    return {r.model_sha256: r for r in load_records(run_dir) if r.name == metric and n in (None, r.n)}
 
 
 def scorer(config: TrainConfig, device: torch.device) -> Score:
@@ -103,7 +106,7 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
 
     def score(file: Path) -> tuple[str, float, float | None]:
         net = load_run(config.run_dir).student(file).to(device)
-        record = _known(config.run_dir, metric).get(net.card.sha256)
+        record = _known(config.run_dir, metric, config.metric_n).get(net.card.sha256)
         if record is None:
             try:
                 scores = evaluate(

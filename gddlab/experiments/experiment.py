@@ -75,6 +75,7 @@ class Subjects:
         students: Of training seed 0, by experiment; those of the study's `needs` that are trained.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
+        configs: Of training seed 0, by experiment; those that the study asks for.
     """
 
     teacher: Precond
@@ -82,6 +83,7 @@ class Subjects:
     students: Mapping[str, OneStepPrecond]
     steps: tuple[int, ...]
     judge: Judge
+    configs: Mapping[str, TrainConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Study:
         needs: Experiments whose students it measures; it is made anew when others of them are there.
         measure: Makes it.
         seconds: Roughly; None where it was never measured.
+        timed: Measures the configurations of experiments that feed its notebooks, too, trained or not; on a machine without other work.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Study:
     needs: tuple[str, ...]
     measure: Callable[[Subjects], Found]
     seconds: float | None = None
+    timed: bool = False
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
         if (run_dir / "config.json").exists():
             run = load_run(run_dir)
             for record in load_records(run_dir):
-                if record.kimg == run.config.total_kimg:
+                if record.kimg == run.config.end_kimg:
                     found[name] = record.model_sha256
     return found
 
@@ -213,7 +213,13 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str) -
         net.to(device)
     began = time.perf_counter()
     teacher = load_teacher(chosen.teacher).to(device)
-    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge))
+    configs = {}
+    if study.timed:
+        measured = _measured(chosen, folder / "measured")
+        for e in chosen.experiments:
+            if set(e.feeds) & set(study.feeds):
+                configs[e.name] = e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0))
+    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs))
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # the last one written: with it the study is whole
     (target / "evaluation.jsonl").unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import open_dataset
+from gddlab.diagnosis.preflight import preflight
 from gddlab.evaluation import evaluate, find_extractor, real_split
 from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.metrics import frechet
@@ -29,6 +30,8 @@ __all__ = ["OTHER_NOISE", "STUDIES"]
 OTHER_NOISE = "other noise"
 PROBED, SPECTRA = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""
+TIMED = 24
+"""Iterations timed of each configuration; the median counts."""
 SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 """Noise levels of denoised images' spectra."""
 
@@ -166,6 +169,23 @@ def spectra(s: Subjects) -> Found:
     return Found(pd.concat(parts, ignore_index=True), {"n": n, "seed": 0, "data": real.name})
 
 
+def costs(s: Subjects) -> Found:
+    """Time and memory of a training step of each configuration, one after the other."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for name, config in s.configs.items():
+        found = preflight(config, steps=TIMED, measure_batch=config.batch_per_device or config.batch)
+        numbers = ("sec_per_kimg", "peak_mem_mib", "parameters", "trained", "discriminator", "device", "threads")
+        missing = "; ".join(c.detail for c in found.checks if not c.ok) if found.sec_per_kimg is None else ""
+        rows.append(
+            {"experiment": name, "kimg": config.total_kimg, "batch": config.batch}
+            | {k: getattr(found, k) for k in numbers}
+            | {"state": missing or "done"}
+        )
+    return Found(pd.DataFrame(rows), {"steps": TIMED})
+
+
 @torch.inference_mode()
 def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
     device = next(net.parameters()).device
@@ -210,5 +230,8 @@ STUDIES: tuple[Study, ...] = (
         ("gdd", "gdd-i", "cd"),
         spectra,
         300.0,
+    ),
+    Study(
+        "costs", "time and memory of a training step of each configuration", ("23_cost",), (), costs, 600.0, timed=True
     ),
 )

@@ -17,6 +17,8 @@ from gddlab.runs import Run
 __all__ = ["RunFailed", "RunHandle", "attach"]
 
 TAIL_BYTES = 1 << 16
+PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
+"""What status.json says of a run beside its state."""
 
 
 class RunFailed(GddlabError):
@@ -70,7 +72,8 @@ class RunHandle(Run):
             while held(self.run_dir):
                 time.sleep(0.02)
             if self.status == "failed":
-                write_status(self.run_dir, "stopped")
+                known = self.written_status
+                write_status(self.run_dir, "stopped", **{k: known[k] for k in PROGRESS if k in known})
         return self
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gddlab.distill.building import check
 from gddlab.distill.config import TrainConfig
@@ -44,7 +47,8 @@ def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
             return handle
         write_status(run_dir, "starting")
         (run_dir / "log").mkdir(exist_ok=True)
-        with (run_dir / "log" / "launch.txt").open("ab") as log:
+        # asked to stop while it starts, the process hears it once it can make a checkpoint
+        with (run_dir / "log" / "launch.txt").open("ab") as log, held_back(signal.SIGTERM, signal.SIGUSR1):
             handle.process = subprocess.Popen(
                 [sys.executable, "-m", "gddlab.launch.worker", str(run_dir), str(nproc)],
                 stdin=subprocess.DEVNULL,
@@ -58,3 +62,13 @@ def train(config: TrainConfig, *, nproc: int = 1) -> RunHandle:
         return handle
     finally:
         os.close(fd)
+
+
+@contextmanager
+def held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Inside, these signals wait; a process started here inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,10 +10,11 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.datasets import ImageDataset
+from gddlab.distill.building import check
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import scorer
 from gddlab.files import read_json, read_jsonl
 from gddlab.nets import load_network, save_network
@@ -302,8 +303,20 @@ def test_the_class_embedding_begins_as_its_file_and_is_learned(tmp_path: Path, t
     assert all(torch.equal(p, table[:10]) for p in embeds)
     t.iterate()
     assert not any(torch.equal(p, table[:10]) for p in embeds)
+    with pytest.raises(NotFound, match=r"class embedding nowhere.npy: no such file"):
+        check(tiny_config(tmp_path / "run", cond, embedding_file="nowhere.npy"))
     with pytest.raises(GddlabError, match="unconditional teacher"):
         Trainer(tiny_config(tmp_path / "run", tiny_teacher, embedding_file=str(tmp_path / "table.pt")), ALONE)
+
+
+def test_parts_of_a_batch_hold_whole_groups_of_stylegan2s_deviation(tmp_path: Path, tiny_teacher: Path) -> None:
+    fields = {"discriminator": "stylegan2", "head_width": 8}
+    check(tiny_config(tmp_path / "run", tiny_teacher, batch_per_device=4, **fields))
+    check(tiny_config(tmp_path / "run", tiny_teacher, batch=6, batch_per_device=3, **fields))
+    with pytest.raises(GddlabError, match=r"2 of 8 images at once .* give a multiple of 4"):
+        check(tiny_config(tmp_path / "run", tiny_teacher, batch_per_device=2, **fields))
+    with pytest.raises(GddlabError, match=r"2 of 8 images at once .* give a multiple of 4"):
+        check(tiny_config(tmp_path / "run", tiny_teacher, **fields), world_size=4)
 
 
 def test_a_stylegan2_discriminator_begins_with_weights(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -380,6 +393,7 @@ def test_combinations_that_cannot_work_are_refused_when_made(
     with pytest.raises(GddlabError, match=message) as e:
         tiny_config(tmp_path, tmp_path / "teacher.safetensors", **fields)
     assert "\n" not in str(e.value)
+    assert "Value error" not in str(e.value) and "run_dir" not in str(e.value)
 
 
 def test_a_configuration_written_before_a_field_existed_continues(tmp_path: Path, tiny_teacher: Path) -> None:

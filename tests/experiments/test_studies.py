@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gddlab.experiments.studies import STUDIES
 from gddlab.probing.spectra import radial_power
 from gddlab.sampling import sample
 from gddlab.teachers import load_teacher
+from tests.conftest import tiny_config
 
 N = 24
 
@@ -96,3 +98,14 @@ def test_spectra(subjects: Subjects) -> None:
     assert_close(
         torch.tensor(noised["power"].to_numpy()), torch.full((9,), 6400.0, dtype=torch.float64), rtol=0.2, atol=0
     )
+
+
+@pytest.mark.slow
+def test_costs(subjects: Subjects, tiny_teacher: Path, tmp_path: Path) -> None:
+    fields = {"lite": {}, "stylegan2": {"discriminator": "stylegan2"}, "vgg": {"backbones": ("vgg16_bn",)}}
+    configs = {n: tiny_config(tmp_path / n, tiny_teacher, **f) for n, f in fields.items()}
+    frame = found("costs", replace(subjects, configs=configs)).frame.set_index("experiment")
+    assert frame.index.tolist() == list(fields)
+    assert (frame.loc[["lite", "stylegan2"], "sec_per_kimg"] > 0).all()
+    assert frame.loc["vgg", "state"].startswith("no weights of vgg16_bn")
+    assert not list(tmp_path.iterdir())

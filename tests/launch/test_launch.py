@@ -99,6 +99,17 @@ def test_stop_kill_and_continue(tmp_path: Path, tiny_teacher: Path) -> None:
     assert time.monotonic() - began < 10
     assert run.status == "stopped"
     assert not held(run.run_dir)
+    assert read_json(run.run_dir / "status.json")["nimg"] >= stopped_at
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.032)
+    assert train(config, nproc=nproc).stop(120).status == "stopped"
+    assert not held(config.run_dir)
+    run = train(config, nproc=nproc).wait(240)
+    assert run.status == "done"
+    assert run.metrics["nimg"].tolist() == [16, 32]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is a missing accelerator")

@@ -1,0 +1,98 @@
+"""Images of several networks from the same noise, and images out of the grids that runs and teachers keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gddlab.errors import GddlabError
+from gddlab.sampling import image_grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["cut_grid", "draw_same_noise"]
+
+GAP = 1
+"""Pixels between the images of a grid, whatever its scale."""
+
+
+def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
+    """The images of a grid that `save_grid` wrote: of a run's `samples/KIMG.png`, or a teacher's `samples-STEPS.png`.
+
+    Both hold 64 images of seeds 0 to 63, row by row, in 8 columns: image i has seed i.
+
+    Args:
+        pixels: uint8, (height, width, 3).
+        size: Side of an image, pixels.
+        columns: Images in a row.
+
+    Returns:
+        float32 in [-1, 1], (N, 3, size, size); grey images have three equal channels. A last row that is not full is filled up in grey.
+
+    Raises:
+        GddlabError: No grid of images of this size.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise GddlabError(f"pixels are {pixels.dtype} {pixels.shape}: give uint8 (height, width, 3)")
+    height, width = pixels.shape[0] + GAP, pixels.shape[1] + GAP
+    scale = (width // columns - GAP) // size
+    step = size * scale + GAP
+    if scale < 1 or width != columns * step or height % step:
+        raise GddlabError(
+            f"{pixels.shape[1]} x {pixels.shape[0]} pixels are no grid of {columns} columns of images of {size} pixels: give size= and columns= as they were"
+        )
+    padded = np.zeros((height, width, 3), np.uint8)
+    padded[:-GAP, :-GAP] = pixels
+    tiles = padded.reshape(height // step, step, columns, step, 3)[:, :-GAP:scale, :, :-GAP:scale]
+    images = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    return images.float() / 127.5 - 1
+
+
+def draw_same_noise(
+    images: Mapping[str, Tensor], seeds: Sequence[int] = range(16), *, width: float = 6.4, ax: Axes | None = None
+) -> Axes:
+    """A row a network, a column a seed: what each makes of the same noise.
+
+    Args:
+        images: Label -> images of seeds 0, 1, 2, ..., float [-1, 1], (N, C, H, W); grey or RGB.
+        seeds: Which to show.
+        width: Of the figure, inches, where `ax` is None.
+        ax: Where to draw; None makes a figure.
+
+    Raises:
+        GddlabError: No images or seeds; a network has no image of a seed; images differ in size.
+    """
+    import matplotlib.pyplot as plt
+
+    if not images or not len(seeds):
+        raise GddlabError("nothing to draw: give images of at least one network, and at least one seed")
+    sides = {label: tuple(x.shape[-2:]) for label, x in images.items()}
+    for label, x in images.items():
+        if x.ndim != 4 or sides[label] != next(iter(sides.values())):
+            raise GddlabError(f"images of {label!r} are {tuple(x.shape)}: give (N, C, H, W), all of one size")
+        if min(seeds) < 0 or max(seeds) >= len(x):
+            raise GddlabError(f"{label!r} has images of seeds 0 to {len(x) - 1}, not of {max(seeds)}: draw more of it")
+    rows = [x[list(seeds)].expand(-1, 3, -1, -1).cpu() for x in images.values()]
+    grid = image_grid(torch.cat(rows), columns=len(seeds))
+    side = (grid.shape[0] + GAP) // len(rows), (grid.shape[1] + GAP) // len(seeds)
+    grid[side[0] - GAP :: side[0]] = grid[:, side[1] - GAP :: side[1]] = (
+        255  # the lines between images are white, as paper is
+    )
+    if ax is None:
+        room = width - min(0.066 * max(map(len, images)) + 0.1, width / 2)  # beside the names
+        height = room * grid.shape[0] / grid.shape[1] + 0.3
+        ax = plt.subplots(figsize=(width, height), layout="constrained")[1]
+    ax.imshow(grid, interpolation="nearest")
+    ax.set_anchor("E")
+    ax.set_yticks([side[0] * (i + 0.5) - 1 for i in range(len(rows))], list(images), fontsize=7.5)
+    ax.set_xticks([side[1] * (i + 0.5) - 1 for i in range(len(seeds))], [str(s) for s in seeds], fontsize=6.5)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, pad=2)
+    ax.spines[:].set_visible(False)
+    ax.annotate("seed", (0, 1), (-4, 2), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=6.5)
+    return ax

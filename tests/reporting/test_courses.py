@@ -1,0 +1,96 @@
+"""Courses, dots of seeds, data efficiency: what is drawn is what the tables hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from gddlab.errors import GddlabError
+from gddlab.reporting.courses import course_table, draw_courses, draw_efficiency
+from gddlab.reporting.seeds import draw_runs
+from gddlab.reporting.tables import run_table
+from gddlab.runs import Run, load_runs
+from tests.reporting.made import made
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_teacher: Path) -> list[Run]:
+    made(tmp_path, tiny_teacher, "few", 0, {0.024: 95.0, 0.048: 90.0}, max_images=20)
+    made(tmp_path, tiny_teacher, "few", 1, {0.024: 85.0, 0.048: 70.0}, max_images=20)
+    made(tmp_path, tiny_teacher, "whole", 0, {0.024: 75.0, 0.048: 60.0})
+    made(tmp_path, tiny_teacher, "whole", 1, {0.024: 65.0}, state="stopped")
+    return load_runs(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def dots(ax: plt.Axes) -> list[float]:
+    return sorted(float(y) for line in ax.lines if line.get_marker() == "o" for y in line.get_ydata())
+
+
+def test_every_score_on_the_way(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
+    table = course_table(runs, rows=("whole", "few", "never"))
+    assert table["experiment"].tolist() == ["whole"] * 3 + ["few"] * 4 + ["never"]
+    assert table["kimg"].tolist()[:3] == [0.024, 0.048, 0.024]
+    assert table["value"].tolist()[:3] == [75.0, 60.0, 65.0]
+    assert table["state"].tolist()[2] == "stopped at 0.024 of 0.048 kimg"
+    assert table["state"].tolist()[-1] == "not run" and math.isnan(table["value"].tolist()[-1])
+    assert set(course_table(runs, "kd-lite2")["state"]) == {"no kd-lite2 at the end", "stopped at 0.024 of 0.048 kimg"}
+    other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"n": 3})
+    with pytest.raises(GddlabError, match="differ in n"):
+        course_table([*runs, other])
+
+
+def test_courses_show_means_and_seeds(runs: list[Run]) -> None:
+    ax = draw_courses(course_table(runs, rows=("whole", "few", "never")), levels={"teacher": 50.0})
+    assert dots(ax) == [60.0, 65.0, 70.0, 75.0, 85.0, 90.0, 95.0]
+    means = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2]
+    assert [70.0, 60.0] in means and [90.0, 80.0] in means
+    texts = [t.get_text() for t in ax.texts]
+    assert {"whole", "few", "teacher: 50"} <= set(texts)
+    assert ax.get_title(loc="left") == "not run: never"
+    assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fd-lite2@64"
+    wide = draw_courses(course_table(runs), levels={"teacher": 900.0})
+    assert wide.get_yscale() == "log"
+    figure, own = plt.subplots(figsize=(3.2, 2.8), layout="constrained")
+    assert draw_courses(course_table(runs), ax=own) is own
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["few", "whole"]  # no room at the lines
+
+
+def test_nothing_to_draw_is_drawn_as_such(runs: list[Run]) -> None:
+    ax = draw_courses(course_table([], rows=["never"]))
+    assert ax.get_title(loc="left") == "not run: never" and not dots(ax)
+    figure = draw_efficiency(run_table([], rows=["never"]), course_table([], rows=["never"]))
+    assert figure.axes[0].get_title(loc="left") == "not run: never" and not figure.axes[1].axison
+
+
+def test_a_row_an_experiment_a_dot_a_seed(runs: list[Run]) -> None:
+    ax = draw_runs(run_table(runs, rows=("few", "whole", "never")), levels={"teacher": 63.0})
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["few", "whole", "never"]
+    assert sum(len(line.get_xdata()) for line in ax.lines if line.get_marker() == "o") == 3
+    assert "fd-lite2@64" in ax.get_xlabel()
+    assert {"not run", "teacher: 63"} <= {t.get_text() for t in ax.texts}
+    by_mean = draw_runs(run_table(runs), sort=True)
+    assert [t.get_text() for t in by_mean.get_yticklabels()] == ["whole", "few"]
+    _, own = plt.subplots()
+    assert draw_runs(run_table(runs), ax=own) is own
+
+
+def test_distance_over_distinct_images(runs: list[Run]) -> None:
+    figure = draw_efficiency(run_table(runs), course_table(runs))
+    left, right = figure.axes
+    assert left.get_xscale() == "log" and dots(left) == [60.0, 70.0, 90.0]
+    line = next(line for line in left.lines if line.get_marker() == "None")
+    np.testing.assert_allclose(line.get_xydata(), [[20, 80.0], [64, 60.0]])
+    assert {"20 images", "64 images"} <= {t.get_text() for t in right.texts}
+    high = draw_efficiency(run_table(runs), course_table(runs), width=3.2)
+    assert high.axes[0].get_position().y0 > high.axes[1].get_position().y1

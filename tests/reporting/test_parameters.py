@@ -1,0 +1,34 @@
+"""Where notebooks read, and that a misspelt parameter is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gddlab.errors import GddlabError, NotFound
+from gddlab.files import data_dir
+from gddlab.reporting.parameters import runs_folder
+
+
+def test_the_shipped_runs_or_those_given(tmp_path: Path) -> None:
+    assert runs_folder({"runs": ""}) == data_dir() / "runs"
+    assert runs_folder({"runs": str(tmp_path), "In": ["", "runs = ''", "other = 3"]}) == tmp_path
+    with pytest.raises(NotFound, match="no such folder"):
+        runs_folder({"runs": str(tmp_path / "absent")})
+
+
+def test_the_folder_of_one_list_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "digits" / "gdd" / "seed-0" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    assert runs_folder({"runs": str(tmp_path)}) == tmp_path
+    with pytest.raises(GddlabError, match="folder of one list"):
+        runs_folder({"runs": str(tmp_path / "digits")})
+
+
+def test_names_that_papermill_wrote_are_checked(tmp_path: Path) -> None:
+    cell = f"# Parameters\nruns = {str(tmp_path)!r}\n"
+    assert runs_folder({"runs": str(tmp_path), "In": ["", cell]}) == tmp_path
+    with pytest.raises(GddlabError, match="unknown parameter 'run': did you mean 'runs'"):
+        runs_folder({"runs": "", "run": "x", "In": ["", "# Parameters\nrun = 'x'\n"]})

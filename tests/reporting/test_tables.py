@@ -1,0 +1,129 @@
+"""Runs as tables: nothing unfinished dropped, nothing filled in, nothing mixed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from gddlab.distill.recording import write_status
+from gddlab.errors import GddlabError
+from gddlab.freezing import select_freeze
+from gddlab.reporting.reading import read, teacher_levels, teacher_scores
+from gddlab.reporting.tables import experiment_table, run_table, score_table
+from gddlab.runs import Run, load_runs
+from gddlab.teachers import load_teacher
+from tests.evaluation.test_records import record
+from tests.reporting.made import made
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_teacher: Path) -> list[Run]:
+    mask = select_freeze(load_teacher(tiny_teacher), strategy="random", budget=0.5, seed=1)
+    made(tmp_path, tiny_teacher, "all", 0, {0.024: 500.0, 0.048: 90.0})
+    made(tmp_path, tiny_teacher, "all", 1, {0.048: 70.0})
+    made(tmp_path, tiny_teacher, "masked", 0, {0.048: 60.0}, mask=mask, max_images=20)
+    made(tmp_path, tiny_teacher, "masked", 1, {0.024: 80.0}, state="stopped", mask=mask)
+    return load_runs(tmp_path)
+
+
+def test_a_row_a_run_and_a_row_an_experiment(runs: list[Run]) -> None:
+    table = run_table(runs)
+    assert table["experiment"].tolist() == ["all", "all", "masked", "masked"]
+    assert table["value"].tolist()[:3] == [90.0, 70.0, 60.0]
+    assert math.isnan(table["value"][3])
+    assert table["state"].tolist() == ["done", "done", "done", "stopped at 0.024 of 0.048 kimg"]
+    assert table["strategy"].tolist() == ["none", "none", "random", "random"]
+    assert table["images"].tolist()[:3] == [64, 64, 20]
+    found = experiment_table(table)
+    assert found.index.tolist() == ["all", "masked"]
+    assert experiment_table(table, sort=True).index.tolist() == ["masked", "all"]
+    assert found.loc["all", ["mean", "min", "max", "seeds", "unfinished"]].tolist() == [80.0, 70.0, 90.0, 2, 0]
+    assert found.loc["all", "sd"] == pytest.approx(14.1421, rel=1e-4)
+    assert found.loc["masked", ["mean", "seeds", "unfinished"]].tolist() == [60.0, 1, 1]
+    assert math.isnan(found.loc["masked", "sd"])
+    assert found["state"].tolist() == ["done", "stopped at 0.024 of 0.048 kimg"]
+    assert found.loc["all", "frozen"] == 0
+
+
+def test_rows_select_and_order_and_say_what_was_not_run(runs: list[Run]) -> None:
+    table = run_table(runs, rows=("masked", "never"))
+    assert table["experiment"].tolist() == ["masked", "masked", "never"]
+    assert table["state"].tolist()[-1] == "not run"
+    assert table["seed"].tolist()[:2] == [0, 1]
+    found = experiment_table(table)
+    assert found.loc["never", ["seeds", "unfinished", "state"]].tolist() == [0, 0, "not run"]
+    assert experiment_table(run_table([], rows=["never"])).index.tolist() == ["never"]
+    with pytest.raises(GddlabError, match="no runs given"):
+        run_table([])
+    with pytest.raises(GddlabError, match="list of experiments"):
+        run_table(runs, rows="masked")
+
+
+def test_scores_that_cannot_be_compared_are_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+    made(tmp_path, tiny_teacher, "a", 0, {0.048: 1.0})
+    made(tmp_path, tiny_teacher, "a", 1, {0.048: 2.0}, scored={"metric": "fd-lite2@32", "n": 32})
+    made(tmp_path, tiny_teacher, "b", 0, {0.048: 2.0}, scored={"extractor_sha256": "f" * 64})
+    runs = load_runs(tmp_path)
+    with pytest.raises(GddlabError, match="differ in metric"):
+        run_table(runs, rows=["a"])
+    with pytest.raises(GddlabError, match="differ in extractor_sha256"):
+        score_table(runs[:1] + runs[2:], ["fd-lite2"])
+
+
+def test_a_run_that_cannot_be_read_is_a_row_that_says_why(tmp_path: Path, tiny_teacher: Path) -> None:
+    states = {}
+    for name, spoil in {
+        "field": lambda d: (d / "config.json").write_text(
+            json.dumps(json.loads((d / "config.json").read_text()) | {"lr": 1})
+        ),
+        "mask": lambda d: (d / "config.json").write_text("{}"),
+        "record": lambda d: (d / "evaluation.jsonl").write_text('{"fid": 3}\n'),
+        "line": lambda d: (d / "evaluation.jsonl").write_text("fid 3\n"),
+        "unscored": lambda d: (d / "evaluation.jsonl").unlink(),
+        "young": lambda d: (d / "status.json").unlink(),
+        "failed": lambda d: write_status(d, "failed", nimg=8),
+    }.items():
+        run = made(tmp_path, tiny_teacher, name, 0, {0.048: 60.0})
+        spoil(run.run_dir)
+        row = run_table([run]).iloc[0]
+        assert math.isnan(row["value"]), name
+        states[name] = str(row["state"])
+        assert str(tmp_path) not in states[name] and "\n" not in states[name]
+    assert states["field"].startswith("older format: unknown configuration field 'lr'")
+    assert states["mask"] == "older format: config.json does not say which mask, or none: it is damaged"
+    assert states["record"].startswith("older format: not an evaluation record")
+    assert states["line"].startswith("older format: ")
+    assert states["unscored"] == "no fd-lite2 at the end"
+    assert states["young"] == "not started"
+    assert states["failed"] == "failed at 0.008 of 0.048 kimg"
+
+
+def test_several_scores_side_by_side(tmp_path: Path, tiny_teacher: Path) -> None:
+    kernel = tuple(record(metric="kd-lite2@64", value=v, kimg=0.048) for v in (9.0, 0.25))
+    made(tmp_path, tiny_teacher, "a", 0, {0.048: 60.0}, more=kernel)
+    made(tmp_path, tiny_teacher, "b", 0, {0.048: 70.0})
+    made(tmp_path, tiny_teacher, "c", 0, {0.024: 70.0}, state="stopped")
+    found = score_table(load_runs(tmp_path), ["fd-lite2", "kd-lite2", "fd-lite0"], rows=["b", "a", "c", "never"])
+    assert list(found.columns) == ["fd-lite2@64", "kd-lite2@64", "fd-lite0", "state"]
+    assert found["fd-lite2@64"].tolist()[:2] == [70.0, 60.0]
+    assert found.loc["a", "kd-lite2@64"] == 0.25  # the newest
+    assert found["state"].tolist() == [
+        "no kd-lite2, fd-lite0 at the end",
+        "no fd-lite0 at the end",
+        "stopped at 0.024 of 0.048 kimg",
+        "not run",
+    ]
+
+
+def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
+    assert teacher_scores(runs) == {1: 900.0, 18: 50.0}
+    assert teacher_levels(runs) == {"teacher, 1 step": 900.0, "teacher, 18 steps": 50.0}
+    assert teacher_levels(runs, steps=(18,)) == {"teacher, 18 steps": 50.0}
+    assert teacher_levels(runs, "kd-lite2") == {}
+    other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"reference_n": 3})
+    assert read(other).state == "done"
+    with pytest.raises(GddlabError, match="differ in reference_n"):
+        teacher_levels([other])

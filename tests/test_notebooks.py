@@ -1,0 +1,107 @@
+"""Notebooks of figures and tables: thin over the library, run with quiet outputs, and their parameter is checked."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from gddlab.files import data_dir
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+RESULTS = [p for p in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if int(p.name[:2]) >= 10]
+MACHINE = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|var|mnt|opt|usr)/")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=RESULTS, ids=[p.stem for p in RESULTS])
+def notebook(request: pytest.FixtureRequest) -> nbformat.NotebookNode:
+    return nbformat.read(request.param, 4)
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_is_a_notebook_for_each_figure_and_table() -> None:
+    assert [int(p.name[:2]) for p in RESULTS] == list(range(10, 24))
+
+
+def test_it_asks_shows_and_concludes(notebook: nbformat.NotebookNode) -> None:
+    nbformat.validate(notebook)
+    texts = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    assert texts[0].startswith("# ") and "?" in texts[0]
+    assert texts[-1].startswith("## What this says about the paper's claim\n")
+
+
+def test_its_parameter_is_checked_in_the_next_cell(notebook: nbformat.NotebookNode) -> None:
+    tagged = [i for i, c in enumerate(code(notebook)) if "parameters" in c.metadata.get("tags", ())]
+    assert len(tagged) == 1
+    cells = code(notebook)[tagged[0] :]
+    assert [ast.unparse(s) for s in ast.parse(cells[0].source).body] == ["runs = ''"]
+    assert "runs_folder(globals())" in cells[1].source
+
+
+def test_it_is_thin(notebook: nbformat.NotebookNode) -> None:
+    source = "\n".join(re.sub(r"^[%!].*$", "", c.source, flags=re.MULTILINE) for c in code(notebook))
+    lines = [line for line in source.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) < 60
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, kinds)]
+
+
+def test_its_outputs_are_stored_quiet_and_small(
+    notebook: nbformat.NotebookNode, request: pytest.FixtureRequest
+) -> None:
+    path: Path = request.node.callspec.params["notebook"]
+    assert path.stat().st_size < 300_000
+    assert all(c.execution_count for c in code(notebook))
+    outputs = [o for c in code(notebook) for o in c.outputs]
+    assert outputs
+    for output in outputs:
+        assert output.output_type in ("stream", "display_data", "execute_result")
+        assert output.get("name", "stdout") == "stdout"
+        for text in [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]:
+            assert not re.search(r"\d+%\||it/s\b|\r", text), "a progress bar"
+            assert not re.search(r"\bat 0x[0-9a-f]{6}", text) or "<Figure" in text, "an address in memory"
+    whole = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
+    assert not MACHINE.search(whole)
+
+
+def test_what_is_compared_can_be(notebook: nbformat.NotebookNode) -> None:
+    """nbval compares text; an image would differ between machines."""
+    for cell in code(notebook):
+        if "NBVAL_CHECK_OUTPUT" in cell.source:
+            assert cell.outputs
+            assert not any("image/png" in o.get("data", {}) for o in cell.outputs)
+
+
+def execute(name: str, tmp_path: Path, **parameters: str) -> nbformat.NotebookNode:
+    import papermill
+
+    path = next(NOTEBOOKS.glob(f"{name}_*.ipynb"))
+    return papermill.execute_notebook(
+        path, tmp_path / "out.ipynb", parameters=parameters, progress_bar=False, cwd=tmp_path
+    )
+
+
+def test_papermill_runs_it_on_other_runs(tmp_path: Path) -> None:
+    shutil.copytree(data_dir() / "runs" / "digits" / "gdd" / "seed-1", tmp_path / "digits" / "gdd" / "seed-1")
+    out = execute("20", tmp_path, runs=str(tmp_path))
+    table = next(o for c in code(out) for o in c.outputs if "text/plain" in o.get("data", {}) and "mean" in str(o.data))
+    lines = {line.split()[0]: line for line in table.data["text/plain"].splitlines() if line.strip()}
+    assert re.search(r"\bgdd\s+0\.0%\s+1\s+74\.3\s", lines["gdd"])
+    assert "not run" in lines["gdd-i"] and "not run" in lines["scratch"]
+
+
+def test_papermill_with_a_misspelt_parameter_is_refused_in_one_line(tmp_path: Path) -> None:
+    import papermill
+
+    with pytest.raises(papermill.PapermillExecutionError) as refused:
+        execute("23", tmp_path, run=str(tmp_path))
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(refused.value)).strip().splitlines()[-1]
+    assert said.startswith("GddlabError: unknown parameter 'run': did you mean 'runs'?")
