@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.problem import adversarial_problem
     from gddlab.errors import GddlabError
-    from gddlab.evaluation import evaluate, real_split
+    from gddlab.evaluation import evaluate, real_split, reference
     from gddlab.experiments import reproduce
     from gddlab.freezing import FreezeMask, compare, controls, select_freeze
     from gddlab.launch import attach, train
@@ -67,6 +67,7 @@ __all__ = [
     "presets",
     "probe",
     "real_split",
+    "reference",
     "report",
     "reproduce",
     "sample",
@@ -109,6 +110,7 @@ _HOME = {
     "presets": "gddlab.distill",
     "probe": "gddlab.probing",
     "real_split": "gddlab.evaluation",
+    "reference": "gddlab.evaluation",
     "report": "gddlab.reporting.report",
     "reproduce": "gddlab.experiments",
     "sample": "gddlab.sampling",

@@ -15,7 +15,7 @@ from gddlab.commands.data import Prepare
 from gddlab.commands.doctor import Doctor
 from gddlab.commands.experiments import Reproduce
 from gddlab.commands.freezing import Freeze, Mask
-from gddlab.commands.images import Evaluate, Sample
+from gddlab.commands.images import Evaluate, Reference, Sample
 from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.reporting import Report
 from gddlab.commands.teachers import Convert, Export, Teacher
@@ -38,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "preflight": Preflight,
     "sample": Sample,
     "evaluate": Evaluate,
+    "reference": Reference,
     "reproduce": Reproduce,
     "report": Report,
     "doctor": Doctor,

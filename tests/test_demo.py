@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
         return preset(**fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, cache_real=False)
 
     monkeypatch.setattr(demo_module.presets, "digits", short)
-    monkeypatch.setattr("gddlab.evaluation.course.evaluate", functools.partial(demo_module.evaluate, n=16))
+    monkeypatch.setattr(
+        "gddlab.evaluation.course.evaluate", lambda *args, **given: demo_module.evaluate(*args, **(given | {"n": 16}))
+    )
     monkeypatch.setattr(demo_module, "PROBED", 2)
     numbers = demo_module.demo(tmp_path, seed=3, recompute=True)
     asked = {"fd_teacher_1", "fd_teacher_18", "fd_student", "fd_real_split", "frozen_fraction", "kimg", "seconds"}

@@ -1,4 +1,4 @@
-"""Distances between generated and real images, from torch-fidelity, each with its provenance."""
+"""Scores of generated images against real ones, on torch-fidelity's features and others, each with its provenance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from gddlab.evaluation.course import evaluate_end, evaluate_snapshots, missing_a
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
+from gddlab.evaluation.references import reference
 from gddlab.evaluation.scoring import evaluate, real_split
+from gddlab.evaluation.tracing import Trace
 
 __all__ = [
     "EXTRACTORS",
@@ -15,6 +17,7 @@ __all__ = [
     "Extractor",
     "Record",
     "Scores",
+    "Trace",
     "append_records",
     "compare",
     "evaluate",
@@ -24,6 +27,7 @@ __all__ = [
     "load_records",
     "missing_at_end",
     "real_split",
+    "reference",
     "register",
     "scorer",
 ]

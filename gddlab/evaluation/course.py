@@ -102,6 +102,7 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
         GddlabError: The extractor is unknown, or its weights are missing.
     """
     spec = find_extractor(config.metric_extractor)
+    spec.check()
     metric = spec.metric_name(config.metric)
 
     def score(file: Path) -> tuple[str, float, float | None]:
@@ -115,6 +116,7 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
                     metrics=(config.metric,),
                     n=config.metric_n,
                     extractor=config.metric_extractor,
+                    nproc=1,  # the other ranks do not make this call
                     progress=False,
                 )
             except GddlabError as e:  # images or score are not finite

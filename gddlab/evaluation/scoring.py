@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -16,68 +17,118 @@ from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import image_features, real_features, real_images
-from gddlab.evaluation.metrics import METRICS, Value, check_metrics
+from gddlab.evaluation.features import Extracted, extract, real_rows
+from gddlab.evaluation.generated import generated_rows
+from gddlab.evaluation.metrics import DISTANCES, METRICS, Statistics, check_metrics
 from gddlab.evaluation.records import Record, Scores
-from gddlab.evaluation.sources import SourceImages, images_of
-from gddlab.files import hash_json, hash_tensors, write_json
+from gddlab.evaluation.references import Reference, open_reference
+from gddlab.evaluation.sharding import Group, joined
+from gddlab.evaluation.sources import GeneratedImages, StoredImages, images_of, images_sha256, open_source
+from gddlab.files import hash_json, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
+from gddlab.sampling.arguments import positive
 
 __all__ = ["evaluate", "real_split"]
 
 
 def evaluate(
-    source: Precond | ImageDataset | Tensor,
+    source: Precond | ImageDataset | Tensor | str | Path,
     *,
-    data: str | ImageDataset | None = None,
+    data: str | Path | ImageDataset | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     extractor: str = "lite2",
+    blocks: int = 1,
     batch_size: int = 128,
+    nproc: int | None = None,
     progress: bool = True,
+    **sampler: Any,
 ) -> Scores:
-    """Scores images against real ones; features are computed once for all metrics, those of real images once for ever.
+    """Scores images against real ones.
+
+    Images are made, hashed and turned into features a batch at a time, so that memory holds features, not images. Features of real images are kept by
+    the hash of their manifest, those of generated ones by the hashes of all that they depend on, in the cache folder ($GDDLAB_CACHE); of the latter the newest 4 GiB.
 
     Args:
-        source: Student, teacher, dataset, or images, float32 in [-1, 1], (N, C, R, R).
-        data: The real images, by name or as a dataset; None takes the dataset on the model's card.
-        metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall). Scores are named
-            after the extractor, `fd-lite2@n`; "fid" and "kid" remain the names with Inception only.
-        n: Images scored; as many as there are real ones if None (given images: all).
+        source: Student, teacher, dataset, or images, float32 in [-1, 1], (N, C, R, R); or by name or path: a run directory, a
+            teacher, a file of weights, a folder or zip of images, "data:NAME" for a dataset.
+        data: The real images, by name or as a dataset, or a .npz of their statistics: EDM's (for "fid" alone), or what `reference` wrote. None
+            takes the dataset on the model's card; "data:NAME" alone is scored against itself.
+        metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception score, with
+            Inception only), "mind" (Monge inception distance). Scores are named after the extractor, `fd-lite2@n`; "fid" and the other
+            plain names are Inception's, `clip-fid` is CLIP's.
+        n: Images scored; as many as there are real ones if None (given images: all; EDM's statistics: 50,000).
         seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a dataset is drawn
             with it.
-        steps: Heun steps of a teacher, 18 if None; network calls of a student, 1 if None.
-        extractor: "lite2", "lite0", or "inception" where its weights are on this machine.
+        steps: Steps of a teacher, 18 if None; network calls of a student, 1 if None.
+        extractor: "lite2" or "lite0", whose weights come with the package; or by weights on this machine, else downloaded:
+            "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096).
+            GDDLAB_INCEPTION, GDDLAB_CLIP, GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
+        blocks: Of a model: so many blocks of n seeds, one after another, each with its records, and the least distance of all as a record of its
+            own, `fid-min3@n`, with the seeds of the block that has it. EDM's protocol is three blocks of 50,000.
         batch_size: Images sampled at once.
+        nproc: Fresh processes on this machine that share the images of a model. None: the ranks of a process group or of torchrun, where there is one,
+            all of which make this call and get the scores; 1: this process alone. Parts are whole batches, so that values do not depend on it.
         progress: Shows bars when at a terminal.
+        **sampler: Of a teacher: fields of `Sampler`, such as solver, discretization, S_churn. Of a student: sigmas.
 
     Raises:
-        GddlabError: An unknown name, no dataset, images that do not fit the real ones or are not finite.
+        GddlabError: An unknown name, no dataset, missing weights, images that do not fit the real ones or are not finite.
     """
     start = time.perf_counter()
     kinds, spec = check_metrics(metrics), find_extractor(extractor)
+    if "is" in kinds and spec.logits is None:
+        raise GddlabError(
+            f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
+        )
+    blocks = positive("blocks", blocks)
+    if nproc is not None:
+        positive("nproc", nproc)
+    about: dict[str, Any] = {"source": None, "data": str(data) if isinstance(data, str | Path) else None}
+    if isinstance(source, str | Path):
+        text = str(source)
+        if data is None and text.startswith("data:"):
+            data = text.removeprefix("data:")
+        if (Path(text) / "config.json").is_file():
+            about["run_dir"] = Path(text)
+        about["source"] = text
+        source = open_source(text, progress=progress)
+    card = getattr(source, "card", None)
     if data is None:
-        data = getattr(getattr(source, "card", None), "data", None)
+        data = getattr(card, "data", None)
         if data is None:
             raise GddlabError(f"no dataset to score against: the {type(source).__name__} names none, give data=")
-    real = open_dataset(data)
-    about = _about(spec, real) | {"reference_n": len(real)}
-    about["kimg"] = getattr(getattr(source, "card", None), "kimg", None)
-    # missing weights are refused before sampling takes minutes
-    images = images_of(source, real, n=n, seed=seed, steps=steps, batch_size=batch_size, progress=progress)
-    if len(images.uint8) < 2 or len(real) < 2:
-        raise GddlabError(f"{len(images.uint8)} images against {len(real)}: give at least 2 of each")
-    device = next(source.parameters()).device if isinstance(source, Precond) else torch.device("cpu")
-    theirs = real_features(real, spec, device=device, progress=progress)
-    if images.whole is not None:
-        ours = real_features(images.whole, spec, device=device, progress=progress)
-    else:
-        ours = image_features(images.uint8, spec, device=device, progress=progress)
-    shared = time.perf_counter() - start
-    return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))
+    with joined(nproc) as group:
+        with group.together():
+            spec.check()
+            real = open_reference(data, spec, progress=progress)
+            real.check(kinds)
+            parts = [images_of(source, real, n=n, seed=seed, batch_size=batch_size, steps=steps, **sampler)]
+            first = parts[0]
+            if isinstance(first, GeneratedImages):
+                size = len(first)
+                parts += [
+                    images_of(source, real, n=size, seed=seed + b * size, batch_size=batch_size, steps=steps, **sampler)
+                    for b in range(1, blocks)
+                ]
+            elif blocks > 1:
+                raise GddlabError(f"blocks={blocks} with a {type(source).__name__}: blocks are of a model's seeds")
+            if len(first) < 2 or (real.n is not None and real.n < 2):
+                raise GddlabError(f"{len(first)} images against {real.n}: give at least 2 of each")
+        theirs = real.against(spec, device=first.device, group=group, progress=progress)
+        about |= _about(spec, real) | {"reference_n": real.n, "kimg": getattr(card, "kimg", None)}
+        records: list[Record] = []
+        for images in parts:
+            ours = _extracted(images, spec, group, nproc or 1, progress)
+            shared, start = time.perf_counter() - start, time.perf_counter()
+            for kind in kinds:
+                records += _score(kind, ours, theirs, images, spec, about, shared)
+    if blocks > 1:
+        records += _least(records, kinds, spec, blocks, seed)
+    return Scores(tuple(records))
 
 
 def real_split(
@@ -109,6 +160,9 @@ def real_split(
     """
     start = time.perf_counter()
     kinds, spec, real = check_metrics(metrics), find_extractor(extractor), open_dataset(data)
+    if "is" in kinds:
+        raise GddlabError("metric 'is' of a split: it compares nothing, use evaluate")
+    spec.check()
     if (n is not None and not 2 <= n <= len(real) // 2) or len(real) < 4:
         raise GddlabError(f"n={n} images in each half of {real.name!r}: accepted are 2..{len(real) // 2}")
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
@@ -116,11 +170,13 @@ def real_split(
     first, second = order[:size], order[size:] if n is None else order[size : 2 * size]
 
     def compute(kind: str) -> list[Record]:
-        f = real_features(real, spec, progress=progress)
+        f = real_rows(real, spec, progress=progress)
         shared = time.perf_counter() - start
-        images = SourceImages(real_images(real)[first], "data", seeds=(seed, seed))
-        about = _about(spec, real) | {"reference": f"{real.name}, other half", "reference_n": len(second)}
-        return _score(kind, f[first], f[second], images, spec, about, shared)
+        images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
+        about = _about(spec, Reference.of(real))
+        about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
+        theirs = f[second, : spec.dims]
+        return _score(kind, Extracted(f[first], _hash(images)), theirs, images, spec, about, shared)
 
     def read(path: Path) -> list[Record]:
         return [Record.from_dict(d) for d in json.loads(path.read_text())]
@@ -130,32 +186,58 @@ def real_split(
 
     out: list[Record] = []
     for kind in kinds:
-        key = hash_json([real.manifest.sha256, spec.identity, kind, len(first), len(second), seed, versions()])[:16]
+        key = hash_json([2, real.manifest.sha256, spec.identity, kind, len(first), len(second), seed, versions()])[:16]
         file = f"split-{spec.name}-{kind}-{key}.json"
         records: list[Record] = recall(file, partial(compute, kind), read=read, write=write)
         out += records
-    return Scores(tuple(out))
+    named = str(data) if isinstance(data, str | Path) else None
+    return Scores(tuple(dataclasses.replace(r, data=named) for r in out))
 
 
-def _about(spec: Extractor, real: ImageDataset) -> dict[str, Any]:
+def _extracted(
+    images: GeneratedImages | StoredImages, spec: Extractor, group: Group, nproc: int, progress: bool
+) -> Extracted:
+    if isinstance(images, GeneratedImages):
+        return generated_rows(images, spec, group=group, nproc=nproc, progress=progress)
+    if images.whole is not None:
+        rows = real_rows(images.whole, spec, device=images.device, group=group, progress=progress)
+        return Extracted(rows, _hash(images))
+    return extract(images, spec, group=group, progress=progress)
+
+
+def _hash(images: StoredImages) -> str:
+    digest = images_sha256(images)
+    for i in range(0, len(images), images.batch_size):
+        digest.update(images.batch(i, min(i + images.batch_size, len(images))).contiguous().numpy().reshape(-1))
+    return str(digest.hexdigest())
+
+
+def _about(spec: Extractor, real: Reference) -> dict[str, Any]:
     return {
         "extractor": spec.name,
         "extractor_sha256": spec.sha256,
         "extractor_input_size": spec.input_size,
+        "preprocessing": spec.preprocessing,
         "reference": real.name,
-        "reference_sha256": real.manifest.sha256,
+        "reference_sha256": real.sha256,
         "versions": versions(),
     }
 
 
 def _score(
-    kind: str, ours: Tensor, theirs: Tensor, images: SourceImages, spec: Extractor, about: dict[str, Any], shared: float
+    kind: str,
+    ours: Extracted,
+    theirs: Tensor | Statistics,
+    images: GeneratedImages | StoredImages,
+    spec: Extractor,
+    about: dict[str, Any],
+    shared: float,
 ) -> list[Record]:
     start = time.perf_counter()
-    values: list[Value] = METRICS[kind](ours, theirs)
+    rows = ours.rows
+    values = METRICS["is"](rows[:, spec.dims :]) if kind == "is" else METRICS[kind](rows[:, : spec.dims], theirs)
     seconds = round(shared + time.perf_counter() - start, 3)
-    n = len(ours)
-    digest = hash_tensors({"images": images.uint8})
+    n = len(rows)
     return [
         Record(
             metric=f"{spec.metric_name(v.kind)}@{n}",
@@ -165,10 +247,21 @@ def _score(
             seeds=images.seeds,
             sampler=images.sampler,
             model_sha256=images.model_sha256,
-            images_sha256=digest,
+            images_sha256=ours.images_sha256,
             settings=v.settings,
             seconds=seconds,
             **about,
         )
         for v in values
     ]
+
+
+def _least(records: list[Record], kinds: tuple[str, ...], spec: Extractor, blocks: int, seed: int) -> list[Record]:
+    """Of each distance, the record of the block that has the least, under a name of its own."""
+    out = []
+    for kind in (k for k in kinds if k in DISTANCES):
+        name = spec.metric_name(kind)
+        best = min((r for r in records if r.name == name), key=lambda r: r.value)
+        settings = best.settings | {"minimum_of_blocks": blocks, "first_seed": seed}
+        out.append(dataclasses.replace(best, metric=f"{name}-min{blocks}@{best.n}", settings=settings))
+    return out

@@ -1,46 +1,166 @@
-"""What is scored, as uint8 images with their origin: a model samples, a dataset or tensor is taken as it is."""
+"""What is scored, as uint8 images that are made or read a batch at a time, with their origin."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset
+from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
-from gddlab.evaluation.features import real_images
-from gddlab.files import hash_tensors
-from gddlab.nets import Precond
-from gddlab.sampling import sample
+from gddlab.evaluation.references import Reference
+from gddlab.files import hash_json, hash_tensors
+from gddlab.nets import Precond, architecture
+from gddlab.sampling.arguments import module_of, one_hot, positive, seed_list
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import resolve, sampler_name
+from gddlab.sampling.samplers import Method, draw, prepared, resolve, sampler_name
 
-__all__ = ["SourceImages", "images_of"]
+__all__ = ["GeneratedImages", "StoredImages", "images_of", "open_source"]
+
+BLOCK = 50_000
+"""Images scored against statistics that do not say how many they are of: EDM's protocol."""
 
 
 @dataclass(frozen=True)
-class SourceImages:
-    """Images, uint8 (N, C, R, R), and where they are from; `whole` is the dataset that they are all of."""
+class StoredImages:
+    """Images that are there: an array, or those of it that `index` names; `whole` is the dataset that they are all of."""
 
-    uint8: Tensor
+    array: np.ndarray | Tensor
+    """uint8, (N, R, R, C) as a dataset holds them, or (N, C, R, R) as a tensor."""
     sampler: str
+    index: Tensor | None = None
     seeds: tuple[int, int] | None = None
-    model_sha256: str | None = None
     whole: ImageDataset | None = None
+    device: torch.device | None = None
+    batch_size: int = 256
+    model_sha256: None = None
+
+    def __len__(self) -> int:
+        return len(self.array) if self.index is None else len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
+        return tuple(self.batch(0, 1).shape[1:])
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R)."""
+        rows: Any = slice(start, stop) if self.index is None else self.index[start:stop]
+        if isinstance(self.array, Tensor):
+            return self.array[rows]
+        return torch.from_numpy(self.array[rows.numpy() if isinstance(rows, Tensor) else rows]).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images that a network makes, image i from seed + i; they are never held together."""
+
+    net: Precond
+    how: Method
+    count: int
+    seed: int
+    labels: Tensor | None
+    """Class of each image, (count,), or None."""
+    batch_size: int
+    whole: None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+
+    @property
+    def sampler(self) -> str:
+        return sampler_name(self.how)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return (self.seed, self.seed + self.count - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return hash_tensors(module_of(self.net).state_dict())
+
+    @property
+    def settings(self) -> dict[str, Any] | list[float]:
+        """The sampler as JSON."""
+        return list(self.how) if isinstance(self.how, tuple) else self.how.to_dict()
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the images depend on, but for rounding."""
+        about = [
+            self.model_sha256,
+            architecture(module_of(self.net)),
+            self.settings,
+            [self.seed, self.count],
+            None if self.labels is None else hash_json(self.labels.tolist()),
+            str(next(self.net.parameters()).dtype),
+            self.device.type,
+        ]
+        return hash_json(about)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R).
+
+        Raises:
+            GddlabError: An image is not finite.
+        """
+        chosen = None if self.labels is None else self.labels[start:stop]
+        labels = one_hot(self.net.label_dim, stop - start, self.seed + start, chosen)
+        with prepared(self.net):
+            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
+        check_values(x)
+        return to_uint8(x)
+
+
+def images_sha256(images: StoredImages | GeneratedImages) -> Any:
+    """A sha256 to be fed with images in order; its digest is that of `hash_tensors({"images": all of them})`."""
+    return hashlib.sha256(f"images:{torch.uint8}:{(len(images), *images.shape)}".encode())
+
+
+def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
+    """A model or images by name or path.
+
+    "data:NAME" is a dataset, a folder without config.json or teacher.safetensors, or a file of other kind than .pkl or .safetensors is one too; everything else is what
+    `open_model` takes: a run directory, a teacher's name, a file of weights.
+    """
+    from gddlab.sampling.files import open_model
+
+    text, path = str(source), Path(source)
+    if text.startswith("data:"):
+        return open_dataset(text.removeprefix("data:"), progress=progress)
+    images = path.is_dir() and not any((path / f).exists() for f in ("config.json", "teacher.safetensors"))
+    if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
+        return open_dataset(path, progress=progress)
+    return open_model(source)
 
 
 def images_of(
     source: Precond | ImageDataset | Tensor,
-    real: ImageDataset,
+    real: Reference,
     *,
     n: int | None,
     seed: int,
-    steps: int | None,
     batch_size: int,
-    progress: bool,
-) -> SourceImages:
-    """Images of a source in the format of the real images; arguments as for `evaluate`.
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    **sampler: Any,
+) -> StoredImages | GeneratedImages:
+    """Images of a source in the format of the real images; arguments as for `evaluate`. Nothing is sampled yet.
 
     Raises:
         GddlabError: The source is of another kind or shape than expected, has too few images, or is not finite.
@@ -48,16 +168,23 @@ def images_of(
     if n is not None and n < 2:
         raise GddlabError(f"n={n} images: give at least 2")
     if isinstance(source, Precond):
-        return _sampled(source, real, n or len(real), seed=seed, steps=steps, batch_size=batch_size, progress=progress)
-    if steps is not None:
-        raise GddlabError(f"steps={steps} with a {type(source).__name__}: only a teacher takes steps")
+        _check_shape((source.img_channels, source.img_resolution), real, "the model's images")
+        how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
+        count = n or real.n or BLOCK
+        seed_list(count, seed, None)
+        return GeneratedImages(
+            source, how, count, seed, _classes(source, real, count, seed), positive("batch_size", batch_size)
+        )
+    for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
+        if value is not None:
+            raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
     if isinstance(source, ImageDataset):
         _check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
         if n is None or n == len(source):
-            return SourceImages(real_images(source), "data", whole=source)
+            return StoredImages(source.uint8, "data", whole=source)
         _check_count(n, len(source))
         some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
-        return SourceImages(real_images(source)[some], "data", seeds=(seed, seed))
+        return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
     if not isinstance(source, Tensor):
         raise GddlabError(f"source is a {type(source).__name__}: give a student, teacher, dataset or tensor of images")
     if source.ndim != 4 or not source.is_floating_point():
@@ -65,33 +192,24 @@ def images_of(
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
     _check_count(n or 0, len(source))
     x = source[:n]
-    _check_values(x)
-    return SourceImages(to_uint8(x), "images")
+    check_values(x)
+    return StoredImages(to_uint8(x), "images")
 
 
-def _sampled(
-    net: Precond, real: ImageDataset, n: int, *, seed: int, steps: int | None, batch_size: int, progress: bool
-) -> SourceImages:
-    _check_shape((net.img_channels, net.img_resolution), real, "the model's images")
-    classes = None
-    if net.label_dim and real.class_ids is not None:
-        if net.label_dim != real.classes:
-            raise GddlabError(
-                f"the model has {net.label_dim} classes, {real.name!r} {real.classes}: give its own dataset"
-            )
-        classes = torch.from_numpy(real.class_ids)[torch.arange(n) % len(real)]
-    x = sample(net, n, steps=steps, seed=seed, class_labels=classes, batch_size=batch_size, progress=progress)
-    _check_values(x)
-    return SourceImages(
-        to_uint8(x),
-        sampler_name(resolve(net, steps=steps)),
-        seeds=(seed, seed + n - 1),
-        model_sha256=hash_tensors(net.state_dict()),
-    )
+def _classes(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+    if not net.label_dim:
+        return None
+    if real.class_ids is None:
+        return (torch.arange(n) + seed) % net.label_dim
+    if net.label_dim != real.classes:
+        raise GddlabError(f"the model has {net.label_dim} classes, {real.name!r} {real.classes}: give its own dataset")
+    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real.class_ids)]
 
 
-def _check_shape(given: tuple[int, ...], real: ImageDataset, what: str) -> None:
+def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
     """`given` is (channels, side) or (channels, height, width)."""
+    if real.channels is None or real.resolution is None:
+        return  # statistics alone
     wanted = (real.channels,) + (real.resolution,) * (len(given) - 1)
     if given != wanted:
         sides = "x".join(str(s) for s in (given[1:] if len(given) == 3 else given[1:] * 2))
@@ -104,7 +222,8 @@ def _check_count(n: int, available: int) -> None:
         raise GddlabError(f"n={n} images: only {available} were given")
 
 
-def _check_values(x: Tensor) -> None:
+def check_values(x: Tensor) -> None:
+    """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise GddlabError(

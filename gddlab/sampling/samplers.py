@@ -120,11 +120,12 @@ def resolve(
 
 
 def sampler_name(how: Method) -> str:
-    """A short name: "one-step", "consistency-2", "heun-18", and whatever is not EDM's default after it."""
+    """A short name: "one-step" (from sigma 80), "consistency-2", "heun-18", and whatever is not EDM's default after it; equal for equal samplers only."""
     if isinstance(how, tuple):
-        if len(how) == 1:
+        if how == (80.0,):
             return "one-step"
-        return f"consistency-{len(how)} sigmas=" + ",".join(f"{s:.4g}" for s in how)
+        kind = "one-step" if len(how) == 1 else f"consistency-{len(how)}"
+        return f"{kind} sigmas=" + ",".join(f"{s:.17g}" if float(f"{s:.6g}") != s else f"{s:.6g}" for s in how)
     default = Sampler().to_dict()
     rest = {k: v for k, v in how.to_dict().items() if k not in ("steps", "solver") and v != default[k]}
     return " ".join([f"{how.solver}-{how.steps}", *(f"{k}={v}" for k, v in rest.items())])

@@ -1,7 +1,8 @@
-"""Fresh processes that share one `sample_files`: `python -m gddlab.sampling.worker`, the job as a line of JSON on standard input."""
+"""Fresh processes that share one job, `sample_files` or another: `python -m gddlab.sampling.worker`, the job as a line of JSON on standard input."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -17,18 +18,32 @@ from gddlab.processes import fresh_environment
 
 __all__ = ["run_workers"]
 
+SAMPLING = "gddlab.sampling.files:make_share"
 
-def run_workers(job: dict[str, Any], nproc: int, report: Callable[[int], Any]) -> None:
+
+def run_workers(
+    job: dict[str, Any],
+    nproc: int,
+    report: Callable[[int], Any],
+    *,
+    entry: str = SAMPLING,
+    hint: str = "what is written stays, the same call continues",
+) -> None:
     """Starts `nproc` processes on a job and waits for them; none outlives this call, however it ends.
 
     Args:
-        job: Arguments of `make_share` without `report`.
+        job: Arguments of `entry` without `report`.
         report: Called with a number of images whenever a part is there.
+        entry: What each process calls, MODULE:FUNCTION; RANK and WORLD_SIZE in its environment say which part is its.
+        hint: What to do when a process has died.
 
     Raises:
         GddlabError: The refusal of a process, or how it died; the others are ended.
     """
-    line = json.dumps(job, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)).encode() + b"\n"
+    line = (
+        json.dumps({"entry": entry, **job}, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)).encode()
+        + b"\n"
+    )
     env = fresh_environment(nproc)
     events: queue.Queue[tuple[int, int | None]] = queue.Queue()  # rank, images done; None when it has ended
     workers: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
@@ -53,7 +68,7 @@ def run_workers(job: dict[str, Any], nproc: int, report: Callable[[int], Any]) -
             running -= 1
             process, log = workers[rank]
             if process.wait() != 0:
-                raise GddlabError(_why(process.returncode, rank, nproc, log))
+                raise GddlabError(_why(process.returncode, rank, nproc, log, hint))
     finally:
         for process, _ in workers:
             process.kill()
@@ -76,14 +91,14 @@ def _follow(
     events.put((rank, None))
 
 
-def _why(code: int, rank: int, nproc: int, log: IO[bytes]) -> str:
+def _why(code: int, rank: int, nproc: int, log: IO[bytes], hint: str) -> str:
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else ""
     if code == 2 and last.startswith("gddlab: "):
         return last.removeprefix("gddlab: ")
     how = f"was ended by signal {-code}" if code < 0 else f"failed: {last or f'exit code {code}'}"
-    return f"process {rank} of {nproc} {how}; what is written stays, the same call continues"
+    return "; ".join(filter(None, [f"process {rank} of {nproc} {how}", hint]))
 
 
 def main() -> int:
@@ -92,10 +107,10 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not among the counts
 
-    from gddlab.sampling.files import make_share
-
+    module, _, function = job.pop("entry", SAMPLING).partition(":")
+    call = getattr(importlib.import_module(module), function)
     try:
-        make_share(**job, report=lambda images: out.write(f"{images}\n"))
+        call(**job, report=lambda images: out.write(f"{images}\n"))
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")
         return 2

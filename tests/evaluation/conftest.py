@@ -28,14 +28,13 @@ def counter(monkeypatch):
         def forward(self, x):
             return (x.float().flatten(1) / 255 @ projection,)
 
-    real = features.image_features
+    real = features.extract_part
 
-    def counted(images, extractor, **kwargs):
-        seen.append(len(images))
-        return real(images, extractor, **kwargs)
+    def counted(images, extractor, start, stop, **kwargs):
+        seen.append(stop - start)
+        return real(images, extractor, start, stop, **kwargs)
 
-    monkeypatch.setattr(features, "image_features", counted)
-    monkeypatch.setattr("gddlab.evaluation.scoring.image_features", counted)
+    monkeypatch.setattr(features, "extract_part", counted)
     monkeypatch.setattr("gddlab.evaluation.extractors.Extractor.build", lambda self: Projection())
     return seen
 

@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from gddlab.errors import GddlabError
-from gddlab.evaluation import evaluate, find_extractor, register
+from gddlab.evaluation import evaluate, find_extractor, metrics, register
 from gddlab.evaluation.features import image_features, real_images
-from gddlab.evaluation.metrics import KID_SEED, KID_SUBSETS, check_metrics, frechet, kernel, precision_recall
+from gddlab.evaluation.metrics import (
+    KID_SUBSETS,
+    SEED,
+    check_metrics,
+    frechet,
+    inception_score,
+    kernel,
+    mind,
+    precision_recall,
+    statistics,
+)
 
 
 class Rgb(torch.utils.data.Dataset):
@@ -38,7 +49,7 @@ def test_equal_to_calculate_metrics(some, others):
         prc=True,
         kid_subset_size=64,
         kid_subsets=KID_SUBSETS,
-        rng_seed=KID_SEED,
+        rng_seed=SEED,
         cuda=False,
         verbose=False,
         save_cpu_ram=True,
@@ -104,6 +115,79 @@ def test_kernel_is_the_formula_in_float64():
     want = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1)) - 2 * k(x, y).mean()
     assert_close(got.value, want.item(), rtol=1e-4, atol=0)
     assert got.settings["subset_size"] == 300
+
+
+def test_kernel_of_many_images_takes_the_same_subsets(monkeypatch):
+    """Above a number of images the subsets are gone through one by one; below, all pairs at once."""
+    a, b = two_sets()
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)
+    (together,) = kernel(a, b)
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 50)
+    (apart,) = kernel(a, b)
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    for got, size in ((together, 100), (apart, 50)):
+        assert (KID_SUBSETS * size**2 >= 400**2) == (size == 100)
+        want = kid_features_to_metric(
+            a.double(), b.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+        )
+        assert_close(got.value, want["kernel_inception_distance_mean"], rtol=1e-4, atol=0)
+        assert_close(got.std, want["kernel_inception_distance_std"], rtol=1e-4, atol=0)
+
+
+def test_frechet_of_few_images_and_of_statistics():
+    """Fewer images than features: the covariance is singular."""
+    a, b = two_sets(64)
+    few = a[:20]
+    by_torch_fidelity = fid_statistics_to_metric(
+        fid_features_to_statistics(few.double()), fid_features_to_statistics(b.double()), verbose=False
+    )["frechet_inception_distance"]
+    assert_close(frechet(few, b)[0].value, by_torch_fidelity, rtol=1e-6, atol=0)
+    assert_close(frechet(b, few)[0].value, by_torch_fidelity, rtol=1e-6, atol=0)
+    assert_close(frechet(few, statistics(b))[0].value, by_torch_fidelity, rtol=1e-6, atol=0)
+    assert abs(frechet(b, b)[0].value) < 1e-8 * statistics(b).sigma.trace().item()
+
+
+def test_mind_is_the_formula_in_plain_loops(monkeypatch):
+    monkeypatch.setattr(metrics, "MIND_PROJECTIONS", 20)
+    a, b = two_sets()
+    a = a[:300]
+    (got,) = mind(a, b)
+    g = torch.Generator().manual_seed(SEED)
+    directions = torch.randn(20, 16, generator=g, dtype=torch.float64).tolist()
+    total = 0.0
+    for direction in directions:
+        length = sum(u * u for u in direction) ** 0.5
+        x, y = (
+            sorted(sum(u * v for u, v in zip(direction, row, strict=True)) / length for row in f.double().tolist())
+            for f in (a, b)
+        )
+        total += sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / len(x)
+    assert_close(got.value, 3 * 16 * total / 20, rtol=1e-9, atol=0)
+    assert got.settings == {"projections": 20, "rng_seed": SEED}
+
+
+def test_mind_in_pieces_and_of_a_shift(monkeypatch):
+    a, b = two_sets()
+    (whole,) = mind(a, b)  # 400 against 300: 300 of the 400 are drawn
+    monkeypatch.setattr(metrics, "_CHUNK", 700)
+    assert_close(mind(a, b)[0].value, whole.value, rtol=1e-12, atol=0)
+    assert mind(a, a)[0].value == 0
+    # a shift s is moved on a direction u by (u.s)^2, which is |s|^2 / D in the mean
+    assert_close(mind(a, a + 0.5)[0].value, 3 * 16 * 0.25, rtol=0.1, atol=0)
+
+
+def test_inception_score_is_the_formula():
+    logits = 3 * torch.randn(200, 7, generator=torch.Generator().manual_seed(3))
+    (got,) = inception_score(logits)
+    p = logits.double().softmax(1)[torch.from_numpy(np.random.RandomState(SEED).permutation(200))]
+    tenths = [
+        sum((q * (q / part.mean(0)).log()).sum() for q in part).div(len(part)).exp().item() for part in p.split(20)
+    ]
+    assert_close(got.value, float(np.mean(tenths)), rtol=1e-9, atol=0)
+    assert_close(got.std, float(np.std(tenths)), rtol=1e-9, atol=0)
+    with pytest.raises(GddlabError, match="at least 10"):
+        inception_score(logits[:9])
 
 
 def test_precision_and_recall_of_nested_sets():

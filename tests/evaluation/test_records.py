@@ -7,6 +7,7 @@ import pytest
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, Scores, append_records, compare, load_records
+from gddlab.files import data_dir, read_json
 
 
 def record(**changes) -> Record:
@@ -69,6 +70,50 @@ def test_compare_refuses_what_is_not_alike(changes):
         GddlabError, match=f"differ in {next(iter(changes)) if 'extractor' not in changes else 'metric'}"
     ):
         compare(record(), record(**changes))
+
+
+@pytest.mark.parametrize(
+    ("across", "changes"),
+    [
+        ("n", {"metric": "fd-lite2@32", "n": 32, "settings": {"subset_size": 32}}),
+        ("extractor", {"extractor": "lite0", "metric": "fd-lite0@64", "extractor_sha256": "f" * 64}),
+        ("extractor", {"extractor": "inception-v3-compat", "metric": "fid@64", "extractor_input_size": 299}),
+        ("extractor", {"extractor": "clip-vit-b-32", "metric": "clip-fid@64"}),
+        ("reference", {"reference": "cifar10", "reference_sha256": "f" * 64, "reference_n": None}),
+        ("preprocessing", {"preprocessing": "bicubic"}),
+        (("n", "reference"), {"metric": "fd-lite2@32", "n": 32, "reference": "cifar10"}),
+    ],
+)
+def test_compare_across_what_is_named(across, changes):
+    one, other = record(preprocessing="bilinear"), record(**changes, value=60.0)
+    if changes.get("preprocessing") is None:
+        other = dataclasses.replace(other, preprocessing="bilinear")
+    assert compare(one, other, across=across).ratio == 2
+    for fewer in ((), "preprocessing" if across != "preprocessing" else "n"):
+        with pytest.raises(GddlabError, match="differ in"):
+            compare(one, other, across=fewer)
+
+
+def test_across_does_not_excuse_another_kind_of_score():
+    with pytest.raises(GddlabError, match="differ in metric"):
+        compare(record(), record(metric="kd-lite0@64", extractor="lite0"), across="extractor")
+    with pytest.raises(GddlabError, match="did you mean 'extractor'"):
+        compare(record(), record(), across="extractors")
+
+
+def test_older_records_load_and_compare():
+    old = {k: v for k, v in record().to_dict().items() if k not in ("kimg", "preprocessing", "source", "data")}
+    read = Record.from_dict(old)
+    assert (read.preprocessing, read.source, read.kimg) == (None, None, None)
+    assert compare(read, record(preprocessing="bilinear", value=60.0)).difference == 60
+
+
+def test_records_that_ship_can_be_read():
+    folder = data_dir()
+    runs = [r for p in (folder / "runs").rglob("evaluation.jsonl") for r in load_records(p.parent)]
+    teachers = [Record.from_dict(d) for p in (folder / "teachers").glob("*/scores.json") for d in read_json(p)]
+    assert len(runs) > 20 and len(teachers) > 8
+    assert all(r.run_dir is not None and "run_dir" not in r.to_dict() for r in runs)
 
 
 def test_scores():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
-from gddlab.evaluation import EXTRACTORS, evaluate, features, real_split
+from gddlab.evaluation import EXTRACTORS, compare, evaluate, features, real_split
 from gddlab.files import hash_tensors
-from gddlab.nets import from_edm
+from gddlab.nets import from_edm, save_network
+from gddlab.sampling import sample, sample_files
+from gddlab.sampling.grid import to_uint8
 from tests.evaluation.conftest import as_float, subset
 
 UNET = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -75,7 +78,7 @@ def test_no_writable_cache_is_no_error(some, counter, cache, monkeypatch):
     assert counter == [64]
 
 
-def test_a_student(some, counter):
+def test_a_student(some, counter, cache):
     net = network()
     scores = evaluate(net, data=some, metrics="kid", seed=7)
     (record,) = scores
@@ -85,8 +88,12 @@ def test_a_student(some, counter):
     assert record.reference_sha256 == some.manifest.sha256
     assert record.extractor_sha256 == EXTRACTORS["lite2"].sha256 and len(record.extractor_sha256) == 64
     assert record.extractor_input_size == 96
+    shutil.rmtree(cache / "generated")
     same = evaluate(net, data=some, metrics="kid", seed=7, batch_size=5)
+    assert counter == [64, 64, 64]
     assert same.records[0].images_sha256 == record.images_sha256
+    whole = to_uint8(sample(net, 64, seed=7, class_labels=some.class_ids))
+    assert record.images_sha256 == hash_tensors({"images": whole})
     assert evaluate(net, data=some, metrics="kid", seed=8).records[0].images_sha256 != record.images_sha256
     (record,) = evaluate(net, data=some, metrics="kid", steps=2, n=6)
     assert record.sampler.startswith("consistency-2 sigmas=80,")
@@ -100,15 +107,16 @@ def test_a_teacher(some, counter):
 
 
 def test_classes_follow_the_real_labels(some, counter, monkeypatch):
-    asked = {}
+    asked = []
 
-    def fake(net, n, **kwargs):
-        asked.update(kwargs)
-        return torch.zeros(n, 1, 16, 16)
+    def fake(net, how, seeds, labels, **kwargs):
+        asked.append(labels.argmax(1))
+        return torch.zeros(len(seeds), 1, 16, 16)
 
-    monkeypatch.setattr("gddlab.evaluation.sources.sample", fake)
-    evaluate(network(), data=some, metrics="kid", n=70)
-    assert asked["class_labels"].tolist() == [*some.class_ids, *some.class_ids[:6]]
+    monkeypatch.setattr("gddlab.evaluation.sources.draw", fake)
+    evaluate(network(), data=some, metrics="kid", n=70, batch_size=32)
+    assert torch.cat(asked).tolist() == [*some.class_ids, *some.class_ids[:6]]
+    assert [len(a) for a in asked] == [32, 32, 6]
 
 
 def test_the_card_names_the_dataset(counter):
@@ -126,18 +134,6 @@ def test_fid_is_said_of_inception_only(some, others, counter, monkeypatch, tmp_p
     with pytest.raises(GddlabError, match="GDDLAB_INCEPTION"):
         evaluate(some, data=others, extractor="inception")
     assert EXTRACTORS["inception"].metric_name("fid") == "fid"
-
-
-def test_inception_runs_with_weights_from_a_path(some, monkeypatch, tmp_path):
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    loaded = []
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, d, **k: loaded.append(d))
-    torch.save({}, tmp_path / "inception.pth")
-    monkeypatch.setenv("GDDLAB_INCEPTION", str(tmp_path / "inception.pth"))
-    (record,) = evaluate(some, data=subset(0, 2), metrics="kid", n=2, extractor="inception")
-    assert record.metric == "kid@2"
-    assert loaded == [{}]
 
 
 def test_real_split(some, counter, cache):
@@ -186,8 +182,20 @@ def test_refusals(some, counter):
         evaluate(network(label_dim=7), data=some)
     with pytest.raises(GddlabError, match="8x8"):
         evaluate(network(resolution=8), data=some)
-    with pytest.raises(GddlabError, match="source is a str"):
+    with pytest.raises(GddlabError, match="source is a list"):
+        evaluate([x], data=some)
+    with pytest.raises(GddlabError, match="unknown teacher 'student'"):
         evaluate("student", data=some)
+    with pytest.raises(GddlabError, match="S_churn=3 with a Tensor"):
+        evaluate(x, data=some, S_churn=3)
+    with pytest.raises(GddlabError, match="did you mean 'S_churn'"):
+        evaluate(network("EDMPrecond", label_dim=0), data=some, Schurn=3)
+    with pytest.raises(GddlabError, match="no class logits, use extractor='inception'"):
+        evaluate(x, data=some, metrics="is")
+    with pytest.raises(GddlabError, match="blocks=2 with a Tensor"):
+        evaluate(x, data=some, blocks=2)
+    with pytest.raises(GddlabError, match="blocks=0"):
+        evaluate(x, data=some, blocks=0)
     assert counter == []
 
 
@@ -201,3 +209,49 @@ def test_cache_folder_follows_the_environment(monkeypatch):
 def test_records_are_strict_json(some, others, counter):
     for record in evaluate(others, data=some, metrics=("kid", "prc")):
         json.dumps(record.to_dict(), allow_nan=False)
+
+
+def test_sources_by_name_and_path(some, counter, tmp_path):
+    net = network("EDMPrecond", label_dim=0)
+    save_network(net, tmp_path / "net.safetensors", data="digits")
+    images = sample_files(net, tmp_path / "images", 12, steps=2, progress=False)
+    packed = sample_files(net, tmp_path / "images.zip", 12, steps=2, progress=False)
+    by_network = evaluate(net, data=some, metrics="kid", n=12, steps=2).records[0]
+    by_file = evaluate(tmp_path / "net.safetensors", data=some, metrics="kid", n=12, steps=2).records[0]
+    by_folder, by_zip = (evaluate(p, data=some, metrics="kid").records[0] for p in (images, str(packed)))
+    assert len({r.value for r in (by_network, by_file, by_folder, by_zip)}) == 1
+    assert len({r.images_sha256 for r in (by_network, by_file, by_folder, by_zip)}) == 1
+    assert [r.source for r in (by_network, by_file)] == [None, str(tmp_path / "net.safetensors")]
+    assert (by_folder.sampler, by_folder.model_sha256, by_folder.n) == ("data", None, 12)
+    itself = evaluate("data:digits", metrics="fid").records[0]
+    assert abs(itself.value) < 1e-3 and itself.n == 1797 and itself.reference == "digits"
+
+
+def test_a_sampler_is_named_in_full(some, counter):
+    net, student = network("EDMPrecond", label_dim=0), network()
+    about = {"data": some, "metrics": "kid", "n": 4}
+    r = evaluate(net, steps=3, solver="euler", S_churn=1.5, sigma_max=20, **about).records[0]
+    assert r.sampler == "euler-3 sigma_max=20 S_churn=1.5"
+    names = [
+        evaluate(student, sigmas=s, **about).records[0].sampler
+        for s in ((80,), (40,), (80, 0.81234567), (80, 0.8123456))
+    ]
+    assert names[:2] == ["one-step", "one-step sigmas=40"] and len(set(names)) == 4
+
+
+def test_blocks(some, counter):
+    net = network("EDMPrecond", label_dim=0)
+    about = {"data": some, "steps": 1, "n": 8}
+    scores = evaluate(net, metrics=("kid", "mind"), blocks=3, seed=5, **about)
+    kids = [r for r in scores if r.name == "kd-lite2"]
+    assert [r.seeds for r in kids] == [(5, 12), (13, 20), (21, 28)]
+    alone = [evaluate(net, metrics="kid", seed=s, **about).records[0] for s in (5, 13, 21)]
+    assert [r.value for r in kids] == [r.value for r in alone]
+    least = scores.record("kd-lite2-min3")
+    assert least.metric == "kd-lite2-min3@8" and least.value == min(r.value for r in kids)
+    assert least.seeds == min(kids, key=lambda r: r.value).seeds
+    assert least.settings["minimum_of_blocks"] == 3 and "mind-lite2-min3" in scores
+    assert scores["kd-lite2"] == kids[0].value
+    assert compare(kids[0], alone[1]).difference == kids[0].value - alone[1].value
+    with pytest.raises(GddlabError, match="differ in metric"):
+        compare(least, kids[0])

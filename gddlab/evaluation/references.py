@@ -1,0 +1,210 @@
+"""What images are scored against: a dataset, or a file of its statistics, EDM's or our own."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.errors import GddlabError, NotFound
+from gddlab.evaluation.extractors import Extractor, find_extractor
+from gddlab.evaluation.features import real_features, real_rows
+from gddlab.evaluation.metrics import Statistics, statistics
+from gddlab.evaluation.weights import file_sha256
+from gddlab.files import atomic_path
+from gddlab.provenance import versions
+
+__all__ = ["Reference", "open_reference", "reference"]
+
+FORMAT = "gddlab-reference-1"
+_SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images, or what is known of them.
+
+    Attributes:
+        name, sha256: Of the dataset and its manifest, also where its statistics come from a file of ours; of the file where they are EDM's.
+        n: How many images; None where that is not known.
+        channels, resolution, classes, class_ids: Of the images, where known.
+        data: The images.
+        known: Mean and covariance, from a file.
+        features: (N, D), from a file.
+    """
+
+    name: str
+    sha256: str
+    n: int | None
+    channels: int | None = None
+    resolution: int | None = None
+    classes: int = 0
+    class_ids: np.ndarray | None = None
+    data: ImageDataset | None = None
+    known: Statistics | None = None
+    features: Tensor | None = None
+
+    @classmethod
+    def of(cls, data: ImageDataset) -> Reference:
+        m = data.manifest
+        return cls(m.name, m.sha256, len(data), m.channels, m.resolution, m.classes, data.class_ids, data)
+
+    def check(self, kinds: tuple[str, ...]) -> None:
+        """Raises: GddlabError: A metric needs features of single images, and only their statistics are known."""
+        for kind in kinds:
+            if kind not in ("fid", "is") and self.data is None and self.features is None:
+                raise GddlabError(
+                    f"metric {kind!r} needs the features of each real image, {self.name} holds their mean and covariance: give "
+                    "the dataset, or a file of gddlab reference --features"
+                )
+
+    def against(self, extractor: Extractor, **where: Any) -> Tensor | Statistics:
+        """What metrics compare with: features, (N, D), or mean and covariance alone.
+
+        Args:
+            extractor: The feature network.
+            **where: As for `real_rows`.
+        """
+        if self.features is not None:
+            return self.features
+        if self.data is not None:
+            return real_rows(self.data, extractor, **where)[:, : extractor.dims]
+        assert self.known is not None
+        return self.known
+
+
+def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, progress: bool = True) -> Reference:
+    """Real images to score against.
+
+    Args:
+        data: A dataset or its name or path; or a .npz file: EDM's (arrays `mu`, `sigma`, of Inception's features), or one that `reference` wrote.
+        extractor: The feature network; statistics of another one are refused.
+        progress: Shows a bar when at a terminal.
+
+    Raises:
+        GddlabError: No such data; a file that is no reference, or of another extractor.
+    """
+    if isinstance(data, str | Path) and Path(data).suffix == ".npz":
+        return _read(Path(data).expanduser(), extractor)
+    return Reference.of(open_dataset(data, progress=progress))
+
+
+def reference(
+    data: str | Path | ImageDataset,
+    out: str | Path,
+    *,
+    extractor: str = "lite2",
+    features: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes what images are scored against, so that a score needs neither the real images nor their features again.
+
+    The file holds `mu` and `sigma` in float64 as EDM's do, the number of images and their classes, and as JSON in `about` the dataset's manifest and the
+    extractor. Scores against it are those against the dataset, and compare with them.
+
+    Args:
+        data: Dataset, or its name or path.
+        out: File that ends in .npz.
+        extractor: As for `evaluate`.
+        features: Also holds the features of each image, which kernel distance, precision, recall and MIND need.
+        progress: Shows a bar when at a terminal.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        GddlabError: Unknown names, missing weights, fewer than 2 images, or another suffix.
+    """
+    out, spec = Path(out), find_extractor(extractor)
+    if out.suffix != ".npz":
+        raise GddlabError(f"out={out}: give a file that ends in .npz")
+    spec.check()
+    real = open_dataset(data, progress=progress)
+    if len(real) < 2:
+        raise GddlabError(f"{real.name!r} has {len(real)} image: give at least 2")
+    rows = real_features(real, spec, progress=progress)
+    known = statistics(rows)
+    arrays: dict[str, Any] = {"mu": known.mu.numpy(), "sigma": known.sigma.numpy()}
+    if real.class_ids is not None:
+        arrays["class_ids"] = real.class_ids
+    if features:
+        arrays["features"] = rows.numpy()
+    about = {
+        "format": FORMAT,
+        "manifest": real.manifest.to_dict(),
+        "n": len(real),
+        "extractor": _about(spec),
+        "versions": versions(),
+    }
+    with atomic_path(out) as tmp, tmp.open("wb") as f:
+        np.savez(f, about=np.array(json.dumps(about, allow_nan=False)), **arrays)
+    return out
+
+
+def _about(spec: Extractor) -> dict[str, Any]:
+    """What a reference is of: everything but the version of the code, whose features are the same up to rounding."""
+    return {key: getattr(spec, key) for key in _SAME}
+
+
+def _read(path: Path, spec: Extractor) -> Reference:
+    if not path.is_file():
+        raise NotFound(f"no such file: {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files if k in ("mu", "sigma", "about", "features", "class_ids")}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise GddlabError(f"{path} cannot be read ({e}): give a .npz of arrays mu and sigma") from None
+    if missing := {"mu", "sigma"} - set(arrays):
+        raise GddlabError(f"{path} lacks {' and '.join(sorted(missing))}: give a .npz of arrays mu and sigma")
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not {mu.dtype.kind, sigma.dtype.kind} <= {"f"}:
+        raise GddlabError(
+            f"{path}: mu is {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}: give float (D,) and (D, D)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise GddlabError(f"{path} holds numbers that are not finite: fetch it again")
+    known = Statistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+    if "about" in arrays:
+        return _own(path, arrays, known, spec)
+    if spec.label != "inception" or len(mu) != spec.dims:
+        raise GddlabError(
+            f"{path} holds {len(mu)} features an image and no word on the network they are of: that is read as Inception's "
+            f"2048, asked is extractor={spec.label!r}"
+        )
+    return Reference(path.name, file_sha256(path), None, known=known)
+
+
+def _own(path: Path, arrays: dict[str, np.ndarray], known: Statistics, spec: Extractor) -> Reference:
+    try:
+        about = json.loads(str(arrays["about"]))
+        if about["format"] != FORMAT:
+            raise KeyError("format")
+        theirs, manifest, n = about["extractor"], about["manifest"], int(about["n"])
+        facts = {k: manifest[k] for k in ("name", "sha256", "channels", "resolution", "classes")}
+    except (ValueError, KeyError, TypeError):
+        raise GddlabError(f"{path} is no reference that gddlab wrote: make it again, gddlab reference") from None
+    for key, ours in _about(spec).items():
+        if theirs.get(key) != ours:
+            raise GddlabError(
+                f"{path} was made with another extractor, {key} {theirs.get(key)!r}; asked is {spec.label!r}, {ours!r}"
+            )
+    features, class_ids = arrays.get("features"), arrays.get("class_ids")
+    fits = known.mu.shape == (spec.dims,)
+    fits &= features is None or (features.shape == (n, spec.dims) and bool(np.isfinite(features).all()))
+    fits &= class_ids is None or class_ids.shape == (n,)
+    if not fits:
+        raise GddlabError(f"{path} is damaged, its arrays do not fit each other: make it again, gddlab reference")
+    return Reference(
+        **facts,
+        n=n,
+        class_ids=class_ids,
+        known=known,
+        features=None if features is None else torch.from_numpy(features),
+    )
