@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -98,7 +99,7 @@ def joined(nproc: int | None) -> Iterator[Group]:
     """The processes that share a call.
 
     Args:
-        nproc: None: those of the process group where there is one, or of torchrun, whose group is then joined for the time of the call;
+        nproc: None: those of the process group where there is one, or of torchrun, whose group is then joined;
             a number: this process alone.
     """
     started = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -107,24 +108,20 @@ def joined(nproc: int | None) -> Iterator[Group]:
     if nproc is not None or not (dist.is_initialized() or started):
         yield ALONE
         return
-    world = None
     if not dist.is_initialized():
         from gddlab.distill.distributed import World
 
-        world = World.start()
+        # kept for later calls: a group that is opened again meets the addresses of the first in torchrun's store, and hangs
+        atexit.register(World.start().close)
+    if dist.get_world_size() == 1:
+        yield ALONE
+        return
+    # features are gathered on CPUs, and one rank may wait long for another
+    handle = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
-        if dist.get_world_size() == 1:
-            yield ALONE
-            return
-        # features are gathered on CPUs, and one rank may wait long for another
-        handle = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-        try:
-            yield Group(dist.get_rank(), dist.get_world_size(), handle)
-        finally:
-            dist.destroy_process_group(handle)
+        yield Group(dist.get_rank(), dist.get_world_size(), handle)
     finally:
-        if world is not None:
-            world.close()
+        dist.destroy_process_group(handle)
 
 
 def share(n: int, batch_size: int, rank: int, size: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ def _of_run(record: Record, folder: Path) -> Trace:
         file=file,
         config=_lines(config),
         config_sha256=hash_json(config),
-        trained_by=f"python -c {shlex.quote(train)}",
+        trained_by=_python(train),
         repeated_by=source
         or f"train again, then: {_command(record, new, record.data or str(config['data']), at=record.kimg)}",
     )
@@ -148,7 +148,7 @@ def _of_teacher(record: Record) -> Trace:
             file=path,
             config=_lines(config),
             config_sha256=hash_json(config),
-            trained_by=f"python -c {shlex.quote(train)}",
+            trained_by=_python(train),
             repeated_by=_command(record, name, record.data),
         )
     again = None if record.source is None else _command(record, record.source, record.data)
@@ -171,6 +171,12 @@ def _holds(path: Path, model_sha256: str) -> bool:
     from safetensors.torch import load_file
 
     return path.suffix == ".safetensors" and path.is_file() and hash_tensors(load_file(path)) == model_sha256
+
+
+def _python(code: str) -> str:
+    """A command that runs code; in double quotes, which are easier to read, where nothing in it is special there."""
+    plain = not set(code) & set('"$`\\!')
+    return f'python -c "{code}"' if plain else f"python -c {shlex.quote(code)}"
 
 
 def _lines(config: dict[str, Any]) -> tuple[str, ...]:
@@ -220,7 +226,7 @@ def _split(record: Record) -> str:
         f"import gddlab; print(gddlab.real_split({name!r}, metrics={_asked(record)!r}, "
         f"n={record.n if record.n == record.reference_n else None}, seed={seed}, extractor={_label(record)!r}))"
     )
-    return f"python -c {shlex.quote(call)}"
+    return _python(call)
 
 
 def _asked(record: Record) -> str:
