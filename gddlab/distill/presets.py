@@ -49,7 +49,7 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
 
     Reproduces: nothing published; it is this project's example. Tested: three seeds on two cores, two to five minutes each.
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
-    Expected: fd-lite2@1797 of 59 with the rule's mask (56 to 62), 73 without (68 to 77); the teacher has 63 in 18 steps.
+    Expected: fd-lite2@1797 of 59 with the rule's mask (56 to 62), 70 without (66 to 78); the teacher has 63 in 18 steps.
 
     Args:
         run_dir: Folder of the run.
