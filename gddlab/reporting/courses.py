@@ -68,7 +68,7 @@ def draw_courses(
 ) -> Axes:
     """Distance over images seen: a line through the means of an experiment, a dot a seed, its name at the line's end.
 
-    An axis is logarithmic where its values span more than a factor of ten.
+    An axis is logarithmic where its values span more than a factor of five.
 
     Args:
         courses: From `course_table`.
@@ -158,10 +158,10 @@ def draw_efficiency(
 
 
 def fit_scale(ax: Axes, values: Sequence[float], axis: str, *, zero: bool = True) -> None:
-    """Makes an axis ("x" or "y") logarithmic where its values span more than a factor of ten; else it begins at 0, if asked for."""
+    """Makes an axis ("x" or "y") logarithmic where its values span more than a factor of five; else it begins at 0, if asked for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if values and min(values) > 0 and max(values) > 9.9 * min(values):
+    if values and min(values) > 0 and max(values) > 5 * min(values):
         ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.8 * min(values), 1.25 * max(values))})
         ticks = ax.xaxis if axis == "x" else ax.yaxis
         ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

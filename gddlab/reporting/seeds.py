@@ -18,7 +18,7 @@ __all__ = ["draw_runs"]
 def draw_runs(
     runs: pd.DataFrame, *, levels: Mapping[str, float] | None = None, sort: bool = False, ax: Axes | None = None
 ) -> Axes:
-    """Scores of all runs: a row an experiment, a dot a seed, a bar at the mean; logarithmic where they span more than a factor of ten.
+    """Scores of all runs: a row an experiment, a dot a seed, a bar at the mean; logarithmic where they span more than a factor of five.
 
     Args:
         runs: From `run_table`.

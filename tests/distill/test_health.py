@@ -86,17 +86,22 @@ def test_a_healthy_run_raises_no_alarm(run: Any, real: Tensor) -> None:
 
 def test_all_healthy_runs_are_there() -> None:
     assert {p.parent.name for p in RUNS} == {*feeding("02_choosing_a_mask")}
-    assert len(RUNS) >= 34
+    assert len(RUNS) == 36
 
 
 @pytest.mark.parametrize("name", ["scratch", "stylegan2"])
-def test_a_run_that_collapsed_says_so(name: str, real: Tensor) -> None:
-    """The alarm that was written while it trained; its last grid raises it anew where it has not recovered."""
-    for run in (p for p in SHIPPED if p.parent.name == name):
-        alarms = read_jsonl(run / "alarms.jsonl")
-        assert [a["kind"] for a in alarms] == ["collapse"]
-        (png,) = (run / "samples").glob("*.png")
-        assert Health(real).diversity(shown(png)) < 0.85
+def test_a_run_that_collapsed_says_so(name: str) -> None:
+    runs = [p for p in SHIPPED if p.parent.name == name]
+    assert runs
+    for run in runs:
+        assert [a["kind"] for a in read_jsonl(run / "alarms.jsonl")] == ["collapse"]
+
+
+def test_other_runs_raise_no_alarm() -> None:
+    """Students that are no good, but diverse: other discriminators, baselines, few images."""
+    others = [p for p in SHIPPED if p.parent.name not in ("scratch", "stylegan2")]
+    assert len(others) > 50
+    assert not [p for p in others if (p / "alarms.jsonl").exists()]
 
 
 # Diversity.
