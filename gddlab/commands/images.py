@@ -20,7 +20,7 @@ class SamplerOptions:
     """How a network makes images."""
 
     steps: int | None = None
-    """Of a teacher, noise levels, 18 if left away; of a student, network calls, 1 if left away."""
+    """Of a teacher, noise levels, 18 if left away; of a student, network calls, its own if left away."""
     sigmas: tuple[float, ...] | None = None
     """Of a student: noise levels of its steps, descending from 80."""
     solver: Literal["heun", "euler"] | None = None

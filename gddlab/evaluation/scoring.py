@@ -63,7 +63,7 @@ def evaluate(
         n: Images scored; as many as there are real ones if None (given images: all; EDM's statistics: 50,000).
         seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a dataset is drawn
             with it.
-        steps: Steps of a teacher, 18 if None; network calls of a student, 1 if None.
+        steps: Steps of a teacher, 18 if None; network calls of a student, its own if None.
         extractor: "lite2" or "lite0", whose weights come with the package; or by weights on this machine, else downloaded:
             "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096).
             GDDLAB_INCEPTION, GDDLAB_CLIP, GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
