@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gddlab.distill.recording import name_of
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.evaluation.records import Record, kind_of
@@ -206,7 +207,7 @@ def _command(
     elif file is not None and file.name == "best.safetensors":
         words += ["--snapshot", "best"]
     elif file is None and at is not None:
-        words += ["--snapshot", f"{at:g}"]
+        words += ["--snapshot", name_of(round(1000 * at))]
     if data is not None:
         words += ["--data", data]
     words += ["--metrics", _asked(record), "--n", str(record.n)]

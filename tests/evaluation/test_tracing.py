@@ -60,6 +60,7 @@ def test_a_student_is_traced_and_its_score_repeated(run, cache, tmp_path):
         assert again.images_sha256 == made.images_sha256
     other = dataclasses.replace(made, model_sha256="0" * 64, run_dir=run).trace()
     assert other.file is None and other.repeated_by.startswith("train again, then: gddlab evaluate")
+    assert f"--snapshot {snapshots[-1].stem} " in other.repeated_by  # a file that the run has
 
 
 @pytest.mark.slow
