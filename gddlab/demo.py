@@ -21,7 +21,8 @@ from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, probe
 from gddlab.processes import peak_memory_mib
 from gddlab.provenance import commit, hardware, versions
-from gddlab.reporting.figures import draw_distance, draw_metrics, figure_html, image_html, save_figure
+from gddlab.reporting.courses import draw_courses
+from gddlab.reporting.figures import draw_metrics, figure_html, image_html, save_figure
 from gddlab.reporting.page import Page
 from gddlab.sampling import image_grid, sample
 from gddlab.teachers import load_teacher
@@ -228,7 +229,11 @@ def _page(
         )
     )
     lines = {"teacher, 18 steps": numbers["fd_teacher_18"], f"real halves, n = {split.n}": split.value}
-    curve = draw_distance([k for k, _ in scores], [r.value for _, r in scores], metric=final.metric, lines=lines)
+    import pandas as pd
+
+    points = [{"kimg": k, "value": r.value} for k, r in scores]
+    course = pd.DataFrame(points).assign(experiment="student, one step", metric=final.metric)
+    curve = draw_courses(course, levels=lines)
     page.figure(figure_html(curve.figure, "distance over training"))
 
     page.section("Scores")

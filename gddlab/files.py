@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_path",
     "cache_dir",
     "data_dir",
+    "file_sha256",
     "fsync_dir",
     "hash_json",
     "hash_tensors",
@@ -104,6 +106,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, remembered until the file changes."""
+    about = path.stat()
+    return _sha256(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: Path, *stamp: Any) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def hash_json(value: Any) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "load_run", "load_runs", "load_study", "open_model"]
+__all__ = ["Run", "is_run", "load_run", "load_runs", "load_study", "open_model"]
 
 
 class Run:
@@ -126,6 +126,12 @@ class Run:
         return net
 
 
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run; a teacher's folder has a configuration too."""
+    path = Path(folder)
+    return (path / "config.json").is_file() and not (path / "teacher.safetensors").exists()
+
+
 def load_run(run_dir: str | Path) -> Run:
     """A run directory to read, running or not.
 
@@ -173,7 +179,4 @@ def open_model(source: str | Path) -> Precond:
     """The student of a run directory, or else a teacher: whatever `load_teacher` takes."""
     from gddlab.teachers import load_teacher
 
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "teacher.safetensors").exists() and (folder / "config.json").exists():
-        return load_run(folder).student()
-    return load_teacher(source)
+    return load_run(source).student() if is_run(source) else load_teacher(source)

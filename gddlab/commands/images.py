@@ -128,12 +128,10 @@ class Evaluate:
     def run(self) -> None:
         from gddlab.evaluation import append_records, evaluate
         from gddlab.files import write_json
-        from gddlab.runs import load_run
+        from gddlab.runs import is_run, load_run
 
-        is_run = (Path(self.model) / "config.json").is_file() and not (
-            Path(self.model) / "teacher.safetensors"
-        ).exists()
-        if self.snapshot is not None and not is_run:
+        of_run = is_run(self.model)
+        if self.snapshot is not None and not of_run:
             raise GddlabError(f"snapshot {self.snapshot} of {self.model}, which is no run directory: leave it away")
         source: Any = self.model if self.snapshot is None else load_run(self.model).student(self.snapshot)
         scores = evaluate(
@@ -150,7 +148,7 @@ class Evaluate:
         )
         if int(os.environ.get("RANK", 0)):
             return  # all ranks have the scores, the first one tells
-        if is_run:
+        if of_run:
             append_records(self.model, list(scores))
         if self.out is not None:
             write_json(self.out, [r.to_dict() for r in scores])

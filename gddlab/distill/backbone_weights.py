@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from gddlab.distill import weight_files
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import cache_dir
+from gddlab.files import cache_dir, file_sha256
 from gddlab.nets.lite import LITE_WHEELS, LITES, lite_weights
 
 __all__ = ["DEIT", "VGG", "Source", "backbone_sha256", "check_name", "find_weights", "missing", "reason", "timm_module"]
@@ -80,10 +79,7 @@ def find_weights(name: str, weights: str | Path = "auto") -> Source:
 def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
     """sha256 of the file of a backbone's weights; None for random ones, and for those that a hub holds and this machine not yet."""
     path = find_weights(name, weights).path
-    if path is None:
-        return None
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return None if path is None else file_sha256(path)
 
 
 def _address(name: str) -> str | None:

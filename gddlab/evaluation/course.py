@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gddlab.datasets import open_dataset
+from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import find_extractor
+from gddlab.evaluation.metrics import names_of
 from gddlab.evaluation.records import Record, append_records, load_records
 from gddlab.evaluation.scoring import evaluate
 from gddlab.runs import Run, load_run
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from gddlab.distill.trainer import Score
 
 __all__ = ["evaluate_end", "evaluate_snapshots", "missing_at_end", "scorer"]
-
-
-KINDS = {"prc": ("precision", "recall")}
 
 
 def evaluate_snapshots(
@@ -42,7 +40,7 @@ def evaluate_snapshots(
     """
     metric, config = find_extractor(extractor).metric_name("fid"), run.config
     known = _known(run.run_dir, metric, n)
-    data = open_dataset(config.data, classes=config.classes, progress=False)
+    data = _real(config)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -62,7 +60,7 @@ def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2"
     """Which of some metrics have no record of the run's last moment; "prc" has two."""
     spec = find_extractor(extractor)
     have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
-    return [m for m in metrics if any(spec.metric_name(kind) not in have for kind in KINDS.get(m, (m,)))]
+    return [m for m in metrics if any(spec.metric_name(kind) not in have for kind in names_of(m))]
 
 
 def evaluate_end(
@@ -80,11 +78,15 @@ def evaluate_end(
     missing = missing_at_end(run, metrics, extractor=extractor)
     if not missing:
         return []
-    data = open_dataset(run.config.data, classes=run.config.classes, progress=False)
-    scores = evaluate(run.student(), data=data, metrics=missing, n=n, extractor=extractor, progress=False)
+    scores = evaluate(run.student(), data=_real(run.config), metrics=missing, n=n, extractor=extractor, progress=False)
     records = list(scores)
     append_records(run.run_dir, records)
     return records
+
+
+def _real(config: TrainConfig) -> ImageDataset:
+    """All images of a run's data, of the classes trained on."""
+    return open_dataset(config.data, classes=config.classes, progress=False)
 
 
 def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record]:
@@ -112,7 +114,7 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
             try:
                 scores = evaluate(
                     net,
-                    data=open_dataset(config.data, classes=config.classes, progress=False),
+                    data=_real(config),
                     metrics=(config.metric,),
                     n=config.metric_n,
                     extractor=config.metric_extractor,

@@ -12,8 +12,8 @@ from typing import Any
 
 from gddlab.distill.weight_files import read_state
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.weights import Published, file_sha256
-from gddlab.files import hash_json
+from gddlab.evaluation.weights import Published
+from gddlab.files import file_sha256, hash_json
 from gddlab.nets.lite import lite_weights
 
 __all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]

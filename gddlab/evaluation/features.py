@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,10 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor
+from gddlab.evaluation.images import Images, StoredImages, images_sha256
 from gddlab.evaluation.sharding import ALONE, Group, share
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
-
-if TYPE_CHECKING:
-    from gddlab.evaluation.sources import GeneratedImages, StoredImages
 
 __all__ = ["Extracted", "extract", "extract_part", "image_features", "real_features", "real_images", "real_rows"]
 
@@ -37,7 +35,7 @@ class Extracted(NamedTuple):
 
 
 def extract(
-    images: StoredImages | GeneratedImages,
+    images: Images,
     extractor: Extractor,
     *,
     device: torch.device | None = None,
@@ -53,8 +51,6 @@ def extract(
         group: Processes that make this call together, each on a part of the images; all get the same result.
         progress: Shows a bar when at a terminal.
     """
-    from gddlab.evaluation.sources import images_sha256
-
     parts = [share(len(images), images.batch_size, rank, group.size) for rank in range(group.size)]
     start, stop = parts[group.rank]
     digest = images_sha256(images)
@@ -73,7 +69,7 @@ def extract(
 
 
 def extract_part(
-    images: StoredImages | GeneratedImages,
+    images: Images,
     extractor: Extractor,
     start: int,
     stop: int,
@@ -133,8 +129,6 @@ def image_features(
     Raises:
         GddlabError: Not uint8, or neither grey nor RGB.
     """
-    from gddlab.evaluation.sources import StoredImages
-
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise GddlabError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (N, 1 or 3, H, W)")
     stored = StoredImages(images.cpu(), "images", device=torch.device(device))
@@ -163,8 +157,6 @@ def real_rows(
     progress: bool = False,
 ) -> Tensor:
     """Features and logits of a whole dataset, (N, extractor.width); cache as for `real_features`, sharing as for `extract`."""
-    from gddlab.evaluation.sources import StoredImages
-
     key = hash_json([data.manifest.sha256, extractor.identity])
     if not group.all(key in _kept):
 

@@ -13,8 +13,9 @@ import torch
 
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, extract, extract_part
+from gddlab.evaluation.images import images_sha256
 from gddlab.evaluation.sharding import ALONE, Group, share
-from gddlab.evaluation.sources import GeneratedImages, images_sha256
+from gddlab.evaluation.sources import GeneratedImages
 from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
 from gddlab.nets import load_network, save_network
 from gddlab.progress import progress_bar

@@ -1,7 +1,6 @@
 """Scores of one set of features against another, or of a set of class logits.
 
-The inception score and precision and recall are computed by torch-fidelity's own functions. Frechet and kernel distance are the same formulas with the same
-subsets in float64 sums, several times faster, and equal to torch-fidelity's up to rounding; MIND it does not have.
+Each is computed by torch-fidelity's own function, but for MIND, which it does not have.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +22,9 @@ __all__ = [
     "frechet",
     "inception_score",
     "kernel",
+    "metric_of",
     "mind",
+    "names_of",
     "precision_recall",
     "statistics",
 ]
@@ -57,40 +57,23 @@ class Statistics(NamedTuple):
 
 def statistics(features: Tensor) -> Statistics:
     """Mean and unbiased covariance of features, (N, D), N at least 2."""
-    x = features.double()
-    return Statistics(x.mean(0), torch.cov(x.T))
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    found = fid_features_to_statistics(features.double())
+    return Statistics(torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"]))
 
 
 def frechet(generated: Tensor | Statistics, real: Tensor | Statistics) -> list[Value]:
     """Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
-    |mu_1 - mu_2|^2 + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^(1/2)). The last trace is the sum of the roots of the eigenvalues of R S_2 R^T, a symmetric matrix,
-    where R^T R = S_1; the set of lower rank is taken for S_1, so that few eigenvalues are zero, whose rounding a root would enlarge.
-
     Args:
         generated, real: Features, (N, D) and (M, D), or their mean and covariance.
     """
-    a, b = (x if isinstance(x, Statistics) else statistics(x) for x in (generated, real))
-    roots = _root(a.sigma), _root(b.sigma)
-    root, other = (roots[0], b.sigma) if len(roots[0]) <= len(roots[1]) else (roots[1], a.sigma)
-    product = root @ other @ root.T
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    value = (a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross
-    return [Value("fid", value.item(), {})]
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-
-def _root(sigma: Tensor) -> Tensor:
-    """R with R^T R = sigma, (rank, D), by a Cholesky decomposition with pivots; sigma may be singular."""
-    from scipy.linalg.lapack import dpstrf
-
-    factor, pivots, rank, info = dpstrf(sigma.numpy())
-    if info < 0 or not np.isfinite(factor).all():
-        raise GddlabError(
-            "the covariance of the features is not finite: look at the images, the model may have diverged"
-        )
-    root = np.zeros((max(rank, 1), len(sigma)))
-    root[:, pivots - 1] = np.triu(factor)[: max(rank, 1)]
-    return torch.from_numpy(root)
+    both = (x if isinstance(x, Statistics) else statistics(x) for x in (generated, real))
+    a, b = ({"mu": x.mu.numpy(), "sigma": x.sigma.numpy()} for x in both)
+    return [Value("fid", fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID], {})]
 
 
 def kernel(generated: Tensor, real: Tensor) -> list[Value]:
@@ -99,48 +82,14 @@ def kernel(generated: Tensor, real: Tensor) -> list[Value]:
     Args:
         generated, real: Features, (N, D) and (M, D), float32.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    rng = np.random.RandomState(SEED)
-    chosen = [
-        tuple(torch.from_numpy(rng.choice(len(x), size, replace=False)) for x in (generated, real))
-        for _ in range(KID_SUBSETS)
-    ]
-    if max(len(generated), len(real)) ** 2 <= KID_SUBSETS * size**2:  # then all pairs are fewer than the subsets' pairs
-        groups = [(torch.arange(len(generated)), torch.arange(len(real)), chosen)]
-    else:
-        groups = [(i, j, [(torch.arange(size), torch.arange(size))]) for i, j in chosen]
-    distances: list[float] = []
-    for rows, columns, subsets in groups:
-        x, y = generated[rows], real[columns]
-        in_x, in_y = (_membership(len(z), [s[k] for s in subsets]) for k, z in ((0, x), (1, y)))
-        within = [_pair_sums(z, z, m, m) - _own_sums(z, m) for z, m in ((x, in_x), (y, in_y))]
-        between = _pair_sums(x, y, in_x, in_y)
-        distances += ((within[0] + within[1]) / (size * (size - 1)) - 2 * between / size**2).tolist()
+    out = kid_features_to_metric(
+        generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
     settings = {"subsets": KID_SUBSETS, "subset_size": size, "rng_seed": SEED}
-    return [Value("kid", float(np.mean(distances)), settings, float(np.std(distances)))]
-
-
-def _membership(n: int, subsets: Sequence[Tensor]) -> Tensor:
-    """(n, subsets), 1 where an image is in a subset."""
-    out = torch.zeros(n, len(subsets), dtype=torch.float64)
-    for k, index in enumerate(subsets):
-        out[index, k] = 1
-    return out
-
-
-def _pair_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
-    """Sum of the kernel over the pairs of each subset, (subsets,), float64."""
-    total = torch.zeros(in_x.shape[1], dtype=torch.float64)
-    step = max(1, _CHUNK // len(y))
-    for i in range(0, len(x), step):
-        k = (x[i : i + step] @ y.T).div_(x.shape[1]).add_(1)
-        total += (in_x[i : i + step] * ((k * k * k).double() @ in_y)).sum(0)
-    return total
-
-
-def _own_sums(x: Tensor, in_x: Tensor) -> Tensor:
-    """Sum of the kernel of each image with itself over each subset, (subsets,), float64."""
-    return (x.double().square().sum(1) / x.shape[1] + 1).pow(3) @ in_x
+    return [Value("kid", out[KEY_METRIC_KID_MEAN], settings, out[KEY_METRIC_KID_STD])]
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> list[Value]:
@@ -206,8 +155,20 @@ METRICS: dict[str, Callable[..., list[Value]]] = {
     "is": inception_score,
     "mind": mind,
 }
+_SEVERAL = {"prc": ("precision", "recall")}
+"""Metrics of more than one number."""
 DISTANCES = ("fid", "kid", "mind")
 """Kinds of which less is better."""
+
+
+def names_of(metric: str) -> tuple[str, ...]:
+    """The kinds of number that a metric gives."""
+    return _SEVERAL.get(metric, (metric,))
+
+
+def metric_of(kind: str) -> str:
+    """The metric that gives a kind of number."""
+    return next((m for m, kinds in _SEVERAL.items() if kind in kinds), kind)
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:

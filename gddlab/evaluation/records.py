@@ -159,6 +159,8 @@ ACROSS = {
     "reference": ("reference", "reference_sha256", "reference_n"),
     "preprocessing": ("preprocessing", "extractor_input_size"),
 }
+COMPARED = ("metric", *dict.fromkeys(f for some in ACROSS.values() for f in some), "settings")
+"""Fields that must agree for scores to be comparable."""
 _PLAIN = {"fd": "fid", "kd": "kid"}
 
 
@@ -177,7 +179,7 @@ def compare(a: Record, b: Record, *, across: str | Sequence[str] = ()) -> Compar
         if name not in ACROSS:
             raise unknown("field in across", name, ACROSS)
     free = {f for name in across for f in ACROSS[name]}
-    for field_ in ("metric", *dict.fromkeys(f for some in ACROSS.values() for f in some), "settings"):
+    for field_ in COMPARED:
         x, y = (_compared(r, field_, across) for r in (a, b))
         if field_ in free or x == y or (field_ == "preprocessing" and None in (x, y)):  # older records do not say
             continue

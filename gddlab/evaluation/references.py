@@ -17,8 +17,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
 from gddlab.evaluation.metrics import Statistics, statistics
-from gddlab.evaluation.weights import file_sha256
-from gddlab.files import atomic_path
+from gddlab.files import atomic_path, file_sha256
 from gddlab.provenance import versions
 
 __all__ = ["Reference", "open_reference", "reference"]

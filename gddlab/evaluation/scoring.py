@@ -19,14 +19,16 @@ from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, extract, real_rows
 from gddlab.evaluation.generated import generated_rows
+from gddlab.evaluation.images import StoredImages, images_sha256
 from gddlab.evaluation.metrics import DISTANCES, METRICS, Statistics, check_metrics
 from gddlab.evaluation.records import Record, Scores
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.evaluation.sharding import Group, joined
-from gddlab.evaluation.sources import GeneratedImages, StoredImages, images_of, images_sha256, open_source
+from gddlab.evaluation.sources import GeneratedImages, images_of, open_source
 from gddlab.files import hash_json, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
+from gddlab.runs import is_run
 from gddlab.sampling.arguments import positive
 
 __all__ = ["evaluate", "real_split"]
@@ -92,7 +94,7 @@ def evaluate(
         text = str(source)
         if data is None and text.startswith("data:"):
             data = text.removeprefix("data:")
-        if (Path(text) / "config.json").is_file():
+        if is_run(text):
             about["run_dir"] = Path(text)
         about["source"] = text
         source = open_source(text, progress=progress)

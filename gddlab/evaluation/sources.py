@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
+from gddlab.evaluation.images import StoredImages
 from gddlab.evaluation.references import Reference
 from gddlab.files import hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
+from gddlab.runs import is_run
 from gddlab.sampling.arguments import module_of, one_hot, positive, seed_list
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, draw, prepared, resolve, sampler_name
 
-__all__ = ["GeneratedImages", "StoredImages", "images_of", "open_source"]
+__all__ = ["GeneratedImages", "images_of", "open_source"]
 
 BLOCK = 50_000
 """Images scored against statistics that do not say how many they are of: EDM's protocol."""
-
-
-@dataclass(frozen=True)
-class StoredImages:
-    """Images that are there: an array, or those of it that `index` names; `whole` is the dataset that they are all of."""
-
-    array: np.ndarray | Tensor
-    """uint8, (N, R, R, C) as a dataset holds them, or (N, C, R, R) as a tensor."""
-    sampler: str
-    index: Tensor | None = None
-    seeds: tuple[int, int] | None = None
-    whole: ImageDataset | None = None
-    device: torch.device | None = None
-    batch_size: int = 256
-    model_sha256: None = None
-
-    def __len__(self) -> int:
-        return len(self.array) if self.index is None else len(self.index)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, R, R)."""
-        return tuple(self.batch(0, 1).shape[1:])
-
-    def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R)."""
-        rows: Any = slice(start, stop) if self.index is None else self.index[start:stop]
-        if isinstance(self.array, Tensor):
-            return self.array[rows]
-        return torch.from_numpy(self.array[rows.numpy() if isinstance(rows, Tensor) else rows]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -127,11 +97,6 @@ class GeneratedImages:
         return to_uint8(x)
 
 
-def images_sha256(images: StoredImages | GeneratedImages) -> Any:
-    """A sha256 to be fed with images in order; its digest is that of `hash_tensors({"images": all of them})`."""
-    return hashlib.sha256(f"images:{torch.uint8}:{(len(images), *images.shape)}".encode())
-
-
 def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
     """A model or images by name or path.
 
@@ -143,7 +108,7 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     text, path = str(source), Path(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
-    images = path.is_dir() and not any((path / f).exists() for f in ("config.json", "teacher.safetensors"))
+    images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
     return open_model(source)

@@ -11,6 +11,7 @@ from typing import Any
 from gddlab.distill.recording import name_of
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
+from gddlab.evaluation.metrics import metric_of
 from gddlab.evaluation.records import Record, kind_of
 from gddlab.files import hash_json, hash_tensors, read_json
 
@@ -232,8 +233,7 @@ def _split(record: Record) -> str:
 
 def _asked(record: Record) -> str:
     """The word in `metrics` that gives the record."""
-    kind = kind_of(record.name)
-    return "prc" if kind in ("precision", "recall") else kind
+    return metric_of(kind_of(record.name))
 
 
 def _label(record: Record) -> str:

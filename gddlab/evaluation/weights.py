@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gddlab.distill.weight_files import find_weights
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import cache_dir
+from gddlab.files import cache_dir, file_sha256
 
-__all__ = ["Published", "file_sha256"]
+__all__ = ["Published"]
 
 _HASHED = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 
@@ -123,15 +120,3 @@ def check_name(path: Path) -> None:
     wanted = _HASHED.search(path.name)
     if wanted and not file_sha256(path).startswith(wanted[1]):
         raise GddlabError(f"{path} is damaged: its sha256 is {file_sha256(path)[:8]}..., its name says {wanted[1][:8]}")
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, remembered until the file changes."""
-    about = path.stat()
-    return _sha256(path, about.st_size, about.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16)
-def _sha256(path: Path, *stamp: Any) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

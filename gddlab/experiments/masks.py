@@ -16,7 +16,18 @@ from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, ablate, probe
 from gddlab.teachers import load_teacher
 
-__all__ = ["SCORES", "SCORE_OF", "by_rule", "free", "mask_experiments", "measure", "measured_mask", "rule", "ruled"]
+__all__ = [
+    "SCORES",
+    "SCORE_OF",
+    "Chooser",
+    "Configure",
+    "free",
+    "mask_experiments",
+    "measure",
+    "measured_mask",
+    "rule",
+    "ruled",
+]
 
 MAIN = ("gdd-i", "gdd")
 CHOOSING, ABLATION = "02_choosing_a_mask", "17_freezing"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["draw_distance", "draw_images", "draw_metrics", "figure_html", "image_html", "save_figure"]
+__all__ = ["draw_images", "draw_metrics", "figure_html", "image_html", "save_figure"]
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Okabe and Ito's, colour-blind safe."""
@@ -75,33 +75,6 @@ def draw_metrics(metrics: pd.DataFrame, names: Mapping[str, str], *, ax: Axes | 
             ax.plot(shown["kimg"], shown[name], color=color, label=label, linewidth=1.4)
     ax.set(xlabel="real images seen, thousands", ylabel=ylabel)
     ax.legend(frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def draw_distance(
-    kimg: list[float], values: list[float], *, metric: str, lines: Mapping[str, float], ax: Axes | None = None
-) -> Axes:
-    """Distance over training, with levels to compare with; the axis is logarithmic where values span more than a factor of ten.
-
-    Args:
-        kimg: Thousands of images at each value.
-        metric: Name with its n, such as "fd-lite2@1797".
-        lines: Label -> level.
-    """
-    ax = _axes(ax)
-    ax.plot(kimg, values, "o-", color=COLORS[0], label="student, one step", linewidth=1.4, markersize=4)
-    for label, value in lines.items():
-        ax.axhline(value, color="#777777", linewidth=0.9, linestyle="--")
-        text = f"{label}: {value:.0f}"
-        ax.annotate(text, (min(kimg), value), (0, 1), textcoords="offset points", ha="left", va="bottom", fontsize=8)
-    shown = [*values, *lines.values()]
-    if max(shown) > 10 * min(shown):
-        ax.set_yscale("log")
-    else:
-        ax.set_ylim(bottom=0)
-    ax.set(xlabel="real images seen, thousands", ylabel=metric)
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

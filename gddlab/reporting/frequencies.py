@@ -100,7 +100,6 @@ def draw_denoised(study: pd.DataFrame, *, width: float = 6.4) -> Figure:
     Raises:
         GddlabError: The table is another one, or has no denoised images.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     study = checked(study, COLUMNS, STUDY)
@@ -111,16 +110,7 @@ def draw_denoised(study: pd.DataFrame, *, width: float = 6.4) -> Figure:
     sigmas = sorted(set(part["sigma"]), reverse=True)
     data = _spectrum(study, "data")
     columns = 3 if width >= WIDE else 2
-    rows = -(-len(sigmas) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        sharex=True,
-        sharey=True,
-        figsize=(width, rows * 0.9 * width / columns + 0.35),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = _panels(len(sigmas), columns, width, height=0.9 * width / columns, above=0.35)
     looks: dict[str, dict[str, Any]] = {
         "data": {"color": "black", "linewidth": 1.4},
         "noised": {"color": "0.6", "linewidth": 1.0, "linestyle": ":"},
@@ -137,8 +127,6 @@ def draw_denoised(study: pd.DataFrame, *, width: float = 6.4) -> Figure:
         ax.set_yscale("log")
         _frequencies(ax, data.index.to_numpy())
         ax.set_title(f"σ = {plain(sigma)}", fontsize=8, loc="left", pad=3)
-    for ax in axes.flat[len(sigmas) :]:
-        ax.set_axis_off()
     for ax in axes.flat:
         ax.set_xlabel("")
     shown = np.concatenate([data["power"], part.loc[part["frequency"] > 0, "power"]])
@@ -163,7 +151,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher", w
     Raises:
         GddlabError: The table is another one, or has no such network or statistic.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     tables = {
@@ -172,16 +159,7 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher", w
     first = tables[teacher, 0]
     groups = list(dict.fromkeys(zip(first["stage"], first["resolution"], strict=True)))
     columns = min(len(groups), 4 if width >= WIDE else 2)
-    rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        sharex=True,
-        sharey=True,
-        figsize=(width, rows * 1.75 + 0.55),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = _panels(len(groups), columns, width, height=1.75, above=0.55)
     for ax, (stage, resolution) in zip(axes.flat, groups, strict=False):
         count = 0
         for (name, i), table in tables.items():
@@ -199,8 +177,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher", w
         ax.set_xlabel("σ", fontsize=8, labelpad=1)
         ax.tick_params(labelsize=6.5)
         ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes.flat[len(groups) :]:
-        ax.set_axis_off()
     for ax in axes[:, 0]:
         ax.set_ylabel("share of power", fontsize=8)
     handles = [Line2D([], [], color=c, label=b) for b, c in zip(BANDS, SHADES, strict=True)]
@@ -212,6 +188,18 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher", w
         handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=7, handlelength=1.6
     )
     return figure
+
+
+def _panels(count: int, columns: int, width: float, *, height: float, above: float) -> tuple[Figure, Any]:
+    """A grid of pictures that share their axes, `height` inches each, with room above; places beyond `count` stay empty."""
+    import matplotlib.pyplot as plt
+
+    rows = -(-count // columns)
+    shape: dict[str, Any] = {"figsize": (width, rows * height + above), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, sharex=True, sharey=True, **shape)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, axes
 
 
 def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.DataFrame:

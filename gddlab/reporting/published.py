@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import data_dir
+from gddlab.reporting.networks import look
 from gddlab.reporting.reading import NOT_RUN, teacher_scores
 from gddlab.reporting.tables import experiment_table, run_table
 from gddlab.runs import Run
@@ -27,9 +28,6 @@ SETTINGS = {
     "imagenet64": "ImageNet 64",
 }
 """Published settings -> how they are called. ImageNet is conditional, AFHQv2 and FFHQ are not."""
-CONDITIONAL = ("cifar10_cond", "imagenet64")
-METHODS = {"gdd": "GDD", "gdd-i": "GDD-I", "pd": "PD", "cd": "CD", "ctm": "CTM"}
-"""Our experiments that are a published method."""
 OURS = "here"
 """Source of our rows."""
 FID = "fid@50000"
@@ -132,7 +130,7 @@ def main_table(
         cell["network calls"] = ", ".join(calls)
         cell[SETTINGS[_setting(str(r.dataset), bool(r.conditional))]] = f"{r.value:.2f}"
     for name in ("teacher", *rows):
-        method = "EDM" if name == "teacher" else METHODS.get(name, name)
+        method = "EDM" if name == "teacher" else look(name).label
         cells = {"network calls": digits[name][1], last: digits[name][0]}
         out[method, OURS] = cells | {SETTINGS[s]: ours[s][name][0] for s in SETTINGS}
     order = list(dict.fromkeys(_family(method) for method, _ in out))

@@ -9,6 +9,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, compare, load_records
 from gddlab.files import read_json
+from gddlab.reporting.networks import look
 from gddlab.runs import Run
 
 __all__ = ["NOT_RUN", "Reading", "Same", "read", "select", "teacher_levels", "teacher_scores"]
@@ -124,4 +125,4 @@ def teacher_levels(
         steps: Which to keep, of those there are; None keeps all.
     """
     scores = teacher_scores(runs, metric)
-    return {f"teacher, {n} step{'s' if n > 1 else ''}": v for n, v in scores.items() if steps is None or n in steps}
+    return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}

@@ -184,7 +184,7 @@ def _scores(page: Page, f: Facts) -> None:
     if not f.records:
         page.text("This run was never scored; gddlab evaluate adds records.")
     for group in scores.drawable(f.records):
-        page.figure(figure_html(scores.draw_course(f, group), f"{group[0].metric} over the training"))
+        page.figure(figure_html(scores.courses([f], group, group[0].metric), f"{group[0].metric} over the training"))
     if rows := scores.score_rows(f):
         page.table(rows, scores.HEAD)
     for sentence in scores.apart(scores.comparable([*f.records, *f.teacher])):

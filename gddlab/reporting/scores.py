@@ -7,15 +7,18 @@ from typing import Any
 
 from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, compare
+from gddlab.evaluation.metrics import DISTANCES
+from gddlab.evaluation.records import COMPARED, kind_of
+from gddlab.reporting.courses import draw_courses
 from gddlab.reporting.facts import Facts, shown
-from gddlab.reporting.figures import draw_distance
+from gddlab.reporting.networks import look
 
 __all__ = [
+    "HEAD",
     "apart",
     "best",
     "comparable",
     "courses",
-    "draw_course",
     "drawable",
     "labels",
     "levels",
@@ -25,8 +28,6 @@ __all__ = [
     "value",
 ]
 
-DISTANCES = ("fd", "fid", "kd", "kid")
-"""How names of distances begin; they are drawn over the training."""
 HEAD = ("what", "score", "value", "±", "n", "seeds", "extractor", "reference")
 FAR = 3.0
 """A teacher's score is drawn beside a student's where it is at most so many times as large."""
@@ -53,7 +54,7 @@ def drawable(records: Iterable[Record]) -> list[list[Record]]:
     return [
         g
         for g in comparable(records)
-        if g[0].name.startswith(DISTANCES) and len({r.kimg for r in g if r.kimg is not None}) > 1
+        if kind_of(g[0].name) in DISTANCES and len({r.kimg for r in g if r.kimg is not None}) > 1
     ]
 
 
@@ -70,13 +71,12 @@ def labels(groups: Sequence[Sequence[Record]]) -> list[str]:
 
 def apart(groups: Sequence[Sequence[Record]]) -> list[str]:
     """Which scores of one name cannot stand beside each other, and why; a sentence each."""
-    fields = ("n", "extractor", "extractor_sha256", "reference", "reference_sha256", "reference_n", "settings")
     firsts: dict[str, Record] = {}
     out = []
     for group in groups:
         other = group[0]
         first = firsts.setdefault(other.name, other)
-        differ = [x for x in fields if getattr(first, x) != getattr(other, x)]
+        differ = [x for x in COMPARED if x != "metric" and getattr(first, x) != getattr(other, x)]
         if differ:
             why = "; ".join(f"{x}, {shown(getattr(first, x))} and {shown(getattr(other, x))}" for x in differ)
             out.append(f"{first.metric} and {other.metric} cannot stand beside each other: they differ in {why}.")
@@ -94,8 +94,7 @@ def teacher_name(record: Record) -> str:
     """How a score on a teacher's card is called: by its steps, or as two halves of the real images."""
     if record.sampler == "data":
         return "two halves of the real images"
-    steps = record.sampler.rpartition("-")[2]
-    return f"teacher, {steps} step{'' if steps == '1' else 's'}"
+    return look(f"teacher-{record.sampler.rpartition('-')[2]}").label
 
 
 def score_rows(f: Facts) -> list[list[str]]:
@@ -143,18 +142,9 @@ def best(f: Facts) -> str:
     return ""
 
 
-def draw_course(f: Facts, group: Sequence[Record]) -> Any:
-    """A figure of one run's distances over its training."""
-    values = {r.kimg: r.value for r in group if r.kimg is not None}
-    kimg = sorted(k for k in values if k is not None)
-    return draw_distance(kimg, [values[k] for k in kimg], metric=group[0].metric, lines=levels(f, group)).figure
-
-
 def courses(runs: Sequence[Facts], group: Sequence[Record], label: str) -> Any:
     """A figure of several runs' distances: a line an experiment, a dot a score."""
     import pandas as pd
-
-    from gddlab.reporting.courses import draw_courses
 
     rows: list[dict[str, Any]] = []
     for f in runs:

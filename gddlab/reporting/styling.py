@@ -22,7 +22,6 @@ HEADS = {
     "sd": "sd over seeds",
     "nfe": "network calls an image",
     "images": "distinct images",
-    "runs": "runs",
     "trained": "parameters trained",
     "discriminator": "discriminator's, trained",
     "sec_per_kimg": "seconds a thousand images",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import mmap
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError
+from gddlab.files import file_sha256
 from gddlab.nets import Precond, from_edm
 from gddlab.nets.arguments import refusal
 from gddlab.teachers.rebuild import find
@@ -62,8 +62,7 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
         content = _read(path)
         key, record = _network(content)
         net = _build(record, _arguments(record), tensors_of(record), path.stat().st_size)
-        with path.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        sha256 = file_sha256(path)
     original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
     if trained_on := _trained_on(content):
         original["data"] = trained_on

@@ -118,7 +118,7 @@ def test_kernel_is_the_formula_in_float64():
 
 
 def test_kernel_of_many_images_takes_the_same_subsets(monkeypatch):
-    """Above a number of images the subsets are gone through one by one; below, all pairs at once."""
+    """Subsets of any size are those of torch-fidelity, and float32 features give what float64 ones give."""
     a, b = two_sets()
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)
     (together,) = kernel(a, b)
