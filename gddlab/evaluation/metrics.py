@@ -5,13 +5,18 @@ Each is computed by torch-fidelity's own function, but for MIND, which it does n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.evaluation.cache import recall
+from gddlab.files import hash_json, hash_tensors, write_json
+from gddlab.provenance import versions
 
 __all__ = [
     "DISTANCES",
@@ -19,6 +24,7 @@ __all__ = [
     "Statistics",
     "Value",
     "check_metrics",
+    "computed",
     "frechet",
     "inception_score",
     "kernel",
@@ -159,6 +165,30 @@ _SEVERAL = {"prc": ("precision", "recall")}
 """Metrics of more than one number."""
 DISTANCES = ("fid", "kid", "mind")
 """Kinds of which less is better."""
+
+
+def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
+    """What a metric gives for features, or logits, or statistics; kept in the cache by the content of these, since the largest sets take minutes.
+
+    Args:
+        metric: A key of `METRICS`.
+        *inputs: Its arguments.
+    """
+    tensors = [t for x in inputs for t in (x if isinstance(x, Statistics) else (x,))]
+    settings = [KID_SUBSETS, KID_SUBSET_SIZE, PRC_NEIGHBORHOOD, IS_SPLITS, MIND_PROJECTIONS, SEED]
+    digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
+    key = hash_json([metric, digest, settings, versions()])[:32]
+
+    def read(path: Path) -> list[Value]:
+        try:
+            return [Value(**v) for v in json.loads(path.read_text())]
+        except TypeError as e:  # JSON, but no values
+            raise ValueError(path) from e
+
+    def write(path: Path, values: list[Value]) -> None:
+        write_json(path, [v._asdict() for v in values])
+
+    return recall(f"scores/{metric}-{key}.json", lambda: METRICS[metric](*inputs), read=read, write=write)
 
 
 def names_of(metric: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, extract, real_rows
 from gddlab.evaluation.generated import generated_rows
 from gddlab.evaluation.images import StoredImages, images_sha256
-from gddlab.evaluation.metrics import DISTANCES, METRICS, Statistics, check_metrics
+from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.evaluation.sharding import Group, joined
@@ -237,7 +237,7 @@ def _score(
 ) -> list[Record]:
     start = time.perf_counter()
     rows = ours.rows
-    values = METRICS["is"](rows[:, spec.dims :]) if kind == "is" else METRICS[kind](rows[:, : spec.dims], theirs)
+    values = computed("is", rows[:, spec.dims :]) if kind == "is" else computed(kind, rows[:, : spec.dims], theirs)
     seconds = round(shared + time.perf_counter() - start, 3)
     n = len(rows)
     return [

@@ -13,8 +13,10 @@ from gddlab.evaluation import evaluate, find_extractor, metrics, register
 from gddlab.evaluation.features import image_features, real_images
 from gddlab.evaluation.metrics import (
     KID_SUBSETS,
+    METRICS,
     SEED,
     check_metrics,
+    computed,
     frechet,
     inception_score,
     kernel,
@@ -146,6 +148,26 @@ def test_frechet_of_few_images_and_of_statistics():
     assert_close(frechet(b, few)[0].value, by_torch_fidelity, rtol=1e-6, atol=0)
     assert_close(frechet(few, statistics(b))[0].value, by_torch_fidelity, rtol=1e-6, atol=0)
     assert abs(frechet(b, b)[0].value) < 1e-8 * statistics(b).sigma.trace().item()
+
+
+def test_a_value_is_computed_once_for_the_same_content(monkeypatch, tmp_path):
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path))
+    a, b = two_sets()
+    first = [computed(m, a, b) for m in ("fid", "kid", "prc", "mind")]
+    assert first == [METRICS[m](a, b) for m in ("fid", "kid", "prc", "mind")]
+    against = computed("fid", a, statistics(b))
+    for m in METRICS:
+        monkeypatch.setitem(METRICS, m, lambda *_: pytest.fail("computed again"))
+    assert [computed(m, a.clone(), b.clone()) for m in ("fid", "kid", "prc", "mind")] == first
+    assert computed("fid", a, statistics(b)) == against
+    monkeypatch.setitem(METRICS, "fid", lambda *_: [metrics.Value("fid", 7.0, {})])
+    assert computed("fid", a, b + 1)[0].value == 7.0
+    for file in (tmp_path / "scores").glob("fid-*"):
+        file.write_text("damaged")
+    assert computed("fid", a, b)[0].value == 7.0
+    for file in (tmp_path / "scores").glob("fid-*"):
+        file.write_text("[1]")
+    assert computed("fid", a, b)[0].value == 7.0
 
 
 def test_mind_is_the_formula_in_plain_loops(monkeypatch):
