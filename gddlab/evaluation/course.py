@@ -14,8 +14,8 @@ from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import find_extractor
-from gddlab.evaluation.metrics import names_of
-from gddlab.evaluation.records import Record, append_records, load_records
+from gddlab.evaluation.metrics import DISTANCES, names_of
+from gddlab.evaluation.records import Record, append_records, least_name, load_records
 from gddlab.evaluation.scoring import evaluate
 from gddlab.runs import Run, load_run
 
@@ -56,30 +56,40 @@ def evaluate_snapshots(
     return out
 
 
-def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2") -> list[str]:
-    """Which of some metrics have no record of the run's last moment; "prc" has two."""
+def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2", blocks: int = 1) -> list[str]:
+    """Which of some metrics have no record of the run's last moment; "prc" has two, and a distance of several blocks is their least."""
     spec = find_extractor(extractor)
     have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
-    return [m for m in metrics if any(spec.metric_name(kind) not in have for kind in names_of(m))]
+
+    def name(kind: str) -> str:
+        own = spec.metric_name(kind)
+        return least_name(own, blocks) if blocks > 1 and kind in DISTANCES else own
+
+    return [m for m in metrics if any(name(kind) not in have for kind in names_of(m))]
 
 
 def evaluate_end(
-    run: Run, metrics: Sequence[str] = ("fid", "kid", "prc"), *, extractor: str = "lite2", n: int | None = None
+    run: Run,
+    metrics: Sequence[str] = ("fid", "kid", "prc"),
+    *,
+    extractor: str = "lite2",
+    n: int | None = None,
+    blocks: int = 1,
 ) -> list[Record]:
     """Scores the student of the end by what `missing_at_end` names; the records go to the run's evaluation.jsonl.
 
     Args:
         run: A finished run.
-        metrics, extractor, n: As for `evaluate`.
+        metrics, extractor, n, blocks: As for `evaluate`.
 
     Returns:
         The new records.
     """
-    missing = missing_at_end(run, metrics, extractor=extractor)
+    missing = missing_at_end(run, metrics, extractor=extractor, blocks=blocks)
     if not missing:
         return []
-    scores = evaluate(run.student(), data=_real(run.config), metrics=missing, n=n, extractor=extractor, progress=False)
-    records = list(scores)
+    net, real = run.student(), _real(run.config)
+    records = list(evaluate(net, data=real, metrics=missing, n=n, extractor=extractor, blocks=blocks, progress=False))
     append_records(run.run_dir, records)
     return records
 

@@ -207,6 +207,11 @@ def kind_of(name: str) -> str:
     return _PLAIN.get(first, first)
 
 
+def least_name(name: str, blocks: int) -> str:
+    """Name of the least of several blocks: `fid-min3` of `fid`."""
+    return f"{name}-min{blocks}"
+
+
 def append_records(run_dir: str | Path, records: Iterable[Record]) -> Path:
     """Adds records to `evaluation.jsonl` of a run directory; the file is rewritten whole, atomically.
 

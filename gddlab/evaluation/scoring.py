@@ -21,7 +21,7 @@ from gddlab.evaluation.features import Extracted, extract, real_rows
 from gddlab.evaluation.generated import generated_rows
 from gddlab.evaluation.images import StoredImages, images_sha256
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
-from gddlab.evaluation.records import Record, Scores
+from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.evaluation.sharding import Group, joined
 from gddlab.evaluation.sources import GeneratedImages, images_of, open_source
@@ -265,5 +265,5 @@ def _least(records: list[Record], kinds: tuple[str, ...], spec: Extractor, block
         name = spec.metric_name(kind)
         best = min((r for r in records if r.name == name), key=lambda r: r.value)
         settings = best.settings | {"minimum_of_blocks": blocks, "first_seed": seed}
-        out.append(dataclasses.replace(best, metric=f"{name}-min{blocks}@{best.n}", settings=settings))
+        out.append(dataclasses.replace(best, metric=f"{least_name(name, blocks)}@{best.n}", settings=settings))
     return out

@@ -56,12 +56,14 @@ class Judge:
         extractor: Feature network of the scores over a training, and at its end.
         second: Another one, for the distance at the end alone.
         n: Images; None as many as there are real ones.
+        blocks: Blocks of so many images for the first extractor's distance at the end, and of the full teacher; the least of them counts.
         pairs: Images of each network where networks are compared with each other; None as many as `n`.
     """
 
     extractor: str = "lite2"
     second: str = "lite0"
     n: int | None = None
+    blocks: int = 1
     pairs: int | None = None
 
 

@@ -19,7 +19,7 @@ from gddlab.freezing import FreezeMask
 __all__ = ["FULL"]
 
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
-JUDGE = Judge("inception", "clip", n=50_000, pairs=5_000)
+JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
 HOURS_ON_8_A100 = 6.0
 """What the authors need for 5 million images (arXiv:2405.20750); nothing is known of the longer ones, and `gddlab preflight` measures them."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,13 @@ from gddlab.teachers import load_teacher
 __all__ = ["LISTS", "Planned", "feeding", "plan", "reproduce"]
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
-AT_END = ("fid", "kid", "prc")
+
+
+def at_end(judge: Judge) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Metrics of a run's end, with what `evaluate_end` and `missing_at_end` need: the judge's own, its distance over blocks, the second extractor's."""
+    own: dict[str, Any] = {"extractor": judge.extractor}
+    parts = [(("fid", "kid", "prc"), own), (("fid",), own | {"blocks": judge.blocks})]
+    return [*parts, (("fid",), {"extractor": judge.second})]
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,7 @@ def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str
     if run.written_status.get("state") != "done":
         share = lines[-1]["kimg"] / run.config.total_kimg if lines else 0.0
         return "begun", None if experiment.seconds is None else experiment.seconds * (1 - share)
-    missing = missing_at_end(run, AT_END, extractor=judge.extractor)
-    missing += missing_at_end(run, ("fid",), extractor=judge.second)
+    missing = any(missing_at_end(run, metrics, **how) for metrics, how in at_end(judge))
     return ("to evaluate" if missing else "done"), took
 
 
@@ -191,8 +197,8 @@ def reproduce(
 def _score(run: Run, judge: Judge) -> str:
     """Every snapshot by the judge, the end by further metrics and the second extractor."""
     kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n)[-1]
-    evaluate_end(run, AT_END, extractor=judge.extractor, n=judge.n)
-    evaluate_end(run, ("fid",), extractor=judge.second, n=judge.n)
+    for metrics, how in at_end(judge):
+        evaluate_end(run, metrics, n=judge.n, **how)
     return f"{record.metric} {record.value:.1f} at {kimg:g} kimg"
 
 

@@ -52,10 +52,14 @@ def teacher_steps(s: Subjects) -> Found:
 
 
 def _scores(s: Subjects, *, steps: int) -> Iterator[Any]:
-    for extractor, metrics in ((s.judge.extractor, ("fid", "kid", "prc")), (s.judge.second, ("fid",))):
-        yield from evaluate(
-            s.teacher, data=s.data, metrics=metrics, n=s.judge.n, steps=steps, extractor=extractor, progress=False
-        )
+    full: dict[str, Any] = {"blocks": s.judge.blocks if steps == s.steps[-1] else 1}
+    own = s.judge.extractor
+    for metrics, how in (
+        ("fid", {"extractor": own} | full),
+        (("kid", "prc"), {"extractor": own}),
+        ("fid", {"extractor": s.judge.second}),
+    ):
+        yield from evaluate(s.teacher, data=s.data, metrics=metrics, n=s.judge.n, steps=steps, progress=False, **how)
 
 
 def _flat(record: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ SETTINGS = {
 """Published settings -> how they are called. ImageNet is conditional, AFHQv2 and FFHQ are not."""
 OURS = "here"
 """Source of our rows."""
-FID = "fid@50000"
-"""What a published FID is, and what ours must be to stand in its column."""
+FIDS = {"fid-min3@50000": "", "fid@50000": ", one block"}
+"""What ours must be to stand in the column of published FIDs, which are the least of three blocks of 50,000 images -> what is said of it."""
 
 
 def published(path: str | Path | None = None) -> pd.DataFrame:
@@ -96,7 +96,11 @@ def _setting(dataset: str, conditional: bool) -> str:
 
 
 def main_table(
-    results: pd.DataFrame, runs_by_setting: Mapping[str, Sequence[Run]], *, rows: Sequence[str] = ("gdd", "gdd-i")
+    results: pd.DataFrame,
+    runs_by_setting: Mapping[str, Sequence[Run]],
+    *,
+    rows: Sequence[str] = ("gdd", "gdd-i"),
+    teachers: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Methods against settings: published FIDs with their sources, ours in the rows below those of the same method.
 
@@ -106,21 +110,25 @@ def main_table(
         results: From `published`.
         runs_by_setting: A key of `SETTINGS` or "digits" -> runs.
         rows: Experiments to show; "not run" where there are none.
+        teachers: A key as in `runs_by_setting` -> the study `teacher-steps`; without it, the teacher's scores are those on its card.
 
     Returns:
         Text, indexed by method and source: network calls an image, digits, then a column a published setting. Published cells are FID, or empty where no value was verified; ours
-        are the mean and range over seeds, "not run", or why there is no value.
+        are the mean and range over seeds, "not run", or why there is no value; where only one block of 50,000 was scored, that is said.
 
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
     """
     import pandas as pd
 
-    for name in runs_by_setting:
+    studies = teachers or {}
+    for name in (*runs_by_setting, *studies):
         if name not in (*SETTINGS, "digits"):
             raise unknown("setting", name, (*SETTINGS, "digits"))
-    digits, metric = _ours(runs_by_setting.get("digits", ()), "fd-lite2", rows)
-    ours = {name: _ours(runs_by_setting.get(name, ()), "fid", rows)[0] for name in SETTINGS}
+    digits, metric = _ours(runs_by_setting.get("digits", ()), ("fd-lite2",), rows, studies.get("digits"))
+    ours = {
+        name: _ours(runs_by_setting.get(name, ()), ("fid-min3", "fid"), rows, studies.get(name))[0] for name in SETTINGS
+    }
     last = f"digits, {metric}"
     out: dict[tuple[str, str], dict[str, str]] = {}
     fids = results[results["metric"] == "fid"]
@@ -144,33 +152,51 @@ def _family(method: str) -> str:
     return method.partition(" (")[0]
 
 
-def _ours(runs: Sequence[Run], metric: str, rows: Sequence[str]) -> tuple[dict[str, tuple[str, str]], str]:
-    """Cell and network calls of the teacher and of each experiment in one setting; and the metric with its n."""
-    table = run_table(runs, metric, rows=rows)
+def _ours(
+    runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str], study: pd.DataFrame | None
+) -> tuple[dict[str, tuple[str, str]], str]:
+    """Cell and network calls of the teacher and of each experiment in one setting, by the first metric that a run has; and it with its n."""
+    tables = {metric: run_table(runs, metric, rows=rows) for metric in metrics}
+    metric = next((m for m, t in tables.items() if t["value"].notna().any()), metrics[-1])
+    table = tables[metric]
     named = next(iter(table["metric"].dropna()), metric)
     found = experiment_table(table)
     calls = table.groupby("experiment")["nfe"].first()
     out: dict[str, tuple[str, str]] = {}
     for name in rows:
         row: Any = found.loc[name]
-        if not row["seeds"]:
-            cell = str(row["state"])
-        elif metric == "fid" and named != FID:
-            cell = f"{named}, not comparable"
-        else:
-            mean, low, high = (_number(row[c], metric) for c in ("mean", "min", "max"))
-            cell = f"{mean} ({low} to {high})" if row["seeds"] > 1 else mean
+        values = [row["mean"], row["min"], row["max"]] if row["seeds"] > 1 else [row["mean"]]
+        cell = _cell(named, values) if row["seeds"] else str(row["state"])
         out[name] = cell, "" if calls.isna()[name] else str(calls[name])
-    scores = teacher_scores([r for r in runs if r.run_dir.parent.name in rows], metric)
-    out["teacher"] = "" if runs else NOT_RUN, ""
-    if scores and (metric != "fid" or named == FID):
-        steps = max(scores)
-        out["teacher"] = _number(scores[steps], metric), str(2 * steps - 1)
+    out["teacher"] = _teacher([r for r in runs if r.run_dir.parent.name in rows], named, study)
     return out, named
 
 
+def _cell(metric: str, values: Sequence[float]) -> str:
+    """A value, or mean, least and greatest; what is no FID at 50,000 images is not written as one."""
+    if metric.startswith("fid") and metric not in FIDS:
+        return f"{metric}, not comparable"
+    mean, *ends = (_number(v, metric) for v in values)
+    return mean + (f" ({' to '.join(ends)})" if ends else "") + FIDS.get(metric, "")
+
+
+def _teacher(runs: Sequence[Run], metric: str, study: pd.DataFrame | None) -> tuple[str, str]:
+    """Cell and network calls of the teacher at its most steps: of the study, or of the card in the runs."""
+    if study is not None:
+        scored = study[study["steps"].notna()]
+        for named in (metric, *FIDS) if metric.startswith("fid") else (metric,):
+            if len(own := scored[scored["metric"] == named]):
+                full: Any = own[own["steps"] == own["steps"].max()].iloc[0]
+                return _cell(named, [full["value"]]), str(full["nfe"])
+    scores = teacher_scores(runs, metric.partition("@")[0])
+    if scores and not (metric.startswith("fid") and metric not in FIDS):
+        steps = max(scores)
+        return _cell(metric, [scores[steps]]), str(2 * steps - 1)
+    return "" if runs else NOT_RUN, ""
+
+
 def _number(value: float, metric: str) -> str:
-    return f"{value:.{2 if metric == 'fid' else 1}f}"
+    return f"{value:.{2 if metric.startswith('fid') else 1}f}"
 
 
 def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | None = None) -> Axes:

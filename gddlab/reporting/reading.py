@@ -34,11 +34,11 @@ class Reading:
     state: str
 
     def at_end(self, metric: str) -> Record | None:
-        """The newest score of a metric (named without its n) at the end of the training."""
+        """The newest score of a metric (named without its n) at the end of the training; of several blocks of seeds, the first block's."""
         if self.config is None:
             return None
         found = [r for r in self.records if r.name == metric and r.kimg == self.config.end_kimg]
-        return found[-1] if found else None
+        return min(reversed(found), key=lambda r: r.seeds[0] if r.seeds else 0, default=None)
 
     def state_of(self, metric: str) -> str:
         """The state, or that a finished run lacks this score."""

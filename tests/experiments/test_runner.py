@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.launch.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
+from gddlab.reporting.reading import read
 from gddlab.runs import load_run, load_runs, load_study
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
@@ -186,6 +188,25 @@ def test_a_run_that_lacks_a_score_at_its_end_is_scored_and_not_trained(tiny_list
     reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
     assert (run_dir / "metrics.jsonl").read_text() == metrics
     assert len((run_dir / "evaluation.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_blocks_of_seeds_are_scored_at_the_end_alone(
+    tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
+    thrice = replace(module.LISTS["tiny"], judge=Judge(n=48, blocks=3))
+    monkeypatch.setattr(module, "LISTS", {"tiny": thrice})
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["all"], seeds=1)] == ["to evaluate"]
+    reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["all"], seeds=1)] == ["done"]
+    run = load_run(tmp_path / "tiny" / "all" / "seed-0")
+    records = [r for r in load_records(run.run_dir) if r.kimg == 0.016 and r.name.startswith("fd-lite2")]
+    firsts = {r.seeds[0]: r.value for r in records if r.seeds and r.name == "fd-lite2"}
+    assert sorted(firsts) == [0, 48, 96]
+    least = read(run).at_end("fd-lite2-min3")
+    assert least is not None and least.value == min(firsts.values())
+    first = read(run).at_end("fd-lite2")
+    assert first is not None and first.seeds is not None and first.seeds[0] == 0 and first.value == firsts[0]
 
 
 @pytest.mark.parametrize("name", ["digits", *FULL])

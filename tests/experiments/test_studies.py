@@ -31,6 +31,13 @@ def subjects(tiny_teacher: Path) -> Subjects:
     return Subjects(teacher, "digits", {"gdd": same, "gdd-i": other}, (1, 2, 3), Judge(n=N))
 
 
+def test_the_full_teacher_has_blocks(subjects: Subjects) -> None:
+    thrice = replace(subjects, steps=(1, 2), judge=Judge(n=N, blocks=2))
+    frame = STUDIES[0].measure(thrice).frame
+    count = frame[frame["metric"].str.startswith("fd-lite2")].groupby(["steps", "metric"]).size().to_dict()
+    assert count == {(1, f"fd-lite2@{N}"): 1, (2, f"fd-lite2@{N}"): 2, (2, f"fd-lite2-min2@{N}"): 1}
+
+
 def found(name: str, subjects: Subjects) -> Found:
     return next(s for s in STUDIES if s.name == name).measure(subjects)
 

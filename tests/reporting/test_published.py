@@ -13,6 +13,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import data_dir
 from gddlab.reporting.published import SETTINGS, draw_published, main_table, published
 from gddlab.runs import load_runs
+from tests.evaluation.test_records import record
 from tests.reporting.made import made
 
 # method | CIFAR-10 | CIFAR-10 conditional | AFHQv2 | FFHQ | ImageNet 64 | source
@@ -110,7 +111,7 @@ def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> 
     assert list(table.columns) == ["network calls", digits, *SETTINGS.values()]
     ours = table.loc[("GDD-I", "here")]
     assert ours[digits] == "60.0 (50.0 to 70.0)" and ours["network calls"] == "1"
-    assert ours["CIFAR-10"] == "1.50" and ours["FFHQ 64"] == "fid@64, not comparable"
+    assert ours["CIFAR-10"] == "1.50, one block" and ours["FFHQ 64"] == "fid@64, not comparable"
     assert ours["ImageNet 64"] == "not run"
     assert set(table.loc[("own", "here")].drop("network calls")) == {"not run"}
     assert table.loc[("EDM", "here"), digits] == "50.0" and table.loc[("EDM", "here"), "network calls"] == "35"
@@ -121,6 +122,23 @@ def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> 
     assert sources == ["arXiv:2405.20750", "GDD README", "here"]
     with pytest.raises(GddlabError, match="did you mean 'cifar10'"):
         main_table(published(), {"cifar": []})
+    with pytest.raises(GddlabError, match="did you mean 'cifar10'"):
+        main_table(published(), {}, teachers={"cifar": pd.DataFrame()})
+
+
+def test_the_least_of_three_blocks_stands_for_a_fid(tmp_path: Path, tiny_teacher: Path) -> None:
+    fid = {"extractor": "inception-v3-compat", "metric": "fid@50000", "n": 50000}
+    blocks = [record(**fid, value=v, kimg=0.048, seeds=(s, s + 49_999)) for v, s in ((1.6, 50_000), (1.4, 100_000))]
+    least = record(**fid | {"metric": "fid-min3@50000"}, value=1.4, kimg=0.048)
+    made(tmp_path / "cifar10", tiny_teacher, "gdd-i", 0, {0.048: 1.5}, scored=fid, more=(*blocks, least))
+    made(tmp_path / "ffhq", tiny_teacher, "gdd-i", 0, {0.048: 1.5}, scored=fid, more=tuple(blocks))
+    runs = {name: load_runs(tmp_path / name) for name in ("cifar10", "ffhq")}
+    rows = [(1, 1, "fid@50000", 400.0), (18, 35, "fid@50000", 2.0), (18, 35, "fid-min3@50000", 1.9)]
+    study = pd.DataFrame(rows, columns=["steps", "nfe", "metric", "value"])
+    table = main_table(published(), runs, rows=("gdd-i",), teachers={"cifar10": study, "ffhq": study[:2]})
+    ours, teacher = table.loc[("GDD-I", "here")], table.loc[("EDM", "here")]
+    assert (ours["CIFAR-10"], ours["FFHQ 64"]) == ("1.40", "1.50, one block")
+    assert (teacher["CIFAR-10"], teacher["FFHQ 64"]) == ("1.90", "2.00, one block")
 
 
 def test_published_against_images(tmp_path: Path) -> None:
