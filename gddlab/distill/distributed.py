@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
 from gddlab.processes import peak_memory_mib
 
@@ -35,20 +36,21 @@ class World:
             device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
             timeout_s: How long a collective waits before it fails, seconds.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        where = torch.device(device)
-        if device == "cuda":
-            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        where = chosen_device(device)
+        gpu = where.type == "cuda"
+        if gpu:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            if local > torch.cuda.device_count():  # NCCL would refuse them later, by a number
+                raise GddlabError(
+                    f"{local} processes on a machine of {torch.cuda.device_count()} GPUs: each needs one of its own"
+                )
             torch.cuda.set_device(where)
         if size == 1:
             return cls(0, 1, where)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
-        control = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else dist.group.WORLD
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout) if gpu else dist.group.WORLD
         return cls(rank, size, where, control)
 
     def close(self) -> None:

@@ -6,11 +6,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.devices import chosen_device
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import find_extractor
@@ -26,13 +27,18 @@ __all__ = ["evaluate_end", "evaluate_snapshots", "missing_at_end", "scorer"]
 
 
 def evaluate_snapshots(
-    run: Run, *, extractor: str = "lite2", n: int | None = None, say: Callable[[str], None] = lambda text: None
+    run: Run,
+    *,
+    extractor: str = "lite2",
+    n: int | None = None,
+    nproc: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[float, Record]]:
     """The student's Frechet distance at every snapshot after the start; records stay in the run's evaluation.jsonl and are not made again.
 
     Args:
         run: A run directory.
-        extractor, n: As for `evaluate`.
+        extractor, n, nproc: As for `evaluate`.
         say: Told each new score, in a line.
 
     Returns:
@@ -49,7 +55,8 @@ def evaluate_snapshots(
             continue
         record = known.get(net.card.sha256)
         if record is None:
-            record = evaluate(net, data=data, metrics=("fid",), n=n, extractor=extractor, progress=False).record(metric)
+            how: dict[str, Any] = {"n": n, "extractor": extractor, "nproc": nproc, "progress": False}
+            record = evaluate(net.to(chosen_device()), data=data, metrics=("fid",), **how).record(metric)
             append_records(run.run_dir, [record])
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
@@ -75,12 +82,13 @@ def evaluate_end(
     extractor: str = "lite2",
     n: int | None = None,
     blocks: int = 1,
+    nproc: int | None = None,
 ) -> list[Record]:
     """Scores the student of the end by what `missing_at_end` names; the records go to the run's evaluation.jsonl.
 
     Args:
         run: A finished run.
-        metrics, extractor, n, blocks: As for `evaluate`.
+        metrics, extractor, n, blocks, nproc: As for `evaluate`.
 
     Returns:
         The new records.
@@ -88,8 +96,9 @@ def evaluate_end(
     missing = missing_at_end(run, metrics, extractor=extractor, blocks=blocks)
     if not missing:
         return []
-    net, real = run.student(), _real(run.config)
-    records = list(evaluate(net, data=real, metrics=missing, n=n, extractor=extractor, blocks=blocks, progress=False))
+    how: dict[str, Any] = {"n": n, "extractor": extractor, "blocks": blocks, "nproc": nproc, "progress": False}
+    net = run.student().to(chosen_device())
+    records = list(evaluate(net, data=_real(run.config), metrics=missing, **how))
     append_records(run.run_dir, records)
     return records
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
+from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
 from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor
@@ -85,7 +86,7 @@ def extract_part(
         report: Gets the number of images of each batch.
     """
     net = extractor.build()  # before the first image
-    where = device or images.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = device or images.device or chosen_device()
     net = net.to(where)
     out = torch.empty(stop - start, extractor.width)
     for i in range(start, stop, images.batch_size):

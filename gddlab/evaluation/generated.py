@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gddlab.devices import chosen_device
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, extract, extract_part
 from gddlab.evaluation.images import images_sha256
@@ -146,10 +147,9 @@ def make_part(
     """What one process does of `_by_processes`: the part of the rank that its environment names."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     net = load_network(Path(folder) / "network.safetensors")[0].requires_grad_(False)
-    where = torch.device("cuda", rank % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
     method: Method = tuple(how) if isinstance(how, list) else Sampler(**_finite(how))
     classes = None if labels is None else torch.tensor(labels)
-    images = GeneratedImages(net.to(where), method, count, seed, classes, batch_size)
+    images = GeneratedImages(net.to(chosen_device(device)), method, count, seed, classes, batch_size)
     start, stop = share(count, batch_size, rank, world)
     with (Path(folder) / f"{rank}.bin").open("wb") as f:
         rows = extract_part(images, find_extractor(extractor), start, stop, keep=f.write, report=report)

@@ -78,6 +78,7 @@ class Subjects:
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
         configs: Of training seed 0, by experiment; those that the study asks for.
+        nproc: Processes that sample for a score.
     """
 
     teacher: Precond
@@ -86,6 +87,7 @@ class Subjects:
     steps: tuple[int, ...]
     judge: Judge
     configs: Mapping[str, TrainConfig] = field(default_factory=dict)
+    nproc: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
+from gddlab.devices import chosen_device
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, Measured
 from gddlab.experiments.feeds import feeds_of
@@ -44,7 +43,7 @@ Configure = Callable[[Path, int, FreezeMask | None], TrainConfig]
 
 def measure(teacher: str, data: str) -> Measured:
     """Probes and ablates a teacher: 64 and 16 images at 18 noise levels, seed 0."""
-    net = load_teacher(teacher).to("cuda" if torch.cuda.is_available() else "cpu")
+    net = load_teacher(teacher).to(chosen_device())
     result = probe(net, 18, data=data, n=64, seed=0).join(ablate(net, 18, data=data, n=16, seed=0))
     return Measured(result, rule(net))
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError, unknown
 from gddlab.evaluation import append_records, evaluate_end, evaluate_snapshots, load_records, missing_at_end
 from gddlab.experiments.digits import DIGITS
@@ -159,7 +158,7 @@ def reproduce(
         out: Folder.
         only: Experiments and studies by name; all if empty.
         seeds: Training seeds 0 to seeds - 1.
-        nproc: Processes of each training.
+        nproc: Processes of each training, and of each sampling for a score.
         say: Told what happens, in lines.
 
     Returns:
@@ -178,7 +177,7 @@ def reproduce(
                 continue
             if isinstance(item.item, Study):
                 if _study_state(item.item, folder)[0] != "done":
-                    _make_study(chosen, item.item, folder, name)
+                    _make_study(chosen, item.item, folder, name, nproc)
                     say(f"{item}: {item.folder}")
                 continue
             if _run_state(item.item, item.folder, chosen.judge)[0] == "done":
@@ -190,15 +189,15 @@ def reproduce(
             # a run outlives the process that started it: where it still goes on, this one waits for it
             run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
             run.wait()
-            say(f"{item}: {_score(run, chosen.judge)}")
+            say(f"{item}: {_score(run, chosen.judge, nproc)}")
     return plan(name, out=out, only=only, seeds=seeds)
 
 
-def _score(run: Run, judge: Judge) -> str:
+def _score(run: Run, judge: Judge, nproc: int) -> str:
     """Every snapshot by the judge, the end by further metrics and the second extractor."""
-    kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n)[-1]
+    kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n, nproc=nproc)[-1]
     for metrics, how in at_end(judge):
-        evaluate_end(run, metrics, n=judge.n, **how)
+        evaluate_end(run, metrics, n=judge.n, nproc=nproc, **how)
     return f"{record.metric} {record.value:.1f} at {kimg:g} kimg"
 
 
@@ -211,8 +210,8 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
     return Measured(result, rule(result))
 
 
-def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
+    device = chosen_device()
     inputs = _inputs(study, folder)
     students: dict[str, OneStepPrecond] = {e: load_run(folder / e / "seed-0").student() for e in inputs}
     for net in students.values():
@@ -225,7 +224,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str) -
         for e in chosen.experiments:
             if set(e.feeds) & set(study.feeds):
                 configs[e.name] = e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0))
-    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs))
+    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs, nproc))
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # the last one written: with it the study is whole
     (target / "evaluation.jsonl").unlink(missing_ok=True)

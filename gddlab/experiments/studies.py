@@ -54,12 +54,13 @@ def teacher_steps(s: Subjects) -> Found:
 def _scores(s: Subjects, *, steps: int) -> Iterator[Any]:
     full: dict[str, Any] = {"blocks": s.judge.blocks if steps == s.steps[-1] else 1}
     own = s.judge.extractor
+    shared: dict[str, Any] = {"data": s.data, "n": s.judge.n, "steps": steps, "nproc": s.nproc, "progress": False}
     for metrics, how in (
         ("fid", {"extractor": own} | full),
         (("kid", "prc"), {"extractor": own}),
         ("fid", {"extractor": s.judge.second}),
     ):
-        yield from evaluate(s.teacher, data=s.data, metrics=metrics, n=s.judge.n, steps=steps, progress=False, **how)
+        yield from evaluate(s.teacher, metrics=metrics, **shared, **how)
 
 
 def _flat(record: Any) -> dict[str, Any]:

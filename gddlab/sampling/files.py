@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
 from gddlab.files import hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
@@ -182,18 +183,12 @@ def open_model(source: str | Path, device: str = "auto") -> Precond:
 
     Args:
         source: As for `gddlab.load_teacher`, or a run directory of `gddlab.train`.
-        device: "auto" (CUDA where there is one, of several that of LOCAL_RANK), "cpu" or "cuda".
+        device: As for `chosen_device`.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise GddlabError(f"device={device!r}: give auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
     from gddlab.runs import open_model as opened
 
-    net = opened(source)
-    if device == "cpu" or not torch.cuda.is_available():
-        return net
-    return net.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()))
+    where = chosen_device(device)
+    return opened(source).to(where)
 
 
 def _rank() -> tuple[int, int]:
