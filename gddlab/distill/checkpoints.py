@@ -1,38 +1,37 @@
-"""Checkpoints: torch.distributed.checkpoint, written beside and renamed, independent of the number of processes."""
+"""Checkpoints: torch.distributed.checkpoint, written in the background, whole or absent, checked when read, for any number of processes."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.ada import AdaController
 from gddlab.distill.distributed import World
 from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
-from gddlab.files import fsync_dir, read_json, write_json
+from gddlab.files import fsync_dir, read_json, write_json, write_text
 
-__all__ = ["checkpoint_tensors", "checkpoints", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoints", "Loaded", "checkpoints", "set_training_state", "training_state"]
 
-
-def _optimizer_tensors(opt: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {p: n for n, p in module.named_parameters()}
-    return {f"{names[p]}/{k}": v for p, state in opt.state.items() for k, v in state.items()}
+NAME = re.compile(r"\d+\.\d{3}")
+LATEST, BEST = "latest", "best"
 
 
-def _state(step: GanStep, ema: nn.Module, ada: AdaController | None) -> dict[str, Any]:
-    state = {
-        "g": step.g.state_dict(),
-        "ema": ema.state_dict(),
-        "opt_g": _optimizer_tensors(step.opt_g, step.g),
-    }
+def training_state(step: GanStep, ema: nn.Module, ada: AdaController | None = None) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of a checkpoint, by part and name: networks, average, moments of both optimisers, augmentation."""
+    state = {"g": step.g.state_dict(), "ema": ema.state_dict(), "opt_g": _optimizer_tensors(step.opt_g, step.g)}
     if step.opt_d is not None:
         state |= {"d": step.d.state_dict(), "opt_d": _optimizer_tensors(step.opt_d, step.d)}
     if ada is not None:
@@ -40,83 +39,230 @@ def _state(step: GanStep, ema: nn.Module, ada: AdaController | None) -> dict[str
     return state
 
 
-def checkpoint_tensors(step: GanStep, ema: nn.Module, ada: AdaController | None = None) -> list[Tensor]:
-    """Every tensor of a checkpoint, for its size."""
-    return [t for part in _state(step, ema, ada).values() for t in part.values()]
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("*") if re.fullmatch(r"\d+\.\d{3}", p.name)]
-    return sorted((p for p in found if (p / "meta.json").exists()), key=lambda p: float(p.name))
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: GanStep,
-    ema: nn.Module,
-    meta: dict[str, Any],
-    world: World,
-    *,
-    keep: int,
-    ada: AdaController | None = None,
+def set_training_state(
+    state: Mapping[str, Any], step: GanStep, ema: nn.Module, ada: AdaController | None = None
 ) -> None:
-    """Writes checkpoints/KIMG from all ranks; older ones beyond `keep` are removed after it stands.
-
-    Args:
-        meta: Counters, JSON; must hold `nimg`.
-
-    Raises:
-        GddlabError: A parameter is not finite; what was written before stands.
-    """
-    state = _state(step, ema, ada)
-    for part in ("g", "d"):
-        bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not v.isfinite().all()]
-        if bad:
-            raise GddlabError(
-                f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {bad[0]}: "
-                "the last checkpoint stands; lower lr_g or lr_d in a new run"
-            )
-    final = run_dir / "checkpoints" / f"{meta['nimg'] / 1000:010.3f}"
-    tmp = final.with_name(f".{final.name}.tmp")
-    if world.rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-    world.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "saving as a single process" is meant
-        dcp.save(state, checkpoint_id=tmp, process_group=world.control)
-    world.barrier()
-    if world.rank == 0:
-        write_json(tmp / "meta.json", meta)
-        for file in tmp.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        fsync_dir(tmp)
-        shutil.rmtree(final, ignore_errors=True)
-        tmp.replace(final)
-        fsync_dir(final.parent)
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
-
-
-def load_checkpoint(
-    run_dir: Path, step: GanStep, ema: nn.Module, world: World, *, ada: AdaController | None = None
-) -> dict[str, Any] | None:
-    """Reads the newest checkpoint into the networks and optimisers; returns its counters, None where there is none."""
-    found = checkpoints(run_dir)
-    if not found:
-        return None
-    state = _state(step, ema, ada)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=found[-1], process_group=world.control)
+    """Puts what was read into `training_state` back; the optimisers' tensors were read in place."""
     step.g.load_state_dict(state["g"])
     ema.load_state_dict(state["ema"])
     if step.adversarial:
         step.d.load_state_dict(state["d"])
     if ada is not None:
         ada.load_state_dict(state["ada"])
-    meta: dict[str, Any] = read_json(found[-1] / "meta.json")
-    return meta
+
+
+def _optimizer_tensors(opt: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {p: n for n, p in module.named_parameters()}
+    return {f"{names[p]}/{k}": v for p, state in opt.state.items() for k, v in state.items()}
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first: those up to the one that the pointer `latest` names."""
+    folder = run_dir / "checkpoints"
+    found = sorted((p for p in folder.glob("*") if NAME.fullmatch(p.name)), key=lambda p: float(p.name))
+    latest = _pointer(folder, LATEST)
+    return [p for p in found if (p / "meta.json").exists() and (latest is None or float(p.name) <= float(latest))]
+
+
+class Loaded:
+    """What `Checkpoints.load` found: the counters, the folder's name, and what is wrong with newer ones that were passed over."""
+
+    def __init__(self, meta: dict[str, Any], name: str, damaged: list[str]):
+        self.meta, self.name, self.damaged = meta, name, damaged
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `checkpoints/KIMG`: torch.distributed.checkpoint's files and meta.json with the counters and a checksum of each file.
+
+    A checkpoint is written beside, synced, renamed, and then named by the file `latest`; what is killed on the way leaves the one before. The last
+    `keep` stay, and the one that `best` names.
+
+    Args:
+        run_dir: The run.
+        world: Its processes; all of them make every call.
+        keep: How many of the newest stay.
+    """
+
+    def __init__(self, run_dir: Path, world: World, *, keep: int):
+        self.run_dir, self.folder, self.world, self.keep = run_dir, run_dir / "checkpoints", world, keep
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], *, best: bool = False) -> None:
+        """Copies the state and writes it while the training goes on; waits first for the write before, if that still goes on.
+
+        Args:
+            state: From `training_state`.
+            meta: Counters, JSON; must hold `nimg`.
+            best: Whether this is to stay as the best one.
+
+        Raises:
+            GddlabError: A parameter is not finite, or the write before has failed; what was written before stands.
+        """
+        self.wait()
+        for part in ("g", "d"):
+            bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not v.isfinite().all()]
+            if bad:
+                raise GddlabError(
+                    f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {bad[0]}: "
+                    "the last checkpoint stands; lower lr_g or lr_d in a new run"
+                )
+        staged: Any = self._stager.stage(dict(state))
+        self._writing = self._executor.submit(self._write, staged, dict(meta), best)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when nothing is being written, or after `timeout` seconds.
+
+        Raises:
+            GddlabError: A write failed; the checkpoints before it stand.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result(timeout)
+        except TimeoutError:
+            self._writing = writing
+        except Exception as e:
+            have = [p.name for p in checkpoints(self.run_dir)]
+            stands = f"{have[-1]} kimg stands" if have else "none was written before"
+            raise GddlabError(
+                f"a checkpoint could not be written to {self.folder} ({_cause(e)}): {stands}; mend that, and the same call continues"
+            ) from e
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown(wait=False)
+            self._stager.close()
+
+    def abandon(self) -> None:
+        """The end after an error: a write that goes on may still finish, but is not waited for when other ranks are gone."""
+        with suppress(Exception):
+            self.wait(30)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
+        final = self.folder / f"{meta['nimg'] / 1000:010.3f}"
+        tmp = final.with_name(f".{final.name}.tmp")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "saving as a single process" is meant
+            dcp.save(state, checkpoint_id=tmp, process_group=self.world.saving)
+        if self.world.rank:
+            return  # rank 0 came back when the files of all ranks were there and synced
+        files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(tmp.iterdir())}
+        write_json(tmp / "meta.json", meta | {"files": files})
+        fsync_dir(tmp)
+        shutil.rmtree(final, ignore_errors=True)  # beyond `latest`, or damaged
+        tmp.replace(final)
+        fsync_dir(self.folder)
+        if best:
+            write_text(self.folder / BEST, final.name + "\n")
+        write_text(self.folder / LATEST, final.name + "\n")
+        kept = _pointer(self.folder, BEST)
+        for old in checkpoints(self.run_dir)[: -self.keep]:
+            if old.name != kept:
+                shutil.rmtree(old)
+        _remove(self.folder.glob("*.damaged"))
+
+    def load(self, state: dict[str, Any]) -> Loaded | None:
+        """Reads the newest checkpoint that is whole into `state`; None where there is none. Nothing is written.
+
+        Raises:
+            GddlabError: There are checkpoints, and none is whole.
+        """
+        chosen: list[Any] = [None, [], None]
+        if self.world.rank == 0:
+            try:
+                chosen[:2] = self._newest()
+            except GddlabError as e:
+                chosen[2] = str(e)
+        name, damaged, refusal = self.world.broadcast(chosen)
+        if refusal is not None:
+            raise GddlabError(refusal)
+        if name is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=self.folder / name, process_group=self.world.control)
+        return Loaded(read_json(self.folder / name / "meta.json"), name, damaged)
+
+    def go_on(self, loaded: Loaded | None) -> None:
+        """Before a training goes on: puts damaged checkpoints aside as NAME.damaged until the next one stands, and removes what was half written."""
+        if self.world.rank:
+            return
+        _remove(self.folder.glob(".*.tmp"))
+        if loaded is None:
+            return
+        newer = [p for p in self.folder.glob("*") if NAME.fullmatch(p.name) and float(p.name) > float(loaded.name)]
+        _remove(p.with_name(f"{p.name}.damaged") for p in newer)
+        for path in newer:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        if loaded.damaged:
+            write_text(self.folder / LATEST, loaded.name + "\n")
+
+    def _newest(self) -> tuple[str | None, list[str]]:
+        found = checkpoints(self.run_dir)
+        damaged: dict[str, str] = {}
+        whole: Path | None = None
+        for path in reversed(found):
+            why = _damage(path)
+            if why is None:
+                whole = path
+                break
+            damaged[path.name] = why
+        if found and whole is None:
+            raise GddlabError(
+                f"{self.run_dir}: no checkpoint is whole ({'; '.join(f'{k}: {v}' for k, v in damaged.items())}): "
+                "restore one, or remove the folder checkpoints to begin anew"
+            )
+        return None if whole is None else whole.name, [f"{k}: {v}" for k, v in damaged.items()]
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _pointer(folder: Path, name: str) -> str | None:
+    try:
+        text = (folder / name).read_text().strip()
+    except OSError:
+        return None
+    return text if NAME.fullmatch(text) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is as it was written. One without checksums is of an older version."""
+    try:
+        files = read_json(path / "meta.json").get("files", {})
+        for name, (size, digest) in files.items():
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+            if _sha256(file) != digest:
+                return f"{name} is not what was written"
+    except (GddlabError, OSError, ValueError, AttributeError) as e:
+        return str(e)
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The system's own words where an error of many ranks hides them."""
+    own: Any = error
+    failures = getattr(error, "failures", None)
+    if failures:
+        own = next(iter(failures.values()))[0]
+    while own.__cause__ is not None:
+        own = own.__cause__
+    return own.strerror if isinstance(own, OSError) and own.strerror else f"{type(own).__name__}: {own}".splitlines()[0]

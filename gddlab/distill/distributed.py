@@ -21,12 +21,14 @@ __all__ = ["AllReduceSum", "World", "all_reduce_sum"]
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run; `control` is a gloo group for decisions, so that they never wait for an accelerator."""
+    """One process of a run; `control` is a gloo group for decisions, so that they never wait for an accelerator; `saving` one for checkpoints, which
+    are written beside the training."""
 
     rank: int
     size: int
     device: torch.device
     control: Any = None
+    saving: Any = None
 
     @classmethod
     def start(cls, device: str = "auto", *, timeout_s: float = 600) -> World:
@@ -51,7 +53,7 @@ class World:
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout) if gpu else dist.group.WORLD
-        return cls(rank, size, where, control)
+        return cls(rank, size, where, control, dist.new_group(backend="gloo", timeout=timeout))
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -74,6 +76,12 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.control)
+
+    def broadcast(self, values: list[Any]) -> list[Any]:
+        """Objects of rank 0, on all ranks."""
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control, device=torch.device("cpu"))
+        return values
 
     def shard(self, batch: Tensor) -> Tensor:
         """This rank's equal part of a global batch, by the first dimension."""

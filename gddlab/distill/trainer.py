@@ -17,7 +17,7 @@ from torch import Tensor
 from gddlab.datasets import BatchReader, ImageDataset, order
 from gddlab.distill.backbone_weights import backbone_sha256
 from gddlab.distill.building import DTYPES, build_step, check
-from gddlab.distill.checkpoints import load_checkpoint, save_checkpoint
+from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.diversity import neighbor_distance
@@ -27,7 +27,7 @@ from gddlab.distill.metering import Meter
 from gddlab.distill.recording import GRID, Recorder, name_of
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
-from gddlab.files import hash_tensors, write_json
+from gddlab.files import hash_tensors, read_json, write_json
 from gddlab.nets import Precond, save_network
 from gddlab.probing import DEFAULT, probe, weight_change
 from gddlab.provenance import commit, hardware, versions
@@ -80,6 +80,7 @@ class Trainer:
             real if len(real) > 1 and neighbor_distance(real) > 0 else None,  # copies in the data are no yardstick
             Thresholds(grace_kimg=min(Thresholds.grace_kimg, config.total_kimg / 2)),
         )
+        self.checkpoints = Checkpoints(config.run_dir, world, keep=config.keep_checkpoints)
         self.iteration = 0
         self.seconds = 0.0
         self.real: list[Tensor] | None = None
@@ -179,7 +180,8 @@ class Trainer:
                 f"frozen parameters changed by {self.nimg} images on rank {self.world.rank}: this is a bug, please report it"
             )
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, best: bool = False) -> None:
+        """Begins to write one; `self.checkpoints.wait()` says when it stands."""
         self.check_losses()
         self.verify_frozen()
         meta = {
@@ -191,20 +193,22 @@ class Trainer:
             "meter": self.meter.state_dict(self.world),
             "health": self.health.state_dict(),
         }
-        save_checkpoint(
-            self.config.run_dir, self.step, self.ema, meta, self.world, keep=self.config.keep_checkpoints, ada=self.ada
-        )
+        self.checkpoints.save(training_state(self.step, self.ema, self.ada), meta, best=best)
 
-    def restore(self) -> bool:
-        meta = load_checkpoint(self.config.run_dir, self.step, self.ema, self.world, ada=self.ada)
-        if meta is None:
-            return False
+    def restore(self) -> Loaded | None:
+        """Continues from the newest checkpoint that is whole; None where there is none."""
+        state: dict[str, Any] = dict(training_state(self.step, self.ema, self.ada))
+        loaded = self.checkpoints.load(state)
+        if loaded is None:
+            return None
+        set_training_state(state, self.step, self.ema, self.ada)
+        meta = loaded.meta
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
         self.reader.load_state_dict(meta["data"])
         self.meter.load_state_dict(meta["meter"])
         self.health.load_state_dict(meta["health"])
         self.verify_frozen()
-        return True
+        return loaded
 
     def student_meta(self) -> dict[str, Any]:
         return {
@@ -223,16 +227,22 @@ class Trainer:
             recorder.raw(self.step.g, self.nimg, self.student_meta())
         self._alarm(recorder, self.health.observe_images(images, self.nimg / 1000))
 
-    def score(self, recorder: Recorder, score: Score) -> None:
-        """Scores the averaged student, and keeps it if it is the best so far."""
+    def score(self, recorder: Recorder | None, score: Score) -> bool:
+        """Scores the averaged student, all ranks together, and keeps it if it is the best so far; returns whether it is."""
         candidate = self.config.run_dir / f".candidate-{name_of(self.nimg)}.safetensors"
-        save_network(self.ema, candidate, **self.student_meta())
+        if recorder:
+            save_network(self.ema, candidate, **self.student_meta())
+        self.world.barrier()
         name, value, std = score(candidate)
-        kimg = self.nimg / 1000
-        best = recorder.best(candidate, name, value, kimg)
-        recorder.writer.add_scalar(f"metric/{name}", value, self.nimg)
-        recorder.say(f"{kimg:9.2f} kimg  {name} {value:.4g}{'  best so far' if best else ''}")
-        self._alarm(recorder, self.health.observe_metric(name, value, kimg, std=std))
+        self.world.barrier()  # all have read it
+        best = False
+        if recorder:
+            kimg = self.nimg / 1000
+            best = recorder.best(candidate, name, value, kimg)
+            recorder.writer.add_scalar(f"metric/{name}", value, self.nimg)
+            recorder.say(f"{kimg:9.2f} kimg  {name} {value:.4g}{'  best so far' if best else ''}")
+            self._alarm(recorder, self.health.observe_metric(name, value, kimg, std=std))
+        return self.world.any(best)
 
     def _alarm(self, recorder: Recorder, alarms: list[Alarm]) -> None:
         recorder.alarm(alarms)
@@ -266,23 +276,45 @@ class Trainer:
             "hardware": hardware(),
         }
 
-    def begin(self, resumed: bool) -> Recorder:
-        """Opens what rank 0 writes; a new run says what it is made of and shows its first grid."""
+    def _start(self) -> dict[str, Any]:
+        """One of the stretches that a run was made in."""
+        return {"nimg": self.nimg, "world_size": self.world.size, "commit": commit(), "hardware": hardware()}
+
+    def begin(self, loaded: Loaded | None) -> Recorder:
+        """Opens what rank 0 writes; a new run says what it is made of and shows its first grid, a continued one what is not as it was."""
         c, run = self.config, self.config.run_dir
         recorder = Recorder(run, nimg=self.nimg, total_nimg=self.total * c.batch, world_size=self.world.size)
         if not (run / "provenance.json").exists():
-            write_json(run / "provenance.json", self.provenance())
             card = getattr(self.teacher, "card", None)
             write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": c.teacher})
-        if not resumed:
+            write_json(run / "provenance.json", self.provenance())
+        known = read_json(run / "provenance.json")
+        write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), self._start()]})
+        if loaded is None:
             self.snapshot(recorder)
+            return recorder
+        kimg = self.nimg / 1000
+        for damage in loaded.damaged:
+            text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
+            recorder.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
+        recorder.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
+        before = loaded.meta["world_size"]
+        if before != self.world.size:
+            recorder.say(f"on {self.world.size} processes, before {before}: {self._not_identical()}")
         return recorder
+
+    def _not_identical(self) -> str:
+        """What a change of the number of processes changes."""
+        what = "the same images and noise, but sums are rounded in another order, so that numbers are not identical to the bit"
+        if self.step.adversarial and self.step.d.coupled and not self.config.sync_batchnorm:
+            what += "; and each process's BatchNorm sees another part of the batch (sync_batchnorm=True avoids that)"
+        return what
 
     def train(self, score: Score | None = None) -> str:
         """Runs to the end, or until asked to stop; returns "done" or "stopped".
 
         Args:
-            score: Scores students, on rank 0; needed with `metric_kimg`.
+            score: Scores students, called on all ranks; needed with `metric_kimg`.
         """
         c, world = self.config, self.world
         assert score is not None or c.metric_kimg is None
@@ -291,13 +323,31 @@ class Trainer:
                 signal.signal(s, lambda *_: setattr(self, "stop_asked", True))
             # what was asked while the process started was held back
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
-        resumed = self.restore()
+        loaded = self.restore()
+        self.checkpoints.go_on(loaded)
         if c.cache_real:
             self.cache_real()
-        recorder = self.begin(resumed) if world.rank == 0 else None
-        if c.probe_kimg and not resumed:
+        recorder = self.begin(loaded) if world.rank == 0 else None
+        if c.probe_kimg and loaded is None:
             self.probe()
-        state = "done"
+        try:
+            state = self._loop(recorder, score)
+            self.checkpoints.close()
+        except BaseException:
+            self.checkpoints.abandon()
+            raise
+        if recorder:
+            recorder.close()
+            if state == "done":
+                save_network(self.ema, c.run_dir / "student.safetensors", **self.student_meta())
+            why = {} if self.why_stopped is None else {"message": self.why_stopped}
+            recorder.status(state, self.nimg, **why)
+        world.barrier()
+        return state
+
+    def _loop(self, recorder: Recorder | None, score: Score | None) -> str:
+        """The iterations that are left, and what is due after each."""
+        c, world = self.config, self.world
         while self.iteration < self.total:
             began = time.perf_counter()
             if recorder:
@@ -314,22 +364,13 @@ class Trainer:
                 self.snapshot(recorder)
             if self.every(c.probe_kimg):
                 self.probe()
+            best = False
             if self.every(c.metric_kimg):
-                if recorder:
-                    assert score is not None
-                    self.score(recorder, score)
-                world.barrier()
+                assert score is not None
+                best = self.score(recorder, score)
             stop = world.any(self.stop_asked)
-            if stop or self.every(c.checkpoint_kimg):
-                self.checkpoint()
+            if stop or best or self.every(c.checkpoint_kimg):
+                self.checkpoint(best=best)
             if stop and self.iteration < self.total:
-                state = "stopped"
-                break
-        if recorder:
-            recorder.close()
-            if state == "done":
-                save_network(self.ema, c.run_dir / "student.safetensors", **self.student_meta())
-            why = {} if self.why_stopped is None else {"message": self.why_stopped}
-            recorder.status(state, self.nimg, **why)
-        world.barrier()
-        return state
+                return "stopped"
+        return "done"

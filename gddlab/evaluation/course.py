@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.devices import chosen_device
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.metrics import DISTANCES, names_of
@@ -113,8 +112,8 @@ def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record
     return {r.model_sha256: r for r in load_records(run_dir) if r.name == metric and n in (None, r.n)}
 
 
-def scorer(config: TrainConfig, device: torch.device) -> Score:
-    """A function from the file of a student to its score, by the metric of the configuration.
+def scorer(config: TrainConfig, world: World) -> Score:
+    """A function from the file of a student to its score, by the metric of the configuration; all ranks call it, and share the images.
 
     Records go to the run's evaluation.jsonl; a student that was scored before the run was interrupted is not scored again.
     The real images are all of the data's (of the classes trained on), also where the run trains on some of them.
@@ -127,7 +126,7 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
     metric = spec.metric_name(config.metric)
 
     def score(file: Path) -> tuple[str, float, float | None]:
-        net = load_run(config.run_dir).student(file).to(device)
+        net = load_run(config.run_dir).student(file).to(world.device)
         record = _known(config.run_dir, metric, config.metric_n).get(net.card.sha256)
         if record is None:
             try:
@@ -137,14 +136,14 @@ def scorer(config: TrainConfig, device: torch.device) -> Score:
                     metrics=(config.metric,),
                     n=config.metric_n,
                     extractor=config.metric_extractor,
-                    nproc=1,  # the other ranks do not make this call
                     progress=False,
                 )
             except GddlabError as e:  # images or score are not finite
                 sys.stdout.write(f"no score: {e}\n")
                 return metric, math.nan, None
             record = scores.record(metric)
-            append_records(config.run_dir, [record])
+            if world.rank == 0:
+                append_records(config.run_dir, [record])
         return record.metric, record.value, record.std
 
     return score

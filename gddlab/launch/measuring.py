@@ -82,10 +82,10 @@ def _timed(trainer: Trainer, world: World) -> float:
 
 
 def _checkpoint_bytes(trainer: Trainer) -> int:
-    from gddlab.distill.checkpoints import checkpoint_tensors
+    from gddlab.distill.checkpoints import training_state
 
-    tensors = checkpoint_tensors(trainer.step, trainer.ema, trainer.ada)
-    return sum(t.numel() * t.element_size() for t in tensors)
+    state = training_state(trainer.step, trainer.ema, trainer.ada)
+    return sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
 
 
 def main(folder: Path, batch: int, steps: int, stand_in: bool) -> None:

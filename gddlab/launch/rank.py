@@ -42,7 +42,7 @@ def run_rank(run_dir: str | Path) -> int:
         config = TrainConfig.load(folder)
         world = World.start(config.device)
         try:
-            Trainer(config, world).train(scorer(config, world.device) if config.metric_kimg else None)
+            Trainer(config, world).train(scorer(config, world) if config.metric_kimg else None)
         finally:
             world.close()
     except Exception as e:

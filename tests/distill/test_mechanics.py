@@ -257,7 +257,7 @@ def test_scores_of_students_are_records(tmp_path: Path, tiny_teacher: Path, monk
     monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tmp_path / "run", tiny_teacher, metric_kimg=0.048, metric_n=8, max_images=16)
     config.write()
-    Trainer(config, ALONE).train(scorer(config, torch.device("cpu")))
+    Trainer(config, ALONE).train(scorer(config, ALONE))
     records = read_jsonl(tmp_path / "run" / "evaluation.jsonl")
     assert [(r["metric"], r["kimg"], r["reference_n"]) for r in records] == [("fd-lite2@8", 0.048, 1797)]
     assert load_run(tmp_path / "run").best["value"] == records[0]["value"]

@@ -106,6 +106,7 @@ def test_a_conditional_student_gets_classes_of_the_data(tmp_path: Path) -> None:
     trainer = Trainer(config, ALONE)
     trainer.iterate()
     trainer.checkpoint()
+    trainer.checkpoints.wait()
     problem = adversarial_problem(tmp_path / "run", n=8, batch_size=4)
     labels = torch.cat([b.inputs[1] for b in problem.batches])
     assert labels.shape == (8, 10)

@@ -80,6 +80,7 @@ def test_a_run_does_not_continue_on_other_data(tmp_path: Path, tiny_teacher: Pat
     first = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
     first.iterate()
     first.checkpoint()
+    first.checkpoints.wait()
     second = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
     second.reader.dataset = ImageDataset(second.data.uint8[::-1], name="digits", source="test")
     with pytest.raises(GddlabError, match="the data position is of dataset_sha256"):
