@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,29 @@ from gddlab.processes import peak_memory_mib
 __all__ = ["AllReduceSum", "World", "all_reduce_sum"]
 
 
+ROLL_CALL_S = 10.0
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """Whether a collective's timeout is at the bottom of an error."""
+    while error is not None:
+        if "timed out" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @dataclass(frozen=True)
 class World:
     """One process of a run; `control` is a gloo group for decisions, so that they never wait for an accelerator; `saving` one for checkpoints, which
-    are written beside the training."""
+    are written beside the training; `store`, in rank 0 or in torchrun, is where ranks can meet when those fail."""
 
     rank: int
     size: int
     device: torch.device
     control: Any = None
     saving: Any = None
+    store: Any = None
 
     @classmethod
     def start(cls, device: str = "auto", *, timeout_s: float = 600) -> World:
@@ -53,11 +67,39 @@ class World:
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout) if gpu else dist.group.WORLD
-        return cls(rank, size, where, control, dist.new_group(backend="gloo", timeout=timeout))
+        saving = dist.new_group(backend="gloo", timeout=timeout)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=ROLL_CALL_S),
+        )
+        return cls(rank, size, where, control, saving, store)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def silent(self, error: BaseException) -> str | None:
+        """Who kept the others waiting, where an error is a collective's that timed out: "rank 1 has not answered"; else None.
+
+        Every rank that saw the error says so in the store; those that do not within some seconds are the ones.
+        """
+        if self.store is None or not _timed_out(error):
+            return None
+        keys = [f"gddlab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/answers/{r}" for r in range(self.size)]
+        end = time.monotonic() + ROLL_CALL_S
+        try:
+            self.store.set(keys[self.rank], "yes")
+            while missing := [r for r, key in enumerate(keys) if not self.store.check([key])]:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.1)
+        except Exception:  # the store does not answer either, and rank 0 holds it
+            missing = [0]
+        if not missing:
+            return None
+        return f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {'have' if len(missing) > 1 else 'has'} not answered"
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError, NotFound
-from gddlab.launch.lock import held, owner
+from gddlab.launch.lock import held, owners
 from gddlab.runs import Run
 
 __all__ = ["RunFailed", "RunHandle", "attach"]
@@ -32,14 +32,17 @@ class RunHandle(Run):
 
     @property
     def status(self) -> str:
-        """ "starting", "running", "done", "failed" or "stopped"; a run whose processes died without a word reads "failed"."""
+        """ "starting", "running", "done", "failed" or "stopped"; a run whose processes died without a word reads "failed".
+
+        A rank has failed while processes are left: they are ended, or started again (`max_restarts`), and until then this reads "running".
+        """
         if self.process is not None:
             self.process.poll()  # reaps the child, so that it is no zombie
         state = str(self.written_status.get("state", "stopped"))
         if state in ("starting", "running") and not held(self.run_dir):
             state = str(self.written_status.get("state", "stopped"))  # it may have ended between the two looks
             return "failed" if state in ("starting", "running") else state
-        return state
+        return "running" if state == "failed" and held(self.run_dir) else state
 
     def wait(self, timeout: float | None = None) -> RunHandle:
         """Returns when the run has ended.
@@ -67,7 +70,7 @@ class RunHandle(Run):
         return self.wait(timeout)
 
     def kill(self) -> RunHandle:
-        """Ends every process at once, without a checkpoint; returns when none is left and the lock is free."""
+        """Ends every process on this machine at once, without a checkpoint; returns when none is left and the lock is free."""
         if self._signal(signal.SIGKILL):
             while held(self.run_dir):
                 time.sleep(0.02)
@@ -98,15 +101,25 @@ class RunHandle(Run):
         return self.wait()
 
     def _signal(self, number: int) -> bool:
-        """Sends a signal to the run's owner (SIGTERM) or to its whole process group (SIGKILL); False if nothing runs."""
+        """Sends a signal to the run's owners (SIGTERM) or to their whole process groups (SIGKILL); False if nothing runs.
+
+        Raises:
+            GddlabError: It runs, but on other machines.
+        """
         if not held(self.run_dir):
             return False
-        while (pid := owner(self.run_dir)) is None:  # starting: the lock is taken a moment before it is signed
+        while (pids := owners(self.run_dir)) is None:  # starting: the lock is taken a moment before it is signed
             if not held(self.run_dir):
                 return False
             time.sleep(0.02)
-        with suppress(ProcessLookupError):
-            (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+        if not pids:
+            raise GddlabError(f"{self.run_dir} is run by other machines only: stop it on one of them")
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                if number == signal.SIGKILL and os.getpgid(pid) != os.getpgrp():
+                    os.killpg(os.getpgid(pid), number)
+                else:
+                    os.kill(pid, number)
         return True
 
     def __repr__(self) -> str:

@@ -1,32 +1,52 @@
-"""One rank of a run: `python -m gddlab.launch.rank RUN_DIR`, started by torchrun or by the owner of the run."""
+"""One rank of a run: `python -m gddlab.launch.rank RUN_DIR`, started by torchrun, or by the owner of the run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from gddlab.distill.recording import write_status
+from gddlab.errors import GddlabError
 from gddlab.files import read_json
+from gddlab.launch.lock import Job, sign, take
+from gddlab.launch.plan import OWNED, TIMEOUT
 
 __all__ = ["report_failure", "run_rank"]
 
 
-def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> None:
-    """Writes status "failed" with the traceback; the first failure stands."""
-    status = read_json(run_dir / "status.json") if (run_dir / "status.json").exists() else {}
-    if status.get("state") == "failed":
+def report_failure(run_dir: Path, error: BaseException, *, rank: int | None, first: bool = True) -> None:
+    """Writes status "failed" with the traceback.
+
+    Args:
+        run_dir: The run.
+        error: What happened.
+        rank: Where; None where nobody knows.
+        first: Leaves a failure that stands there alone: the later ones of other ranks follow from it.
+    """
+    status = _status(run_dir)
+    if first and status.get("state") == "failed":
         return
-    text = "".join(traceback.format_exception(error))
-    write_status(run_dir, "failed", rank=rank, error=text, message=f"{type(error).__name__}: {error}")
+    text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
+    about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
+    # a refusal is the same the next time: processes that are started again leave at once
+    with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: the log and the exit code are left
+        write_status(run_dir, "failed", **about, refused=isinstance(error, GddlabError) and first)
+
+
+def _status(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "status.json"
+    return read_json(path) if path.exists() else {}
 
 
 def run_rank(run_dir: str | Path) -> int:
     """Trains as the rank that the environment names; output goes to log/rankN.txt. Returns the exit code."""
     folder = Path(run_dir)
-    rank = int(os.environ.get("RANK", 0))
+    rank, restarts = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     (folder / "log").mkdir(exist_ok=True)
     with (folder / "log" / f"rank{rank}.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -38,18 +58,37 @@ def run_rank(run_dir: str | Path) -> int:
     from gddlab.distill.trainer import Trainer
     from gddlab.evaluation import scorer
 
+    timeout = float(os.environ.get(TIMEOUT, 600))
     try:
+        _lock(folder)
+        status = _status(folder)
+        if restarts and status.get("refused"):
+            return 1
+        if rank == 0:
+            write_status(folder, "starting")
         config = TrainConfig.load(folder)
-        world = World.start(config.device)
+        world = World.start(config.device, timeout_s=timeout)
         try:
             Trainer(config, world).train(scorer(config, world) if config.metric_kimg else None)
-        finally:
-            world.close()
+        except Exception as e:
+            hanging = world.silent(e)
+            if hanging is None:
+                raise
+            raise GddlabError(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
+        world.close()
     except Exception as e:
         traceback.print_exc()
         report_failure(folder, e, rank=rank)
         return 1
     return 0
+
+
+def _lock(folder: Path) -> None:
+    """Locks the run for as long as this process lives, where who started it has not done so (torchrun by hand): once a machine."""
+    if OWNED in os.environ or int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sign(take(folder, Job(os.environ.get("TORCHELASTIC_RUN_ID", "-"), nodes)), os.getpid())
 
 
 def _die_with_parent() -> None:
@@ -61,4 +100,8 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(sys.argv[1]))
+    code = run_rank(sys.argv[1])
+    if code:  # threads may still wait for ranks that are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

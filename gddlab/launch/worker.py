@@ -1,59 +1,88 @@
-"""The process that owns a run: trains alone, or starts one process a rank through torchrun's API.
+"""The process that owns a run on a machine: trains alone, or starts one process a rank through torchrun's API.
 
-`python -m gddlab.launch.worker RUN_DIR NPROC`
+`python -m gddlab.launch.worker RUN_DIR LAUNCH`, the launch as JSON
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gddlab.distill.recording import write_status
+from gddlab.errors import GddlabError
 from gddlab.files import read_json
 from gddlab.launch.handle import PROGRESS
-from gddlab.launch.rank import run_rank
+from gddlab.launch.plan import FRESH_STORE, SIGNALS, TIMEOUT, Launch
+from gddlab.launch.rank import report_failure, run_rank
 
 __all__: list[str] = []
 
+STOP_S = 60
+"""Seconds in which ranks that were asked to leave must have made their checkpoint."""
 
-def main(run_dir: str, nproc: int) -> int:
-    if nproc == 1:
+
+def main(run_dir: Path, launch: Launch) -> int:
+    os.environ |= {TIMEOUT: str(launch.timeout_s), FRESH_STORE: "1"}
+    if launch.alone:
         return run_rank(run_dir)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
+        min_nodes=launch.nnodes,
+        max_nodes=launch.nnodes,
+        nproc_per_node=launch.nproc,
+        run_id=uuid.uuid4().hex if launch.nnodes == 1 else run_dir.name,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
+        max_restarts=launch.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT",
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=STOP_S,
     )
 
     def asked(number: int, frame: object) -> None:
         raise SignalException("asked to stop", signal.Signals(number))
 
     try:
-        signal.signal(signal.SIGTERM, asked)  # until torchrun sets its own
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, asked)  # until torchrun sets its own
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
-        elastic_launch(config, sys.executable)("-m", "gddlab.launch.rank", run_dir)
+        elastic_launch(config, sys.executable)("-m", "gddlab.launch.rank", str(run_dir))
     except SignalException as e:
-        if e.sigval != signal.SIGTERM:
+        if e.sigval == signal.SIGINT:
             return 1
-        settle(Path(run_dir))  # the ranks made a checkpoint and left, or had not begun
-    except Exception as e:  # the ranks wrote their own error; this is torchrun's summary
-        from gddlab.launch.rank import report_failure
-
-        report_failure(Path(run_dir), e, rank=None)
+        settle(run_dir)  # the ranks made a checkpoint and left, or had not begun
+    except ChildFailedError as e:
+        killed = _killed(e.failures)
+        if killed is not None:
+            rank, why = killed
+            report_failure(run_dir, GddlabError(why), rank=rank, first=False)
+        else:
+            report_failure(run_dir, e, rank=None)  # the ranks wrote their own error; this is torchrun's summary
+        return 1
+    except Exception as e:
+        report_failure(run_dir, e, rank=None)
         return 1
     return 0
+
+
+def _killed(failures: Mapping[int, Any]) -> tuple[int, str] | None:
+    """The rank that a signal ended, which cannot say so itself; the others only saw a connection close."""
+    for rank, failure in failures.items():
+        number = -failure.exitcode
+        if number > 0 and number != signal.SIGTERM:  # SIGTERM is what the others get from torchrun
+            name = signal.Signals(number).name
+            hint = ", as the system does when memory is short" if number == signal.SIGKILL else ""
+            return rank, f"rank {rank} was ended by {name}{hint}: the same call continues from the last checkpoint"
+    return None
 
 
 def settle(run_dir: Path) -> None:
@@ -64,4 +93,4 @@ def settle(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Launch.of_json(sys.argv[2])))

@@ -1,0 +1,129 @@
+"""How a run is spread over processes and machines, and the same as a command for torchrun or SLURM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from gddlab.distill.config import TrainConfig
+from gddlab.errors import GddlabError
+from gddlab.launch.lock import Job
+
+__all__ = ["OWNED", "SIGNALS", "TIMEOUT", "Launch", "slurm_script", "torchrun_command"]
+
+OWNED = "GDDLAB_OWNED"
+"""Set for processes whose run directory is locked by who started them."""
+TIMEOUT = "GDDLAB_TIMEOUT"
+"""Seconds that a collective waits."""
+SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
+"""What torchrun hands on to the ranks, which then make a checkpoint and leave; clusters send SIGUSR1 before a job's time is up."""
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1, each start of the ranks has a store of its own; in one that is shared, ranks that are started again meet the addresses of those that died
+(pytorch#135712)."""
+GRACE = 120
+"""Seconds that SLURM leaves for that."""
+ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Arguments of `gddlab.train` beside the configuration.
+
+    Raises:
+        GddlabError: A number out of range, or several machines without a place to meet.
+    """
+
+    nproc: int = 1
+    nnodes: int = 1
+    rdzv_endpoint: str | None = None
+    max_restarts: int = 0
+    timeout_s: float = 600
+
+    def __post_init__(self) -> None:
+        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
+            if getattr(self, name) < least:
+                raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise GddlabError(f"timeout_s={self.timeout_s}: give seconds, more than 0")
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise GddlabError(
+                f"nnodes={self.nnodes} without rdzv_endpoint: give HOST:PORT of one of the machines, the same on all"
+            )
+        if self.rdzv_endpoint is not None:
+            found = ENDPOINT.fullmatch(self.rdzv_endpoint)
+            if not found or not 0 < int(found[2]) < 65536:
+                raise GddlabError(f"rdzv_endpoint={self.rdzv_endpoint!r}: give HOST:PORT, such as node0:29500")
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nnodes
+
+    @property
+    def job(self) -> Job:
+        return Job(self.rdzv_endpoint or "-", self.nnodes)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process does it all, without torchrun and without a process group."""
+        return self.world_size == 1 and not self.max_restarts
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def of_json(cls, text: str) -> Launch:
+        return cls(**json.loads(text))
+
+
+def torchrun_command(run_dir: Path, launch: Launch, *, endpoint: str | None = None, job: str | None = None) -> str:
+    """The line that starts a run's part on one machine; `run_dir` must hold the configuration.
+
+    Args:
+        run_dir: The run.
+        launch: Processes and machines.
+        endpoint, job: Shell words in place of the launch's own, such as "$head:29500".
+    """
+    words = [f"{FRESH_STORE}=1"] if launch.max_restarts else []
+    words += ["torchrun", f"--nnodes={launch.nnodes}", f"--nproc-per-node={launch.nproc}"]
+    if launch.nnodes == 1:
+        words.append("--standalone")
+    else:
+        where = endpoint or shlex.quote(str(launch.rdzv_endpoint))
+        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={where}", f"--rdzv-id={job or shlex.quote(run_dir.name)}"]
+    words += [f"--max-restarts={launch.max_restarts}", f"--signals-to-handle={SIGNALS}"]
+    return " ".join([*words, "-m", "gddlab.launch.rank", shlex.quote(str(run_dir))])
+
+
+def slurm_script(config: TrainConfig, launch: Launch) -> str:
+    """A batch script for `sbatch`: one torchrun a machine, a checkpoint before the time is up, and the job in the queue again until the run is done."""
+    run, name = shlex.quote(str(config.run_dir)), re.sub(r"[^\w.-]", "-", config.run_dir.name)
+    endpoint = '"$head:29500"' if launch.rdzv_endpoint is None else shlex.quote(launch.rdzv_endpoint)
+    multi = dataclasses.replace(launch, rdzv_endpoint=launch.rdzv_endpoint or "head:29500")
+    line = torchrun_command(config.run_dir, multi, endpoint=endpoint, job='"$SLURM_JOB_ID"')
+    gpus = [] if config.device == "cpu" else [f"#SBATCH --gpus-per-node={launch.nproc}"]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"#SBATCH --job-name={name}",
+            f"#SBATCH --nodes={launch.nnodes}",
+            "#SBATCH --ntasks-per-node=1",
+            *gpus,
+            f"#SBATCH --cpus-per-task={max(2, 8 * launch.nproc)}",
+            f"#SBATCH --signal=USR1@{GRACE}",
+            "#SBATCH --requeue",
+            "#SBATCH --open-mode=append",
+            f"#SBATCH --output={name}-%j.txt",
+            "# add what your cluster wants: --time, --partition, --account, and how Python is found",
+            "",
+            f"export {TIMEOUT}={launch.timeout_s:g}",
+            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            f"srun --kill-on-bad-exit=1 {line}",
+            f'if [ "$(gddlab runs --state {run})" = stopped ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            "",
+        ]
+    )

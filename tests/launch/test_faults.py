@@ -1,0 +1,122 @@
+"""What kills a run, or half of it, costs minutes at most: ranks killed at random moments, hanging ranks, agents that die, other numbers of processes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.files import read_json
+from gddlab.launch import RunFailed, attach, train
+from gddlab.launch.lock import held
+from tests.conftest import tiny_config
+from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
+
+
+def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, seed: int = 0) -> None:
+    """Ranks of two are killed while they start, train and save; the end is that of a run that nobody touched, to the bit."""
+    often: dict[str, Any] = {"total_kimg": 0.008 * steps, "checkpoint_kimg": 0.008, "snapshot_kimg": 100}
+    whole = tiny_config(tmp_path / "whole", teacher, **often)
+    assert train(whole, nproc=2).wait(600).status == "done"
+
+    config = tiny_config(tmp_path / "killed", teacher, **often)
+    run = train(config, nproc=2, max_restarts=kills)
+    rng = random.Random(seed)
+    told = []
+    for _ in range(kills):
+        there = until(lambda: len(found := ranks(run.run_dir)) == 2 and found, 300)
+        # half of them while they start, half of them between two saves, each of which takes about as long as a step
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 4))
+        else:
+            until(reached(run, run.written_status.get("nimg", 0) + 8), 300)
+            time.sleep(rng.uniform(0, 0.5))
+        assert run.status in ("starting", "running"), run.written_status
+        rank = rng.randrange(2)
+        saving = len(list((run.run_dir / "checkpoints").glob(".*.tmp")))
+        told.append((rank, run.written_status.get("nimg", 0), saving))
+        kill(there[rank])
+        until(lambda pids=there: not set(pids.values()) & set(ranks(run.run_dir).values()), 120)
+    assert run.wait(600).status == "done"
+    print(f"killed (rank, images seen, whether a save was under way): {told}")  # noqa: T201 (read in the long form)
+    a, b = ended_with(whole), ended_with(config)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert lines(whole.run_dir) == lines(config.run_dir)
+    assert [m["nimg"] for m in lines(config.run_dir)] == [16 * i for i in range(1, steps // 2 + 1)]
+    assert len(read_json(config.run_dir / "provenance.json")["starts"]) <= kills + 1
+    assert not processes(config.run_dir)
+
+
+def test_ranks_killed_at_random(tmp_path: Path, tiny_teacher: Path) -> None:
+    killed_at_random(tmp_path, tiny_teacher, kills=3, steps=60)
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_random_twenty_times(tmp_path: Path, tiny_teacher: Path) -> None:
+    killed_at_random(tmp_path, tiny_teacher, kills=24, steps=400, seed=1)
+
+
+def test_other_numbers_of_processes(tmp_path: Path, tiny_teacher: Path) -> None:
+    """1, 2, 1 processes, each killed: after 20 steps in float64 with synchronised BatchNorm, parameters agree with an undisturbed run's to 1e-9."""
+    fields: dict[str, Any] = {"precision": "float64", "sync_batchnorm": True, "total_kimg": 0.16}
+    fields |= {"checkpoint_kimg": 0.016, "snapshot_kimg": 0.16}
+    whole = tiny_config(tmp_path / "whole", tiny_teacher, **fields)
+    assert train(whole).wait(300).status == "done"
+    config = tiny_config(tmp_path / "changing", tiny_teacher, **fields)
+    for nproc, nimg in ((1, 48), (2, 104)):
+        run = train(config, nproc=nproc)
+        until(reached(run, nimg), 300)
+        assert run.kill().status == "stopped"
+    run = train(config).wait(300)
+    assert run.status == "done"
+    starts = read_json(config.run_dir / "provenance.json")["starts"]
+    assert [s["world_size"] for s in starts] == [1, 2, 1]
+    assert 0 < starts[1]["nimg"] < starts[2]["nimg"]
+    log = (config.run_dir / "log" / "rank0.txt").read_text()
+    assert "on 2 processes, before 1" in log and "on 1 processes, before 2" in log
+    a, b = ended_with(whole), ended_with(config)
+    for name in a:
+        if not name.endswith(".main.0.bias"):  # a bias before BatchNorm: its true gradient is 0
+            assert_close(a[name], b[name], rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert [m["nimg"] for m in lines(config.run_dir)] == [16 * i for i in range(1, 11)]
+
+
+def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path: Path, tiny_teacher: Path) -> None:
+    run = train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100), nproc=2)
+    until(reached(run, 16))
+    kill(ranks(run.run_dir)[1])
+    with pytest.raises(RunFailed, match="rank 1 was ended by SIGKILL, as the system does when memory is short"):
+        run.wait(120)
+    assert run.written_status["rank"] == 1
+    assert not processes(run.run_dir)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hanging_rank_is_named(rank: int, tmp_path: Path, tiny_teacher: Path) -> None:
+    run = train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100), nproc=2, timeout_s=4)
+    until(reached(run, 16))
+    there = ranks(run.run_dir)
+    kill(there[rank], signal.SIGSTOP)
+    with pytest.raises(RunFailed, match=f"rank {rank} has not answered for 4 s"):
+        run.wait(180)
+    assert not processes(run.run_dir)
+
+
+def test_no_rank_outlives_its_agent(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.16, checkpoint_kimg=0.016)
+    run = train(config, nproc=2)
+    until(reached(run, 32))
+    assert run.process is not None
+    run.process.kill()
+    until(lambda: not processes(run.run_dir), 30)
+    assert not held(run.run_dir)
+    assert attach(run.run_dir).status == "failed"
+    assert train(config, nproc=2).wait(240).status == "done"
+    assert [m["nimg"] for m in lines(run.run_dir)] == [16 * i for i in range(1, 11)]
