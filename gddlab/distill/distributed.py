@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -87,19 +88,24 @@ class World:
         """
         if self.store is None or not _timed_out(error):
             return None
-        keys = [f"gddlab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/answers/{r}" for r in range(self.size)]
-        end = time.monotonic() + ROLL_CALL_S
-        try:
-            self.store.set(keys[self.rank], "yes")
-            while missing := [r for r, key in enumerate(keys) if not self.store.check([key])]:
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.1)
-        except Exception:  # the store does not answer either, and rank 0 holds it
-            missing = [0]
+        missing = [0]  # rank 0 may hold the store, and a store that hangs answers nobody
+        call = threading.Thread(target=lambda: missing.__setitem__(slice(None), self._roll_call()), daemon=True)
+        call.start()
+        call.join(2 * ROLL_CALL_S)
         if not missing:
             return None
         return f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {'have' if len(missing) > 1 else 'has'} not answered"
+
+    def _roll_call(self) -> list[int]:
+        """Ranks that do not say within some seconds that they are there."""
+        keys = [f"gddlab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/answers/{r}" for r in range(self.size)]
+        self.store.set(keys[self.rank], "yes")
+        end = time.monotonic() + ROLL_CALL_S
+        while missing := [r for r, key in enumerate(keys) if not self.store.check([key])]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return missing
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""

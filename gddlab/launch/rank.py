@@ -19,23 +19,26 @@ from gddlab.launch.plan import OWNED, TIMEOUT
 __all__ = ["report_failure", "run_rank"]
 
 
-def report_failure(run_dir: Path, error: BaseException, *, rank: int | None, first: bool = True) -> None:
-    """Writes status "failed" with the traceback.
+class Silent(GddlabError):
+    """A rank kept the others waiting for too long."""
+
+
+def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> None:
+    """Writes status "failed" with the traceback. A failure that stands there is left alone: the later ones of other ranks follow from it.
 
     Args:
         run_dir: The run.
         error: What happened.
         rank: Where; None where nobody knows.
-        first: Leaves a failure that stands there alone: the later ones of other ranks follow from it.
     """
     status = _status(run_dir)
-    if first and status.get("state") == "failed":
+    if status.get("state") == "failed":
         return
     text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
     about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
-    # a refusal is the same the next time: processes that are started again leave at once
+    cause = "silent" if isinstance(error, Silent) else "refused" if isinstance(error, GddlabError) else "error"
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: the log and the exit code are left
-        write_status(run_dir, "failed", **about, refused=isinstance(error, GddlabError) and first)
+        write_status(run_dir, "failed", **about, cause=cause)
 
 
 def _status(run_dir: Path) -> dict[str, Any]:
@@ -62,8 +65,8 @@ def run_rank(run_dir: str | Path) -> int:
     try:
         _lock(folder)
         status = _status(folder)
-        if restarts and status.get("refused"):
-            return 1
+        if restarts and status.get("cause") == "refused":
+            return 1  # it would be refused again
         if rank == 0:
             write_status(folder, "starting")
         config = TrainConfig.load(folder)
@@ -74,7 +77,7 @@ def run_rank(run_dir: str | Path) -> int:
             hanging = world.silent(e)
             if hanging is None:
                 raise
-            raise GddlabError(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
+            raise Silent(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
         world.close()
     except Exception as e:
         traceback.print_exc()

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gddlab.distill.recording import write_status
-from gddlab.errors import GddlabError
-from gddlab.files import read_json
+from gddlab.files import read_json, write_json
 from gddlab.launch.handle import PROGRESS
 from gddlab.launch.plan import FRESH_STORE, SIGNALS, TIMEOUT, Launch
 from gddlab.launch.rank import report_failure, run_rank
@@ -61,12 +60,12 @@ def main(run_dir: Path, launch: Launch) -> int:
             return 1
         settle(run_dir)  # the ranks made a checkpoint and left, or had not begun
     except ChildFailedError as e:
+        report_failure(run_dir, e, rank=None)  # the ranks wrote their own error; this is torchrun's summary
+        told = read_json(run_dir / "status.json")
         killed = _killed(e.failures)
-        if killed is not None:
+        if killed is not None and told.get("cause") == "error":  # what the others saw of it
             rank, why = killed
-            report_failure(run_dir, GddlabError(why), rank=rank, first=False)
-        else:
-            report_failure(run_dir, e, rank=None)  # the ranks wrote their own error; this is torchrun's summary
+            write_json(run_dir / "status.json", told | {"rank": rank, "error": why, "message": why})
         return 1
     except Exception as e:
         report_failure(run_dir, e, rank=None)
