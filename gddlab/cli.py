@@ -19,7 +19,7 @@ from gddlab.commands.images import Evaluate, Reference, Sample
 from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.reporting import Report
 from gddlab.commands.teachers import Convert, Export, Teacher
-from gddlab.commands.training import Configured, Demo, Preflight, Train
+from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train
 from gddlab.errors import GddlabError
 
 __all__ = ["main"]
@@ -35,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "freeze": Freeze,
     "mask": Mask,
     "train": Train,
+    "runs": Runs,
     "preflight": Preflight,
     "sample": Sample,
     "evaluate": Evaluate,

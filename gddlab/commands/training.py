@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -16,7 +17,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.nets import Precond
 
-__all__ = ["Configured", "Demo", "Preflight", "Train"]
+__all__ = ["Configured", "Demo", "Preflight", "Runs", "Train"]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,52 @@ class Train(Configured):
 
     detach: bool = False
     """Returns at once; the run goes on."""
+    nnodes: int = 1
+    """Machines; each runs this command, on a directory that all of them see."""
+    rdzv_endpoint: str | None = None
+    """HOST:PORT of one of the machines, where they meet; under SLURM the first of them, if left away."""
+    max_restarts: int = 0
+    """So many times the processes are started again from the last checkpoint when one of them has died."""
+    timeout_s: float = 600
+    """Seconds after which a process that does not answer the others ends the run."""
+    print_launch: Literal["torchrun", "slurm"] | None = None
+    """Trains nothing: writes the configuration into the run directory and prints the command that trains it, a line or a batch script."""
 
     def run(self) -> None:
         from gddlab.launch import train
+        from gddlab.launch.plan import HEAD, Launch, prepared
 
-        run = train(self.configured(), nproc=self.nproc)
+        endpoint = HEAD if self.print_launch == "slurm" and self.rdzv_endpoint is None else self.rdzv_endpoint
+        how: dict[str, Any] = {"nproc": self.nproc, "nnodes": self.nnodes, "rdzv_endpoint": endpoint}
+        how |= {"max_restarts": self.max_restarts, "timeout_s": self.timeout_s}
+        if self.print_launch is not None:
+            out(prepared(self.configured(), Launch(**how), self.print_launch))
+            return
+        run = train(self.configured(), **how)
         if not self.detach:
             run.watch()
         out(run)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Says which runs lie below a folder, and what each has come to."""
+
+    folder: Positional[Path] = Path("runs")
+    """Folder of run directories, or one of them."""
+    state: bool = False
+    """Only the state, a word a run: starting, running, done, failed, stopped."""
+    json: bool = False
+    """Prints JSON."""
+
+    def run(self) -> None:
+        from gddlab.launch.listing import listing
+
+        found = listing(self.folder)
+        if self.json:
+            out(json.dumps(found.to_dict("records"), indent=2))
+        else:
+            out("\n".join(found["state"]) if self.state else found.to_string(index=False))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Iterable
@@ -59,7 +60,13 @@ class Recorder:
     def status(self, state: str, nimg: int, **extra: Any) -> None:
         if self.alarms:
             extra["alarm"] = self.alarms[-1]
-        write_status(self.run_dir, state, nimg=nimg, total_nimg=self.total_nimg, world_size=self.world_size, **extra)
+        about = {
+            "nimg": nimg,
+            "total_nimg": self.total_nimg,
+            "world_size": self.world_size,
+            "host": socket.gethostname(),
+        }
+        write_status(self.run_dir, state, **about, **extra)
 
     def beat(self, nimg: int) -> None:
         """A sign of life, now and then."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError, NotFound
@@ -17,6 +19,8 @@ from gddlab.runs import Run
 __all__ = ["RunFailed", "RunHandle", "attach"]
 
 TAIL_BYTES = 1 << 16
+STALE_S = 120.0
+"""Without a sign of life for so long, a run on another machine is taken for dead."""
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
 """What status.json says of a run beside its state."""
 
@@ -39,10 +43,15 @@ class RunHandle(Run):
         if self.process is not None:
             self.process.poll()  # reaps the child, so that it is no zombie
         state = str(self.written_status.get("state", "stopped"))
-        if state in ("starting", "running") and not held(self.run_dir):
+        if state in ("starting", "running") and not held(self.run_dir) and not self._heard_elsewhere():
             state = str(self.written_status.get("state", "stopped"))  # it may have ended between the two looks
             return "failed" if state in ("starting", "running") else state
         return "running" if state == "failed" and held(self.run_dir) else state
+
+    def _heard_elsewhere(self) -> bool:
+        """Whether another machine, whose lock may not be seen here, gave a sign of life of late."""
+        s = self.written_status
+        return s.get("host", socket.gethostname()) != socket.gethostname() and time.time() - s["heartbeat"] < STALE_S
 
     def wait(self, timeout: float | None = None) -> RunHandle:
         """Returns when the run has ended.
@@ -101,7 +110,7 @@ class RunHandle(Run):
         return self.wait()
 
     def _signal(self, number: int) -> bool:
-        """Sends a signal to the run's owners (SIGTERM) or to their whole process groups (SIGKILL); False if nothing runs.
+        """Sends a signal to the run's owners (SIGTERM), or to all processes that belong to them (SIGKILL); False if nothing runs.
 
         Raises:
             GddlabError: It runs, but on other machines.
@@ -115,17 +124,25 @@ class RunHandle(Run):
         if not pids:
             raise GddlabError(f"{self.run_dir} is run by other machines only: stop it on one of them")
         for pid in pids:
-            with suppress(ProcessLookupError):
-                if number == signal.SIGKILL and os.getpgid(pid) != os.getpgrp():
-                    os.killpg(os.getpgid(pid), number)
-                else:
-                    os.kill(pid, number)
+            with suppress(psutil.NoSuchProcess):
+                for process in _family(pid) if number == signal.SIGKILL else [psutil.Process(pid)]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
         return True
 
     def __repr__(self) -> str:
         s = self.written_status
         share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
         return f"<run {self.run_dir.name}: {self.status}{share}>"
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """An owner and what it started; where it is a rank of torchrun's, which would start it again, torchrun and all its ranks."""
+    first = psutil.Process(pid)
+    above = first.parent()
+    if above is not None and any("torchrun" in word or "torch.distributed.run" in word for word in above.cmdline()):
+        first = above
+    return [first, *first.children(recursive=True)]
 
 
 def attach(run_dir: str | Path) -> RunHandle:

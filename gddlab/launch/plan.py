@@ -10,11 +10,22 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from gddlab.distill.building import check
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.launch.lock import Job
 
-__all__ = ["OWNED", "SIGNALS", "TIMEOUT", "Launch", "slurm_script", "torchrun_command"]
+__all__ = [
+    "HEAD",
+    "OWNED",
+    "SIGNALS",
+    "TIMEOUT",
+    "Launch",
+    "launch_environment",
+    "prepared",
+    "slurm_script",
+    "torchrun_command",
+]
 
 OWNED = "GDDLAB_OWNED"
 """Set for processes whose run directory is locked by who started them."""
@@ -25,6 +36,8 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Set to 1, each start of the ranks has a store of its own; in one that is shared, ranks that are started again meet the addresses of those that died
 (pytorch#135712)."""
+HEAD = "$head:29500"
+"""Where the machines of a SLURM job meet, if nothing else is said: on the first of them."""
 GRACE = 120
 """Seconds that SLURM leaves for that."""
 ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
@@ -80,21 +93,25 @@ class Launch:
         return cls(**json.loads(text))
 
 
-def torchrun_command(run_dir: Path, launch: Launch, *, endpoint: str | None = None, job: str | None = None) -> str:
-    """The line that starts a run's part on one machine; `run_dir` must hold the configuration.
+def launch_environment(launch: Launch) -> dict[str, str]:
+    """Variables that torchrun and the ranks go by."""
+    return {FRESH_STORE: "1", TIMEOUT: f"{launch.timeout_s:g}"}
+
+
+def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -> str:
+    """The line that starts a run's part on one machine, in `launch_environment`; `run_dir` must hold the configuration.
 
     Args:
         run_dir: The run.
         launch: Processes and machines.
-        endpoint, job: Shell words in place of the launch's own, such as "$head:29500".
+        job: Name of the rendezvous, a shell word; the run's if None.
     """
-    words = [f"{FRESH_STORE}=1"] if launch.max_restarts else []
-    words += ["torchrun", f"--nnodes={launch.nnodes}", f"--nproc-per-node={launch.nproc}"]
+    words = ["torchrun", f"--nnodes={launch.nnodes}", f"--nproc-per-node={launch.nproc}"]
     if launch.nnodes == 1:
         words.append("--standalone")
     else:
-        where = endpoint or shlex.quote(str(launch.rdzv_endpoint))
-        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={where}", f"--rdzv-id={job or shlex.quote(run_dir.name)}"]
+        words += ["--rdzv-backend=c10d", f'--rdzv-endpoint="{launch.rdzv_endpoint}"']
+        words += [f"--rdzv-id={job or shlex.quote(run_dir.name)}"]
     words += [f"--max-restarts={launch.max_restarts}", f"--signals-to-handle={SIGNALS}"]
     return " ".join([*words, "-m", "gddlab.launch.rank", shlex.quote(str(run_dir))])
 
@@ -102,9 +119,7 @@ def torchrun_command(run_dir: Path, launch: Launch, *, endpoint: str | None = No
 def slurm_script(config: TrainConfig, launch: Launch) -> str:
     """A batch script for `sbatch`: one torchrun a machine, a checkpoint before the time is up, and the job in the queue again until the run is done."""
     run, name = shlex.quote(str(config.run_dir)), re.sub(r"[^\w.-]", "-", config.run_dir.name)
-    endpoint = '"$head:29500"' if launch.rdzv_endpoint is None else shlex.quote(launch.rdzv_endpoint)
-    multi = dataclasses.replace(launch, rdzv_endpoint=launch.rdzv_endpoint or "head:29500")
-    line = torchrun_command(config.run_dir, multi, endpoint=endpoint, job='"$SLURM_JOB_ID"')
+    line = torchrun_command(config.run_dir, launch, job='"$SLURM_JOB_ID"')
     gpus = [] if config.device == "cpu" else [f"#SBATCH --gpus-per-node={launch.nproc}"]
     return "\n".join(
         [
@@ -120,10 +135,31 @@ def slurm_script(config: TrainConfig, launch: Launch) -> str:
             f"#SBATCH --output={name}-%j.txt",
             "# add what your cluster wants: --time, --partition, --account, and how Python is found",
             "",
-            f"export {TIMEOUT}={launch.timeout_s:g}",
+            *(f"export {k}={v}" for k, v in launch_environment(launch).items()),
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"srun --kill-on-bad-exit=1 {line}",
             f'if [ "$(gddlab runs --state {run})" = stopped ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             "",
         ]
     )
+
+
+def prepared(config: TrainConfig, launch: Launch, kind: str) -> str:
+    """Writes a run's configuration into its directory, for processes that others start, and says how.
+
+    Args:
+        config: What is to be run.
+        launch: Processes and machines.
+        kind: "torchrun", a line for each machine; "slurm", a batch script.
+
+    Raises:
+        GddlabError: What `gddlab.train` would refuse.
+    """
+    config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
+    check(config, world_size=launch.world_size)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    config.write()
+    if kind == "slurm":
+        return slurm_script(config, launch)
+    words = [f"{k}={v}" for k, v in launch_environment(launch).items()]
+    return " ".join([*words, torchrun_command(config.run_dir, launch)])

@@ -56,6 +56,7 @@ def run_rank(run_dir: str | Path) -> int:
         os.dup2(log.fileno(), 2)
     if "WORLD_SIZE" in os.environ:
         _die_with_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # torchrun's, when another rank has died
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
     from gddlab.distill.trainer import Trainer
@@ -83,6 +84,9 @@ def run_rank(run_dir: str | Path) -> int:
         traceback.print_exc()
         report_failure(folder, e, rank=rank)
         return 1
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # too late to stop; Python's own end would make them deadly
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 

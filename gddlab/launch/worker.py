@@ -8,29 +8,35 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from gddlab.distill.recording import write_status
 from gddlab.files import read_json, write_json
 from gddlab.launch.handle import PROGRESS
-from gddlab.launch.plan import FRESH_STORE, SIGNALS, TIMEOUT, Launch
+from gddlab.launch.plan import Launch, launch_environment
 from gddlab.launch.rank import report_failure, run_rank
 
 __all__: list[str] = []
 
-STOP_S = 60
-"""Seconds in which ranks that were asked to leave must have made their checkpoint."""
+ASKED = {signal.SIGTERM, signal.SIGUSR1}
+"""Signals that ask for a checkpoint and the end; they are held back when this process begins."""
+LEAVE_S = 5.0
+"""Seconds in which a run without ranks must begin again or end by itself."""
 
 
 def main(run_dir: Path, launch: Launch) -> int:
-    os.environ |= {TIMEOUT: str(launch.timeout_s), FRESH_STORE: "1"}
+    os.environ |= launch_environment(launch)
     if launch.alone:
         return run_rank(run_dir)
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -43,22 +49,11 @@ def main(run_dir: Path, launch: Launch) -> int:
         rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
         max_restarts=launch.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle=SIGNALS,
-        shutdown_timeout=STOP_S,
     )
-
-    def asked(number: int, frame: object) -> None:
-        raise SignalException("asked to stop", signal.Signals(number))
-
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+    threading.Thread(target=hand_on, args=(run_dir,), daemon=True).start()
     try:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, asked)  # until torchrun sets its own
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         elastic_launch(config, sys.executable)("-m", "gddlab.launch.rank", str(run_dir))
-    except SignalException as e:
-        if e.sigval == signal.SIGINT:
-            return 1
-        settle(run_dir)  # the ranks made a checkpoint and left, or had not begun
     except ChildFailedError as e:
         report_failure(run_dir, e, rank=None)  # the ranks wrote their own error; this is torchrun's summary
         told = read_json(run_dir / "status.json")
@@ -82,6 +77,28 @@ def _killed(failures: Mapping[int, Any]) -> tuple[int, str] | None:
             hint = ", as the system does when memory is short" if number == signal.SIGKILL else ""
             return rank, f"rank {rank} was ended by {name}{hint}: the same call continues from the last checkpoint"
     return None
+
+
+def hand_on(run_dir: Path) -> None:
+    """Hands a request to stop on to the ranks, also to those that are just being started again; without ranks, the run ends here.
+
+    The signals are blocked in all threads, and SIGUSR1 so in the ranks until they can make a checkpoint; torchrun, which would end the ranks of this
+    machine and leave those of others waiting, does not see them.
+    """
+    signal.sigwait(ASKED)
+    told: set[psutil.Process] = set()
+    while True:
+        ranks = set(psutil.Process().children())
+        for rank in ranks - told:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1)  # SIGTERM is how torchrun ends ranks whose neighbour has died
+        told |= ranks
+        if not ranks:  # between two starts, or waiting for other machines
+            time.sleep(LEAVE_S)  # a run that has just ended says so itself
+            if not psutil.Process().children():
+                settle(run_dir)
+                os._exit(0)
+        time.sleep(0.5)
 
 
 def settle(run_dir: Path) -> None:

@@ -104,8 +104,10 @@ def test_a_hanging_rank_is_named(rank: int, tmp_path: Path, tiny_teacher: Path) 
     until(reached(run, 16))
     there = ranks(run.run_dir)
     kill(there[rank], signal.SIGSTOP)
+    until(lambda: run.written_status["state"] == "failed", 60)
+    kill(there[rank])  # torchrun would do so after a while
     with pytest.raises(RunFailed, match=f"rank {rank} has not answered for 4 s"):
-        run.wait(180)
+        run.wait(120)
     assert not processes(run.run_dir)
 
 

@@ -1,0 +1,253 @@
+"""The same run on several machines (agents on this one that stand for them), under torchrun by hand, and by a batch script with SLURM's commands stood in for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gddlab.cli import main
+from gddlab.distill.recording import write_status
+from gddlab.errors import GddlabError, NotFound
+from gddlab.files import read_json
+from gddlab.launch import attach, train
+from gddlab.launch.listing import listing
+from gddlab.launch.lock import Job, held, owners, sign, take
+from gddlab.launch.plan import HEAD, Launch, prepared
+from tests.conftest import tiny_config
+from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
+
+FIELDS: dict[str, Any] = {"total_kimg": 0.16, "checkpoint_kimg": 0.016, "snapshot_kimg": 0.16}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def shell(command: str, **environment: str) -> subprocess.Popen[bytes]:
+    """A command line as a user's shell runs it, with this interpreter's programs."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {"PATH": path, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(["bash", "-c", command], env=os.environ | environment, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Any:
+    """Parameters and lines of a run of two processes."""
+    config = tiny_config(tmp_path_factory.mktemp("whole") / "run", tiny_teacher, **FIELDS)
+    assert train(config, nproc=2).wait(300).status == "done"
+    return ended_with(config), lines(config.run_dir)
+
+
+def assert_same(config: Any, undisturbed: Any) -> None:
+    parameters, table = undisturbed
+    own = ended_with(config)
+    assert all(torch.equal(own[k], v) for k, v in parameters.items())
+    assert lines(config.run_dir) == table
+
+
+def test_two_machines(tmp_path: Path, tiny_teacher: Path, undisturbed: Any) -> None:
+    """Stopped on one, continued, a rank of one killed and started again: the end is that of two processes on one machine."""
+    config = tiny_config(tmp_path / "run", tiny_teacher, **FIELDS)
+    where = f"127.0.0.1:{free_port()}"
+
+    def start(**more: Any) -> list[Any]:
+        return [train(config, nnodes=2, rdzv_endpoint=where, **more) for _ in range(2)]
+
+    first, second = start()
+    until(reached(first, 32))
+    with pytest.raises(GddlabError, match="being run by another process"):
+        train(config, nproc=2)
+    with pytest.raises(GddlabError, match="being run by another process"):
+        train(config, nnodes=2, rdzv_endpoint=f"127.0.0.1:{free_port()}")
+    assert second.process is not None
+    kill(second.process.pid, signal.SIGTERM)  # as one machine's system does when it goes down
+    assert first.wait(120).status == second.wait(120).status == "stopped"
+    assert not processes(config.run_dir)
+    seen = first.written_status["nimg"]
+    assert 0 < seen < 160
+
+    first, second = start(max_restarts=2)
+    until(reached(first, seen + 16))
+    kill(ranks(config.run_dir)[1])
+    assert first.wait(300).status == second.wait(300).status == "done"
+    assert not processes(config.run_dir)
+    assert_same(config, undisturbed)
+    assert len(read_json(config.run_dir / "provenance.json")["starts"]) == 3
+
+
+def test_torchrun_by_hand(tmp_path: Path, tiny_teacher: Path, undisturbed: Any) -> None:
+    """The printed line trains; the directory is locked meanwhile; SIGUSR1, as clusters send it, makes a checkpoint; stop() too."""
+    config = tiny_config(tmp_path / "run", tiny_teacher, **FIELDS)
+    command = prepared(config, Launch(nproc=2), "torchrun")
+    assert re.search(r"torchrun --nnodes=1 --nproc-per-node=2 --standalone .* -m gddlab.launch.rank /", command)
+    job = shell(command)
+    until(lambda: attach(config.run_dir).written_status.get("nimg", 0) >= 32)
+    with pytest.raises(GddlabError, match="being run by another process"):
+        train(config)
+    kill(job.pid, signal.SIGUSR1)  # bash became torchrun, which hands it on
+    until(lambda: not held(config.run_dir), 60)
+    assert attach(config.run_dir).status == "stopped"
+    job.wait(60)
+    seen = attach(config.run_dir).written_status["nimg"]
+    assert 0 < seen < 160
+
+    job = shell(command)
+    until(lambda: attach(config.run_dir).written_status.get("nimg", 0) >= seen + 16)
+    assert attach(config.run_dir).stop(60).status == "stopped"
+    assert job.wait(60) == 0
+    job = shell(command)
+    assert job.wait(300) == 0
+    assert attach(config.run_dir).status == "done"
+    assert_same(config, undisturbed)
+
+
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit=1
+trap 'kill -USR1 $(jobs -p)' USR1
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+until wait; do :; done
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >> {queue}; else echo 127.0.0.1; fi
+"""
+
+
+def test_a_batch_script(tmp_path: Path, tiny_teacher: Path, undisturbed: Any) -> None:
+    """Two machines through `srun`; what the cluster's warning stops goes back into the queue, and the second job ends the run."""
+    config = tiny_config(tmp_path / "run", tiny_teacher, **FIELDS)
+    script = prepared(config, Launch(nnodes=2, rdzv_endpoint=HEAD), "slurm")
+    for line in ("#SBATCH --nodes=2", "#SBATCH --signal=USR1@120", "#SBATCH --requeue"):
+        assert line in script
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL.format(queue=tmp_path / "queue"))):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    script = script.replace("29500", str(free_port()))
+    (tmp_path / "job.sh").write_text(script)
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    more = {"PATH": path, "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[0-1]"}
+    job = shell(f"bash {tmp_path / 'job.sh'}", **more)
+    until(lambda: attach(config.run_dir).written_status.get("nimg", 0) >= 32)
+    for pid in processes_of("srun"):
+        kill(pid, signal.SIGUSR1)
+    assert job.wait(120) == 0
+    assert attach(config.run_dir).status == "stopped"
+    assert (tmp_path / "queue").read_text() == "17\n"
+    job = shell(f"bash {tmp_path / 'job.sh'}", **more | {"SLURM_JOB_ID": "18"})
+    assert job.wait(300) == 0
+    assert attach(config.run_dir).status == "done"
+    assert (tmp_path / "queue").read_text() == "17\n"
+    assert_same(config, undisturbed)
+
+
+def processes_of(name: str) -> list[int]:
+    out = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:
+            continue
+        if words[0].endswith("bash") and len(words) > 1 and words[1].endswith(f"/{name}"):
+            out.append(int(path.parent.name))
+    return out
+
+
+def test_the_command_line_prints_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "a run"
+    words = ["train", "digits", "--run-dir", str(run_dir), "--nproc", "2", "--nnodes", "2", "--print-launch"]
+    main([*words, "slurm", "--max-restarts", "3"])
+    script = capsys.readouterr().out
+    assert (
+        'srun --kill-on-bad-exit=1 torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint="$head:29500"'
+        in script
+    )
+    assert f"--max-restarts=3 --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 -m gddlab.launch.rank '{run_dir}'" in script
+    assert "#SBATCH --job-name=a-run" in script and "#SBATCH --gpus-per-node=2" in script
+    assert read_json(run_dir / "config.json")["batch"] > 0
+    main([*words, "torchrun", "--rdzv-endpoint", "node0:29500", "--timeout-s", "90"])
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 GDDLAB_TIMEOUT=90 torchrun ") and "\n" not in line
+    with pytest.raises(SystemExit):
+        main([*words, "torchrun"])
+    assert "give HOST:PORT of one of the machines" in capsys.readouterr().err
+
+
+def test_refusals() -> None:
+    for given, words in (
+        ({"nnodes": 2}, "nnodes=2 without rdzv_endpoint"),
+        ({"nnodes": 0}, "nnodes=0: give at least 1"),
+        ({"max_restarts": -1}, "max_restarts=-1"),
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"rdzv_endpoint": "node0"}, "rdzv_endpoint='node0': give HOST:PORT"),
+        ({"rdzv_endpoint": "node0:99999"}, "HOST:PORT"),
+    ):
+        with pytest.raises(GddlabError, match=words):
+            Launch(**given)  # type: ignore[arg-type]
+
+
+def test_the_lock_is_shared_by_one_job_only(tmp_path: Path) -> None:
+    job = Job("node0:1", 2)
+    a = take(tmp_path, job)
+    b = take(tmp_path, job)
+    for other in (Job("node0:2", 2), Job()):
+        with pytest.raises(GddlabError, match="being run by another process"):
+            take(tmp_path, other)
+    assert held(tmp_path) and owners(tmp_path) is None
+    sign(a, 11)
+    sign(b, 12)
+    assert owners(tmp_path) == [11, 12]
+    os.close(a)
+    assert held(tmp_path)
+    os.close(b)
+    assert not held(tmp_path) and owners(tmp_path) is None
+    c = take(tmp_path, Job())
+    assert owners(tmp_path) is None  # those that are gone are forgotten
+    with pytest.raises(GddlabError, match="being run by another process"):
+        take(tmp_path, job)
+    os.close(c)
+
+
+def test_a_run_on_another_machine(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Its lock may not be seen here; its signs of life are."""
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    config.write()
+    write_status(config.run_dir, "running", nimg=16, total_nimg=48, host="elsewhere")
+    run = attach(config.run_dir)
+    assert run.status == "running"
+    about = read_json(config.run_dir / "status.json")
+    (config.run_dir / "status.json").write_text(str(about | {"heartbeat": about["heartbeat"] - 300}).replace("'", '"'))
+    assert run.status == "failed"
+
+
+def test_the_runs_below_a_folder(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, state, more in (("b", "done", {"alarm": "collapse"}), ("c", "failed", {"message": "no\nspace"})):
+        config = tiny_config(tmp_path / "runs" / name, tiny_teacher)
+        config.write()
+        write_status(config.run_dir, state, nimg=48, total_nimg=48, world_size=2, **more)
+    found = listing(tmp_path / "runs")
+    assert found.to_dict("list") == {
+        "run": ["b", "c"],
+        "state": ["done", "failed"],
+        "kimg": ["0.048 of 0.048"] * 2,
+        "processes": ["2", "2"],
+        "heard": ["", ""],
+        "note": ["collapse", "no"],
+    }
+    main(["runs", str(tmp_path / "runs"), "--state"])
+    assert capsys.readouterr().out == "done\nfailed\n"
+    main(["runs", str(tmp_path / "runs" / "b")])
+    assert "0.048 of 0.048" in capsys.readouterr().out
+    with pytest.raises(NotFound, match="no such folder"):
+        listing(tmp_path / "nowhere")
