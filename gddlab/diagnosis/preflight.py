@@ -240,7 +240,8 @@ def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
     students = config.total_kimg / config.snapshot_kimg * (2 if config.snapshot_raw else 1) + 1
     students += 2 if config.metric_kimg is not None else 0
     return float(
-        measured["checkpoint_bytes"] * (config.keep_checkpoints + 1) + (students + 1) * measured["snapshot_bytes"]
+        measured["checkpoint_bytes"] * (config.keep_checkpoints + 1 + (config.metric_kimg is not None))
+        + (students + 1) * measured["snapshot_bytes"]
     )
 
 

@@ -148,6 +148,14 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
         final = self.folder / f"{meta['nimg'] / 1000:010.3f}"
         tmp = final.with_name(f".{final.name}.tmp")
+        try:
+            self._write_to(tmp, final, state, meta, best)
+        except BaseException:
+            if self.world.rank == 0:  # on a full disk, room for the word on what happened
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise
+
+    def _write_to(self, tmp: Path, final: Path, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "saving as a single process" is meant
             dcp.save(state, checkpoint_id=tmp, process_group=self.world.saving)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gddlab.distill.health import Alarm
+from gddlab.errors import GddlabError
 from gddlab.files import read_json, read_jsonl, write_json, write_text
 from gddlab.nets import OneStepPrecond, save_network
 from gddlab.sampling import sample, save_grid
@@ -69,8 +70,16 @@ class Recorder:
         write_status(self.run_dir, state, **about, **extra)
 
     def beat(self, nimg: int) -> None:
-        """A sign of life, now and then."""
+        """A sign of life, now and then.
+
+        Raises:
+            GddlabError: The run directory is gone; writing on would make one that lacks most of it.
+        """
         if time.time() - self._beat > BEAT:
+            if not (self.run_dir / "provenance.json").exists():
+                raise GddlabError(
+                    f"{self.run_dir} is gone, or lost its provenance.json: somebody removed it while the run went on"
+                )
             self.status("running", nimg)
             self._beat = time.time()
 

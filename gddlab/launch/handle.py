@@ -42,6 +42,8 @@ class RunHandle(Run):
         """
         if self.process is not None:
             self.process.poll()  # reaps the child, so that it is no zombie
+        if not self.run_dir.is_dir():
+            return "failed"
         state = str(self.written_status.get("state", "stopped"))
         if state in ("starting", "running") and not held(self.run_dir) and not self._heard_elsewhere():
             state = str(self.written_status.get("state", "stopped"))  # it may have ended between the two looks
@@ -68,6 +70,8 @@ class RunHandle(Run):
             if end is not None and time.monotonic() > end:
                 raise TimeoutError(f"{self.run_dir} is still {self.status} after {timeout:g} s")
             time.sleep(0.2)
+        if not self.run_dir.is_dir():
+            raise RunFailed(f"{self.run_dir} is gone: somebody removed it")
         if self.status == "failed":
             error = self.written_status.get("error") or f"its processes died; log:\n{self.tail()}"
             raise RunFailed(f"{self.run_dir} failed on rank {self.written_status.get('rank')}:\n{error}")

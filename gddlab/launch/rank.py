@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -32,13 +33,26 @@ def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> 
         rank: Where; None where nobody knows.
     """
     status = _status(run_dir)
-    if status.get("state") == "failed":
+    if status.get("state") == "failed" or not run_dir.is_dir():
         return
     text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
     about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
     cause = "silent" if isinstance(error, Silent) else "refused" if isinstance(error, GddlabError) else "error"
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: the log and the exit code are left
         write_status(run_dir, "failed", **about, cause=cause)
+
+
+def _of_the_system(error: Exception, folder: Path) -> GddlabError | None:
+    """A full disk, a folder that is gone or cannot be written, in one line."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        where, why = error.filename or folder, error.strerror
+    elif found := re.search(r"([\w ]+) \(os error \d+\)", str(error)):  # of safetensors, which has errors of its own
+        where, why = folder, found[1].strip()
+    else:
+        return None
+    return GddlabError(
+        f"{where}: {why}; what was written before is whole, and the same call continues when that is mended"
+    )
 
 
 def _status(run_dir: Path) -> dict[str, Any]:
@@ -75,12 +89,15 @@ def run_rank(run_dir: str | Path) -> int:
         try:
             Trainer(config, world).train(scorer(config, world) if config.metric_kimg else None)
         except Exception as e:
+            if (refused := _of_the_system(e, folder)) is not None:
+                raise refused from e
             hanging = world.silent(e)
             if hanging is None:
                 raise
             raise Silent(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
         world.close()
     except Exception as e:
+        sys.stderr.write(f"failed: {e}\n")  # first, since on a full disk the rest may not fit
         traceback.print_exc()
         report_failure(folder, e, rank=rank)
         return 1

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.distill.checkpoints import checkpoints
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
 from gddlab.launch.lock import held
@@ -122,3 +127,44 @@ def test_no_rank_outlives_its_agent(tmp_path: Path, tiny_teacher: Path) -> None:
     assert attach(run.run_dir).status == "failed"
     assert train(config, nproc=2).wait(240).status == "done"
     assert [m["nimg"] for m in lines(run.run_dir)] == [16 * i for i in range(1, 11)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 10 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, tiny_teacher: Path) -> None:
+    """Told in one line; what stands is whole; with room again, the same call continues."""
+    config = tiny_config(small_disk / "run", tiny_teacher, total_kimg=0.16, checkpoint_kimg=0.016, snapshot_kimg=0.16)
+    run = train(config)
+    until(lambda: len(checkpoints(run.run_dir)) >= 1 or run.status == "failed")
+    fill = small_disk / "fill"
+    with fill.open("wb", buffering=0) as f, suppress(OSError):
+        while True:
+            f.write(bytes(1 << 12))
+    with pytest.raises(RunFailed):
+        run.wait(120)
+    assert "No space left on device" in run.tail(lines=60)
+    assert checkpoints(run.run_dir)
+    fill.unlink()
+    assert train(config).wait(240).status == "done"
+    assert [m["nimg"] for m in lines(run.run_dir)] == [16 * i for i in range(1, 11)]
+
+
+def test_a_directory_that_is_removed(tmp_path: Path, tiny_teacher: Path) -> None:
+    run = train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100))
+    until(reached(run, 16))
+    shutil.rmtree(run.run_dir, ignore_errors=True)
+    assert run.process is not None
+    assert run.process.wait(60) == 1
+    shutil.rmtree(run.run_dir, ignore_errors=True)  # what was being written at that moment
+    with pytest.raises(RunFailed, match="is gone: somebody removed it"):
+        run.wait(60)
