@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gddlab.datasets import open_dataset, prepare
     from gddlab.diagnosis import doctor
     from gddlab.diagnosis.preflight import preflight
+    from gddlab.diagnosis.scaling import scaling
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.problem import adversarial_problem
@@ -72,6 +73,7 @@ __all__ = [
     "reproduce",
     "sample",
     "sample_files",
+    "scaling",
     "select_freeze",
     "train",
     "train_teacher",
@@ -115,6 +117,7 @@ _HOME = {
     "reproduce": "gddlab.experiments",
     "sample": "gddlab.sampling",
     "sample_files": "gddlab.sampling",
+    "scaling": "gddlab.diagnosis.scaling",
     "select_freeze": "gddlab.freezing",
     "train": "gddlab.launch",
     "train_teacher": "gddlab.teachers",

@@ -19,7 +19,7 @@ from gddlab.processes import fresh_environment
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Check", "Preflight", "preflight"]
+__all__ = ["Check", "Preflight", "preflight", "with_stand_ins"]
 
 CPU_SECONDS = 10.0
 """A step of the larger of the two batches measured takes about so long at most on a CPU, where a whole batch can take minutes."""
@@ -215,13 +215,7 @@ def _try(name: str, look: Callable[[], str]) -> Check:
 def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random = dict.fromkeys(config.backbones, "random") if config.discriminator == "projected" else {}
-        update: dict[str, Any] = {"run_dir": folder}
-        if stand_in:
-            weights = "random" if config.discriminator == "lpips" else None
-            update |= {"backbone_weights": random, "discriminator_weights": weights, "embedding_file": None}
-            update |= {"distance_weights": "random" if config.instance and config.distance == "lpips" else None}
-        config.model_copy(update=update).write()
+        (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
         out = subprocess.run(
             [sys.executable, "-m", "gddlab.launch.measuring", name, str(batch), str(steps), str(int(stand_in))],
             env=fresh_environment(nproc),
@@ -233,6 +227,17 @@ def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: 
             raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
         found: dict[str, Any] = read_json(folder / "measured.json")
         return found
+
+
+def with_stand_ins(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The configuration in another folder, with random weights wherever it names some that must be found."""
+    update: dict[str, Any] = {"run_dir": run_dir, "embedding_file": None}
+    update["backbone_weights"] = (
+        dict.fromkeys(config.backbones, "random") if config.discriminator == "projected" else {}
+    )
+    update["discriminator_weights"] = "random" if config.discriminator == "lpips" else None
+    update["distance_weights"] = "random" if config.instance and config.distance == "lpips" else None
+    return config.model_copy(update=update)
 
 
 def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:

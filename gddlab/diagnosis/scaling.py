@@ -1,0 +1,189 @@
+"""A cost model of a training step: what is counted of it, and what that takes on a kind of GPU, for one or many."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gddlab.diagnosis.preflight import with_stand_ins
+from gddlab.distill.config import TrainConfig
+from gddlab.errors import GddlabError
+from gddlab.files import read_json
+from gddlab.processes import fresh_environment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["A100", "H100", "Counted", "Hardware", "counted", "scaling"]
+
+FLOAT = 4
+"""Bytes of a parameter, gradient or moment."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of GPU and what connects them. Peaks, link and network are from its maker's data sheets, the others are assumptions to be replaced by measurements.
+
+    Attributes:
+        name: For people.
+        bf16, tf32: Peaks of dense matrix products, TFLOP/s; torch takes TF32 for float32 convolutions on these GPUs.
+        link_gb_s: Between GPUs of a machine, GB/s in one direction.
+        network_gb_s: Of a machine to others, GB/s in one direction.
+        gpus: In a machine.
+        achieved: Share of the peak that these networks reach when nothing else is short.
+        bus: Share of link and network that an all-reduce reaches.
+        kernel_us: Time that starting a kernel from Python takes, microseconds.
+        latency_us: Of one hop of an all-reduce, microseconds.
+    """
+
+    name: str
+    bf16: float
+    tf32: float
+    link_gb_s: float
+    network_gb_s: float
+    gpus: int = 8
+    achieved: float = 0.2
+    bus: float = 0.7
+    kernel_us: float = 8.0
+    latency_us: float = 10.0
+
+
+A100 = Hardware("A100 SXM", bf16=312, tf32=156, link_gb_s=300, network_gb_s=200)
+H100 = Hardware("H100 SXM", bf16=989, tf32=495, link_gb_s=450, network_gb_s=400)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What an iteration of a configuration does, for one image or whole; from `counted`.
+
+    Attributes:
+        student, rest, r1: Floating-point operations an image: the student forward and backward; discriminator (and teacher where it is asked); R1, of
+            an iteration that has it.
+        kernels, kernels_r1: Kernels of an iteration, and those that R1 adds, whatever the number of images.
+        parameters, trained, discriminator: Of the student, of it those trained, and trained of the discriminator.
+    """
+
+    student: float
+    rest: float
+    r1: float
+    kernels: int
+    kernels_r1: int
+    parameters: int
+    trained: int
+    discriminator: int
+
+
+def counted(config: TrainConfig, *, batch: int = 2, stand_in: bool = True) -> Counted:
+    """Counts an iteration in a process of its own.
+
+    Args:
+        config: The run.
+        batch: Images counted.
+        stand_in: Random weights and images, without any download: they cost the same.
+
+    Raises:
+        GddlabError: The iteration failed; with what its process says.
+    """
+    if batch < 1:
+        raise GddlabError(f"batch={batch}: give at least 1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
+        command = [sys.executable, "-m", "gddlab.launch.counting", name, str(batch), str(int(stand_in))]
+        out = subprocess.run(command, env=fresh_environment(1), capture_output=True, text=True)
+        if out.returncode:
+            tail = "\n".join(out.stderr.splitlines()[-15:])
+            raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
+        found: dict[str, Any] = read_json(folder / "counted.json")
+    flops = {k: v / batch for k, v in found["flops"].items()}
+    names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
+    return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})
+
+
+def scaling(
+    config: TrainConfig,
+    counts: Counted | None = None,
+    *,
+    hardware: Hardware = A100,
+    gpus: Sequence[int] = (1, 8, 64),
+) -> pd.DataFrame:
+    """What a step takes on so many GPUs, predicted: the longer of arithmetic and starting kernels, and the all-reduce after it.
+
+    Gradients of all trained parameters are averaged in one message after the backward pass, so that communication adds to the step. Averaging by the ring
+    moves 2 (N - 1) / N of the bytes through the slowest connection.
+
+    Args:
+        config: The run; its batch is over all GPUs.
+        counts: From `counted`, which is called if None.
+        hardware: The GPUs.
+        gpus: How many of them.
+
+    Returns:
+        A row a number of GPUs: gpus, images (each GPU's part of a step), arithmetic_ms, kernels_ms, all_reduce_ms, step_ms, images_s (images a second in
+        all), efficiency (of the images a second of one GPU, times their number), hours (to the end of the run), ddp_gib and fsdp_gib (weights,
+        average, gradients and moments on each GPU, whole or the student's sharded; activations are not in it), limit (what takes longest).
+
+    Raises:
+        GddlabError: The batch does not divide.
+    """
+    import pandas as pd
+
+    def rate(precision: str = "float32") -> float:
+        peak = hardware.bf16 if precision == "bfloat16" else hardware.tf32
+        return hardware.achieved * peak * 1e12
+
+    c = counts or counted(config)
+    lazy = 1 / config.r1_interval if config.r1_gamma and config.adversarial_weight else 0.0
+    rows: list[dict[str, Any]] = []
+    for n in gpus:
+        if n < 1 or config.batch % n:
+            raise GddlabError(f"batch={config.batch} on {n} GPUs: give numbers that divide it")
+        part = config.batch // n
+        passes = part // min(part, config.batch_per_device or part)
+        arithmetic = part * (
+            c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
+        )
+        kernels = passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6
+        messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
+        reduce = sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size)
+        step = max(arithmetic, kernels) + reduce
+        parts = {"arithmetic": arithmetic, "kernels": kernels, "all-reduce": reduce}
+        rows.append(
+            {
+                "gpus": n,
+                "images": part,
+                "arithmetic_ms": 1e3 * arithmetic,
+                "kernels_ms": 1e3 * kernels,
+                "all_reduce_ms": 1e3 * reduce,
+                "step_ms": 1e3 * step,
+                "images_s": config.batch / step,
+                "hours": config.total_kimg * 1000 / config.batch * step / 3600,
+                "ddp_gib": _state_bytes(c, 1) / 2**30,
+                "fsdp_gib": _state_bytes(c, n) / 2**30,
+                "limit": max(parts, key=lambda k: parts[k]),
+            }
+        )
+    table = pd.DataFrame(rows)
+    alone = table["images_s"] / table["gpus"]
+    table.insert(7, "efficiency", alone / alone.iloc[0])
+    table.attrs = {"hardware": hardware.name, "batch": config.batch, "counted": c}
+    return table
+
+
+def _all_reduce(size: float, n: int, hardware: Hardware) -> float:
+    """Seconds of an all-reduce of so many bytes in a ring of n."""
+    if n == 1:
+        return 0.0
+    across = n > hardware.gpus
+    bandwidth = 1e9 * hardware.bus * (min(hardware.network_gb_s, hardware.link_gb_s) if across else hardware.link_gb_s)
+    return 2 * (n - 1) / n * size / bandwidth + 2 * (n - 1) * hardware.latency_us * 1e-6
+
+
+def _state_bytes(c: Counted, shards: int) -> float:
+    """Weights and average of the student, gradient and two moments of what is trained, spread over shards; the discriminator's on every GPU."""
+    return FLOAT * ((2 * c.parameters + 3 * c.trained) / shards + 4 * c.discriminator)
