@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -37,10 +38,13 @@ def main(run_dir: Path, launch: Launch) -> int:
     if launch.alone:
         return run_rank(run_dir)
 
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    scratch = tempfile.TemporaryDirectory(prefix="gddlab-")  # torchrun wants a folder; the ranks log elsewhere
     config = LaunchConfig(
+        logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
         min_nodes=launch.nnodes,
         max_nodes=launch.nnodes,
         nproc_per_node=launch.nproc,
@@ -65,6 +69,8 @@ def main(run_dir: Path, launch: Launch) -> int:
     except Exception as e:
         report_failure(run_dir, e, rank=None)
         return 1
+    finally:
+        scratch.cleanup()
     return 0
 
 

@@ -1,0 +1,94 @@
+"""The quickstart in a real Jupyter kernel: two processes from a cell after a probe, interrupted, the kernel killed, found again, stopped, continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from gddlab.launch import attach
+from gddlab.launch.lock import held
+from tests.launch.faults import kill, processes, until
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "notebooks" / "00_quickstart.ipynb"
+
+
+class Kernel:
+    """A kernel in which cells are executed one by one."""
+
+    def __init__(self, client: NotebookClient):
+        self.client = client
+        self.pid = int(self.run("import os; print(os.getpid())"))
+
+    def run(self, source: str) -> str:
+        """What a cell prints.
+
+        Raises:
+            CellExecutionError: It fails.
+        """
+        cell = nbformat.v4.new_code_cell(source)
+        self.client.nb.cells.append(cell)
+        done = self.client.execute_cell(cell, len(self.client.nb.cells) - 1)
+        return "".join(o.text for o in done.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@contextmanager
+def kernel(folder: Path) -> Iterator[Kernel]:
+    client = NotebookClient(
+        nbformat.v4.new_notebook(), timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    with client.setup_kernel(
+        env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    ):
+        yield Kernel(client)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quickstart_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_VERSION", raising=False)  # the kernel is a user's
+    cells = [c.source for c in nbformat.read(QUICKSTART, 4).cells if c.cell_type == "code"]
+    launch = next(i for i, c in enumerate(cells) if "gddlab.train(" in c)
+    assert any("gddlab.probe(" in c for c in cells[:launch]) and "nproc=2" in cells[launch]
+
+    with suppress(DeadKernelError, RuntimeError), kernel(tmp_path) as first:
+        for source in cells[:launch]:
+            first.run(source)
+        folder = Path(first.run("print(folder)").strip()) / "run"
+        assert folder.is_relative_to(tmp_path)
+
+        def interrupt() -> None:
+            until(lambda: (folder / "status.json").exists() and attach(folder).written_status.get("nimg", 0) > 0)
+            os.kill(first.pid, signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+            first.run(cells[launch])
+        assert first.run("print(run.status)") == "running\n"
+        kill(first.pid)
+        with pytest.raises((DeadKernelError, RuntimeError)):
+            first.run("print('alive')")
+
+    seen = attach(folder).written_status["nimg"]
+    until(lambda: attach(folder).written_status["nimg"] > seen)
+    with kernel(tmp_path) as second:
+        second.run(f"import time, gddlab; run = gddlab.attach({str(folder)!r})")
+        took = float(second.run("began = time.monotonic(); run.stop(); print(time.monotonic() - began)"))
+        assert took < 60  # tests/benchmarks/launch.py measures it; here other tests may run beside
+        assert second.run("print(run.status)") == "stopped\n"
+        assert not processes(folder) and not held(folder)
+        stopped = attach(folder).written_status["nimg"]
+        assert seen <= stopped < 2000
+        second.run("run = gddlab.train(run.config, nproc=2).wait(240)")
+        assert second.run("print(run.status, run.student().card.kimg)") == "done 2.0\n"
+    assert attach(folder).metrics["nimg"].is_monotonic_increasing
+    time.sleep(0.5)
+    assert not processes(folder)
