@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["ema_beta", "ema_update"]
 
@@ -23,8 +24,13 @@ def ema_update(ema: nn.Module, net: nn.Module, beta: float) -> None:
     p: list[torch.Tensor] = []
     for pe, pn in zip(ema.parameters(), net.parameters(), strict=True):
         if pn.requires_grad:
-            e.append(pe)
-            p.append(pn)
+            e.append(_own(pe))
+            p.append(_own(pn))
     torch._foreach_lerp_(e, p, 1 - beta)
     for be, bn in zip(ema.buffers(), net.buffers(), strict=True):
         be.copy_(bn)
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """A sharded parameter's part on this process; both networks are sharded alike."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,7 @@ from gddlab.distill.instance import InstanceLoss, needs_target_time
 from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
 from gddlab.distill.lpips_trunk import check_trunk
 from gddlab.distill.perceptual import check_distance, perceptual_distance
+from gddlab.distill.sharded import shard
 from gddlab.distill.step import GanStep
 from gddlab.distill.student import make_student
 from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator
@@ -27,7 +29,7 @@ from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.teachers import load_teacher
 
-__all__ = ["DTYPES", "build_discriminator", "build_step", "build_student", "check", "check_losses"]
+__all__ = ["DTYPES", "Built", "build_discriminator", "build_step", "build_student", "check", "check_losses"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of weights and images by the configuration's precision; bfloat16 is autocast's."""
@@ -161,13 +163,16 @@ def build_discriminator(
     )
 
 
-def build_step(
-    config: TrainConfig, teacher: Precond, world: World
-) -> tuple[GanStep, AdaController | None, Callable[[], None]]:
-    """Student, discriminator and losses on their device, seeded; what ADA's controller is, if any; and what compiles the student.
+class Built(NamedTuple):
+    """What is trained: the step with student and discriminator; the student's average, a copy of it as yet; ADA's controller, if any."""
 
-    Compiling is left to the caller, who copies the student first.
-    """
+    step: GanStep
+    ema: OneStepPrecond
+    ada: AdaController | None
+
+
+def build_step(config: TrainConfig, teacher: Precond, world: World) -> Built:
+    """Student, discriminator and losses on their device, seeded, sharded and compiled where that is asked."""
     dtype = DTYPES[config.precision]
     torch.manual_seed(config.seed)
     d = build_discriminator(config, teacher)
@@ -177,6 +182,10 @@ def build_step(
     if config.channels_last:
         for net in filter(None, (g, d)):
             net.to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(g).eval()
+    if config.shard:
+        shard(g, world)
+        shard(ema, world)
     instance = None
     if config.instance:
         teacher = teacher.to(device=world.device, dtype=dtype).eval().requires_grad_(False)
@@ -207,4 +216,6 @@ def build_step(
         instance_weight=config.instance_weight,
         compiled=config.compile,
     )
-    return step, ada, g.compile if config.compile else lambda: None
+    if config.compile:
+        g.compile()
+    return Built(step, ema, ada)

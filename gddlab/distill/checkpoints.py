@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.ada import AdaController
 from gddlab.distill.distributed import World
+from gddlab.distill.sharded import local
 from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
 from gddlab.files import fsync_dir, read_json, write_json, write_text
@@ -102,10 +103,10 @@ class Checkpoints:
         """
         self.wait()
         for part in ("g", "d"):
-            bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not v.isfinite().all()]
-            if bad:
+            bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not local(v).isfinite().all()]
+            if self.world.any(bool(bad)):
                 raise GddlabError(
-                    f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {bad[0]}: "
+                    f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {bad[0] if bad else 'one on another rank'}: "
                     "the last checkpoint stands; lower lr_g or lr_d in a new run"
                 )
         staged: Any = self._stager.stage(dict(state))

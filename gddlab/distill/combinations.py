@@ -41,6 +41,12 @@ def _student(c: TrainConfig) -> None:
         raise GddlabError(
             f"mid_sigmas={c.mid_sigmas} with instance={c.instance!r}: a baseline's student takes one step"
         )
+    if c.shard and c.instance:
+        raise GddlabError(
+            f"shard=True with instance={c.instance!r}: its passes hold parts of the student constant, leave one away"
+        )
+    if c.shard and c.compile:
+        raise GddlabError("shard=True with compile=True: the two were never tried together, leave one away")
     if c.student == "scratch" and c.mask is not None:
         raise GddlabError("student='scratch' with a mask: frozen layers would stay random, give mask=None")
 

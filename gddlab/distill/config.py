@@ -122,6 +122,8 @@ class TrainConfig(BaseModel):
     """Memory format of student and discriminator: faster on GPUs, and on CPUs with bfloat16."""
     compile: bool = False
     """torch.compile on the student and the frozen features."""
+    shard: bool = False
+    """Shards the student, its average and its optimiser over the processes (FSDP2), for students that do not fit a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     tick_kimg: float = Field(default=50, gt=0)

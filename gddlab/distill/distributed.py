@@ -144,6 +144,12 @@ class World:
             t /= self.size
         return t
 
+    def greatest(self, t: Tensor) -> Tensor:
+        """Elementwise maximum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return t
+
     @torch.no_grad()
     def average_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Averages gradients over ranks in one message.
@@ -154,6 +160,8 @@ class World:
         if self.size == 1:
             return
         grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            return
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         flat /= self.size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import time
@@ -25,10 +24,12 @@ from gddlab.distill.drawing import Drawer
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.metering import Meter
 from gddlab.distill.recording import GRID, Recorder, name_of
+from gddlab.distill.sharded import fill, local
+from gddlab.distill.student import make_student
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_json, write_json
-from gddlab.nets import Precond, save_network
+from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.probing import DEFAULT, probe, weight_change
 from gddlab.provenance import commit, hardware, versions
 
@@ -55,11 +56,9 @@ class Trainer:
         """`given` are a teacher and data in place of those that the configuration names."""
         self.config, self.world = config, world
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
-        self.step, self.ada, compile_student = build_step(config, self.teacher, world)
+        self.step, self.ema, self.ada = build_step(config, self.teacher, world)
         g = self.step.g
-        self.ema = copy.deepcopy(g).eval()
-        compile_student()
-        self.frozen = {n: p for n, p in g.named_parameters() if not p.requires_grad} | dict(g.named_buffers())
+        self.frozen = {n: local(p) for n, p in g.named_parameters() if not p.requires_grad} | dict(g.named_buffers())
         self.frozen_hash = hash_tensors(self.frozen)
         self.reader = BatchReader(
             self.data, batch=config.batch, seed=config.seed, rank=world.rank, world_size=world.size
@@ -220,18 +219,32 @@ class Trainer:
             "seed": self.config.seed,
         }
 
-    def snapshot(self, recorder: Recorder) -> None:
+    def whole(self, net: OneStepPrecond) -> OneStepPrecond:
+        """The student or its average as a network that can be saved and sampled; a sharded one is put together, by all ranks."""
+        if not (self.config.shard and self.world.size > 1):
+            return net
+        out = make_student(self.teacher, mid_sigmas=self.config.mid_sigmas).eval().requires_grad_(False)
+        out.to(self.world.device, DTYPES[self.config.precision])
+        fill(out, net)
+        return out
+
+    def snapshot(self, recorder: Recorder | None) -> None:
         """Sample grid of fixed noise and the EMA student of this moment."""
-        images = recorder.snapshot(self.ema, self.nimg, self.student_meta())
-        if self.config.snapshot_raw:
-            recorder.raw(self.step.g, self.nimg, self.student_meta())
+        ema = self.whole(self.ema)
+        raw = self.whole(self.step.g) if self.config.snapshot_raw else None
+        if recorder is None:
+            return
+        images = recorder.snapshot(ema, self.nimg, self.student_meta())
+        if raw is not None:
+            recorder.raw(raw, self.nimg, self.student_meta())
         self._alarm(recorder, self.health.observe_images(images, self.nimg / 1000))
 
     def score(self, recorder: Recorder | None, score: Score) -> bool:
         """Scores the averaged student, all ranks together, and keeps it if it is the best so far; returns whether it is."""
         candidate = self.config.run_dir / f".candidate-{name_of(self.nimg)}.safetensors"
+        ema = self.whole(self.ema)
         if recorder:
-            save_network(self.ema, candidate, **self.student_meta())
+            save_network(ema, candidate, **self.student_meta())
         self.world.barrier()
         name, value, std = score(candidate)
         self.world.barrier()  # all have read it
@@ -252,9 +265,10 @@ class Trainer:
 
     def probe(self) -> None:
         """Activations of the averaged student at its sigma, and how far each layer is from the teacher; every rank takes its part of the images."""
-        found = probe(self.ema, states="student", layers="all", stats=STUDENT_STATS, n=PROBED, progress=False)
+        ema = self.whole(self.ema)
+        found = probe(ema, states="student", layers="all", stats=STUDENT_STATS, n=PROBED, progress=False)
         if self.world.rank == 0:
-            moved = weight_change(self.ema, self.teacher, "all")
+            moved = weight_change(ema, self.teacher, "all")
             found.join(moved).save(self.config.run_dir / "probes" / name_of(self.nimg))
 
     def _backbones(self) -> list[tuple[str, str]]:
@@ -281,7 +295,7 @@ class Trainer:
         return {"nimg": self.nimg, "world_size": self.world.size, "commit": commit(), "hardware": hardware()}
 
     def begin(self, loaded: Loaded | None) -> Recorder:
-        """Opens what rank 0 writes; a new run says what it is made of and shows its first grid, a continued one what is not as it was."""
+        """Opens what rank 0 writes; a new run says what it is made of, a continued one what is not as it was."""
         c, run = self.config, self.config.run_dir
         recorder = Recorder(run, nimg=self.nimg, total_nimg=self.total * c.batch, world_size=self.world.size)
         if not (run / "provenance.json").exists():
@@ -291,7 +305,6 @@ class Trainer:
         known = read_json(run / "provenance.json")
         write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), self._start()]})
         if loaded is None:
-            self.snapshot(recorder)
             return recorder
         kimg = self.nimg / 1000
         for damage in loaded.damaged:
@@ -328,6 +341,8 @@ class Trainer:
         if c.cache_real:
             self.cache_real()
         recorder = self.begin(loaded) if world.rank == 0 else None
+        if loaded is None:
+            self.snapshot(recorder)
         if c.probe_kimg and loaded is None:
             self.probe()
         try:
@@ -336,10 +351,11 @@ class Trainer:
         except BaseException:
             self.checkpoints.abandon()
             raise
+        ema = self.whole(self.ema) if state == "done" else None
         if recorder:
             recorder.close()
-            if state == "done":
-                save_network(self.ema, c.run_dir / "student.safetensors", **self.student_meta())
+            if ema is not None:
+                save_network(ema, c.run_dir / "student.safetensors", **self.student_meta())
             why = {} if self.why_stopped is None else {"message": self.why_stopped}
             recorder.status(state, self.nimg, **why)
         world.barrier()
@@ -360,7 +376,7 @@ class Trainer:
                 if recorder:
                     recorder.tick(line)
                     self._alarm(recorder, self.health.observe_tick(line))
-            if self.every(c.snapshot_kimg) and recorder:
+            if self.every(c.snapshot_kimg):
                 self.snapshot(recorder)
             if self.every(c.probe_kimg):
                 self.probe()

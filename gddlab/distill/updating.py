@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gddlab.distill.distributed import World
+from gddlab.distill.sharded import local
 
 __all__ = ["adam", "update"]
 
@@ -31,9 +33,14 @@ def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: Wo
     Returns:
         The number of gradient tensors that were not finite, (), without waiting for the device.
     """
-    world.average_gradients(params)
-    grads = [p.grad for p in params if p.grad is not None]
+    world.average_gradients(
+        [p for p in params if not isinstance(p, DTensor)]
+    )  # a sharded network's backward pass does so itself
+    own = [p.grad for p in params if p.grad is not None]
+    grads = [local(g) for g in own]
     bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()
+    if any(isinstance(g, DTensor) for g in own):
+        bad = world.greatest(bad)  # a shard does not see the others
     for g in grads:
         torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
     opt.step()

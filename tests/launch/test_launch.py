@@ -31,8 +31,9 @@ ALONE = World(0, 1, torch.device("cpu"))
     [
         {},
         {"augment": ("blit", "color"), "ada_target": 0.1, "ada_kimg": 0.1, "batch_per_device": 2, "instance": "ctm"},
+        {"shard": True, "batch_per_device": 2, "mid_sigmas": (0.8,), "snapshot_raw": True},
     ],
-    ids=["plain", "ada, accumulation, instance loss"],
+    ids=["plain", "ada, accumulation, instance loss", "sharded, accumulation, two steps"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[str, Any]) -> None:
     """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
