@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
-from gddlab.distill.backbone_weights import backbone_sha256
 from gddlab.distill.building import DTYPES, build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
@@ -25,13 +24,13 @@ from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.metering import Meter
 from gddlab.distill.recording import GRID, Recorder, name_of
 from gddlab.distill.sharded import fill, local
+from gddlab.distill.starting import begin
 from gddlab.distill.student import make_student
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
-from gddlab.files import hash_tensors, read_json, write_json
+from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.probing import DEFAULT, probe, weight_change
-from gddlab.provenance import commit, hardware, versions
 
 __all__ = ["Score", "Trainer"]
 
@@ -271,58 +270,6 @@ class Trainer:
             moved = weight_change(ema, self.teacher, "all")
             found.join(moved).save(self.config.run_dir / "probes" / name_of(self.nimg))
 
-    def _backbones(self) -> list[tuple[str, str]]:
-        """Frozen backbones and where their weights are looked for."""
-        c = self.config
-        if not self.step.adversarial or c.discriminator != "projected":
-            return []
-        return [(name, c.backbone_weights.get(name, "auto")) for name in c.backbones]
-
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "versions": versions(),
-            "commit": commit(),
-            "teacher_sha256": hash_tensors(self.teacher.state_dict()),
-            "mask": None if self.config.mask is None else self.config.mask.hash,
-            "dataset_sha256": self.data.manifest.sha256,
-            "backbones": {name: backbone_sha256(name, found) or "random" for name, found in self._backbones()},
-            "world_size": self.world.size,
-            "hardware": hardware(),
-        }
-
-    def _start(self) -> dict[str, Any]:
-        """One of the stretches that a run was made in."""
-        return {"nimg": self.nimg, "world_size": self.world.size, "commit": commit(), "hardware": hardware()}
-
-    def begin(self, loaded: Loaded | None) -> Recorder:
-        """Opens what rank 0 writes; a new run says what it is made of, a continued one what is not as it was."""
-        c, run = self.config, self.config.run_dir
-        recorder = Recorder(run, nimg=self.nimg, total_nimg=self.total * c.batch, world_size=self.world.size)
-        if not (run / "provenance.json").exists():
-            card = getattr(self.teacher, "card", None)
-            write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": c.teacher})
-            write_json(run / "provenance.json", self.provenance())
-        known = read_json(run / "provenance.json")
-        write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), self._start()]})
-        if loaded is None:
-            return recorder
-        kimg = self.nimg / 1000
-        for damage in loaded.damaged:
-            text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
-            recorder.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
-        recorder.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
-        before = loaded.meta["world_size"]
-        if before != self.world.size:
-            recorder.say(f"on {self.world.size} processes, before {before}: {self._not_identical()}")
-        return recorder
-
-    def _not_identical(self) -> str:
-        """What a change of the number of processes changes."""
-        what = "the same images and noise, but sums are rounded in another order, so that numbers are not identical to the bit"
-        if self.step.adversarial and self.step.d.coupled and not self.config.sync_batchnorm:
-            what += "; and each process's BatchNorm sees another part of the batch (sync_batchnorm=True avoids that)"
-        return what
-
     def train(self, score: Score | None = None) -> str:
         """Runs to the end, or until asked to stop; returns "done" or "stopped".
 
@@ -340,7 +287,7 @@ class Trainer:
         self.checkpoints.go_on(loaded)
         if c.cache_real:
             self.cache_real()
-        recorder = self.begin(loaded) if world.rank == 0 else None
+        recorder = begin(self, loaded) if world.rank == 0 else None
         if loaded is None:
             self.snapshot(recorder)
         if c.probe_kimg and loaded is None:
