@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shutil
 import warnings
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.ada import AdaController
@@ -28,6 +31,8 @@ __all__ = ["Checkpoints", "Loaded", "checkpoints", "set_training_state", "traini
 
 NAME = re.compile(r"\d+\.\d{3}")
 LATEST, BEST = "latest", "best"
+FULL = 1 << 20
+"""Bytes; a disk with less is full."""
 
 
 def training_state(step: GanStep, ema: nn.Module, ada: AdaController | None = None) -> dict[str, dict[str, Tensor]]:
@@ -125,7 +130,10 @@ class Checkpoints:
             writing.result(timeout)
         except TimeoutError:
             self._writing = writing
-        except Exception as e:
+        except (
+            OSError,
+            CheckpointException,
+        ) as e:  # anything else is of the ranks' connection, and no matter of the disk
             have = [p.name for p in checkpoints(self.run_dir)]
             stands = f"{have[-1]} kimg stands" if have else "none was written before"
             raise GddlabError(
@@ -152,8 +160,11 @@ class Checkpoints:
         try:
             self._write_to(tmp, final, state, meta, best)
         except BaseException:
+            full = self.world.rank == 0 and self.folder.is_dir() and shutil.disk_usage(self.folder).free < FULL
             if self.world.rank == 0:  # on a full disk, room for the word on what happened
                 shutil.rmtree(tmp, ignore_errors=True)
+            if full:  # torch's writer has other words for it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp)) from None
             raise
 
     def _write_to(self, tmp: Path, final: Path, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
