@@ -3,8 +3,8 @@
 python tests/benchmarks/launch.py [RUNS]
 
 torch: a process that imports torch and nothing else. first_step: from `gddlab.train` to the first line of metrics.jsonl, a line a step. stop: what `stop()` takes in the middle of
-a run. Both with one process and with two. checkpoints: a training of 200 steps
-with a checkpoint after every 100 against one with a checkpoint at its end alone; pairs, order alternating. scaling: seconds per thousand images with one process and with two, one thread each. Seconds; all runs, and medians.
+a run. Both with one process and with two. checkpoints: stretches of 100 steps of one
+training, with a checkpoint written beside the first of them and without, in turn; the ratio of neighbours. scaling: seconds per thousand images with one process and with two, one thread each. Seconds; all runs, and medians.
 """
 
 from __future__ import annotations
@@ -48,9 +48,25 @@ def started_and_stopped(folder: str, name: str, nproc: int) -> tuple[float, floa
     return first, timed(run.stop)
 
 
-def trained(folder: str, name: str, kimg: float) -> float:
-    trainer = Trainer(config(folder, name, total_kimg=3.2, checkpoint_kimg=kimg), World(0, 1, torch.device("cpu")))
-    return timed(trainer.train)
+def stretches(folder: str, pairs: int) -> list[tuple[float, float]]:
+    """Seconds of 100 steps, with a checkpoint and without."""
+    trainer = Trainer(config(folder, "stretches"), World(0, 1, torch.device("cpu")))
+
+    def stretch(checkpoint: bool) -> float:
+        began = time.perf_counter()
+        if checkpoint:
+            trainer.checkpoint()
+        for _ in range(100):
+            trainer.iterate()
+        return time.perf_counter() - began
+
+    trainer.cache_real()
+    stretch(True)
+    out = []
+    for i in range(pairs):
+        first, second = stretch(i % 2 == 0), stretch(i % 2 == 1)
+        out.append((first, second) if i % 2 == 0 else (second, first))
+    return out
 
 
 def sec_per_kimg(folder: str, name: str, nproc: int) -> float:
@@ -79,20 +95,12 @@ def main(runs: int) -> dict[str, Any]:
                     "median": median(list(values)),
                     "all": [round(x, 3) for x in values],
                 }
-        often, never = [], []
-        trained(folder, "warm", 1000)
-        for i in range(runs):
-            for name, kimg, into in (
-                (("often", 1.6, often), ("never", 1000, never))
-                if i % 2
-                else (("never", 1000, never), ("often", 1.6, often))
-            ):
-                into.append(trained(folder, f"{name}-{i}", kimg))
-        ratios = [a / b for a, b in zip(often, never, strict=True)]
+        found = stretches(folder, runs)
+        ratios = [with_one / without for with_one, without in found]
         out["checkpoints"] = {
             "ratio": median(ratios),
             "ratios": [round(x, 4) for x in ratios],
-            "seconds": [round(x, 2) for x in often + never],
+            "seconds": [round(x, 2) for pair in found for x in pair],
         }
         os.environ["OMP_NUM_THREADS"] = "1"
         one = [sec_per_kimg(folder, f"one-{i}", 1) for i in range(runs)]
