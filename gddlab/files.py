@@ -18,6 +18,7 @@ import torch
 from gddlab.errors import GddlabError, NotFound
 
 __all__ = [
+    "append_jsonl",
     "atomic_path",
     "cache_dir",
     "data_dir",
@@ -25,6 +26,8 @@ __all__ = [
     "fsync_dir",
     "hash_json",
     "hash_tensors",
+    "last_jsonl",
+    "read_end",
     "read_json",
     "read_jsonl",
     "write_bytes",
@@ -106,6 +109,37 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def append_jsonl(path: str | Path, line: Mapping[str, Any]) -> None:
+    """Adds a line, and returns when it is on the disk: what a later checkpoint counts on must outlive the machine."""
+    with Path(path).open("a") as f:
+        f.write(json.dumps(line, allow_nan=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_end(path: str | Path, size: int = 1 << 16) -> list[str]:
+    """The last lines of a file, as many as `size` bytes hold, however long the file is; what is no UTF-8 is replaced. A last line without its end counts."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open("rb") as f:
+        start = max(0, path.stat().st_size - size)
+        f.seek(start)
+        lines = f.read(size).decode(errors="replace").splitlines()
+    return lines[1:] if start and len(lines) > 1 else lines  # the first may have begun before
+
+
+def last_jsonl(path: str | Path) -> dict[str, Any] | None:
+    """The last whole line of a .jsonl file, without reading the others; None where there is none."""
+    for line in reversed(read_end(path)):
+        try:
+            found: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # still being written
+            continue
+        return found
+    return None
 
 
 def file_sha256(path: Path) -> str:

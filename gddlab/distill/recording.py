@@ -15,7 +15,7 @@ import torch
 
 from gddlab.distill.health import Alarm
 from gddlab.errors import GddlabError
-from gddlab.files import read_json, read_jsonl, write_json, write_text
+from gddlab.files import append_jsonl, read_json, read_jsonl, write_json, write_text
 from gddlab.nets import OneStepPrecond, save_network
 from gddlab.sampling import sample, save_grid
 
@@ -85,8 +85,7 @@ class Recorder:
 
     def tick(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, TensorBoard's scalars, and a line of the log."""
-        with (self.run_dir / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(line, allow_nan=False) + "\n")
+        append_jsonl(self.run_dir / "metrics.jsonl", line)
         for name, value in line.items():
             self.writer.add_scalar(name, value, line["nimg"])
         losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
@@ -99,8 +98,7 @@ class Recorder:
     def alarm(self, alarms: Iterable[Alarm]) -> None:
         """A line of alarms.jsonl and of the log each; the last one is shown in the status."""
         for a in alarms:
-            with (self.run_dir / "alarms.jsonl").open("a") as f:
-                f.write(json.dumps(a.to_dict(), allow_nan=False) + "\n")
+            append_jsonl(self.run_dir / "alarms.jsonl", a.to_dict())
             self.alarms.append(a.message)
             self.say(f"alarm: {a.message}")
 

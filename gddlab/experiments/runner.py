@@ -18,7 +18,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import atomic_path, read_json, read_jsonl, write_json
+from gddlab.files import atomic_path, last_jsonl, read_json, write_json
 from gddlab.launch import attach, train
 from gddlab.launch.lock import held
 from gddlab.nets import OneStepPrecond
@@ -110,10 +110,10 @@ def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str
     if not (run_dir / "config.json").exists():
         return "to do", experiment.seconds
     run = load_run(run_dir)
-    lines = read_jsonl(run_dir / "metrics.jsonl")
-    took = float(lines[-1]["seconds"]) if lines else 0.0
+    last = last_jsonl(run_dir / "metrics.jsonl")
+    took = float(last["seconds"]) if last else 0.0
     if run.written_status.get("state") != "done":
-        share = lines[-1]["kimg"] / run.config.total_kimg if lines else 0.0
+        share = last["kimg"] / run.config.total_kimg if last else 0.0
         return "begun", None if experiment.seconds is None else experiment.seconds * (1 - share)
     missing = any(missing_at_end(run, metrics, **how) for metrics, how in at_end(judge))
     return ("to evaluate" if missing else "done"), took

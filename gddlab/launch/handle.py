@@ -13,12 +13,12 @@ import psutil
 
 from gddlab.distill.recording import write_status
 from gddlab.errors import GddlabError, NotFound
+from gddlab.files import read_end
 from gddlab.launch.lock import held, owners
 from gddlab.runs import Run
 
 __all__ = ["RunFailed", "RunHandle", "attach"]
 
-TAIL_BYTES = 1 << 16
 STALE_S = 120.0
 """Without a sign of life for so long, a run on another machine is taken for dead."""
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
@@ -97,11 +97,7 @@ class RunHandle(Run):
         path = self.run_dir / "log" / f"rank{rank}.txt"
         if not path.exists():
             path = self.run_dir / "log" / "launch.txt"
-        if not path.exists():
-            return ""
-        with path.open("rb") as f:
-            f.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(read_end(path)[-lines:])
 
     def watch(self, *, interval: float = 2.0) -> RunHandle:
         """Follows the run until it ends: live figure in a notebook, live line at a terminal, a line now and then in a log.

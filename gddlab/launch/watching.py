@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from gddlab.files import last_jsonl
 from gddlab.progress import interactive
 
 if TYPE_CHECKING:
@@ -21,10 +22,9 @@ LOG_SECONDS = 30
 
 def line(run: RunHandle) -> str:
     """One line: state, progress, losses, time left."""
-    s, m = run.written_status, run.metrics
-    if m.empty or "total_nimg" not in s:
+    s, last = run.written_status, last_jsonl(run.run_dir / "metrics.jsonl")
+    if last is None or "total_nimg" not in s:
         return f"{run.run_dir.name}: {run.status}"
-    last = m.iloc[-1]
     left = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
     losses = "  ".join(f"{title} {last[name]:.3f}" for name, title in LOSSES.items() if name in last)
     alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
@@ -95,7 +95,8 @@ def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     if grids:
         from PIL import Image
 
-        axes[2].imshow(Image.open(grids[-1]))
+        with Image.open(grids[-1]) as image:
+            axes[2].imshow(image)
         axes[2].set_title(f"{float(grids[-1].stem):.1f} kimg")
     fig.suptitle(line(run), fontsize=9)
     return fig

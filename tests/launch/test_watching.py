@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gddlab.distill.recording import write_status
 from gddlab.launch import attach
@@ -47,6 +51,47 @@ def test_quiet_under_test_and_plain_in_a_log(
     assert audience() == "log"
     follow(run, 0.1)
     assert capsys.readouterr().err == line(run) + "\n"
+
+
+def test_a_long_log_costs_nothing(run) -> None:  # type: ignore[no-untyped-def]
+    """A log of 1 GiB and a line a step for days: the end is read, in no time and little memory."""
+    (run.run_dir / "log").mkdir()
+    with (run.run_dir / "log" / "rank0.txt").open("wb") as f:
+        f.truncate(1 << 30)  # a hole, which reads as zeros
+        f.seek(0, 2)
+        f.write(b"".join(b"line %d\n" % i for i in range(100)))
+    with (run.run_dir / "metrics.jsonl").open("a") as f:
+        f.writelines(json.dumps(TICK | {"nimg": i, "kimg": i / 1000}) + "\n" for i in range(32, 50_000))
+        f.write('{"nimg": 50')  # being written
+    gc.collect()
+    tracemalloc.start()
+    try:
+        assert run.tail(lines=2) == "line 98\nline 99"
+        assert "50.0 of 0.0 kimg" in line(run)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_watching(run) -> None:  # type: ignore[no-untyped-def]
+    (run.run_dir / "samples").mkdir()
+    Image.new("L", (260, 260)).save(run.run_dir / "samples" / "000000.016.png")
+
+    def look() -> int:
+        for _ in range(5):
+            buffer = io.BytesIO()
+            _picture(run).savefig(buffer, format="png")
+            assert line(run)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        look()
+        first = look()
+        assert look() - first < 200_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_picture_has_losses_logits_and_grid(run) -> None:  # type: ignore[no-untyped-def]
