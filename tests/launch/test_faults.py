@@ -31,7 +31,7 @@ def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, s
     assert train(whole, nproc=2).wait(600).status == "done"
 
     config = tiny_config(tmp_path / "killed", teacher, **often)
-    run = train(config, nproc=2, max_restarts=kills)
+    run = train(config, nproc=2, max_restarts=2 * kills)  # a start that is killed may fail in more than one way
     rng = random.Random(seed)
     told = []
     for _ in range(kills):
@@ -55,7 +55,7 @@ def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, s
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert lines(whole.run_dir) == lines(config.run_dir)
     assert [m["nimg"] for m in lines(config.run_dir)] == [16 * i for i in range(1, steps // 2 + 1)]
-    assert len(read_json(config.run_dir / "provenance.json")["starts"]) <= kills + 1
+    assert len(read_json(config.run_dir / "provenance.json")["starts"]) <= 2 * kills + 1
     assert not processes(config.run_dir)
 
 
