@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ema_beta", "ema_update"]
+__all__ = ["ema_beta", "ema_update", "local"]
 
 
 def ema_beta(batch: int, halflife_kimg: float, rampup: float | None, nimg: int) -> float:
@@ -24,13 +24,13 @@ def ema_update(ema: nn.Module, net: nn.Module, beta: float) -> None:
     p: list[torch.Tensor] = []
     for pe, pn in zip(ema.parameters(), net.parameters(), strict=True):
         if pn.requires_grad:
-            e.append(_own(pe))
-            p.append(_own(pn))
+            e.append(local(pe))
+            p.append(local(pn))
     torch._foreach_lerp_(e, p, 1 - beta)
     for be, bn in zip(ema.buffers(), net.buffers(), strict=True):
         be.copy_(bn)
 
 
-def _own(x: torch.Tensor) -> torch.Tensor:
-    """A sharded parameter's part on this process; both networks are sharded alike."""
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor, which shares its memory; the tensor itself where it is whole."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -55,7 +55,8 @@ class Reproduce:
         )
         if unknown:
             rest += f", and {unknown} that nobody has timed: see gddlab preflight {self.name}"
-        out(f"{len(items) - len(left)} of {len(items)} are done; {rest}")
+        took = sum(p.seconds or 0 for p in items if p.state == "done") / 3600
+        out(f"{len(items) - len(left)} of {len(items)} are done, in {took:.1f} hours without scores; {rest}")
 
 
 def _time(seconds: float | None) -> str:

@@ -19,7 +19,7 @@ from gddlab.processes import fresh_environment
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Check", "Preflight", "preflight", "with_stand_ins"]
+__all__ = ["Check", "Preflight", "in_own_process", "preflight", "with_stand_ins"]
 
 CPU_SECONDS = 10.0
 """A step of the larger of the two batches measured takes about so long at most on a CPU, where a whole batch can take minutes."""
@@ -213,11 +213,30 @@ def _try(name: str, look: Callable[[], str]) -> Check:
 
 
 def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: bool) -> dict[str, Any]:
+    return in_own_process("measuring", "measured.json", config, batch, str(steps), stand_in=stand_in, nproc=nproc)
+
+
+def in_own_process(
+    module: str, result: str, config: TrainConfig, batch: int, *words: str, stand_in: bool, nproc: int = 1
+) -> dict[str, Any]:
+    """What a module of `gddlab.launch` writes of some steps of a run, in a folder that is thrown away.
+
+    Args:
+        module, result: Its name, and the file that it writes.
+        config: The run.
+        batch: Images of a step.
+        *words: Further arguments of the module.
+        stand_in: Random weights and images, without any download.
+        nproc: Processes that share the machine's cores.
+
+    Raises:
+        GddlabError: A step failed; with what its process says.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
         out = subprocess.run(
-            [sys.executable, "-m", "gddlab.launch.measuring", name, str(batch), str(steps), str(int(stand_in))],
+            [sys.executable, "-m", f"gddlab.launch.{module}", name, str(batch), *words, str(int(stand_in))],
             env=fresh_environment(nproc),
             capture_output=True,
             text=True,
@@ -225,7 +244,7 @@ def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: 
         if out.returncode:
             tail = "\n".join(out.stderr.splitlines()[-15:])
             raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
-        found: dict[str, Any] = read_json(folder / "measured.json")
+        found: dict[str, Any] = read_json(folder / result)
         return found
 
 

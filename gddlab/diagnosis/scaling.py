@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.diagnosis.preflight import with_stand_ins
+from gddlab.diagnosis.preflight import in_own_process
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
-from gddlab.files import read_json
-from gddlab.processes import fresh_environment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +53,7 @@ H100 = Hardware("H100 SXM", bf16=989, tf32=495, link_gb_s=450, network_gb_s=400)
 
 @dataclass(frozen=True)
 class Counted:
-    """What an iteration of a configuration does, for one image or whole; from `counted`.
+    """What an iteration of a configuration does; from `counted`.
 
     Attributes:
         student, rest, r1: Floating-point operations an image: the student forward and backward; discriminator (and teacher where it is asked); R1, of
@@ -91,15 +85,7 @@ def counted(config: TrainConfig, *, batch: int = 2, stand_in: bool = True) -> Co
     """
     if batch < 1:
         raise GddlabError(f"batch={batch}: give at least 1")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
-        command = [sys.executable, "-m", "gddlab.launch.counting", name, str(batch), str(int(stand_in))]
-        out = subprocess.run(command, env=fresh_environment(1), capture_output=True, text=True)
-        if out.returncode:
-            tail = "\n".join(out.stderr.splitlines()[-15:])
-            raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
-        found: dict[str, Any] = read_json(folder / "counted.json")
+    found = in_own_process("counting", "counted.json", config, batch, stand_in=stand_in)
     flops = {k: v / batch for k, v in found["flops"].items()}
     names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
     return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})

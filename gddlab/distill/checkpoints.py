@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.ada import AdaController
 from gddlab.distill.distributed import World
-from gddlab.distill.sharded import local
 from gddlab.distill.step import GanStep
+from gddlab.ema import local
 from gddlab.errors import GddlabError
-from gddlab.files import fsync_dir, read_json, write_json, write_text
+from gddlab.files import file_sha256, fsync_dir, read_json, write_json, write_text
 
 __all__ = ["Checkpoints", "Loaded", "checkpoints", "set_training_state", "training_state"]
 
@@ -70,11 +70,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [p for p in found if (p / "meta.json").exists() and (latest is None or float(p.name) <= float(latest))]
 
 
-class Loaded:
+class Loaded(NamedTuple):
     """What `Checkpoints.load` found: the counters, the folder's name, and what is wrong with newer ones that were passed over."""
 
-    def __init__(self, meta: dict[str, Any], name: str, damaged: list[str]):
-        self.meta, self.name, self.damaged = meta, name, damaged
+    meta: dict[str, Any]
+    name: str
+    damaged: list[str]
 
 
 class Checkpoints:
@@ -126,14 +127,12 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        try:
-            writing.result(timeout)
-        except TimeoutError:
+        if futures.wait([writing], timeout).not_done:
             self._writing = writing
-        except (
-            OSError,
-            CheckpointException,
-        ) as e:  # anything else is of the ranks' connection, and no matter of the disk
+            return
+        try:
+            writing.result()
+        except (OSError, CheckpointException) as e:  # any other is of the ranks' connection, not of the disk
             have = [p.name for p in checkpoints(self.run_dir)]
             stands = f"{have[-1]} kimg stands" if have else "none was written before"
             raise GddlabError(
@@ -173,7 +172,7 @@ class Checkpoints:
             dcp.save(state, checkpoint_id=tmp, process_group=self.world.saving)
         if self.world.rank:
             return  # rank 0 came back when the files of all ranks were there and synced
-        files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(tmp.iterdir())}
+        files = {p.name: [p.stat().st_size, file_sha256(p)] for p in sorted(tmp.iterdir())}
         write_json(tmp / "meta.json", meta | {"files": files})
         fsync_dir(tmp)
         shutil.rmtree(final, ignore_errors=True)  # beyond `latest`, or damaged
@@ -255,11 +254,6 @@ def _pointer(folder: Path, name: str) -> str | None:
     return text if NAME.fullmatch(text) else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is as it was written. One without checksums is of an older version."""
     try:
@@ -270,7 +264,7 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes of {size}"
-            if _sha256(file) != digest:
+            if file_sha256(file) != digest:
                 return f"{name} is not what was written"
     except (GddlabError, OSError, ValueError, AttributeError) as e:
         return str(e)

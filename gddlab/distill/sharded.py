@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -12,7 +12,7 @@ from gddlab.distill.distributed import World
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.layers import UNetBlock
 
-__all__ = ["fill", "local", "shard"]
+__all__ = ["fill", "shard"]
 
 
 def shard(net: OneStepPrecond, world: World) -> None:
@@ -28,11 +28,6 @@ def shard(net: OneStepPrecond, world: World) -> None:
             fully_shard(module, mesh=mesh)
     # also at the root, which FSDP would leave whole for a backward pass that the discriminator's step does not have
     fully_shard(net.model, mesh=mesh, reshard_after_forward=True)
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, which shares its memory; the tensor itself where it is whole."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()

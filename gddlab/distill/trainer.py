@@ -23,10 +23,10 @@ from gddlab.distill.drawing import Drawer
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.metering import Meter
 from gddlab.distill.recording import GRID, Recorder, name_of
-from gddlab.distill.sharded import fill, local
+from gddlab.distill.sharded import fill
 from gddlab.distill.starting import begin
 from gddlab.distill.student import make_student
-from gddlab.ema import ema_beta, ema_update
+from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network

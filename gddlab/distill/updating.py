@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gddlab.distill.distributed import World
-from gddlab.distill.sharded import local
+from gddlab.ema import local
 
 __all__ = ["adam", "update"]
 

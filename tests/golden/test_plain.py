@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.nets import from_edm
+from gddlab.nets.architectures import NCSNPP
 from tests.golden import plain, test_training
 from tests.golden.conftest import Case
 
@@ -26,14 +27,6 @@ SMALL: dict[str, Any] = {
     "num_blocks": 1,
     "attn_resolutions": [8],
     "dropout": 0,
-}
-NCSNPP: dict[str, Any] = {
-    "model_type": "SongUNet",
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "decoder_type": "standard",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
 }
 ADM: dict[str, Any] = {"model_type": "DhariwalUNet", "model_channels": 32}
 MADE = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -256,6 +257,8 @@ def test_the_runs_below_a_folder(tmp_path: Path, tiny_teacher: Path, capsys: pyt
     }
     main(["runs", str(tmp_path / "runs"), "--state"])
     assert capsys.readouterr().out == "done\nfailed\n"
+    main(["runs", str(tmp_path / "runs"), "--json"])
+    assert json.loads(capsys.readouterr().out) == found.to_dict("records")
     main(["runs", str(tmp_path / "runs" / "b")])
     assert "0.048 of 0.048" in capsys.readouterr().out
     with pytest.raises(NotFound, match="no such folder"):
