@@ -33,7 +33,7 @@ def take(run_dir: Path, job: Job = ALONE) -> int:
         job: With several nodes, the agents of the same job share the lock.
 
     Raises:
-        GddlabError: Somebody else holds it, or all nodes of the job are there.
+        GddlabError: Somebody else holds it.
     """
     fd = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     if _locked(fd, fcntl.LOCK_EX):
@@ -77,7 +77,7 @@ def held(run_dir: Path) -> bool:
 
 
 def sign(fd: int, pid: int) -> None:
-    """Writes into the lock who works on the run: the process that stops it when told to, of the process group that is killed."""
+    """Writes into the lock who works on the run: the process that stops it when told to, and that is killed with what it started."""
     os.lseek(fd, 0, os.SEEK_END)
     os.write(fd, f"{socket.gethostname()} {pid}\n".encode())
 

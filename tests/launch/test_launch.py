@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
+from gddlab.evaluation import evaluate, load_records
 from gddlab.files import read_json
 from gddlab.freezing import select_freeze
 from gddlab.launch import RunFailed, attach, train
@@ -61,6 +63,22 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[
                 assert_close(p, q, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
                 seen += 1
     assert seen > 100
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher: Path) -> None:
+    """Each score is one record, and what one process says of the same student; the best one's checkpoint stays beside the newest."""
+    fields = {"total_kimg": 0.048, "metric_kimg": 0.016, "metric_n": 16, "keep_checkpoints": 1, "shard": shard}
+    run = train(tiny_config(tmp_path / "run", tiny_teacher, **fields), nproc=2).wait(240)
+    records = load_records(run.run_dir)
+    assert [r.kimg for r in records] == [0.016, 0.032, 0.048]
+    assert run.best is not None
+    assert run.best["value"] == min(r.value for r in records)
+    alone = evaluate(run.student("best"), data="digits", metrics=("fid",), n=16, progress=False)
+    assert_close(alone["fd-lite2"], run.best["value"], rtol=1e-4, atol=0)
+    best = float((run.run_dir / "checkpoints" / "best").read_text())
+    assert best == run.best["kimg"]
+    assert {float(p.name) for p in checkpoints(run.run_dir)} == {best, 0.048}
 
 
 def test_run_ends_and_same_call_returns_it(tmp_path: Path, tiny_teacher: Path) -> None:
