@@ -93,18 +93,18 @@ def hand_on(run_dir: Path) -> None:
     """
     signal.sigwait(ASKED)
     told: set[psutil.Process] = set()
-    while True:
+    seen = time.monotonic()
+    while time.monotonic() - seen < LEAVE_S:  # without ranks it is between two starts, waits for other machines, or has just ended
         ranks = set(psutil.Process().children())
         for rank in ranks - told:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)  # SIGTERM is how torchrun ends ranks whose neighbour has died
         told |= ranks
-        if not ranks:  # between two starts, or waiting for other machines
-            time.sleep(LEAVE_S)  # a run that has just ended says so itself
-            if not psutil.Process().children():
-                settle(run_dir)
-                os._exit(0)
-        time.sleep(0.5)
+        if ranks:
+            seen = time.monotonic()
+        time.sleep(0.1)
+    settle(run_dir)
+    os._exit(0)
 
 
 def settle(run_dir: Path) -> None:
