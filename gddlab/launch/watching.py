@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from gddlab.files import last_jsonl
+from gddlab.files import last_jsonl, thin_jsonl
 from gddlab.progress import interactive
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def follow(run: RunHandle, interval: float) -> None:
 
 def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     """Losses, logits and the newest grid, as one figure."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    m = run.metrics
+    m = pd.DataFrame(thin_jsonl(run.run_dir / "metrics.jsonl"))
     fig = Figure(figsize=(10, 2.8), layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, names, title in (

@@ -94,13 +94,13 @@ def hand_on(run_dir: Path) -> None:
     signal.sigwait(ASKED)
     told: set[psutil.Process] = set()
     seen = time.monotonic()
-    while time.monotonic() - seen < LEAVE_S:  # without ranks it is between two starts, waits for other machines, or has just ended
+    while time.monotonic() - seen < LEAVE_S:
         ranks = set(psutil.Process().children())
         for rank in ranks - told:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)  # SIGTERM is how torchrun ends ranks whose neighbour has died
         told |= ranks
-        if ranks:
+        if ranks:  # else it is between two starts, waits for other machines, or has just ended
             seen = time.monotonic()
         time.sleep(0.1)
     settle(run_dir)

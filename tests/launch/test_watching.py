@@ -8,6 +8,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -71,6 +72,10 @@ def test_a_long_log_costs_nothing(run) -> None:  # type: ignore[no-untyped-def]
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
+    x = _picture(run).axes[0].lines[0].get_xdata()
+    assert 1000 <= len(x) <= 1002
+    assert (x[0], x[-1]) == (0.016, 49.999)
+    assert (np.diff(x) > 0).all() and np.diff(x).max() < 0.07
 
 
 def test_memory_does_not_grow_with_watching(run) -> None:  # type: ignore[no-untyped-def]
