@@ -13,10 +13,14 @@ __all__ = ["fresh_environment", "peak_memory_mib"]
 # glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again: about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
+# A kernel may itself be a process of a cluster's job; what it starts has no part in that.
+JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+
 
 def fresh_environment(nproc: int) -> dict[str, str]:
-    """Environment of one of `nproc` processes that share this machine: its threads, and where gddlab is imported from."""
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **os.environ}
+    """Environment of one of `nproc` processes that share this machine: its threads, where gddlab is imported from, no place in another job."""
+    own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env

@@ -14,7 +14,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.recording import write_status
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take
-from gddlab.launch.plan import OWNED, Launch
+from gddlab.launch.plan import Launch
 from gddlab.processes import fresh_environment
 
 __all__ = ["train"]
@@ -69,7 +69,7 @@ def train(
                 stderr=log,
                 start_new_session=True,
                 pass_fds=(fd,),
-                env=fresh_environment(nproc) | {OWNED: "1"},
+                env=fresh_environment(nproc),
             )
         sign(fd, handle.process.pid)
         return handle

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 OWNED = "GDDLAB_OWNED"
-"""Set for processes whose run directory is locked by who started them."""
+"""Set for processes whose run directory is locked by who started them: its process number."""
 TIMEOUT = "GDDLAB_TIMEOUT"
 """Seconds that a collective waits."""
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"

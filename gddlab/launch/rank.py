@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def run_rank(run_dir: str | Path) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if "WORLD_SIZE" in os.environ:
-        _die_with_parent()
+        end_with(int(os.environ.get(OWNED, os.getppid())))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # torchrun's, when another rank has died
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
@@ -115,12 +117,26 @@ def _lock(folder: Path) -> None:
     sign(take(folder, Job(os.environ.get("TORCHELASTIC_RUN_ID", "-"), nodes)), os.getpid())
 
 
-def _die_with_parent() -> None:
-    """Linux: this rank is killed when the owner of the run is, so that no rank outlives its run."""
+def end_with(parent: int) -> None:
+    """Ends this process when its parent does, so that no rank outlives its run: at once on Linux, elsewhere within a second.
+
+    Args:
+        parent: The process that started this one; if it has died already, this one ends here.
+    """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

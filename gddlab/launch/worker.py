@@ -22,7 +22,7 @@ import psutil
 from gddlab.distill.recording import write_status
 from gddlab.files import read_json, write_json
 from gddlab.launch.handle import PROGRESS
-from gddlab.launch.plan import Launch, launch_environment
+from gddlab.launch.plan import OWNED, Launch, launch_environment
 from gddlab.launch.rank import report_failure, run_rank
 
 __all__: list[str] = []
@@ -34,7 +34,7 @@ LEAVE_S = 5.0
 
 
 def main(run_dir: Path, launch: Launch) -> int:
-    os.environ |= launch_environment(launch)
+    os.environ |= launch_environment(launch) | {OWNED: str(os.getpid())}
     if launch.alone:
         return run_rank(run_dir)
 

@@ -6,12 +6,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.testing import assert_close
@@ -106,15 +108,44 @@ def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path: Path, tiny_
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_hanging_rank_is_named(rank: int, tmp_path: Path, tiny_teacher: Path) -> None:
-    run = train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100), nproc=2, timeout_s=4)
+    run = train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100), nproc=2, timeout_s=8)
     until(reached(run, 16))
     there = ranks(run.run_dir)
     kill(there[rank], signal.SIGSTOP)
     until(lambda: run.written_status["state"] == "failed", 60)
     kill(there[rank])  # torchrun would do so after a while
-    with pytest.raises(RunFailed, match=f"rank {rank} has not answered for 4 s"):
+    with pytest.raises(RunFailed, match=f"rank {rank} has not answered for 8 s"):
         run.wait(120)
     assert not processes(run.run_dir)
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_is_replaced(tmp_path: Path, tiny_teacher: Path) -> None:
+    """With restarts left, those that waited in vain begin again from the last checkpoint, and so does the one that hung, which torchrun kills."""
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.32, checkpoint_kimg=0.016)
+    run = train(config, nproc=2, timeout_s=8, max_restarts=1)
+    until(reached(run, 48))
+    kill(ranks(run.run_dir)[1], signal.SIGSTOP)
+    assert run.wait(240).status == "done"
+    assert len(read_json(run.run_dir / "provenance.json")["starts"]) == 2
+    assert [m["nimg"] for m in lines(run.run_dir)] == [16 * i for i in range(1, 21)]
+    assert not processes(run.run_dir)
+
+
+@pytest.mark.parametrize("platform", [sys.platform, "darwin"])
+def test_a_process_ends_with_its_parent(platform: str) -> None:
+    """Also one whose parent has died already, and where the system does not see to it."""
+    child = f"import os, sys, time; from gddlab.launch.rank import end_with; sys.platform = {platform!r}; end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())]).wait()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 10)
+    process.stdout.close()
+    late = subprocess.run([sys.executable, "-c", child, str(process.pid)], capture_output=True, timeout=60, check=False)
+    assert (late.returncode, late.stdout) == (1, b"")
 
 
 def test_no_rank_outlives_its_agent(tmp_path: Path, tiny_teacher: Path) -> None:

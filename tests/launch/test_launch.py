@@ -81,7 +81,9 @@ def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher:
     assert {float(p.name) for p in checkpoints(run.run_dir)} == {best, 0.048}
 
 
-def test_run_ends_and_same_call_returns_it(tmp_path: Path, tiny_teacher: Path) -> None:
+def test_run_ends_and_same_call_returns_it(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)  # as in a notebook that a cluster started: the run is none of that job's
     config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.016)
     run = train(config)
     assert run.status in ("starting", "running", "done")
