@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["interactive", "progress_bar"]
+__all__ = ["duration", "interactive", "progress_bar"]
 
 
 def interactive() -> bool:
@@ -18,3 +18,12 @@ def progress_bar(*, total: int, desc: str, unit: str, enabled: bool = True) -> A
     from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, disable=not (enabled and interactive()), leave=False)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it, two or three digits of it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"

@@ -15,6 +15,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.files import read_json
 from gddlab.processes import fresh_environment
+from gddlab.progress import duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,17 +96,11 @@ class Preflight:
                 f"measured on {where}, one process, batch {sizes}{', stand-ins' if self.stand_in else ''}",
                 f"  student        {self.parameters:,} parameters, {self.trained:,} trained ({self.trained / self.parameters:.1%})",
                 f"  discriminator  {self.discriminator:,} trained",
-                f"  time           {self.sec_per_kimg:,.1f} s/kimg on {self.nproc} process(es), {_duration(self.hours)} to the end",
+                f"  time           {self.sec_per_kimg:,.1f} s/kimg on {self.nproc} process(es), {duration(self.hours * 3600)} to the end",
                 f"  memory         {self.peak_mem_mib:,.0f} MiB a process, {self.batch_per_device} images at once of a batch of {self.batch}",
                 f"  disk           {self.disk_gib:.2f} GiB",
             ]
         return "\n".join(lines)
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{hours * 60:.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
 
 
 def preflight(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from gddlab.files import last_jsonl, thin_jsonl
-from gddlab.progress import interactive
+from gddlab.progress import duration, interactive
 
 if TYPE_CHECKING:
     from gddlab.launch.handle import RunHandle
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["audience", "follow", "line"]
 
 LOSSES = {"loss/g": "G", "loss/d": "D", "loss/instance": "instance"}
+LOGITS = {"logits/fake": "generated", "logits/real": "real"}
 LOG_SECONDS = 30
 """Seconds between two lines where nobody sees them live."""
 
@@ -30,7 +32,7 @@ def line(run: RunHandle) -> str:
     alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
     return (
         f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
-        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg  {left:.0f} s left{alarm}"
+        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg  {duration(left)} left{alarm}"
     )
 
 
@@ -54,13 +56,13 @@ def follow(run: RunHandle, interval: float) -> None:
     if who == "notebook":
         from IPython.display import display
 
-        handle = display(_picture(run), display_id=True)
+        handle = display(_shown(run), display_id=True)
     shown, spoke = -1, time.monotonic()
     while True:
         running = run.status in ("starting", "running")
         nimg = int(run.written_status.get("nimg", 0))
         if handle is not None and (nimg != shown or not running):
-            handle.update(_picture(run))
+            handle.update(_shown(run))
         elif who == "terminal":
             sys.stderr.write("\r\x1b[K" + line(run) + ("" if running else "\n"))
             sys.stderr.flush()
@@ -73,6 +75,15 @@ def follow(run: RunHandle, interval: float) -> None:
         time.sleep(interval)
 
 
+def _shown(run: RunHandle):  # type: ignore[no-untyped-def]
+    """The picture as a notebook takes it; a figure would be shown as text where nothing has set matplotlib up for notebooks."""
+    from IPython.display import Image
+
+    fig, content = _picture(run), io.BytesIO()
+    fig.savefig(content, format="png", dpi=2 * fig.dpi)
+    return Image(content.getvalue(), width=round(fig.get_figwidth() * fig.dpi))
+
+
 def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     """Losses, logits and the newest grid, as one figure."""
     import pandas as pd
@@ -81,13 +92,10 @@ def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     m = pd.DataFrame(thin_jsonl(run.run_dir / "metrics.jsonl"))
     fig = Figure(figsize=(10, 2.8), layout="constrained")
     axes = fig.subplots(1, 3)
-    for ax, names, title in (
-        (axes[0], tuple(LOSSES), "loss"),
-        (axes[1], ("logits/fake", "logits/real"), "logits"),
-    ):
-        for name in names:
+    for ax, names, title in ((axes[0], LOSSES, "loss"), (axes[1], LOGITS, "mean logit")):
+        for name, label in names.items():
             if name in m:
-                ax.plot(m["kimg"], m[name], label=name)
+                ax.plot(m["kimg"], m[name], label=label)
         ax.set(xlabel="kimg", title=title)
         if ax.lines:
             ax.legend(frameon=False)

@@ -38,6 +38,7 @@ class Kernel:
         cell = nbformat.v4.new_code_cell(source)
         self.client.nb.cells.append(cell)
         done = self.client.execute_cell(cell, len(self.client.nb.cells) - 1)
+        self.shown = [kind for o in done.outputs for kind in o.get("data", {})]
         return "".join(o.text for o in done.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
@@ -87,7 +88,8 @@ def test_quickstart_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert not processes(folder) and not held(folder)
         stopped = attach(folder).written_status["nimg"]
         assert seen <= stopped < 2000
-        second.run("run = gddlab.train(run.config, nproc=2).wait(240)")
+        second.run("run = gddlab.train(run.config, nproc=2); run.watch()")
+        assert "image/png" in second.shown  # in a kernel that has drawn nothing before
         assert second.run("print(run.status, run.student().card.kimg)") == "done 2.0\n"
     assert attach(folder).metrics["nimg"].is_monotonic_increasing
     time.sleep(0.5)

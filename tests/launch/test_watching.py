@@ -101,4 +101,4 @@ def test_memory_does_not_grow_with_watching(run) -> None:  # type: ignore[no-unt
 
 def test_picture_has_losses_logits_and_grid(run) -> None:  # type: ignore[no-untyped-def]
     titles = [ax.get_title() for ax in _picture(run).axes]
-    assert titles[:2] == ["loss", "logits"]
+    assert titles[:2] == ["loss", "mean logit"]
