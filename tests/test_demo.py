@@ -19,9 +19,13 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
         return preset(**fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, cache_real=False)
 
     monkeypatch.setattr(demo_module.presets, "digits", short)
-    monkeypatch.setattr(
-        "gddlab.evaluation.course.evaluate", lambda *args, **given: demo_module.evaluate(*args, **(given | {"n": 16}))
-    )
+    evaluate = demo_module.evaluate
+
+    def few(*args: Any, **given: Any) -> Any:
+        return evaluate(*args, **(given | {"n": 16}))
+
+    monkeypatch.setattr("gddlab.evaluation.course.evaluate", few)
+    monkeypatch.setattr(demo_module, "evaluate", few)
     monkeypatch.setattr(demo_module, "PROBED", 2)
     numbers = demo_module.demo(tmp_path, seed=3, recompute=True)
     asked = {"fd_teacher_1", "fd_teacher_18", "fd_student", "fd_real_split", "frozen_fraction", "kimg", "seconds"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -287,10 +288,18 @@ def test_fast_options_train_like_the_plain_step(tmp_path: Path, tiny_teacher: Pa
     assert all(p.dtype == torch.float32 for p in fast.step.g.parameters())
 
 
-def test_compiled_training_equals_plain_training(tmp_path: Path, tiny_teacher: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_equals_plain_training(
+    backend: str, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by the compiler in every run; its C++, which takes minutes to build, in the long one."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     fields = {"precision": "float64", "total_kimg": 0.024}
     plain = trained(tmp_path / "a", tiny_teacher, 3, **fields)
     same(plain, trained(tmp_path / "b", tiny_teacher, 3, compile=True, **fields))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # of the student, of the features
 
 
 def test_the_class_embedding_begins_as_its_file_and_is_learned(tmp_path: Path, tiny_teacher: Path) -> None:

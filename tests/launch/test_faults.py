@@ -62,7 +62,7 @@ def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, s
 
 
 def test_ranks_killed_at_random(tmp_path: Path, tiny_teacher: Path) -> None:
-    killed_at_random(tmp_path, tiny_teacher, kills=3, steps=60)
+    killed_at_random(tmp_path, tiny_teacher, kills=3, steps=40)
 
 
 @pytest.mark.slow
