@@ -27,12 +27,13 @@ def line(run: RunHandle) -> str:
     s, last = run.written_status, last_jsonl(run.run_dir / "metrics.jsonl")
     if last is None or "total_nimg" not in s:
         return f"{run.run_dir.name}: {run.status}"
-    left = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
+    seconds = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
+    left = f"  {duration(seconds)} left" if seconds else ""
     losses = "  ".join(f"{title} {last[name]:.3f}" for name, title in LOSSES.items() if name in last)
     alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
     return (
         f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
-        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg  {duration(left)} left{alarm}"
+        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg{left}{alarm}"
     )
 
 

@@ -26,6 +26,16 @@ from tests.conftest import tiny_config
 from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
 
 
+def saving(run_dir: Path) -> int:
+    """How many checkpoints are being written."""
+    return len(list((run_dir / "checkpoints").glob(".*.tmp")))
+
+
+def saved(run_dir: Path) -> int:
+    """Images that the newest checkpoint has seen."""
+    return max((round(1000 * float(p.name)) for p in checkpoints(run_dir)), default=0)
+
+
 def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, seed: int = 0) -> None:
     """Ranks of two are killed while they start, train and save; the end is that of a run that nobody touched, to the bit."""
     often: dict[str, Any] = {"total_kimg": 0.008 * steps, "checkpoint_kimg": 0.008, "snapshot_kimg": 100}
@@ -34,24 +44,26 @@ def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, s
 
     config = tiny_config(tmp_path / "killed", teacher, **often)
     run = train(config, nproc=2, max_restarts=2 * kills)  # a start that is killed may fail in more than one way
-    rng = random.Random(seed)
-    told = []
+    rng, seen, told = random.Random(seed), 0, []
     for _ in range(kills):
         there = until(lambda: len(found := ranks(run.run_dir)) == 2 and found, 300)
-        # half of them while they start, half of them between two saves, each of which takes about as long as a step
-        if rng.random() < 0.5:
+        moment = rng.choice(("starting", "training", "saving"))
+        if moment == "starting":
             time.sleep(rng.uniform(0, 4))
         else:
-            until(reached(run, run.written_status.get("nimg", 0) + 8), 300)
-            time.sleep(rng.uniform(0, 0.5))
+            goal = seen + 8 * rng.randint(1, steps // (4 * kills))
+            until(lambda goal=goal: saved(run.run_dir) >= goal, 300)
+            if moment == "saving":
+                until(lambda: saving(run.run_dir), 60)
+            else:
+                time.sleep(rng.uniform(0, 0.5))
         assert run.status in ("starting", "running"), run.written_status
-        rank = rng.randrange(2)
-        saving = len(list((run.run_dir / "checkpoints").glob(".*.tmp")))
-        told.append((rank, run.written_status.get("nimg", 0), saving))
+        rank, seen = rng.randrange(2), saved(run.run_dir)
+        told.append((rank, moment, seen, saving(run.run_dir)))
         kill(there[rank])
         until(lambda pids=there: not set(pids.values()) & set(ranks(run.run_dir).values()), 120)
     assert run.wait(600).status == "done"
-    print(f"killed (rank, images seen, whether a save was under way): {told}")  # noqa: T201 (read in the long form)
+    print(f"killed (rank, moment, images seen, saves under way): {told}")  # noqa: T201 (read in the long form)
     a, b = ended_with(whole), ended_with(config)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
