@@ -22,7 +22,25 @@ def _mask(value: Any) -> FreezeMask | None:
         return value
     if isinstance(value, (str, Path)):
         return FreezeMask.load(value)
-    raise GddlabError(f"mask={value!r}: give a FreezeMask, the path of a saved one, or None")
+    if isinstance(value, PLAIN):
+        raise GddlabError(f"mask={value!r}: give a FreezeMask, the path of a saved one, or None")
+    raise GddlabError(_kept_by_kernel("mask", value))
+
+
+PLAIN = (str, int, float, bool, type(None), Path, list, tuple, dict)
+FILES = {
+    "teacher": "save it with gddlab.nets.save_network",
+    "data": "write its images to a folder or a zip with gddlab.prepare",
+    "mask": "choose it with gddlab.select_freeze, or save it",
+}
+
+
+def _kept_by_kernel(field: str, value: Any) -> str:
+    """Why an object cannot be a part of a configuration, and what can."""
+    kind = type(value) if not hasattr(value, "__qualname__") else value
+    what = f"{field} is an object of this process ({kind.__module__}.{kind.__qualname__})"
+    advice = f"{FILES[field]} and give the path" if field in FILES else "give a name, a number or a path"
+    return f"{what}, which the processes of a run do not see: {advice}"
 
 
 class TrainConfig(BaseModel):
@@ -160,6 +178,8 @@ class TrainConfig(BaseModel):
             field = ".".join(str(x) for x in first["loc"])
             if first["type"] == "extra_forbidden":
                 raise unknown("configuration field", field, type(self).model_fields) from None
+            if not isinstance(first["input"], PLAIN):
+                raise GddlabError(_kept_by_kernel(field, first["input"])) from None
             raise GddlabError(f"{field}={first['input']!r}: {first['msg']}") from None
 
     @model_validator(mode="after")

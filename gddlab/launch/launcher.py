@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from gddlab.distill.building import check
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.recording import write_status
+from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take
 from gddlab.launch.plan import Launch
@@ -47,6 +48,11 @@ def train(
     Raises:
         GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or is running.
     """
+    if type(config) is not TrainConfig:
+        kind = type(config)
+        raise GddlabError(
+            f"config is a {kind.__module__}.{kind.__qualname__}, which the processes of a run do not know: give a TrainConfig, such as gddlab.presets.digits(run_dir=...)"
+        )
     launch = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, timeout_s)
     run_dir = config.run_dir.resolve()
     config = config.model_copy(update={"run_dir": run_dir})

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.distill import presets
 from gddlab.distill.checkpoints import checkpoints
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
@@ -23,7 +25,7 @@ from gddlab.launch import RunFailed, attach, train
 from gddlab.launch.lock import held, take
 from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, tiny_net
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -162,4 +164,33 @@ def test_refusals(tmp_path: Path, tiny_teacher: Path) -> None:
         train(tiny_config(tmp_path / "run", tiny_teacher), nproc=3)
     with pytest.raises(GddlabError, match="nproc=0"):
         train(tiny_config(tmp_path / "run", tiny_teacher), nproc=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_objects_of_the_calling_process_are_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+    class Own(TrainConfig):
+        """As it would be defined in a cell."""
+
+    own = Own(**tiny_config(tmp_path / "run", tiny_teacher).model_dump())
+    with pytest.raises(
+        GddlabError, match=r"config is a .*Own, which the processes of a run do not know: give a TrainC"
+    ):
+        train(own)
+    with pytest.raises(GddlabError, match=r"config is a builtins.str"):
+        train("digits")  # type: ignore[arg-type]
+    advice = {
+        "teacher": (
+            tiny_net(),
+            r"nets.precond.EDMPrecond\), .* save it with gddlab.nets.save_network and give the path",
+        ),
+        "data": (object(), r"builtins.object\), .* with gddlab.prepare and give the path"),
+        "seed": (object(), r"builtins.object\), .* give a name, a number or a path"),
+        "mask": (
+            lambda name: True,
+            r"<lambda>\), .* choose it with gddlab.select_freeze, or save it and give the path",
+        ),
+    }
+    for field, (value, words) in advice.items():
+        with pytest.raises(GddlabError, match=f"^{field} is an object of this process .*{words}$"):
+            presets.digits(run_dir=tmp_path / "run", **{field: value})
     assert not (tmp_path / "run").exists()
