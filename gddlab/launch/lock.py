@@ -62,11 +62,13 @@ def _locked(fd: int, kind: int) -> bool:
 
 
 def held(run_dir: Path) -> bool:
-    """Whether a process holds the lock."""
-    try:
-        fd = os.open(run_dir / "lock", os.O_RDWR)
-    except FileNotFoundError:
+    """Whether a process holds the lock; also of a run that this user may only read."""
+    path = run_dir / "lock"
+    if not path.exists():
         return False
+    fd = os.open(
+        path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
+    )  # network file systems lock what is writable
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -19,9 +20,11 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.distill.checkpoints import checkpoints
+from gddlab.distill.recording import write_status
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
-from gddlab.launch.lock import held
+from gddlab.launch.listing import listing
+from gddlab.launch.lock import held, take
 from tests.conftest import tiny_config
 from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
 
@@ -200,6 +203,20 @@ def test_a_full_disk(small_disk: Path, tiny_teacher: Path) -> None:
     fill.unlink()
     assert train(config).wait(240).status == "done"
     assert [m["nimg"] for m in lines(run.run_dir)] == [16 * i for i in range(1, 11)]
+
+
+def test_a_directory_that_can_only_be_read(small_disk: Path, tiny_teacher: Path) -> None:
+    """Its runs are listed and read; nothing begins there, and the error says why."""
+    config = tiny_config(small_disk / "run", tiny_teacher)
+    config.write()
+    os.close(take(config.run_dir))
+    write_status(config.run_dir, "running")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert attach(config.run_dir).status == "failed"
+    assert listing(small_disk)["state"].tolist() == ["failed"]
+    for there in (config, config.model_copy(update={"run_dir": small_disk / "new"})):
+        with pytest.raises(OSError, match=f"Read-only file system: '{there.run_dir}"):
+            train(there)
 
 
 def test_a_directory_that_is_removed(tmp_path: Path, tiny_teacher: Path) -> None:
