@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError
-from gddlab.rng import generator
+from gddlab.runtime import generator
 
 __all__ = ["ContentHash", "ImageDataset", "Manifest", "content_hash", "order"]
 

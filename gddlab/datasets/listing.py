@@ -14,7 +14,7 @@ import torch
 
 from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES
 from gddlab.errors import GddlabError
-from gddlab.rng import generator
+from gddlab.runtime import generator
 
 __all__ = ["HINTS", "LABELS", "MANIFEST", "Listing", "Problem", "Reader", "arrange", "choose", "image_files", "refusal"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.files import read_json
-from gddlab.processes import fresh_environment
 from gddlab.progress import duration
+from gddlab.runtime import fresh_environment
 
 if TYPE_CHECKING:
     import pandas as pd

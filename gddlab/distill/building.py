@@ -22,11 +22,11 @@ from gddlab.distill.lpips_trunk import check_trunk
 from gddlab.distill.perceptual import check_distance, perceptual_distance
 from gddlab.distill.sharded import shard
 from gddlab.distill.step import GanStep
-from gddlab.distill.student import make_student
 from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator
 from gddlab.distill.stylegan2_layers import group_size
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
+from gddlab.nets.io import make_student
 from gddlab.teachers import load_teacher
 
 __all__ = ["DTYPES", "Built", "build_discriminator", "build_step", "build_student", "check", "check_losses"]

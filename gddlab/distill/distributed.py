@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
-from gddlab.processes import peak_memory_mib
+from gddlab.runtime import chosen_device, peak_memory_mib
 
 __all__ = ["AllReduceSum", "World", "all_reduce_sum"]
 

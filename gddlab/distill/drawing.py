@@ -8,7 +8,7 @@ from torch import Tensor
 from gddlab.distill.distributed import World
 from gddlab.distill.instance import InstanceLoss
 from gddlab.distill.step import Draw, InstancePart
-from gddlab.rng import generator
+from gddlab.runtime import generator
 
 __all__ = ["Drawer"]
 

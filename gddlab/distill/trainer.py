@@ -25,11 +25,11 @@ from gddlab.distill.metering import Meter
 from gddlab.distill.recording import GRID, Recorder, name_of
 from gddlab.distill.sharded import fill
 from gddlab.distill.starting import begin
-from gddlab.distill.student import make_student
 from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
+from gddlab.nets.io import make_student
 from gddlab.probing import DEFAULT, probe, weight_change
 
 __all__ = ["Score", "Trainer"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.devices import chosen_device
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
@@ -18,6 +17,7 @@ from gddlab.evaluation.metrics import DISTANCES, names_of
 from gddlab.evaluation.records import Record, append_records, least_name, load_records
 from gddlab.evaluation.scoring import evaluate
 from gddlab.runs import Run, load_run
+from gddlab.runtime import chosen_device
 
 if TYPE_CHECKING:
     from gddlab.distill.trainer import Score

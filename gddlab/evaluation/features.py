@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
-from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
 from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor
@@ -20,6 +19,7 @@ from gddlab.evaluation.images import Images, StoredImages, images_sha256
 from gddlab.evaluation.sharding import ALONE, Group, share
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
+from gddlab.runtime import chosen_device
 
 __all__ = ["Extracted", "extract", "extract_part", "image_features", "real_features", "real_images", "real_rows"]
 

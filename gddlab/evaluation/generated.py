@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gddlab.devices import chosen_device
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, extract, extract_part
 from gddlab.evaluation.images import images_sha256
@@ -21,6 +20,7 @@ from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
 from gddlab.nets import load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.arguments import module_of
 from gddlab.sampling.samplers import Method

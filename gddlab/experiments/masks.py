@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gddlab.devices import chosen_device
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, Measured
 from gddlab.experiments.feeds import feeds_of
@@ -13,6 +12,7 @@ from gddlab.freezing import FreezeMask, controls, select_freeze
 from gddlab.freezing.scores import Score
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, ablate, probe
+from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
 __all__ = [

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError, unknown
 from gddlab.evaluation import append_records, evaluate_end, evaluate_snapshots, load_records, missing_at_end
 from gddlab.experiments.digits import DIGITS
@@ -25,6 +24,7 @@ from gddlab.nets import OneStepPrecond
 from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import Run, load_run
+from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
 __all__ = ["LISTS", "Planned", "feeding", "plan", "reproduce"]

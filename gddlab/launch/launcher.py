@@ -16,7 +16,7 @@ from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take
 from gddlab.launch.plan import Launch
-from gddlab.processes import fresh_environment
+from gddlab.runtime import fresh_environment
 
 __all__ = ["train"]
 

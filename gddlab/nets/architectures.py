@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from gddlab.errors import unknown
-from gddlab.nets.making import from_edm
+from gddlab.nets.io import from_edm
 from gddlab.nets.precond import Precond
 
 __all__ = ["ARCHITECTURES", "NCSNPP", "architectures", "build"]

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors
-from gddlab.nets.making import from_edm
+from gddlab.nets.io import architecture, from_edm
 from gddlab.nets.onestep import OneStepPrecond
 from gddlab.nets.precond import Precond
-from gddlab.nets.weights import architecture
 from gddlab.progress import progress_bar
 
 __all__ = ["Exported", "export"]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gddlab.devices import chosen_device
 from gddlab.errors import GddlabError
 from gddlab.files import hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.runtime import chosen_device
 from gddlab.sampling.arguments import module_of, one_hot, positive, precision, seed_list, sigma_list
 from gddlab.sampling.samplers import draw, prepared, resolve, sampler_name
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
-from gddlab.processes import fresh_environment
+from gddlab.runtime import fresh_environment
 
 __all__ = ["run_workers"]
 

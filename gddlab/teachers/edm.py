@@ -14,7 +14,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.files import file_sha256
 from gddlab.nets import Precond, from_edm
-from gddlab.nets.arguments import refusal
+from gddlab.nets.io import refusal
 from gddlab.teachers.rebuild import find
 from gddlab.teachers.torchfile import LEGACY_MAGIC, TensorData, read_torch
 from gddlab.teachers.unpickle import Blob, Budget, Reader, Record, Refused, a, printable

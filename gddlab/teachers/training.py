@@ -19,7 +19,7 @@ from gddlab.nets import Precond, from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
-from gddlab.rng import generator
+from gddlab.runtime import generator
 from gddlab.sampling import sample, save_grid
 
 __all__ = ["TeacherConfig", "edm_loss", "train_teacher"]

@@ -22,7 +22,7 @@ CALL = """
 import json, resource, sys, time
 began = time.perf_counter()
 import gddlab
-from gddlab.distill.student import make_student
+from gddlab.nets.io import make_student
 student = make_student(gddlab.load_teacher("digits")).eval().requires_grad_(False)
 loaded = time.perf_counter()
 nproc = int(sys.argv[1])
@@ -47,11 +47,11 @@ def one(cache: Path, nproc: int) -> dict[str, Any]:
 
 def parts() -> dict[str, list[float]]:
     import gddlab
-    from gddlab.distill.student import make_student
     from gddlab.evaluation import find_extractor
     from gddlab.evaluation.features import image_features, real_images
     from gddlab.evaluation.metrics import frechet, kernel, mind
     from gddlab.files import hash_tensors
+    from gddlab.nets.io import make_student
     from gddlab.sampling.grid import to_uint8
 
     out = {}

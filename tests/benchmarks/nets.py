@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from gddlab.distill.student import make_student
 from gddlab.nets import OneStepPrecond, build
+from gddlab.nets.io import make_student
 from gddlab.provenance import hardware, versions
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -29,10 +29,10 @@ from gddlab.distill.building import build_step
 from gddlab.distill.discriminators import ProjectedDiscriminator
 from gddlab.distill.distributed import World
 from gddlab.distill.presets import FAST, cifar10
-from gddlab.distill.student import make_student
 from gddlab.ema import ema_beta, ema_update
 from gddlab.freezing import select_freeze
 from gddlab.nets import build
+from gddlab.nets.io import make_student
 from gddlab.probing.estimate import peak_memory
 from gddlab.provenance import hardware, versions
 

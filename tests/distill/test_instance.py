@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gddlab.distill.instance import KINDS, Draws, InstanceLoss, needs_target_time
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
-from gddlab.rng import generator
+from gddlab.nets.io import make_student
+from gddlab.runtime import generator
 from tests.conftest import TINY, tiny_net
 
 SCALES = torch.tensor([0.3, 1.0], dtype=torch.float64)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
 from gddlab.nets import OneStepPrecond, Precond, from_edm, load_network, save_network
+from gddlab.nets.io import make_student
 from gddlab.sampling import ImageNoise, latents, multistep, sample
 from gddlab.sampling.samplers import resolve, sampler_name
 from tests.conftest import TINY, tiny_net

@@ -10,10 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.datasets import open_dataset
-from gddlab.distill.student import make_student
 from gddlab.evaluation import evaluate
 from gddlab.experiments.experiment import Found, Judge, Subjects
 from gddlab.experiments.studies import STUDIES
+from gddlab.nets.io import make_student
 from gddlab.probing.spectra import radial_power
 from gddlab.sampling import sample
 from gddlab.teachers import load_teacher

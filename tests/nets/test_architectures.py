@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.nets import architectures, build
+from gddlab.nets.io import make_student
 from gddlab.nets.precond import EDMPrecond
 
 

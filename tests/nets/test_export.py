@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import Precond, from_edm
 from gddlab.nets import export as module
 from gddlab.nets.export import export
+from gddlab.nets.io import make_student
 from tests.conftest import tiny_net
 from tests.nets.test_unets import NETS, SMALL, shaken
 

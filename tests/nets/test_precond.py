@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import OneStepPrecond, from_edm, load_network, save_network
+from gddlab.nets.io import make_student
 from tests.conftest import TINY, tiny_net
 
 

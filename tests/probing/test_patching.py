@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gddlab.datasets import order
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
+from gddlab.nets.io import make_student
 from gddlab.probing import ProbeResult, probe, select_layers
 from gddlab.probing.patching import patch
 from gddlab.sampling import latents

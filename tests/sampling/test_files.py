@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from gddlab.datasets import open_dataset
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_json
 from gddlab.nets import save_network
+from gddlab.nets.io import make_student
 from gddlab.sampling import sample, sample_files
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.targets import FolderTarget, ZipTarget, encode

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond
+from gddlab.nets.io import make_student
 from gddlab.sampling import Sampler, integrate, karras_sigmas, latents, multistep, sample
 from gddlab.sampling.grid import image_grid
 from gddlab.sampling.noise import ImageNoise

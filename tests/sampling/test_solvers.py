@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.distill.student import make_student
 from gddlab.errors import GddlabError
 from gddlab.nets import from_edm
+from gddlab.nets.io import make_student
 from gddlab.sampling import ImageNoise, Sampler, heun, integrate, karras_sigmas, latents, multistep
 from gddlab.sampling.schedules import iddpm_sigmas, noise_levels, schedule
 from gddlab.sampling.solvers import time_steps

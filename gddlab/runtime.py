@@ -1,4 +1,4 @@
-"""Fresh processes: what they inherit from the calling kernel is their environment, nothing else."""
+"""The process at hand: its device, its memory, its random numbers, and the environment of those that it starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,31 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["fresh_environment", "peak_memory_mib"]
+import torch
+
+from gddlab.errors import GddlabError
+
+__all__ = ["chosen_device", "fresh_environment", "generator", "peak_memory_mib"]
+
+
+def chosen_device(name: str = "auto") -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda". Of several GPUs a process takes that of its LOCAL_RANK, which torchrun sets;
+            where there are more processes than GPUs, they share.
+
+    Raises:
+        GddlabError: Another name, or CUDA where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise GddlabError(f"device={name!r}: give auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
 
 # glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again: about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -33,3 +57,12 @@ def peak_memory_mib() -> float:
         return int(found[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def generator(seed: int, position: int) -> torch.Generator:
+    """A CPU generator for one position of the sequence of `seed`.
+
+    PyTorch's CPU generator takes 32 bits of its seed; seeds are spread over them by the golden ratio (Knuth's multiplicative hash), so that sequences of
+    nearby seeds do not overlap for millions of positions.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + position) % 2**32)

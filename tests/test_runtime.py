@@ -1,13 +1,13 @@
-"""Which device a process takes, here with GPUs that are only pretended."""
+"""The device that a process takes, with GPUs that are only pretended, and its random numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gddlab.devices import chosen_device
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
+from gddlab.runtime import chosen_device, generator
 
 
 @pytest.fixture
@@ -38,3 +38,9 @@ def test_training_wants_a_gpu_a_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(GddlabError, match="3 processes on a machine of 2 GPUs"):
         World.start()
+
+
+def test_seeds_and_positions_differ() -> None:
+    draws = {float(torch.rand((), generator=generator(s, p))) for s in range(20) for p in range(20)}
+    assert len(draws) == 400
+    assert torch.equal(torch.rand(3, generator=generator(7, 5)), torch.rand(3, generator=generator(7, 5)))

@@ -1,0 +1,205 @@
+"""Networks as safetensors files, as EDM class names with arguments, and as students of a teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.files import atomic_path
+from gddlab.nets.onestep import OneStepPrecond
+from gddlab.nets.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
+
+__all__ = ["FORMAT", "PRECONDS", "architecture", "from_edm", "load_network", "make_student", "refusal", "save_network"]
+
+COUNTS = {
+    "img_resolution": (1, 4096),
+    "img_channels": (1, 256),
+    "out_channels": (1, 512),
+    "label_dim": (0, 100_000),
+    "augment_dim": (0, 4096),
+    "model_channels": (1, 8192),
+    "channel_mult_emb": (1, 64),
+    "channel_mult_noise": (1, 64),
+    "num_blocks": (1, 64),
+    "M": (1, 100_000),
+}
+NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
+NUMBERS |= {"dropout", "label_dropout"}
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096), "mid_sigmas": (0, 4096)}
+FLAGS = {"target_time"}
+NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
+
+
+def refusal(kwargs: dict[Any, Any], tensors: int) -> str | None:
+    """What is wrong with the constructor arguments of a network of so many tensors; None if nothing is."""
+    for name, value in kwargs.items():
+        if (accepted := _accepted(name, value)) is not None:
+            shown = repr(value[:40]) if isinstance(value, str) else value
+            shown = shown if isinstance(shown, (int, float, str)) else f"<{type(value).__name__}>"
+            return f"{str(name)[:40]}={str(shown)[:42]}: {accepted}"
+    blocks, levels = kwargs.get("num_blocks", 1), len(kwargs.get("channel_mult", [1]))
+    if 20 * blocks * levels > tensors:  # ten tensors a block, at least, up and down
+        return f"{blocks} blocks in {levels} levels, but only {tensors} tensors"
+    return None
+
+
+def _accepted(name: Any, value: Any) -> str | None:
+    """What an argument may be, if `value` is not."""
+    if name in COUNTS:
+        low, high = COUNTS[name]
+        return None if type(value) is int and low <= value <= high else f"accepted are whole numbers, {low} to {high:,}"
+    if name in NUMBERS:
+        return None if type(value) in (int, float) and abs(value) <= 1e6 else "accepted are numbers, up to 1e6"
+    if name in LISTS:
+        low, high = LISTS[name]
+        short = isinstance(value, (list, tuple)) and len(value) <= 16 and (value or name == "attn_resolutions")
+        if short and all(type(v) in (int, float) and low <= v <= high for v in value):
+            return None
+        return f"accepted are lists of 1 to 16 numbers, {low} to {high:,}"
+    if name in FLAGS:
+        return None if type(value) is bool else "accepted are true and false"
+    if name in NAMES:
+        return None if isinstance(value, str) and len(value) < 100 else "accepted is a short text"
+    return "no network of EDM has this argument"
+
+
+PRECONDS: dict[str, type[Precond]] = {
+    "EDMPrecond": EDMPrecond,
+    "VPPrecond": VPPrecond,
+    "VEPrecond": VEPrecond,
+    "iDDPMPrecond": iDDPMPrecond,
+    "OneStepPrecond": OneStepPrecond,
+}
+
+
+def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
+    """Builds a network from the class name and keyword arguments found in an EDM pickle.
+
+    Args:
+        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond".
+        **init_kwargs: As in the pickle; `use_fp16` is accepted and has no meaning here (autocast decides).
+
+    Returns:
+        The network with fresh parameters; its state-dict keys equal the reference's.
+
+    Raises:
+        GddlabError: Unknown class, U-Net or argument.
+    """
+    if class_name not in PRECONDS:
+        raise unknown("network class", class_name, PRECONDS)
+    kwargs = {k: v for k, v in init_kwargs.items() if k != "use_fp16"}
+    try:
+        net = PRECONDS[class_name](**kwargs)
+    except TypeError as e:
+        raise GddlabError(f"{class_name} cannot be built from {sorted(kwargs)}: {e}") from None
+    net.init_kwargs = kwargs
+    return net
+
+
+FORMAT = "gddlab-network-1"
+
+
+def architecture(net: Precond) -> dict[str, Any]:
+    """Class name and keyword arguments from which `from_edm` builds `net` again."""
+    return {"precond": type(net).__name__, "init_kwargs": net.init_kwargs}
+
+
+def save_network(net: Precond, path: str | Path, **meta: Any) -> None:
+    """Writes weights and architecture atomically; `meta` is JSON and comes back from `load_network`."""
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT, **architecture(net), "meta": meta}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    with atomic_path(path) as tmp:
+        save_file(tensors, tmp, metadata={k: json.dumps(v, allow_nan=False) for k, v in header.items()})
+
+
+def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
+    """Reads a file written by `save_network`.
+
+    Returns:
+        The network in eval mode on the CPU, and the metadata given when it was saved.
+
+    Raises:
+        NotFound: No such file.
+        GddlabError: Not a safetensors file of gddlab, or its weights do not fit its architecture.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise NotFound(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            header = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            if header.get("format") != FORMAT:
+                raise GddlabError(f"{path} does not say its architecture: give a .safetensors file that gddlab wrote")
+            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
+        raise GddlabError(f"{path} is not a whole safetensors file ({e})") from None
+    precond, kwargs, meta = (header.get(k) for k in ("precond", "init_kwargs", "meta"))
+    if not (isinstance(precond, str) and isinstance(kwargs, dict) and isinstance(meta, dict)):
+        raise GddlabError(f"{path}: its metadata lacks precond, init_kwargs or meta: give a file that gddlab wrote")
+    if reason := refusal(kwargs, len(state)):
+        raise GddlabError(f"{path}: {precond[:40]!r} has {reason}")
+    try:
+        with torch.device("meta"):
+            net = from_edm(precond, **kwargs)
+    except (ValueError, RuntimeError, ArithmeticError, LookupError) as e:
+        raise GddlabError(f"{path}: {precond[:40]!r} cannot be built: {str(e).splitlines()[0]}") from None
+    try:
+        net.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as e:
+        raise GddlabError(
+            f"{path}: weights do not fit {header['precond']}: {str(e).splitlines()[-1].strip()}"
+        ) from None
+    return net.eval(), meta
+
+
+INITS = ("teacher", "scratch")
+
+
+def make_student(
+    teacher: Precond, *, target_time: bool = False, mid_sigmas: Sequence[float] = (), init: str = "teacher"
+) -> OneStepPrecond:
+    """A one-step generator with the teacher's weights (method of GDD, section 2 of its paper).
+
+    The augmentation embedding is not carried over and dropout is 0. A freeze mask made for the teacher fits.
+
+    Args:
+        teacher: An EDM network.
+        target_time: The student takes a second, target noise level; at first it changes nothing.
+        mid_sigmas: Noise levels of further steps, descending between 80 and 0.002.
+        init: "teacher", or "scratch": fresh weights from torch's global generator, the control.
+
+    Raises:
+        GddlabError: The teacher has another preconditioning than EDM's, whose noise embedding a student could not use; `mid_sigmas` do
+            not descend; an unknown `init`.
+    """
+    if not isinstance(teacher, EDMPrecond):
+        raise GddlabError(f"a {type(teacher).__name__} teacher has no one-step student: give an EDMPrecond network")
+    if init not in INITS:
+        raise unknown("init", init, INITS)
+    dropped = ("augment_dim", "eps", "sigma_g", "target_time", "mid_sigmas")
+    kwargs: dict[str, Any] = {k: v for k, v in teacher.init_kwargs.items() if k not in dropped}
+    kwargs |= {"dropout": 0.0, "model_type": type(teacher.model).__name__}
+    if target_time:
+        kwargs["target_time"] = True
+    if mid_sigmas:
+        kwargs["mid_sigmas"] = list(mid_sigmas)
+    student = from_edm("OneStepPrecond", **kwargs)
+    assert isinstance(student, OneStepPrecond)
+    if init == "teacher":
+        own = {k: v for k, v in student.state_dict().items() if k.startswith("model.map_target")}
+        given = {
+            k: v
+            for k, v in teacher.state_dict().items()
+            if not k.startswith(("model.map_augment.", "model.map_target"))
+        }
+        student.load_state_dict(own | given, strict=True)
+    return student
