@@ -1,10 +1,12 @@
-"""Shared fixtures: a tiny teacher on disk, a tiny run."""
+"""Shared fixtures: a tiny teacher on disk, a tiny run, a machine without weights."""
 
 from __future__ import annotations
 
 import os
+import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -66,3 +68,24 @@ def tiny_config(run_dir: Path, teacher: Path, **fields: Any) -> TrainConfig:
         "reuse_fakes": False,
     }
     return presets.digits(run_dir=run_dir, **(settings | fields))
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without weights and without a network."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no network")
+
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GDDLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.delenv("GDDLAB_OFFLINE", raising=False)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
+    return tmp_path

@@ -16,11 +16,11 @@ from gddlab.datasets.cifar import find_cifar10
 from gddlab.diagnosis.devices import GIB, gib
 from gddlab.diagnosis.findings import Finding
 from gddlab.distill.presets import PRESETS
-from gddlab.distill.weight_files import SUFFIXES, find_weights
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir
-from gddlab.nets.lite import LITE_WHEELS, lite_weights
+from gddlab.pretrained.files import SUFFIXES, find_weights
+from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
 from gddlab.teachers import PUBLISHED, bundled_teachers
 from gddlab.teachers.catalog import locate
 

@@ -10,15 +10,12 @@ import torch
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.distill.ada import AdaController
 from gddlab.distill.augment import Augment
-from gddlab.distill.backbone_weights import find_weights
-from gddlab.distill.backbones import check_backbone
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.discriminators import ProjectedDiscriminator
 from gddlab.distill.distributed import World
 from gddlab.distill.embedding import load_embedding
 from gddlab.distill.instance import InstanceLoss, needs_target_time
 from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
-from gddlab.distill.lpips_trunk import check_trunk
 from gddlab.distill.perceptual import check_distance, perceptual_distance
 from gddlab.distill.sharded import shard
 from gddlab.distill.step import GanStep
@@ -27,6 +24,8 @@ from gddlab.distill.stylegan2_layers import group_size
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
+from gddlab.pretrained.backbones import check_backbone, find_weights
+from gddlab.pretrained.lpips_trunk import check_trunk
 from gddlab.teachers import load_teacher
 
 __all__ = ["DTYPES", "Built", "build_discriminator", "build_step", "build_student", "check", "check_losses"]

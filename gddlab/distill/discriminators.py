@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gddlab.distill.backbones import Backbone
 from gddlab.distill.embedding import load_embedding
 from gddlab.distill.heads import BatchNorm, Head, last_resolution, nominal_resolutions
 from gddlab.errors import GddlabError, unknown
+from gddlab.pretrained.backbones import Backbone
 
 __all__ = ["Backbone", "ProjectedDiscriminator", "Projection"]
 
@@ -68,7 +68,7 @@ class ProjectedDiscriminator(nn.Module):
     The state dict holds heads, projections and a ViT's adapters, all that is random; not the backbones.
 
     Args:
-        backbones: Names, as `gddlab.distill.backbones.Backbone` takes them, each once.
+        backbones: Names, as `gddlab.pretrained.backbones.Backbone` takes them, each once.
         input_size: Size to which images are resized, pixels; 224 counts as 256 where head depths are chosen.
         cout: Base width of the projection.
         classes: Number of classes; 0 for an unconditional discriminator.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gddlab.distill.lpips_trunk import LPIPSTrunk, unit
+from gddlab.pretrained.lpips_trunk import LPIPSTrunk, unit
 
 __all__ = ["LPIPSDiscriminator"]
 
@@ -27,7 +27,7 @@ class LPIPSDiscriminator(nn.Module):
         net: "vgg", "alex" or "squeeze".
         input_size: Images are resized to this many pixels.
         classes: Number of classes; 0 for an unconditional discriminator.
-        weights: Of the trunk: a path, "random", or None to look for them, see `gddlab.distill.lpips_trunk.LPIPSTrunk`.
+        weights: Of the trunk: a path, "random", or None to look for them, see `gddlab.pretrained.lpips_trunk.LPIPSTrunk`.
 
     Raises:
         GddlabError: As `LPIPSTrunk`.

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gddlab.distill.backbones import Backbone
-from gddlab.distill.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 from gddlab.errors import GddlabError, unknown
-from gddlab.nets.lite import lite_weights
+from gddlab.pretrained.backbones import Backbone
+from gddlab.pretrained.lite import lite_weights
+from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 
 __all__ = ["DISTANCES", "Distance", "check_distance", "perceptual_distance"]
 
@@ -87,7 +87,7 @@ def perceptual_distance(name: str, *, weights: str | Path | None = None, input_s
 
     Args:
         name: "lpips", "l2" or "lite0".
-        weights: Of LPIPS's VGG16: a path, "random", or None to look for them, see `gddlab.distill.lpips_trunk.LPIPSTrunk`.
+        weights: Of LPIPS's VGG16: a path, "random", or None to look for them, see `gddlab.pretrained.lpips_trunk.LPIPSTrunk`.
         input_size: Images are resized to this many pixels, bilinearly (align_corners False); None is 224 for lpips, 64 for lite0.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gddlab.distill.backbone_weights import backbone_sha256
 from gddlab.distill.checkpoints import Loaded
 from gddlab.distill.health import Alarm
 from gddlab.distill.recording import Recorder
 from gddlab.files import hash_tensors, read_json, write_json
+from gddlab.pretrained.backbones import backbone_sha256
 from gddlab.provenance import commit, hardware, versions
 
 if TYPE_CHECKING:

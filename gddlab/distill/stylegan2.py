@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gddlab.distill.stylegan2_layers import Conv, Linear, low_pass, minibatch_std
-from gddlab.distill.weight_files import SUFFIXES, load_fitting, read_state
 from gddlab.errors import GddlabError
+from gddlab.pretrained.files import SUFFIXES, load_fitting, read_state
 
 __all__ = ["StyleGAN2Discriminator"]
 

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gddlab.distill.weight_files import read_state
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.weights import Published
 from gddlab.files import file_sha256, hash_json
-from gddlab.nets.lite import lite_weights
+from gddlab.pretrained.files import read_state
+from gddlab.pretrained.lite import lite_weights
+from gddlab.pretrained.metric_networks import Published
 
 __all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from gddlab.distill.weight_files import load_fitting, read_state
+from gddlab.pretrained.files import load_fitting, read_state
 
 __all__ = ["FeatureExtractorTimmDinoV2"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from gddlab.nets.lite import LITE_MEAN, LITE_STD, lite_backbone
+from gddlab.pretrained.lite import LITE_MEAN, LITE_STD, lite_backbone
 
 __all__ = ["LITE_LAYER", "LITE_SIZE", "FeatureExtractorLite0", "FeatureExtractorLite2"]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
-from gddlab.distill.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 from gddlab.distill.objectives import d_loss_real, r1_penalty
 from gddlab.errors import GddlabError, NotFound
+from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 
 SMALL = {"vgg": 16, "alex": 31, "squeeze": 17}
 THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}

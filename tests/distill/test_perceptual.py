@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.lpips_trunk import LPIPSTrunk
 from gddlab.distill.perceptual import DISTANCES, Distance, check_distance, perceptual_distance
 from gddlab.errors import GddlabError
-from gddlab.nets.lite import lite_backbone
+from gddlab.pretrained.lite import lite_backbone
+from gddlab.pretrained.lpips_trunk import LPIPSTrunk
 
 
 def build(name: str) -> Distance:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models import vgg
 
-from gddlab.distill.backbone_weights import backbone_sha256, find_weights
-from gddlab.distill.backbones import Backbone, check_backbone
 from gddlab.errors import GddlabError, NotFound
-from gddlab.nets.lite import lite_weights
+from gddlab.pretrained.backbones import Backbone, backbone_sha256, check_backbone, find_weights
+from gddlab.pretrained.lite import lite_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

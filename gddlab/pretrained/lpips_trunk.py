@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gddlab.distill.weight_files import ask_hub, find_weights, fit_state, load_fitting, read_state
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import cache_dir
+from gddlab.pretrained.files import ask_hub, find_weights, fit_state, load_fitting, read_state
 
 __all__ = ["TRUNKS", "LPIPSTrunk", "check_trunk", "unit"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from gddlab.distill.weight_files import find_weights
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, file_sha256
+from gddlab.pretrained.files import find_weights
 
 __all__ = ["Published"]
 
