@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from gddlab.datasets.base import ImageDataset, Manifest, order
-from gddlab.datasets.digits import digits
-from gddlab.datasets.opening import open_dataset
+from gddlab.datasets.base import BatchReader, ImageDataset, Manifest, digits, order
+from gddlab.datasets.open import open_dataset
 from gddlab.datasets.prepare import PrepareReport, prepare
-from gddlab.datasets.reader import BatchReader
 
 __all__ = ["BatchReader", "ImageDataset", "Manifest", "PrepareReport", "digits", "open_dataset", "order", "prepare"]

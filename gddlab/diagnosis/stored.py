@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gddlab.datasets.cifar import find_cifar10
+from gddlab.datasets.readers import find_cifar10
 from gddlab.diagnosis.devices import GIB, gib
 from gddlab.diagnosis.findings import Finding
 from gddlab.distill.presets import PRESETS

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gddlab.datasets import open_dataset
-from gddlab.datasets.plain_pickle import parse
+from gddlab.datasets.readers import parse
 from gddlab.errors import GddlabError, NotFound
 
 ROWS = 4

@@ -20,7 +20,7 @@ import torch
 from gddlab.datasets import ImageDataset, digits, open_dataset
 from gddlab.datasets.base import content_hash
 from gddlab.datasets.listing import arrange, image_files
-from gddlab.datasets.trees import of_zip
+from gddlab.datasets.readers import of_zip
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
 

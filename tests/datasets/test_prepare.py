@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gddlab.datasets import PrepareReport, digits, making, open_dataset, prepare
-from gddlab.datasets.packing import Entry
-from gddlab.datasets.workers import Workers
+from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
+from gddlab.datasets.packing import Entry, Workers
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
 
+making = sys.modules["gddlab.datasets.prepare"]  # the package has a function of that name
 Zip = Callable[..., Path]
 
 
@@ -218,7 +218,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
 def test_begun_with_other_options_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "o.zip"
     with monkeypatch.context() as m:
-        m.setattr("gddlab.datasets.making.assemble", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(making, "assemble", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(photos, out, resolution=16, crop="center", workers=1)
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_begun_with_other_options_is_refused(photos: Path, tmp_path: Path, monke
         prepare(photos, out, resolution=16, crop="center", workers=1)
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     with monkeypatch.context() as m:
-        m.setattr("gddlab.datasets.making.fit", None)  # nothing is made again
+        m.setattr(making, "fit", None)  # nothing is made again
         prepare(photos, out, resolution=16, crop="center", workers=1)
     assert len(open_dataset(out)) == 40
 
@@ -256,7 +256,8 @@ def test_a_full_disk_leaves_the_parts(photos: Path, tmp_path: Path, monkeypatch:
 
 SCRIPT = """
 import sys
-from gddlab.datasets import making, prepare
+from gddlab.datasets import prepare
+making = sys.modules["gddlab.datasets.prepare"]
 if {end}:
     real = making.assemble
     import os, signal
@@ -358,7 +359,7 @@ def test_a_second_prepare_waits_not(photos: Path, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("gddlab.datasets.making.assemble", second)
+        m.setattr(making, "assemble", second)
         with pytest.raises(KeyboardInterrupt):
             prepare(photos, out, resolution=16, crop="center", workers=1)
     assert seen

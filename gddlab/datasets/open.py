@@ -1,0 +1,211 @@
+"""Datasets by name or path: `open_dataset("digits")`, `open_dataset("ffhq-64x64.zip")`."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gddlab.datasets.base import ImageDataset, digits
+from gddlab.datasets.listing import Listing, choose
+from gddlab.datasets.readers import (
+    ARCHIVE,
+    CLASSES,
+    FOLDER,
+    find_cifar10,
+    of_folder,
+    of_huggingface,
+    of_zip,
+    read_cifar10,
+    stamp,
+)
+from gddlab.datasets.store import MEMORY, materialise
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.files import hash_json
+
+__all__ = ["ArrayReader", "find_source", "open_dataset"]
+
+
+def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> Listing:
+    """What `open_dataset` and `prepare` may be given, as a list of images.
+
+    Raises:
+        NotFound: No such path.
+        GddlabError: An unknown name, or a file of another kind.
+    """
+    if isinstance(data, ImageDataset):
+        return _of_dataset(data)
+    text = str(data)
+    if text == "digits":
+        return _of_dataset(digits())
+    if text == "cifar10":
+        return _of_cifar10(find_cifar10(download=download))
+    if text.startswith("hf:"):
+        return of_huggingface(text)
+    path = Path(data).expanduser()
+    if path.is_dir():
+        if (path / FOLDER).is_dir():
+            path = path / FOLDER
+        return _of_cifar10(path) if (path / "data_batch_1").is_file() else of_folder(path)
+    if path.is_file():
+        return _of_file(path)
+    if len(path.parts) > 1 or path.suffix or isinstance(data, Path):
+        raise NotFound(f"no such file or folder: {path}")
+    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
+
+
+def _of_file(path: Path) -> Listing:
+    if zipfile.is_zipfile(path):
+        return of_zip(path)
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and tarfile.is_tarfile(path):
+        return _of_cifar10(path)
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer: run git lfs pull"
+    elif start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        what = "an HTML page: download it again"
+    elif size == 0:
+        what = "empty: download it again"
+    elif start.startswith(b"PK\3\4"):
+        what = "a zip whose end is missing: download or make it again"
+    else:
+        what = f"neither a zip nor {ARCHIVE} (it starts with {start[:8]!r}): give an EDM zip or a folder"
+    raise GddlabError(f"{path} ({size:,} bytes) is {what}")
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Images in memory; names are numbers, and `first` is the number of the first."""
+
+    images: np.ndarray
+    first: int = 0
+
+    def read(self, name: str) -> np.ndarray:
+        image: np.ndarray = self.images[int(name) - self.first]
+        return image
+
+    def open(self, name: str) -> np.ndarray:
+        return self.read(name)
+
+    def part(self, names: Sequence[str]) -> ArrayReader:
+        low, high = int(names[0]) - self.first, int(names[-1]) - self.first
+        return ArrayReader(np.ascontiguousarray(self.images[low : high + 1]), self.first + low)
+
+
+def _numbers(n: int) -> list[str]:
+    return [f"{i:08d}" for i in range(n)]
+
+
+def _of_dataset(data: ImageDataset) -> Listing:
+    about = data.manifest.to_dict()
+    return Listing(
+        name=data.name,
+        source=about["source"],
+        names=_numbers(len(data)),
+        reader=ArrayReader(data.uint8),
+        labels=data.class_ids,
+        classes=data.classes,
+        class_names=about["extra"].get("class_names"),
+        fingerprint=about["sha256"],
+        about={key: about[key] for key in ("crop", "filter", "codec", "sha256", "extra")},
+    )
+
+
+def _of_cifar10(path: Path) -> Listing:
+    images, labels = read_cifar10(path)
+    file = path if path.is_file() else path / "data_batch_1"
+    return Listing(
+        name="cifar10",
+        source=f"CIFAR-10 training images ({path.name})",
+        names=_numbers(len(images)),
+        reader=ArrayReader(images),
+        labels=labels,
+        classes=len(CLASSES),
+        class_names=CLASSES,
+        fingerprint=hash_json([str(path.absolute()), *stamp(file)]),
+        about={"crop": "none", "filter": "none", "codec": "none"},
+    )
+
+
+def open_dataset(
+    data: str | Path | ImageDataset,
+    *,
+    classes: Sequence[int] | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    xflip: bool = False,
+    memory: str = "auto",
+    download: bool = False,
+    progress: bool = True,
+) -> ImageDataset:
+    """A dataset by name or path.
+
+    Args:
+        data: One of
+            "digits"; "cifar10" (cifar-10-python.tar.gz or cifar-10-batches-py in $GDDLAB_HOME, the working folder or the
+            cache folder; training images), or the path of either;
+            an EDM zip: images and dataset.json, `{"labels": [[name, class], ...]}` or null;
+            a folder: with such a dataset.json, or a sub-folder a class in order of name (of number, if all are numbers),
+            or without classes if flat, with one sub-folder, or in shards (00000/img00000000.png, 001000/001234.png);
+            "hf:NAME[:CONFIG][:SPLIT]" (see `of_huggingface`);
+            an ImageDataset.
+            Images are PNG, JPEG, WebP, BMP, GIF or TIFF, 8-bit grey or RGB, square, all of one size; `prepare` makes such
+            sets of others.
+        classes: Class ids to keep; they keep their ids, and the number of classes stays, so that conditional models fit.
+        max_images: Keeps so many at random; they stay in order.
+        seed: Of that draw.
+        xflip: Doubles the set: image N + i is image i mirrored, with its label.
+        memory: "ram", "mapped" (decoded once into the cache folder, pages shared between processes) or "auto": in memory
+            when it fits.
+        download: Fetches CIFAR-10 into the cache folder when it is not found.
+        progress: Shows a bar when at a terminal.
+
+    Returns:
+        The dataset; its manifest's `extra` holds the options that changed it, and class names where known.
+
+    Raises:
+        NotFound: No such path.
+        GddlabError: Unknown name or option, or images that cannot be used, with their names.
+    """
+    if memory not in MEMORY:
+        raise unknown("memory", memory, MEMORY)
+    if classes is None and max_images is None and not xflip and memory != "mapped":
+        if isinstance(data, ImageDataset):
+            return data
+        if data == "digits":
+            return digits()
+    listing = choose(find_source(data, download=download), classes=classes, max_images=max_images, seed=seed)
+    options: dict[str, Any] = {}
+    if classes is not None:
+        options["classes"] = sorted(set(classes))
+    if max_images is not None:
+        options |= {"max_images": max_images, "seed": seed}
+    if xflip:
+        options["xflip"] = True
+    about = dict(listing.about)
+    recorded = about.pop("sha256", None)
+    extra = dict(about.pop("extra", None) or {})
+    if listing.class_names:
+        extra["class_names"] = list(listing.class_names)
+    if options:
+        extra["options"] = options
+    if options:
+        recorded = None  # the hash of the whole
+    images, labels, sha256 = materialise(listing, recorded=recorded, xflip=xflip, memory=memory, progress=progress)
+    return ImageDataset(
+        images,
+        labels,
+        classes=listing.classes,
+        name=listing.name,
+        source=listing.source,
+        extra=extra,
+        sha256=sha256,
+        **about,
+    )
