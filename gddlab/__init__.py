@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gddlab.distill import presets
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.problem import adversarial_problem
+    from gddlab.distill.teacher import TeacherConfig, train_teacher
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split, reference
     from gddlab.experiments import reproduce
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from gddlab.reporting.report import report
     from gddlab.runs import load_run, load_runs, load_study
     from gddlab.sampling import sample, sample_files
-    from gddlab.teachers import TeacherConfig, convert, load_teacher, train_teacher
+    from gddlab.teachers import convert, load_teacher
 
 __version__ = "0.1.0"
 
@@ -87,7 +88,7 @@ _HOME = {
     "GddlabError": "gddlab.errors",
     "Probe": "gddlab.probing",
     "ProbeResult": "gddlab.probing",
-    "TeacherConfig": "gddlab.teachers",
+    "TeacherConfig": "gddlab.distill.teacher",
     "TrainConfig": "gddlab.distill.config",
     "ablate": "gddlab.probing",
     "adversarial_problem": "gddlab.distill.problem",
@@ -120,7 +121,7 @@ _HOME = {
     "scaling": "gddlab.diagnosis.scaling",
     "select_freeze": "gddlab.freezing",
     "train": "gddlab.launch",
-    "train_teacher": "gddlab.teachers",
+    "train_teacher": "gddlab.distill.teacher",
     "weight_change": "gddlab.probing",
     "wrap": "gddlab.probing",
 }

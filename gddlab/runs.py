@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json, read_jsonl
-from gddlab.nets import OneStepPrecond, Precond, load_network
-from gddlab.teachers.card import TeacherCard
+from gddlab.nets import OneStepPrecond
+from gddlab.teachers.catalog import load_student, snapshots_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "is_run", "load_run", "load_runs", "load_study", "open_model"]
+__all__ = ["Run", "load_run", "load_runs", "load_study"]
 
 
 class Run:
@@ -93,7 +93,7 @@ class Run:
 
     def snapshots(self) -> list[Path]:
         """EMA students saved on the way, oldest first; the file's name is its kimg."""
-        return sorted((self.run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
+        return snapshots_of(self.run_dir)
 
     def grids(self) -> list[Path]:
         """Sample grids of the same noise, oldest first; the file's name is its kimg."""
@@ -104,32 +104,7 @@ class Run:
 
         "best" is the one with the best score of those made while training (`metric_kimg`); `best` says which.
         """
-        if snapshot == "best":
-            found = [p for p in [self.run_dir / "best.safetensors"] if p.exists()]
-        elif snapshot is None:
-            final = self.run_dir / "student.safetensors"
-            found = [final] if final.exists() else self.snapshots()
-        elif Path(snapshot).suffix == ".safetensors" and Path(snapshot).is_file():
-            found = [Path(snapshot)]
-        else:
-            found = [p for p in self.snapshots() if p.stem == str(snapshot)]
-        if not found:
-            have = ", ".join(p.stem for p in self.snapshots()) or "none yet"
-            raise NotFound(f"{self.run_dir} has no student {snapshot or ''}: snapshots are {have}")
-        net, meta = load_network(found[-1])
-        if not isinstance(net, OneStepPrecond):
-            raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")
-        net.requires_grad_(False)
-        net.card = TeacherCard.of(
-            net, name=f"student of {self.run_dir.name}", source=str(found[-1]), meta=meta, scores=[]
-        )
-        return net
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run; a teacher's folder has a configuration too."""
-    path = Path(folder)
-    return (path / "config.json").is_file() and not (path / "teacher.safetensors").exists()
+        return load_student(self.run_dir, snapshot)
 
 
 def load_run(run_dir: str | Path) -> Run:
@@ -173,10 +148,3 @@ def load_study(folder: str | Path) -> pd.DataFrame:
     frame = pd.read_parquet(folder / "frame.parquet")
     frame.attrs = read_json(folder / "meta.json")
     return frame
-
-
-def open_model(source: str | Path) -> Precond:
-    """The student of a run directory, or else a teacher: whatever `load_teacher` takes."""
-    from gddlab.teachers import load_teacher
-
-    return load_run(source).student() if is_run(source) else load_teacher(source)

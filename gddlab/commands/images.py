@@ -78,8 +78,8 @@ class Sample:
     """Processes on this machine, for a folder or zip; several machines: run the same command under torchrun."""
 
     def run(self) -> None:
-        from gddlab.runs import open_model
         from gddlab.sampling import sample, sample_files, save_grid
+        from gddlab.teachers.catalog import open_model
 
         given = self.sampler.given() | {
             "seed": self.seed,
@@ -128,7 +128,8 @@ class Evaluate:
     def run(self) -> None:
         from gddlab.evaluation import append_records, evaluate
         from gddlab.files import write_json
-        from gddlab.runs import is_run, load_run
+        from gddlab.runs import load_run
+        from gddlab.teachers.catalog import is_run
 
         of_run = is_run(self.model)
         if self.snapshot is not None and not of_run:

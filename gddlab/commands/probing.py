@@ -55,7 +55,7 @@ class Probe:
 
     def run(self) -> None:
         from gddlab.probing import probe
-        from gddlab.runs import open_model
+        from gddlab.teachers.catalog import open_model
 
         _check(self.out)
         extra: dict[str, Any] = {"stats": self.stats} if self.stats else {}
@@ -114,7 +114,7 @@ class Ablate:
 
     def run(self) -> None:
         from gddlab.probing import ablate
-        from gddlab.runs import open_model
+        from gddlab.teachers.catalog import open_model
 
         _check(self.out)
         result = ablate(

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
 from gddlab.commands.output import out
-from gddlab.teachers import TeacherConfig
+from gddlab.distill.teacher import TeacherConfig
 
 __all__ = ["Convert", "Export", "Teacher", "TeacherScore", "TeacherShow", "TeacherTrain"]
 
@@ -22,7 +22,7 @@ class TeacherTrain:
     config: OmitArgPrefixes[TeacherConfig] = field(default_factory=lambda: TeacherConfig(run_dir=Path("runs/teacher")))
 
     def run(self) -> None:
-        from gddlab.teachers import train_teacher
+        from gddlab.distill.teacher import train_teacher
 
         out(train_teacher(self.config))
 
@@ -102,6 +102,6 @@ class Export:
 
     def run(self) -> None:
         from gddlab.nets.export import export
-        from gddlab.runs import open_model
+        from gddlab.teachers.catalog import open_model
 
         out(export(open_model(self.model), self.out, sigma=self.sigma))

@@ -21,7 +21,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import OneStepPrecond
 from gddlab.probing.gradients import Batch
 from gddlab.sampling import latents
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
 
 __all__ = ["AdversarialProblem", "FreshNoise", "adversarial_problem"]
 

@@ -22,8 +22,7 @@ from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
-from gddlab.sampling.arguments import module_of
-from gddlab.sampling.samplers import Method
+from gddlab.sampling.samplers import Method, module_of
 
 __all__ = ["KEEP_GIB", "generated_rows", "make_part"]
 
@@ -106,7 +105,7 @@ def _prune(folder: Path) -> None:
 
 def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, progress: bool) -> Extracted:
     """Fresh processes each write the features of their part, and the images, to a folder of their own."""
-    from gddlab.sampling.worker import run_workers
+    from gddlab.workers import run_workers
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,8 +28,8 @@ from gddlab.evaluation.sources import GeneratedImages, images_of, open_source
 from gddlab.files import hash_json, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
-from gddlab.runs import is_run
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
+from gddlab.teachers.catalog import is_run
 
 __all__ = ["evaluate", "real_split"]
 

@@ -17,10 +17,19 @@ from gddlab.evaluation.images import StoredImages
 from gddlab.evaluation.references import Reference
 from gddlab.files import hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
-from gddlab.runs import is_run
-from gddlab.sampling.arguments import module_of, one_hot, positive, seed_list
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import Method, draw, prepared, resolve, sampler_name
+from gddlab.sampling.samplers import (
+    Method,
+    draw,
+    module_of,
+    one_hot,
+    positive,
+    prepared,
+    resolve,
+    sampler_name,
+    seed_list,
+)
+from gddlab.teachers.catalog import is_run
 
 __all__ = ["GeneratedImages", "images_of", "open_source"]
 
@@ -103,7 +112,7 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     "data:NAME" is a dataset, a folder without config.json or teacher.safetensors, or a file of other kind than .pkl or .safetensors is one too; everything else is what
     `open_model` takes: a run directory, a teacher's name, a file of weights.
     """
-    from gddlab.sampling.files import open_model
+    from gddlab.teachers.catalog import open_model
 
     text, path = str(source), Path(source)
     if text.startswith("data:"):

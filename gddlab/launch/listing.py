@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from gddlab.errors import NotFound
 from gddlab.launch.handle import attach
-from gddlab.runs import is_run, load_runs
+from gddlab.runs import load_runs
+from gddlab.teachers.catalog import is_run
 
 if TYPE_CHECKING:
     import pandas as pd

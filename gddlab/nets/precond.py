@@ -11,7 +11,21 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets.unets import UNETS
 
-__all__ = ["EDMPrecond", "Precond", "VEPrecond", "VPPrecond", "iDDPMPrecond"]
+__all__ = [
+    "SIGMA_DATA",
+    "SIGMA_MAX",
+    "SIGMA_MIN",
+    "EDMPrecond",
+    "Precond",
+    "VEPrecond",
+    "VPPrecond",
+    "edm_loss",
+    "edm_weight",
+    "iDDPMPrecond",
+]
+
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
+"""EDM's range of noise levels and its standard deviation of the data, on the scale of images in [-1, 1] (Karras et al. 2022, table 1)."""
 
 
 class Coefficients(NamedTuple):
@@ -250,3 +264,23 @@ class iDDPMPrecond(Precond):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         c_noise = (self.M - 1 - self.index(sigma).flatten()).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
+
+
+def edm_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
+    """Weight of the denoising loss at each noise level (Karras et al. 2022, table 1, lambda).  (...) -> (...)"""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def edm_loss(denoised: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
+    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
+
+    Args:
+        denoised: D(images + sigma noise; sigma), (B, C, H, W).
+        images: In [-1, 1], (B, C, H, W).
+        sigma: (B,).
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        (B,), the mean over channels and pixels of edm_weight(sigma) (D - images)^2.
+    """
+    return edm_weight(sigma, sigma_data) * (denoised - images).square().mean((1, 2, 3))

@@ -21,7 +21,7 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import ChannelMoments
 from gddlab.probing.wrapping import eager
 from gddlab.progress import progress_bar
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
 
 __all__ = ["MODES", "ablate"]
 

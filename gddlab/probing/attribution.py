@@ -20,7 +20,7 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import PerImage
 from gddlab.probing.wrapping import eager
 from gddlab.progress import progress_bar
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
 
 __all__ = ["METHODS", "attribute"]
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gddlab.probing.effects import SIGMA_DATA, denoised
+from gddlab.nets.precond import edm_loss
+from gddlab.probing.effects import denoised
 from gddlab.probing.inputs import Inputs
 
 __all__ = ["Noised", "denoising_loss", "differentiable", "noised"]
@@ -56,8 +57,7 @@ def denoising_loss(model: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | 
     (B, C, H, W), (B,), (B, label_dim) or None, (B, C, H, W) -> (B,), the mean over channels and pixels of
     (sigma^2 + 0.5^2) / (0.5 sigma)^2 (D(x; sigma) - clean)^2.
     """
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return weight * (denoised(model, (x, sigma, labels)) - clean).square().mean((1, 2, 3))
+    return edm_loss(denoised(model, (x, sigma, labels)), clean, sigma)
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.nets.precond import edm_weight
 from gddlab.probing.inputs import Rows
 from gddlab.probing.layers import Layer
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.statistics import PerImage, Statistic
 
-__all__ = ["SIGMA_DATA", "WEIGHT", "Effect", "Effects", "denoised", "warn_of", "weighted_error"]
+__all__ = ["WEIGHT", "Effect", "Effects", "denoised", "warn_of", "weighted_error"]
 
-SIGMA_DATA = 0.5
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
 
 
@@ -60,8 +60,7 @@ def weighted_error(a: Tensor, b: Tensor, sigmas: Sequence[float]) -> Tensor:
         (n, S), float64, on the CPU.
     """
     sigma = torch.tensor(sigmas, dtype=torch.float64)
-    weight = (sigma.square() + SIGMA_DATA**2) / (sigma * SIGMA_DATA).square()
-    return weight * mean_square(double(a) - double(b), len(a) // len(sigmas)).cpu().double()
+    return edm_weight(sigma) * mean_square(double(a) - double(b), len(a) // len(sigmas)).cpu().double()
 
 
 class Effects:

@@ -18,7 +18,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.arguments import one_hot, positive, precision, seed_list
+from gddlab.sampling.samplers import one_hot, positive, precision, seed_list
 
 __all__ = ["STATES", "Inputs", "Rows", "as_it_was", "device_of"]
 

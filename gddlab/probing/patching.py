@@ -18,7 +18,7 @@ from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, sel
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.wrapping import eager
 from gddlab.progress import progress_bar
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
 
 __all__ = ["WHAT", "Measure", "patch"]
 

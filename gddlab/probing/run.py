@@ -19,7 +19,7 @@ from gddlab.probing.layers import PRESETS, LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
 from gddlab.progress import progress_bar
-from gddlab.sampling.arguments import positive, precision
+from gddlab.sampling.samplers import positive, precision
 
 __all__ = ["probe"]
 

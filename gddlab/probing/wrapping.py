@@ -15,7 +15,7 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.probing.diffusers import UNet2D, is_unet2d
 from gddlab.probing.layers import denoiser_of
-from gddlab.sampling.arguments import positive
+from gddlab.sampling.samplers import positive
 
 __all__ = ["Denoise", "Denoiser", "eager", "wrap"]
 

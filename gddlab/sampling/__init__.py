@@ -2,10 +2,8 @@
 
 from gddlab.sampling.files import sample_files
 from gddlab.sampling.grid import image_grid, save_grid
-from gddlab.sampling.noise import ImageNoise, latents
-from gddlab.sampling.samplers import sample
+from gddlab.sampling.samplers import ImageNoise, Sampler, heun, integrate, latents, multistep, sample
 from gddlab.sampling.schedules import karras_sigmas
-from gddlab.sampling.solvers import Sampler, heun, integrate, multistep
 
 __all__ = [
     "ImageNoise",

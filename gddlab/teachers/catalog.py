@@ -1,19 +1,36 @@
-"""The published EDM teachers: names, addresses, architectures, and where a copy lies on this machine."""
+"""Networks by name, file or run directory, and the EDM teachers that their authors publish."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gddlab.errors import unknown
-from gddlab.files import cache_dir
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.files import cache_dir, data_dir, read_json
+from gddlab.nets import OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
+from gddlab.teachers.card import TeacherCard
 from gddlab.teachers.download import download, refusal
+from gddlab.teachers.edm import read_edm
+from gddlab.teachers.sniff import kind_of
 
-__all__ = ["PUBLISHED", "Published", "fetch", "locate", "published"]
+__all__ = [
+    "PUBLISHED",
+    "Published",
+    "bundled_teachers",
+    "fetch",
+    "is_run",
+    "load_student",
+    "load_teacher",
+    "locate",
+    "open_model",
+    "published",
+    "snapshots_of",
+]
 
 ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LICENCE = "CC BY-NC-SA 4.0, non-commercial"
@@ -144,3 +161,122 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         raise refusal(teacher, "GDDLAB_OFFLINE is set", target)
     download(teacher, target, progress=progress)
     return target
+
+
+def bundled_teachers() -> list[str]:
+    """Names of the teachers that ship with gddlab."""
+    return sorted(p.parent.name for p in (data_dir() / "teachers").glob("*/teacher.safetensors"))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run of `gddlab.train`; a teacher's folder has a configuration too."""
+    path = Path(folder)
+    return (path / "config.json").is_file() and not (path / "teacher.safetensors").exists()
+
+
+def snapshots_of(run_dir: Path) -> list[Path]:
+    """Averaged students saved while training, oldest first; the file's name is its kimg."""
+    return sorted((run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
+
+
+def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> OneStepPrecond:
+    """The averaged student of a run directory, without gradients, with a card.
+
+    Args:
+        run_dir: Folder of the run.
+        snapshot: Path of a file, kimg as in `snapshots_of`, or "best" (`metric_kimg`); None takes the student of the end, or else the newest snapshot.
+
+    Raises:
+        NotFound: No such student.
+        GddlabError: The file holds another kind of network.
+    """
+    run_dir = Path(run_dir)
+    if snapshot == "best":
+        found = [p for p in [run_dir / "best.safetensors"] if p.exists()]
+    elif snapshot is None:
+        final = run_dir / "student.safetensors"
+        found = [final] if final.exists() else snapshots_of(run_dir)
+    elif Path(snapshot).suffix == ".safetensors" and Path(snapshot).is_file():
+        found = [Path(snapshot)]
+    else:
+        found = [p for p in snapshots_of(run_dir) if p.stem == str(snapshot)]
+    if not found:
+        have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
+        raise NotFound(f"{run_dir} has no student {snapshot or ''}: snapshots are {have}")
+    net, meta = load_network(found[-1])
+    if not isinstance(net, OneStepPrecond):
+        raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")
+    net.requires_grad_(False)
+    net.card = TeacherCard.of(net, name=f"student of {run_dir.name}", source=str(found[-1]), meta=meta, scores=[])
+    return net
+
+
+def open_model(source: str | Path) -> Precond:
+    """The student of a run directory, or else a teacher: whatever `load_teacher` takes."""
+    return load_student(Path(source).resolve()) if is_run(source) else load_teacher(source)
+
+
+def load_teacher(source: str | Path) -> Precond:
+    """Loads a teacher, or a student that was published as one.
+
+    A pickle is read as data: nothing that it names is imported or called, its embedded source is never run. It needs no code of
+    its authors.
+
+    Args:
+        source: Name of a bundled teacher ("digits", "digits-cond") or of a published one ("edm-cifar10-32x32-uncond-ve" and
+            the others of `gddlab.teachers.PUBLISHED`; a local copy is used, else it is downloaded); path of an EDM pickle (.pkl
+            with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, GDDPrecond, D2OPrecond); path of a .safetensors
+            file that gddlab wrote; or a run directory of `train_teacher`.
+
+    Returns:
+        The network on the CPU, float32, eval mode, gradients off; `teacher.card` says what it is.
+
+    Raises:
+        GddlabError: Unknown name (near matches are given), a file that is no network (what it is, and at which byte it was
+            refused), or a download that failed.
+        NotFound: No such path.
+    """
+    name, path = _resolve(source)
+    kind = kind_of(path)
+    net, meta = load_network(path) if kind == "safetensors" else read_edm(path)
+    net.requires_grad_(False)
+    beside = path.parent / "scores.json"
+    scores: list[dict[str, Any]] = read_json(beside) if path.name == "teacher.safetensors" and beside.exists() else []
+    bundled = name in bundled_teachers()
+    where = f"teachers/{name}, ships with gddlab" if bundled else str(path)
+    if name in PUBLISHED:
+        entry = PUBLISHED[name]
+        found = type(net).__name__, sum(p.numel() for p in net.parameters())
+        if entry.verified and found != (entry.precond, entry.parameters):
+            raise GddlabError(
+                f"{path} is another network than {name}: {found[0]} with {found[1]:,} parameters, "
+                f"not {entry.precond} with {entry.parameters:,}; rename or remove it"
+            )
+        meta = {"data": entry.data, "licence": entry.licence} | meta
+    try:
+        net.card = TeacherCard.of(
+            net, name=name or meta.get("name") or path.stem, source=where, meta=meta, scores=scores
+        )
+    except (TypeError, ValueError) as e:
+        raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
+    return net
+
+
+def _resolve(source: str | Path) -> tuple[str, Path]:
+    """The name, if it is one, and the file."""
+    name, path = str(source), Path(source)
+    if name in bundled_teachers():
+        return name, data_dir() / "teachers" / name / "teacher.safetensors"
+    if path.is_dir():
+        if (path / "teacher.safetensors").exists():
+            return "", path / "teacher.safetensors"
+        if (path / "student.safetensors").exists():
+            raise GddlabError(f"{path} is a run with a student, no teacher: use gddlab.load_run(...).student()")
+        raise GddlabError(f"{path} holds no teacher.safetensors: give a finished run directory of train_teacher")
+    if path.exists():
+        return "", path
+    if name in PUBLISHED:
+        return name, fetch(name)
+    if len(path.parts) > 1 or path.suffix:
+        raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
+    raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])

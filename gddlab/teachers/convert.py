@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path
 from gddlab.nets import Precond, load_network, save_network
-from gddlab.sampling import karras_sigmas, latents
+from gddlab.runtime import generator
 from gddlab.teachers.card import TeacherCard
-from gddlab.teachers.loading import load_teacher
+from gddlab.teachers.catalog import load_teacher
 
 __all__ = ["Converted", "convert"]
 
@@ -68,9 +69,11 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
 
 def compare(net: Precond, again: Precond, source: str) -> int:
     """Denoises the same noise with both networks, and refuses any difference; the number of outputs."""
-    levels = karras_sigmas(SIGMAS, sigma_min=net.card.sigma_min, sigma_max=net.card.sigma_max).float()
+    low, high = math.log10(net.card.sigma_min), math.log10(net.card.sigma_max)
+    levels = torch.logspace(high, low, SIGMAS, dtype=torch.float64).float()
     sigmas = net.round_sigma(levels)
-    z = latents(range(SIGMAS), (net.img_channels, net.img_resolution, net.img_resolution))
+    shape = (SIGMAS, net.img_channels, net.img_resolution, net.img_resolution)
+    z = torch.randn(shape, generator=generator(0, 0))
     x = z * sigmas.reshape(-1, 1, 1, 1)
     labels: list[Tensor | None] = [None]
     if net.label_dim:

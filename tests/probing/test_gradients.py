@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError
+from gddlab.nets.precond import edm_loss
 from gddlab.probing import ProbeResult, probe
 from gddlab.probing.gradients import Batch, grad_probe
 from gddlab.probing.inputs import Inputs
-from gddlab.teachers.training import edm_loss
 from tests.probing.networks import tiny
 
 FOUR = ["grad_norm_ratio", "grad_snr", "fisher", "taylor"]
@@ -39,9 +39,8 @@ def test_values_equal_their_definitions_in_float64(pictures, layer, labels):
             one_hot = seen.labels[i : i + 2] if labels else None
             level = torch.full((2,), sigma, dtype=torch.float64)
             net.zero_grad()
-            edm_loss(
-                net, seen.clean(i, i + 2).double(), one_hot, level, seen.noise(i, i + 2).double()
-            ).mean().backward()
+            clean = seen.clean(i, i + 2).double()
+            edm_loss(net(clean + sigma * seen.noise(i, i + 2).double(), level, one_hot), clean, level).mean().backward()
             g.append(flat(module, {p: p.grad for p in module.parameters()}))
             rows = []
             for part in (m for m in module.modules() if list(m.parameters(recurse=False))):
@@ -68,7 +67,8 @@ def test_taylor_is_the_squared_gradient_of_a_gate_on_each_channel(pictures):
     net.get_submodule(CONV).register_forward_hook(lambda m, a, y: y * gate[:, None, None])
     seen = Inputs(net, [2.0], data=pictures, n=4)
     level = torch.full((4,), 2.0, dtype=torch.float64)
-    edm_loss(net, seen.clean(0, 4).double(), None, level, seen.noise(0, 4).double()).mean().backward()
+    clean = seen.clean(0, 4).double()
+    edm_loss(net(clean + 2 * seen.noise(0, 4).double(), level), clean, level).mean().backward()
     assert cell(result, CONV, "taylor", 2.0) == pytest.approx(float(gate.grad.square().mean()), rel=1e-10)
 
 

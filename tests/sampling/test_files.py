@@ -25,9 +25,9 @@ from gddlab.files import hash_tensors, read_json
 from gddlab.nets import save_network
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample, sample_files
+from gddlab.sampling.files import FolderTarget, ZipTarget, encode
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.targets import FolderTarget, ZipTarget, encode
-from gddlab.sampling.worker import run_workers
+from gddlab.workers import run_workers
 from tests.conftest import tiny_net
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,8 @@ def test_killed_and_continued(name: str, tmp_path: Path) -> None:
     code = f"""
 import os, signal, torch
 from gddlab.nets import load_network
-from gddlab.sampling import sample_files, targets
+from gddlab.sampling import files as targets
+from gddlab.sampling import sample_files
 def write(self, k, entries, write=targets.{"ZipTarget" if name.endswith("zip") else "FolderTarget"}.write):
     if k == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -160,7 +161,7 @@ def test_processes(teacher_file: Path, tmp_path: Path) -> None:
 def worker(job: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
     """A worker as `run_workers` starts it; its standard input stays open."""
     rest = {"seed": 0, "seeds": None, "class_labels": None, "batch_size": 1, "dtype": "float32", "channels_last": False}
-    command = [sys.executable, "-m", "gddlab.sampling.worker"]
+    command = [sys.executable, "-m", "gddlab.workers"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=env, **pipes) as process:
@@ -297,7 +298,7 @@ def test_disk_full_and_broken_weights(student, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "n.zip.parts/part-000000.zip")
 
     with monkeypatch.context() as m:
-        m.setattr("gddlab.sampling.targets.write_part", full)
+        m.setattr("gddlab.sampling.files.write_part", full)
         with pytest.raises(GddlabError, match=r"cannot write n.zip.parts/part-000000.zip \(No space left on device\)"):
             sample_files(student, tmp_path / "n.zip", 2)
     assert sample_files(student, tmp_path / "n.zip", 2).exists()

@@ -14,8 +14,7 @@ from gddlab.nets import Precond
 from gddlab.nets.io import make_student
 from gddlab.sampling import Sampler, integrate, karras_sigmas, latents, multistep, sample
 from gddlab.sampling.grid import image_grid
-from gddlab.sampling.noise import ImageNoise
-from gddlab.sampling.samplers import resolve, sampler_name
+from gddlab.sampling.samplers import ImageNoise, resolve, sampler_name
 from tests.conftest import tiny_net
 
 

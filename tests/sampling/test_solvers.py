@@ -14,8 +14,8 @@ from gddlab.errors import GddlabError
 from gddlab.nets import from_edm
 from gddlab.nets.io import make_student
 from gddlab.sampling import ImageNoise, Sampler, heun, integrate, karras_sigmas, latents, multistep
+from gddlab.sampling.samplers import time_steps
 from gddlab.sampling.schedules import iddpm_sigmas, noise_levels, schedule
-from gddlab.sampling.solvers import time_steps
 from tests.conftest import TINY, tiny_net
 
 SOLVERS = ("euler", "heun")

@@ -1,4 +1,4 @@
-"""Fresh processes that share one job, `sample_files` or another: `python -m gddlab.sampling.worker`, the job as a line of JSON on standard input."""
+"""Fresh processes that share one job, `sample_files` or another: `python -m gddlab.workers`, the job as a line of JSON on standard input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_workers(
         for rank in range(nproc):
             log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
             process = subprocess.Popen(
-                [sys.executable, "-m", "gddlab.sampling.worker"],
+                [sys.executable, "-m", "gddlab.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -15,14 +15,15 @@ from gddlab.datasets import BatchReader, open_dataset
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write_json, write_text
-from gddlab.nets import Precond, from_edm, save_network
+from gddlab.nets import from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
+from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.runtime import generator
 from gddlab.sampling import sample, save_grid
 
-__all__ = ["TeacherConfig", "edm_loss", "train_teacher"]
+__all__ = ["TeacherConfig", "train_teacher"]
 
 
 class TeacherConfig(BaseModel):
@@ -68,26 +69,6 @@ class TeacherConfig(BaseModel):
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
-
-
-def edm_loss(
-    net: Precond, images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor, *, sigma_data: float = 0.5
-) -> Tensor:
-    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
-
-    Args:
-        net: Denoiser.
-        images: (B, C, H, W) in [-1, 1].
-        labels: (B, label_dim) or None.
-        sigma: (B,).
-        noise: Standard normal, (B, C, H, W).
-
-    Returns:
-        (B,), mean over pixels of (sigma^2 + sd^2) / (sigma sd)^2 * (D(x + sigma n) - x)^2.
-    """
-    s = sigma.reshape(-1, 1, 1, 1)
-    weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
-    return (weight * (net(images + s * noise, sigma, labels) - images) ** 2).mean((1, 2, 3))
 
 
 def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
@@ -162,7 +143,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
             sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
             noise = torch.randn(x.shape, generator=g)
             torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
-            loss = edm_loss(net, x, c, sigma, noise).mean()
+            denoised = net(x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, c)
+            loss = edm_loss(denoised, x, sigma).mean()
             if not torch.isfinite(loss):
                 raise GddlabError(f"loss is {loss.item()} at {nimg} images: lower lr={config.lr} in a new run_dir")
             for group in optimizer.param_groups:
@@ -200,8 +182,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         name=run.name,
         data=data.name,
         manifest=data.manifest.to_dict(),
-        sigma_min=0.002,
-        sigma_max=80.0,
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
         training=settings,
         kimg=step * config.batch / 1000,
         versions=versions(),
