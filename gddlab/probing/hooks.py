@@ -26,7 +26,7 @@ from gddlab.probing.reductions import (
     moments,
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
-from gddlab.probing.wrapping import eager
+from gddlab.probing.wrap import eager
 
 __all__ = ["Probe"]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,19 +15,101 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from gddlab.errors import GddlabError, unknown
-from gddlab.files import hash_tensors
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.files import atomic_path, hash_tensors, read_json
 from gddlab.nets import Precond, architecture
-from gddlab.probing.drawing import Pictures
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.statistics import Statistic
 from gddlab.provenance import versions
 
 if TYPE_CHECKING:
     import pandas as pd
-__all__ = ["COLUMNS", "ProbeResult", "Statistics", "network_meta"]
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from gddlab.probing.plots.bands import Mask
+
+__all__ = [
+    "COLUMNS",
+    "FORMAT",
+    "Pictures",
+    "ProbeResult",
+    "Statistics",
+    "join",
+    "load",
+    "merge",
+    "network_meta",
+    "save",
+]
+
+
+class Pictures:
+    """Methods of `ProbeResult` that draw; each takes `ax` and returns it, and makes a figure that fits without one."""
+
+    def heatmap(self: Any, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
+        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
+
+        Args:
+            stat: A statistic of the frame.
+            ax: Where to draw; None makes a figure that fits the number of layers.
+            mask: A `FreezeMask`: marks what it freezes.
+
+        Raises:
+            GddlabError: `stat` was not measured.
+        """
+        from gddlab.probing.plots import draw_heatmap
+
+        return draw_heatmap(self, stat, ax, mask=mask)
+
+    def lines(
+        self: Any,
+        stat: str,
+        layers: Sequence[str] | None = None,
+        ax: Axes | None = None,
+        *,
+        over: str = "sigma",
+        at: float | Sequence[float] | None = None,
+    ) -> Axes:
+        """Draws one statistic over "sigma", a line a layer, or over "depth", a line a noise level."""
+        from gddlab.probing.plots import draw_lines
+
+        return draw_lines(self, stat, layers, ax, over=over, at=at)
+
+    def stem(self: Any, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
+        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
+        from gddlab.probing.plots import draw_stem
+
+        return draw_stem(self, stat, at, ax)
+
+    def against(self: Any, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
+        """Draws one statistic of this network, a teacher, beside that of its student: each layer at one noise level, with the teacher's range over all.
+
+        Raises:
+            GddlabError: They share no layer with this statistic.
+        """
+        from gddlab.probing.plots import draw_pair
+
+        return draw_pair(self, student, stat, at, ax)
+
+    def similarity(self: Any, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
+        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
+
+        Raises:
+            GddlabError: No such matrix of `layer`.
+        """
+        from gddlab.probing.plots import draw_similarity
+
+        return draw_similarity(self, layer, ax, kind=kind)
+
+    def similarities(self: Any, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
+        """Draws `similarity` of all layers, or some, as small multiples."""
+        from gddlab.probing.plots import draw_similarities
+
+        return draw_similarities(self, layers, kind=kind)
+
 
 COLUMNS = (
     *("layer", "block", "kind", "stage", "resolution", "depth", "n_params"),
@@ -201,7 +286,6 @@ class ProbeResult(Pictures):
         Raises:
             GddlabError: They measure something else, or some of the same images; or values are no means over images.
         """
-        from gddlab.probing.combining import merge
 
         return merge(self, *others)
 
@@ -213,13 +297,11 @@ class ProbeResult(Pictures):
         Raises:
             GddlabError: Another network, or the same layer, statistic and sigma twice.
         """
-        from gddlab.probing.combining import join
 
         return join(self, *others)
 
     def save(self, folder: str | Path) -> None:
         """Writes `frame.parquet`, `arrays.npz` and `meta.json`: all are written before the first replaces an older one."""
-        from gddlab.probing.storage import save
 
         save(self, Path(folder))
 
@@ -231,7 +313,6 @@ class ProbeResult(Pictures):
             NotFound: No such folder, or a file is missing in it.
             GddlabError: Not a probe result, or its files do not belong together.
         """
-        from gddlab.probing.storage import load
 
         return load(Path(folder))
 
@@ -255,3 +336,174 @@ class ProbeResult(Pictures):
         table[f"median at {top:g}"] = self.frame[self.frame["sigma"] == top].groupby("stat")["value"].median()
         shown = table.to_html(float_format="{:.3g}".format)
         return f"<table><caption>ProbeResult</caption>{cells}</table>{shown}"
+
+
+def _same_network(first: ProbeResult, other: ProbeResult) -> None:
+    if not isinstance(other, ProbeResult):
+        raise GddlabError(f"{other!r} is no ProbeResult: give what probe, ablate and the like return")
+    ours, theirs = (r.meta["model"]["fingerprint"] for r in (first, other))
+    if ours != theirs:
+        raise GddlabError(
+            f"these results are of different networks ({ours[:12]}, {theirs[:12]}): give results of the same one"
+        )
+
+
+def merge(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
+    statistics = copy.deepcopy({n: dict(s) for n, s in first.statistics.items()})
+    meta = copy.deepcopy(first.meta)
+    for other in others:
+        _same_network(first, other)
+    for r in (first, *others):
+        if not r.statistics or {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
+            raise GddlabError(
+                "a result without its sums over images does not merge: measure it with all images at once"
+            )
+    for other in others:
+        for key in ("states", "sigmas", "labels", "settings"):
+            if first.meta.get(key) != other.meta.get(key):
+                raise GddlabError(
+                    f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
+                )
+        if (first.meta["data"] or {}).get("sha256") != (other.meta["data"] or {}).get("sha256"):
+            raise GddlabError("these results are of different data: merge results of the same dataset")
+        ours, theirs = ({(n, s) for n, by in r.items() for s in by} for r in (statistics, other.statistics))
+        if ours != theirs:
+            layer, stat = sorted(ours ^ theirs)[0]
+            raise GddlabError(f"{stat!r} of layer {layer!r} is in one result alone: merge results of the same layers")
+        for seed, start, stop in other.meta["images"]:
+            for s, a, b in meta["images"]:
+                # Without a dataset an image is its noise, whose seed is the sum.
+                same, shift = (s == seed, 0) if meta["data"] else (True, seed - s)
+                low, high = max(start + shift, a), min(stop + shift, b)
+                if same and low < high:
+                    raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
+        meta["images"] += other.meta["images"]
+        for layer, by_name in statistics.items():
+            for name, statistic in by_name.items():
+                statistic.merge(other.statistics[layer][name])
+        meta["nonfinite"] = _added(meta["nonfinite"], other.meta["nonfinite"])
+    meta["n_images"] = sum(stop - start for _, start, stop in meta["images"])
+    return ProbeResult.of(_layers(first), first.sigmas, statistics, meta)
+
+
+def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
+    import pandas as pd
+
+    for other in others:
+        _same_network(first, other)
+    meta = copy.deepcopy(first.meta)
+    frames = [first.frame]
+    matrices = {k: dict(v) for k, v in first.matrices.items()}
+    grids = {tuple(r.sigmas) for r in (first, *others)}
+    for kind in {k for r in (first, *others) for k in r.matrices} if len(grids) > 1 else ():
+        if sum(kind in r.matrices for r in (first, *others)) > 1:
+            raise GddlabError(f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas")
+    channels = dict(first.channels)
+    for other in others:
+        frames.append(other.frame)
+        for kind, by_layer in other.matrices.items():
+            matrices.setdefault(kind, {}).update(by_layer)
+        channels |= other.channels
+        meta["stats"] |= other.meta["stats"]
+        meta["sigmas"] = sorted({*meta["sigmas"], *other.meta["sigmas"]}, reverse=True)
+        meta["nonfinite"] = _added(meta["nonfinite"], other.meta["nonfinite"])
+    frame = pd.concat(frames, ignore_index=True)
+    twice = frame.duplicated(["layer", "sigma", "stat"])
+    if twice.any():
+        row = frame[twice].iloc[0]
+        raise GddlabError(
+            f"{row['stat']!r} of layer {row['layer']!r} at sigma {row['sigma']:g} is in both results: "
+            "merge() adds images; join() puts different measurements together"
+        )
+    keys = ("states", "data", "n_images", "seed", "stats", "settings")
+    meta["joined"] = [{k: r.meta[k] for k in keys if k in r.meta} | {"hash": r.hash} for r in (first, *others)]
+    # sums stand for one grid of noise levels, so that a joined result has none: merge first, then join
+    depth = {layer["name"]: i for i, layer in enumerate(meta["layers"])}
+    order = frame["layer"].map(depth).fillna(len(depth))
+    frame = frame.assign(_order=order).sort_values(
+        ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
+    )
+    # likewise matrices and channels, whose rows are the noise levels of one measurement
+    whole = (matrices, channels) if len(grids) == 1 else ({}, {})
+    return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, *whole)
+
+
+def _added(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    counts: dict[tuple[str, str, float], int] = {}
+    for b in (*ours, *theirs):
+        key = (b["layer"], b["side"], b["sigma"])
+        counts[key] = counts.get(key, 0) + b["images"]
+    return [{"layer": n, "side": side, "sigma": s, "images": c} for (n, side, s), c in counts.items()]
+
+
+def _layers(result: ProbeResult) -> list[Layer]:
+    """The layers of a result, as they were measured."""
+    import pandas as pd
+
+    known = {d["name"]: d for d in result.meta["layers"]}
+    size = dict(zip(result.frame["layer"], result.frame["resolution"], strict=True))
+    pixels = {n: None if pd.isna(r) else int(r) for n, r in size.items()}
+    return [Layer(**{**known[n], "resolution": pixels.get(n, known[n]["resolution"])}) for n in result.statistics]
+
+
+FORMAT = "gddlab-probe-2"
+
+
+def _arrays(result: ProbeResult) -> dict[str, np.ndarray]:
+    """Every array by "matrix|channel|sum|samples/NAME/.../LAYER": a layer's own name may hold a slash, so it comes last."""
+    out = {f"matrix/{kind}/{layer}": m for kind, by_layer in result.matrices.items() for layer, m in by_layer.items()}
+    out |= {f"channel/{k}/{layer}": v for layer, found in result.channels.items() for k, v in found.items()}
+    for layer, by_stat in result.statistics.items():
+        for name, stat in by_stat.items():
+            out[f"samples/{name}/{layer}"] = np.array(stat.samples)
+            out |= {f"sum/{name}/{k}/{layer}": v.cpu().numpy() for k, v in stat.sums.items()}
+    return out
+
+
+def save(result: ProbeResult, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise GddlabError(f"{folder} is a file: give a folder")
+    parquet, npz = io.BytesIO(), io.BytesIO()
+    result.frame.to_parquet(parquet, index=False)
+    np.savez_compressed(npz, **_arrays(result))  # type: ignore[arg-type]
+    files = {"frame.parquet": parquet.getvalue(), "arrays.npz": npz.getvalue()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    meta = {"format": FORMAT, "files": sums, **result.meta}
+    files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
+    with contextlib.ExitStack() as stack:
+        for name, content in files.items():
+            stack.enter_context(atomic_path(folder / name)).write_bytes(content)
+
+
+def load(folder: Path) -> ProbeResult:
+    import pandas as pd
+
+    meta = read_json(folder / "meta.json")
+    if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT or not isinstance(meta.get("files"), dict):
+        raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")
+    content = {}
+    for name, expected in meta.pop("files").items():
+        if not (folder / name).is_file():
+            raise NotFound(f"no such file: {folder / name}")
+        content[name] = (folder / name).read_bytes()
+        if hashlib.sha256(content[name]).hexdigest() != expected:
+            raise GddlabError(f"{folder / name} is not the file that meta.json names: probe again, or restore it")
+    matrices: dict[str, dict[str, np.ndarray]] = {}
+    channels: dict[str, dict[str, np.ndarray]] = {}
+    statistics: dict[str, dict[str, Statistic]] = {}
+    with np.load(io.BytesIO(content["arrays.npz"]), allow_pickle=False) as z:
+        for key in z.files:
+            sort, name, rest = key.split("/", 2)
+            if sort == "matrix":
+                matrices.setdefault(name, {})[rest] = z[key]
+            elif sort == "channel":
+                channels.setdefault(rest, {})[name] = z[key]
+            elif kind := Statistic.kinds.get(meta["stats"][name]["class"]):
+                # a statistic of the user's own, not imported here, keeps its rows in the table and cannot merge
+                layer = rest if sort == "samples" else rest.split("/", 1)[1]
+                stat = statistics.setdefault(layer, {}).setdefault(name, kind())
+                if sort == "samples":
+                    stat.samples = int(z[key])
+                else:
+                    stat.sums[rest.split("/", 1)[0]] = torch.from_numpy(z[key])
+    return ProbeResult(pd.read_parquet(io.BytesIO(content["frame.parquet"])), meta, matrices, channels, statistics)

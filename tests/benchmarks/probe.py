@@ -18,7 +18,7 @@ from torch import nn
 
 from gddlab.nets import build
 from gddlab.probing import Probe
-from gddlab.probing.estimate import peak_memory
+from gddlab.probing.probe import peak_memory
 from gddlab.provenance import hardware, versions
 from gddlab.sampling import karras_sigmas
 

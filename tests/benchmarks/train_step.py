@@ -33,7 +33,7 @@ from gddlab.ema import ema_beta, ema_update
 from gddlab.freezing import select_freeze
 from gddlab.nets import build
 from gddlab.nets.io import make_student
-from gddlab.probing.estimate import peak_memory
+from gddlab.probing.probe import peak_memory
 from gddlab.provenance import hardware, versions
 
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -5,7 +5,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 
 from gddlab.nets.layers import UNetBlock
-from gddlab.probing.anatomy import anatomy, kind_of, place, type_of
+from gddlab.probing.layers import anatomy, kind_of, place, type_of
 
 
 def resnet(cls=ResnetBlock2D, **kwargs):

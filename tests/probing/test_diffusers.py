@@ -11,7 +11,7 @@ from gddlab.errors import GddlabError
 from gddlab.probing import probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import inventory, named_layers
-from gddlab.probing.wrapping import wrap
+from gddlab.probing.wrap import wrap
 
 ABAR = DDPMScheduler().alphas_cumprod
 

@@ -5,8 +5,8 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from gddlab.errors import GddlabError
-from gddlab.probing.naming import denoiser_of, named_layers, owner_of, parameter_table, plain_name, unwrap
-from gddlab.probing.wrapping import wrap
+from gddlab.probing.layers import denoiser_of, named_layers, owner_of, parameter_table, plain_name, unwrap
+from gddlab.probing.wrap import wrap
 from tests.probing.networks import tiny
 
 

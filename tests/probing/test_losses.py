@@ -3,8 +3,8 @@ import torch
 
 from gddlab.errors import GddlabError
 from gddlab.probing import PerImage, select_layers
-from gddlab.probing.effects import Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.inputs import Inputs
+from gddlab.probing.losses import Effect, Effects, denoised, warn_of, weighted_error
 from tests.probing.networks import tiny
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.changes import Change, spread, swapped, tapped
-from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
+from gddlab.probing.edits import Change, spread, swapped, tapped
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, Rows, as_it_was
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, select_layers
+from gddlab.probing.losses import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import ChannelMoments
-from gddlab.probing.wrapping import eager
+from gddlab.probing.wrap import eager
 from gddlab.progress import progress_bar
 from gddlab.sampling.samplers import positive
 

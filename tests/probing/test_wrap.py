@@ -11,7 +11,7 @@ from gddlab.errors import GddlabError
 from gddlab.probing import probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import named_layers
-from gddlab.probing.wrapping import Denoiser, eager, wrap
+from gddlab.probing.wrap import Denoiser, eager, wrap
 from tests.probing.networks import tiny
 
 SIGMAS = [80.0, 1.0, 0.01]

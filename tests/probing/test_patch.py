@@ -12,7 +12,7 @@ from gddlab.datasets import order
 from gddlab.errors import GddlabError
 from gddlab.nets.io import make_student
 from gddlab.probing import ProbeResult, probe, select_layers
-from gddlab.probing.patching import patch
+from gddlab.probing.patch import patch
 from gddlab.sampling import latents
 from tests.probing.networks import tiny
 

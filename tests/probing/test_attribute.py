@@ -8,7 +8,7 @@ from torch import nn
 
 from gddlab.errors import GddlabError
 from gddlab.probing import probe
-from gddlab.probing.attribution import METHODS, attribute
+from gddlab.probing.attribute import METHODS, attribute
 from gddlab.probing.inputs import Inputs
 from tests.probing.networks import tiny
 

@@ -12,7 +12,7 @@ from torch import nn
 from gddlab.datasets import order
 from gddlab.errors import GddlabError
 from gddlab.probing import ProbeResult
-from gddlab.probing.ablation import MODES, ablate
+from gddlab.probing.ablate import MODES, ablate
 from gddlab.sampling import latents
 from tests.probing.networks import tiny
 

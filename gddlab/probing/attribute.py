@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import unknown
-from gddlab.probing.denoising import Noised, denoising_loss, differentiable, noised
-from gddlab.probing.effects import WEIGHT, Effects, denoised, warn_of
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import LayerSelection, named_layers
+from gddlab.probing.losses import WEIGHT, Effects, Noised, denoised, denoising_loss, differentiable, noised, warn_of
 from gddlab.probing.reductions import mean, mean_magnitude
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import PerImage
-from gddlab.probing.wrapping import eager
+from gddlab.probing.wrap import eager
 from gddlab.progress import progress_bar
 from gddlab.sampling.samplers import positive
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.nets.precond import edm_weight
-from gddlab.probing.inputs import Rows
+from gddlab.nets.precond import edm_loss, edm_weight
+from gddlab.probing.inputs import Inputs, Rows
 from gddlab.probing.layers import Layer
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.statistics import PerImage, Statistic
 
-__all__ = ["WEIGHT", "Effect", "Effects", "denoised", "warn_of", "weighted_error"]
+__all__ = [
+    "WEIGHT",
+    "Effect",
+    "Effects",
+    "Noised",
+    "denoised",
+    "denoising_loss",
+    "differentiable",
+    "noised",
+    "warn_of",
+    "weighted_error",
+]
 
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
 
@@ -111,3 +123,62 @@ def warn_of(nonfinite: Sequence[dict[str, Any]]) -> None:
     if nonfinite:
         places = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in nonfinite[:3])
         warnings.warn(f"values are not finite in {len(nonfinite)} places: {places}", RuntimeWarning, stacklevel=3)
+
+
+class Noised(NamedTuple):
+    """Rows of a batch, row i * S + s being image i at noise level s, on the scale of images in [-1, 1].
+
+    Attributes:
+        x: States, (B, C, H, W).
+        sigma: (B,).
+        labels: One-hot, (B, label_dim), or None.
+        clean: Images, (B, C, H, W); None where states are made without any.
+        origin: The states without the image, (B, C, H, W): sigma * noise, or zeros where there is no image.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+    clean: Tensor | None
+    origin: Tensor
+
+
+def noised(inputs: Inputs, i: int, j: int, *, sigmas: Sequence[float], device: torch.device) -> Noised:
+    """Images i to j at some noise levels, as `inputs.rows` gives them, in float64 where the network is."""
+    dtype = torch.float64 if inputs.float64 else torch.float32
+    labels = None if inputs.labels is None else inputs.labels[i:j].to(device).repeat_interleave(len(sigmas), 0)
+    levels = torch.tensor(sigmas, dtype=dtype, device=device)
+    sigma = levels.repeat(j - i)
+    if inputs.states == "trajectory":
+        x = inputs.rows(i, j, device=device, sigmas=sigmas)[0].to(dtype)
+        return Noised(x, sigma, labels, None, torch.zeros_like(x))
+    noise = inputs.noise(i, j).to(device, dtype)
+    noise = (levels[:, None, None, None] * noise[:, None]).flatten(0, 1)  # (b, S, C, H, W) -> (B, C, H, W)
+    if inputs.dataset is None:
+        return Noised(noise, sigma, labels, None, torch.zeros_like(noise))
+    clean = inputs.clean(i, j).to(device, dtype).repeat_interleave(len(sigmas), 0)
+    return Noised(clean + noise, sigma, labels, clean, noise)
+
+
+def denoising_loss(model: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None, clean: Tensor) -> Tensor:
+    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108; sigma_data 0.5).
+
+    (B, C, H, W), (B,), (B, label_dim) or None, (B, C, H, W) -> (B,), the mean over channels and pixels of
+    (sigma^2 + 0.5^2) / (0.5 sigma)^2 (D(x; sigma) - clean)^2.
+    """
+    return edm_loss(denoised(model, (x, sigma, labels)), clean, sigma)
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module, wanted: Collection[Tensor] = ()) -> Iterator[None]:
+    """Gradients inside, whatever the caller has switched off: of the parameters `wanted` and no others; flags come back."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    chosen = set(wanted)
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for p in flags:
+                p.requires_grad_(p in chosen)
+            yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)

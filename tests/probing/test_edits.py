@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing.changes import activations_of, equal_weights, spread, swapped, tapped, weights_of
+from gddlab.probing.edits import activations_of, equal_weights, spread, swapped, tapped, weights_of
 
 
 def test_a_changed_output_is_a_tensor_of_its_own_in_the_layout_of_the_layers():

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.changes import activations_of, check_architecture, equal_weights, weights_of
-from gddlab.probing.effects import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
+from gddlab.probing.edits import activations_of, check_architecture, equal_weights, weights_of
 from gddlab.probing.inputs import Inputs, as_it_was
 from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
+from gddlab.probing.losses import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.wrapping import eager
+from gddlab.probing.wrap import eager
 from gddlab.progress import progress_bar
 from gddlab.sampling.samplers import positive
 
