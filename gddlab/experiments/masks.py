@@ -9,7 +9,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, Measured
 from gddlab.experiments.feeds import feeds_of
 from gddlab.freezing import FreezeMask, controls, select_freeze
-from gddlab.freezing.scores import Score
+from gddlab.freezing.select import Score
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, ablate, probe
 from gddlab.runtime import chosen_device

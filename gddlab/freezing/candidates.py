@@ -2,17 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from gddlab.errors import GddlabError, unknown
-from gddlab.freezing.mask import FreezeMask
-from gddlab.freezing.network import Network, Selection, around
-from gddlab.probing.layers import owner_of
+from torch import nn
 
-__all__ = ["DEFAULT", "GRANULARITIES", "Unit", "choose", "describe", "recorded", "split"]
+from gddlab.errors import GddlabError, unknown
+from gddlab.freezing.mask import FreezeMask, Parameters, numel
+from gddlab.probing import ProbeResult
+from gddlab.probing.layers import (
+    PRESETS,
+    inventory,
+    match_layers,
+    owner_of,
+    parameter_table,
+    place,
+    plain_name,
+    select_layers,
+)
+
+__all__ = [
+    "DEFAULT",
+    "ENDS",
+    "GRANULARITIES",
+    "Network",
+    "Selection",
+    "Source",
+    "Unit",
+    "around",
+    "choose",
+    "describe",
+    "recorded",
+    "split",
+]
+
+Source = ProbeResult | nn.Module
+Selection = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+ENDS = ("first", "last")
+"""First and last convolution of a network: trained unless the call says otherwise."""
+
+_WEIGHT = re.compile(r"weight|parametrizations\.weight\.")
+
+
+class Network:
+    """Layers of a network with what is known of each, from the network, its probe, or a parameter table alone."""
+
+    def __init__(self, source: Source | Parameters):
+        self.model = source if isinstance(source, nn.Module) else None
+        self.parameters: Parameters
+        self._known: dict[str, dict[str, Any]] = {}
+        if isinstance(source, nn.Module):
+            self.parameters = parameter_table(source)
+            self._known = {name: layer.to_dict() for name, layer in inventory(source).items()}
+        elif isinstance(source, ProbeResult):
+            self.parameters = tuple((name, tuple(shape)) for name, shape in source.meta["parameters"])
+            self._known = {plain_name(layer["name"]): layer for layer in source.meta["layers"]}
+        else:
+            self.parameters = source
+        self.own: dict[str, dict[str, int]] = {}
+        self._shapes = dict(self.parameters)
+        names: dict[str, None] = {}
+        for parameter, shape in self.parameters:
+            layer = owner_of(parameter)
+            self.own.setdefault(layer, {})[parameter] = numel(shape)
+            names |= dict.fromkeys(reversed([*around(layer)]))
+        self.names = list(names)
+        """Modules with parameters of their own or inside, in the order of the network."""
+
+    @property
+    def n_params(self) -> int:
+        return sum(numel(shape) for _, shape in self.parameters)
+
+    def type(self, name: str) -> str:
+        """ "block", "conv", "linear", "norm", or ""; a parameter table alone shows convolutions only."""
+        if self._known:
+            return str(self._known[name]["type"]) if name in self._known else ""
+        weights = (p for p in self.own.get(name, ()) if _WEIGHT.match(p[len(name) + 1 :]))
+        return "conv" if any(len(self._shapes[p]) == 4 for p in weights) else ""
+
+    def block(self, name: str) -> str:
+        """The residual block around a layer; "" outside of blocks."""
+        known = next((self._known[n] for n in around(name) if n in self._known), None)
+        return "" if known is None else str(known["block"])
+
+    def resolution(self, name: str) -> int | None:
+        known = self._known.get(name)
+        return place(name)[1] if known is None or known["resolution"] is None else int(known["resolution"])
+
+    def select(self, selection: Selection, what: str) -> list[str]:
+        """Names that a selection of layers means; `what` is the argument's name.
+
+        Raises:
+            GddlabError: Nothing matches, or one item of a list does not; a function, and there is no network to call it on.
+        """
+        types = {n: self.type(n) for n in self.names}
+        if isinstance(selection, str):
+            found = match_layers(selection, types, what)
+        elif callable(selection):
+            if self.model is None:
+                raise GddlabError(f"{what} is a function of modules: give the network as source, or names or globs")
+            found = {layer.name for layer in select_layers(self.model, selection)}
+        elif isinstance(selection, Iterable):
+            found = {n for item in selection for n in match_layers(item, types, what)}
+        else:
+            raise GddlabError(
+                f"{what}={selection!r}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
+            )
+        return [n for n in self.names if n in found]
+
+    def ends(self, always_train: str | Iterable[str]) -> set[str]:
+        """Names that `always_train` means, "first" and "last" among them."""
+        if not isinstance(always_train, str | Iterable):
+            raise GddlabError(f"always_train={always_train!r}: give first, last, names or globs, or a list of these")
+        items = [always_train] if isinstance(always_train, str) else list(always_train)
+        convs = [n for n in self.own if self.type(n) == "conv"]
+        out: set[str] = set()
+        for item in items:
+            if item in ENDS:
+                out |= set(convs[:1] if item == "first" else convs[-1:])
+            else:
+                out |= set(self.select([item], "always_train"))
+        return out
+
+
+def around(name: str) -> Iterator[str]:
+    """A layer and the modules around it, from inside out, without the root."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
 
 DEFAULT = "conv"
 GRANULARITIES = ("layer", "block", "tensor")

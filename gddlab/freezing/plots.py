@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from gddlab.freezing.mask import FreezeMask
-from gddlab.freezing.places import NOWHERE, shares
+from gddlab.freezing.mask import NOWHERE, FreezeMask, shares
 from gddlab.probing.layers import kind_of
 from gddlab.probing.plots.bands import FROZEN, TRAINED
 

@@ -13,7 +13,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, load_records
 from gddlab.files import read_json
 from gddlab.freezing import FreezeMask
-from gddlab.freezing.tables import mask_line
+from gddlab.freezing.mask import mask_line
 from gddlab.launch import RunHandle
 from gddlab.reporting.reading import read
 

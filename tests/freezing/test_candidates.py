@@ -2,8 +2,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask, select_freeze
-from gddlab.freezing.candidates import choose, describe, recorded, split
-from gddlab.freezing.network import Network
+from gddlab.freezing.candidates import Network, choose, describe, recorded, split
 from tests.freezing.conftest import convs
 
 ENDS = ("first", "last")

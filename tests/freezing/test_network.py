@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.freezing.network import Network
+from gddlab.freezing.candidates import Network
 from gddlab.probing.layers import inventory, parameter_table, select_layers
 from tests.freezing.conftest import convs
 

@@ -6,9 +6,8 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
-from gddlab.freezing.candidates import choose
-from gddlab.freezing.network import Network
-from gddlab.freezing.scores import in_order, score_units
+from gddlab.freezing.candidates import Network, choose
+from gddlab.freezing.select import in_order, score_units
 from tests.freezing.conftest import convs, with_values
 
 

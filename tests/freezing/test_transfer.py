@@ -4,7 +4,7 @@ from torch import nn
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask, select_freeze
-from gddlab.freezing.transfer import _nearest
+from gddlab.freezing.mask import _nearest
 from gddlab.nets import from_edm
 from gddlab.probing.layers import parameter_table
 from tests.freezing.students import STUDENTS
