@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from gddlab.diagnosis.preflight import preflight
     from gddlab.diagnosis.scaling import scaling
     from gddlab.distill import presets
+    from gddlab.distill.adversarial import adversarial_problem
     from gddlab.distill.config import TrainConfig
-    from gddlab.distill.problem import adversarial_problem
     from gddlab.distill.teacher import TeacherConfig, train_teacher
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split, reference
@@ -91,7 +91,7 @@ _HOME = {
     "TeacherConfig": "gddlab.distill.teacher",
     "TrainConfig": "gddlab.distill.config",
     "ablate": "gddlab.probing",
-    "adversarial_problem": "gddlab.distill.problem",
+    "adversarial_problem": "gddlab.distill.adversarial",
     "attach": "gddlab.launch",
     "attribute": "gddlab.probing",
     "compare": "gddlab.freezing",

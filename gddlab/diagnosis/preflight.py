@@ -166,7 +166,7 @@ def preflight(
 def _found(config: TrainConfig, nproc: int) -> list[Check]:
     """Every thing that is needed, each by itself, so that one missing does not hide another."""
     from gddlab.datasets import open_dataset
-    from gddlab.distill.building import check, check_losses
+    from gddlab.distill.build import check, check_losses
     from gddlab.evaluation import find_extractor
     from gddlab.teachers import load_teacher
 

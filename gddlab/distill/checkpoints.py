@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from gddlab.distill.ada import AdaController
+from gddlab.distill.augment import AdaController
 from gddlab.distill.distributed import World
 from gddlab.distill.step import GanStep
 from gddlab.ema import local

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from gddlab.errors import GddlabError
+from gddlab.nets import OneStepPrecond
+from gddlab.nets.layers import UNetBlock
 from gddlab.runtime import chosen_device, peak_memory_mib
 
-__all__ = ["AllReduceSum", "World", "all_reduce_sum"]
-
+__all__ = ["AllReduceSum", "World", "all_reduce_sum", "fill", "shard"]
 
 ROLL_CALL_S = 10.0
 
@@ -188,3 +192,27 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over ranks, with derivatives of every order."""
     out: Tensor = AllReduceSum.apply(x.contiguous())
     return out
+
+
+def shard(net: OneStepPrecond, world: World) -> None:
+    """Spreads the U-Net's parameters over the processes, a block at a time; gradients are then averaged over ranks by the backward pass itself.
+
+    Nothing changes for one process. Names and what is frozen stay.
+    """
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in net.model.modules():
+        if isinstance(module, UNetBlock):
+            fully_shard(module, mesh=mesh)
+    # also at the root, which FSDP would leave whole for a backward pass that the discriminator's step does not have
+    fully_shard(net.model, mesh=mesh, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def fill(whole: nn.Module, net: nn.Module) -> None:
+    """Copies a network that may be sharded into one that is not; all processes make this call."""
+    mine = net.state_dict()
+    for name, x in whole.state_dict().items():
+        source = mine[name]
+        x.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.distill.distributed import World
-from gddlab.distill.objectives import d_loss_fake, d_loss_real, g_loss, r1_penalty
-from gddlab.distill.updating import adam, update
+from gddlab.distill.losses import d_loss_fake, d_loss_real, g_loss, r1_penalty
+from gddlab.distill.optim import adam, update
 from gddlab.nets import OneStepPrecond
 
 if TYPE_CHECKING:
     from gddlab.distill.augment import Augment
-    from gddlab.distill.instance import Draws, InstanceLoss
+    from gddlab.distill.losses import Draws, InstanceLoss
 
 __all__ = ["Discriminator", "Draw", "GanStep", "InstancePart"]
 

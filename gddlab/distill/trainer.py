@@ -14,17 +14,13 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
-from gddlab.distill.building import DTYPES, build_step, check
+from gddlab.distill.build import DTYPES, build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World
-from gddlab.distill.diversity import neighbor_distance
-from gddlab.distill.drawing import Drawer
-from gddlab.distill.health import Alarm, Health, Thresholds
-from gddlab.distill.metering import Meter
-from gddlab.distill.recording import GRID, Recorder, name_of
-from gddlab.distill.sharded import fill
-from gddlab.distill.starting import begin
+from gddlab.distill.distributed import World, fill
+from gddlab.distill.health import Alarm, Health, Thresholds, neighbor_distance
+from gddlab.distill.randomness import Drawer
+from gddlab.distill.recorder import GRID, Meter, Recorder, begin, name_of
 from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gddlab.distill.recording import name_of
+from gddlab.distill.recorder import name_of
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.evaluation.metrics import metric_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from gddlab.distill.recording import write_status
+from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_end
 from gddlab.launch.lock import held, owners

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gddlab.distill.building import check
+from gddlab.distill.build import check
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.recording import write_status
+from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import sign, take

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from gddlab.distill.building import check
+from gddlab.distill.build import check
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
 from gddlab.launch.lock import Job

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from gddlab.distill.recording import write_status
+from gddlab.distill.recorder import write_status
 from gddlab.files import read_json, write_json
 from gddlab.launch.handle import PROGRESS
 from gddlab.launch.plan import OWNED, Launch, launch_environment

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gddlab.distill.heads import logit_sizes
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import cache_dir, file_sha256
 from gddlab.pretrained import files as weight_files
@@ -37,6 +36,7 @@ __all__ = [
     "create",
     "find_weights",
     "fitted",
+    "level_sizes",
     "make_timm",
     "make_vgg",
     "missing",
@@ -404,6 +404,15 @@ def check_backbone(name: str, *, input_size: int, weights: str | Path = "auto") 
         raise missing(name, why)
 
 
+def level_sizes(name: str, input_size: int) -> tuple[int, ...]:
+    """Sides of a backbone's four levels, pixels, shallow to deep.
+
+    Raises:
+        GddlabError: As `Backbone`.
+    """
+    return _plan(name, input_size).sizes
+
+
 @functools.lru_cache(maxsize=32)
 def _plan(name: str, input_size: int) -> Plan:
     """Structure by the meta device: nothing is drawn, computed or allocated."""
@@ -444,8 +453,6 @@ def _plan(name: str, input_size: int) -> Plan:
             plan = Plan(channels, sizes, mean, std, take)
     if any(a != 2 * b for a, b in zip(plan.sizes, plan.sizes[1:], strict=False)):
         raise GddlabError(f"{refused} gives maps of {plan.sizes} pixels: give a backbone whose levels halve")
-    if min(logit_sizes(plan.sizes, input_size)) < 1:
-        raise GddlabError(f"{refused} gives maps of {plan.sizes} pixels, too small for the heads: give a larger size")
     return plan
 
 

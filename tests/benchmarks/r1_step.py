@@ -13,8 +13,8 @@ import time
 import torch
 
 from gddlab.datasets import digits
-from gddlab.distill.discriminators import ProjectedDiscriminator
-from gddlab.distill.objectives import r1_penalty
+from gddlab.distill.losses import r1_penalty
+from gddlab.distill.projected import ProjectedDiscriminator
 from gddlab.provenance import hardware, versions
 
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from gddlab.distill.building import build_step
-from gddlab.distill.discriminators import ProjectedDiscriminator
+from gddlab.distill.build import build_step
 from gddlab.distill.distributed import World
 from gddlab.distill.presets import FAST, cifar10
+from gddlab.distill.projected import ProjectedDiscriminator
 from gddlab.ema import ema_beta, ema_update
 from gddlab.freezing import select_freeze
 from gddlab.nets import build

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.ada import AdaController
+from gddlab.distill.augment import AdaController
 from gddlab.errors import GddlabError
 
 

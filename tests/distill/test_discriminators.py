@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from gddlab.distill.discriminators import ProjectedDiscriminator
-from gddlab.distill.embedding import load_embedding
-from gddlab.distill.heads import Head
-from gddlab.distill.objectives import d_loss_real, r1_penalty
+from gddlab.distill.losses import d_loss_real, r1_penalty
+from gddlab.distill.projected import Head, ProjectedDiscriminator, load_embedding
 from gddlab.errors import GddlabError, NotFound
 
 LITE, VIT = "tf_efficientnet_lite0", "deit_tiny_distilled_patch16_224"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gddlab.distill.heads import SNConv2d
+from gddlab.distill.projected import SNConv2d
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

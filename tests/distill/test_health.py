@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gddlab.datasets import open_dataset
-from gddlab.distill.diversity import distinct_images, neighbor_distance
-from gddlab.distill.health import Alarm, Health, Thresholds
+from gddlab.distill.health import Alarm, Health, Thresholds, distinct_images, neighbor_distance
 from gddlab.errors import GddlabError
 from gddlab.evaluation import load_records
 from gddlab.experiments import feeding

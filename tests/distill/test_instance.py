@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.distill.instance import KINDS, Draws, InstanceLoss, needs_target_time
+from gddlab.distill.losses import KINDS, Draws, InstanceLoss, needs_target_time
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
-from gddlab.distill.objectives import d_loss_real, r1_penalty
+from gddlab.distill.losses import d_loss_real, r1_penalty
+from gddlab.distill.lpips import LPIPSDiscriminator
 from gddlab.errors import GddlabError, NotFound
 from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 

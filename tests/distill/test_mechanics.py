@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.datasets import ImageDataset
-from gddlab.distill.building import check
+from gddlab.distill.build import check
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer

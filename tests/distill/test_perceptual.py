@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.perceptual import DISTANCES, Distance, check_distance, perceptual_distance
+from gddlab.distill.distances import DISTANCES, Distance, check_distance, perceptual_distance
 from gddlab.errors import GddlabError
 from gddlab.pretrained.lite import lite_backbone
 from gddlab.pretrained.lpips_trunk import LPIPSTrunk

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.distill.adversarial import adversarial_problem
 from gddlab.distill.distributed import World
-from gddlab.distill.objectives import g_loss
-from gddlab.distill.problem import adversarial_problem
+from gddlab.distill.losses import g_loss
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import hash_tensors

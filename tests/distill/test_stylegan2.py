@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.objectives import d_loss_real, r1_penalty
-from gddlab.distill.stylegan2 import StyleGAN2Discriminator
-from gddlab.distill.stylegan2_layers import minibatch_std
+from gddlab.distill.losses import d_loss_real, r1_penalty
+from gddlab.distill.stylegan2 import StyleGAN2Discriminator, minibatch_std
 from gddlab.errors import GddlabError, NotFound
 from tests.teachers.pickles import dumps, pickled
 

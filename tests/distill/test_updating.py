@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gddlab.distill.distributed import World
-from gddlab.distill.updating import adam, update
+from gddlab.distill.optim import adam, update
 from gddlab.ema import ema_beta, ema_update
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.testing import assert_close
 
-from gddlab.distill.discriminators import ProjectedDiscriminator
 from gddlab.distill.distributed import World
+from gddlab.distill.projected import ProjectedDiscriminator
 from gddlab.distill.step import GanStep
 from gddlab.nets import OneStepPrecond, from_edm
 from tests.golden.conftest import Case, fill

@@ -1,19 +1,102 @@
-"""Instance-based distillation losses: the student copies where the teacher's ODE leads from the same noisy image (PD, CD, CTM, RCD)."""
+"""The purely distributional objective: non-saturating GAN loss and R1 (method of GDD; Mescheder et al. 2018).
+
+Losses are means over the logits of an image and over images, summed over backbones: the authors' sum over the images of a device
+is the caller's `adversarial_weight`, so that a result does not depend on the number of devices.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets import OneStepPrecond
 from gddlab.sampling.schedules import karras_sigmas
 
-__all__ = ["KINDS", "Distance", "Draws", "InstanceLoss", "needs_target_time"]
+if TYPE_CHECKING:
+    from gddlab.distill.step import Discriminator
+
+__all__ = [
+    "KINDS",
+    "Distance",
+    "Draws",
+    "InstanceLoss",
+    "d_loss_fake",
+    "d_loss_real",
+    "g_loss",
+    "needs_target_time",
+    "r1_penalty",
+]
+
+
+def g_loss(logits: Sequence[Tensor], kind: str = "ns") -> Tensor:
+    """softplus(-logits), or -logits for "hinge".  [(B, L)] -> ()"""
+    return torch.stack([(F.softplus(-x) if kind == "ns" else -x).mean() for x in logits]).sum()
+
+
+def d_loss_fake(logits: Sequence[Tensor], kind: str = "ns") -> Tensor:
+    """softplus(logits), or relu(1 + logits) for "hinge".  [(B, L)] -> ()"""
+    return torch.stack([(F.softplus(x) if kind == "ns" else F.relu(1 + x)).mean() for x in logits]).sum()
+
+
+def d_loss_real(logits: Sequence[Tensor], kind: str = "ns") -> Tensor:
+    """softplus(-logits), or relu(1 - logits) for "hinge".  [(B, L)] -> ()"""
+    return torch.stack([(F.softplus(-x) if kind == "ns" else F.relu(1 - x)).mean() for x in logits]).sum()
+
+
+def r1_penalty(
+    d: Discriminator, images: Tensor, labels: Tensor | None, *, parts: Sequence[slice] = (slice(None),)
+) -> tuple[Tensor, Tensor]:
+    """Squared norm of d sum(logits) / d image, mean over images: the image gradient, through resize, backbone and projection.
+
+    The penalty P depends on the heads' parameters p only through f = d sum(logits) / d features, since everything before the features is frozen. With J the
+    Jacobian of the features, d image gradient = J^T df, so dP / dp = <J (2/B) J^T f, df / dp>. The second derivative of the backbone, by far the
+    dearest part (grouped convolutions have no fast one), is replaced by one forward-mode product: exact, not an approximation.
+
+    Args:
+        d: Discriminator.
+        images: (B, C, H, W) in [-1, 1].
+        labels: One-hot, (B, classes), or None.
+        parts: Slices that divide the batch; the features' graph is held for one at a time (and made again for each, if there are several).
+
+    Returns:
+        The penalty, (), without a graph; and a surrogate, (), whose gradient with respect to the heads' parameters is the penalty's.
+    """
+    images = images.detach()
+    x = [images[s].requires_grad_(True) for s in parts]
+    with torch.enable_grad():
+        made = [d.features(x[0])] if len(x) == 1 else None
+    if made is None:
+        with torch.no_grad():
+            plain = [d.features(p) for p in x]
+    features = [torch.cat([f.detach() for f in level]) for level in zip(*(made or plain), strict=True)]
+    leaves = [f.requires_grad_(True) for f in features]
+    with torch.enable_grad():
+        total = torch.stack([y.sum() for y in d.logits(leaves, labels)]).sum()
+        slopes = torch.autograd.grad(total, leaves, create_graph=True)
+        at = 0
+        grads, tangents = [], []
+        for i, p in enumerate(x):
+            rows = slice(at, at + len(p))
+            at += len(p)
+            f = made[i] if made else d.features(p)
+            (grad,) = torch.autograd.grad(f, p, [s.detach()[rows] for s in slopes])
+            del f
+            with torch.no_grad(), fwAD.dual_level():
+                moved = d.features(fwAD.make_dual(p.detach(), 2 / len(images) * grad))
+                tangents.append([fwAD.unpack_dual(m).tangent for m in moved])
+            grads.append(grad)
+    pushed = [torch.cat(level) for level in zip(*tangents, strict=True)]
+    surrogate = torch.stack([(t * s).sum() for t, s in zip(pushed, slopes, strict=True)]).sum()
+    return torch.cat(grads).square().sum((1, 2, 3)).mean(), surrogate
+
 
 KINDS = ("pd", "cd", "ctm", "rcd")
 

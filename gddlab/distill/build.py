@@ -8,19 +8,15 @@ from typing import NamedTuple
 import torch
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.distill.ada import AdaController
-from gddlab.distill.augment import Augment
+from gddlab.distill.augment import AdaController, Augment
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.discriminators import ProjectedDiscriminator
-from gddlab.distill.distributed import World
-from gddlab.distill.embedding import load_embedding
-from gddlab.distill.instance import InstanceLoss, needs_target_time
-from gddlab.distill.lpips_discriminator import LPIPSDiscriminator
-from gddlab.distill.perceptual import check_distance, perceptual_distance
-from gddlab.distill.sharded import shard
+from gddlab.distill.distances import check_distance, perceptual_distance
+from gddlab.distill.distributed import World, shard
+from gddlab.distill.losses import InstanceLoss, needs_target_time
+from gddlab.distill.lpips import LPIPSDiscriminator
+from gddlab.distill.projected import ProjectedDiscriminator, check_levels, load_embedding
 from gddlab.distill.step import GanStep
-from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator
-from gddlab.distill.stylegan2_layers import group_size
+from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator, group_size
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
@@ -104,6 +100,7 @@ def check_losses(config: TrainConfig) -> str:
     if config.adversarial_weight and config.discriminator == "projected":
         for name in config.backbones:
             weights = config.backbone_weights.get(name, "auto")
+            check_levels(name, config.input_size)
             check_backbone(name, input_size=config.input_size, weights=weights)
             found.append(f"{name} ({find_weights(name, weights)})")
     elif config.adversarial_weight and config.discriminator == "lpips":

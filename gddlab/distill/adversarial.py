@@ -15,7 +15,7 @@ from gddlab.datasets import ImageDataset, order
 from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
-from gddlab.distill.objectives import g_loss
+from gddlab.distill.losses import g_loss
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import OneStepPrecond

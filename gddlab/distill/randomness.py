@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gddlab.distill.distributed import World
-from gddlab.distill.instance import InstanceLoss
+from gddlab.distill.losses import InstanceLoss
 from gddlab.distill.step import Draw, InstancePart
 from gddlab.runtime import generator
 

@@ -1,0 +1,430 @@
+"""The projected discriminator: frozen backbone, frozen random projection, trained heads (Sauer et al. 2021; method of GDD)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gddlab.distill.distributed import all_reduce_sum
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.nets.layers import autocast_off
+from gddlab.pretrained.backbones import Backbone, level_sizes
+
+__all__ = [
+    "EMBEDDING",
+    "Backbone",
+    "BatchNorm",
+    "Head",
+    "ProjectedDiscriminator",
+    "Projection",
+    "SNConv2d",
+    "check_levels",
+    "load_embedding",
+    "logit_sizes",
+    "nominal_resolutions",
+]
+
+EMBEDDING = 320
+"""Width of the class embedding."""
+
+
+def load_embedding(path: str | Path, rows: int) -> Tensor:
+    """A class embedding from a file that holds one two-dimensional array, (rows or more, 320).
+
+    Args:
+        path: A .npy, .npz, .safetensors, .pt or .pth file; nothing in it is run.
+        rows: Rows wanted, the first of the file.
+
+    Returns:
+        (rows, 320).
+
+    Raises:
+        GddlabError: Another kind of file, another shape, or values that are not finite.
+    """
+    path, accepted = Path(path), (".npy", ".npz", ".safetensors", ".pt", ".pth")
+    if path.suffix not in accepted:
+        raise GddlabError(f"class embedding {path}: give one of {', '.join(accepted)}")
+    if not path.is_file():
+        raise NotFound(f"class embedding {path}: no such file")
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        found = list(loaded.values()) if hasattr(loaded, "values") and not torch.is_tensor(loaded) else [loaded]
+        tensors = [torch.as_tensor(a) for a in found]
+    except Exception as e:  # readers of four formats each have their own
+        raise GddlabError(
+            f"class embedding {path} cannot be read ({type(e).__name__}): give an array of ({rows}, {EMBEDDING})"
+        ) from None
+    if len(tensors) != 1:
+        raise GddlabError(f"class embedding {path} holds {len(tensors)} arrays: give one of ({rows}, {EMBEDDING})")
+    (table,) = tensors
+    if table.ndim != 2 or table.shape[1] != EMBEDDING or table.shape[0] < rows:
+        raise GddlabError(
+            f"class embedding {path} is {tuple(table.shape)}: give ({rows}, {EMBEDDING}), or more rows than {rows}"
+        )
+    if not table.is_floating_point() or not table[:rows].isfinite().all():
+        raise GddlabError(f"class embedding {path} holds something else than finite floating point numbers")
+    return table[:rows]
+
+
+def nominal_resolutions(input_size: int) -> tuple[int, ...]:
+    """Resolutions of the four levels by which head depths are chosen, whatever the backbone: 2R/4 to 2R/32, R = 256 for images resized to 224."""
+    resolution = 256 if input_size == 224 else input_size
+    return tuple(2 * resolution // stride for stride in (4, 8, 16, 32))
+
+
+def last_resolution(input_size: int) -> int:
+    """The nominal resolution at which the heads of all levels end."""
+    return min(8, nominal_resolutions(input_size)[-1])
+
+
+def width(resolution: int) -> int:
+    """Channels of a DownBlock by the nominal resolution it reaches: 64 at 64 and above, 128 at 32, 256 at 16, 512 below; between, as at the power of two below."""
+    return min(512, max(64, 4096 >> (resolution.bit_length() - 1)))
+
+
+def last_kernel(end: int) -> int:
+    return 4 if end >= 8 else max(1, end // 2)
+
+
+def logit_sizes(sizes: tuple[int, ...], input_size: int) -> tuple[int, ...]:
+    """Sides of the four maps of logits.
+
+    Args:
+        sizes: Sides of the backbone's four levels, which the projection doubles.
+        input_size: Size to which images are resized.
+
+    Returns:
+        One number a level; below 1 where the level is too small for its head.
+    """
+    end = last_resolution(input_size)
+    out = []
+    for size, start in zip(sizes, nominal_resolutions(input_size), strict=True):
+        side, res = 2 * size, start
+        while res > end:
+            side, res = side // 2, res // 2
+        out.append(side - last_kernel(end) + 1)
+    return tuple(out)
+
+
+class _Normalise(torch.autograd.Function):
+    """w / (u' w v) with u and v held, (O, K): autograd's own rule takes three times as many passes over the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        sigma = torch.dot(u, w @ v)
+        y = w / sigma
+        ctx.save_for_backward(y, u, v, sigma)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (g,), (y, u, v, sigma) = grads, ctx.saved_tensors
+        along = torch.dot(g.reshape(-1), y.view(-1))
+        return torch.addr(g, u * -along, v).div_(sigma), None, None
+
+
+class SNConv2d(nn.Module):
+    """Convolution with spectral normalisation (Miyato et al. 2018): one power iteration a training-mode pass.
+
+    Parameters and buffers carry PyTorch's names (`weight_orig`, `weight_u`, `weight_v`). Written out since u and v must be
+    functions of the pass alone, the same on every rank, and float64 throughout when asked.
+    """
+
+    def __init__(self, cin: int, cout: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True):
+        super().__init__()
+        conv = nn.Conv2d(cin, cout, kernel, bias=bias)  # PyTorch's default initialisation
+        self.stride, self.padding = stride, padding
+        self.bias = conv.bias
+        self.weight_orig = nn.Parameter(conv.weight.detach())
+        self.register_buffer("weight_u", F.normalize(torch.randn(cout), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(cin * kernel * kernel), dim=0))
+        self.weight_u: Tensor
+        self.weight_v: Tensor
+
+    def weight(self) -> Tensor:
+        """The weight divided by its largest singular value, as estimated by u and v; in full precision under autocast too."""
+        p = self.weight_orig
+        # As rows in the order of memory, whichever that is: copying them costs more than the rest.
+        last = p.is_contiguous(memory_format=torch.channels_last)
+        w = (p.permute(0, 2, 3, 1) if last else p).flatten(1)
+        shape = p.shape[1:]
+        with autocast_off(p.device):
+            with torch.no_grad():
+                u, v = self.weight_u, self.weight_v.view(shape)
+                v = (v.permute(1, 2, 0) if last else v).flatten()
+                if self.training:
+                    v = F.normalize(w.t() @ u, dim=0, eps=1e-12)
+                    u = F.normalize(w @ v, dim=0, eps=1e-12)
+                    # New tensors: earlier passes keep theirs for their backward.
+                    kept = v.view(*shape[1:], shape[0]).permute(2, 0, 1).flatten() if last else v
+                    self.weight_u, self.weight_v = u, kept
+            y: Tensor = _Normalise.apply(w, u, v)
+        return y.view(-1, *shape[1:], shape[0]).permute(0, 3, 1, 2) if last else y.view_as(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm over this process's images, or with `sync` over those of all ranks, twice differentiable (R1 needs it)."""
+
+    sync = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.sync and dist.is_initialized()):
+            return super().forward(x)
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = all_reduce_sum(x.sum((0, 2, 3))) / n
+        centred = x - mean[:, None, None]
+        var = all_reduce_sum(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            )
+            assert self.momentum is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class DownBlock(nn.Module):
+    """Spectral-norm convolution 4x4 stride 2, BatchNorm, LeakyReLU 0.2."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.main = nn.Sequential(
+            SNConv2d(cin, cout, 4, stride=2, padding=1), BatchNorm(cout), nn.LeakyReLU(0.2, inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.main(x)
+        return out
+
+
+class EqualLinear(nn.Module):
+    """Equalised linear layer: weight / sqrt(fan-in), bias, leaky ReLU 0.2, gain sqrt 2 (StyleGAN2).  (B, in) -> (B, out)"""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin))
+        self.bias = nn.Parameter(torch.zeros(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight / math.sqrt(self.weight.shape[1]), self.bias)
+        return F.leaky_relu(y, 0.2) * math.sqrt(2)
+
+
+class Head(nn.Module):
+    """Discriminator of one feature level: DownBlocks from `start` to `end` nominal pixels, then a convolution to logits.
+
+    Args:
+        channels: Of the feature map.
+        start, end: Nominal resolutions.
+        classes: Number of classes; with classes, logits are inner products with a projected class embedding (Miyato & Koyama 2018).
+        max_width: Bound of the widths.
+        embeddings: Rows of the class embedding (at least `classes`).
+    """
+
+    def __init__(
+        self, channels: int, start: int, end: int, *, classes: int = 0, max_width: int = 512, embeddings: int = 0
+    ):
+        super().__init__()
+        blocks: list[nn.Module] = []
+        res = start
+        while res > end:
+            res //= 2
+            cout = min(width(res), max_width)
+            blocks.append(DownBlock(channels, cout))
+            channels = cout
+        kernel = last_kernel(end)
+        self.classes = classes
+        if classes:
+            self.main = nn.Sequential(*blocks)
+            self.cls = SNConv2d(channels, 64, kernel, bias=False)
+            self.embed = nn.Embedding(embeddings or classes, EMBEDDING)
+            self.embed_proj = EqualLinear(EMBEDDING, 64)
+        else:
+            self.main = nn.Sequential(*blocks, SNConv2d(channels, 1, kernel, bias=False))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), one-hot (B, classes) -> logits (B, L)"""
+        h: Tensor = self.main(x)
+        if self.classes:
+            assert labels is not None
+            e = self.embed_proj(self.embed(labels.argmax(1)))  # (B, 64)
+            h = (self.cls(h) * e[:, :, None, None]).sum(1, keepdim=True) / math.sqrt(64)
+        return h.flatten(1)
+
+
+class _Level(nn.Module):
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.out_conv = nn.Conv2d(cin, cout, 1)
+
+
+class Projection(nn.Module):
+    """Frozen random cross-channel and cross-scale mixing, CCM and CSM (Sauer et al. 2021, section 3.2)."""
+
+    def __init__(self, channels: Sequence[int], cout: int):
+        super().__init__()
+        wide = [cout, 2 * cout, 4 * cout, 8 * cout]
+        self.channels = [cout, cout, 2 * cout, 4 * cout]
+        for i in range(4):
+            self.add_module(f"layer{i}_ccm", nn.Conv2d(channels[i], wide[i], 1))
+            self.add_module(f"layer{i}_csm", _Level(wide[i], self.channels[i]))
+        self.requires_grad_(False)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps, shallow to deep -> four maps of twice the size, `self.channels` wide."""
+        out: list[Tensor] = []
+        for i in reversed(range(4)):
+            h = self.get_submodule(f"layer{i}_ccm")(features[i])
+            h = h + out[0] if out else h
+            # A 1x1 convolution and a bilinear upsampling commute; this order works on a quarter of the pixels.
+            h = self.get_submodule(f"layer{i}_csm.out_conv")(h)
+            out.insert(0, F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=True))
+        return out
+
+
+class _Heads(nn.Module):
+    """The heads of one backbone, one a level."""
+
+    def __init__(self, channels: Sequence[int], input_size: int, *, classes: int, max_width: int, embeddings: int):
+        super().__init__()
+        end = last_resolution(input_size)
+        self.mini_discs = nn.ModuleList(
+            Head(c, start, end, classes=classes, max_width=max_width, embeddings=embeddings)
+            for c, start in zip(channels, nominal_resolutions(input_size), strict=True)
+        )
+
+    def forward(self, features: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        return torch.cat([head(f, labels) for head, f in zip(self.mini_discs, features, strict=True)], dim=1)
+
+
+def check_levels(backbone: str, input_size: int) -> None:
+    """Refuses a backbone whose levels are too small for the heads.
+
+    Raises:
+        GddlabError: With the sides of the levels.
+    """
+    sizes = level_sizes(backbone, input_size)
+    if min(logit_sizes(sizes, input_size)) < 1:
+        raise GddlabError(
+            f"{backbone} at input_size={input_size} gives maps of {sizes} pixels, too small for the heads: give a larger size"
+        )
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Heads over projected features of one or several frozen backbones.
+
+    The state dict holds heads, projections and a ViT's adapters, all that is random; not the backbones.
+
+    Args:
+        backbones: Names, as `gddlab.pretrained.backbones.Backbone` takes them, each once.
+        input_size: Size to which images are resized, pixels; 224 counts as 256 where head depths are chosen.
+        cout: Base width of the projection.
+        classes: Number of classes; 0 for an unconditional discriminator.
+        max_width: Bound of the heads' widths.
+        embeddings: Rows of the class embedding; `classes` if 0.
+        sync_batchnorm: BatchNorm statistics over all ranks.
+        fold: Folds the backbones' BatchNorm into their convolutions: equal up to float32 rounding, and faster.
+        weights: By backbone "auto", "random" or a path; "auto" for those not named.
+        embedding_file: Initial class embedding of every head, (rows or more, 320), see `gddlab.distill.projected.load_embedding`; it is trained.
+
+    Raises:
+        GddlabError: A backbone, its size or its weights are refused, or the embedding does not fit.
+    """
+
+    coupled = True
+    """BatchNorm: the logits of an image depend on the others of its batch."""
+
+    def __init__(
+        self,
+        backbones: Sequence[str] = ("tf_efficientnet_lite0",),
+        *,
+        input_size: int = 224,
+        cout: int = 64,
+        classes: int = 0,
+        max_width: int = 512,
+        embeddings: int = 0,
+        sync_batchnorm: bool = False,
+        fold: bool = True,
+        weights: Mapping[str, str] | None = None,
+        embedding_file: str | Path | None = None,
+    ):
+        super().__init__()
+        keys = [name.replace(".", "_") for name in backbones]  # a module's name has no dots
+        if not keys or len(set(keys)) < len(keys):
+            raise GddlabError(f"backbones={tuple(backbones)}: give at least one, each once")
+        for name in weights or {}:
+            if name not in backbones:
+                raise unknown("backbone in weights", name, backbones)
+        if embedding_file is not None and not classes:
+            raise GddlabError(f"embedding_file={str(embedding_file)!r} without classes: leave it away")
+        table = None if embedding_file is None else load_embedding(embedding_file, embeddings or classes)
+        for name in backbones:
+            check_levels(name, input_size)
+        nets = {
+            key: Backbone(name, input_size, fold=fold, weights=(weights or {}).get(name, "auto"))
+            for key, name in zip(keys, backbones, strict=True)
+        }
+        self._backbones = [nets]  # in a list: not submodules, so not in the state dict
+        self.adapters = nn.ModuleDict({key: net.adapter for key, net in nets.items() if net.adapter is not None})
+        projections = {key: Projection(net.channels, cout) for key, net in nets.items()}
+        self.projections = nn.ModuleDict(projections)
+        self.discriminators = nn.ModuleDict(
+            {
+                key: _Heads(
+                    projection.channels, input_size, classes=classes, max_width=max_width, embeddings=embeddings
+                )
+                for key, projection in projections.items()
+            }
+        )
+        for m in self.modules():
+            if isinstance(m, BatchNorm):
+                m.sync = sync_batchnorm
+            elif isinstance(m, Head) and table is not None:
+                with torch.no_grad():
+                    m.embed.weight.copy_(table)
+
+    @property
+    def backbones(self) -> dict[str, Backbone]:
+        return self._backbones[0]
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        for net in self.backbones.values():  # .to() and .double() reach the backbones too
+            net._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Projected features of images in [-1, 1]: four maps a backbone, in one list."""
+        out: list[Tensor] = []
+        for name, net in self.backbones.items():
+            out += self.projections[name](net(images))
+        return out
+
+    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
+        """Logits of projected features, one tensor (B, L) a backbone."""
+        return [heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        return self.logits(self.features(images), labels)

@@ -1,0 +1,247 @@
+"""What rank 0 writes of a run while it trains: metrics, TensorBoard, status, alarms, grids, students."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gddlab.distill.checkpoints import Loaded
+from gddlab.distill.distributed import World
+from gddlab.distill.health import Alarm
+from gddlab.errors import GddlabError
+from gddlab.files import append_jsonl, hash_tensors, read_json, read_jsonl, write_json, write_text
+from gddlab.nets import OneStepPrecond, save_network
+from gddlab.pretrained.backbones import backbone_sha256
+from gddlab.provenance import commit, hardware, versions
+from gddlab.sampling import sample, save_grid
+
+if TYPE_CHECKING:
+    from gddlab.distill.trainer import Trainer
+
+__all__ = ["Meter", "Recorder", "begin", "name_of", "provenance", "write_status"]
+
+GRID = 64
+BEAT = 2.0
+"""Seconds between two heartbeats."""
+
+
+def name_of(nimg: int) -> str:
+    """Name of what belongs to a moment of a run: thousands of images, in a form that sorts."""
+    return f"{nimg / 1000:010.3f}"
+
+
+def write_status(run_dir: Path, state: str, **extra: Any) -> None:
+    """status.json: state ("starting", "running", "done", "failed", "stopped"), heartbeat (Unix seconds), and more."""
+    write_json(run_dir / "status.json", {"state": state, "heartbeat": time.time(), **extra})
+
+
+class Recorder:
+    """Writes a run directory; lines written after the moment where a run continues are taken back.
+
+    Args:
+        run_dir: The folder.
+        nimg: Images seen where the run begins or continues.
+        total_nimg: Images of the whole run.
+        world_size: For the status.
+    """
+
+    def __init__(self, run_dir: Path, *, nimg: int, total_nimg: int, world_size: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir, self.total_nimg, self.world_size = run_dir, total_nimg, world_size
+        for name in ("metrics.jsonl", "alarms.jsonl"):
+            lines = [m for m in read_jsonl(run_dir / name) if m["kimg"] * 1000 <= nimg + 0.5]
+            if lines or name == "metrics.jsonl":
+                write_text(run_dir / name, "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
+        self.writer: Any = SummaryWriter(str(run_dir / "events"), purge_step=nimg if nimg else None)
+        self.alarms = [str(a["message"]) for a in read_jsonl(run_dir / "alarms.jsonl")]
+        self._beat = 0.0
+
+    def status(self, state: str, nimg: int, **extra: Any) -> None:
+        if self.alarms:
+            extra["alarm"] = self.alarms[-1]
+        about = {
+            "nimg": nimg,
+            "total_nimg": self.total_nimg,
+            "world_size": self.world_size,
+            "host": socket.gethostname(),
+        }
+        write_status(self.run_dir, state, **about, **extra)
+
+    def beat(self, nimg: int) -> None:
+        """A sign of life, now and then.
+
+        Raises:
+            GddlabError: The run directory is gone; writing on would make one that lacks most of it.
+        """
+        if time.time() - self._beat > BEAT:
+            if not (self.run_dir / "provenance.json").exists():
+                raise GddlabError(
+                    f"{self.run_dir} is gone, or lost its provenance.json: somebody removed it while the run went on"
+                )
+            self.status("running", nimg)
+            self._beat = time.time()
+
+    def tick(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, TensorBoard's scalars, and a line of the log."""
+        append_jsonl(self.run_dir / "metrics.jsonl", line)
+        for name, value in line.items():
+            self.writer.add_scalar(name, value, line["nimg"])
+        losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
+        self.say(f"{line['kimg']:9.2f} kimg  loss {losses}  {line['sec_per_kimg']:.2f} s/kimg")
+
+    def say(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def alarm(self, alarms: Iterable[Alarm]) -> None:
+        """A line of alarms.jsonl and of the log each; the last one is shown in the status."""
+        for a in alarms:
+            append_jsonl(self.run_dir / "alarms.jsonl", a.to_dict())
+            self.alarms.append(a.message)
+            self.say(f"alarm: {a.message}")
+
+    def snapshot(self, ema: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> torch.Tensor:
+        """Grid of fixed noise and the averaged student of this moment; returns the grid's images, (64, C, H, W) in [-1, 1]."""
+        images = sample(ema, GRID, seed=0)
+        save_grid(images, self.run_dir / "samples" / f"{name_of(nimg)}.png", columns=8)
+        save_network(ema, self.run_dir / "snapshots" / f"{name_of(nimg)}.safetensors", **meta)
+        return images
+
+    def raw(self, g: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> None:
+        """The student that is trained, not averaged."""
+        save_network(g, self.run_dir / "snapshots" / "raw" / f"{name_of(nimg)}.safetensors", **meta)
+
+    def best(self, candidate: Path, name: str, value: float, kimg: float) -> bool:
+        """Keeps a candidate, whose file lies in the run directory, if no better one is kept; returns whether it does."""
+        path = self.run_dir / "best.json"
+        if not math.isfinite(value) or (path.exists() and read_json(path)["value"] <= value):
+            candidate.unlink()
+            return False
+        candidate.replace(self.run_dir / "best.safetensors")
+        write_json(path, {"metric": name, "value": value, "kimg": kimg})
+        return True
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def begin(trainer: Trainer, loaded: Loaded | None) -> Recorder:
+    """Opens what rank 0 writes; a new run says what it is made of, a continued one what is not as it was."""
+    c, run, size = trainer.config, trainer.config.run_dir, trainer.world.size
+    recorder = Recorder(run, nimg=trainer.nimg, total_nimg=trainer.total * c.batch, world_size=size)
+    if not (run / "provenance.json").exists():
+        card = getattr(trainer.teacher, "card", None)
+        write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": c.teacher})
+        write_json(run / "provenance.json", provenance(trainer))
+    known = read_json(run / "provenance.json")
+    start = {"nimg": trainer.nimg, "world_size": size, "commit": commit(), "hardware": hardware()}
+    write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), start]})
+    if loaded is None:
+        return recorder
+    kimg = trainer.nimg / 1000
+    for damage in loaded.damaged:
+        text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
+        recorder.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
+    recorder.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
+    before = loaded.meta["world_size"]
+    if before != size:
+        recorder.say(f"on {size} processes, before {before}: {_not_identical(trainer)}")
+    return recorder
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """What ran: versions, commit, hashes of teacher, mask, data and backbones, processes, hardware."""
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "teacher_sha256": hash_tensors(trainer.teacher.state_dict()),
+        "mask": None if trainer.config.mask is None else trainer.config.mask.hash,
+        "dataset_sha256": trainer.data.manifest.sha256,
+        "backbones": {name: backbone_sha256(name, found) or "random" for name, found in _backbones(trainer)},
+        "world_size": trainer.world.size,
+        "hardware": hardware(),
+    }
+
+
+def _backbones(trainer: Trainer) -> list[tuple[str, str]]:
+    """Frozen backbones and where their weights are looked for."""
+    c = trainer.config
+    if not trainer.step.adversarial or c.discriminator != "projected":
+        return []
+    return [(name, c.backbone_weights.get(name, "auto")) for name in c.backbones]
+
+
+def _not_identical(trainer: Trainer) -> str:
+    """What a change of the number of processes changes."""
+    what = (
+        "the same images and noise, but sums are rounded in another order, so that numbers are not identical to the bit"
+    )
+    if trainer.step.adversarial and trainer.step.d.coupled and not trainer.config.sync_batchnorm:
+        what += "; and each process's BatchNorm sees another part of the batch (sync_batchnorm=True avoids that)"
+    return what
+
+
+class Meter:
+    """Sums and counts of scalars by name, without waiting for the device until `means`.
+
+    `streak` is how many iterations in a row, up to the last one, had a loss that is not finite; `longest` since the last `reset`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.kind = torch.float64 if device.type == "cpu" else torch.float32
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.streak = torch.zeros((), device=device)
+        self.longest = torch.zeros((), device=device)
+
+    def add(self, stats: Mapping[str, Tensor]) -> None:
+        """Adds an iteration's scalars; and what share of iterations had gradients that were sanitised, or a loss that was not finite."""
+        losses = [v.detach() for k, v in stats.items() if k.startswith("loss/")]
+        finite = torch.stack([x.isfinite() for x in losses]).all()
+        self.streak = torch.where(finite, 0.0, self.streak + 1)
+        self.longest = torch.maximum(self.longest, self.streak)
+        shares = {f"sanitised/{k[-1]}": v > 0 for k, v in stats.items() if k.startswith("nonfinite/")}
+        for name, value in {**stats, **shares, "nonfinite/loss": ~finite}.items():
+            value = value.detach().to(self.kind)
+            known = value.isfinite()
+            zero = torch.zeros((), device=self.device, dtype=self.kind)
+            self.sums[name] = self.sums.get(name, zero) + torch.where(known, value, 0.0)
+            self.counts[name] = self.counts.get(name, zero) + known
+
+    def means(self, world: World) -> dict[str, float]:
+        """Means over iterations and ranks since the last `reset`; a name without any finite value is left out."""
+        names = sorted(self.sums)
+        flat = world.mean(torch.stack([*(self.sums[k] for k in names), *(self.counts[k] for k in names)])).tolist()
+        pairs = zip(names, flat, flat[len(names) :], strict=False)
+        return {k: total / count for k, total, count in pairs if count}
+
+    def reset(self) -> None:
+        self.sums.clear()
+        self.counts.clear()
+        self.longest = self.streak.clone()
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Sums and counts, means over ranks, as JSON."""
+        sums = {k: world.mean(v).item() for k, v in sorted(self.sums.items())}
+        counts = {k: world.mean(v).item() for k, v in sorted(self.counts.items())}
+        return {"sums": sums, "counts": counts, "streak": self.streak.item(), "longest": self.longest.item()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        def tensor(x: float) -> Tensor:
+            return torch.tensor(x, dtype=self.kind, device=self.device)
+
+        self.sums = {k: tensor(v) for k, v in state["sums"].items()}
+        self.counts = {k: tensor(v) for k, v in state["counts"].items()}
+        self.streak = torch.tensor(state["streak"], device=self.device)
+        self.longest = torch.tensor(state["longest"], device=self.device)
