@@ -13,7 +13,7 @@ from torch import Tensor
 from gddlab.distill import presets
 from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, evaluate, evaluate_snapshots, real_split
-from gddlab.evaluation.teachers import STEPS
+from gddlab.evaluation.run_scores import STEPS
 from gddlab.files import data_dir, write_json, write_text
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.launch import RunHandle, train

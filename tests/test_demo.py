@@ -24,7 +24,7 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     def few(*args: Any, **given: Any) -> Any:
         return evaluate(*args, **(given | {"n": 16}))
 
-    monkeypatch.setattr("gddlab.evaluation.course.evaluate", few)
+    monkeypatch.setattr("gddlab.evaluation.run_scores.evaluate", few)
     monkeypatch.setattr(demo_module, "evaluate", few)
     monkeypatch.setattr(demo_module, "PROBED", 2)
     numbers = demo_module.demo(tmp_path, seed=3, recompute=True)

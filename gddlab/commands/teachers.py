@@ -50,7 +50,7 @@ class TeacherScore:
     """Images; as many as there are real ones if left away."""
 
     def run(self) -> None:
-        from gddlab.evaluation.teachers import score_teacher
+        from gddlab.evaluation.run_scores import score_teacher
 
         for record in score_teacher(self.teacher, n=self.n):
             out(f"{record.metric:<20} {record.value:10.3f}  {record.sampler}")

@@ -98,7 +98,7 @@ class Train(Configured):
 
     def run(self) -> None:
         from gddlab.launch import train
-        from gddlab.launch.plan import HEAD, Launch, prepared
+        from gddlab.launch.train import HEAD, Launch, prepared
 
         endpoint = HEAD if self.print_launch == "slurm" and self.rdzv_endpoint is None else self.rdzv_endpoint
         how: dict[str, Any] = {"nproc": self.nproc, "nnodes": self.nnodes, "rdzv_endpoint": endpoint}
@@ -124,7 +124,7 @@ class Runs:
     """Prints JSON."""
 
     def run(self) -> None:
-        from gddlab.launch.listing import listing
+        from gddlab.launch.handle import listing
 
         found = listing(self.folder)
         if self.json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from gddlab.evaluation.course import evaluate_end, evaluate_snapshots, missing_at_end, scorer
+from gddlab.evaluation.evaluate import evaluate, real_split
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.metrics import METRICS
-from gddlab.evaluation.records import Comparison, Record, Scores, append_records, compare, load_records
+from gddlab.evaluation.records import Comparison, Record, Scores, Trace, append_records, compare, load_records
 from gddlab.evaluation.references import reference
-from gddlab.evaluation.scoring import evaluate, real_split
-from gddlab.evaluation.tracing import Trace
+from gddlab.evaluation.run_scores import evaluate_end, evaluate_snapshots, missing_at_end, scorer
 
 __all__ = [
     "EXTRACTORS",

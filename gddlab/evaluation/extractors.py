@@ -192,8 +192,7 @@ def register() -> None:
     from torch_fidelity import register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    from gddlab.evaluation.fidelity_dinov2 import FeatureExtractorTimmDinoV2
-    from gddlab.evaluation.fidelity_lite import FeatureExtractorLite0, FeatureExtractorLite2
+    from gddlab.evaluation.fidelity import FeatureExtractorLite0, FeatureExtractorLite2, FeatureExtractorTimmDinoV2
 
     for name, cls in (
         ("lite0", FeatureExtractorLite0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,15 +13,44 @@ from torch import Tensor
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
-from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor
 from gddlab.evaluation.images import Images, StoredImages, images_sha256
 from gddlab.evaluation.sharding import ALONE, Group, share
-from gddlab.files import hash_json
+from gddlab.files import atomic_path, cache_dir, hash_json
 from gddlab.progress import progress_bar
 from gddlab.runtime import chosen_device
 
-__all__ = ["Extracted", "extract", "extract_part", "image_features", "real_features", "real_images", "real_rows"]
+__all__ = [
+    "Extracted",
+    "extract",
+    "extract_part",
+    "image_features",
+    "real_features",
+    "real_images",
+    "real_rows",
+    "recall",
+]
+
+T = TypeVar("T")
+
+
+def recall(name: str, compute: Callable[[], T], *, read: Callable[[Path], T], write: Callable[[Path, T], None]) -> T:
+    """The value in the cache file `name`, or computed and put there.
+
+    A file that `read` refuses (ValueError, OSError, EOFError) is computed again and replaced.
+    """
+    path = cache_dir() / name
+    try:
+        return read(path)
+    except (ValueError, OSError, EOFError):
+        value = compute()
+    try:
+        with atomic_path(path) as tmp:
+            write(tmp, value)
+    except OSError:
+        pass  # a read-only or full home costs time at the next call, nothing else
+    return value
+
 
 _kept: dict[str, Tensor] = {}
 _KEEP = 4

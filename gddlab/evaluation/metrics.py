@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.cache import recall
+from gddlab.evaluation.features import recall
 from gddlab.files import hash_json, hash_tensors, write_json
 from gddlab.provenance import versions
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import read_end
+from gddlab.files import last_jsonl, read_end, thin_jsonl
 from gddlab.launch.lock import held, owners
-from gddlab.runs import Run
+from gddlab.progress import duration, interactive
+from gddlab.runs import Run, load_runs
+from gddlab.teachers.catalog import is_run
 
-__all__ = ["RunFailed", "RunHandle", "attach"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["RunFailed", "RunHandle", "attach", "audience", "follow", "line", "listing"]
 
 STALE_S = 120.0
 """Without a sign of life for so long, a run on another machine is taken for dead."""
@@ -104,7 +113,6 @@ class RunHandle(Run):
 
         Interrupting it leaves the run alone.
         """
-        from gddlab.launch.watching import follow
 
         follow(self, interval)
         return self.wait()
@@ -154,3 +162,129 @@ def attach(run_dir: str | Path) -> RunHandle:
     if not Path(run_dir).exists():
         raise NotFound(f"no such run directory: {run_dir}")
     return RunHandle(run_dir)
+
+
+LOSSES = {"loss/g": "G", "loss/d": "D", "loss/instance": "instance"}
+LOGITS = {"logits/fake": "generated", "logits/real": "real"}
+LOG_SECONDS = 30
+"""Seconds between two lines where nobody sees them live."""
+
+
+def line(run: RunHandle) -> str:
+    """One line: state, progress, losses, time left."""
+    s, last = run.written_status, last_jsonl(run.run_dir / "metrics.jsonl")
+    if last is None or "total_nimg" not in s:
+        return f"{run.run_dir.name}: {run.status}"
+    seconds = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
+    left = f"  {duration(seconds)} left" if seconds else ""
+    losses = "  ".join(f"{title} {last[name]:.3f}" for name, title in LOSSES.items() if name in last)
+    alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
+    return (
+        f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
+        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg{left}{alarm}"
+    )
+
+
+def audience() -> str:
+    """Who looks: "notebook", "terminal", "log" (a pipe or a file), or "nobody" (a test, whose output must not vary)."""
+    if "PYTEST_VERSION" in os.environ:
+        return "nobody"
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None and hasattr(shell, "kernel"):
+        return "notebook"
+    return "terminal" if interactive() else "log"
+
+
+def follow(run: RunHandle, interval: float) -> None:
+    """Shows a run until it ends."""
+    who = audience()
+    if who == "nobody":
+        return
+    handle = None
+    if who == "notebook":
+        from IPython.display import display
+
+        handle = display(_shown(run), display_id=True)
+    shown, spoke = -1, time.monotonic()
+    while True:
+        running = run.status in ("starting", "running")
+        nimg = int(run.written_status.get("nimg", 0))
+        if handle is not None and (nimg != shown or not running):
+            handle.update(_shown(run))
+        elif who == "terminal":
+            sys.stderr.write("\r\x1b[K" + line(run) + ("" if running else "\n"))
+            sys.stderr.flush()
+        elif who == "log" and (time.monotonic() - spoke > LOG_SECONDS or not running):
+            spoke = time.monotonic()
+            sys.stderr.write(line(run) + "\n")
+        shown = nimg
+        if not running:
+            return
+        time.sleep(interval)
+
+
+def _shown(run: RunHandle):  # type: ignore[no-untyped-def]
+    """The picture as a notebook takes it; a figure would be shown as text where nothing has set matplotlib up for notebooks."""
+    from IPython import display
+
+    fig, content = _picture(run), io.BytesIO()
+    fig.savefig(content, format="png", dpi=2 * fig.dpi)
+    return display.Image(content.getvalue(), width=round(fig.get_figwidth() * fig.dpi))
+
+
+def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
+    """Losses, logits and the newest grid, as one figure."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    m = pd.DataFrame(thin_jsonl(run.run_dir / "metrics.jsonl"))
+    fig = Figure(figsize=(10, 2.8), layout="constrained")
+    axes = fig.subplots(1, 3)
+    for ax, names, title in ((axes[0], LOSSES, "loss"), (axes[1], LOGITS, "mean logit")):
+        for name, label in names.items():
+            if name in m:
+                ax.plot(m["kimg"], m[name], label=label)
+        ax.set(xlabel="kimg", title=title)
+        if ax.lines:
+            ax.legend(frameon=False)
+    grids = run.grids()
+    axes[2].axis("off")
+    if grids:
+        from PIL import Image
+
+        with Image.open(grids[-1]) as image:
+            axes[2].imshow(image)
+        axes[2].set_title(f"{float(grids[-1].stem):.1f} kimg")
+    fig.suptitle(line(run), fontsize=9)
+    return fig
+
+
+def listing(folder: str | Path) -> pd.DataFrame:
+    """A row a run.
+
+    Args:
+        folder: Folder of run directories, or one of them.
+
+    Returns:
+        Columns run (path below the folder), state, kimg ("3.2 of 12"), processes, heard (seconds since the last sign of life of one that runs; else
+        empty), note (the last alarm, or why it failed).
+
+    Raises:
+        NotFound: No run there.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotFound(f"no such folder: {folder}")
+    runs = [attach(folder)] if is_run(folder) else [attach(r.run_dir) for r in load_runs(folder)]
+    rows = []
+    for run in runs:
+        s, state = run.written_status, run.status
+        seen = f"{s['nimg'] / 1000:.4g} of {s['total_nimg'] / 1000:.4g}" if "total_nimg" in s else ""
+        heard = f"{time.time() - s['heartbeat']:.0f} s ago" if state == "running" and "heartbeat" in s else ""
+        note = str(s.get("message") or s.get("alarm") or "").partition("\n")[0]
+        name = folder.name if run.run_dir == folder else str(run.run_dir.relative_to(folder))
+        rows.append((name, state, seen, str(s.get("world_size", "")), heard, note))
+    return pd.DataFrame(rows, columns=["run", "state", "kimg", "processes", "heard", "note"])

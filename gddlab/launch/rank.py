@@ -17,7 +17,7 @@ from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError
 from gddlab.files import read_json
 from gddlab.launch.lock import Job, sign, take
-from gddlab.launch.plan import OWNED, TIMEOUT
+from gddlab.launch.train import OWNED, TIMEOUT
 
 __all__ = ["report_failure", "run_rank"]
 

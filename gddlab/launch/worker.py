@@ -22,8 +22,8 @@ import psutil
 from gddlab.distill.recorder import write_status
 from gddlab.files import read_json, write_json
 from gddlab.launch.handle import PROGRESS
-from gddlab.launch.plan import OWNED, Launch, launch_environment
 from gddlab.launch.rank import report_failure, run_rank
+from gddlab.launch.train import OWNED, Launch, launch_environment
 
 __all__: list[str] = []
 

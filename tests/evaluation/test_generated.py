@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gddlab.evaluation import evaluate, features, generated
+from gddlab.evaluation import evaluate, features
+from gddlab.evaluation import sources as generated
 from gddlab.evaluation.sharding import share
 from gddlab.evaluation.sources import GeneratedImages
 from gddlab.nets import save_network

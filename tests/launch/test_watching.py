@@ -14,7 +14,7 @@ from PIL import Image
 
 from gddlab.distill.recorder import write_status
 from gddlab.launch import attach
-from gddlab.launch.watching import _picture, audience, follow, line
+from gddlab.launch.handle import _picture, audience, follow, line
 from tests.conftest import tiny_config
 
 TICK = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gddlab.evaluation.teachers import STEPS, score_teacher
+from gddlab.evaluation.run_scores import STEPS, score_teacher
 from gddlab.nets import save_network
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_net

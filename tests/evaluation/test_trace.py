@@ -17,7 +17,7 @@ from gddlab.cli import main
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.evaluation import Record, append_records, evaluate, load_records, real_split
-from gddlab.evaluation.tracing import sampler_settings
+from gddlab.evaluation.records import sampler_settings
 from gddlab.files import data_dir, read_json
 from gddlab.runs import load_run
 from tests.conftest import tiny_config

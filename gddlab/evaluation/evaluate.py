@@ -15,16 +15,14 @@ from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
-from gddlab.evaluation.cache import recall
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, extract, real_rows
-from gddlab.evaluation.generated import generated_rows
+from gddlab.evaluation.features import Extracted, extract, real_rows, recall
 from gddlab.evaluation.images import StoredImages, images_sha256
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.evaluation.sharding import Group, joined
-from gddlab.evaluation.sources import GeneratedImages, images_of, open_source
+from gddlab.evaluation.sources import GeneratedImages, generated_rows, images_of, open_source
 from gddlab.files import hash_json, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions

@@ -12,17 +12,20 @@ from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
+from gddlab.evaluation.evaluate import evaluate, real_split
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.metrics import DISTANCES, names_of
 from gddlab.evaluation.records import Record, append_records, least_name, load_records
-from gddlab.evaluation.scoring import evaluate
+from gddlab.files import write_json
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
+from gddlab.sampling import sample, save_grid
+from gddlab.teachers import load_teacher
 
 if TYPE_CHECKING:
     from gddlab.distill.trainer import Score
 
-__all__ = ["evaluate_end", "evaluate_snapshots", "missing_at_end", "scorer"]
+__all__ = ["STEPS", "evaluate_end", "evaluate_snapshots", "missing_at_end", "score_teacher", "scorer"]
 
 
 def evaluate_snapshots(
@@ -147,3 +150,31 @@ def scorer(config: TrainConfig, world: World) -> Score:
         return record.metric, record.value, record.std
 
     return score
+
+
+STEPS = (1, 5, 18)
+"""Heun steps at which teachers are scored and shown."""
+
+
+def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool = True) -> list[Record]:
+    """Frechet and kernel distance at 1, 5 and 18 Heun steps, and of two halves of the real set.
+
+    Writes scores.json (shown on the card from then on) and samples-STEPS.png, 64 images of seeds 0 to 63, into `run_dir`.
+
+    Args:
+        run_dir: Run directory of `train_teacher`, or a folder with a teacher.safetensors.
+        n: Images; as many as there are real ones if None.
+        progress: Shows bars when at a terminal.
+
+    Returns:
+        The records, those of the teacher first.
+    """
+    folder = Path(run_dir)
+    teacher = load_teacher(folder)
+    records: list[Record] = []
+    for steps in STEPS:
+        save_grid(sample(teacher, 64, steps=steps), folder / f"samples-{steps}.png", columns=8, scale=1)
+        records += evaluate(teacher, n=n, steps=steps, progress=progress)
+    records += real_split(teacher.card.data, progress=progress)
+    write_json(folder / "scores.json", [r.to_dict() for r in records])
+    return records
