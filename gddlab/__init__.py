@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gddlab import nets
     from gddlab.datasets import open_dataset, prepare
-    from gddlab.diagnosis import doctor
+    from gddlab.diagnosis.doctor import doctor
     from gddlab.diagnosis.preflight import preflight
     from gddlab.diagnosis.scaling import scaling
     from gddlab.distill import presets

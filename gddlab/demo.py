@@ -20,9 +20,8 @@ from gddlab.launch import RunHandle, train
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, probe
 from gddlab.provenance import commit, hardware, versions
-from gddlab.reporting.courses import draw_courses
-from gddlab.reporting.figures import draw_metrics, figure_html, image_html, save_figure
-from gddlab.reporting.page import Page
+from gddlab.reporting.report import Page
+from gddlab.reporting.training_curves import draw_courses, draw_metrics, figure_html, image_html, save_figure
 from gddlab.runtime import peak_memory_mib
 from gddlab.sampling import image_grid, sample
 from gddlab.teachers import load_teacher

@@ -20,11 +20,12 @@ from rich.console import Console
 import gddlab
 from gddlab.cli import main
 from gddlab.commands.doctor import show
-from gddlab.diagnosis import SECTIONS, examine, machine, packages
-from gddlab.diagnosis.devices import device_findings, device_problems
-from gddlab.diagnosis.machine import CPU, GPU, container_limits
-from gddlab.diagnosis.packages import package_findings, requirements, torch_pair
+from gddlab.diagnosis import SECTIONS
+from gddlab.diagnosis import findings as machine
+from gddlab.diagnosis.doctor import package_findings, requirements, torch_pair
+from gddlab.diagnosis.findings import CPU, GPU, container_limits, device_findings, device_problems
 
+packages = examine = sys.modules["gddlab.diagnosis.doctor"]  # the package has a function of that name
 GIB = 1 << 30
 PROCESSOR = CPU("Epyc", 8, 4.0, 4, 16 * GIB, 12 * GIB, ("avx512_bf16",))
 CARD = GPU("H100", 80 * GIB, 78 * GIB, (9, 0), bf16=True, built_for=True)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from gddlab.diagnosis.scaling import A100, Counted, counted, scaling
+from gddlab.diagnosis.scaling import A100, Counted, Counter, counted, scaling
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
-from gddlab.launch.counting import Counter
 from tests.conftest import tiny_config
 
 COUNTS = Counted(

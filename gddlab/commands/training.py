@@ -147,8 +147,7 @@ class Preflight(Configured):
     """Prints JSON."""
 
     def run(self) -> None:
-        from gddlab.diagnosis.preflight import preflight
-        from gddlab.launch.measuring import stand_ins
+        from gddlab.diagnosis.preflight import preflight, stand_ins
         from gddlab.teachers import load_teacher
 
         teacher, command = None, self

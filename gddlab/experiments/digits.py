@@ -8,8 +8,7 @@ from typing import Any
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import Experiment, ExperimentList
-from gddlab.experiments.masks import free, mask_experiments
-from gddlab.experiments.rows import Configure, Rows
+from gddlab.experiments.masks import Configure, Rows, free, mask_experiments
 from gddlab.experiments.studies import STUDIES
 from gddlab.freezing import FreezeMask
 

@@ -11,8 +11,7 @@ from typing import Any
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.experiments.experiment import ExperimentList, Judge
-from gddlab.experiments.masks import mask_experiments
-from gddlab.experiments.rows import Configure, Rows
+from gddlab.experiments.masks import Configure, Rows, mask_experiments
 from gddlab.experiments.studies import STUDIES
 from gddlab.freezing import FreezeMask
 

@@ -17,7 +17,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import atomic_path, last_jsonl, read_json, write_json
+from gddlab.files import atomic_path, last_jsonl, read_json, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.launch.lock import held
 from gddlab.nets import OneStepPrecond
@@ -27,7 +27,7 @@ from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
-__all__ = ["LISTS", "Planned", "feeding", "plan", "reproduce"]
+__all__ = ["LISTS", "RUN_FILES", "STUDY_FILES", "Planned", "feeding", "plan", "reproduce", "ship"]
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 
@@ -264,3 +264,54 @@ def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
         yield mine
     finally:
         os.close(fd)
+
+
+RUN_FILES = (
+    "config.json",
+    "mask.json",
+    "provenance.json",
+    "teacher.json",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "alarms.jsonl",
+    "status.json",
+)
+"""What ships of a run, with the last sample grid."""
+STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
+
+
+def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
+    """Copies what is light of a list's finished runs (configuration, mask, provenance, metrics, scores, alarms, last grid), its studies, and the measurement.
+
+    Args:
+        name, out, only, seeds: As for `reproduce`.
+        to: Folder; they come to lie in `to/LIST/...`, as in `out`.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        GddlabError: No run and no study of these is done.
+    """
+    done = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state == "done"]
+    if not done:
+        raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
+    written: list[Path] = []
+    for item in done:
+        source, target = item.folder, Path(to) / item.folder.relative_to(out)
+        study = isinstance(item.item, Study)
+        for file in (source / n for n in (STUDY_FILES if study else RUN_FILES)):
+            if file.exists():
+                write_bytes(target / file.name, file.read_bytes())
+        if not study:
+            card = read_json(source / "teacher.json")
+            if "source" in card:  # where the teacher lay on this machine is nobody's business
+                write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
+            for grid in load_run(source).grids()[-1:]:
+                write_bytes(target / "samples" / grid.name, grid.read_bytes())
+        written.append(target)
+    measured = Path(out) / name / "measured"
+    if measured.is_dir():
+        ProbeResult.load(measured).save(Path(to) / name / "measured")
+        written.append(Path(to) / name / "measured")
+    return written

@@ -10,8 +10,8 @@ import numpy as np
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.scales import plain, sigma_axis
 from gddlab.probing.plots.table import STAGES
-from gddlab.reporting.activations import measured_layers
-from gddlab.reporting.networks import WIDE, checked, known, look, name_lines
+from gddlab.reporting.layers import measured_layers
+from gddlab.reporting.style import WIDE, checked, known, look, name_lines
 
 if TYPE_CHECKING:
     import pandas as pd

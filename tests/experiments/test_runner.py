@@ -18,13 +18,13 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import SCORE_OF, SCORES, measured_mask
-from gddlab.experiments.shipping import RUN_FILES
+from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import data_dir, read_jsonl
 from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.launch.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
-from gddlab.reporting.reading import read
+from gddlab.reporting.run_summary import read
 from gddlab.runs import load_run, load_runs, load_study
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.cost import cost_table
-from gddlab.reporting.styling import styled
+from gddlab.reporting.tables import cost_table, styled
 
 
 def study() -> pd.DataFrame:

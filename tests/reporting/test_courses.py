@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.courses import course_table, draw_courses, draw_efficiency
-from gddlab.reporting.seeds import draw_runs
 from gddlab.reporting.tables import run_table
+from gddlab.reporting.training_curves import course_table, draw_courses, draw_efficiency, draw_runs
 from gddlab.runs import Run, load_runs
 from tests.reporting.made import made
 

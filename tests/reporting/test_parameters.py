@@ -8,7 +8,7 @@ import pytest
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import data_dir
-from gddlab.reporting.parameters import runs_folder
+from gddlab.reporting.run_summary import runs_folder
 
 
 def test_the_shipped_runs_or_those_given(tmp_path: Path) -> None:

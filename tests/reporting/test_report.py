@@ -25,7 +25,7 @@ from gddlab.evaluation import Record, append_records, load_records
 from gddlab.files import data_dir, read_json, write_json
 from gddlab.launch.lock import take
 from gddlab.reporting import report as module
-from gddlab.reporting.facts import facts
+from gddlab.reporting.run_summary import facts
 from gddlab.runs import load_run
 from tests.conftest import tiny_config
 

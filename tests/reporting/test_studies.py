@@ -19,12 +19,21 @@ from PIL import Image
 import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import data_dir
-from gddlab.reporting.activations import activation_ratio, draw_activations, draw_depth, measured_layers
 from gddlab.reporting.frequencies import draw_bands, draw_denoised, draw_spectra, spectrum_table
-from gddlab.reporting.minima import between, draw_between, draw_minima, frechet_name, minima_table
-from gddlab.reporting.moved import draw_moved, family, moved_layers, moved_table, squared_norms
-from gddlab.reporting.networks import look, name_lines, spread_out
+from gddlab.reporting.layers import (
+    activation_ratio,
+    draw_activations,
+    draw_depth,
+    draw_moved,
+    family,
+    measured_layers,
+    moved_layers,
+    moved_table,
+    squared_norms,
+)
+from gddlab.reporting.local_minima import between, draw_between, draw_minima, frechet_name, minima_table
 from gddlab.reporting.samples import cut_grid, draw_same_noise
+from gddlab.reporting.style import look, name_lines, spread_out
 from gddlab.sampling import save_grid
 from tests.conftest import tiny_net
 

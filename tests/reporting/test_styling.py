@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from gddlab.reporting.styling import styled
+from gddlab.reporting.tables import styled
 
 
 def table(state: str = "not run") -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
-from gddlab.reporting.reading import read, teacher_levels, teacher_scores
+from gddlab.reporting.run_summary import read, teacher_levels, teacher_scores
 from gddlab.reporting.tables import experiment_table, run_table, score_table
 from gddlab.runs import Run, load_runs
 from gddlab.teachers import load_teacher

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.reporting.networks import SORTS, WIDE, checked, known, look
+from gddlab.reporting.style import SORTS, WIDE, checked, known, look
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,21 +2,118 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from gddlab.reporting.figures import COLORS
-from gddlab.reporting.networks import WIDE, name_lines
-from gddlab.reporting.reading import NOT_RUN, Same, read, select
+import numpy as np
+from torch import Tensor
+
+from gddlab.files import atomic_path
+from gddlab.reporting.run_summary import NOT_RUN, Same, read, select
+from gddlab.reporting.style import WIDE, name_lines
+from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
+from gddlab.sampling import image_grid
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PALETTE", "course_table", "draw_courses", "draw_efficiency", "draw_levels", "fit_scale"]
+__all__ = [
+    "PALETTE",
+    "course_table",
+    "draw_courses",
+    "draw_efficiency",
+    "draw_images",
+    "draw_levels",
+    "draw_metrics",
+    "draw_runs",
+    "figure_html",
+    "fit_scale",
+    "image_html",
+    "save_figure",
+]
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+"""Okabe and Ito's, colour-blind safe."""
+
+
+def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> None:
+    """Writes a PNG atomically and frees the figure."""
+    import matplotlib.pyplot as plt
+
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=dpi)
+    plt.close(figure)
+
+
+def figure_html(figure: Any, alt: str, *, dpi: int = 130) -> str:
+    """A figure as an <img> with the picture inside, and frees it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    width = round(figure.get_size_inches()[0] * 88)
+    return _img(buffer.getvalue(), alt, f"max-width:100%;width:{width}px")
+
+
+def image_html(pixels: np.ndarray, alt: str, *, scale: int = 2) -> str:
+    """uint8 (H, W, 3) as an <img>, enlarged without smoothing."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return _img(buffer.getvalue(), alt, f"width:{pixels.shape[1] * scale}px;image-rendering:pixelated")
+
+
+def _img(png: bytes, alt: str, style: str) -> str:
+    from html import escape
+
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{escape(alt)}" style="{style}" src="data:image/png;base64,{data}">'
+
+
+def draw_metrics(metrics: pd.DataFrame, names: Mapping[str, str], *, ax: Axes | None = None, ylabel: str = "") -> Axes:
+    """Columns of a run's metrics over kimg.
+
+    Args:
+        metrics: A row a tick, with `kimg`.
+        names: Column -> label.
+        ylabel: What is drawn.
+    """
+    ax = _axes(ax)
+    for color, (name, label) in zip(COLORS, names.items(), strict=False):
+        if name in metrics:
+            shown = metrics.dropna(subset=[name])
+            ax.plot(shown["kimg"], shown[name], color=color, label=label, linewidth=1.4)
+    ax.set(xlabel="real images seen, thousands", ylabel=ylabel)
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def draw_images(images: Tensor, *, columns: int = 8, ax: Axes | None = None, title: str = "") -> Axes:
+    """A grid of images, float [-1, 1], (N, C, H, W)."""
+    ax = _axes(ax)
+    ax.imshow(image_grid(images, columns=columns), interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=9)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(5.2, 3.2), layout="constrained")[1]
+
 
 PALETTE = (*COLORS, "#D55E00", "#56B4E9", "#000000")
 """Okabe and Ito's, without their yellow, which is hard to see on white."""
@@ -194,3 +291,51 @@ def _note(ax: Axes, states: Mapping[str, str]) -> None:
         names.setdefault(state, []).append(name)
     text = "\n".join(fill(f"{state}: {', '.join(found)}", 44) for state, found in names.items())
     ax.set_title(text, loc="left", fontsize=7, color="#777777")
+
+
+def draw_runs(
+    runs: pd.DataFrame, *, levels: Mapping[str, float] | None = None, sort: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Scores of all runs: a row an experiment, a dot a seed, a bar at the mean; logarithmic where they span more than a factor of five.
+
+    Args:
+        runs: From `run_table`.
+        levels: Label -> value to compare with, such as the teacher's distance.
+        sort: Lowest mean first; in the order of `runs` otherwise.
+        ax: Where to draw; None makes a figure.
+    """
+    import matplotlib.pyplot as plt
+
+    table = experiment_table(runs, sort=sort)
+    order = list(table.index)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.4, 0.27 * len(order) + 1.1), layout="constrained")
+    shown = {name: runs.loc[runs["experiment"] == name, "value"].dropna() for name in order}
+    fit_scale(ax, [*runs["value"].dropna(), *(levels or {}).values()], "x", zero=False)
+    for i, (name, values) in enumerate(shown.items()):
+        ax.plot(values, [i] * len(values), "o", color=PALETTE[0], markersize=5, alpha=0.8)
+        if len(values):
+            ax.plot([values.mean()] * 2, [i - 0.28, i + 0.28], color=PALETTE[1], linewidth=2.2)
+        else:
+            state = str(table.loc[name, "state"])
+            ax.annotate(state, (0.02, i), xycoords=("axes fraction", "data"), fontsize=8, color="#777777", va="center")
+    for j, (label, value) in enumerate((levels or {}).items()):
+        ax.axvline(value, color="#777777", linewidth=0.9, linestyle="--", zorder=0)
+        ax.annotate(
+            f"{label}: {value:.0f}",
+            (value, 1),
+            (0, 3 + 10 * (j % 2)),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8,
+            color="#555555",
+            ha="center",
+        )
+    ax.set_yticks(range(len(order)), order)
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    metric = next(iter(runs["metric"].dropna()), "distance")
+    ax.set_xlabel(f"{metric}\ndots: seeds, bar: mean")
+    ax.grid(axis="y", color="0.92")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return ax

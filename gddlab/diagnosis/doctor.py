@@ -1,11 +1,14 @@
-"""Weights, data and folders as findings: where they lie, or where to put them. Nothing is loaded or downloaded."""
+"""`gddlab.doctor()`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
+import platform
+import re
 import shutil
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,18 +16,106 @@ from pathlib import Path
 import torch
 
 from gddlab.datasets.readers import find_cifar10
-from gddlab.diagnosis.devices import GIB, gib
-from gddlab.diagnosis.findings import Finding
+from gddlab.diagnosis import findings as machine
+from gddlab.diagnosis.findings import CPU, GIB, GPU, Doctor, Finding, device_findings, device_problems, gib
 from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir
 from gddlab.pretrained.files import SUFFIXES, find_weights
 from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
+from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
 from gddlab.teachers.catalog import locate
 
-__all__ = ["data_findings", "folder_findings", "storage_problems", "weight_findings"]
+__all__ = [
+    "abilities",
+    "data_findings",
+    "doctor",
+    "folder_findings",
+    "needs",
+    "package_findings",
+    "requirements",
+    "storage_problems",
+    "torch_pair",
+    "weight_findings",
+]
+
+SHOWN = ("torch", "torchvision", "timm", "torch-fidelity", "captum", "lpips", "kornia", "numpy", "pandas")
+"""Others are listed where they are missing."""
+
+
+def requirements() -> tuple[str, list[str]]:
+    """Versions of Python and packages that gddlab asks for, as in pyproject.toml: from the clone, or from the installed wheel."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if project.is_file():
+        about = tomllib.loads(project.read_text()).get("project", {})
+        if about.get("name") == "gddlab":  # an installed wheel may lie beside another project's
+            return about["requires-python"], about["dependencies"]
+    found = importlib.metadata.metadata("gddlab")
+    wanted = importlib.metadata.requires("gddlab") or []
+    return found["Requires-Python"] or "", [r for r in wanted if "extra ==" not in r]
+
+
+def package_findings() -> tuple[list[Finding], list[str], list[str]]:
+    """Versions, from the packages' metadata: nothing is imported.
+
+    Returns:
+        Findings; problems that stop gddlab (a package that it needs is missing); other problems.
+    """
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    from gddlab import __version__
+
+    python, wanted = requirements()
+    required = {r.name: r.specifier for r in map(Requirement, wanted)}
+    there = versions()
+    for name in {*required, *SHOWN}:
+        try:
+            there[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            there[name] = "not installed"
+    own = commit()
+    about = {"version": __version__, "commit": own}
+    text = f"{there['python']}, {platform.python_implementation()} on {platform.system()} {platform.machine()}"
+    out = [
+        Finding("versions", "python", True, text, details={"version": there["python"]}),
+        Finding("versions", "gddlab", True, f"{__version__}, commit {own[:12]}" if own else __version__, details=about),
+    ]
+    missing, unfit = [], []
+    if not SpecifierSet(python).contains(there["python"], prereleases=True):
+        unfit.append(f"this is Python {there['python']}, gddlab wants {python}: make an environment with one of those")
+    for name in (*SHOWN, *(r for r in required if r not in SHOWN and there[r] == "not installed")):
+        version, need = there[name], f"{name}{required.get(name, '')}"
+        found = version != "not installed"
+        remedy = "" if found else f"pip install {name}" + ("" if name in required else ", if wanted")
+        out.append(Finding("versions", name, found, version, remedy, {"required": name in required}))
+    for name, specifier in required.items():
+        version, need = there[name], f"pip install '{name}{specifier}'"
+        if version == "not installed":
+            missing.append(f"{name} is not installed: {need}")
+        elif not specifier.contains(version, prereleases=True):
+            unfit.append(f"{name} {version} is installed, gddlab wants {specifier}: {need}")
+    return out, missing, [*unfit, *torch_pair(there["torch"], there["torchvision"])]
+
+
+def torch_pair(torch: str, torchvision: str) -> list[str]:
+    """The problem of two versions that do not fit each other: torchvision 0.(n + 15) is built against torch 2.n, for one kind of device."""
+    a = re.match(r"2\.(\d+)[^+]*(?:\+(.*))?$", torch)
+    b = re.match(r"0\.(\d+)[^+]*(?:\+(.*))?$", torchvision)
+    if a is None or b is None:
+        return []
+    if int(b[1]) != int(a[1]) + 15:
+        return [
+            f"torchvision {torchvision} is not built for torch {torch}: pip install 'torchvision==0.{int(a[1]) + 15}.*'"
+        ]
+    if a[2] and b[2] and a[2] != b[2]:
+        return [
+            f"torch {torch} and torchvision {torchvision} are builds for different devices: install both from one index"
+        ]
+    return []
+
 
 SMALLEST = 1 << 20
 """Bytes; a file of weights below is a Git LFS pointer, a web page, or was cut off."""
@@ -180,3 +271,62 @@ def _writable(folder: Path) -> bool:
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(_standing(folder)).free
+
+
+def needs() -> dict[str, list[str]]:
+    """What each ability needs, by the names of findings: the presets as they are, and what they do not use."""
+    out = {}
+    for name, make in PRESETS.items():
+        config = make(run_dir="runs")
+        backbones = [f"backbone {b}" for b in config.backbones]
+        out[f"preset {name}"] = [f"teacher {config.teacher}", str(config.data), *backbones]
+    return out | {
+        "LPIPS": ["LPIPS network vgg16", "LPIPS linear layers"],
+        "fd and kd on lite2": ["extractor lite2"],
+        "FID and KID": ["extractor inception"],
+    }
+
+
+def doctor() -> Doctor:
+    """Looks at this machine: devices, versions, weights, data, folders, and what gddlab can therefore do.
+
+    Downloads nothing, loads no weights, makes no folder.
+
+    Returns:
+        Findings and problems; `print` it, or see `to_frame` and `to_dict`.
+    """
+    cpu, gpus = machine.cpu(), machine.cuda_devices()
+    packages, missing, unfit = package_findings()
+    weights, data = weight_findings(), data_findings()
+    findings = (
+        *device_findings(cpu, gpus),
+        *packages,
+        *weights,
+        *data,
+        *folder_findings(),
+        *abilities([*weights, *data], cpu, gpus),
+    )
+    problems = (
+        *missing,
+        *unfit,
+        *device_problems(cpu, gpus, driver_unused=machine.driver_without_cuda()),
+        *storage_problems(weights),
+    )
+    return Doctor(findings, problems, broken=bool(missing))
+
+
+def abilities(there: Iterable[Finding], cpu: CPU, gpus: Sequence[GPU]) -> list[Finding]:
+    """What can be done with what is there, and on which device."""
+    found = {f.name for f in there if f.found}
+    out = []
+    for name, wanted in needs().items():
+        lacks = [w for w in wanted if w not in found]
+        value = "lacks " + ", ".join(lacks) if lacks else "yes"
+        out.append(Finding("able", name, not lacks, value, details={"lacks": lacks}))
+    bf16 = all(g.bf16 for g in gpus) if gpus else bool(cpu.bf16)
+    value = "yes" if bf16 else "no: float32 is faster"
+    out.append(Finding("able", "bfloat16 training", bf16, value))
+    n = len(gpus) if gpus else max(1, int(cpu.usable_cores))
+    value = f"on {n} {'CUDA device' if gpus else 'core'}{'s' if n > 1 else ''}, nproc up to {n}"
+    out.append(Finding("able", "training", True, value, details={"device": "cuda" if gpus else "cpu", "nproc": n}))
+    return out

@@ -2,25 +2,157 @@
 
 from __future__ import annotations
 
+import ast
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gddlab.distill.config import TrainConfig
-from gddlab.errors import GddlabError
-from gddlab.evaluation import Record, load_records
-from gddlab.files import read_json
+from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.evaluation import Record, compare, load_records
+from gddlab.files import data_dir, read_json
 from gddlab.freezing import FreezeMask
 from gddlab.freezing.mask import mask_line
 from gddlab.launch import RunHandle
-from gddlab.reporting.reading import read
+from gddlab.reporting.style import look
+from gddlab.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Facts", "differing", "facts", "provenance_rows", "python_of", "shown", "trained_rows"]
+__all__ = [
+    "NOT_RUN",
+    "Facts",
+    "Reading",
+    "Same",
+    "differing",
+    "facts",
+    "provenance_rows",
+    "python_of",
+    "read",
+    "runs_folder",
+    "select",
+    "shown",
+    "teacher_levels",
+    "teacher_scores",
+    "trained_rows",
+]
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run as it lies there.
+
+    Attributes:
+        experiment: Name of the folder above the run's.
+        config: None where this version cannot read it.
+        records: Its scores, oldest first.
+        state: "done", or what keeps it from being so, such as "stopped at 3 of 12 kimg" or "older format: ...".
+    """
+
+    experiment: str
+    config: TrainConfig | None
+    records: tuple[Record, ...]
+    state: str
+
+    def at_end(self, metric: str) -> Record | None:
+        """The newest score of a metric (named without its n) at the end of the training; of several blocks of seeds, the first block's."""
+        if self.config is None:
+            return None
+        found = [r for r in self.records if r.name == metric and r.kimg == self.config.end_kimg]
+        return min(reversed(found), key=lambda r: r.seeds[0] if r.seeds else 0, default=None)
+
+    def state_of(self, metric: str) -> str:
+        """The state, or that a finished run lacks this score."""
+        return f"no {metric} at the end" if self.state == "done" and self.at_end(metric) is None else self.state
+
+
+def read(run: Run) -> Reading:
+    """Reads configuration, status and scores; a run that another version wrote and this one cannot read has that as its state."""
+    experiment = run.run_dir.parent.name
+    try:
+        config, status = run.config, run.written_status
+        records = tuple(load_records(run.run_dir))
+    except (ValueError, KeyError, TypeError) as e:  # GddlabError is a ValueError; so is a line that is not JSON
+        why = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{run.run_dir}/", "")
+        return Reading(experiment, None, (), f"older format: {why}")
+    state = str(status.get("state", "not started"))
+    if state != "done" and "nimg" in status:
+        state += f" at {status['nimg'] / 1000:g} of {config.total_kimg:g} kimg"
+    return Reading(experiment, config, records, state)
+
+
+def select(runs: Sequence[Run], rows: Sequence[str] = ()) -> dict[str, list[Run]]:
+    """Runs by experiment: those named by `rows`, in that order and also where there is no run; all for ().
+
+    Raises:
+        GddlabError: Neither runs nor rows.
+    """
+    if isinstance(rows, str):
+        raise GddlabError(f"rows={rows!r}: give a list of experiments")
+    if not runs and not rows:
+        raise GddlabError("no runs given: load them with gddlab.load_runs(folder)")
+    out: dict[str, list[Run]] = {name: [] for name in rows}
+    for run in runs:
+        name = run.run_dir.parent.name
+        if name in out or not rows:
+            out.setdefault(name, []).append(run)
+    return out
+
+
+class Same:
+    """Lets scores through that can be compared with the first one.
+
+    Raises:
+        GddlabError: n, extractor, reference or a setting differs.
+    """
+
+    def __init__(self) -> None:
+        self.first: Record | None = None
+
+    def __call__(self, record: Record) -> Record:
+        if self.first is not None:
+            compare(record, self.first)
+        self.first = self.first or record
+        return record
+
+
+def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, float]:
+    """The teacher's scores by its number of Heun steps, from the card that lies in the first run; {} where it has none.
+
+    Raises:
+        GddlabError: They cannot be compared with the runs' scores.
+    """
+    found = [run for run in runs if (run.run_dir / "teacher.json").exists()]
+    if not found:
+        return {}
+    records = [Record.from_dict(s) for s in read_json(found[0].run_dir / "teacher.json").get("scores", ())]
+    own = next((r for run in runs for r in read(run).records if r.name == metric), None)
+    out: dict[int, float] = {}
+    for record in records:
+        if record.name == metric and record.sampler.startswith("heun-"):
+            if own is not None:
+                compare(record, own)
+            out[int(record.sampler.removeprefix("heun-"))] = record.value
+    return dict(sorted(out.items()))
+
+
+def teacher_levels(
+    runs: Sequence[Run], metric: str = "fd-lite2", *, steps: Sequence[int] | None = None
+) -> dict[str, float]:
+    """The same by label, such as "teacher, 18 steps", for figures.
+
+    Args:
+        runs, metric: As for `teacher_scores`.
+        steps: Which to keep, of those there are; None keeps all.
+    """
+    scores = teacher_scores(runs, metric)
+    return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}
+
 
 T = TypeVar("T")
 
@@ -256,3 +388,44 @@ def shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k}: {shown(v)}" for k, v in value.items())
     return str(value)
+
+
+ACCEPTED = ("runs",)
+
+
+def runs_folder(names: Mapping[str, Any]) -> Path:
+    """The folder of `gddlab reproduce --out` that a notebook reads: its parameter `runs`, or the shipped runs where that is empty.
+
+    papermill writes the parameters it was given into a cell of its own and only warns where the notebook has no such parameter; here that is refused.
+
+    Args:
+        names: The notebook's `globals()`.
+
+    Returns:
+        A folder that holds a folder for each list of experiments, such as "digits".
+
+    Raises:
+        GddlabError: A parameter has another name, or `runs` is the folder of one list.
+        NotFound: There is no such folder.
+    """
+    for name in _injected(names):
+        if name not in ACCEPTED:
+            raise unknown("parameter", name, ACCEPTED)
+    given = names.get("runs") or ""
+    folder = Path(given) if given else data_dir() / "runs"
+    if not folder.is_dir():
+        raise NotFound(
+            f"runs={str(given)!r}: no such folder; give the --out of gddlab reproduce, or '' for the shipped runs"
+        )
+    if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
+        raise GddlabError(f"runs={str(given)!r} is the folder of one list: give {str(folder.parent)!r}, which holds it")
+    return folder
+
+
+def _injected(names: Mapping[str, Any]) -> Iterator[str]:
+    """Names assigned in papermill's cell, which begins with its comment; `In` holds the cells that IPython has run."""
+    for source in names.get("In", ()):
+        if source.startswith("# Parameters\n"):
+            for statement in ast.parse(source).body:
+                if isinstance(statement, ast.Assign):
+                    yield from (t.id for t in statement.targets if isinstance(t, ast.Name))
