@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["GddlabError", "NotFound", "unknown"]
+__all__ = ["GddlabError", "NotFound", "refusal_of", "unknown", "validated"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class GddlabError(ValueError):
@@ -29,3 +36,65 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
     else:
         hint = f"accepted: {', '.join(names[:8])} ... ({len(names)} in all)"
     return GddlabError(f"unknown {kind} {value!r}: {hint}")
+
+
+def validated(function: Callable[P, T]) -> Callable[P, T]:
+    """Checks the arguments of a call against the annotations (pydantic); a refusal is one line.
+
+    Annotations are read at the first call, so they must be importable at run time, not under TYPE_CHECKING alone. A name in
+    a `Literal` that is misspelt gets near matches, as does an argument that does not exist.
+
+    Raises:
+        GddlabError: An argument does not fit its annotation.
+        TypeError: An argument is missing, as for any function.
+    """
+
+    @functools.cache
+    def checked() -> tuple[Callable[P, T], dict[str, Any]]:
+        import pydantic
+
+        config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+        wrap: Any = pydantic.validate_call(config=config)
+        return wrap(function), typing.get_type_hints(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        import pydantic
+
+        call_checked, hints = checked()
+        try:
+            return call_checked(*args, **kwargs)
+        except pydantic.ValidationError as e:
+            if e.title != function.__qualname__:  # another validation, inside the function
+                raise
+            error = e.errors()[0]
+            if error["type"].startswith("missing"):
+                raise TypeError(f"{function.__name__}() lacks the argument {error['loc'][0]!r}") from None
+            names = list(inspect.signature(function).parameters)
+            place = error["loc"][0]
+            name = names[place] if isinstance(place, int) else str(place)
+            if error["type"] == "unexpected_keyword_argument":
+                raise unknown(f"argument of {function.__name__}", name, names) from None
+            given = inspect.signature(function).bind_partial(*args, **kwargs).arguments.get(name, error["input"])
+            raise refusal_of(name, given, error["msg"], hints.get(name)) from None
+
+    return call
+
+
+def refusal_of(name: str, value: object, message: str, annotation: Any = None) -> GddlabError:
+    """The refusal of one argument or field, from pydantic's message and the annotation."""
+    accepted = list(_literals(annotation))
+    if isinstance(value, str) and accepted:
+        return unknown(name, value, [str(a) for a in accepted])
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 and "\n" not in shown else f"<{type(value).__qualname__}>"
+    return GddlabError(f"{name}={shown}: {message[:1].lower()}{message[1:]}")
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    """What the `Literal`s in an annotation accept."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from typing.get_args(annotation)
+    else:
+        for part in typing.get_args(annotation):
+            yield from _literals(part)

@@ -66,7 +66,7 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    from gddlab import __version__
+    own_version = versions()["gddlab"]
 
     python, wanted = requirements()
     required = {r.name: r.specifier for r in map(Requirement, wanted)}
@@ -77,11 +77,11 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
         except importlib.metadata.PackageNotFoundError:
             there[name] = "not installed"
     own = commit()
-    about = {"version": __version__, "commit": own}
+    about = {"version": own_version, "commit": own}
     text = f"{there['python']}, {platform.python_implementation()} on {platform.system()} {platform.machine()}"
     out = [
         Finding("versions", "python", True, text, details={"version": there["python"]}),
-        Finding("versions", "gddlab", True, f"{__version__}, commit {own[:12]}" if own else __version__, details=about),
+        Finding("versions", "gddlab", True, f"{own_version}, commit {own[:12]}" if own else own_version, details=about),
     ]
     missing, unfit = [], []
     if not SpecifierSet(python).contains(there["python"], prereleases=True):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors
 from gddlab.nets.io import architecture, from_edm
 from gddlab.nets.onestep import OneStepPrecond
 from gddlab.nets.precond import Precond
 from gddlab.progress import progress_bar
+from gddlab.provenance import versions
 
 __all__ = ["Exported", "export"]
 
@@ -110,7 +110,7 @@ def export(
         _need_onnx()
     model = OneStep(_plain(student), float(sigma)).eval()
     metadata = {
-        "gddlab": gddlab.__version__,
+        "gddlab": versions()["gddlab"],
         "architecture": json.dumps(architecture(student), allow_nan=False),
         "sha256": hash_tensors(student.state_dict()),
         "sigma": repr(float(sigma)),
