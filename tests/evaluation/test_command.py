@@ -10,7 +10,7 @@ import pytest
 from gddlab.cli import main
 from gddlab.evaluation import evaluate
 from gddlab.nets import save_network
-from tests.evaluation.test_scoring import network
+from tests.evaluation.test_evaluate import network
 
 
 def test_the_command_is_the_call(counter, tmp_path: Path, capsys) -> None:

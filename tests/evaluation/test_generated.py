@@ -21,7 +21,7 @@ from gddlab.nets import save_network
 from gddlab.sampling import Sampler
 from tests.conftest import tiny_net
 from tests.evaluation.conftest import subset
-from tests.evaluation.test_scoring import network
+from tests.evaluation.test_evaluate import network
 
 
 def test_a_second_evaluation_neither_samples_nor_extracts(some, counter, monkeypatch, cache):

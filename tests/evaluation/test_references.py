@@ -10,7 +10,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation import compare, evaluate, reference
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor
 from tests.evaluation.conftest import as_float
-from tests.evaluation.test_scoring import network
+from tests.evaluation.test_evaluate import network
 
 
 def test_a_file_stands_for_its_dataset(some, counter, tmp_path):
