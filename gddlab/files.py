@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, strict JSON, hashes."""
+"""Files: atomic writes, strict JSON, hashes, and what a file is by its first bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "atomic_path",
     "cache_dir",
     "data_dir",
+    "describe_start",
     "file_sha256",
     "fsync_dir",
     "hash_json",
@@ -45,7 +47,7 @@ def data_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder of downloads and of what is dear to compute: `$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
+    """Folder of downloads and of results that are expensive to compute: `$GDDLAB_CACHE`, or `~/.cache/gddlab`."""
     return Path(os.environ.get("GDDLAB_CACHE") or "~/.cache/gddlab").expanduser()
 
 
@@ -104,7 +106,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Every whole line of a .jsonl file; a last line still being written is left out."""
+    """Every complete line of a .jsonl file; an incomplete last line is skipped."""
     path = Path(path)
     if not path.exists():
         return []
@@ -113,7 +115,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(path: str | Path, line: Mapping[str, Any]) -> None:
-    """Adds a line, and returns when it is on the disk: what a later checkpoint counts on must outlive the machine."""
+    """Adds a line, and returns when it is on the disk, so that it survives a crash of the machine."""
     with Path(path).open("a") as f:
         f.write(json.dumps(line, allow_nan=False) + "\n")
         f.flush()
@@ -121,7 +123,7 @@ def append_jsonl(path: str | Path, line: Mapping[str, Any]) -> None:
 
 
 def read_end(path: str | Path, size: int = 1 << 16) -> list[str]:
-    """The last lines of a file, as many as `size` bytes hold, however long the file is; what is no UTF-8 is replaced. A last line without its end counts."""
+    """The lines in the last `size` bytes of a file, an incomplete last line included; invalid UTF-8 is replaced."""
     path = Path(path)
     if not path.exists():
         return []
@@ -129,11 +131,11 @@ def read_end(path: str | Path, size: int = 1 << 16) -> list[str]:
         start = max(0, path.stat().st_size - size)
         f.seek(start)
         lines = f.read(size).decode(errors="replace").splitlines()
-    return lines[1:] if start and len(lines) > 1 else lines  # the first may have begun before
+    return lines[1:] if start and len(lines) > 1 else lines  # the first may be incomplete
 
 
 def last_jsonl(path: str | Path) -> dict[str, Any] | None:
-    """The last whole line of a .jsonl file, without reading the others; None where there is none."""
+    """The last complete line of a .jsonl file, without reading the others; None where there is none."""
     for line in reversed(read_end(path)):
         try:
             found: dict[str, Any] = json.loads(line)
@@ -144,9 +146,9 @@ def last_jsonl(path: str | Path) -> dict[str, Any] | None:
 
 
 def thin_jsonl(path: str | Path, most: int = 1000) -> list[dict[str, Any]]:
-    """Lines of a .jsonl file for a picture, in their order: all of a short file, of a long one about `most` that lie evenly spread, and the last.
+    """Lines of a .jsonl file for a plot, in order: all of a short file; of a long one about `most`, spread evenly.
 
-    What it reads does not grow with the file.
+    The last line is always among them. The number of bytes read does not grow with the file.
     """
     path = Path(path)
     if not path.exists():
@@ -159,7 +161,7 @@ def thin_jsonl(path: str | Path, most: int = 1000) -> list[dict[str, Any]]:
         for i in range(most):
             f.seek(i * size // most)
             if i:
-                f.readline()  # what is left of the line that stands there
+                f.readline()  # the rest of an incomplete line
             start, line = f.tell(), f.readline()
             if line.endswith(b"\n"):
                 found[start] = line
@@ -194,3 +196,49 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> str:
         h.update(f"{name}:{a.dtype}:{tuple(a.shape)}".encode())
         h.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+MAGIC = (
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"BZh", "a bzip2 archive: unpack it"),
+    (b"\xfd7zXZ", "an xz archive: unpack it"),
+    (b"(\xb5/\xfd", "a zstd archive: unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"Rar!", "a rar archive: unpack it"),
+    (b"PK\3\4", "a zip without its end: fetch or make it again"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
+    (b"GGUF", "a GGUF file"),
+    (b"PAR1", "a Parquet table"),
+    (b"%PDF", "a PDF"),
+    (b"\x7fELF", "a program"),
+)
+
+
+def describe_start(head: bytes) -> str:
+    """What a file that is not accepted is, by its first bytes, and what to do about it."""
+    if not head:
+        return "empty (0 bytes), perhaps an incomplete download: fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        found = re.search(rb"\nsize (\d{1,18})", head)
+        size = f" for a file of {int(found[1]):,} bytes" if found else ""
+        return f"a Git LFS pointer{size}, not the file itself: run `git lfs pull` where it was cloned"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "a web page (HTML), perhaps a sign-in or error page in place of the download: fetch it again"
+    if text.startswith(b"<?xml"):
+        return "an XML document, perhaps the error message of a server in place of the download: fetch it again"
+    for magic, what in MAGIC:
+        if head.startswith(magic):
+            return what
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if re.match(rb"\((dp\d*\n|lp\d*\n|[dlitS(])|c[\w.]+\n[\w.]+\n|[\]}]q.", head, re.DOTALL):
+        return f"a pickle of protocol 0 or 1, which is not read (it starts with {head[:12]!r} at byte 0)"
+    starts = f"it starts with {head[:24]!r} at byte 0"
+    if head.isascii() and not re.search(rb"[^\t\n\r\x20-\x7e]", head):
+        return f"JSON text ({starts})" if text[:1] in (b"{", b"[") else f"plain text ({starts})"
+    return f"of no known kind ({starts})"

@@ -86,6 +86,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.delenv("GDDLAB_OFFLINE", raising=False)
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr("pooch.retrieve", refuse)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
     return tmp_path

@@ -26,7 +26,7 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import MEMORY, materialise
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import hash_json
+from gddlab.files import describe_start, hash_json
 
 __all__ = ["ArrayReader", "find_source", "open_dataset"]
 
@@ -64,20 +64,9 @@ def _of_file(path: Path) -> Listing:
         return of_zip(path)
     if path.name.endswith((".tar", ".tar.gz", ".tgz")) and tarfile.is_tarfile(path):
         return _of_cifar10(path)
-    size = path.stat().st_size
     with path.open("rb") as f:
-        start = f.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        what = "a Git LFS pointer: run git lfs pull"
-    elif start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        what = "an HTML page: download it again"
-    elif size == 0:
-        what = "empty: download it again"
-    elif start.startswith(b"PK\3\4"):
-        what = "a zip whose end is missing: download or make it again"
-    else:
-        what = f"neither a zip nor {ARCHIVE} (it starts with {start[:8]!r}): give an EDM zip or a folder"
-    raise GddlabError(f"{path} ({size:,} bytes) is {what}")
+        what = describe_start(f.read(4096))
+    raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from gddlab.datasets.base import ContentHash, ImageDataset, Manifest
 from gddlab.datasets.listing import HINTS, Listing, Problem, Reader, choose, refusal
@@ -25,7 +26,7 @@ from gddlab.datasets.packing import (
     write_part,
 )
 from gddlab.datasets.pixels import ALPHA, CROPS, FILTERS, BadImage, Header, array, decode, fit, header, png
-from gddlab.datasets.store import cores, locked, problem
+from gddlab.datasets.store import cores, problem
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
@@ -164,7 +165,7 @@ def make(
     problems: list[Problem] = []
     try:
         folder = open_parts(out, settings)
-        with locked(folder / "lock", wait=False):
+        with FileLock(folder / "lock", timeout=0):
             done = set(range(len(parts))) - set(missing_parts(folder, len(parts)))
             tasks = (_task(listing, part, recipe, folder, k, k in done) for k, part in enumerate(parts))
             with progress_bar(total=n, desc=f"preparing {out.name}", unit="img", enabled=progress) as bar:
@@ -192,7 +193,7 @@ def make(
                 extra=extra,
             )
             assemble(folder, len(parts), out, lambda _: manifest.to_dict())
-    except BlockingIOError:
+    except Timeout:
         raise GddlabError(f"{out} is being made by another process: wait for it") from None
     except OSError as e:
         raise GddlabError(

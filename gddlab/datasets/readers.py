@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import pickletools
 import tarfile
 import zipfile
 import zlib
@@ -22,12 +21,13 @@ from gddlab.datasets.listing import LABELS, MANIFEST, Listing, Problem, arrange,
 from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, hash_json, read_json
+from gddlab.pickles import Array, Blob, Budget, Reader, Refused, find_plain, printable
+from gddlab.pretrained.files import Published, search_folders
 
 __all__ = [
     "ARCHIVE",
     "CLASSES",
     "FOLDER",
-    "Array",
     "FolderReader",
     "HuggingFaceReader",
     "ZipReader",
@@ -35,7 +35,6 @@ __all__ = [
     "of_folder",
     "of_huggingface",
     "of_zip",
-    "parse",
     "read_cifar10",
     "stamp",
 ]
@@ -376,161 +375,6 @@ def _column(address: str, features: Any, hf: Any) -> str:
     )
 
 
-_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"): "array",
-    ("numpy._core.multiarray", "_reconstruct"): "array",
-    ("numpy", "ndarray"): "type",
-    ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "encode",
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset(
-    {
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "UNICODE",
-    }
-    | {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-)
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_MARK = object()
-
-
-class _Global(str):
-    """A name the pickle mentions; it stays a name."""
-
-
-class _DType:
-    def __init__(self, kind: Any):
-        self.kind = kind
-
-
-class Array:
-    """An array of a pickle: its pickled state, of which nothing is believed."""
-
-    state: Any = None
-
-    def matrix(self, columns: int) -> np.ndarray:
-        """The array as uint8 (n, columns).
-
-        Raises:
-            ValueError: It is anything else.
-        """
-        if not isinstance(self.state, tuple) or len(self.state) != 5:
-            raise ValueError("an array has no state")
-        _, shape, dtype, fortran, raw = self.state
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
-        if not isinstance(dtype, _DType) or dtype.kind not in ("u1", "|u1", b"u1", b"|u1"):
-            raise ValueError("an array holds other numbers than uint8")
-        if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"an array has another shape than (n, {columns})")
-        if shape[1] != columns or not isinstance(raw, bytes) or len(raw) != shape[0] * shape[1]:
-            raise ValueError(f"an array has another shape or length than (n, {columns}) uint8")
-        return np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-def parse(content: bytes) -> dict[Any, Any]:
-    """The dict that a pickle describes, protocols 0 to 5; text of Python 2 comes as str, decoded as latin-1.
-
-    Raises:
-        ValueError, IndexError, KeyError, TypeError, OverflowError: The pickle is damaged or wants anything else.
-    """
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
-    for opcode, arg, position in pickletools.genops(content):
-        name = opcode.name
-        if name in _LITERALS:
-            stack.append(arg)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name in ("APPEND", "APPENDS"):
-            items = _marked(stack) if name == "APPENDS" else [stack.pop()]
-            _of(stack[-1], list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = _marked(stack) if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _of(stack[-1], dict).update(_dict(items))
-        elif name in ("TUPLE", "LIST", "DICT"):
-            items = _marked(stack)
-            stack.append(tuple(items) if name == "TUPLE" else items if name == "LIST" else _dict(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(name[-1])
-            stack[-n:] = [tuple(stack[-n:])]
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            names = str(arg).split(" ", 1) if name == "GLOBAL" else [stack.pop(-2), stack.pop()]
-            module, attribute = (_of(n, str) for n in names)
-            if (module, attribute) not in _GLOBALS:
-                raise ValueError(f"it names {f'{module}.{attribute}'[:60]!r} at byte {position}")
-            stack.append(_Global(_GLOBALS[module, attribute]))
-        elif name == "REDUCE":
-            args = _of(stack.pop(), tuple)
-            stack.append(_reduce(stack.pop(), args))
-        elif name == "BUILD":
-            state = stack.pop()
-            if isinstance(stack[-1], Array):
-                stack[-1].state = state
-            else:
-                _of(stack[-1], _DType)  # byte order and alignment mean nothing for u1
-        elif name == "STOP":
-            return _of(stack.pop(), dict)
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it has opcode {name} at byte {position}")
-    raise ValueError("it has no end")
-
-
-def _marked(stack: list[Any]) -> list[Any]:
-    """Takes everything above the last mark, and the mark."""
-    at = len(stack) - 1
-    while stack[at] is not _MARK:
-        at -= 1
-        if at < 0:
-            raise ValueError("it has no mark")
-    items = stack[at + 1 :]
-    del stack[at:]
-    return items
-
-
-def _dict(items: list[Any]) -> dict[Any, Any]:
-    keys = items[::2]
-    if not all(type(k) in (str, bytes, int) for k in keys):  # hashing a deeply nested tuple would end the process
-        raise TypeError("a key of a dict is neither text nor a number")
-    return dict(zip(keys, items[1::2], strict=True))
-
-
-def _of(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{type(value).__name__} stands where {kind.__name__} should")
-    return value
-
-
-def _reduce(function: Any, args: tuple[Any, ...]) -> Any:
-    called = _of(function, _Global)
-    if called == "array":
-        return Array()
-    if called == "dtype":
-        return _DType(args[0])
-    if called == "encode" and len(args) == 2 and args[1] in ("latin1", "latin-1"):
-        return _of(args[0], str).encode("latin-1")
-    raise ValueError(f"it calls {called} with {len(args)} arguments")
-
-
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -542,36 +386,37 @@ _MAX_BATCH = 64 << 20  # bytes; the published ones have 31 million
 _MAX_MEMBERS = 64
 
 
+_PUBLISHED = Published(
+    title="CIFAR-10",
+    variable=None,
+    url=f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
+    suffixes=(".tar.gz",),
+    folder="datasets",
+    md5="c58f30108f718f92721af3b95e74349a",
+    size=170_498_071,
+    about="170 MB",
+)
+
+
 def find_cifar10(*, download: bool = False) -> Path:
-    """The archive or its unpacked folder, in $GDDLAB_HOME, the working folder or the cache folder.
+    """The archive or its unpacked folder: in the working folder, `$GDDLAB_HOME`, its `datasets` or the cache.
 
     Args:
-        download: Fetches the archive (170 MB) into the cache folder if it is in none of them.
+        download: Downloads the archive into the cache if it is not found.
 
     Raises:
-        NotFound: Nowhere, and not to be downloaded.
+        NotFound: It is not found, and not to be downloaded.
         GddlabError: The download failed.
     """
-    home = os.environ.get("GDDLAB_HOME")
-    places = [Path(home)] if home else []
-    places += [Path.cwd(), cache_dir()]
-    for place in places:
+    for folder in (*search_folders(_PUBLISHED.folder), cache_dir()):
         for name in (ARCHIVE, FOLDER):
-            if (place / name).exists():
-                return place / name
+            if (folder / name).exists():
+                return folder / name
     if not download:
-        raise NotFound(
-            f"no {ARCHIVE} or {FOLDER} in {', '.join(str(p) for p in places)}: put it there (170 MB, "
-            "https://www.cs.toronto.edu/~kriz/cifar.html), set GDDLAB_HOME to its folder, or give download=True"
-        )
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
-
-    try:
-        download_url(CIFAR10.url, str(cache_dir()), CIFAR10.filename, CIFAR10.tgz_md5)
-    except (OSError, RuntimeError) as e:
-        raise GddlabError(f"{CIFAR10.url} cannot be fetched ({e}): put {ARCHIVE} into {cache_dir()}") from None
-    return cache_dir() / ARCHIVE
+        raise NotFound(f"{_PUBLISHED.missing('not on this machine')}, or give download=True")
+    path = _PUBLISHED.fetch()
+    assert path is not None
+    return path
 
 
 def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -595,9 +440,10 @@ def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
             )
         try:
             parts.append(_batch(contents.pop(name)))
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as e:
-            reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
-            raise GddlabError(f"{path}: {name} is no batch of CIFAR-10 ({reason}): fetch the archive again") from None
+        except (Refused, ValueError) as e:
+            raise GddlabError(
+                printable(f"{path}: {name} is no batch of CIFAR-10 ({e}): fetch the archive again")
+            ) from None
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
 
 
@@ -633,16 +479,16 @@ def _check_archive_size(path: Path, name: str, size: int) -> None:
 
 
 def _batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    batch = {_text(key): value for key, value in parse(content).items()}
-    data, labels = batch["data"], batch["labels"]
-    if not isinstance(data, Array) or not isinstance(labels, list):
-        raise ValueError(f"data is {type(data).__name__}, labels are {type(labels).__name__}")
-    images = data.matrix(_ROW)
+    """Images, (n, 32, 32, 3), and labels, (n,), of a batch, a pickle that is read as data."""
+    batch = Reader(Blob(memoryview(content), 0), find=find_plain, budget=Budget()).read()
+    if not isinstance(batch, dict) or not isinstance(batch.get("data"), Array):
+        raise ValueError("no dict with an array of data")
+    images, labels = batch["data"].value, batch.get("labels")
+    if images is None or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _ROW or not len(images):
+        raise ValueError(f"its data is no uint8 array of shape (n, {_ROW})")
     n = len(images)
-    if len(labels) != n or not all(type(y) is int and 0 <= y < len(CLASSES) for y in labels):
-        raise ValueError(f"{len(labels)} labels for {n} images, accepted is one of 0..9 each")
+    if not isinstance(labels, list) or len(labels) != n:
+        raise ValueError(f"it has not one label for each of {n} images")
+    if not all(type(y) is int and 0 <= y < len(CLASSES) for y in labels):
+        raise ValueError(f"its labels are not all in 0..{len(CLASSES) - 1}")
     return images.reshape(n, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)
-
-
-def _text(value: Any) -> Any:
-    return value.decode("latin-1") if isinstance(value, bytes) else value

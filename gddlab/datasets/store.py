@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
+from filelock import FileLock
 
 from gddlab.datasets.base import content_hash
 from gddlab.datasets.listing import Listing, Problem, refusal
@@ -19,7 +19,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
 
-__all__ = ["MEMORY", "cores", "locked", "materialise", "problem"]
+__all__ = ["MEMORY", "cores", "materialise", "problem"]
 
 MEMORY = ("auto", "ram", "mapped")
 _CHUNK = 128
@@ -28,19 +28,6 @@ _CHUNK = 128
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds an flock on `path`; it ends with the process, however that ends.
-
-    Raises:
-        BlockingIOError: Somebody holds it, and `wait` is false.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
 
 
 def materialise(
@@ -96,7 +83,8 @@ def _mapped(
     path = folder / f"{key}.npy"
     about = folder / f"{key}.json"  # written last: it is there when all is
     try:
-        with locked(folder / f"{key}.lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
             if not (about.exists() and path.exists()):
                 if shutil.disk_usage(folder).free < size:
                     raise GddlabError(
@@ -189,14 +177,8 @@ def problem(name: str, e: BadImage | OSError) -> Problem:
 
 def _free_memory() -> int:
     """Bytes that may be taken: what the system says is available, less where a container is narrower."""
-    free = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
+    free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    if not free:
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(0, min(free))
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, int(free))

@@ -20,7 +20,7 @@ from gddlab.distill.stylegan2 import GROUP, StyleGAN2Discriminator, group_size
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
-from gddlab.pretrained.backbones import check_backbone, find_weights
+from gddlab.pretrained.backbones import backbone_file, check_backbone
 from gddlab.pretrained.lpips_trunk import check_trunk
 from gddlab.teachers import load_teacher
 
@@ -102,7 +102,7 @@ def check_losses(config: TrainConfig) -> str:
             weights = config.backbone_weights.get(name, "auto")
             check_levels(name, config.input_size)
             check_backbone(name, input_size=config.input_size, weights=weights)
-            found.append(f"{name} ({find_weights(name, weights)})")
+            found.append(f"{name} ({backbone_file(name).find(weights) or 'random weights'})")
     elif config.adversarial_weight and config.discriminator == "lpips":
         check_trunk(config.lpips_net, config.discriminator_weights, input_size=config.input_size)
         found.append(f"lpips discriminator ({config.lpips_net})")

@@ -269,8 +269,8 @@ def _read(weights: str | Path) -> dict[str, Tensor]:
         if path.is_file() and path.suffix not in SUFFIXES:
             raise GddlabError(f"{path}: give a state dict ({', '.join(SUFFIXES)}) or a StyleGAN2-ADA .pkl")
         return read_state(path)
+    from gddlab.pickles import Record, Refused, printable
     from gddlab.teachers.edm import read_pickle, tensors_of
-    from gddlab.teachers.unpickle import Record, Refused, printable
 
     content = read_pickle(path)
     net = content.get("D") if isinstance(content, dict) else None

@@ -12,9 +12,8 @@ from typing import Any
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import file_sha256, hash_json
-from gddlab.pretrained.files import read_state
+from gddlab.pretrained.files import Published, read_state
 from gddlab.pretrained.lite import lite_weights
-from gddlab.pretrained.metric_networks import Published
 
 __all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]
 

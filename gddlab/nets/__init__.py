@@ -1,11 +1,13 @@
-"""Networks: EDM U-Nets, preconditionings, and the frozen image backbones that wheels carry."""
+"""Networks: EDM's U-Nets and preconditionings, one-step students, their files."""
 
 from gddlab.nets.architectures import architectures, build
 from gddlab.nets.io import architecture, from_edm, load_network, save_network
 from gddlab.nets.onestep import OneStepPrecond
-from gddlab.nets.precond import Precond
+from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, Precond
 
 __all__ = [
+    "SIGMA_MAX",
+    "SIGMA_MIN",
     "OneStepPrecond",
     "Precond",
     "architecture",

@@ -1,1 +1,1 @@
-"""Frozen networks that others trained, and where their weights lie."""
+"""Frozen networks that others trained, and where their weights are found."""

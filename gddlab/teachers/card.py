@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gddlab.files import hash_tensors
-from gddlab.nets import Precond
+from gddlab.nets import SIGMA_MAX, SIGMA_MIN, Precond
 from gddlab.nets.unets import UNETS
 
 __all__ = ["TeacherCard"]
@@ -18,8 +18,8 @@ __all__ = ["TeacherCard"]
 class TeacherCard:
     """Facts about a teacher; `str()` of it is a small table.
 
-    `sigma_min` and `sigma_max` are the noise levels it was trained for; `scores` holds evaluation records (distance, sample count,
-    seeds, extractor and reference of each), made when the teacher was, not now.
+    `sigma_min` and `sigma_max` are the noise levels it was trained for; `scores` holds the evaluation records that were
+    made with the teacher (distance, sample count, seeds, extractor and reference of each).
     """
 
     name: str
@@ -37,7 +37,7 @@ class TeacherCard:
     source: str
     kimg: float | None = None
     original: dict[str, Any] | None = None
-    """Of a network that was read from a pickle: file, sha256 of the file, class, key, and the data set that it names."""
+    """For a network read from a pickle: file, its sha256, class, key, and the data set that it names."""
     licence: str | None = None
     scores: tuple[dict[str, Any], ...] = field(default=())
 
@@ -54,8 +54,8 @@ class TeacherCard:
             channels=net.img_channels,
             classes=net.label_dim,
             parameters=sum(p.numel() for p in net.parameters()),
-            sigma_min=float(meta.get("sigma_min", net.sigma_min or 0.002)),
-            sigma_max=float(meta.get("sigma_max", net.sigma_max if math.isfinite(net.sigma_max) else 80.0)),
+            sigma_min=float(meta.get("sigma_min", net.sigma_min or SIGMA_MIN)),
+            sigma_max=float(meta.get("sigma_max", net.sigma_max if math.isfinite(net.sigma_max) else SIGMA_MAX)),
             data=meta.get("data"),
             sha256=hash_tensors(net.state_dict()),
             source=source,
@@ -66,7 +66,7 @@ class TeacherCard:
         )
 
     def to_meta(self) -> dict[str, Any]:
-        """What a weights file keeps of the card: all that cannot be read off the network."""
+        """What a weights file keeps of the card: all that cannot be derived from the network."""
         keep = ("name", "data", "sigma_min", "sigma_max", "kimg", "original", "licence")
         return {k: v for k in keep if (v := getattr(self, k)) is not None}
 
@@ -75,7 +75,7 @@ class TeacherCard:
 
     def rows(self) -> list[tuple[str, str]]:
         kw = {k: p.default for k, p in inspect.signature(UNETS[self.unet]).parameters.items()} | self.init_kwargs
-        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks a level"
+        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
         rows = [
             ("teacher", self.name),
             ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import cache_dir, data_dir, read_json
+from gddlab.files import data_dir, read_json
 from gddlab.nets import OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
+from gddlab.pretrained.files import Published
 from gddlab.teachers.card import TeacherCard
-from gddlab.teachers.download import download, refusal
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.sniff import kind_of
+from gddlab.teachers.torchfiles import kind_of
 
 __all__ = [
     "PUBLISHED",
-    "Published",
+    "PublishedTeacher",
     "bundled_teachers",
     "fetch",
     "is_run",
@@ -32,135 +31,73 @@ __all__ = [
     "snapshots_of",
 ]
 
-ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
-LICENCE = "CC BY-NC-SA 4.0, non-commercial"
 
+def load_teacher(source: str | Path) -> Precond:
+    """Loads a teacher, or a student: a network that denoises.
 
-@dataclass(frozen=True)
-class Published:
-    """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
-
-    `size` (bytes) and `sha256` are None where no public record of that very file was found; `parameters` then gives the estimate.
-    `verified`: its authors published the training options that fix the architecture. For the baselines it is an estimate
-    (configuration A); what the file itself says counts.
-    """
-
-    name: str
-    url: str
-    architecture: str
-    data: str
-    verified: bool = False
-    licence: str = LICENCE
-    size: int | None = None
-    sha256: str | None = None
-
-    @property
-    def precond(self) -> str:
-        """Class name of the network."""
-        return ARCHITECTURES[self.architecture][0]
-
-    @property
-    def parameters(self) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(self.architecture).parameters())
-
-    @property
-    def megabytes(self) -> str:
-        """Size of the file for people: "226 MB", or "about 226 MB" from four bytes a parameter."""
-        if self.size is not None:
-            return f"{self.size / 1e6:.0f} MB"
-        return f"about {self.parameters * 4 / 1e6:.0f} MB"
-
-
-def _catalog() -> dict[str, Published]:
-    rows = []
-    for kind, unet in (("vp", "ddpmpp"), ("ve", "ncsnpp")):
-        rows += [
-            (f"edm-cifar10-32x32-uncond-{kind}", f"{unet}-cifar10", "cifar10"),
-            (f"edm-cifar10-32x32-cond-{kind}", f"{unet}-cifar10-cond", "cifar10"),
-            (f"edm-ffhq-64x64-uncond-{kind}", f"{unet}-ffhq-64", "ffhq-64"),
-            (f"edm-afhqv2-64x64-uncond-{kind}", f"{unet}-afhqv2-64", "afhqv2-64"),
-            (f"baseline-cifar10-32x32-uncond-{kind}", f"{kind}-{unet}-cifar10", "cifar10"),
-            (f"baseline-cifar10-32x32-cond-{kind}", f"{kind}-{unet}-cifar10-cond", "cifar10"),
-            (f"baseline-ffhq-64x64-uncond-{kind}", f"{kind}-{unet}-64", "ffhq-64"),
-            (f"baseline-afhqv2-64x64-uncond-{kind}", f"{kind}-{unet}-64", "afhqv2-64"),
-        ]
-    rows += [
-        ("edm-imagenet-64x64-cond-adm", "adm-imagenet-64", "imagenet-64"),
-        ("baseline-imagenet-64x64-cond-adm", "iddpm-adm-imagenet-64", "imagenet-64"),
-    ]
-    out = {}
-    for name, architecture, data in sorted(rows, key=lambda r: (not r[0].startswith("edm"), r[0])):
-        edm = name.startswith("edm")
-        url = f"{ROOT if edm else f'{ROOT}/baseline'}/{name}.pkl"
-        out[name] = Published(name, url, architecture, data, verified=edm)
-    return out
-
-
-PUBLISHED: dict[str, Published] = _catalog()
-"""By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""
-
-
-def published(name: str) -> Published:
-    """The entry of `name`.
-
-    Raises:
-        GddlabError: Unknown name; near matches are given.
-    """
-    if name not in PUBLISHED:
-        raise unknown("published teacher", name, PUBLISHED)
-    return PUBLISHED[name]
-
-
-def locate(name: str) -> Path | None:
-    """A local copy of a published teacher, `NAME.safetensors` or `NAME.pkl`, else None.
-
-    Looked for in the working folder, `$GDDLAB_HOME`, `$GDDLAB_HOME/teachers` and the cache, in this order; a converted
-    file before a pickle in the same folder.
-
-    Raises:
-        GddlabError: Unknown name.
-    """
-    published(name)
-    home = os.environ.get("GDDLAB_HOME")
-    folders = [
-        Path.cwd(),
-        *([Path(home).expanduser(), Path(home).expanduser() / "teachers"] if home else []),
-        cache_dir() / "teachers",
-    ]
-    for folder in folders:
-        for suffix in (".safetensors", ".pkl"):
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
-    return None
-
-
-def fetch(name: str, *, progress: bool = True) -> Path:
-    """Path of a published teacher: a local copy (see `locate`), else a download into the cache.
-
-    An interrupted download continues where it stopped, unless the file has changed on the server. A second process that
-    asks for the same teacher waits for the first. `GDDLAB_OFFLINE=1` forbids the network.
+    A pickle is read as data: nothing that it names is imported or called, its embedded source is never run. The code of
+    its authors is not needed.
 
     Args:
-        name: One of `PUBLISHED`.
-        progress: Shows a bar when at a terminal.
+        source: One of
+            the name of a bundled teacher ("digits", "digits-cond");
+            the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve"), which is
+            downloaded unless a copy is found;
+            the path of an EDM pickle (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
+            GDDPrecond, D2OPrecond);
+            the path of a .safetensors file that gddlab wrote;
+            a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student.
 
     Returns:
-        The whole file, its size (and sha256, where the catalog knows it) checked. Nothing in it was run or unpickled.
+        The network on the CPU, float32, eval mode, gradients off; `teacher.card` describes it.
 
     Raises:
-        GddlabError: Unknown name; no network, a refusal by the server, no space, or another file than the one catalogued.
-            The message says the address, the size and where to put the file by hand.
+        GddlabError: Unknown name (near matches are given), a file that is no network (what it is, and at which byte it
+            was refused), or a download that failed.
+        NotFound: No such path, or a run without a student.
     """
-    teacher = published(name)
-    found = locate(name)
-    if found is not None:
-        return found
-    target = cache_dir() / "teachers" / f"{name}.pkl"
-    if os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0"):
-        raise refusal(teacher, "GDDLAB_OFFLINE is set", target)
-    download(teacher, target, progress=progress)
-    return target
+    if str(source) not in bundled_teachers() and is_run(source):
+        return load_student(Path(source).resolve())
+    name, path = _find(source)
+    net, meta = load_network(path) if kind_of(path) == "safetensors" else read_edm(path)
+    net.requires_grad_(False)
+    if name in PUBLISHED:
+        meta = PUBLISHED[name].check(net, path) | meta
+    bundled = name in bundled_teachers()
+    beside = path.parent / "scores.json"
+    try:
+        net.card = TeacherCard.of(
+            net,
+            name=name or meta.get("name") or path.stem,
+            source=f"teachers/{name}, ships with gddlab" if bundled else str(path),
+            meta=meta,
+            scores=read_json(beside) if path.name == "teacher.safetensors" and beside.exists() else [],
+        )
+    except (TypeError, ValueError) as e:
+        raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
+    return net
+
+
+def _find(source: str | Path) -> tuple[str, Path]:
+    """The name, "" for a path, and the file."""
+    name, path = str(source), Path(source)
+    if name in bundled_teachers():
+        return name, data_dir() / "teachers" / name / "teacher.safetensors"
+    if path.is_dir():
+        if (path / "teacher.safetensors").exists():
+            return "", path / "teacher.safetensors"
+        raise GddlabError(f"{path} holds no teacher.safetensors: give a run directory")
+    if path.exists():
+        return "", path
+    if name in PUBLISHED:
+        return name, fetch(name)
+    if len(path.parts) > 1 or path.suffix:
+        raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
+    raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
+
+
+open_model = load_teacher
+"""The same under the name of what students are opened with."""
 
 
 def bundled_teachers() -> list[str]:
@@ -168,8 +105,11 @@ def bundled_teachers() -> list[str]:
     return sorted(p.parent.name for p in (data_dir() / "teachers").glob("*/teacher.safetensors"))
 
 
+# Students in run directories.
+
+
 def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run of `gddlab.train`; a teacher's folder has a configuration too."""
+    """Whether a folder holds a run of `gddlab.train`; the folder of a trained teacher has a configuration too."""
     path = Path(folder)
     return (path / "config.json").is_file() and not (path / "teacher.safetensors").exists()
 
@@ -184,7 +124,8 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
 
     Args:
         run_dir: Folder of the run.
-        snapshot: Path of a file, kimg as in `snapshots_of`, or "best" (`metric_kimg`); None takes the student of the end, or else the newest snapshot.
+        snapshot: Path of a file, kimg as in `snapshots_of`, or "best" (`metric_kimg`); None takes the final student, or
+            the newest snapshot where the run has not ended.
 
     Raises:
         NotFound: No such student.
@@ -211,72 +152,133 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
     return net
 
 
-def open_model(source: str | Path) -> Precond:
-    """The student of a run directory, or else a teacher: whatever `load_teacher` takes."""
-    return load_student(Path(source).resolve()) if is_run(source) else load_teacher(source)
+# Published teachers.
+
+ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+LICENCE = "CC BY-NC-SA 4.0, non-commercial"
 
 
-def load_teacher(source: str | Path) -> Precond:
-    """Loads a teacher, or a student that was published as one.
+@dataclass(frozen=True)
+class PublishedTeacher:
+    """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
 
-    A pickle is read as data: nothing that it names is imported or called, its embedded source is never run. It needs no code of
-    its authors.
+    `size` (bytes) and `sha256` are None where no public record of that file was found; `megabytes` is then an estimate.
+    `verified`: its authors published the training options that fix the architecture. For the baselines it is an
+    estimate (configuration A); what the file itself says counts.
+    """
 
-    Args:
-        source: Name of a bundled teacher ("digits", "digits-cond") or of a published one ("edm-cifar10-32x32-uncond-ve" and
-            the others of `gddlab.teachers.PUBLISHED`; a local copy is used, else it is downloaded); path of an EDM pickle (.pkl
-            with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, GDDPrecond, D2OPrecond); path of a .safetensors
-            file that gddlab wrote; or a run directory of `train_teacher`.
+    name: str
+    url: str
+    architecture: str
+    data: str
+    verified: bool = False
+    licence: str = LICENCE
+    size: int | None = None
+    sha256: str | None = None
 
-    Returns:
-        The network on the CPU, float32, eval mode, gradients off; `teacher.card` says what it is.
+    @property
+    def precond(self) -> str:
+        """Class name of the network."""
+        return ARCHITECTURES[self.architecture][0]
+
+    @property
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(self.architecture).parameters())
+
+    @property
+    def megabytes(self) -> str:
+        """Size of the file for people: "226 MB", or "about 226 MB" from four bytes per parameter."""
+        if self.size is not None:
+            return f"{self.size / 1e6:.0f} MB"
+        return f"about {self.parameters * 4 / 1e6:.0f} MB"
+
+    @property
+    def file(self) -> Published:
+        """The file; a copy that `gddlab teacher convert` wrote is preferred."""
+        return Published(
+            title=self.name,
+            variable=None,
+            url=self.url,
+            name=self.name,
+            suffixes=(".safetensors", ".pkl"),
+            folder="teachers",
+            sha256=self.sha256,
+            size=self.size,
+            about=f"{self.megabytes}, {self.licence}",
+        )
+
+    def check(self, net: Precond, path: Path) -> dict[str, Any]:
+        """Refuses a file that holds another network; returns what the card is to say besides the file."""
+        found = type(net).__name__, sum(p.numel() for p in net.parameters())
+        if self.verified and found != (self.precond, self.parameters):
+            raise GddlabError(
+                f"{path} is another network than {self.name}: {found[0]} with {found[1]:,} parameters, "
+                f"not {self.precond} with {self.parameters:,}; rename or remove it"
+            )
+        return {"data": self.data, "licence": self.licence}
+
+
+def _catalog() -> dict[str, PublishedTeacher]:
+    rows = []
+    for kind, unet in (("vp", "ddpmpp"), ("ve", "ncsnpp")):
+        rows += [
+            (f"edm-cifar10-32x32-uncond-{kind}", f"{unet}-cifar10", "cifar10"),
+            (f"edm-cifar10-32x32-cond-{kind}", f"{unet}-cifar10-cond", "cifar10"),
+            (f"edm-ffhq-64x64-uncond-{kind}", f"{unet}-ffhq-64", "ffhq-64"),
+            (f"edm-afhqv2-64x64-uncond-{kind}", f"{unet}-afhqv2-64", "afhqv2-64"),
+            (f"baseline-cifar10-32x32-uncond-{kind}", f"{kind}-{unet}-cifar10", "cifar10"),
+            (f"baseline-cifar10-32x32-cond-{kind}", f"{kind}-{unet}-cifar10-cond", "cifar10"),
+            (f"baseline-ffhq-64x64-uncond-{kind}", f"{kind}-{unet}-64", "ffhq-64"),
+            (f"baseline-afhqv2-64x64-uncond-{kind}", f"{kind}-{unet}-64", "afhqv2-64"),
+        ]
+    rows += [
+        ("edm-imagenet-64x64-cond-adm", "adm-imagenet-64", "imagenet-64"),
+        ("baseline-imagenet-64x64-cond-adm", "iddpm-adm-imagenet-64", "imagenet-64"),
+    ]
+    out = {}
+    for name, architecture, data in sorted(rows, key=lambda r: (not r[0].startswith("edm"), r[0])):
+        edm = name.startswith("edm")
+        url = f"{ROOT if edm else f'{ROOT}/baseline'}/{name}.pkl"
+        out[name] = PublishedTeacher(name, url, architecture, data, verified=edm)
+    return out
+
+
+PUBLISHED: dict[str, PublishedTeacher] = _catalog()
+"""By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""
+
+
+def published(name: str) -> PublishedTeacher:
+    """The entry of `name`.
 
     Raises:
-        GddlabError: Unknown name (near matches are given), a file that is no network (what it is, and at which byte it was
-            refused), or a download that failed.
-        NotFound: No such path.
+        GddlabError: Unknown name; near matches are given.
     """
-    name, path = _resolve(source)
-    kind = kind_of(path)
-    net, meta = load_network(path) if kind == "safetensors" else read_edm(path)
-    net.requires_grad_(False)
-    beside = path.parent / "scores.json"
-    scores: list[dict[str, Any]] = read_json(beside) if path.name == "teacher.safetensors" and beside.exists() else []
-    bundled = name in bundled_teachers()
-    where = f"teachers/{name}, ships with gddlab" if bundled else str(path)
-    if name in PUBLISHED:
-        entry = PUBLISHED[name]
-        found = type(net).__name__, sum(p.numel() for p in net.parameters())
-        if entry.verified and found != (entry.precond, entry.parameters):
-            raise GddlabError(
-                f"{path} is another network than {name}: {found[0]} with {found[1]:,} parameters, "
-                f"not {entry.precond} with {entry.parameters:,}; rename or remove it"
-            )
-        meta = {"data": entry.data, "licence": entry.licence} | meta
-    try:
-        net.card = TeacherCard.of(
-            net, name=name or meta.get("name") or path.stem, source=where, meta=meta, scores=scores
-        )
-    except (TypeError, ValueError) as e:
-        raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
-    return net
+    if name not in PUBLISHED:
+        raise unknown("published teacher", name, PUBLISHED)
+    return PUBLISHED[name]
 
 
-def _resolve(source: str | Path) -> tuple[str, Path]:
-    """The name, if it is one, and the file."""
-    name, path = str(source), Path(source)
-    if name in bundled_teachers():
-        return name, data_dir() / "teachers" / name / "teacher.safetensors"
-    if path.is_dir():
-        if (path / "teacher.safetensors").exists():
-            return "", path / "teacher.safetensors"
-        if (path / "student.safetensors").exists():
-            raise GddlabError(f"{path} is a run with a student, no teacher: use gddlab.load_run(...).student()")
-        raise GddlabError(f"{path} holds no teacher.safetensors: give a finished run directory of train_teacher")
-    if path.exists():
-        return "", path
-    if name in PUBLISHED:
-        return name, fetch(name)
-    if len(path.parts) > 1 or path.suffix:
-        raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
-    raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
+def locate(name: str) -> Path | None:
+    """A copy of a published teacher on this machine, `NAME.safetensors` or `NAME.pkl`, else None.
+
+    Raises:
+        GddlabError: Unknown name.
+    """
+    return published(name).file.locate()
+
+
+def fetch(name: str, *, progress: bool = True) -> Path:
+    """Path of a published teacher: a copy on this machine, else a download into the cache.
+
+    Args:
+        name: One of `PUBLISHED`.
+        progress: Shows a bar at a terminal.
+
+    Raises:
+        GddlabError: Unknown name; no network, a refusal by the server, no space, or another file than the one
+            catalogued. The message says the address, the size and where to put the file.
+    """
+    path = published(name).file.fetch(progress=progress)
+    assert path is not None
+    return path

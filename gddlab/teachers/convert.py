@@ -1,4 +1,4 @@
-"""Turns any teacher into a safetensors file that says its architecture, and checks that it gives equal outputs."""
+"""Turns any teacher into a safetensors file that holds its architecture, and checks that its outputs are equal."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ class Converted:
 
     def __str__(self) -> str:
         size = self.path.stat().st_size / 2**20
-        return f"{self.path}: {self.card.parameters:,} parameters, {size:.1f} MiB; {self.outputs} outputs equal those of the original, bit for bit"
+        return (
+            f"{self.path}: {self.card.parameters:,} parameters, {size:.1f} MiB; "
+            f"{self.outputs} outputs equal those of the original, bit for bit"
+        )
 
 
 def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> Converted:
     """Writes a teacher (or published student) as safetensors.
 
-    The metadata keeps architecture, preconditioning, sigma range, classes, the data set where known, and the name, class and
-    sha256 of the original file. The file is read back and its outputs are compared before it gets its name.
+    The metadata keeps architecture, preconditioning, sigma range, classes, the data set where known, and the name, class
+    and sha256 of the original file. The file is read back and its outputs are compared before it gets its name.
 
     Args:
         source: As for `load_teacher`.

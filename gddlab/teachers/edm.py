@@ -1,10 +1,9 @@
-"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), read as data by `gddlab.teachers.unpickle`."""
+"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), read as data; nothing in them is run."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from gddlab.errors import GddlabError
 from gddlab.files import file_sha256
 from gddlab.nets import Precond, from_edm
 from gddlab.nets.io import refusal
-from gddlab.teachers.rebuild import find
-from gddlab.teachers.torchfile import LEGACY_MAGIC, TensorData, read_torch
-from gddlab.teachers.unpickle import Blob, Budget, Reader, Record, Refused, a, printable
+from gddlab.pickles import Record, Refused, a, printable
+from gddlab.teachers.torchfiles import TensorData, load_pickle
 
-__all__ = ["read_edm", "read_pickle"]
+__all__ = ["read_edm", "read_pickle", "tensors_of"]
 
 CLASSES = {
     "EDMPrecond": "EDMPrecond",
@@ -31,7 +29,7 @@ CLASSES = {
 }
 """Classes of networks in pickles, and ours."""
 KEYS = ("ema", "net", "G_ema", "G", "model")
-"""Where a file keeps its network, the best first."""
+"""Where a file may keep its network, the preferred one first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
@@ -43,7 +41,7 @@ def read_pickle(path: Path) -> Any:
         GddlabError: What is wrong, and at which byte.
     """
     with _refusals(path):
-        return _read(path)
+        return load_pickle(path)
 
 
 def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
@@ -59,7 +57,7 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
         GddlabError: No network, an unknown class, weights that do not fit, or a pickle that cannot be read.
     """
     with _refusals(path):
-        content = _read(path)
+        content = load_pickle(path)
         key, record = _network(content)
         net = _build(record, _arguments(record), tensors_of(record), path.stat().st_size)
         sha256 = file_sha256(path)
@@ -78,20 +76,6 @@ def _refusals(path: Path) -> Iterator[None]:
         raise GddlabError(printable(f"{path} is refused at {e}")) from None
     except OSError as e:
         raise GddlabError(printable(f"{path} cannot be read: {e.strerror or e}")) from None
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise GddlabError(printable(f"{path} is no regular file, or there is none"))  # a pipe would be waited for
-    if not path.stat().st_size:
-        raise Refused(0, "the file is empty")
-    with path.open("rb") as f:  # a private mapping: writable, as torch wants it, and never written back
-        view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
-    blob, budget = Blob(view, 0), Budget()
-    if bytes(view[:2]) == b"PK":
-        return read_torch(blob, budget, find=find)
-    value = Reader(blob, find=find, budget=budget).read()
-    return read_torch(blob, budget, find=find) if value == LEGACY_MAGIC else value
 
 
 def _network(content: Any) -> tuple[str, Record]:
@@ -137,7 +121,7 @@ def _members(module: Record, kind: str) -> dict[Any, Any]:
 
 
 def tensors_of(record: Record) -> dict[str, TensorData]:
-    """State dict of a module that was never made."""
+    """The state dict of a module's record."""
     out: dict[str, TensorData] = {}
     todo, seen, visited = [("", record, 0)], set(), 0
     while todo:
@@ -168,7 +152,7 @@ def tensors_of(record: Record) -> dict[str, TensorData]:
 
 
 def _build(record: Record, kwargs: dict[str, Any], tensors: dict[str, TensorData], size: int) -> Precond:
-    """The network, its parts made only after everything that the file announces has been found in the file."""
+    """The network; nothing is allocated before everything that the file announces has been found in it."""
     cls, at = record.cls, record.at
     if reason := refusal(kwargs, len(tensors)):
         raise Refused(at, f"{cls} has {reason}")

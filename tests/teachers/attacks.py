@@ -23,7 +23,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond, from_edm
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.sniff import kind_of
+from gddlab.teachers.torchfiles import kind_of
 from tests.teachers.pickles import (
     Call,
     New,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gddlab.nets import Precond, from_edm, load_network
 from gddlab.teachers.edm import read_edm, read_pickle
-from gddlab.teachers.torchfile import Storage, TensorData
+from gddlab.teachers.torchfiles import Storage, TensorData
 from tests.conftest import tiny_net
 from tests.teachers.attacks import ROOT, changed, load, small_net
 from tests.teachers.pickles import dumps, easy, network, snapshot

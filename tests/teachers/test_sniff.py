@@ -26,7 +26,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import save_network
 from gddlab.teachers import load_teacher
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.sniff import kind_of
+from gddlab.teachers.torchfiles import kind_of
 from tests.teachers.attacks import small_net
 from tests.teachers.pickles import snapshot
 
