@@ -146,17 +146,6 @@ def shape(value: Any, what: str) -> tuple[int, ...]:
     return tuple(count(v, what) for v in value)
 
 
-def key(value: Any) -> Any:
-    """A key of a dict or member of a set: a short text, small number or None, with cheap and rarely equal hashes."""
-    if isinstance(value, Blob) and len(value.view) <= MAX_KEY:
-        value = str(value.view, "latin1")
-    if isinstance(value, str) and len(value) > MAX_KEY:
-        raise ValueError(f"a key of {len(value):,} characters")
-    if not (value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**31)):
-        raise ValueError(f"{a(value)} as a key")
-    return value
-
-
 @dataclass(slots=True)
 class Budget:
     """The memory that one file may still ask for."""
@@ -312,15 +301,26 @@ class Reader:
         top = self.top(dict)
         self.budget.charge(48 * len(items), self.at)
         for i in range(0, len(items), 2):
-            top[key(items[i])] = items[i + 1]
+            top[self.key(items[i])] = items[i + 1]
 
     def members(self, items: list[Any]) -> list[Any]:
         """The members of a set, checked and charged."""
         self.budget.charge(128 * len(items), self.at)
-        return [key(v) for v in items]
+        return [self.key(v) for v in items]
 
     def add(self, items: list[Any]) -> None:
         self.top(set).update(self.members(items))
+
+    def key(self, value: Any) -> Any:
+        """A key of a dict or member of a set: short text, small number or None, with cheap and rarely equal hashes."""
+        if isinstance(value, Blob) and len(value.view) <= MAX_KEY:
+            self.budget.charge(OBJECT + len(value.view), self.at)
+            value = str(value.view, "latin1")
+        if isinstance(value, str) and len(value) > MAX_KEY:
+            raise ValueError(f"a key of {len(value):,} characters")
+        if not (value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**31)):
+            raise ValueError(f"{a(value)} as a key")
+        return value
 
     def pair(self) -> list[Any]:
         value, k = self.pop(), self.pop()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError
-from gddlab.nets.precond import Coefficients, EDMPrecond, levels_of
+from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, Coefficients, EDMPrecond, levels_of
 
 __all__ = ["OneStepPrecond"]
 
@@ -39,8 +39,8 @@ class OneStepPrecond(EDMPrecond):
     def __init__(
         self,
         *args: Any,
-        eps: float = 0.002,
-        sigma_g: float = 80.0,
+        eps: float = SIGMA_MIN,
+        sigma_g: float = SIGMA_MAX,
         target_time: bool = False,
         mid_sigmas: Sequence[float] = (),
         **kwargs: Any,

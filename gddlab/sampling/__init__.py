@@ -2,18 +2,20 @@
 
 from gddlab.sampling.files import sample_files
 from gddlab.sampling.grid import image_grid, save_grid
-from gddlab.sampling.samplers import ImageNoise, Sampler, heun, integrate, latents, multistep, sample
-from gddlab.sampling.schedules import karras_sigmas
+from gddlab.sampling.samplers import ImageNoise, Sampler, heun, heun_step, integrate, latents, multistep, sample
+from gddlab.sampling.schedules import karras_sigmas, nearest_level
 
 __all__ = [
     "ImageNoise",
     "Sampler",
     "heun",
+    "heun_step",
     "image_grid",
     "integrate",
     "karras_sigmas",
     "latents",
     "multistep",
+    "nearest_level",
     "sample",
     "sample_files",
     "save_grid",

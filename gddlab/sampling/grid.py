@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gddlab.files import atomic_path
@@ -14,13 +15,15 @@ from gddlab.files import atomic_path
 __all__ = ["image_grid", "save_grid", "to_uint8"]
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
     """float [-1, 1] NCHW to uint8 NCHW, rounded."""
     return (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 1) -> np.ndarray:
-    """Tiles images row by row, `gap` grey pixels between them.  float [-1, 1] (N, C, H, W) -> uint8 (height, width, 3)"""
+def image_grid(
+    images: Float[Tensor, "b c h w"], *, columns: int | None = None, scale: int = 1, gap: int = 1
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Tiles images in [-1, 1] row by row, `gap` grey pixels between them."""
     x = to_uint8(images)
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
     x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -34,7 +37,9 @@ def image_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, ga
     return grid[: rows * (h + gap) - gap, : columns * (w + gap) - gap].numpy()
 
 
-def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, scale: int = 2) -> None:
+def save_grid(
+    images: Float[Tensor, "b c h w"], path: str | Path, *, columns: int | None = None, scale: int = 2
+) -> None:
     """Writes a PNG grid atomically."""
     from PIL import Image
 

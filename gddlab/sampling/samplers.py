@@ -1,4 +1,4 @@
-"""`sample`: images of a student or a teacher, each from a seed of its own."""
+"""Samplers: `sample` draws images of a student or a teacher, each from its own seed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.nets import OneStepPrecond, Precond
+from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 from gddlab.progress import progress_bar
 from gddlab.sampling.schedules import (
     SCALINGS,
@@ -34,6 +35,7 @@ __all__ = [
     "check_sigmas",
     "draw",
     "heun",
+    "heun_step",
     "integrate",
     "latents",
     "module_of",
@@ -67,7 +69,7 @@ class Sampler:
     """
 
     steps: int = 18
-    """Noise levels before 0; Heun makes 2 * steps - 1 network calls, Euler `steps`."""
+    """Noise levels above 0; Heun makes 2 * steps - 1 network calls, Euler `steps`."""
     solver: Literal["heun", "euler"] = "heun"
     discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
     """Which noise levels are visited."""
@@ -76,13 +78,13 @@ class Sampler:
     scaling: Literal["none", "vp"] = "none"
     """s(t): 1, or 1 / sqrt(1 + sigma^2)."""
     sigma_min: float | None = None
-    """Lowest noise level but 0; None: that of the discretisation. Clipped to the network's range, like sigma_max."""
+    """Lowest noise level above 0; None: that of the discretisation. Clipped to the network's range, like sigma_max."""
     sigma_max: float | None = None
     """Highest noise level; None: that of the discretisation."""
     rho: float = 7.0
     """Exponent of discretisation edm."""
     alpha: float = 1.0
-    """Where Heun takes its second slope, as a share of the step; 1 is Heun's, 1/2 the midpoint method."""
+    """Position of Heun's second slope, as a share of the step; 1 is Heun's, 1/2 the midpoint method."""
     epsilon_s: float = 1e-3
     """Lowest time of the VP process."""
     C_1: float = 0.001
@@ -92,13 +94,13 @@ class Sampler:
     M: int = 1000
     """Number of iDDPM's noise levels."""
     S_churn: float = 0.0
-    """Noise added anew over the whole way; 0 is the deterministic sampler."""
+    """Noise added over all steps; 0 is the deterministic sampler."""
     S_min: float = 0.0
     """Lowest sigma at which noise is added."""
     S_max: float = math.inf
     """Highest sigma at which noise is added."""
     S_noise: float = 1.0
-    """Standard deviation of the added noise, slightly above 1 against a loss of detail."""
+    """Standard deviation of the added noise; slightly above 1 counteracts a loss of detail."""
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():
@@ -130,14 +132,14 @@ class Sampler:
             raise GddlabError(f"{name}={value!r}: give {accepted}")
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
-        """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to what the network knows."""
+        """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
         lo, hi = default_range(self.discretization, epsilon_s=self.epsilon_s)
         lo = max(lo if self.sigma_min is None else self.sigma_min, net.sigma_min)
         hi = min(hi if self.sigma_max is None else self.sigma_max, net.sigma_max)
         if lo > hi:
             raise GddlabError(
-                f"noise levels from {hi:g} down to {lo:g}: the network knows {net.sigma_min:g} to {net.sigma_max:g}, "
-                f"give sigma_min and sigma_max inside that"
+                f"noise levels from {hi:g} down to {lo:g}: the network takes {net.sigma_min:g} to {net.sigma_max:g}, "
+                "give sigma_min and sigma_max inside that range"
             )
         return lo, hi
 
@@ -146,25 +148,44 @@ class Sampler:
         return {k: None if v == math.inf else v for k, v in asdict(self).items()}
 
 
+T = TypeVar("T", float, Tensor)
+
+
+def heun_step(slope: Callable[[Tensor, T], Tensor], x: Tensor, t: T, t_next: T, *, alpha: float = 1.0) -> Tensor:
+    """A step of Heun's method for dx/dt = slope(x, t) (Karras et al. 2022, algorithms 1 and 3).
+
+    Args:
+        slope: The right-hand side; for EDM's ODE, where t is sigma, (x - D(x; sigma)) / sigma.
+        x: State at t, (B, C, H, W).
+        t, t_next: Numbers, or tensors that broadcast with x.
+        alpha: Position of the second slope, as a share of the step; 1 is Heun's method.
+    """
+    h = t_next - t
+    d = slope(x, t)
+    d_prime = slope(x + alpha * h * d, t_next if alpha == 1 else t + alpha * h)
+    weight = 1 / (2 * alpha)
+    return x + h * ((1 - weight) * d + weight * d_prime)
+
+
 def integrate(
     net: Precond,
-    z: Tensor,
-    class_labels: Tensor | None = None,
+    z: Float[Tensor, "b c h w"],
+    class_labels: Float[Tensor, "b k"] | None = None,
     sampler: Sampler = Sampler(),
     *,
     noise: Callable[[], Tensor] | None = None,
-) -> Tensor:
+) -> Float[Tensor, "b c h w"]:
     """Solves the probability flow ODE, or its stochastic variant, from noise to images.
 
-    Algorithms 1 and 2 of Karras et al. 2022 in one: a step goes from t to t_next; with S_churn > 0, noise first lifts the state from t to
-    t_hat > t. Where s(t) = 1 and sigma(t) = t this is EDM's own sampler.
+    Algorithms 1 and 2 of Karras et al. 2022 in one: a step leads from t to t_next; with S_churn > 0, added noise first
+    raises the state from t to t_hat > t. With s(t) = 1 and sigma(t) = t this is EDM's own sampler.
 
     Args:
         net: Denoiser.
         z: Standard normal noise, (B, C, H, W).
         class_labels: One-hot, (B, label_dim).
         sampler: How.
-        noise: Gives standard normal noise, (B, C, H, W), once a step when S_churn > 0; an `ImageNoise` after its latents.
+        noise: Gives standard normal noise, (B, C, H, W), once per step if S_churn > 0; an `ImageNoise` after its latents.
 
     Returns:
         (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
@@ -199,15 +220,10 @@ def integrate(
                 added = sampler.S_noise * math.sqrt(max(raised**2 - sigma**2, 0))
                 x = scale(t_hat) / scale(t) * x + scale(t_hat) * added * fresh
                 t = t_hat
-        h = t_next - t
-        d = slope(x, t)
         if sampler.solver == "euler" or t_next == 0:
-            x = x + h * d
+            x = x + (t_next - t) * slope(x, t)
         else:
-            weight = 1 / (2 * sampler.alpha)
-            t_prime = t_next if sampler.alpha == 1 else t + sampler.alpha * h
-            d_prime = slope(x + sampler.alpha * h * d, t_prime)
-            x = x + h * ((1 - weight) * d + weight * d_prime)
+            x = heun_step(slope, x, t, t_next, alpha=sampler.alpha)
     return x
 
 
@@ -232,33 +248,33 @@ def _rounded(net: Precond, sigma: float) -> float:
 
 def heun(
     net: Precond,
-    z: Tensor,
-    class_labels: Tensor | None = None,
+    z: Float[Tensor, "b c h w"],
+    class_labels: Float[Tensor, "b k"] | None = None,
     *,
     num_steps: int = 18,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
     rho: float = 7.0,
-) -> Tensor:
+) -> Float[Tensor, "b c h w"]:
     """EDM's deterministic sampler, 2 * num_steps - 1 network calls: `integrate` with its defaults; z, labels and result as there."""
     return integrate(net, z, class_labels, Sampler(steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
 
 
 def multistep(
     net: OneStepPrecond,
-    z: Tensor,
-    class_labels: Tensor | None = None,
+    z: Float[Tensor, "b c h w"],
+    class_labels: Float[Tensor, "b k"] | None = None,
     *,
     sigmas: Sequence[float],
     noise: Callable[[], Tensor],
-) -> Tensor:
-    """n-step sampling of a student: G, then again and again noise and G (Song et al. 2023, algorithm 1).
+) -> Float[Tensor, "b c h w"]:
+    """n-step sampling of a student: G, then noise and G in turn (Song et al. 2023, algorithm 1).
 
     Args:
         net: Student.
         z: Standard normal noise, (B, C, H, W).
         class_labels: One-hot, (B, label_dim).
-        sigmas: Descending noise levels above eps, a step each; the first is the one that the student starts from, 80.
+        sigmas: Descending noise levels above eps, one per step; the student starts from the first, 80.
         noise: Gives standard normal noise, (B, C, H, W), for each step but the first; an `ImageNoise` after its latents.
 
     Returns:
@@ -275,7 +291,7 @@ def multistep(
 
 
 def check_sigmas(net: OneStepPrecond, sigmas: Sequence[float]) -> None:
-    """Raises: GddlabError: Noise levels that a student cannot be run at."""
+    """Refuses noise levels that a student cannot be run at."""
     levels = [*sigmas, net.eps]
     if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise(levels)) or not math.isfinite(levels[0]):
         raise GddlabError(
@@ -286,7 +302,7 @@ def check_sigmas(net: OneStepPrecond, sigmas: Sequence[float]) -> None:
 class ImageNoise:
     """Standard normal noise for a batch; image i's comes from its own CPU generator, seeded with seeds[i].
 
-    Each call continues every image's sequence, so that neither batch size nor number of processes changes an image.
+    Each call continues the sequence of every image. Neither batch size nor number of processes changes an image.
     """
 
     def __init__(self, seeds: Iterable[int], shape: Sequence[int]):
@@ -299,7 +315,7 @@ class ImageNoise:
 
 
 def latents(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
-    """The noise that images begin with: the first that `ImageNoise` gives.  -> (n, *shape), float32"""
+    """The noise that images start from, the first that `ImageNoise` gives.  -> (n, *shape), float32"""
     return ImageNoise(seeds, shape)(torch.float32)
 
 
@@ -309,7 +325,7 @@ MAX_SEED = 2**32 - 1  # PyTorch's CPU generator takes 32 bits
 
 
 def precision(dtype: torch.dtype | str | None) -> str:
-    """Name of what the network runs in: "float32" (its own precision, no autocast), "bfloat16" or "float16"."""
+    """Name of the precision: "float32" (the network's own, no autocast), "bfloat16" or "float16"."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if name not in PRECISIONS:
         raise unknown("dtype", name, PRECISIONS)
@@ -317,7 +333,7 @@ def precision(dtype: torch.dtype | str | None) -> str:
 
 
 def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence[int]:
-    """One seed an image; arguments as for `sample`."""
+    """One seed per image; arguments as for `sample`."""
     if seeds is None:
         first, count = _integer("seed", seed), positive("n", 64 if n is None else n, "images")
         if not 0 <= first <= MAX_SEED - count + 1:
@@ -328,9 +344,9 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
     except TypeError:
         raise GddlabError(f"seeds={seeds!r}: give a list of integers, or seed={seeds!r} for the first") from None
     if not listed:
-        raise GddlabError("seeds is empty: give one seed an image")
+        raise GddlabError("seeds is empty: give one seed per image")
     if n is not None and n != len(listed):
-        raise GddlabError(f"n={n} with {len(listed)} seeds: give one seed an image, or leave n away")
+        raise GddlabError(f"n={n} with {len(listed)} seeds: give one seed per image, or omit n")
     for s in listed:
         if not 0 <= s <= MAX_SEED:
             raise GddlabError(f"seeds hold {s}: seeds are 0..{MAX_SEED}")
@@ -349,7 +365,7 @@ def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | 
     """Class labels of `n` images, (n, label_dim), float32; None for an unconditional network. `labels` as for `sample`."""
     if not label_dim:
         if labels is not None:
-            raise GddlabError("class_labels given to an unconditional network: leave them away")
+            raise GddlabError("class_labels given to an unconditional network: omit them")
         return None
     if labels is None:
         ids = (torch.arange(n) + seed) % label_dim
@@ -410,27 +426,28 @@ def sample(
     channels_last: bool = False,
     progress: bool = False,
     **settings: Any,
-) -> Tensor:
-    """Draws images; an image comes from its seed, whatever the batch size.
+) -> Float[Tensor, "n c h w"]:
+    """Draws images; an image depends on its seed, not on the batch size.
 
-    A student takes the steps it was made for, mostly one, or n: `sample(student, sigmas=(80.0, 0.8))`. A teacher is sampled with EDM's deterministic Heun sampler, or as
-    the fields of `Sampler` say: `sample(teacher, steps=32, S_churn=40)`. A SiD student is a plain EDMPrecond network that is
-    run once at sigma 2.5: `sample(net, steps=1, sigma_max=2.5)` is D(2.5 z; 2.5).
+    A student takes the steps it was made for, usually one, or others: `sample(student, sigmas=(80.0, 0.8))`. A teacher is
+    sampled with EDM's deterministic Heun sampler, or as the fields of `Sampler` say: `sample(teacher, steps=32,
+    S_churn=40)`. A SiD student is a plain EDMPrecond network that is run once at sigma 2.5: `sample(net, steps=1,
+    sigma_max=2.5)` is D(2.5 z; 2.5).
 
     Args:
         net: Student or teacher; it stays on its device.
-        n: Images; 64, or one a seed, if None.
-        steps: For a student the number of steps, its own if None; more than one visit the Karras grid from 80 to eps. For a teacher
-            the number of noise levels, 18 if None.
+        n: Number of images; by default 64, or one per seed.
+        steps: For a student the number of steps, by default its own; more than one visit the Karras grid from 80 to eps.
+            For a teacher the number of noise levels, by default 18.
         seed: First seed; image i comes from seed + i.
-        seeds: Explicit seeds in its place, one an image, 0 to 2^32 - 1.
-        class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim);
-            None deals classes in turn, an image having class seed mod label_dim.
-        sigmas: For a student: the noise levels of its steps, descending from 80; its own if None.
+        seeds: Explicit seeds instead, one per image, 0 to 2^32 - 1.
+        class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim); by default
+            an image has the class seed mod label_dim.
+        sigmas: For a student: the noise levels of its steps, descending from 80; by default its own.
         batch_size: Images at once.
-        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None in its own precision.
-        channels_last: Runs the network in that memory format, faster for convolutions on CPUs with bfloat16 and on GPUs.
-        progress: Shows a bar when at a terminal or in a notebook.
+        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None keeps its precision.
+        channels_last: Runs the network in that memory format, faster for convolutions with bfloat16 and on GPUs.
+        progress: Shows a bar at a terminal.
         **settings: Fields of `Sampler`, for a teacher: solver, discretization, schedule, scaling, sigma_min, sigma_max, rho,
             S_churn, S_min, S_max, S_noise, ...
 
@@ -438,7 +455,8 @@ def sample(
         float32 in [-1, 1], (n, C, H, W), on the CPU.
 
     Raises:
-        GddlabError: Numbers out of range, settings of a teacher given to a student or the other way round, labels that do not fit.
+        GddlabError: Numbers out of range, labels that do not fit, settings of a teacher given to a student or of a
+            student given to a teacher.
     """
     how = resolve(net, steps=steps, sigmas=sigmas, **settings)
     image_seeds = seed_list(n, seed, seeds)
@@ -492,9 +510,12 @@ def resolve(
 
 
 def sampler_name(how: Method) -> str:
-    """A short name: "one-step" (from sigma 80), "consistency-2", "heun-18", and whatever is not EDM's default after it; equal for equal samplers only."""
+    """A short name: "one-step" (from sigma 80), "consistency-2" or "heun-18", followed by what is not EDM's default.
+
+    Different samplers have different names.
+    """
     if isinstance(how, tuple):
-        if how == (80.0,):
+        if how == (SIGMA_MAX,):
             return "one-step"
         kind = "one-step" if len(how) == 1 else f"consistency-{len(how)}"
         return f"{kind} sigmas=" + ",".join(f"{s:.17g}" if float(f"{s:.6g}") != s else f"{s:.6g}" for s in how)
@@ -505,7 +526,7 @@ def sampler_name(how: Method) -> str:
 
 @contextlib.contextmanager
 def prepared(net: Precond, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
-    """Inference: eval mode, no gradients, autocast, memory format of the weights; afterwards the network is as before."""
+    """Inference: eval mode, no gradients, autocast, memory format of the weights; restores the network afterwards."""
     first = next(net.parameters())
     name = precision(dtype)
     if name != "float32" and first.dtype != torch.float32:

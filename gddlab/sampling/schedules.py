@@ -1,15 +1,17 @@
-"""Noise levels and their course in time: discretisations, schedules and scalings of Karras et al. 2022, table 1."""
+"""Noise levels as functions of time: discretisations and schedules of Karras et al. 2022, table 1."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError
+from gddlab.nets import SIGMA_MAX, SIGMA_MIN
 
 __all__ = [
     "SCALINGS",
@@ -18,6 +20,7 @@ __all__ = [
     "default_range",
     "iddpm_sigmas",
     "karras_sigmas",
+    "nearest_level",
     "noise_levels",
     "schedule",
 ]
@@ -38,7 +41,9 @@ class Schedule:
     time: Callable[[float], float]
 
 
-def karras_sigmas(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+def karras_sigmas(
+    n: int, *, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = 7.0
+) -> Float[Tensor, " n"]:
     """Noise levels from `sigma_max` down to `sigma_min`, float64, (n,) (Karras et al. 2022, equation 5)."""
     if n < 1:
         raise GddlabError(f"{n} noise levels: give at least 1")
@@ -51,7 +56,12 @@ def karras_sigmas(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, 
     return (hi + ramp * (lo - hi)) ** rho
 
 
-def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Tensor:
+def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
+    """The one of `sigmas` that is nearest to `sigma` on a log scale."""
+    return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
+
+
+def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Float[Tensor, " M"]:
     """The M noise levels of iDDPM's cosine schedule, highest first, float64, (M,) (Karras et al. 2022, appendix C.3).
 
     The cosines are float32, as in the networks that were trained on these levels.
@@ -70,8 +80,8 @@ def default_range(discretization: str, *, epsilon_s: float) -> tuple[float, floa
     return {
         "vp": (vp.sigma(epsilon_s), vp.sigma(1.0)),
         "ve": (0.02, 100.0),
-        "iddpm": (0.002, 81.0),
-        "edm": (0.002, 80.0),
+        "iddpm": (SIGMA_MIN, 81.0),
+        "edm": (SIGMA_MIN, SIGMA_MAX),
     }[discretization]
 
 
@@ -86,12 +96,12 @@ def noise_levels(
     C_1: float = 0.001,
     C_2: float = 0.008,
     M: int = 1000,
-) -> Tensor:
+) -> Float[Tensor, " n"]:
     """`n` descending noise levels in sigma_min..sigma_max, float64, (n,); one level is the highest.
 
     Args:
         discretization: "edm": equation 5 with exponent `rho`; "vp": equal steps of VP's time from 1 to `epsilon_s`;
-            "ve": geometric; "iddpm": taken at equal distances from the M levels of iDDPM (`C_1`, `C_2`) that lie in the range.
+            "ve": geometric; "iddpm": equally spaced among those of the M levels of iDDPM (`C_1`, `C_2`) in the range.
     """
     if discretization == "edm":
         return karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -110,7 +120,7 @@ def noise_levels(
 
 
 def schedule(name: str, sigma_min: float, sigma_max: float, *, epsilon_s: float = 1e-3) -> Schedule:
-    """sigma(t): "linear" is t, "ve" sqrt(t), "vp" the VP process that has sigma_min at t = epsilon_s and sigma_max at 1."""
+    """sigma(t): "linear" is t, "ve" sqrt(t), "vp" the VP process with sigma_min at t = epsilon_s and sigma_max at 1."""
     if name == "linear":
         return Schedule(lambda t: t, lambda t: 1.0, lambda sigma: sigma)
     if name == "ve":

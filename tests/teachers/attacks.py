@@ -540,6 +540,9 @@ AMPLIFIERS: dict[str, Callable[[int], bytes]] = {
         "}(", each(n // 6, lambda i: number((i << 18) & 0x7FFFFFFF | i >> 13) + b"N"), "u"
     ),
     "keys that are texts": lambda n: opcodes("}(", each(n // 14, lambda i: text(f"{i:08x}") + b"N"), "u"),
+    "keys that are bytes": lambda n: opcodes(_blob(b"k" * 999), put(0), (b"}" + get(0) + b"Ns") * (n // 8)),
+    "long texts of Python 2": lambda n: opcodes("(", (b"U\xff" + b"\xe9" * 255) * (n // 257), "t"),
+    "long strings of Python 2": lambda n: opcodes("(", b"T\0\0\0\0" * (n // 5), "t"),
     "keys that are equal": lambda n: opcodes(
         text("k" * 1000), put(0), text("k" * 1000), put(1), "}", get(0), "Ns", (get(1) + b"Ns") * (n // 7)
     ),
