@@ -19,7 +19,7 @@ def ema_beta(batch: int, halflife_kimg: float, rampup: float | None, nimg: int) 
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, net: nn.Module, beta: float) -> None:
-    """ema <- beta ema + (1 - beta) net, for parameters that are trained; frozen ones, equal in both, stay, and buffers are copied."""
+    """ema <- beta ema + (1 - beta) net, for trained parameters; frozen ones are equal in both, buffers are copied."""
     e: list[torch.Tensor] = []
     p: list[torch.Tensor] = []
     for pe, pn in zip(ema.parameters(), net.parameters(), strict=True):

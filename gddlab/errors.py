@@ -41,8 +41,8 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
 def validated(function: Callable[P, T]) -> Callable[P, T]:
     """Checks the arguments of a call against the annotations (pydantic); a refusal is one line.
 
-    Annotations are read at the first call, so they must be importable at run time, not under TYPE_CHECKING alone. A name in
-    a `Literal` that is misspelt gets near matches, as does an argument that does not exist.
+    Annotations are read at the first call, so they must be importable at run time, not under TYPE_CHECKING alone. A
+    misspelt name of a `Literal` gets near matches, as does an argument that does not exist.
 
     Raises:
         GddlabError: An argument does not fit its annotation.

@@ -1,4 +1,4 @@
-"""Progress that is seen at a terminal or in a notebook, and silent elsewhere."""
+"""Progress bars at a terminal, silent elsewhere."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def interactive() -> bool:
 
 
 def progress_bar(*, total: int, desc: str, unit: str, enabled: bool = True) -> Any:
-    """A tqdm bar on stderr, disabled when nobody watches."""
+    """A tqdm bar on stderr, disabled where stderr is no terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, disable=not (enabled and interactive()), leave=False)
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it, two or three digits of it."""
+    """A time in readable units, two or three digits."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -21,7 +21,7 @@ __all__ = ["BatchReader", "ContentHash", "ImageDataset", "Manifest", "content_ha
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset is, down to its bytes: two datasets with equal `sha256` hold the same images and labels in the same order."""
+    """A description of a dataset; equal `sha256` mean the same images and labels in the same order."""
 
     name: str
     source: str
@@ -55,7 +55,7 @@ class ContentHash:
 
 
 def content_hash(images: np.ndarray, labels: np.ndarray | None) -> str:
-    """The `sha256` of a manifest; images are read a part at a time, since mapped ones need not fit in memory."""
+    """The `sha256` of a manifest; images are read in parts, since mapped ones need not fit in memory."""
     h = ContentHash(images.shape)
     for i in range(0, len(images), 1024):
         h.add(images[i : i + 1024])
@@ -69,8 +69,8 @@ class ImageDataset:
         images: uint8, (N, R, R, C); a memory-mapped array stays one.
         labels: Class of each image, (N,), or None.
         classes: Number of classes; 0 without labels.
-        name, source, crop, filter, codec, extra: For the manifest: where the images come from, what was done to them.
-        sha256: The manifest's hash where it is known already; it is computed when first asked for otherwise.
+        name, source, crop, filter, codec, extra: For the manifest: origin of the images, and how they were processed.
+        sha256: The manifest's hash where known; otherwise it is computed when first used.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ImageDataset:
         self.uint8 = np.ascontiguousarray(images)
         self.class_ids = None if labels is None else np.asarray(labels, dtype=np.int64)
         if self.class_ids is not None and self.class_ids.shape != (len(images),):
-            raise GddlabError(f"{self.class_ids.shape} labels for {len(images)} images: give one a image")
+            raise GddlabError(f"{self.class_ids.shape} labels for {len(images)} images: give one per image")
         if self.class_ids is not None and not (self.class_ids.min() >= 0 and self.class_ids.max() < classes):
             raise GddlabError(
                 f"class ids span {self.class_ids.min()}..{self.class_ids.max()}: accepted are 0..{classes - 1}"
@@ -149,8 +149,8 @@ class ImageDataset:
 def order(n: int, seed: int, start: int, count: int) -> Tensor:
     """Indices at positions start..start + count of an endless sequence of shuffled epochs of `n`.
 
-    The order is a function of seed and position alone, so that it does not depend on the number of processes and the
-    position is the whole state.
+    The order is a function of seed and position alone: it does not depend on the number of processes, and the position
+    is the whole state.
 
     Returns:
         int64, (count,).
@@ -166,13 +166,13 @@ def order(n: int, seed: int, start: int, count: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _epoch(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch; kept, since shuffling a million indices at every step takes tens of milliseconds."""
+    """The order of one epoch; cached, since shuffling a million indices takes tens of milliseconds."""
     return torch.randperm(n, generator=generator(seed, epoch))
 
 
 @functools.cache
 def digits() -> ImageDataset:
-    """Digits at 16x16, grey: 8x8 counts 0..16 scaled to 0..255, enlarged bilinearly, rounded to uint8; scikit-learn's order."""
+    """scikit-learn's digits, in its order: 8x8 counts 0..16 scaled to 0..255, enlarged bilinearly to 16x16, rounded."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -190,15 +190,15 @@ def digits() -> ImageDataset:
 
 
 class BatchReader:
-    """Endless shuffled batches of a dataset, each rank its equal part.
+    """Endless shuffled batches of a dataset; each rank reads an equal part.
 
-    The global sequence depends on the seed alone: not on the number of processes, the batch, or where reading began.
+    The global sequence depends on the seed alone, not on the number of processes, the batch, or where reading began.
 
     Args:
         dataset: Images and labels.
-        batch: Images a step over all ranks.
+        batch: Images per step over all ranks.
         seed: Of the order.
-        rank, world_size: Which part of each batch is read here.
+        rank, world_size: The part of each batch to read.
     """
 
     def __init__(self, dataset: ImageDataset, *, batch: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -215,13 +215,13 @@ class BatchReader:
         """Images read so far by all ranks together."""
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """This rank's images, float32 (batch / world_size, C, R, R) in [-1, 1], and one-hot labels; moves on."""
+        """This rank's next images, float32 (batch / world_size, C, R, R) in [-1, 1], and one-hot labels."""
         index = self.indices()
         self.position += self.batch
         return self.dataset.images(index), self.dataset.labels(index)
 
     def indices(self) -> Tensor:
-        """Which images `next` reads here, int64 (batch / world_size,)."""
+        """Indices of the images that `next` reads here, int64 (batch / world_size,)."""
         n = self.batch // self.world_size
         return order(len(self.dataset), self.seed, self.position, self.batch)[self.rank * n : (self.rank + 1) * n]
 
@@ -229,7 +229,7 @@ class BatchReader:
         return {"position": self.position, "seed": self.seed, "dataset_sha256": self.dataset.manifest.sha256}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, with any batch and number of processes.
+        """Continues where `state` was taken, with any batch and number of processes.
 
         Raises:
             GddlabError: The state is of another dataset or seed, or has no position.

@@ -1,4 +1,4 @@
-"""What images a source has, by name, and which class each belongs to; nothing is decoded here."""
+"""The images of a source by name, and the class of each; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = "dataset.json"
 MANIFEST = "manifest.json"
 MAX_CLASSES = 100_000
 
-# What to do about each kind of problem; replace or remove the file where nothing is said.
+# What to do about each kind of problem; otherwise replace or remove the file.
 HINTS = {
     "not square": "give crop='center'",
     "size differs": "give resolution=",
@@ -60,10 +60,10 @@ class Reader(Protocol):
         """The image file, or pixels, uint8 (H, W, C); raises BadImage or OSError."""
 
     def open(self, name: str) -> BinaryIO | np.ndarray:
-        """The same, for who reads the beginning only."""
+        """The same, to read only the beginning."""
 
     def part(self, names: Sequence[str]) -> Reader:
-        """A reader of these names at least, cheap to send to another process."""
+        """A reader of at least these names, cheap to send to another process."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Listing:
         classes: Number of classes; 0 without labels.
         class_names: In the order of ids, where known.
         fingerprint: JSON that changes when the content does.
-        about: `crop`, `filter`, `codec`, `sha256`, `extra` of a manifest, as far as known.
-        problems: What is wrong without looking into an image.
-        ignored: Files passed over, by suffix.
+        about: `crop`, `filter`, `codec`, `sha256`, `extra` of a manifest, where known.
+        problems: Found without opening an image.
+        ignored: Number of skipped files by suffix.
     """
 
     name: str
@@ -131,7 +131,7 @@ def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = 
 def image_files(names: Sequence[str]) -> tuple[list[str], list[Problem], dict[str, int]]:
     """Sorts files by name: images in order, images of kinds that are not read, and the number of others by suffix.
 
-    Hidden files, and those that macOS adds to zips, are passed over.
+    Hidden files and those that macOS adds to zips are skipped.
     """
     images, problems, ignored = [], [], Counter[str]()
     for name in names:
@@ -155,14 +155,14 @@ def arrange(
     """Class ids of images, from dataset.json where there is one, else from their folders.
 
     Without dataset.json the first folder of a name is its class: ids count the folders in order, by number if all are
-    numbers, by name otherwise. There are no classes when all images lie in the source itself, when they have one folder
-    only, or when the folders are shards (00000/img00000000.png, 001000/001234.png).
+    numbers, by name otherwise. There are no classes if all images are in the source itself or in one
+    folder, or if the folders are shards (00000/img00000000.png, 001000/001234.png).
 
     Args:
         names: Images, sorted.
         labels_file: dataset.json.
         empty: Folders without images.
-        classes: How many there are, where the manifest says.
+        classes: Their number, from the manifest.
 
     Returns:
         Labels (N,) or None, names of classes or None, their number, and problems; with problems, labels are None.
@@ -177,7 +177,7 @@ def arrange(
         return None, None, 0, []
     problems = [Problem(e, "class folder without images") for e in empty]
     problems += [
-        Problem(n, "no label", "it lies in no class folder") for n, f in zip(names, folder, strict=True) if not f
+        Problem(n, "no label", "it is in no class folder") for n, f in zip(names, folder, strict=True) if not f
     ]
     numbers = all(f.isascii() and f.isdigit() for f in found)
     ordered = sorted(found, key=(lambda f: (int(f), f)) if numbers else None)
@@ -237,10 +237,10 @@ def _from_json(
 def choose(
     listing: Listing, *, classes: Sequence[int] | None = None, max_images: int | None = None, seed: int = 0
 ) -> Listing:
-    """Images of some classes, at most `max_images` of them drawn by `seed`; order, ids and number of classes stay.
+    """Images of some classes, at most `max_images`, chosen by `seed`; order, ids and number of classes do not change.
 
     Raises:
-        GddlabError: No labels to choose by, unknown ids, or nothing is left.
+        GddlabError: No labels, unknown ids, or no image of these classes.
     """
     if max_images is not None and (type(max_images) is not int or max_images < 1):
         raise GddlabError(f"max_images={max_images!r}: give a whole number from 1 up")
@@ -249,11 +249,11 @@ def choose(
     if isinstance(classes, int | str):
         raise GddlabError(f"classes={classes!r}: give a list of class ids")
     if (classes is None and max_images is None) or (listing.problems and listing.labels is None):
-        return listing  # labels that cannot be read are reported by who reads the images
+        return listing  # unreadable labels are reported with the images
     index = np.arange(len(listing))
     if classes is not None:
         if listing.labels is None:
-            raise GddlabError(f"classes={list(classes)}, but {listing.source} has no labels: leave classes away")
+            raise GddlabError(f"classes={list(classes)}, but {listing.source} has no labels: omit classes")
         wrong = [y for y in classes if type(y) is not int or not 0 <= y < listing.classes]
         if wrong or not classes:
             raise GddlabError(f"classes={list(classes)}: give some of 0..{listing.classes - 1}")

@@ -32,7 +32,7 @@ __all__ = ["ArrayReader", "find_source", "open_dataset"]
 
 
 def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> Listing:
-    """What `open_dataset` and `prepare` may be given, as a list of images.
+    """The images of a source, given as for `open_dataset`.
 
     Raises:
         NotFound: No such path.
@@ -138,23 +138,25 @@ def open_dataset(
 
     Args:
         data: One of
-            "digits"; "cifar10" (cifar-10-python.tar.gz or cifar-10-batches-py in $GDDLAB_HOME, the working folder or the
-            cache folder; training images), or the path of either;
+            "digits";
+            "cifar10": the training images of cifar-10-python.tar.gz or cifar-10-batches-py in the working folder,
+            $GDDLAB_HOME or the cache; or the path of either;
             an EDM zip: images and dataset.json, `{"labels": [[name, class], ...]}` or null;
-            a folder: with such a dataset.json, or a sub-folder a class in order of name (of number, if all are numbers),
-            or without classes if flat, with one sub-folder, or in shards (00000/img00000000.png, 001000/001234.png);
+            a folder: with such a dataset.json; or with a sub-folder per class, in order of name (of number, if all are
+            numbers); or without classes if flat, with one sub-folder, or in shards (00000/img00000000.png,
+            001000/001234.png);
             "hf:NAME[:CONFIG][:SPLIT]" (see `of_huggingface`);
             an ImageDataset.
-            Images are PNG, JPEG, WebP, BMP, GIF or TIFF, 8-bit grey or RGB, square, all of one size; `prepare` makes such
-            sets of others.
-        classes: Class ids to keep; they keep their ids, and the number of classes stays, so that conditional models fit.
-        max_images: Keeps so many at random; they stay in order.
-        seed: Of that draw.
+            Images are PNG, JPEG, WebP, BMP, GIF or TIFF, 8-bit grey or RGB, square, all of one size; `prepare` turns
+            others into such.
+        classes: Class ids to keep. Ids and number of classes do not change, so that conditional models fit.
+        max_images: Keeps only this many, chosen at random, in order.
+        seed: Of that choice.
         xflip: Doubles the set: image N + i is image i mirrored, with its label.
-        memory: "ram", "mapped" (decoded once into the cache folder, pages shared between processes) or "auto": in memory
-            when it fits.
-        download: Fetches CIFAR-10 into the cache folder when it is not found.
-        progress: Shows a bar when at a terminal.
+        memory: "ram"; "mapped", decoded once into the cache, with pages shared between processes; or "auto", in memory
+            if it fits.
+        download: Downloads CIFAR-10 into the cache if it is not found.
+        progress: Shows a bar at a terminal.
 
     Returns:
         The dataset; its manifest's `extra` holds the options that changed it, and class names where known.
@@ -185,8 +187,7 @@ def open_dataset(
         extra["class_names"] = list(listing.class_names)
     if options:
         extra["options"] = options
-    if options:
-        recorded = None  # the hash of the whole
+        recorded = None  # the hash of the whole set
     images, labels, sha256 = materialise(listing, recorded=recorded, xflip=xflip, memory=memory, progress=progress)
     return ImageDataset(
         images,

@@ -1,4 +1,4 @@
-"""EDM zips made in parts: work that is killed goes on where it was, and the zip is whole or absent."""
+"""EDM zips made in parts, so that interrupted work can continue; the zip appears when it is complete."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Entry:
 
 
 def image_name(index: int) -> str:
-    """Path of image `index` in a zip, a folder a thousand: image_name(1234) == "00001/img00001234.png"."""
+    """Path of image `index` in a zip, a folder per thousand: image_name(1234) == "00001/img00001234.png"."""
     return f"{index // 1000:05d}/img{index:08d}.png"
 
 
 def open_parts(out: Path, settings: dict[str, Any]) -> Path:
-    """Makes, or opens again, the folder OUT.parts beside `out`.
+    """Makes or reopens the folder OUT.parts beside `out`.
 
     Args:
         out: The zip to make.
-        settings: Everything that decides what the parts hold; values as JSON knows them.
+        settings: Everything that decides what the parts hold; JSON values.
 
     Raises:
         GddlabError: The folder was made with other settings.
@@ -59,29 +59,29 @@ def open_parts(out: Path, settings: dict[str, Any]) -> Path:
     path = folder / "settings.json"
     if not path.exists():
         if folder.is_dir() and any(_PART.fullmatch(p.name) for p in folder.iterdir()):
-            raise GddlabError(f"{folder} has parts but no settings.json: delete the folder to begin again")
+            raise GddlabError(f"{folder} has parts but no settings.json: delete the folder to start over")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
     old, new = read_json(path), json.loads(json.dumps(settings))
     if not isinstance(old, dict):
-        raise GddlabError(f"{path} holds {type(old).__name__}, not settings: delete {folder} to begin again")
+        raise GddlabError(f"{path} holds {type(old).__name__}, not settings: delete {folder} to start over")
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             raise GddlabError(
-                f"{folder} was begun with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
-                "continue with the first, or delete the folder to begin again"
+                f"{folder} was started with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
+                "continue with the former, or delete the folder to start over"
             )
     return folder
 
 
 def missing_parts(folder: Path, count: int) -> list[int]:
-    """Which of the parts 0..count - 1 are not there yet, ascending."""
+    """The missing ones of the parts 0..count - 1, ascending."""
     there = {int(m[1]) for p in folder.iterdir() if (m := _PART.fullmatch(p.name))}
     return [k for k in range(count) if k not in there]
 
 
 def write_part(folder: Path, k: int, entries: Sequence[Entry]) -> None:
-    """Writes part `k`, whole or not at all; processes may write at the same time.
+    """Writes part `k` atomically; processes may write at the same time.
 
     Raises:
         GddlabError: Two entries have one name, or some have a label and others none.
@@ -111,22 +111,22 @@ def read_part(folder: Path, k: int) -> Iterator[Entry]:
 
 
 def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dict[str, Any]]) -> None:
-    """Merges the parts 0..count - 1 to `out`, in order, and removes the folder.
+    """Merges the parts 0..count - 1 into `out`, in order, and removes the folder.
 
     The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json.
 
     Args:
         folder: From `open_parts`.
         count: How many parts there must be.
-        out: Replaced when the whole is written and on the disk, not earlier.
-        manifest: Makes the manifest from the zip that holds all but it; `lambda _: {...}` where that does not matter.
+        out: Replaced when everything is on the disk.
+        manifest: Makes the manifest from the path of the zip without it.
 
     Raises:
         GddlabError: A part is missing or damaged, two images have one name, or only some have labels.
     """
     if missing := missing_parts(folder, count):
         raise GddlabError(f"{folder} lacks {len(missing)} of {count} parts (first: {missing[0]}): make them first")
-    # Inside the folder, so that a process killed here leaves nothing beside `out` but the folder.
+    # Inside the folder, so that a process killed here leaves nothing else beside `out`.
     with atomic_path(folder / "whole.zip") as tmp:
         labels: dict[str, int | None] = {}
         with zipfile.ZipFile(tmp, "w") as z:
@@ -201,7 +201,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """function(*task) for each task, in the order of tasks; few of them wait at a time.
+        """function(*task) for each task, in order; only a few tasks are queued at a time.
 
         Raises:
             GddlabError: A process was killed.
@@ -215,26 +215,26 @@ class Workers:
             for task in tasks:
                 with _no_main():
                     waiting.append(self._pool.submit(function, *task))
-                if len(waiting) > 2 * self.count:  # enough that a slow first task leaves nobody idle
+                if len(waiting) > 2 * self.count:  # enough that a slow task leaves no worker idle
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise GddlabError(
-                f"one of {self.count} worker processes was killed (out of memory?): run the same command again, it goes on "
-                "where it was; workers=1 needs least memory"
+                f"one of {self.count} worker processes was killed (out of memory?): run the same command again to "
+                "continue; workers=1 needs least memory"
             ) from None
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides, and ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles it, and ends the pool
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: Any) -> None:
-    """An executor's processes wait for work for ever when their parent is killed."""
+    """Ends this process with its parent; an executor's processes would wait for work forever."""
     parent.join()
     os._exit(1)
 

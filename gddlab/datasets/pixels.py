@@ -1,4 +1,4 @@
-"""One image file, strictly: what cannot become 8-bit grey or RGB pixels without a decision is refused, with the reason."""
+"""One image file: refuses, with the reason, what cannot become 8-bit grey or RGB pixels without a choice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Images too, but not read here: passing over them in silence would lose data.
+# Images too, but not read: skipping them silently would lose data.
 OTHER_SUFFIXES = frozenset(
     {".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".dcm", ".npy"}
 )
@@ -44,7 +44,7 @@ _TURNING = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # wher
 
 
 class BadImage(Exception):
-    """Why an image cannot be used: a kind, the same for like cases, and a detail."""
+    """Why an image cannot be used: a kind of problem and a detail."""
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(kind, detail)
@@ -54,7 +54,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an image says before it is decoded; width and height as it is seen, turned by its EXIF orientation."""
+    """An image's properties before it is decoded; width and height are those after its EXIF rotation."""
 
     width: int
     height: int
@@ -67,7 +67,7 @@ def header(file: BinaryIO | np.ndarray, *, alpha: str = "refuse") -> Header:
     """Reads the header of an image; arguments as for `decode`.
 
     Raises:
-        BadImage: Everything that is wrong with an image and can be seen without decoding it.
+        BadImage: The image cannot be used, as far as its header tells.
     """
     if isinstance(file, np.ndarray):
         return Header(file.shape[1], file.shape[0], file.shape[2])
@@ -78,11 +78,11 @@ def header(file: BinaryIO | np.ndarray, *, alpha: str = "refuse") -> Header:
 
 
 def decode(content: bytes | np.ndarray, *, alpha: str = "refuse") -> Image.Image:
-    """Decodes an image, turned as its EXIF orientation says (what viewers show).
+    """Decodes an image, rotated by its EXIF orientation, as viewers show it.
 
     Args:
         content: A PNG, JPEG, WebP, BMP, GIF or TIFF file; or pixels, uint8, (H, W, 1 or 3).
-        alpha: What stands behind transparent pixels: "white" or "black"; "refuse" refuses alpha channels.
+        alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses alpha channels.
 
     Returns:
         A Pillow image of mode "L" or "RGB".
@@ -123,7 +123,7 @@ def fit(im: Image.Image, *, resolution: int, crop: str, filter: str) -> Image.Im
             raise BadImage("not square", f"{w}x{h}")
         side = min(w, h)
         left, top = (w - side) // 2, (h - side) // 2
-        # Cropped before, since resize(box=) lets pixels from outside the box bleed in.
+        # Cropped first, since with resize(box=) the filter uses pixels outside the box.
         im = im.crop((left, top, left + side, top + side))
     if im.width != resolution:
         im = im.resize((resolution, resolution), Image.Resampling[filter.upper()])
@@ -131,7 +131,7 @@ def fit(im: Image.Image, *, resolution: int, crop: str, filter: str) -> Image.Im
 
 
 def array(im: Image.Image, channels: int | None = None) -> np.ndarray:
-    """Pixels, uint8, (H, W, C); grey is repeated when three `channels` are asked."""
+    """Pixels, uint8, (H, W, C); grey is repeated if `channels` is 3."""
     if channels == 3 and im.mode == "L":
         im = im.convert("RGB")
     a = np.asarray(im)
@@ -202,7 +202,7 @@ def _orientation(im: Image.Image) -> int:
 
 
 def _what(start: bytes) -> str:
-    """What a file is that is no image, from its first bytes."""
+    """What a file that is no image is, from its first bytes."""
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run git lfs pull"
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):

@@ -1,4 +1,4 @@
-"""Makes EDM zips of images of any kind: checked, cropped, resampled, in parallel; what is killed goes on where it was."""
+"""Makes EDM zips of images of any kind: checked, cropped and resampled in parallel; interrupted work continues."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from gddlab.progress import progress_bar
 
 __all__ = ["PrepareReport", "Recipe", "check", "count_changes", "make", "plan", "prepare", "scan"]
 
-_SCAN = 256  # headers a task
-_PART_BYTES = 8 << 20  # pixels of a part: what a process holds, and what a kill may lose
+_SCAN = 256  # headers per task
+_PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Recipe:
 
 
 def scan(pool: Workers, listing: Listing, *, alpha: str, progress: bool) -> tuple[dict[str, Header], list[Problem]]:
-    """Reads all headers, so that most of what is wrong shows before hours of work, and sizes are known."""
+    """Reads all headers, to know the sizes and to find most problems before hours of work."""
     headers: dict[str, Header] = {}
     problems: list[Problem] = []
     tasks = ((listing.reader.part(names), names, alpha) for names in _chunks(listing.names, _SCAN))
-    with progress_bar(total=len(listing), desc="looking", unit="img", enabled=progress) as bar:
+    with progress_bar(total=len(listing), desc="scanning", unit="img", enabled=progress) as bar:
         for good, bad in pool.run(_scan, tasks):
             headers |= good
             problems += bad
@@ -79,7 +79,7 @@ def _scan(reader: Reader, names: Sequence[str], alpha: str) -> tuple[dict[str, H
 def plan(
     headers: dict[str, Header], *, resolution: int | None, crop: str, filter: str, alpha: str
 ) -> tuple[Recipe | None, list[Problem]]:
-    """The one format of all images: three channels if any has colour; the most frequent size where none is asked."""
+    """The format of all images: three channels if any has colour; by default the most frequent size."""
     problems = []
     sides: dict[str, int] = {}
     for name, h in headers.items():
@@ -98,7 +98,7 @@ def plan(
 
 
 def count_changes(headers: Iterable[Header], recipe: Recipe) -> dict[str, int]:
-    """How many images are changed in which way; ways that no image needs are left out."""
+    """How many images are changed in which way; only those above 0."""
     changes = Counter[str]()
     for h in headers:
         side = min(h.width, h.height)
@@ -149,7 +149,7 @@ def make(
     extra: dict[str, Any],
     progress: bool,
 ) -> str:
-    """Makes the zip, or goes on with it; returns the hash of its content.
+    """Makes the zip, or continues with it; returns the hash of its content.
 
     Raises:
         GddlabError: Images are damaged, the disk is full, or another process is making it.
@@ -157,7 +157,7 @@ def make(
     from PIL import __version__ as pillow
 
     n, r, c = len(listing), recipe.resolution, recipe.channels
-    per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # not of the number of workers
+    per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # independent of the number of workers
     parts = list(_chunks(range(n), per_part))
     files = hash_json([listing.fingerprint, list(listing.names)])[:16]
     settings = {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
@@ -220,7 +220,7 @@ def _make(
     k: int,
     done: bool,
 ) -> tuple[np.ndarray, list[Problem]]:
-    """Writes one part, and returns its pixels for the hash; a part that is done is read."""
+    """Writes one part, or reads a finished one; returns its pixels for the hash."""
     out = np.zeros((len(names), recipe.resolution, recipe.resolution, recipe.channels), dtype=np.uint8)
     if done:
         for i, entry in enumerate(read_part(folder, k)):
@@ -240,7 +240,7 @@ def _make(
 
 
 def _steps(before: str, now: str | None) -> str:
-    """What was done to the images, by their own manifest and now."""
+    """Processing of the images, according to their own manifest and now."""
     if now is None:
         return before
     return now if before in ("none", "unknown") else f"{before}, {now}"
@@ -252,8 +252,8 @@ def _chunks(items: Sequence[Any], n: int) -> Iterator[Any]:
 
 
 _MAX_SIDE = 8192
-_ALONE = 128  # images that one process has made before a second one has started
-_LISTED = 20  # problems of a kind that a report prints by name
+_ALONE = 128  # images that one process makes in the time that a second one takes to start
+_LISTED = 20  # problems of one kind that a report prints by name
 _NOTES = {
     "turned": "images turned as their EXIF orientation says",
     "cropped": "images cropped to the square around their centre",
@@ -268,12 +268,12 @@ class PrepareReport:
     """What `prepare` made or, in a dry run, would make.
 
     Attributes:
-        source, out: From where, to where; out is None in a dry run.
-        images: How many the source has.
+        source, out: Source and target; out is None in a dry run.
+        images: Number of images in the source.
         classes: Number of classes; 0 without labels.
-        resolution, channels: Of the images made; None if there is none that could be.
-        problems: What is wrong; empty unless a dry run.
-        notes: What a user may want to know: images turned, enlarged, repeated to RGB, files passed over.
+        resolution, channels: Of the images made; None if none can be made.
+        problems: Only in a dry run; otherwise they are refused.
+        notes: Counts of images rotated, enlarged or repeated to RGB, and of files skipped.
         sha256: Hash of images and labels as in the manifest; None in a dry run.
     """
 
@@ -332,21 +332,21 @@ def prepare(
 ) -> PrepareReport:
     """Makes an EDM zip: PNG files of one size, not compressed, dataset.json, and a manifest.
 
-    The same call after a kill goes on where it was: finished parts lie in OUT.parts. OUT itself is whole or absent.
+    After an interruption the same call continues: finished parts are kept in OUT.parts. OUT appears when complete.
 
     Args:
-        source: As for `open_dataset`; images may be of any size and shape here, and grey among colour.
-        out: The zip to make. May be left away in a dry run.
-        resolution: Side of the images made, pixels; that of the source, which must be one, if left away.
-        crop: "center": the largest square around the centre; "none": other images than square are refused.
-        filter: Resampling: lanczos, box, bicubic, bilinear, hamming or nearest (Pillow's, over 8-bit values).
-        alpha: What stands behind transparent pixels: "white", "black"; "refuse" refuses images with an alpha channel.
+        source: As for `open_dataset`, with images of any size and shape, grey and colour mixed.
+        out: The zip to make; not needed in a dry run.
+        resolution: Side of the images made, pixels; by default that of the source, if all its images have one size.
+        crop: "center" takes the largest square around the centre; "none" refuses images that are not square.
+        filter: Resampling: lanczos, box, bicubic, bilinear, hamming or nearest (Pillow's, on 8-bit values).
+        alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses images with an alpha channel.
         classes, max_images, seed: As for `open_dataset`.
-        workers: Processes; as many as there are cores to use, fewer for few images, if left away.
-        overwrite: Replaces OUT if it is there, when the new one is whole.
-        dry_run: Reads every image, writes nothing, and reports all that is wrong.
-        download: Fetches CIFAR-10 into the cache folder when it is not found.
-        progress: Shows a bar when at a terminal.
+        workers: Number of processes; by default the number of usable cores, or fewer for few images.
+        overwrite: Replaces OUT if it exists, when the new one is complete.
+        dry_run: Reads every image, writes nothing, and reports all problems.
+        download: Downloads CIFAR-10 into the cache if it is not found.
+        progress: Shows a bar at a terminal.
 
     Returns:
         The report; `print` it.
@@ -391,7 +391,7 @@ def prepare(
                 extra["changed"] = changes
             sha256 = make(pool, listing, recipe, target, changes=changes, extra=extra, progress=progress)
     notes = [f"{_NOTES[key]}: {n:,}" for key, n in changes.items() if key in _NOTES]
-    notes += [f"files passed over, no images by name ({suffix}): {n:,}" for suffix, n in listing.ignored.items()]
+    notes += [f"files skipped, no images by name ({suffix}): {n:,}" for suffix, n in listing.ignored.items()]
     return PrepareReport(
         source=listing.source,
         out=target,
@@ -407,14 +407,14 @@ def prepare(
 
 def _target(source: str | Path | ImageDataset, out: str | Path | None, overwrite: bool) -> Path:
     if out is None:
-        raise GddlabError("out=None: give the zip to make, or dry_run=True to look at the source only")
+        raise GddlabError("out=None: give the zip to make, or dry_run=True to check the source only")
     path = Path(out).expanduser()
     if path.suffix.lower() != ".zip" or path.is_dir():
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")
     if path.exists() and not overwrite:
-        raise GddlabError(f"{path} is there already: give overwrite=True, or another name")
+        raise GddlabError(f"{path} exists: give overwrite=True, or another name")
     if not isinstance(source, ImageDataset) and Path(source).is_dir():
         folder = Path(source).resolve()
         if path.resolve().is_relative_to(folder):
-            raise GddlabError(f"{path} lies in the source {source}: choose another folder")
+            raise GddlabError(f"{path} is inside the source {source}: choose another folder")
     return path

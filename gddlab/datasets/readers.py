@@ -1,4 +1,4 @@
-"""Readers of image collections: folders, zips, the archive of CIFAR-10, Hugging Face datasets."""
+"""Readers of image collections: folders, zips, Hugging Face datasets, the archive of CIFAR-10."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MAX_TABLE = 1 << 30  # bytes of dataset.json or manifest.json
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change: a file replaced has another."""
+    """Size and modification time, which change when a file is replaced."""
     s = path.stat()
     return s.st_size, s.st_mtime_ns
 
@@ -75,7 +75,7 @@ def of_folder(root: Path) -> Listing:
     seen: set[tuple[int, int]] = set()
     for where, below, files in os.walk(root, followlinks=True):
         s = os.stat(where)
-        if (s.st_dev, s.st_ino) in seen:  # a link to a folder above would go on for ever
+        if (s.st_dev, s.st_ino) in seen:  # a link to a folder above
             below.clear()
             continue
         seen.add((s.st_dev, s.st_ino))
@@ -116,7 +116,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _about(value: Any, where: str) -> dict[str, Any]:
-    """The manifest beside images; another file of that name is not one."""
+    """The manifest beside images; {} if the file of that name is something else."""
     if not isinstance(value, dict) or not {"crop", "filter", "codec", "sha256", "classes"} <= value.keys():
         return {}
     extra = value.get("extra")
@@ -138,7 +138,7 @@ def _listing(
     fingerprint: str,
     empty: Sequence[str] = (),
 ) -> Listing:
-    recorded = manifest.get("classes") or None  # 0: made without labels; a dataset.json put there later counts
+    recorded = manifest.get("classes") or None  # 0: made without labels; a dataset.json added later counts
     labels, class_names, classes, wrong = arrange(images, labels_file, empty=empty, classes=recorded)
     if not images and not problems:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.items()) or "nothing"
@@ -166,7 +166,7 @@ def _listing(
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Members of a zip; each process opens it for itself, and again when the file was replaced."""
+    """Members of a zip; each process opens its own handle, and a new one when the file was replaced."""
 
     path: str
     stamp: tuple[int, int]
@@ -198,7 +198,7 @@ def _check_size(size: int) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _open_zip(path: str, stamp: tuple[int, int], pid: int) -> zipfile.ZipFile:
-    """A process of its own handle: after a fork two processes would move one file position."""
+    """One handle per process: after a fork two processes would share one file position."""
     return zipfile.ZipFile(path)
 
 
@@ -285,10 +285,10 @@ class HuggingFaceReader:
 def of_huggingface(address: str) -> Listing:
     """The images and, where a column holds them, the labels of "hf:NAME[:CONFIG][:SPLIT]".
 
-    NAME is what `datasets.load_dataset` takes, or a folder written by `save_to_disk`. A single addition is a split if it
-    is called like one (train, test, validation ... or with + or []), a configuration otherwise; the split is "train" if
-    none is named. The column of images is the one called "image" or "img", or the only one; the labels are the column
-    called "label" or "labels", or the first one of class labels.
+    NAME is what `datasets.load_dataset` takes, or a folder written by `save_to_disk`. A single addition is a split if
+    it has the name of one (train, test, validation, ..., or with + or []), otherwise a configuration; the default split is
+    "train". Images are in the column "image" or "img", or in the only one of images; labels are in "label" or "labels",
+    or in the first column of class labels.
 
     Raises:
         GddlabError: `datasets` is missing, the dataset cannot be loaded, or it has no column of images.
@@ -334,7 +334,7 @@ def _parts(address: str) -> tuple[str, str | None, str]:
 
 
 def _absolute(address: str) -> str:
-    """A local folder by its whole path: in another working folder its name means another."""
+    """The address with the absolute path of a local folder, which does not depend on the working folder."""
     name = _parts(address)[0]
     return address.replace(name, os.path.abspath(name), 1) if os.path.isdir(name) else address
 

@@ -1,4 +1,4 @@
-"""Decoded images in memory, or once in the cache folder and mapped by every process."""
+"""Decoded images: in memory, or once in the cache and mapped by every process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHUNK = 128
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -37,11 +37,11 @@ def materialise(
 
     Args:
         listing: Images of one size and number of channels.
-        recorded: Hash that the content must have.
+        recorded: Required hash of the content.
         xflip: Appends every image mirrored: N + i is image i.
-        memory: "ram"; "mapped": decoded by one process into a file that all map; "auto": in memory if all processes of
-            this machine together take less than a quarter of what is free.
-        progress: Shows a bar when at a terminal.
+        memory: "ram"; "mapped", decoded by one process into a file that all map; "auto", in memory if all processes on
+            this machine together take less than a quarter of the free memory.
+        progress: Shows a bar at a terminal.
 
     Returns:
         Images, uint8, (N or 2N, R, R, C); labels, int64, (N or 2N,), or None; sha256 or None.
@@ -81,7 +81,7 @@ def _mapped(
     key = hash_json([listing.fingerprint, list(listing.names), ids, shape, pillow])[:32]
     folder = cache_dir() / "datasets"
     path = folder / f"{key}.npy"
-    about = folder / f"{key}.json"  # written last: it is there when all is
+    about = folder / f"{key}.json"  # written last, when all is complete
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
@@ -99,7 +99,7 @@ def _mapped(
                 write_json(about, {"source": listing.source, "sha256": sha256})
     except OSError as e:
         raise GddlabError(f"cannot write to {folder} ({e}): set GDDLAB_CACHE to a folder that can be written") from None
-    # Copy on write: pages are shared between processes, and nobody can change the file.
+    # Copy on write: processes share pages, and none can change the file.
     mapped = np.load(path, mmap_mode="c", allow_pickle=False)
     if mapped.shape != shape or mapped.dtype != np.uint8:
         raise GddlabError(f"{path} is damaged: delete it and {about.name}")
@@ -114,7 +114,7 @@ def _square(listing: Listing, name: str) -> np.ndarray:
 
 
 def _shape(listing: Listing) -> tuple[int, ...]:
-    """Shape of the first image that can be used; the others must have it."""
+    """Shape of the first usable image; all others must have it."""
     problems = []
     for name in listing.names:
         try:
@@ -125,7 +125,7 @@ def _shape(listing: Listing) -> tuple[int, ...]:
 
 
 def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
-    """Decodes into `out` by threads (Pillow's decoders run without Python's lock); what lies behind is mirrored."""
+    """Decodes into `out` by threads (Pillow's decoders release the GIL); then appends mirror images."""
     n = len(listing)
     shape = out.shape[1:]
 
@@ -158,8 +158,8 @@ def _hash(images: np.ndarray, labels: np.ndarray | None, recorded: str | None, s
     found = content_hash(images, labels)
     if recorded is not None and found != recorded:
         raise GddlabError(
-            f"{source}: images or labels are not those of its manifest (sha256 {found[:16]}, recorded {recorded[:16]}): "
-            "prepare the data again"
+            f"{source}: images or labels are not those of its manifest "
+            f"(sha256 {found[:16]}, recorded {recorded[:16]}): prepare the data again"
         )
     return found
 
@@ -169,14 +169,14 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def problem(name: str, e: BadImage | OSError) -> Problem:
-    """What an image that cannot be read is reported as."""
+    """The report of an image that cannot be read."""
     if isinstance(e, BadImage):
         return Problem(name, e.kind, e.detail)
     return Problem(name, "cannot be read", e.strerror or type(e).__name__)
 
 
 def _free_memory() -> int:
-    """Bytes that may be taken: what the system says is available, less where a container is narrower."""
+    """Available memory in bytes, of the system or of the container if that is less."""
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")

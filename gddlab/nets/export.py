@@ -34,7 +34,7 @@ OPSETS = range(18, 24)
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported student: `max_difference` is that of its pixels, in [-1, 1], from gddlab's over `batches`."""
+    """An exported student; `max_difference` compares its pixels, in [-1, 1], with gddlab's over `batches`."""
 
     path: Path
     format: str
@@ -69,38 +69,39 @@ def export(
     """Writes a one-step student as ONNX or as a torch.export program, and checks that it gives equal images.
 
     The file takes `z`, (N, C, H, W), float32, standard normal, and, when the student is conditional, `class_labels`,
-    (N, classes), float32, one-hot; N is free. It gives `images`, (N, C, H, W), clipped to [-1, 1], as `gddlab.sample` does. Its
-    metadata (ONNX: `metadata_props`; torch.export: the extra file `gddlab.json`) names architecture and weights.
+    (N, classes), float32, one-hot; N is free. It gives `images`, (N, C, H, W), clipped to [-1, 1], as `gddlab.sample`
+    does. Metadata (ONNX: `metadata_props`; torch.export: the extra file `gddlab.json`) names architecture and weights.
 
     Args:
         student: The network; it is not changed. Exported in float32.
-        out: File to write; its suffix says the format: ".onnx" or ".pt2".
-        sigma: Noise level of the one step; None takes the student's own. Needed for a network with another
+        out: File to write; its suffix, ".onnx" or ".pt2", decides the format.
+        sigma: Noise level of the one step, by default the student's own. Needed for a network with another
             preconditioning (SiD's students: `EDMPrecond` at 2.5).
-        opset: ONNX operator set, 18 to 23; without meaning for .pt2.
-        progress: Shows a bar when at a terminal.
+        opset: ONNX operator set, 18 to 23; ignored for .pt2.
+        progress: Shows a bar at a terminal.
 
     Returns:
         What was written, and the largest difference found.
 
     Raises:
-        GddlabError: Another suffix, a network without a sigma, a missing package, an exporter that fails, or images that
-            differ; the file is then not there, an older one is kept.
+        GddlabError: Another suffix, a network without a sigma, a missing package, a failing exporter, or images that
+            differ; no file is then written, and an older one is kept.
     """
     out = Path(out)
     if out.suffix not in TOLERANCE:
-        raise GddlabError(f"out={str(out)!r}: its suffix says the format, give .onnx or .pt2")
+        raise GddlabError(f"out={str(out)!r}: its suffix decides the format, give .onnx or .pt2")
     if not isinstance(student, Precond):
         raise GddlabError(f"a {type(student).__name__} cannot be exported: give a network of gddlab, as run.student()")
     if sigma is None and isinstance(student, OneStepPrecond):
         if student.mid_sigmas:
             raise GddlabError(
-                f"this student takes {len(student.sigmas)} steps, an exported one takes one: give sigma={student.sigma_g:g} for its first"
+                f"this student takes {len(student.sigmas)} steps, an exported one takes one: "
+                f"give sigma={student.sigma_g:g} for its first"
             )
         sigma = student.sigma_g
     if sigma is None:
         raise GddlabError(
-            f"a {type(student).__name__} is no one-step student: give sigma=, the noise level at which it makes an image in one step"
+            f"a {type(student).__name__} is no one-step student: give sigma=, the noise level of its step"
         )
     if not (sigma > 0 and student.sigma_min <= sigma <= student.sigma_max):
         raise GddlabError(f"sigma={sigma}: give one in {student.sigma_min:g} to {student.sigma_max:g}, above 0")
@@ -109,12 +110,13 @@ def export(
     if out.suffix == ".onnx":
         _need_onnx()
     model = OneStep(_plain(student), float(sigma)).eval()
+    shape = student.img_channels, student.img_resolution, student.img_resolution
     metadata = {
         "gddlab": versions()["gddlab"],
         "architecture": json.dumps(architecture(student), allow_nan=False),
         "sha256": hash_tensors(student.state_dict()),
         "sigma": repr(float(sigma)),
-        "z": f"(N, {student.img_channels}, {student.img_resolution}, {student.img_resolution}) float32, standard normal",
+        "z": f"{('N', *shape)} float32, standard normal".replace("'", ""),
         "class_labels": f"(N, {student.label_dim}) float32, one-hot" if student.label_dim else "none",
         "images": "as z, in [-1, 1]",
     }
@@ -138,8 +140,8 @@ def export(
                 raise GddlabError(f"{out} cannot be exported: {type(e).__name__}: {words}") from e
         if not difference <= TOLERANCE[out.suffix]:
             raise GddlabError(
-                f"{out} is not written: its images differ by {difference:.1e} from the student's, at most {TOLERANCE[out.suffix]:g} "
-                "is accepted; give another opset=, or the other format"
+                f"{out} is not written: its images differ by {difference:.1e} from the student's, accepted is at most "
+                f"{TOLERANCE[out.suffix]:g}; give another opset=, or the other format"
             )
         size = tmp.stat().st_size
         bar.update()
@@ -216,7 +218,7 @@ def _open_onnx(path: Path) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters talk on every channel."""
+    """Silences exporters, which print, warn and log."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Networks as safetensors files, as EDM class names with arguments, and as students of a teacher."""
+"""Networks from class names and arguments, from safetensors files, and as students of a teacher."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
 
 
 def refusal(kwargs: dict[Any, Any], tensors: int) -> str | None:
-    """What is wrong with the constructor arguments of a network of so many tensors; None if nothing is."""
+    """What is wrong with the constructor arguments of a network with this many tensors; None if nothing is."""
     for name, value in kwargs.items():
         if (accepted := _accepted(name, value)) is not None:
             shown = repr(value[:40]) if isinstance(value, str) else value
             shown = shown if isinstance(shown, (int, float, str)) else f"<{type(value).__name__}>"
             return f"{str(name)[:40]}={str(shown)[:42]}: {accepted}"
     blocks, levels = kwargs.get("num_blocks", 1), len(kwargs.get("channel_mult", [1]))
-    if 20 * blocks * levels > tensors:  # ten tensors a block, at least, up and down
+    if 20 * blocks * levels > tensors:  # at least ten tensors per block, up and down
         return f"{blocks} blocks in {levels} levels, but only {tensors} tensors"
     return None
 
@@ -169,17 +169,17 @@ def make_student(
 ) -> OneStepPrecond:
     """A one-step generator with the teacher's weights (method of GDD, section 2 of its paper).
 
-    The augmentation embedding is not carried over and dropout is 0. A freeze mask made for the teacher fits.
+    The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits.
 
     Args:
         teacher: An EDM network.
-        target_time: The student takes a second, target noise level; at first it changes nothing.
-        mid_sigmas: Noise levels of further steps, descending between 80 and 0.002.
-        init: "teacher", or "scratch": fresh weights from torch's global generator, the control.
+        target_time: The student takes a second, target noise level, which changes nothing at first.
+        mid_sigmas: Noise levels of further steps, descending between `SIGMA_MAX` and `SIGMA_MIN`.
+        init: "teacher", or as a control "scratch", new weights from torch's global generator.
 
     Raises:
-        GddlabError: The teacher has another preconditioning than EDM's, whose noise embedding a student could not use; `mid_sigmas` do
-            not descend; an unknown `init`.
+        GddlabError: The teacher's preconditioning is not EDM's, so that a student could not use its noise embedding;
+            `mid_sigmas` do not descend; an unknown `init`.
     """
     if not isinstance(teacher, EDMPrecond):
         raise GddlabError(f"a {type(teacher).__name__} teacher has no one-step student: give an EDMPrecond network")

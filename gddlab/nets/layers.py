@@ -15,13 +15,13 @@ __all__ = ["Conv2d", "FourierEmbedding", "PositionalEmbedding", "Resample", "UNe
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Full precision inside autocast; nothing where autocast is off, so that exported graphs carry no trace of it."""
+    """Full precision inside autocast; does nothing where autocast is off, so that exported graphs do not show it."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` around a slow corner of PyTorch's CPU kernel: bfloat16, small maps, groups narrower than its vectors."""
+    """`nn.GroupNorm`, in float32 where PyTorch's CPU kernel is slow: bfloat16, small maps, groups below 16 channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.num_channels < 16 * self.num_groups
@@ -85,9 +85,10 @@ class Resample(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution at equal size, with resampling by two before it, or `fused`: going down, the filter after it, paddings merged.
+    """Convolution at equal size, or with resampling by two before it.
 
-    Weights, bias and `resample_filter` carry the reference's names.
+    `fused`, for downsampling: the filter comes after the convolution, with merged paddings. Weights, bias and
+    `resample_filter` have the reference's names.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class UNetBlock(nn.Module):
         return x
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Self-attention over pixels; the reference lays channels out as head, channel, (q, k, v).  (B, 3C, H, W) -> (B, C, H, W)"""
+        """Self-attention over pixels; channels are (head, channel, q k v).  (B, 3C, H, W) -> (B, C, H, W)"""
         b, c3, h, w = qkv.shape
         pixels = qkv.permute(0, 2, 3, 1).reshape(b, h * w, self.num_heads, c3 // 3 // self.num_heads, 3)
         # One copy makes channels adjacent: without it the memory-efficient kernels are refused.

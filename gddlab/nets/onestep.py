@@ -1,4 +1,4 @@
-"""The one-step student's network: preconditioning, few steps, and a second time for the baselines that need one."""
+"""The student's network: its preconditioning, its steps, and a target noise level for the baselines that need one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ __all__ = ["OneStepPrecond"]
 
 
 class OneStepPrecond(EDMPrecond):
-    """The one-step student: consistency-model boundary coefficients, exact identity at sigma = eps (method of GDD; Song et al. 2023, appendix C).
+    """The one-step student: a consistency model's coefficients, the identity at sigma = eps.
 
+    Method of GDD; Song et al. 2023, appendix C:
     c_skip = sd^2 / ((sigma - eps)^2 + sd^2); c_out = (sigma - eps) sd / sqrt(sigma^2 + sd^2); the rest as EDM.
 
-    With a target time the network is g(x; sigma, s), the image to which a straight way from x at sigma to noise level s points: an estimate in the
-    form above, from a U-Net that sees c_noise of s too (`map_target0`, `map_target1`; what they add is zero at first). `jump` goes that way.
+    With a target time the network is g(x; sigma, s), the image at the end of the straight line from x at sigma via
+    the state at noise level s (Kim et al. 2023). Its U-Net also sees c_noise of s (`map_target0`, `map_target1`, zero
+    at first). `jump` gives the state at s.
 
     Args:
         eps: Lowest noise level.
@@ -69,7 +71,7 @@ class OneStepPrecond(EDMPrecond):
         augment_labels: Tensor | None = None,
         target: Tensor | float | None = None,
     ) -> Tensor:
-        """As `Precond.forward`; `target` is the noise level to go to, a number, (1,) or (B,), > 0, where the network takes one; None means eps.
+        """As `Precond.forward`; `target` is the target noise level, a number, (1,) or (B,), > 0; by default eps.
 
         Raises:
             GddlabError: As there; a target for a network without target time.
@@ -77,17 +79,19 @@ class OneStepPrecond(EDMPrecond):
         if self.target_time and target is None:
             target = self.eps
         elif not self.target_time and target is not None:
-            raise GddlabError("this student takes no target: leave it away, or make it with target_time=True")
+            raise GddlabError("this student takes no target: omit it, or make it with target_time=True")
         return self._denoise(x, sigma, class_labels, augment_labels, target)
 
     def jump(
         self, x: Tensor, sigma: Tensor | float, target: Tensor | float, class_labels: Tensor | None = None
     ) -> Tensor:
-        """From noise level sigma to `target` on a straight line: (s / t) x + (1 - s / t) g(x; t, s) (Kim et al. 2023, "Consistency trajectory models", section 3).
+        """From noise level t = sigma to s = target on a straight line: (s / t) x + (1 - s / t) g(x; t, s).
+
+        Kim et al. 2023, "Consistency trajectory models", section 3.
 
         Args:
-            x: (B, C, H, W).
-            sigma, target: Where x is and where to go, a number, (1,) or (B,), > 0.
+            x: State at sigma, (B, C, H, W).
+            sigma, target: Noise levels, a number, (1,) or (B,), > 0.
             class_labels: One-hot, (B, label_dim).
 
         Raises:
@@ -105,8 +109,9 @@ class OneStepPrecond(EDMPrecond):
     def generate_steps(self, z: Tensor, class_labels: Tensor | None, noise: Sequence[Tensor], exit: int) -> Tensor:
         """The image after step `exit` of `sigmas`, from the student's own earlier steps, which get no gradient.
 
-        Training at random exits shows each step what it meets when images are made (backward simulation; Yin et al. 2024, "Improved distribution matching
-        distillation", section 4.5). The steps are those of `multistep` (Song et al. 2023, algorithm 1).
+        Training at random exits gives each step the inputs it has in sampling (backward simulation; Yin et al. 2024,
+        "Improved distribution matching distillation", section 4.5). The steps are those of `multistep` (Song et al.
+        2023, algorithm 1).
 
         Args:
             z: Standard normal noise, (B, C, H, W).

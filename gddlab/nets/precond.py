@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
-"""EDM's range of noise levels and its standard deviation of the data, on the scale of images in [-1, 1] (Karras et al. 2022, table 1)."""
+"""EDM's range of noise levels and standard deviation of the data, images in [-1, 1] (Karras et al. 2022, table 1)."""
 
 
 class Coefficients(NamedTuple):
@@ -53,7 +53,7 @@ class Precond(nn.Module):
     sigma_min: float
     sigma_max: float
     card: Any
-    """What `load_teacher` knows of the network; None for a network built otherwise."""
+    """The card that `load_teacher` gives; None for a network built otherwise."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Precond(nn.Module):
         raise AssertionError("a preconditioning defines its coefficients")
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest sigma that the network knows; the identity except for iDDPM."""
+        """The nearest sigma that the network was trained at; the identity except for iDDPM."""
         return sigma
 
     def forward(
@@ -103,13 +103,14 @@ class Precond(nn.Module):
         Args:
             x: (B, C, H, W), image plus sigma times noise; float64 stays float64, anything else becomes float32.
             sigma: Scalar, (1,) or (B,), > 0.
-            class_labels: (B, label_dim) or (1, label_dim) one-hot; None means no class; an unconditional network ignores them.
+            class_labels: (B, label_dim) or (1, label_dim) one-hot; None for no class; ignored if unconditional.
             augment_labels: (B, augment_dim).
 
         Returns:
             (B, C, H, W), the denoised image.
 
-        Under autocast the U-Net runs in low precision; its embeddings of sigma and labels, the coefficients and the sum do not.
+        Under autocast the U-Net runs in low precision, except its embeddings of sigma and labels, the coefficients and
+        the sum.
 
         Raises:
             GddlabError: Class labels of another shape; weights of less than 32 bits, which autocast serves better.

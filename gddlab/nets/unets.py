@@ -30,11 +30,11 @@ def _drop_labels(labels: Tensor, p: float, batch: int) -> Tensor:
 
 
 TARGET_LAYERS = ("map_target0", "map_target1")
-"""What embeds a target noise level: layers that a student may have beside its teacher's."""
+"""The layers that embed a target noise level; a student may have them besides its teacher's."""
 
 
 def _target_layers(cin: int, cout: int) -> tuple[nn.Linear, nn.Linear]:
-    """Two layers after the embedding of a target noise level; the last one is zero, so that they change nothing at first."""
+    """Two layers after the embedding of a target noise level; the last is zero, so that the output does not change."""
     first, last = nn.Linear(cin, cout), nn.Linear(cout, cout)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -47,8 +47,10 @@ class SongUNet(nn.Module):
     Args:
         img_resolution: Height and width, pixels.
         label_dim, augment_dim: Width of the one-hot class labels and of the augmentation labels; 0 for none.
-        model_channels, channel_mult, channel_mult_emb, channel_mult_noise: Widths: base, per level, of the embedding, of the noise embedding.
-        num_blocks: Residual blocks a level.
+        model_channels: Base width.
+        channel_mult, channel_mult_emb, channel_mult_noise: Multiples of it for the levels, the embedding, and the
+            noise embedding.
+        num_blocks: Residual blocks per level.
         attn_resolutions: Resolutions with self-attention.
         embedding_type: "positional" (DDPM++) or "fourier" (NCSN++).
         encoder_type: "standard", "skip" or "residual" (NCSN++).
@@ -172,7 +174,7 @@ class SongUNet(nn.Module):
                 xavier_(m, 1e-5 if zero else math.sqrt(0.2) if leaf == "qkv" else 1.0)
 
     def add_target(self) -> None:
-        """Adds the embedding of a second, target noise level: `map_noise` of it, then `map_target0` and `map_target1`; the output does not change."""
+        """Adds the layers after the embedding of a second, target noise level; the output does not change at first."""
         self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
 
     def embed(
@@ -307,7 +309,7 @@ class DhariwalUNet(nn.Module):
         self._init()
 
     def _init(self) -> None:
-        """PyTorch's defaults (uniform, 1 / sqrt(fan-in)), zeros on the last layer of each branch, unit variance for labels."""
+        """PyTorch's defaults (uniform, 1 / sqrt(fan-in)); zeros last in each branch; unit variance for labels."""
         for name, m in self.named_modules():
             if name.rpartition(".")[2] in ("conv1", "proj", "out_conv", "map_augment"):
                 assert isinstance(m, (nn.Conv2d, nn.Linear))
@@ -318,7 +320,7 @@ class DhariwalUNet(nn.Module):
             nn.init.normal_(self.map_label.weight)
 
     def add_target(self) -> None:
-        """Adds the embedding of a second, target noise level: `map_noise` of it, then `map_target0` and `map_target1`; the output does not change."""
+        """Adds the layers after the embedding of a second, target noise level; the output does not change at first."""
         self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
 
     def embed(

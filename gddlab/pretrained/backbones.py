@@ -216,8 +216,8 @@ class Backbone(nn.Module):
     """Four feature levels of a frozen pretrained network, in eval mode always.
 
     Args:
-        name: "tf_efficientnet_lite0", "vgg16_bn" (torchvision's), "deit_base_distilled_patch16_224", or any timm model. A
-            convolutional or hierarchical one gives its last four levels, a plain ViT four evenly spaced blocks.
+        name: "tf_efficientnet_lite0", "vgg16_bn" (torchvision's), "deit_base_distilled_patch16_224", or any timm model.
+            A convolutional or hierarchical one gives its last four levels, a plain ViT four evenly spaced blocks.
         input_size: Images are resized to this many pixels, bilinearly (align_corners False).
         fold: Folds BatchNorm into convolutions: equal up to float32 rounding, and faster.
         weights: "auto" searches for them and downloads them if need be; "random" draws them from torch's global

@@ -35,8 +35,8 @@ TOLERANCE = 1e-4
 class _Trace(TorchDispatchMode):
     """Records which convolution feeds which BatchNorm from the data flow; names and order of modules do not tell.
 
-    `pairs` holds the ids of the convolution's weight and of the normalisation's running mean. A convolution whose output
-    has a second reader, or a module that is used twice, cannot be folded: `uses` counts the readers of each
+    `pairs` holds the ids of the convolution's weight and of the normalisation's running mean. A convolution whose
+    output has a second reader, or a module that is used twice, cannot be folded: `uses` counts the readers of each
     convolution's output, `calls` the uses of each weight or running mean.
     """
 
@@ -64,7 +64,7 @@ class _Trace(TorchDispatchMode):
 
 
 def probe_image(size: int, *, like: Tensor) -> Tensor:
-    """The same noise each time, (1, 3, size, size), with the dtype and device of `like`; global state is not touched."""
+    """The same noise each time, (1, 3, size, size), in the dtype and on the device of `like`, from its own generator."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, size, size, generator=generator).to(device=like.device, dtype=like.dtype)
 

@@ -1,4 +1,4 @@
-"""`sample_files`: images to a folder of PNG files or an EDM zip, by one process or many; a run that was ended continues."""
+"""`sample_files`: images to a folder of PNG files or an EDM zip, by one process or several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from gddlab.sampling.samplers import (
     seed_list,
     sigma_list,
 )
-from gddlab.teachers.catalog import open_model
+from gddlab.teachers import load_teacher
 
 __all__ = ["FolderTarget", "ZipTarget", "encode", "make_share", "open_target", "sample_files"]
 
@@ -63,32 +63,33 @@ def sample_files(
     progress: bool = True,
     **settings: Any,
 ) -> Path:
-    """Samples to a folder, or to an EDM zip when `out` ends in .zip; the same call continues one that was ended.
+    """Samples to a folder, or to an EDM zip if `out` ends in .zip; the same call continues after an interruption.
 
-    A folder gets SEED.png (six digits), dataset.json with the classes of a conditional network, and manifest.json: weight hash, sampler, seeds,
-    versions. A zip holds the same in EDM's layout, and is whole or absent; until it is, its parts lie in OUT.parts beside it.
+    A folder gets SEED.png (six digits), dataset.json with the classes of a conditional network, and manifest.json with
+    weight hash, sampler, seeds and versions. A zip holds the same in EDM's layout; it appears when it is complete, and
+    until then its parts are in OUT.parts beside it.
 
-    The images are dealt in parts of `batch_size` to the processes in turn: `nproc` fresh ones that this call starts, or those that torchrun
-    has started, known by RANK and WORLD_SIZE. No process group is needed, only a file system that all of them see. Of torchrun's
-    processes the first assembles the zip and returns when it is there; the others return when their parts are written.
+    Parts of `batch_size` images are assigned to the processes in turn: to `nproc` new ones that this call starts, or to
+    torchrun's, known by RANK and WORLD_SIZE. They need no process group, only a common file system. Of torchrun's
+    processes the first assembles the zip and returns when it is complete; the others when their parts are written.
 
     Args:
-        model: A network, or a name, file or run directory; with nproc > 1 not a network.
+        model: A name, file or run directory; or a network, with nproc=1.
         out: Folder, or file that ends in .zip.
-        n, seed, seeds, class_labels, steps, sigmas, dtype, channels_last, settings: As for `sample`; seeds may not repeat.
+        n, seed, seeds, class_labels, steps, sigmas, dtype, channels_last, settings: As for `sample`; no seed twice.
         batch_size: Images at once.
         nproc: Processes on this machine.
-        device: Of a model that is opened here: "auto" (CUDA where there is one), "cpu" or "cuda"; a network stays where it is.
-        timeout_s: How long the first process waits for a part of another one, seconds, or five times its own slowest part if that
-            is longer; each part that comes starts the wait anew.
-        progress: Shows a bar when at a terminal.
+        device: Of a model that is loaded here: "auto" (CUDA where available), "cpu" or "cuda".
+        timeout_s: How long the first process waits for the next part of another one, seconds; at least five times its
+            own slowest part.
+        progress: Shows a bar at a terminal.
 
     Returns:
         Path of the folder or zip.
 
     Raises:
-        GddlabError: Bad arguments, as for `sample`; `out` holds something else, or images of other settings; it cannot be written; a
-            process died. What is written stays, and the same call continues.
+        GddlabError: Bad arguments, as for `sample`; `out` holds something else, or images of other settings; it cannot
+            be written; a process died. What is written is kept, and the same call continues.
     """
     total = len(seed_list(n, seed, seeds))
     rank, world = _rank()
@@ -111,7 +112,7 @@ def sample_files(
     if nproc > 1 and not isinstance(model, str | Path):
         raise GddlabError(f"nproc={nproc} with a network: give its name, file or run directory, or nproc=1")
     if nproc > 1 and world > 1:
-        raise GddlabError(f"nproc={nproc} under torchrun: leave nproc away, its processes share the work")
+        raise GddlabError(f"nproc={nproc} under torchrun: omit nproc, its processes share the work")
     parts = range(rank * batch_size, total, world * batch_size)
     share = sum(min(batch_size, total - i) for i in parts)
     with progress_bar(total=share, desc="sampling", unit="img", enabled=progress and rank == 0) as bar:
@@ -143,13 +144,12 @@ def make_share(
     report: Callable[[int], Any],
     **method: Any,
 ) -> None:
-    """What one process does of `sample_files`: the missing parts of its rank; the first process also the end.
+    """The part of one process in `sample_files`: the missing parts of its rank; the first process also completes `out`.
 
     Args:
-        report: Called with the number of images of each part, when it is there.
+        report: Called with the number of images of each part, when it is written.
     """
-
-    net = open_model(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
+    net = load_teacher(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
     how = resolve(net, **method)
     if net.img_channels not in (1, 3):
         raise GddlabError(
@@ -192,12 +192,12 @@ def make_share(
         raise
     except OSError as e:
         raise GddlabError(
-            f"cannot write {e.filename or out} ({e.strerror}): nothing is lost, the same call continues when it can be written"
+            f"cannot write {e.filename or out} ({e.strerror}): nothing is lost; the same call continues from here"
         ) from None
 
 
 def _rank() -> tuple[int, int]:
-    """This process's number, and how many there are, as torchrun says it."""
+    """Rank of this process and number of processes, from torchrun's variables."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -210,12 +210,12 @@ def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int 
         return [None] * len(seeds)
     ids = dense.argmax(1)
     if not torch.equal(torch.nn.functional.one_hot(ids, net.label_dim).float(), dense):
-        raise GddlabError("class_labels mix classes: files take one class an image, give class ids")
+        raise GddlabError("class_labels mix classes: files take one class per image, give class ids")
     return list(ids.tolist())
 
 
 def _short(numbers: Sequence[int | None]) -> str:
-    """Integers as "0-99,200", or their hash where that is long; equal for equal numbers in equal order."""
+    """Integers as "0-99,200", or their hash if that is long."""
     runs: list[list[int]] = []
     for x in numbers:
         assert x is not None
@@ -228,7 +228,7 @@ def _short(numbers: Sequence[int | None]) -> str:
 
 
 def _manifest(net: Precond, out: Path, about: dict[str, Any], n: int) -> dict[str, Any]:
-    """What is known of the images, in the form of a dataset's manifest; how they were made is in `extra`."""
+    """A dataset's manifest of the images; `extra` says how they were made."""
     name = net.card.name if net.card is not None else type(module_of(net)).__name__
     return {
         "name": out.stem,
@@ -248,7 +248,7 @@ _MANIFEST = "manifest.json"
 
 
 class FolderTarget:
-    """SEED.png, dataset.json with classes, manifest.json; a part is there when all its files are whole."""
+    """SEED.png, dataset.json with classes, manifest.json; a part is complete when all its files are."""
 
     def __init__(
         self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
@@ -284,11 +284,11 @@ class FolderTarget:
                 write_bytes(self.out / e.name, e.png)
 
     def finish(self, timeout_s: float, world: int) -> None:
-        """Nothing is left to do: every file is in its place."""
+        """Does nothing: every file is in its place."""
 
 
 class ZipTarget:
-    """An EDM zip beside which the parts lie until it is whole."""
+    """An EDM zip; until it is complete, its parts are in a folder beside it."""
 
     def __init__(
         self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
@@ -329,14 +329,14 @@ class ZipTarget:
                 since, left = time.monotonic(), len(missing)
             if time.monotonic() - since > timeout_s:
                 raise GddlabError(
-                    f"{self.out}: {left} of {self.count} parts have not come for {timeout_s:.0f} s, the next from process "
-                    f"{missing[0] % world} of {world}: see its log; the same call continues with what is there"
+                    f"{self.out}: {left} of {self.count} parts are missing after {timeout_s:.0f} s, the first is due "
+                    f"from process {missing[0] % world} of {world}: see its log; the same call continues from here"
                 )
             time.sleep(0.2)
         assemble(self.folder, self.count, self.out, self._manifest)
 
     def _manifest(self, made: Path) -> dict[str, Any]:
-        """The manifest with the hash of all images, in the order in which datasets list them."""
+        """The manifest with the hash of all images in the order of a dataset, by name."""
         side, channels = self.manifest["resolution"], self.manifest["channels"]
         classes = {self.name(seed): c for seed, c in self.pairs}
         h = ContentHash((len(classes), side, side, channels))
@@ -350,12 +350,12 @@ class ZipTarget:
 def open_target(
     out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
 ) -> FolderTarget | ZipTarget:
-    """The place of the images.
+    """The target of the images.
 
     Args:
         out: Folder, or file that ends in .zip.
-        about: What decides the images; a place that holds images of other settings is refused.
-        manifest: What is recorded beside them; holds `about`.
+        about: The settings that determine the images; a target with images of other settings is refused.
+        manifest: Recorded beside them; holds `about`.
         pairs: Seed and class of each image.
     """
     return (ZipTarget if out.suffix == ".zip" else FolderTarget)(out, about, manifest, pairs)
@@ -373,7 +373,7 @@ def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callab
     if not finite.all():
         seed = pairs[int((~finite).nonzero()[0])][0]
         raise GddlabError(
-            f"the image of seed {seed} is not finite: the model may have diverged, or its numbers overflow; try dtype=None"
+            f"the image of seed {seed} is not finite: the model may have diverged or overflowed; try dtype=None"
         )
     entries = []
     for pixels, (seed, label) in zip(to_uint8(images).permute(0, 2, 3, 1).numpy(), pairs, strict=True):
@@ -388,7 +388,7 @@ def _parts(about: dict[str, Any], pairs: Sequence[Any]) -> int:
 
 
 def _is_png(path: Path, side: int) -> bool:
-    """Whether the file is a whole image of that size; a crash may have left half of one."""
+    """Whether the file is a complete image of that size; a crash may have left an incomplete one."""
     from PIL import Image
 
     try:
@@ -421,5 +421,5 @@ def _same(manifest: Any, about: dict[str, Any], out: Path) -> None:
     for key, value in json.loads(json.dumps(about)).items():
         if old.get(key) != value:
             raise GddlabError(
-                f"{out} was made with {key}={old.get(key)!r}, asked is {value!r}: give another name, or delete it to begin again"
+                f"{out} was made with {key}={old.get(key)!r}, not {value!r}: give another name, or delete it"
             )

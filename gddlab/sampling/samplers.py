@@ -185,7 +185,7 @@ def integrate(
         z: Standard normal noise, (B, C, H, W).
         class_labels: One-hot, (B, label_dim).
         sampler: How.
-        noise: Gives standard normal noise, (B, C, H, W), once per step if S_churn > 0; an `ImageNoise` after its latents.
+        noise: Gives standard normal noise, (B, C, H, W), per step if S_churn > 0; an `ImageNoise` after its latents.
 
     Returns:
         (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
@@ -256,7 +256,7 @@ def heun(
     sigma_max: float = SIGMA_MAX,
     rho: float = 7.0,
 ) -> Float[Tensor, "b c h w"]:
-    """EDM's deterministic sampler, 2 * num_steps - 1 network calls: `integrate` with its defaults; z, labels and result as there."""
+    """EDM's deterministic sampler, `integrate` with its defaults; 2 * num_steps - 1 network calls."""
     return integrate(net, z, class_labels, Sampler(steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
 
 
@@ -275,7 +275,7 @@ def multistep(
         z: Standard normal noise, (B, C, H, W).
         class_labels: One-hot, (B, label_dim).
         sigmas: Descending noise levels above eps, one per step; the student starts from the first, 80.
-        noise: Gives standard normal noise, (B, C, H, W), for each step but the first; an `ImageNoise` after its latents.
+        noise: Gives standard normal noise, (B, C, H, W), for each later step; an `ImageNoise` after its latents.
 
     Returns:
         (B, C, H, W), float32.
@@ -362,7 +362,7 @@ def sigma_list(sigmas: Any) -> list[float]:
 
 
 def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
-    """Class labels of `n` images, (n, label_dim), float32; None for an unconditional network. `labels` as for `sample`."""
+    """Class labels of `n` images, one-hot float32; None for an unconditional network; `labels` as in `sample`."""
     if not label_dim:
         if labels is not None:
             raise GddlabError("class_labels given to an unconditional network: omit them")
@@ -429,27 +429,27 @@ def sample(
 ) -> Float[Tensor, "n c h w"]:
     """Draws images; an image depends on its seed, not on the batch size.
 
-    A student takes the steps it was made for, usually one, or others: `sample(student, sigmas=(80.0, 0.8))`. A teacher is
-    sampled with EDM's deterministic Heun sampler, or as the fields of `Sampler` say: `sample(teacher, steps=32,
+    A student takes the steps it was made for, usually one, or others: `sample(student, sigmas=(80.0, 0.8))`. A teacher
+    is sampled with EDM's deterministic Heun sampler, or with other fields of `Sampler`: `sample(teacher, steps=32,
     S_churn=40)`. A SiD student is a plain EDMPrecond network that is run once at sigma 2.5: `sample(net, steps=1,
     sigma_max=2.5)` is D(2.5 z; 2.5).
 
     Args:
         net: Student or teacher; it stays on its device.
         n: Number of images; by default 64, or one per seed.
-        steps: For a student the number of steps, by default its own; more than one visit the Karras grid from 80 to eps.
-            For a teacher the number of noise levels, by default 18.
+        steps: For a student the number of steps, by default its own, on the Karras grid from 80 to eps. For a teacher
+            the number of noise levels, by default 18.
         seed: First seed; image i comes from seed + i.
         seeds: Explicit seeds instead, one per image, 0 to 2^32 - 1.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim); by default
             an image has the class seed mod label_dim.
         sigmas: For a student: the noise levels of its steps, descending from 80; by default its own.
         batch_size: Images at once.
-        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None keeps its precision.
+        dtype: torch.bfloat16 or torch.float16, or their names: runs the network under autocast.
         channels_last: Runs the network in that memory format, faster for convolutions with bfloat16 and on GPUs.
         progress: Shows a bar at a terminal.
-        **settings: Fields of `Sampler`, for a teacher: solver, discretization, schedule, scaling, sigma_min, sigma_max, rho,
-            S_churn, S_min, S_max, S_noise, ...
+        **settings: Fields of `Sampler`, for a teacher: solver, discretization, schedule, scaling, sigma_min, sigma_max,
+            rho, S_churn, S_min, S_max, S_noise, ...
 
     Returns:
         float32 in [-1, 1], (n, C, H, W), on the CPU.
