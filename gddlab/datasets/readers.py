@@ -286,7 +286,7 @@ def of_huggingface(address: str) -> Listing:
     """The images and, where a column holds them, the labels of "hf:NAME[:CONFIG][:SPLIT]".
 
     NAME is what `datasets.load_dataset` takes, or a folder written by `save_to_disk`. A single addition is a split if
-    it has the name of one (train, test, validation, ..., or with + or []), otherwise a configuration; the default split is
+    it has the name of one (train, test, validation, ..., or with + or []), else a configuration; the default split is
     "train". Images are in the column "image" or "img", or in the only one of images; labels are in "label" or "labels",
     or in the first column of class labels.
 

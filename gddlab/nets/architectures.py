@@ -77,7 +77,7 @@ def _table() -> dict[str, tuple[str, dict[str, Any]]]:
 ARCHITECTURES = _table()
 """Name -> class name and keyword arguments, as in an EDM pickle.
 
-Names that begin with vp, ve or iddpm are EDM's baselines (configuration A), derived from the paper; a file's own arguments count.
+Names that begin with vp, ve or iddpm are EDM's baselines (configuration A), derived from the paper: files may differ.
 """
 
 

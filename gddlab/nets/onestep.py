@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError
@@ -65,12 +66,12 @@ class OneStepPrecond(EDMPrecond):
 
     def forward(
         self,
-        x: Tensor,
+        x: Float[Tensor, "b c h w"],
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
+        augment_labels: Float[Tensor, "b k"] | None = None,
         target: Tensor | float | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "b c h w"]:
         """As `Precond.forward`; `target` is the target noise level, a number, (1,) or (B,), > 0; by default eps.
 
         Raises:
@@ -83,8 +84,12 @@ class OneStepPrecond(EDMPrecond):
         return self._denoise(x, sigma, class_labels, augment_labels, target)
 
     def jump(
-        self, x: Tensor, sigma: Tensor | float, target: Tensor | float, class_labels: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Tensor | float,
+        target: Tensor | float,
+        class_labels: Tensor | None = None,
+    ) -> Float[Tensor, "b c h w"]:
         """From noise level t = sigma to s = target on a straight line: (s / t) x + (1 - s / t) g(x; t, s).
 
         Kim et al. 2023, "Consistency trajectory models", section 3.
@@ -101,12 +106,14 @@ class OneStepPrecond(EDMPrecond):
         share = levels_of(target, image) / levels_of(sigma, image)
         return share * x.to(image.dtype) + (1 - share) * image
 
-    def generate(self, z: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """One step from noise to image: G(z) = D(80 z; 80).  z ~ N(0, I), (B, C, H, W) -> (B, C, H, W)"""
+    def generate(self, z: Float[Tensor, "b c h w"], class_labels: Tensor | None = None) -> Float[Tensor, "b c h w"]:
+        """One step from noise to image: G(z) = D(80 z; 80), z ~ N(0, I)."""
         out: Tensor = self(self.sigma_g * z, self.sigma_g, class_labels)
         return out
 
-    def generate_steps(self, z: Tensor, class_labels: Tensor | None, noise: Sequence[Tensor], exit: int) -> Tensor:
+    def generate_steps(
+        self, z: Float[Tensor, "b c h w"], class_labels: Tensor | None, noise: Sequence[Tensor], exit: int
+    ) -> Float[Tensor, "b c h w"]:
         """The image after step `exit` of `sigmas`, from the student's own earlier steps, which get no gradient.
 
         Training at random exits gives each step the inputs it has in sampling (backward simulation; Yin et al. 2024,

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
@@ -93,11 +94,11 @@ class Precond(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Float[Tensor, "b c h w"],
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        augment_labels: Float[Tensor, "b k"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
         """Denoises.
 
         Args:
@@ -156,7 +157,7 @@ class Precond(nn.Module):
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
 
 
-def levels_of(sigma: Tensor | float, x: Tensor) -> Tensor:
+def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
     """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
     if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
         return torch.full((x.shape[0], 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
@@ -267,12 +268,17 @@ class iDDPMPrecond(Precond):
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
 
 
-def edm_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """Weight of the denoising loss at each noise level (Karras et al. 2022, table 1, lambda).  (...) -> (...)"""
+def edm_weight(sigma: Float[Tensor, "*shape"], sigma_data: float = SIGMA_DATA) -> Float[Tensor, "*shape"]:
+    """Weight of the denoising loss at each noise level (Karras et al. 2022, table 1, lambda)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def edm_loss(denoised: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
+def edm_loss(
+    denoised: Float[Tensor, "b c h w"],
+    images: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, " b"],
+    sigma_data: float = SIGMA_DATA,
+) -> Float[Tensor, " b"]:
     """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
 
     Args:

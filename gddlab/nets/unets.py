@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
@@ -203,13 +204,13 @@ class SongUNet(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        noise_labels: Tensor,
+        x: Float[Tensor, "b cin h w"],
+        noise_labels: Float[Tensor, " b"],
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        target_labels: Tensor | None = None,
-    ) -> Tensor:
-        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim), (B,) -> (B, Cout, H, W)"""
+        augment_labels: Float[Tensor, "b k"] | None = None,
+        target_labels: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b cout h w"]:
+        """F(x; noise level, class, augmentation, target noise level); class labels are (B or 1, label_dim)."""
         with autocast_off(x.device):
             emb = self.embed(noise_labels, class_labels, augment_labels, target_labels)
         skips: list[Tensor] = []
@@ -344,13 +345,13 @@ class DhariwalUNet(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        noise_labels: Tensor,
+        x: Float[Tensor, "b cin h w"],
+        noise_labels: Float[Tensor, " b"],
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        target_labels: Tensor | None = None,
-    ) -> Tensor:
-        """(B, Cin, H, W), (B,), (B, label_dim), (B, augment_dim), (B,) -> (B, Cout, H, W)"""
+        augment_labels: Float[Tensor, "b k"] | None = None,
+        target_labels: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b cout h w"]:
+        """F(x; noise level, class, augmentation, target noise level); class labels are (B or 1, label_dim)."""
         with autocast_off(x.device):
             emb = self.embed(noise_labels, class_labels, augment_labels, target_labels)
         skips: list[Tensor] = []

@@ -64,7 +64,7 @@ class _Trace(TorchDispatchMode):
 
 
 def probe_image(size: int, *, like: Tensor) -> Tensor:
-    """The same noise each time, (1, 3, size, size), in the dtype and on the device of `like`, from its own generator."""
+    """The same noise each time, (1, 3, size, size), in the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, size, size, generator=generator).to(device=like.device, dtype=like.dtype)
 

@@ -42,7 +42,7 @@ class Converted:
 def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> Converted:
     """Writes a teacher (or published student) as safetensors.
 
-    The metadata keeps architecture, preconditioning, sigma range, classes, the data set where known, and name, class and
+    The metadata keeps architecture, preconditioning, sigma range, classes, the data set if known, and name, class and
     sha256 of the original file. The file is read back and its outputs are compared before it gets its name.
 
     Args:

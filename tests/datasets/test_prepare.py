@@ -144,7 +144,7 @@ def test_dry_run_names_every_bad_file_and_writes_nothing(tmp_path: Path) -> None
     assert len(report.problems) == len(found) + 1  # half.jpg is of another size, too
     text = str(report)
     assert all(name in text for name in found)
-    assert "files passed over, no images by name (.txt): 1" in text
+    assert "files skipped, no images by name (.txt): 1" in text
     assert not report.ok
     with pytest.raises(GddlabError) as e:
         prepare(root, tmp_path / "o.zip", workers=2)
@@ -208,7 +208,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file or folder"):
         prepare(tmp_path / "nothing", out)
     out.write_bytes(b"old")
-    with pytest.raises(GddlabError, match="is there already: give overwrite=True"):
+    with pytest.raises(GddlabError, match="exists: give overwrite=True"):
         prepare(photos, out, resolution=16, crop="center", workers=1)
     assert out.read_bytes() == b"old"
     assert prepare(photos, out, resolution=16, crop="center", workers=1, overwrite=True).images == 40
@@ -222,13 +222,13 @@ def test_begun_with_other_options_is_refused(photos: Path, tmp_path: Path, monke
         with pytest.raises(KeyboardInterrupt):
             prepare(photos, out, resolution=16, crop="center", workers=1)
     with pytest.raises(
-        GddlabError, match=r"o\.zip\.parts was begun with resolution=16, now it is 8: continue with the first"
+        GddlabError, match=r"o\.zip\.parts was started with resolution=16, now it is 8: continue with the former"
     ):
         prepare(photos, out, resolution=8, crop="center", workers=1)
     changed = photos / "cat" / "001.jpg"
     before = changed.stat()
     os.utime(changed, (0, 0))
-    with pytest.raises(GddlabError, match=r"was begun with files='\w+', now it is"):
+    with pytest.raises(GddlabError, match=r"was started with files='\w+', now it is"):
         prepare(photos, out, resolution=16, crop="center", workers=1)
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     with monkeypatch.context() as m:

@@ -220,7 +220,9 @@ def test_under_torchrun(student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     out = tmp_path / "h.zip"
-    with pytest.raises(GddlabError, match=r"2 of 5 parts have not come for \d+ s, the next from process 1 of 2"):
+    with pytest.raises(
+        GddlabError, match=r"2 of 5 parts are missing after \d+ s, the first is due from process 1 of 2"
+    ):
         sample_files(student, out, 10, batch_size=2, timeout_s=0.0)
     monkeypatch.setenv("RANK", "1")
     sample_files(student, out, 10, batch_size=2)
@@ -262,9 +264,9 @@ def test_refusals(student, classy, tmp_path: Path) -> None:  # type: ignore[no-u
 
     out = tmp_path / "k"
     sample_files(student, out, 2)
-    refused("k was made with seeds='0-1', asked is '0-2'", student, out, 3)
+    refused("k was made with seeds='0-1', not '0-2'", student, out, 3)
     refused("was made with model=", make_student(tiny_net(seed=1)), out, 2)
-    refused("was made with dtype='float32', asked is 'bfloat16'", student, out, 2, dtype=torch.bfloat16)
+    refused("was made with dtype='float32', not 'bfloat16'", student, out, 2, dtype=torch.bfloat16)
     sample_files(student, tmp_path / "k.zip", 2)
     refused("was made with sampler='one-step'", student, tmp_path / "k.zip", 2, sigmas=(80, 1))
     (tmp_path / "other").mkdir()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
-from gddlab.nets import from_edm
+from gddlab.nets import Precond, from_edm
 from gddlab.nets.io import make_student
 from gddlab.sampling import ImageNoise, Sampler, heun, integrate, karras_sigmas, latents, multistep
 from gddlab.sampling.samplers import time_steps
@@ -24,13 +24,13 @@ SCHEDULES = ("linear", "vp", "ve")
 SCALINGS = ("none", "vp")
 
 
-class Gaussian(nn.Module):
+class Gaussian(Precond):
     """The exact denoiser of N(0, sd^2) data; a path of its ODE is z sigma_max sqrt((sd^2 + sigma^2) / (sd^2 + sigma_max^2))."""
 
     sigma_min, sigma_max, sd = 0.0, math.inf, 0.5
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.sigmas: list[float] = []
 

@@ -68,10 +68,10 @@ FILES: dict[str, tuple[bytes, str]] = {
         b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
         "an XML document, perhaps the error message of a server in place of the download: fetch it again",
     ),
-    "nothing": (b"", "empty (0 bytes), perhaps a download that was cut off: fetch it again"),
+    "nothing": (b"", "empty (0 bytes), perhaps an incomplete download: fetch it again"),
     "images": (MANY, "a zip of images (4 files), which is a dataset"),
     "a zip": (zipped("a.txt"), "a zip of 1 files, none of them torch's data.pkl"),
-    "half a zip": (MANY[:-40], "a damaged zip (without its directory; a download that was cut off?)"),
+    "half a zip": (MANY[:-40], "a damaged zip (without its directory; an incomplete download?)"),
     "a zip with a broken directory": (MANY.replace(b"PK\1\2", b"PK\1\3"), "a damaged zip (its directory is broken)"),
     "npz": (written(lambda f: np.savez(f, a=np.zeros(1))), "numpy arrays (.npz, 1 files)"),
     "npy": (written(lambda f: np.save(f, np.zeros(1))), "a numpy array"),
@@ -99,12 +99,12 @@ FILES: dict[str, tuple[bytes, str]] = {
         pickle.dumps({"ema": 1}, 1),
         "a pickle of protocol 0 or 1, which is not read (it starts with b'}q\\x00X\\x03\\x00\\x00\\x00emaq' at byte 0)",
     ),
-    "protocol 6": (b"\x80\x06N.", "no pickle of protocol 2 to 5 (it starts with b'\\x80\\x06N.' at byte 0)"),
-    "one byte of a pickle": (b"\x80", "no pickle of protocol 2 to 5 (it starts with b'\\x80' at byte 0)"),
-    "zeros": (bytes(99), "no pickle of protocol 2 to 5 (it starts with b'" + r"\x00" * 24 + "' at byte 0)"),
+    "protocol 6": (b"\x80\x06N.", "of no known kind (it starts with b'\\x80\\x06N.' at byte 0)"),
+    "one byte of a pickle": (b"\x80", "of no known kind (it starts with b'\\x80' at byte 0)"),
+    "zeros": (bytes(99), "of no known kind (it starts with b'" + r"\x00" * 24 + "' at byte 0)"),
     "half a safetensors file": (
         save({"x": torch.zeros(1)})[:30],
-        "a .safetensors file of 30 bytes, whose header alone takes 64: perhaps a download that was cut off: fetch it again",
+        "an incomplete .safetensors file, 30 bytes with a header of 64: fetch it again",
     ),
 }
 
@@ -193,5 +193,5 @@ def test_files_that_say_they_are_larger(tmp_path: Path) -> None:
         load_teacher(path)
     header = json.dumps({"__metadata__": {}}).encode()
     path.write_bytes(struct.pack("<Q", 2**60) + header)
-    with pytest.raises(GddlabError, match="no pickle of protocol"):
+    with pytest.raises(GddlabError, match="of no known kind"):
         load_teacher(path)
