@@ -32,7 +32,7 @@ __all__ = [
     "Budget",
     "Name",
     "Node",
-    "Reader",
+    "PickleReader",
     "Record",
     "Refused",
     "a",
@@ -158,7 +158,7 @@ class Budget:
             raise Refused(offset, f"it asks for more than {BUDGET >> 20} MiB of objects besides its arrays")
 
 
-class Reader:
+class PickleReader:
     """Interprets pickles that follow each other in `blob`.
 
     Args:
@@ -400,17 +400,17 @@ class Reader:
 class Op(NamedTuple):
     name: str
     cost: int
-    run: Callable[[Reader], None]
+    run: Callable[[PickleReader], None]
 
 
 OPS: dict[int, Op] = {
     ord(code): Op(name, cost, run)
     for code, name, cost, run in [
-        ("\x80", "PROTO", ATOM, Reader.proto),
+        ("\x80", "PROTO", ATOM, PickleReader.proto),
         ("\x95", "FRAME", ATOM, lambda r: r.unpack("<Q")),  # a hint for buffering; lengths are checked where used
         ("(", "MARK", SMALL, lambda r: r.marks.append(len(r.stack))),
-        ("0", "POP", ATOM, Reader.pop),
-        ("1", "POP_MARK", ATOM, Reader.pop_mark),
+        ("0", "POP", ATOM, PickleReader.pop),
+        ("1", "POP_MARK", ATOM, PickleReader.pop_mark),
         ("N", "NONE", ATOM, lambda r: r.push(None)),
         ("\x88", "NEWTRUE", ATOM, lambda r: r.push(True)),
         ("\x89", "NEWFALSE", ATOM, lambda r: r.push(False)),
@@ -443,18 +443,18 @@ OPS: dict[int, Op] = {
         ("\x8f", "EMPTY_SET", 2 * BOX, lambda r: r.push(set())),
         ("\x90", "ADDITEMS", 2 * BOX, lambda r: r.add(r.pop_mark())),
         ("\x91", "FROZENSET", 2 * BOX, lambda r: r.push(frozenset(r.members(r.pop_mark())))),
-        ("c", "GLOBAL", OBJECT, Reader.global_line),
-        ("\x93", "STACK_GLOBAL", OBJECT, Reader.stack_global),
-        ("R", "REDUCE", OBJECT, Reader.reduce),
+        ("c", "GLOBAL", OBJECT, PickleReader.global_line),
+        ("\x93", "STACK_GLOBAL", OBJECT, PickleReader.stack_global),
+        ("R", "REDUCE", OBJECT, PickleReader.reduce),
         ("\x81", "NEWOBJ", OBJECT, lambda r: r.new(r.pop(), {})),
-        ("\x92", "NEWOBJ_EX", OBJECT, Reader.new_ex),
-        ("b", "BUILD", BOX, Reader.build),
+        ("\x92", "NEWOBJ_EX", OBJECT, PickleReader.new_ex),
+        ("b", "BUILD", BOX, PickleReader.build),
         ("h", "BINGET", ATOM, lambda r: r.get(r.unpack("<B"))),
         ("j", "LONG_BINGET", ATOM, lambda r: r.get(r.unpack("<I"))),
         ("q", "BINPUT", BOX, lambda r: r.put(r.unpack("<B"))),
         ("r", "LONG_BINPUT", BOX, lambda r: r.put(r.unpack("<I"))),
         ("\x94", "MEMOIZE", BOX, lambda r: r.put(len(r.memo))),
-        ("Q", "BINPERSID", OBJECT, Reader.persistent_id),
+        ("Q", "BINPERSID", OBJECT, PickleReader.persistent_id),
     ]
 }
 
@@ -498,28 +498,28 @@ def frombuffer(data: Any, dtype: Any, size: Any, order: str) -> np.ndarray[Any, 
     return np.frombuffer(view, dtype=number).reshape(size, order="F" if order == "F" else "C")
 
 
-def make_dtype(reader: Reader, kind: Any, *rest: Any) -> DType:
+def make_dtype(reader: PickleReader, kind: Any, *rest: Any) -> DType:
     if not isinstance(kind, str) or not re.fullmatch(r"[iuf][1248]|b1|bool", kind) or kind == "f1":
         raise ValueError("a dtype that is no plain number")
     return DType("b1" if kind == "bool" else kind)
 
 
-def make_dict(reader: Reader, *args: Any) -> dict[Any, Any]:
+def make_dict(reader: PickleReader, *args: Any) -> dict[Any, Any]:
     """An empty dict; pickling does not write one with arguments."""
     if args:
         raise ValueError("a dict with arguments")
     return {}
 
 
-def new_dict(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+def new_dict(reader: PickleReader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
     return make_dict(reader, *args, *kwargs)
 
 
-def make_set(reader: Reader, items: Any = ()) -> set[Any]:
+def make_set(reader: PickleReader, items: Any = ()) -> set[Any]:
     return set(reader.members(need(items, (list, tuple), "the content of a set")))
 
 
-def make_bytes(reader: Reader, content: Any = "", encoding: Any = "latin1") -> Blob:
+def make_bytes(reader: PickleReader, content: Any = "", encoding: Any = "latin1") -> Blob:
     """`_codecs.encode(text, "latin1")` and `bytearray(...)`: how older protocols write bytes."""
     if isinstance(content, Blob):
         return content

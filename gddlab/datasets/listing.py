@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,17 +54,21 @@ HINTS = {
 _SHARDED = re.compile(r"(\d{5,})/(?:img)?(\d{5,})\.\w+")
 
 
-class Reader(Protocol):
-    """Reads images by name; it may be pickled, and used from threads."""
+class Reader:
+    """Reads images by name; it can be pickled, and used from threads."""
 
     def read(self, name: str) -> bytes | np.ndarray:
         """The image file, or pixels, uint8 (H, W, C); raises BadImage or OSError."""
+        raise NotImplementedError
 
     def open(self, name: str) -> BinaryIO | np.ndarray:
         """The same, to read only the beginning."""
+        content = self.read(name)
+        return io.BytesIO(content) if isinstance(content, bytes) else content
 
     def part(self, names: Sequence[str]) -> Reader:
         """A reader of at least these names, cheap to send to another process."""
+        return self
 
 
 @dataclass(frozen=True)

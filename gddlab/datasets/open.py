@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gddlab.datasets.base import ImageDataset, digits
-from gddlab.datasets.listing import Listing, choose
+from gddlab.datasets.listing import Listing, Reader, choose
 from gddlab.datasets.readers import (
     ARCHIVE,
     CLASSES,
@@ -70,7 +70,7 @@ def _of_file(path: Path) -> Listing:
 
 
 @dataclass(frozen=True)
-class ArrayReader:
+class ArrayReader(Reader):
     """Images in memory; names are numbers, and `first` is the number of the first."""
 
     images: np.ndarray
@@ -79,9 +79,6 @@ class ArrayReader:
     def read(self, name: str) -> np.ndarray:
         image: np.ndarray = self.images[int(name) - self.first]
         return image
-
-    def open(self, name: str) -> np.ndarray:
-        return self.read(name)
 
     def part(self, names: Sequence[str]) -> ArrayReader:
         low, high = int(names[0]) - self.first, int(names[-1]) - self.first

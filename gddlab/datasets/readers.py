@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import json
 import os
 import tarfile
@@ -17,11 +16,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gddlab.datasets.listing import LABELS, MANIFEST, Listing, Problem, arrange, image_files
+from gddlab.datasets.listing import LABELS, MANIFEST, Listing, Problem, Reader, arrange, image_files
 from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, hash_json, read_json
-from gddlab.pickles import Array, Blob, Budget, Reader, Refused, find_plain, printable
+from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.files import Published, search_folders
 
 __all__ = [
@@ -50,7 +49,7 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class FolderReader:
+class FolderReader(Reader):
     """Files below a folder."""
 
     root: str
@@ -63,9 +62,6 @@ class FolderReader:
         path = os.path.join(self.root, name)
         _check_size(os.path.getsize(path))
         return open(path, "rb")
-
-    def part(self, names: Sequence[str]) -> FolderReader:
-        return self
 
 
 def of_folder(root: Path) -> Listing:
@@ -165,7 +161,7 @@ def _listing(
 
 
 @dataclass(frozen=True)
-class ZipReader:
+class ZipReader(Reader):
     """Members of a zip; each process opens its own handle, and a new one when the file was replaced."""
 
     path: str
@@ -186,9 +182,6 @@ class ZipReader:
             return cast(BinaryIO, z.open(info))
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
             raise BadImage("damaged", str(e)[:120]) from None
-
-    def part(self, names: Sequence[str]) -> ZipReader:
-        return self
 
 
 def _check_size(size: int) -> None:
@@ -259,7 +252,7 @@ _LABELS = ("label", "labels")
 
 
 @dataclass(frozen=True)
-class HuggingFaceReader:
+class HuggingFaceReader(Reader):
     """Rows of a dataset; each process loads it from the local cache."""
 
     address: str
@@ -274,12 +267,6 @@ class HuggingFaceReader:
         if not isinstance(content, bytes):
             raise BadImage("empty file", "no image in this row")
         return content
-
-    def open(self, name: str) -> BinaryIO:
-        return io.BytesIO(self.read(name))
-
-    def part(self, names: Sequence[str]) -> HuggingFaceReader:
-        return self
 
 
 def of_huggingface(address: str) -> Listing:
@@ -480,7 +467,7 @@ def _check_archive_size(path: Path, name: str, size: int) -> None:
 
 def _batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Images, (n, 32, 32, 3), and labels, (n,), of a batch, a pickle that is read as data."""
-    batch = Reader(Blob(memoryview(content), 0), find=find_plain, budget=Budget()).read()
+    batch = PickleReader(Blob(memoryview(content), 0), find=find_plain, budget=Budget()).read()
     if not isinstance(batch, dict) or not isinstance(batch.get("data"), Array):
         raise ValueError("no dict with an array of data")
     images, labels = batch["data"].value, batch.get("labels")

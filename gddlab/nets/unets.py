@@ -34,15 +34,22 @@ TARGET_LAYERS = ("map_target0", "map_target1")
 """The layers that embed a target noise level; a student may have them besides its teacher's."""
 
 
-def _target_layers(cin: int, cout: int) -> tuple[nn.Linear, nn.Linear]:
-    """Two layers after the embedding of a target noise level; the last is zero, so that the output does not change."""
-    first, last = nn.Linear(cin, cout), nn.Linear(cout, cout)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return first, last
+class UNet(nn.Module):
+    """The part that both U-Nets share: the embedding of a second, target noise level, which a student may have."""
+
+    map_layer0: nn.Linear
+    map_target0: nn.Linear | None = None
+    map_target1: nn.Linear | None = None
+
+    def add_target(self) -> None:
+        """Adds two layers after the embedding of a target noise level; the last is zero: the output does not change."""
+        cin, cout = self.map_layer0.in_features, self.map_layer0.out_features
+        self.map_target0, self.map_target1 = nn.Linear(cin, cout), nn.Linear(cout, cout)
+        nn.init.zeros_(self.map_target1.weight)
+        nn.init.zeros_(self.map_target1.bias)
 
 
-class SongUNet(nn.Module):
+class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al. 2021) as reimplemented by EDM (appendix F.2, table 7).
 
     Args:
@@ -120,8 +127,6 @@ class SongUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(noise_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
-        self.map_target0: nn.Linear | None = None
-        self.map_target1: nn.Linear | None = None
 
         self.enc = nn.ModuleDict()
         cout = caux = in_channels
@@ -173,10 +178,6 @@ class SongUNet(nn.Module):
                 leaf = name.rpartition(".")[2]
                 zero = leaf in ("conv1", "proj") or leaf.endswith("aux_conv")
                 xavier_(m, 1e-5 if zero else math.sqrt(0.2) if leaf == "qkv" else 1.0)
-
-    def add_target(self) -> None:
-        """Adds the layers after the embedding of a second, target noise level; the output does not change at first."""
-        self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
 
     def embed(
         self,
@@ -243,7 +244,7 @@ class SongUNet(nn.Module):
         return out
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(UNet):
     """ADM (Dhariwal & Nichol 2021) as reimplemented by EDM (appendix F.2, table 7). Arguments as in SongUNet."""
 
     def __init__(
@@ -274,8 +275,6 @@ class DhariwalUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
-        self.map_target0: nn.Linear | None = None
-        self.map_target1: nn.Linear | None = None
         self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
 
         self.enc = nn.ModuleDict()
@@ -319,10 +318,6 @@ class DhariwalUNet(nn.Module):
                     nn.init.zeros_(m.bias)
         if self.map_label is not None and not self.map_label.weight.is_meta:  # see FourierEmbedding
             nn.init.normal_(self.map_label.weight)
-
-    def add_target(self) -> None:
-        """Adds the layers after the embedding of a second, target noise level; the output does not change at first."""
-        self.map_target0, self.map_target1 = _target_layers(self.map_layer0.in_features, self.map_layer0.out_features)
 
     def embed(
         self,

@@ -132,12 +132,17 @@ def make_vgg(path: Path | None) -> nn.Sequential:
     if path is not None:
         net.load_state_dict(vgg_state(net, read_state(path), path), strict=False)  # counters of batches are absent
         return net
+    init_he(net)
+    return net
+
+
+def init_he(net: nn.Module) -> None:
+    """torchvision's random weights of convolutions (He et al. 2015), zero biases."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             assert m.bias is not None
             nn.init.zeros_(m.bias)
-    return net
 
 
 def vgg_state(net: nn.Sequential, given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:

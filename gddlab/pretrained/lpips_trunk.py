@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.pretrained.backbones import init_he
 from gddlab.pretrained.files import Published, fit_state, load_fitting, read_state
 
 __all__ = ["TRUNKS", "LPIPSTrunk", "check_trunk", "unit"]
@@ -79,11 +80,7 @@ class LPIPSTrunk(nn.Module):
         trunk = _trunk(net, input_size)
         self.input_size, self.stops, self.channels = input_size, trunk.stops, trunk.channels
         self.features = trunk.build().to_empty(device="cpu")
-        for m in self.features.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                assert m.bias is not None
-                nn.init.zeros_(m.bias)
+        init_he(self.features)
         path = trunk.file.fetch(weights)
         if path is not None:
             load_fitting(self.features, _features(read_state(path)), path)

@@ -27,7 +27,7 @@ from gddlab.pickles import (
     Blob,
     Budget,
     Name,
-    Reader,
+    PickleReader,
     Record,
     Refused,
     count,
@@ -125,7 +125,7 @@ def load_pickle(path: Path) -> Any:
     blob, budget = Blob(view, 0), Budget()
     if bytes(view[:2]) == b"PK":
         return read_torch(blob, budget, find=find_edm)
-    value = Reader(blob, find=find_edm, budget=budget).read()
+    value = PickleReader(blob, find=find_edm, budget=budget).read()
     return read_torch(blob, budget, find=find_edm) if value == LEGACY_MAGIC else value
 
 
@@ -198,7 +198,7 @@ def read_torch(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) 
     if bytes(blob.view[:4]) == b"PK\x03\x04":
         return _read_torch_zip(blob, budget, find=find)
     storages = Storages()
-    reader = Reader(blob, find=find, persistent=storages, budget=budget)
+    reader = PickleReader(blob, find=find, persistent=storages, budget=budget)
     try:
         if reader.read() != LEGACY_MAGIC or reader.read() != 1001:
             raise ValueError("bytes that are no torch file")
@@ -233,7 +233,7 @@ def _read_torch_zip(blob: Blob, budget: Budget, *, find: Callable[[str, str], Na
         folder = pickles[0].removesuffix("data.pkl")
         if (order := entries.get(f"{folder}byteorder")) is not None and bytes(order.view[:8]) != b"little":
             raise ValueError("it comes from a big-endian machine")
-        value = Reader(entries[pickles[0]], find=find, persistent=storages, budget=budget).read()
+        value = PickleReader(entries[pickles[0]], find=find, persistent=storages, budget=budget).read()
         for name in storages.found:
             if (content := entries.get(f"{folder}data/{name}")) is None:
                 raise ValueError(f"the storage {name[:60]!r} is not in the zip")
@@ -284,7 +284,7 @@ def zip_directory(view: memoryview) -> Iterator[Entry]:
 # What the names in a teacher's pickle become.
 
 
-def rebuild_tensor(reader: Reader, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorData:
+def rebuild_tensor(reader: PickleReader, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorData:
     """`torch._utils._rebuild_tensor(_v2)`, bounds checked; an expanded view (more elements than bytes) is refused."""
     storage = need(storage, Storage, "the storage of a tensor")
     offset, size, stride = count(offset, "a tensor's offset"), shape(size, "a tensor's size"), shape(stride, "a stride")
@@ -297,21 +297,21 @@ def rebuild_tensor(reader: Reader, storage: Any, offset: Any, size: Any, stride:
     return TensorData(storage, offset, size, stride, reader.at)
 
 
-def rebuild_parameter(reader: Reader, data: Any, *rest: Any) -> TensorData:
+def rebuild_parameter(reader: PickleReader, data: Any, *rest: Any) -> TensorData:
     return need(data, TensorData, "the data of a parameter")
 
 
-def load_from_bytes(reader: Reader, blob: Any) -> Storage:
+def load_from_bytes(reader: PickleReader, blob: Any) -> Storage:
     """`torch.storage._load_from_bytes`: a storage as a torch file of its own."""
     value = read_torch(need(blob, Blob, "a storage"), reader.budget, find=find_storage)
     return need(value, Storage, "the content of a storage")
 
 
-def make_size(reader: Reader, items: Any = ()) -> tuple[int, ...]:
+def make_size(reader: PickleReader, items: Any = ()) -> tuple[int, ...]:
     return shape(items, "a torch.Size")
 
 
-def persistent_object(reader: Reader, meta: Any) -> Record:
+def persistent_object(reader: PickleReader, meta: Any) -> Record:
     """An object of a class under EDM's `persistence`: name, constructor arguments, state; its source stays text."""
     meta = need(meta, dict, "a persistent object")
     if meta.get("type") != "class":

@@ -17,7 +17,7 @@ import pytest
 
 from gddlab.datasets import open_dataset, readers
 from gddlab.errors import GddlabError, NotFound
-from gddlab.pickles import Blob, Budget, Reader, Refused, find_plain
+from gddlab.pickles import Blob, Budget, PickleReader, Refused, find_plain
 
 ROWS = 4
 
@@ -187,7 +187,7 @@ def test_every_cut_and_change_is_refused_or_harmless() -> None:
             broken[at if at < head // 2 else -1 - at % (head // 2)] = rng.integers(0, 256)
         cut = bytes(broken[: rng.integers(1, len(broken))] if rng.random() < 0.3 else broken)
         try:
-            Reader(Blob(memoryview(cut), 0), find=find_plain, budget=Budget()).read()
+            PickleReader(Blob(memoryview(cut), 0), find=find_plain, budget=Budget()).read()
         except Refused:
             refused += 1
     assert 1000 < refused < 3000
