@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gddlab.datasets import BatchReader, digits, open_dataset, order
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(n=st.integers(1, 30), seed=st.integers(0, 2**40), start=st.integers(0, 100), steps=st.lists(st.integers(0, 20)))
+def test_the_order_depends_on_position_alone(n: int, seed: int, start: int, steps: list[int]) -> None:
+    """Any division into steps reads the same sequence; every epoch is a permutation."""
+    begin, parts = start, []
+    for step in steps:
+        parts.append(order(n, seed, begin, step))
+        begin += step
+    total = sum(steps)
+    assert torch.equal(torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]), order(n, seed, start, total))
+    epoch = start // n
+    assert order(n, seed, epoch * n, n).sort().values.tolist() == list(range(n))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
