@@ -145,7 +145,7 @@ def test_labels_that_do_not_fit_are_refused_by_name(make_zip: Zip, pictures: dic
 
 def test_folders_with_gaps_are_refused_by_name(tmp_path: Path) -> None:
     root = write(tmp_path / "set", named("a/1.png", "b/1.png", "lost.png"))
-    refused(root, "lost.png: no label (it lies in no class folder)")
+    refused(root, "lost.png: no label (it is in no class folder)")
     (root / "lost.png").unlink()
     (root / "c").mkdir()
     refused(root, "c: class folder without images")

