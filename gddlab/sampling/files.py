@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
+from gddlab.datasets.pixels import array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
@@ -39,7 +41,7 @@ from gddlab.sampling.samplers import (
 )
 from gddlab.teachers import load_teacher
 
-__all__ = ["FolderTarget", "ZipTarget", "encode", "make_share", "open_target", "sample_files"]
+__all__ = ["FolderTarget", "ZipTarget", "encode", "make_share", "sample_files"]
 
 FORMAT = "gddlab-samples-1"
 
@@ -174,7 +176,8 @@ def make_share(
     }
     rank, world = _rank()
     try:
-        target = open_target(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
+        kind = ZipTarget if Path(out).suffix == ".zip" else FolderTarget
+        target = kind(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
         slowest = 0.0
         with prepared(net, dtype=dtype, channels_last=channels_last):
             for k in range(rank, target.count, world):
@@ -253,8 +256,8 @@ class FolderTarget:
     def __init__(
         self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
     ):
-        self.out, self.pairs, self.size, self.count = out, pairs, about["batch_size"], _parts(about, pairs)
-        self.side = manifest["resolution"]
+        self.out, self.pairs, self.size, self.side = out, pairs, about["batch_size"], manifest["resolution"]
+        self.count = math.ceil(len(pairs) / self.size)
         if out.is_file():
             raise GddlabError(f"{out} is a file: give a folder, or a name that ends in .zip")
         # Listed before the manifest is looked for: another process may be writing it.
@@ -293,7 +296,8 @@ class ZipTarget:
     def __init__(
         self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
     ):
-        self.out, self.manifest, self.pairs, self.count = out, manifest, pairs, _parts(about, pairs)
+        self.out, self.manifest, self.pairs = out, manifest, pairs
+        self.count = math.ceil(len(pairs) / about["batch_size"])
         self.missing: set[int] = set()
         self.folder: Path | None = None
         if out.exists():
@@ -342,23 +346,9 @@ class ZipTarget:
         h = ContentHash((len(classes), side, side, channels))
         with zipfile.ZipFile(made) as z:
             for name in sorted(classes):
-                h.add(_pixels(z.read(name)).reshape(1, side, side, channels))
+                h.add(array(decode(z.read(name)))[None])
         ids = [classes[name] for name in sorted(classes)]
         return self.manifest | {"sha256": h.digest(None if ids[0] is None else np.array(ids))}
-
-
-def open_target(
-    out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
-) -> FolderTarget | ZipTarget:
-    """The target of the images.
-
-    Args:
-        out: Folder, or file that ends in .zip.
-        about: The settings that determine the images; a target with images of other settings is refused.
-        manifest: Recorded beside them; holds `about`.
-        pairs: Seed and class of each image.
-    """
-    return (ZipTarget if out.suffix == ".zip" else FolderTarget)(out, about, manifest, pairs)
 
 
 def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callable[[int], str]) -> list[Entry]:
@@ -383,10 +373,6 @@ def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callab
     return entries
 
 
-def _parts(about: dict[str, Any], pairs: Sequence[Any]) -> int:
-    return -(-len(pairs) // int(about["batch_size"]))
-
-
 def _is_png(path: Path, side: int) -> bool:
     """Whether the file is a complete image of that size; a crash may have left an incomplete one."""
     from PIL import Image
@@ -397,13 +383,6 @@ def _is_png(path: Path, side: int) -> bool:
             return image.size == (side, side)
     except (OSError, ValueError, SyntaxError):
         return False
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image)
 
 
 def _zip_manifest(path: Path) -> Any:

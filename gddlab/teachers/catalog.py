@@ -206,6 +206,7 @@ class PublishedTeacher:
             sha256=self.sha256,
             size=self.size,
             about=f"{self.megabytes}, {self.licence}",
+            noun="teacher",
         )
 
     def check(self, net: Precond, path: Path) -> dict[str, Any]:

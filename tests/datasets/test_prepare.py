@@ -203,7 +203,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
         prepare(photos)
     with pytest.raises(GddlabError, match=r"give a file named \.zip"):
         prepare(photos, tmp_path / "o.tar")
-    with pytest.raises(GddlabError, match="lies in the source"):
+    with pytest.raises(GddlabError, match="is inside the source"):
         prepare(photos, photos / "o.zip")
     with pytest.raises(NotFound, match="no such file or folder"):
         prepare(tmp_path / "nothing", out)
