@@ -98,10 +98,3 @@ def test_options_are_listed_with_bounds_defaults_and_parts(from_code: Any) -> No
         "Has four corners.",
         "- `side`: list of integer; default `()`. Each of them.",
     ]
-
-
-def test_a_statistic_of_ones_own_is_about_twenty_lines() -> None:
-    page = next(p for p in PAGES if p.stem == "probing").read_text()
-    block = re.search(r"^class Kurtosis.*?(?=\n\n\n)", page, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    assert len(block[0].splitlines()) <= 20
