@@ -24,6 +24,20 @@ def notebook(request: pytest.FixtureRequest) -> nbformat.NotebookNode:
     return nbformat.read(request.param, 4)
 
 
+PROSE = [*NOTEBOOKS.rglob("*.md"), NOTEBOOKS.parent / "README.md"]
+ALL = [p for p in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+
+
+@pytest.mark.parametrize("path", [*PROSE, *ALL], ids=lambda p: p.name)
+def test_text_has_lines_of_at_most_120_columns(path: Path) -> None:
+    if path.suffix == ".md":
+        lines = path.read_text().splitlines()
+    else:
+        cells = nbformat.read(path, 4).cells
+        lines = [line for c in cells if c.cell_type == "markdown" for line in c.source.splitlines()]
+    assert [line for line in lines if len(line) > 120] == []
+
+
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [c for c in notebook.cells if c.cell_type == "code"]
 

@@ -1,4 +1,4 @@
-"""What mkdocs adds when it builds the site: the picture that ships in data/, the page of commands, one style sheet for notebooks."""
+"""What mkdocs adds to the site: the pictures of data/, the page of commands, one style sheet for notebooks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURE, COMMANDS_PAGE, NOTEBOOK_CSS = "assets/readme.png", "api/cli.md", "assets/notebook.css"
+PICTURES = ("readme.png", "readme-layers.png")
+COMMANDS_PAGE, NOTEBOOK_CSS = "api/cli.md", "assets/notebook.css"
 COLUMNS = "96"
 """Width of the help, characters."""
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     """Adds what is in no folder of pages."""
-    files.append(File.generated(config, PICTURE, abs_src_path=str(ROOT / "data" / "readme.png")))
+    for name in PICTURES:
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=str(ROOT / "data" / name)))
     files.append(File.generated(config, COMMANDS_PAGE, content=commands_page()))
     return files
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Takes the styles of JupyterLab, half a megabyte, out of each notebook, and the scripts that it would fetch; mends links between files."""
+    """Moves the styles of JupyterLab, half a megabyte, out of each notebook into one file; mends links between files.
+
+    The scripts that a notebook would fetch go with them.
+    """
     begin = '<div class="jupyter-wrapper">'
     if not page.file.src_uri.endswith(".ipynb"):
         return html
