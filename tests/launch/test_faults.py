@@ -20,7 +20,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.distill.checkpoints import checkpoints
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
 from gddlab.launch.handle import listing

@@ -146,7 +146,7 @@ def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, tiny_teacher: Pat
 
 
 def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
-    from gddlab.distill.recorder import write_status
+    from gddlab.distill.status import write_status
 
     config = tiny_config(tmp_path / "run", tiny_teacher)
     config.write()
