@@ -19,7 +19,7 @@ from gddlab.commands.images import Evaluate, Reference, Sample
 from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.reporting import Report
 from gddlab.commands.teachers import Convert, Export, Teacher
-from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train
+from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train, parts_of_line
 from gddlab.errors import GddlabError
 
 __all__ = ["main"]
@@ -51,15 +51,15 @@ def _preset(words: list[str]) -> str:
     return words[1] if len(words) > 1 and not words[1].startswith("-") else "digits"
 
 
-def _command(name: str, words: list[str]) -> Any:
+def _command(name: str, words: list[str], parts: dict[str, Any]) -> Any:
     """A subcommand; a preset's fields are its defaults, so the preset is read before the rest of the line."""
     kind = COMMANDS[name]
     if words[:1] == [name] and issubclass(kind, Configured):
-        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words)))]
+        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words), parts))]
     return Annotated[kind, tyro.conf.subcommand(name)]
 
 
-def _parsed(kinds: Any, argv: list[str] | None) -> Any:
+def _parsed(kinds: Any, argv: list[str]) -> Any:
     """The command of a line. What a configuration refuses is raised as it is; tyro would put it into a box of its own."""
     said = io.StringIO()
     try:
@@ -79,8 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     try:
         words = sys.argv[1:] if argv is None else argv
-        kinds = functools.reduce(operator.or_, [_command(name, words) for name in COMMANDS])
-        command = _parsed(kinds, argv)
+        parts: dict[str, Any] = {}
+        if words and issubclass(COMMANDS.get(words[0], object), Configured):
+            words, parts = parts_of_line(words)
+        kinds = functools.reduce(operator.or_, [_command(name, words, parts) for name in COMMANDS])
+        command = _parsed(kinds, words)
         if isinstance(command, Configured) and command.preset != _preset(words):
             raise GddlabError(
                 f"preset {command.preset!r} after other arguments: give it first, gddlab {words[0]} {command.preset} ..."

@@ -37,6 +37,14 @@ def _mask(value: Any) -> FreezeMask | None:
     raise GddlabError(not_plain("mask", value))
 
 
+Discriminators = Annotated[
+    Projected | StyleGAN2 | LPIPS | None, Field(discriminator="kind"), tyro.conf.AvoidSubcommands
+]
+InstanceLosses = Annotated[
+    Progressive | Consistency | Trajectory | FromNoise | None, Field(discriminator="kind"), tyro.conf.AvoidSubcommands
+]
+
+
 class TrainConfig(Settings):
     """A GDD run (without a mask), a GDD-I run (with one), or an instance-based baseline; presets make it."""
 
@@ -73,13 +81,13 @@ class TrainConfig(Settings):
     """Adam's learning rate of the student."""
     lr_d: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the discriminator, before the correction for lazy R1."""
-    discriminator: Annotated[Projected | StyleGAN2 | LPIPS | None, Field(discriminator="kind")] = Projected()
+    discriminator: Discriminators = Projected()
     """Heads on frozen backbones (projected); StyleGAN2's network, or the LPIPS network, trained whole; None trains on the
     instance loss alone."""
-    instance: Annotated[Progressive | Consistency | Trajectory | FromNoise | None, Field(discriminator="kind")] = None
+    instance: InstanceLosses = None
     """Instance-based loss, alone or added to the adversarial one: progressive, consistency, trajectory, or
     relative-to-noise distillation."""
-    augment: Augment | None = None
+    augment: Annotated[Augment | None, tyro.conf.AvoidSubcommands] = None
     """Augmentation in front of the discriminator."""
     loss: Literal["ns", "hinge"] = "ns"
     """Adversarial loss, non-saturating or hinge."""
@@ -137,10 +145,6 @@ class TrainConfig(Settings):
             raise GddlabError("discriminator=None without instance: nothing is trained, give one of them")
         if self.discriminator is None and self.augment is not None:
             raise GddlabError("augment with discriminator=None: nothing sees augmented images, give augment=None")
-        if self.discriminator is not None and self.discriminator.caches() and self.augment is not None:
-            raise GddlabError(
-                "discriminator.cache_real with augment: augmented images have other features each time, give one of them"
-            )
         if self.precision == "float64" and self.precision_d == "bfloat16":
             raise GddlabError("precision='float64' with precision_d='bfloat16': give float32, which float64 replaces")
         if self.batch_per_device is not None and self.batch % self.batch_per_device:

@@ -347,6 +347,7 @@ class Progressive(InstancePart):
     """Progressive distillation: one step of the student is to arrive where two steps do."""
 
     kind: Literal["pd"] = "pd"
+    """Name of this kind."""
     loss_type = ProgressiveLoss
 
 
@@ -354,6 +355,7 @@ class Consistency(InstancePart):
     """Consistency distillation: the student is to give the same image from neighbouring noise levels."""
 
     kind: Literal["cd"] = "cd"
+    """Name of this kind."""
     loss_type = ConsistencyLoss
 
 
@@ -361,6 +363,7 @@ class Trajectory(InstancePart):
     """Consistency trajectory distillation: the student's jumps from any level to any lower one are to agree."""
 
     kind: Literal["ctm"] = "ctm"
+    """Name of this kind."""
     loss_type = TrajectoryLoss
 
 
@@ -368,4 +371,5 @@ class FromNoise(InstancePart):
     """Distillation relative to pure noise: from the highest level to any lower one."""
 
     kind: Literal["rcd"] = "rcd"
+    """Name of this kind."""
     loss_type = FromNoiseLoss

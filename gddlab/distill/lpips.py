@@ -72,6 +72,7 @@ class LPIPS(DiscriminatorPart):
     """The LPIPS network with logits in place of a distance, trained from its first layer."""
 
     kind: Literal["lpips"] = "lpips"
+    """Name of this kind."""
     net: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Trunk."""
     weights: str | None = None

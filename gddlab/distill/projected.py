@@ -438,6 +438,7 @@ class Projected(DiscriminatorPart):
     """Heads on frozen backbones and a frozen random projection (Sauer et al. 2021), the discriminator of GDD."""
 
     kind: Literal["projected"] = "projected"
+    """Name of this kind."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
     """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with
     four levels."""
@@ -454,7 +455,7 @@ class Projected(DiscriminatorPart):
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes."""
     cache_real: bool = False
-    """Keeps the real set's projected features in memory (exact: they do not change)."""
+    """Keeps the real set's projected features in memory (exact), where no augmentation changes them."""
 
     @model_validator(mode="after")
     def _backbones(self) -> Projected:

@@ -295,6 +295,7 @@ class StyleGAN2(DiscriminatorPart):
     """StyleGAN2's residual discriminator, trained from its first layer; images of 8 to 1,024 pixels, a power of two."""
 
     kind: Literal["stylegan2"] = "stylegan2"
+    """Name of this kind."""
     channel_max: int = Field(default=512, ge=1)
     """Bound of the layers' widths, channels."""
     weights: str | None = None

@@ -94,8 +94,9 @@ class Trainer:
         return math.ceil(self.config.total_kimg * 1000 / self.config.batch)
 
     def cache_real(self) -> None:
-        """Computes the features of the whole real set, once, where the configuration asks for it."""
-        if self.config.discriminator is None or not self.config.discriminator.caches():
+        """Computes the features of the whole real set, once, where the configuration asks for it and they do not change."""
+        discriminator = self.config.discriminator
+        if discriminator is None or not discriminator.caches() or self.config.augment is not None:
             return
         parts: list[list[Tensor]] = []
         for i in range(0, len(self.data), 128):
