@@ -19,7 +19,7 @@ from gddlab.commands.images import Evaluate, Reference, Sample
 from gddlab.commands.probing import Ablate, Probe
 from gddlab.commands.reporting import Report
 from gddlab.commands.teachers import Convert, Export, Teacher
-from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train, parts_of_line
+from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train
 from gddlab.errors import GddlabError
 
 __all__ = ["main"]
@@ -49,6 +49,22 @@ COMMANDS: dict[str, type] = {
 def _preset(words: list[str]) -> str:
     """The preset that a line of `gddlab train` or `gddlab preflight` begins with."""
     return words[1] if len(words) > 1 and not words[1].startswith("-") else "digits"
+
+
+def _parts(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Parts whose kind a line chooses, by `--discriminator.kind lpips` or an option of augment; and the rest of the line.
+
+    "none" leaves a part out. tyro sees the options of the chosen kinds only.
+    """
+    words = [w for word in words for w in (word.split("=", 1) if word.startswith("--") else [word])]
+    parts: dict[str, Any] = {"augment": {}} if any(w.startswith("--augment.") for w in words) else {}
+    for name in ("discriminator", "instance"):
+        if (flag := f"--{name}.kind") in words[:-1]:
+            at = words.index(flag)
+            kind = words[at + 1]
+            parts[name] = None if kind == "none" else {"kind": kind}
+            del words[at : at + 2]
+    return words, parts
 
 
 def _command(name: str, words: list[str], parts: dict[str, Any]) -> Any:
@@ -81,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         words = sys.argv[1:] if argv is None else argv
         parts: dict[str, Any] = {}
         if words and issubclass(COMMANDS.get(words[0], object), Configured):
-            words, parts = parts_of_line(words)
+            words, parts = _parts(words)
         kinds = functools.reduce(operator.or_, [_command(name, words, parts) for name in COMMANDS])
         command = _parsed(kinds, words)
         if isinstance(command, Configured) and command.preset != _preset(words):

@@ -19,7 +19,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.nets import Precond
 
-__all__ = ["Configured", "Demo", "Preflight", "Runs", "Train", "parts_of_line"]
+__all__ = ["Configured", "Demo", "Preflight", "Runs", "Train"]
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,6 @@ class Demo:
         from gddlab.demo import demo
 
         demo(self.out, seed=self.seed, nproc=self.nproc, recompute=self.recompute)
-
-
-def parts_of_line(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Parts whose kind a line chooses, by `--discriminator.kind lpips` or an option of augment; and the rest of the line.
-
-    "none" leaves a part out. tyro sees the options of the chosen kinds only.
-    """
-    words = [w for word in words for w in (word.split("=", 1) if word.startswith("--") else [word])]
-    parts: dict[str, Any] = {"augment": {}} if any(w.startswith("--augment.") for w in words) else {}
-    for name in ("discriminator", "instance"):
-        if (flag := f"--{name}.kind") in words[:-1]:
-            at = words.index(flag)
-            kind = words[at + 1]
-            parts[name] = None if kind == "none" else {"kind": kind}
-            del words[at : at + 2]
-    return words, parts
 
 
 @dataclass(frozen=True)

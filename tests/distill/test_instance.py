@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from gddlab.distill.instance import (
     ConsistencyLoss,
+    FromNoiseLoss,
     Indices,
     InstanceLoss,
     ProgressiveLoss,
