@@ -1,4 +1,4 @@
-"""Augmentation in front of the discriminator: DiffAugment (Zhao et al. 2020) and ADA's pipeline (Karras et al. 2020)."""
+"""Augmentation before the discriminator: DiffAugment (Zhao et al. 2020) and ADA (Karras et al. 2020)."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class AugmentPipe(nn.Module):
     - "bgc": the three above, the paper's default.
 
     Two differences from ADA's paper. "blit" and "geom" are two steps with a reflected border each (about the centres of
-    the outermost pixels), not one, so that "blit" stays exact. "geom" samples the image bicubically, without the paper's
-    doubled resolution and wavelet low-pass: sharpness is kept (98 % of the pixel-to-pixel differences of an ideal warp on
-    photographs at 32 pixels; 85 % with bilinear sampling), the finest detail may alias where an image shrinks.
+    the outermost pixels), not one, so that "blit" stays exact. "geom" samples the image bicubically, without the
+    paper's doubled resolution and wavelet low-pass: sharpness is kept (98 % of the pixel-to-pixel differences of an
+    ideal warp on photographs at 32 pixels; 85 % with bilinear sampling), the finest detail may alias where an image
+    shrinks.
 
     Args:
         ops: Names among `OPS`, applied in this order.
@@ -189,8 +190,8 @@ def _geom(x: Tensor, u: Uniforms, p: P) -> Tensor:
 
 
 def _ada_color(x: Tensor, u: Uniforms, p: P) -> Tensor:
-    # The paper's 4x4 matrices act separately on luma (the channels' mean, along the grey axis) and on chroma (the rest),
-    # so their product is written by those two: luma -> c f (luma + b), chroma -> c s (chroma turned by the hue).
+    # The paper's 4x4 matrices act separately on luma (the channels' mean, along the grey axis) and on chroma (the
+    # rest), so their product is written by those two: luma -> c f (luma + b), chroma -> c s (chroma turned by the hue).
     on_b, b, on_c, c, on_f, f, on_h, h, on_s, s = (_image(t) for t in u)
     brightness = torch.where(on_b < p, 0.2 * _normal(b), 0.0)
     contrast = torch.where(on_c < p, _lognormal(c, 0.5), 1.0)
@@ -242,12 +243,12 @@ OPS = (*_OPS, "bgc")
 class AdaController(nn.Module):
     """Holds the augmentation probability `p` at which the discriminator overfits to a set degree (section 3.2).
 
-    Overfitting is measured by r_t = E[sign(D(real))], between 0 (none) and 1. Every `interval` iterations p takes a step
-    up where the mean of r_t is above the target, down where it is below. With these steps p could go from 0 to 1 in
-    `speed_kimg` thousand images; it stays within [0, 1]. Where r_t is not a number, p stays as it is.
+    Overfitting is measured by r_t = E[sign(D(real))], between 0 (none) and 1. Every `interval` iterations p takes a
+    step up where the mean of r_t is above the target, down where it is below. With these steps p could go from 0 to 1
+    in `speed_kimg` thousand images; it stays within [0, 1]. Where r_t is not a number, p stays as it is.
 
-    The state is three buffers of fixed form on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host
-    reads none of them.
+    The state is three buffers of fixed form on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the
+    host reads none of them.
 
     Args:
         target: r_t to hold, in (-1, 1).
@@ -304,11 +305,11 @@ class AdaController(nn.Module):
 
 
 class Augment(Settings):
-    """The part of a configuration that augments what the discriminator sees, real and generated; R1 sees plain images."""
+    """Augments what the discriminator sees, real and generated; R1 sees plain images."""
 
     ops: tuple[str, ...] = ("bgc",)
-    """Differentiable operations in their order: color, translation, cutout (DiffAugment); blit, geom, ada-color, and bgc
-    for these three (ADA)."""
+    """Differentiable operations in their order: color, translation, cutout (DiffAugment); blit, geom, ada-color, and
+    bgc for these three (ADA)."""
     p: float = Field(default=1.0, gt=0, le=1)
     """Probability of each operation where no `ada_target` moves it."""
     ada_target: float | None = Field(default=None, gt=0, lt=1)

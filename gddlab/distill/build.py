@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: teacher, data, student, discriminator, losses; refused before anything is written."""
+"""From a configuration to what is trained: teacher, data, student, discriminator, losses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def build_student(config: TrainConfig, teacher: Precond) -> OneStepPrecond:
 
 
 class Built(NamedTuple):
-    """What is trained: the step with student and discriminator; the student's average, still a copy; ADA's controller."""
+    """What is trained: the step with student and discriminator; the student's average, a copy; ADA's controller."""
 
     step: GanStep
     ema: OneStepPrecond

@@ -60,13 +60,13 @@ class TrainConfig(Settings):
     classes: tuple[int, ...] | None = None
     """Class ids to keep; they keep their ids. None keeps all."""
     max_images: int | None = Field(default=None, ge=1)
-    """Keeps so many distinct images, drawn by seed 0; None keeps all."""
+    """How many distinct images to keep, drawn by seed 0; None keeps all."""
     xflip: bool = False
     """Doubles the data by mirror images."""
     student: Literal["teacher", "scratch"] = "teacher"
     """Where the student begins: with the teacher's weights, or with fresh ones (the control)."""
     mid_sigmas: tuple[float, ...] = ()
-    """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level makes two steps."""
+    """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level is two steps."""
     mask: Annotated[FreezeMask | None, BeforeValidator(_mask), tyro.conf.Suppress, tyro.conf.Fixed] = None
     """What is frozen; None trains everything (GDD). On the command line it is given by its file."""
     seed: int = Field(default=0, ge=0)
@@ -74,16 +74,17 @@ class TrainConfig(Settings):
     total_kimg: float = Field(default=5000, gt=0)
     """Length, thousands of real images."""
     batch: int = Field(default=256, ge=1)
-    """Images a step over all processes."""
+    """Images per step over all processes."""
     batch_per_device: int | None = Field(default=None, ge=1)
-    """Images that a process holds at once; gradients are accumulated over the rest of its part. None holds all. The result does not change."""
+    """Images that a process holds at once, a divisor of its share; gradients are accumulated and do not change. None
+    holds all."""
     lr_g: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the student."""
     lr_d: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the discriminator, before the correction for lazy R1."""
     discriminator: Discriminators = Projected()
-    """Heads on frozen backbones (projected); StyleGAN2's network, or the LPIPS network, trained whole; None trains on the
-    instance loss alone."""
+    """Heads on frozen backbones (projected); StyleGAN2's network, or the LPIPS network, trained whole; None trains on
+    the instance loss alone."""
     instance: InstanceLosses = None
     """Instance-based loss, alone or added to the adversarial one: progressive, consistency, trajectory, or
     relative-to-noise distillation."""
@@ -102,7 +103,7 @@ class TrainConfig(Settings):
     ema_rampup: float | None = Field(default=0.05, gt=0)
     """Bound of the half-life as a share of the images seen; None for no bound."""
     reuse_fakes: bool = False
-    """Trains the discriminator on the images (and their features) of the generator step, instead of on fresh ones."""
+    """Trains the discriminator on the images of the generator step instead of fresh ones."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the student: bfloat16 runs it under autocast. float64: everything, to check exactness."""
     precision_d: Literal["float32", "bfloat16"] = "float32"
@@ -112,7 +113,7 @@ class TrainConfig(Settings):
     compile: bool = False
     """torch.compile on the student and the frozen features."""
     shard: bool = False
-    """Shards the student, its average and its optimiser over the processes (FSDP2), for students that do not fit a GPU."""
+    """Shards the student, its average and its optimiser over the processes (FSDP2), for students larger than a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     tick_kimg: float = Field(default=50, gt=0)
@@ -128,13 +129,14 @@ class TrainConfig(Settings):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept."""
     metric_kimg: float | None = Field(default=None, gt=0)
-    """Images between two scores of the averaged student, thousands; the best student is kept (best.safetensors). None for none."""
+    """Images between two scores of the averaged student, thousands, of which the best is kept (best.safetensors); None
+    for none."""
     metric: Literal["fid", "kid"] = "fid"
     """Frechet or kernel distance, by which the best student is chosen."""
     metric_extractor: str = "lite2"
     """Feature network of the score, as for `evaluate`; the discriminator should not hold it."""
     metric_n: int | None = Field(default=None, ge=2)
-    """Images scored; None as many as there are real ones."""
+    """Images scored; None for as many as there are real ones."""
     stop_on: tuple[Literal["nan", "saturated", "collapse", "jump"], ...] = ()
     """Alarms that stop the run; others are logged and shown."""
 
@@ -163,7 +165,7 @@ class TrainConfig(Settings):
             raise GddlabError(f"mid_sigmas={self.mid_sigmas}: give descending noise levels between 80 and 0.002")
         if self.mid_sigmas and self.instance:
             raise GddlabError(
-                f"mid_sigmas={self.mid_sigmas} with instance={self.instance.kind!r}: a baseline's student takes one step"
+                f"mid_sigmas={self.mid_sigmas} with instance={self.instance.kind!r}: its student takes one step"
             )
         if self.shard and self.instance:
             raise GddlabError(

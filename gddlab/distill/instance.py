@@ -223,7 +223,10 @@ class FromNoiseLoss(InstanceLoss):
 
 
 class ConsistencyLoss(InstanceLoss):
-    """Consistency distillation (Song et al. 2023, algorithm 2): t in 1..N, u = t - 1; the target of g(x_t; t) is g(x_u; u)."""
+    """Consistency distillation (Song et al. 2023, algorithm 2).
+
+    t in 1..N, u = t - 1; the target of g(x_t; t) is g(x_u; u).
+    """
 
     target_time = False
 
@@ -244,9 +247,10 @@ class TrajectoryLoss(InstanceLoss):
     """Consistency trajectory models (Kim et al. 2023, section 3, soft consistency matching).
 
     t in 2..N, u in 1..t-1, s in 0..u-1; the target of the jump t -> s is the jump u -> s. Both are compared at index 0,
-    where the student, held constant, jumps with them. The teacher goes all the way from t to u by Heun's steps along the
-    grid, as in the paper: with the student's own steps there, its errors feed themselves and it diverges. That is twice
-    t - u teacher calls per image, 9 on average for N = 16. The paper's denoising and adversarial losses are not included.
+    where the student, held constant, jumps with them. The teacher goes all the way from t to u by Heun's steps along
+    the grid, as in the paper: with the student's own steps there, its errors feed themselves and it diverges. That is
+    twice t - u teacher calls per image, 9 on average for N = 16. The paper's denoising and adversarial losses are not
+    included.
     """
 
     def indices(self, r: Tensor) -> Indices:
@@ -303,7 +307,7 @@ class InstancePart(Settings):
     steps: int = Field(default=16, ge=2)
     """Steps of the Karras grid from sigma 80 to 0.002; a power of two for progressive distillation."""
     distance: Literal["lpips", "l2", "lite0"] = "lpips"
-    """Distance between prediction and target; lite0 is LPIPS's formula on EfficientNet-lite0, without learned weights."""
+    """Distance between prediction and target; lite0 is LPIPS's formula on EfficientNet-lite0, without its weights."""
     distance_weights: str | None = None
     """Weights of the LPIPS trunk: a path, or "random"; None looks for them."""
 

@@ -1,7 +1,7 @@
 """The purely distributional objective: non-saturating GAN loss and R1 (method of GDD; Mescheder et al. 2018).
 
-Losses are means over the logits of an image and over images, summed over backbones: the authors' sum over the images of a device
-is the caller's `adversarial_weight`, so that a result does not depend on the number of devices.
+Losses are means over the logits of an image and over images, summed over backbones. The authors' sum over the images of
+a device is the caller's `adversarial_weight`, so that a result does not depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def r1_penalty(
 ) -> tuple[Tensor, Tensor]:
     """Squared norm of d sum(logits) / d image, mean over images; through resize, backbone and projection.
 
-    The penalty P depends on the heads' parameters p only through f = d sum(logits) / d features, since everything before
-    the features is frozen. With J the Jacobian of the features, the image gradient is J^T f, so
+    The penalty P depends on the heads' parameters p only through f = d sum(logits) / d features, since everything
+    before the features is frozen. With J the Jacobian of the features, the image gradient is J^T f, so
     dP / dp = <J (2/B) J^T f, df / dp>. One forward-mode product replaces the second derivative of the backbone, by far
     the most expensive part (grouped convolutions have no fast one): exact, not an approximation.
 

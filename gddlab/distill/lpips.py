@@ -21,17 +21,19 @@ __all__ = ["LPIPS", "LPIPSDiscriminator"]
 class LPIPSDiscriminator(nn.Module):
     """LPIPS's network with logits in place of a distance.
 
-    Where LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018, equation 1), here a 1x1
-    convolution turns the unit-normalised features of one image into a map of logits. The trunk begins with LPIPS's weights and is trained.
-    With classes, each level's logits gain an inner product of its features with a learned class embedding (Miyato & Koyama 2018).
+    LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018,
+    equation 1); here a 1x1 convolution turns the unit-normalised features of one image into a map of logits. The trunk
+    begins with LPIPS's weights and is trained. With classes, each level's logits gain an inner product of its features
+    with a learned class embedding (Miyato & Koyama 2018).
 
-    Each level's logits are a tensor of their own, so that levels count the same in the losses, as they do in LPIPS, however large their maps are.
+    Each level's logits are a tensor of their own, so that levels count the same in the losses, as they do in LPIPS,
+    however large their maps are.
 
     Args:
         net: "vgg", "alex" or "squeeze".
         input_size: Images are resized to this many pixels.
         classes: Number of classes; 0 for an unconditional discriminator.
-        weights: Of the trunk: a path, "random", or None to look for them, see `gddlab.pretrained.lpips_trunk.LPIPSTrunk`.
+        weights: Of the trunk: a path, "random", or None to look for them, as `LPIPSTrunk` does.
 
     Raises:
         GddlabError: As `LPIPSTrunk`.
@@ -53,7 +55,7 @@ class LPIPSDiscriminator(nn.Module):
         return [images]
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
-        """One tensor (B, L) a level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
+        """One tensor (B, L) per level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
         out: list[Tensor] = []
         for i, x in enumerate(self.trunk(features[0])):
             x = unit(x, 1e-8)  # bounds what R1 differentiates where a pixel's features are faint

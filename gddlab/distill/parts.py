@@ -1,4 +1,4 @@
-"""What the parts of a configuration have in common: how they are refused, and what a run asks of a kind of discriminator."""
+"""The base of a configuration's parts: one-line refusals, and what a run asks of a kind of discriminator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Settings(BaseModel):
         except ValidationError as e:
             raise _refusal(type(self), e) from None
 
-    # Without this mark, pydantic would call __init__ for a part given as a dict, and its place in the whole would be lost.
+    # Without this mark, pydantic would call __init__ for a part given as a dict, and lose its place in the whole.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
@@ -110,7 +110,7 @@ def not_plain(field: str, value: Any) -> str:
 class Discriminator(Protocol):
     """What losses and steps ask of a discriminator.
 
-    `features`: everything before the first trained parameter; the images themselves for a network that is trained whole.
+    `features`: everything before the first trained parameter; for a network that is trained whole the images.
     `coupled`: whether `logits` of an image depend on the others of its batch through more than groups of consecutive
     ones (BatchNorm).
     """
@@ -132,7 +132,7 @@ class DiscriminatorPart(Settings):
     kind: str
 
     def build(self, teacher: Precond, *, exact: bool = False) -> nn.Module:
-        """The discriminator of a teacher's images and classes; `exact` forgoes what is equal only up to float32 rounding."""
+        """The discriminator of a teacher's images and classes; `exact` omits what rounds in another way, such as folding."""
         raise NotImplementedError
 
     def find(self) -> str:

@@ -1,7 +1,8 @@
-"""Presets: functions that return a configuration, one per row of the authors' settings, and one for the embedded digits.
+"""Presets: functions that return a configuration, one per row of the authors' settings, and one for the digits.
 
-Any field of TrainConfig can be given in place of a preset's. A part can be given whole, `discriminator=StyleGAN2()`, or as
-a dict of the fields that differ from the preset's own part, `discriminator={"input_size": 64}`.
+`run_dir` is the folder of the run. Any field of TrainConfig can be given in place of a preset's. A part can be given
+whole, `discriminator=StyleGAN2()`, or as a dict of the fields that differ from the preset's own part,
+`discriminator={"input_size": 64}`.
 Published numbers: FID at 50,000 one-step samples, from arXiv:2405.20750 and its README.
 """
 
@@ -69,18 +70,12 @@ def _made(settings: dict[str, Any], run_dir: str | Path, fields: dict[str, Any])
 def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on the embedded digits, on a CPU.
 
-    Reproduces: nothing published; it is this project's example. Tested: three seeds on two cores, two to five minutes each.
+    Reproduces: nothing published; it is this project's example.
+    Tested: three seeds on two cores, two to five minutes each.
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
-    Expected: fd-lite2@1797 of 59 with the rule's mask (56 to 62), 70 without (66 to 78); the teacher has 63 in 18 steps.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
+    Expected: fd-lite2@1797 of 59 with the rule's mask (56 to 62), 70 without (66 to 78), 63 for the teacher.
     """
-    settings: dict[str, Any] = {
+    settings = {
         "teacher": "digits",
         "data": "digits",
         "total_kimg": 12,
@@ -104,16 +99,9 @@ def cifar10(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on CIFAR-10, unconditional.
 
     Reproduces: the settings of the paper's CIFAR-10 row (method of GDD; teacher edm-cifar10-32x32-uncond-ve).
-    Tested: some steps at full size on CPU with random backbones; never to the end here.
+    Tested: some steps at full size on a CPU with random backbones; never to the end.
     Launch: `gddlab train cifar10 --mask mask.json --run-dir runs/cifar10 --nproc 4`.
     Expected, published: FID 1.54 with the rule's mask after 5 million images.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
     """
     settings = CIFAR | {"teacher": "edm-cifar10-32x32-uncond-ve"}
     return _made(settings, run_dir, fields)
@@ -123,54 +111,33 @@ def cifar10_cond(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I or GDD on CIFAR-10, conditional; heads with a learned class embedding, where the authors took ImageNet's.
 
     Reproduces: the settings of the paper's conditional CIFAR-10 row (teacher edm-cifar10-32x32-cond-ve).
-    Tested: some steps at full size on CPU with random backbones; never to the end here.
+    Tested: some steps at full size on a CPU with random backbones; never to the end.
     Launch: `gddlab train cifar10_cond --mask mask.json --run-dir runs/cifar10-cond --nproc 4`.
     Expected: no published number of GDD-I was verified for it.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
     """
     settings = CIFAR | {"teacher": "edm-cifar10-32x32-cond-ve"}
     return _made(settings, run_dir, fields)
 
 
 def afhqv2(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
-    """GDD (without mask: the better one here) or GDD-I on AFHQv2 at 64 pixels; `data` is an EDM zip made by `gddlab prepare`.
+    """GDD (without `mask`, the better one here) or GDD-I on AFHQv2 at 64 pixels; `data` is made by `gddlab prepare`.
 
     Reproduces: the settings of the paper's AFHQv2 row (teacher edm-afhqv2-64x64-uncond-ve).
-    Tested: some steps at full size on CPU with random backbones; never to the end here.
+    Tested: some steps at full size on a CPU with random backbones; never to the end.
     Launch: `gddlab train afhqv2 --run-dir runs/afhqv2 --nproc 4`.
     Expected, published: FID 1.23 (GDD), 1.24 (GDD-I), 10 million images.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
     """
     settings = DEIT | {"teacher": "edm-afhqv2-64x64-uncond-ve", "data": "afhqv2-64x64.zip"}
     return _made(settings, run_dir, fields)
 
 
 def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
-    """GDD-I (with `mask`) or GDD (without) on FFHQ at 64 pixels; `data` is an EDM zip made by `gddlab prepare`.
+    """GDD-I (with `mask`) or GDD (without) on FFHQ at 64 pixels; `data` is made by `gddlab prepare`.
 
     Reproduces: the settings of the paper's FFHQ row (teacher edm-ffhq-64x64-uncond-ve).
-    Tested: some steps at full size on CPU with random backbones; never to the end here.
+    Tested: some steps at full size on a CPU with random backbones; never to the end.
     Launch: `gddlab train ffhq --mask mask.json --run-dir runs/ffhq --nproc 4`.
     Expected, published: FID 0.85 with the rule's mask, 10 million images.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
     """
     settings = DEIT | {"teacher": "edm-ffhq-64x64-uncond-ve", "data": "ffhq-64x64.zip"}
     return _made(settings, run_dir, fields)
@@ -179,18 +146,11 @@ def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
 def imagenet64(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on ImageNet at 64 pixels, conditional; `data` is an EDM zip with labels.
 
-    Reproduces: the settings of the paper's ImageNet row (teacher edm-imagenet-64x64-cond-adm). The authors initialise the heads' class
-    embedding from a file (`discriminator.embedding_file`); without one it is random.
-    Tested: some steps at full size on CPU with random backbones; never to the end here.
+    Reproduces: the settings of the paper's ImageNet row (teacher edm-imagenet-64x64-cond-adm). The authors initialise
+    the heads' class embedding from a file (`discriminator.embedding_file`); without one it is random.
+    Tested: some steps at full size on a CPU with random backbones; never to the end.
     Launch: `gddlab train imagenet64 --mask mask.json --run-dir runs/imagenet64 --nproc 4`.
     Expected, published: FID 1.16 with the rule's mask, 10 million images.
-
-    Args:
-        run_dir: Folder of the run.
-        **fields: Any field of TrainConfig, in place of the preset's.
-
-    Returns:
-        A frozen configuration.
     """
     settings = DEIT | {
         "teacher": "edm-imagenet-64x64-cond-adm",

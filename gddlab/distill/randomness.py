@@ -1,4 +1,4 @@
-"""Everything random in an iteration as a function of seed and iteration, drawn for the global batch, divided over ranks."""
+"""Everything random in an iteration, as a function of seed and iteration: drawn for all ranks, divided among them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class InstanceBatch:
-    """What the instance loss takes in an iteration: real images, noise, and indices of noise levels; this rank's part."""
+    """What the instance loss takes in an iteration, this rank's part: real images, noise, indices of noise levels."""
 
     images: Tensor
     noise: Tensor

@@ -106,7 +106,7 @@ class Recorder:
             self.say(f"alarm: {a.message}")
 
     def snapshot(self, ema: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> torch.Tensor:
-        """Writes a grid of fixed noise and the averaged student; returns the grid's images, (64, C, H, W) in [-1, 1]."""
+        """Writes a grid of fixed noise and the averaged student; returns the grid, (64, C, H, W) in [-1, 1]."""
         images = sample(ema, GRID, seed=0)
         save_grid(images, self.run_dir / "samples" / f"{name_of(nimg)}.png", columns=8)
         save_network(ema, self.run_dir / "snapshots" / f"{name_of(nimg)}.safetensors", **meta)
@@ -185,7 +185,8 @@ def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_
 class Meter:
     """Sums and counts of scalars by name, without waiting for the device until `means`.
 
-    `streak` is how many iterations in a row, up to the last one, had a loss that is not finite; `longest` since the last `reset`.
+    `streak` counts iterations in a row, up to the last one, whose loss is not finite; `longest` is its maximum since
+    the last `reset`.
     """
 
     def __init__(self, device: torch.device):

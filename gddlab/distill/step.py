@@ -1,4 +1,4 @@
-"""One training iteration: generator step, discriminator step, lazy R1 step (method of GDD), whole or in micro-batches."""
+"""One training iteration (method of GDD): generator, discriminator and lazy R1 step, whole or in micro-batches."""
 
 from __future__ import annotations
 

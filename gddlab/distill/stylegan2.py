@@ -1,4 +1,4 @@
-"""StyleGAN2's discriminator, trained from the first layer (Karras et al. 2020a; sizes as StyleGAN2-ADA, Karras et al. 2020b)."""
+"""StyleGAN2's discriminator, trained from the first layer (Karras et al. 2020a), sized as StyleGAN2-ADA's (2020b)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ TAPS = (1.0, 3.0, 3.0, 1.0)
 
 
 def group_size(batch: int, group: int) -> int:
-    """Images in a group of the minibatch deviation: `group`, or the largest divisor of the batch below."""
+    """Images in a group of the minibatch deviation: `group`, or the largest divisor of the batch below it."""
     return max(n for n in range(1, min(group, batch) + 1) if batch % n == 0)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
     """Appends the minibatch standard deviation as one channel (Karras et al. 2018, section 3).
 
-    Each group is of CONSECUTIVE images (StyleGAN2 strides them over the batch), so that the split of a batch over processes, or over
-    the pieces of gradient accumulation, changes nothing while the group divides each part. It has `group` images, or where that is no divisor
-    of the batch, the largest divisor below.
+    Each group is of CONSECUTIVE images (StyleGAN2 strides them over the batch), so that dividing a batch over
+    processes, or over micro-batches, changes nothing while the group divides each part. It has `group_size` images.
 
     Args:
         x: (B, C, H, W).
         group: Images in a group.
 
     Returns:
-        (B, C + 1, H, W): the deviation over the group, its mean over channels and pixels, the same for the group's images.
+        (B, C + 1, H, W): the deviation over the group, mean over channels and pixels, the same for the group's images.
     """
     b, _, h, w = x.shape
     size = group_size(b, group)
@@ -50,7 +49,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Equalised convolution: weights are N(0, 1), divided by sqrt(fan-in) at run time (Karras et al. 2018, section 4.1).
+    """Equalised convolution: weights N(0, 1), divided by sqrt(fan-in) at run time (Karras et al. 2018, section 4.1).
 
     `down` low-passes and halves; `act` is a leaky ReLU 0.2 with gain sqrt 2; `gain` multiplies the result.
     """
@@ -99,7 +98,7 @@ def low_pass() -> Tensor:
 
 
 class Linear(nn.Module):
-    """Equalised linear layer; `lr` multiplies its learning rate (Karras et al. 2019, appendix C).  (B, in) -> (B, out)"""
+    """Equalised linear layer; `lr` scales its learning rate (Karras et al. 2019, appendix C).  (B, in) -> (B, out)"""
 
     def __init__(self, cin: int, cout: int, *, act: bool = True, lr: float = 1.0):
         super().__init__()
@@ -117,7 +116,7 @@ GROUP = 4
 
 
 class _Block(nn.Module):
-    """Halves the resolution; with `residual` beside a down-sampled skip, the sum of unit variance (Karras et al. 2020a, figure 7)."""
+    """Halves the resolution; `residual` adds a down-sampled skip with unit variance (Karras et al. 2020a, figure 7)."""
 
     def __init__(self, rgb: int, cin: int, cout: int, *, residual: bool):
         super().__init__()
@@ -151,7 +150,7 @@ class _Epilogue(nn.Module):
 
 
 class _Mapping(nn.Module):
-    """One-hot labels -> embedding: a linear layer, normalised, then eight layers of a hundredth of the learning rate."""
+    """One-hot labels -> embedding: a linear layer, normalised, then eight layers at 1/100 of the learning rate."""
 
     def __init__(self, classes: int, width: int):
         super().__init__()
@@ -168,21 +167,22 @@ class _Mapping(nn.Module):
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """The residual discriminator of StyleGAN2; its state dict carries the names of StyleGAN2-ADA's PyTorch release (`b32.conv0.weight`).
+    """The residual discriminator of StyleGAN2; its state dict has the names of StyleGAN2-ADA's PyTorch release.
 
-    No clamping of activations, which only half precision needs. Conditional logits are inner products with a mapped class embedding
-    (Miyato & Koyama 2018), / sqrt(width).
+    Activations are not clamped, which only half precision needs. Conditional logits are inner products with a mapped
+    class embedding (Miyato & Koyama 2018), / sqrt(width).
 
     Args:
         resolution: Side of the images, pixels: a power of two from 8 to 1024.
         channels: Of the images, 1 or 3.
         classes: Number of classes; 0 for an unconditional discriminator.
-        channel_base: Width times resolution: layers at r x r have min(channel_base / r, channel_max) channels. None is StyleGAN2-ADA's
-            automatic choice: 16384 below 512 pixels, else 32768.
+        channel_base: Width times resolution: layers at r x r have min(channel_base / r, channel_max) channels. None is
+            StyleGAN2-ADA's automatic choice: 16384 below 512 pixels, else 32768.
         channel_max: Bound of the widths.
-        mbstd_group_size: Images in a group of the minibatch standard deviation, see `gddlab.distill.stylegan2.minibatch_std`.
-        weights: Path of a state dict (.safetensors, .pt, .pth) or of a StyleGAN2-ADA .pkl, read as data; None starts from scratch. Weights without skips
-            (architecture "orig", as the published CIFAR-10 networks have it) make a discriminator without them.
+        mbstd_group_size: Images in a group of the minibatch standard deviation, see `minibatch_std`.
+        weights: Path of a state dict (.safetensors, .pt, .pth) or of a StyleGAN2-ADA .pkl, read as data; None starts
+            from scratch. Weights without skips (architecture "orig", as in the published CIFAR-10 networks) make a
+            discriminator without them.
 
     Raises:
         GddlabError: Sizes that are not possible, or weights of another network.
@@ -240,7 +240,8 @@ class StyleGAN2Discriminator(nn.Module):
         shape = tuple(given[name].shape)
         if len(shape) != 4 or shape[1] != self.channels:
             raise GddlabError(
-                f"{weights} does not fit: {name} is {shape}, the images have {self.channels} channels; train from scratch"
+                f"{weights} does not fit: {name} is {shape}, the images have {self.channels} channels; "
+                "train from scratch"
             )
 
     def features(self, images: Tensor) -> list[Tensor]:
