@@ -47,8 +47,9 @@ def distinct_images(images: Tensor, scale: float) -> float:
     """Effective number of distinct images: diversity of order 2 with similarity exp(-(d / scale)^2).
 
     Equally many copies of m images count as m, however far the m are apart; the mean distance between images, 30 %
-    lower for four digits than for 64, would hardly show it. Images closer than about `scale` count as one, so that noise
-    does not hide copies. Leinster & Cobbold 2012 ("Measuring diversity: the importance of species similarity"), q = 2.
+    lower for four digits than for 64, would hardly show it. Images closer than about `scale` count as one, so that
+    noise does not hide copies.
+    Leinster & Cobbold 2012 ("Measuring diversity: the importance of species similarity"), q = 2.
 
     Args:
         images: [-1, 1], (N, C, H, W), N at least 2.

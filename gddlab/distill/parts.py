@@ -132,7 +132,7 @@ class DiscriminatorPart(Settings):
     kind: str
 
     def build(self, teacher: Precond, *, exact: bool = False) -> nn.Module:
-        """The discriminator of a teacher's images and classes; `exact` omits what rounds in another way, such as folding."""
+        """The discriminator of a teacher's images and classes; `exact` omits what changes the rounding."""
         raise NotImplementedError
 
     def find(self) -> str:

@@ -169,7 +169,7 @@ class SNConv2d(nn.Module):
         self.weight_v: Tensor
 
     def weight(self) -> Tensor:
-        """The weight divided by its largest singular value, estimated by u and v; in full precision, also in autocast."""
+        """The weight divided by its largest singular value, estimated by u and v; always in full precision."""
         p = self.weight_orig
         # Rows in the order of memory, whichever that is: copying them costs more than the rest.
         last = p.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The same experiments at full size, for who has the GPUs: CIFAR-10, AFHQv2, FFHQ, ImageNet. None of these has been run here."""
+"""The same experiments at full size, for those who have GPUs: CIFAR-10, AFHQv2, FFHQ, ImageNet. None has been run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["FULL"]
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
 JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
 HOURS_ON_8_A100 = 6.0
-"""What the authors need for 5 million images (arXiv:2405.20750); nothing is known of the longer ones, and `gddlab preflight` measures them."""
+"""What the authors need for 5 million images (arXiv:2405.20750); `gddlab preflight` measures the longer ones."""
 
 
 def configured(preset: str, **fields: Any) -> Configure:
-    """A preset with some fields, with ten snapshots on the way; seed s trains with seed 42 + s, and 42 is the authors'."""
+    """A preset with some fields and ten snapshots; seed s trains with seed 42 + s, and 42 is the authors'."""
 
     def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
         total = fields.get("total_kimg", presets.preset(preset, run_dir=run_dir).total_kimg)

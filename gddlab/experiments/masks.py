@@ -70,7 +70,7 @@ SCORE_OF: Mapping[str, Score] = {
 
 
 def measured_mask(measured: Measured, name: str, *, inverse: bool = False, share: float = 1.0) -> FreezeMask:
-    """The layers with the lowest score are frozen, up to the rule's budget times `share`; or the inverse of that, of equal budget."""
+    """Freezes the layers with the lowest score, up to the rule's budget times `share`; or the inverse of that mask."""
     budget = share * measured.rule.fraction
     mask = select_freeze(measured.result, strategy="budget", score=SCORE_OF[name], budget=budget)
     return controls(mask, seeds=())["inverse"] if inverse else mask
@@ -105,7 +105,7 @@ def mask_experiments(
 
     Args:
         configure: The configuration of a run, from its folder, seed and mask.
-        others: Of all but GDD-I and GDD, where they are followed less closely.
+        others: Of all but GDD-I and GDD, with fewer snapshots.
         seconds: One run, roughly.
     """
     both = (CHOOSING, ABLATION)
@@ -136,8 +136,8 @@ class Rows:
     """Makes the experiments of a list.
 
     Args:
-        configured: From fields that differ from the list's preset, the configuration of a run by its folder, seed and mask.
-        seconds: One run, roughly; None where nobody knows.
+        configured: Makes, from fields that differ from the list's preset, what configures a run.
+        seconds: One run, roughly; None if unknown.
     """
 
     def __init__(self, configured: Callable[..., Configure], seconds: float | None):
@@ -166,8 +166,8 @@ class Rows:
         """With augmentation, fixed and adaptive.
 
         Args:
-            ada_kimg: In which ADA's probability can go from 0 to 1.
-            **fields: That go with it.
+            ada_kimg: Images in which ADA's probability can go from 0 to 1, thousands.
+            **fields: Further fields of both.
         """
         what = f"GDD-I with ADA, target 0.6, at most from 0 to 1 in {ada_kimg:g} kimg"
         return (

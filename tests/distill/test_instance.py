@@ -259,7 +259,7 @@ def test_gradients_reach_the_student_alone(kind: str) -> None:
     t, s = (loss.sigmas[i] for i in (draws.t, draws.s))
     x = images + t.reshape(-1, 1, 1, 1) * noise
     with torch.no_grad():
-        target = loss._target(constant, x, labels, draws)
+        target = loss.target(constant, x, labels, draws)
     if kind == "ctm":
         made = student.jump(x, t, s, labels)
         ended = constant.jump(made, s, 0.002, labels)
