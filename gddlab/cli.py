@@ -51,15 +51,31 @@ def _preset(words: list[str]) -> str:
     return words[1] if len(words) > 1 and not words[1].startswith("-") else "digits"
 
 
-def _command(name: str, words: list[str]) -> Any:
+def _parts(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Parts whose kind a line chooses, by `--discriminator.kind lpips` or an option of augment; and the rest of the line.
+
+    "none" leaves a part out. tyro sees the options of the chosen kinds only.
+    """
+    words = [w for word in words for w in (word.split("=", 1) if word.startswith("--") else [word])]
+    parts: dict[str, Any] = {"augment": {}} if any(w.startswith("--augment.") for w in words) else {}
+    for name in ("discriminator", "instance"):
+        if (flag := f"--{name}.kind") in words[:-1]:
+            at = words.index(flag)
+            kind = words[at + 1]
+            parts[name] = None if kind == "none" else {"kind": kind}
+            del words[at : at + 2]
+    return words, parts
+
+
+def _command(name: str, words: list[str], parts: dict[str, Any]) -> Any:
     """A subcommand; a preset's fields are its defaults, so the preset is read before the rest of the line."""
     kind = COMMANDS[name]
     if words[:1] == [name] and issubclass(kind, Configured):
-        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words)))]
+        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words), parts))]
     return Annotated[kind, tyro.conf.subcommand(name)]
 
 
-def _parsed(kinds: Any, argv: list[str] | None) -> Any:
+def _parsed(kinds: Any, argv: list[str]) -> Any:
     """The command of a line. What a configuration refuses is raised as it is; tyro would put it into a box of its own."""
     said = io.StringIO()
     try:
@@ -79,8 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     try:
         words = sys.argv[1:] if argv is None else argv
-        kinds = functools.reduce(operator.or_, [_command(name, words) for name in COMMANDS])
-        command = _parsed(kinds, argv)
+        parts: dict[str, Any] = {}
+        if words and issubclass(COMMANDS.get(words[0], object), Configured):
+            words, parts = _parts(words)
+        kinds = functools.reduce(operator.or_, [_command(name, words, parts) for name in COMMANDS])
+        command = _parsed(kinds, words)
         if isinstance(command, Configured) and command.preset != _preset(words):
             raise GddlabError(
                 f"preset {command.preset!r} after other arguments: give it first, gddlab {words[0]} {command.preset} ..."

@@ -1,4 +1,4 @@
-"""This process: its device, memory and random numbers, and the environment of the processes that it starts."""
+"""The process at hand: its device, its memory, its random numbers, and the environment of those that it starts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def chosen_device(name: str = "auto") -> torch.device:
     """The device of this process.
 
     Args:
-        name: "auto" (CUDA where available, else the CPU), "cpu" or "cuda". Of several GPUs a process takes that of its
-            LOCAL_RANK, which torchrun sets; if there are more processes than GPUs, they share.
+        name: "auto" (CUDA if there is a device, else the CPU), "cpu" or "cuda". Of several GPUs a process takes that of
+            its LOCAL_RANK, which torchrun sets; more processes than GPUs share them.
 
     Raises:
-        GddlabError: Another name, or CUDA where there is none.
+        GddlabError: Another name, or CUDA without a device.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise GddlabError(f"device={name!r}: give auto, cpu or cuda")
@@ -34,16 +34,16 @@ def chosen_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-# glibc returns freed megabytes to the system at once, and the next tensor of that size pays for its pages again: about
-# a tenth of a step on a CPU.
+# glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
+# takes about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
-# A kernel may itself be a process of a cluster's job, to which the processes that it starts do not belong.
+# The calling process may belong to a cluster's job; what it starts does not.
 JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 def fresh_environment(nproc: int) -> dict[str, str]:
-    """Environment of one of `nproc` processes on this machine: threads, path of gddlab, no variables of another job."""
+    """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
     own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
@@ -51,11 +51,13 @@ def fresh_environment(nproc: int) -> dict[str, str]:
     return env
 
 
-def peak_memory_mib() -> float:
-    """Peak memory of this process so far, MiB.
+def peak_memory_mib(device: torch.device | None = None) -> float:
+    """Peak so far, MiB: of the memory allocated on a CUDA device, else of this process's memory.
 
-    On Linux since its program began; elsewhere, as in getrusage, the peak of the process that started it counts too.
+    The latter is on Linux since its program began; elsewhere a peak of the process that started it counts too.
     """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 1024
@@ -66,7 +68,7 @@ def peak_memory_mib() -> float:
 def generator(seed: int, position: int) -> torch.Generator:
     """A CPU generator for one position of the sequence of `seed`.
 
-    PyTorch's CPU generator takes 32 bits of its seed. The golden ratio spreads seeds over them (Knuth's multiplicative
-    hash), so that sequences of nearby seeds do not overlap for millions of positions.
+    PyTorch's CPU generator takes 32 bits of its seed; seeds are spread over them by the golden ratio (Knuth's
+    multiplicative hash), so that sequences of nearby seeds do not overlap for millions of positions.
     """
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + position) % 2**32)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
 from gddlab.commands.output import out
 from gddlab.distill import presets
@@ -41,11 +43,11 @@ class Demo:
 
 @dataclass(frozen=True)
 class Configured:
-    """A preset with fields, a mask and fast mode; the preset's fields are known before the rest of the line is read."""
+    """A preset with fields, a mask and fast mode; preset and kinds of parts are known before the rest of the line is read."""
 
     preset: Positional[str] = "digits"
     """Preset that gives the fields not named here, as the first word: digits, cifar10, cifar10_cond, afhqv2, ffhq, imagenet64."""
-    config: OmitArgPrefixes[TrainConfig] = field(default_factory=lambda: presets.digits(run_dir="runs/digits"))
+    config: Annotated[TrainConfig, arg(name="")] = field(default_factory=lambda: presets.digits(run_dir="runs/digits"))
     mask: Path | None = None
     """Freeze mask, a file that `gddlab freeze` wrote (GDD-I); GDD if neither this nor a rule is given."""
     rule: str | None = None
@@ -56,11 +58,11 @@ class Configured:
     """Processes on this machine."""
 
     @classmethod
-    def of_preset(cls, name: str) -> Configured:
+    def of_preset(cls, name: str, parts: Mapping[str, Any] = MappingProxyType({})) -> Configured:
         """The command with a preset's fields for defaults; as it is for an unknown one, which `configured` refuses."""
         if name not in presets.PRESETS:
             return cls(preset=name)
-        return cls(preset=name, config=presets.preset(name, run_dir=f"runs/{name}"))
+        return cls(preset=name, config=presets.preset(name, run_dir=f"runs/{name}", **parts))
 
     def configured(self, teacher: Precond | None = None) -> TrainConfig:
         """The configuration; `teacher` in place of the one named, for the names of a rule."""
@@ -81,7 +83,11 @@ class Configured:
 
 @dataclass(frozen=True)
 class Train(Configured):
-    """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run."""
+    """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run.
+
+    --discriminator.kind (projected, stylegan2, lpips, none) and --instance.kind (pd, cd, ctm, rcd) choose a part; with
+    --help after them, its options are shown. --augment.ops color cutout augments what the discriminator sees.
+    """
 
     detach: bool = False
     """Returns at once; the run goes on."""

@@ -1,4 +1,4 @@
-"""What a student on its way is asked to do: the generator's loss of a run, to be differentiated outside of training."""
+"""The generator's loss at the last checkpoint of a run, to be differentiated outside of the training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["AdversarialProblem", "FreshNoise", "adversarial_problem"]
 
 @dataclass(frozen=True)
 class FreshNoise:
-    """Batches of a student's inputs, made anew each time they are gone through: unit noise (B, C, H, W) and one-hot labels or None.
+    """Batches of a student's inputs, made again by each iteration: unit noise (B, C, H, W), one-hot labels or None.
 
     Attributes:
-        student: Whose inputs; they lie where it lies, in its precision.
+        student: Whose inputs; on its device, in its precision.
         data: Where classes come from, in its order under `seed`.
-        n, batch_size: Images, and images of a batch.
+        n, batch_size: Images in all, and images per batch.
         seed: Image i has noise of seed `seed` + i.
     """
 
@@ -73,28 +73,28 @@ class AdversarialProblem(NamedTuple):
 def adversarial_problem(
     run_dir: str | Path, *, n: int = 256, batch_size: int | None = None, seed: int = 0
 ) -> AdversarialProblem:
-    """The generator's loss where a run's last checkpoint left student and discriminator.
+    """The generator's loss with student and discriminator of a run's last checkpoint.
 
-    The discriminator is as in training: BatchNorm sees the fakes of a batch, spectral norm takes its step; but it stays what it is in the
-    checkpoint, so that every batch meets the same one. A bfloat16 run is rebuilt in float32.
+    The discriminator is as in training: BatchNorm sees the fakes of a batch, spectral norm takes its step. But it is
+    reset after each batch, so that every batch meets the same one. A bfloat16 run is rebuilt in float32.
 
     Args:
         run_dir: A run directory; it is only read.
         n: Images, a multiple of `batch_size`.
-        batch_size: Images of a batch; None is the run's own, over all its processes.
+        batch_size: Images per batch; None is the run's own, over all its processes.
         seed: Of noise and classes.
 
     Raises:
-        GddlabError: No run there, or one without a checkpoint; its teacher or data are not what they were; `n` is no multiple.
+        GddlabError: No run, no discriminator or no checkpoint; teacher or data are missing; `n` is no multiple.
     """
     config = TrainConfig.load(run_dir)
     size = positive("batch_size", config.batch if batch_size is None else batch_size)
     if positive("n", n) % size:
         raise GddlabError(f"n={n} images in batches of {size}: give a multiple, or another batch_size=")
+    if config.discriminator is None:
+        raise GddlabError(f"{run_dir} trains without a discriminator: give a run that has one")
     if not checkpoints(Path(run_dir)):
-        raise NotFound(
-            f"{run_dir} has no checkpoint: let the run go on to its first one, or stop() it, which writes one"
-        )
+        raise NotFound(f"{run_dir} has no checkpoint: wait for its first one, or stop() the run, which writes one")
     cuda = config.device != "cpu" and torch.cuda.is_available()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the trainer seeds the global generators
         trainer = Trainer(config, World(0, 1, torch.device("cuda" if cuda else "cpu")))

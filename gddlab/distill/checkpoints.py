@@ -1,4 +1,4 @@
-"""Checkpoints: torch.distributed.checkpoint, written in the background, whole or absent, checked when read, for any number of processes."""
+"""Checkpoints: torch.distributed.checkpoint, written in the background, complete or absent, checked when read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Checkpoints", "Loaded", "checkpoints", "set_training_state", "traini
 NAME = re.compile(r"\d+\.\d{3}")
 LATEST, BEST = "latest", "best"
 FULL = 1 << 20
-"""Bytes; a disk with less is full."""
+"""Bytes; a disk with less free space counts as full."""
 
 
 def training_state(step: GanStep, ema: nn.Module, ada: AdaController | None = None) -> dict[str, dict[str, Tensor]]:
@@ -48,7 +48,7 @@ def training_state(step: GanStep, ema: nn.Module, ada: AdaController | None = No
 def set_training_state(
     state: Mapping[str, Any], step: GanStep, ema: nn.Module, ada: AdaController | None = None
 ) -> None:
-    """Puts what was read into `training_state` back; the optimisers' tensors were read in place."""
+    """Restores what was read into a `training_state`; the optimisers' tensors were read in place."""
     step.g.load_state_dict(state["g"])
     ema.load_state_dict(state["ema"])
     if step.adversarial:
@@ -71,7 +71,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 class Loaded(NamedTuple):
-    """What `Checkpoints.load` found: the counters, the folder's name, and what is wrong with newer ones that were passed over."""
+    """What `Checkpoints.load` read: the counters, the folder's name, and what is wrong with newer ones it skipped."""
 
     meta: dict[str, Any]
     name: str
@@ -79,10 +79,10 @@ class Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `checkpoints/KIMG`: torch.distributed.checkpoint's files and meta.json with the counters and a checksum of each file.
+    """The checkpoints of a run, in `checkpoints/KIMG`: torch's files, and meta.json with counters and checksums.
 
-    A checkpoint is written beside, synced, renamed, and then named by the file `latest`; what is killed on the way leaves the one before. The last
-    `keep` stay, and the one that `best` names.
+    A checkpoint is written under a temporary name, synced, renamed, and then named by the file `latest`; a kill on the
+    way leaves the one before. The last `keep` stay, and the one that `best` names.
 
     Args:
         run_dir: The run.
@@ -97,22 +97,23 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def save(self, state: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], *, best: bool = False) -> None:
-        """Copies the state and writes it while the training goes on; waits first for the write before, if that still goes on.
+        """Copies the state and writes it while the training continues; waits first for an unfinished write before it.
 
         Args:
             state: From `training_state`.
             meta: Counters, JSON; must hold `nimg`.
-            best: Whether this is to stay as the best one.
+            best: Whether this is kept as the best one.
 
         Raises:
-            GddlabError: A parameter is not finite, or the write before has failed; what was written before stands.
+            GddlabError: A parameter is not finite, or the write before failed; earlier checkpoints stand.
         """
         self.wait()
         for part in ("g", "d"):
             bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not local(v).isfinite().all()]
             if self.world.any(bool(bad)):
+                first = bad[0] if bad else "one on another rank"
                 raise GddlabError(
-                    f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {bad[0] if bad else 'one on another rank'}: "
+                    f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {first}: "
                     "the last checkpoint stands; lower lr_g or lr_d in a new run"
                 )
         staged: Any = self._stager.stage(dict(state))
@@ -132,11 +133,12 @@ class Checkpoints:
             return
         try:
             writing.result()
-        except (OSError, CheckpointException) as e:  # any other is of the ranks' connection, not of the disk
+        except (OSError, CheckpointException) as e:  # any other comes from the ranks' connection, not the disk
             have = [p.name for p in checkpoints(self.run_dir)]
             stands = f"{have[-1]} kimg stands" if have else "none was written before"
             raise GddlabError(
-                f"a checkpoint could not be written to {self.folder} ({_cause(e)}): {stands}; mend that, and the same call continues"
+                f"a checkpoint could not be written to {self.folder} ({_cause(e)}): {stands}; "
+                "mend that, and the same call continues"
             ) from e
 
     def close(self) -> None:
@@ -148,7 +150,7 @@ class Checkpoints:
             self._stager.close()
 
     def abandon(self) -> None:
-        """The end after an error: a write that goes on may still finish, but is not waited for when other ranks are gone."""
+        """After an error: an unfinished write may still finish, but is not waited for when other ranks are gone."""
         with suppress(Exception):
             self.wait(30)
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -160,18 +162,18 @@ class Checkpoints:
             self._write_to(tmp, final, state, meta, best)
         except BaseException:
             full = self.world.rank == 0 and self.folder.is_dir() and shutil.disk_usage(self.folder).free < FULL
-            if self.world.rank == 0:  # on a full disk, room for the word on what happened
+            if self.world.rank == 0:  # on a full disk, makes room for the report of the failure
                 shutil.rmtree(tmp, ignore_errors=True)
-            if full:  # torch's writer has other words for it
+            if full:  # torch's writer reports it in other words
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp)) from None
             raise
 
     def _write_to(self, tmp: Path, final: Path, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "saving as a single process" is meant
+            warnings.simplefilter("ignore")  # about saving as a single process, which is intended
             dcp.save(state, checkpoint_id=tmp, process_group=self.world.saving)
         if self.world.rank:
-            return  # rank 0 came back when the files of all ranks were there and synced
+            return  # rank 0 returned after the files of all ranks were there and synced
         files = {p.name: [p.stat().st_size, file_sha256(p)] for p in sorted(tmp.iterdir())}
         write_json(tmp / "meta.json", meta | {"files": files})
         fsync_dir(tmp)
@@ -188,10 +190,10 @@ class Checkpoints:
         _remove(self.folder.glob("*.damaged"))
 
     def load(self, state: dict[str, Any]) -> Loaded | None:
-        """Reads the newest checkpoint that is whole into `state`; None where there is none. Nothing is written.
+        """Reads the newest complete checkpoint into `state`; None if there is none. Nothing is written.
 
         Raises:
-            GddlabError: There are checkpoints, and none is whole.
+            GddlabError: There are checkpoints, and none is complete.
         """
         chosen: list[Any] = [None, [], None]
         if self.world.rank == 0:
@@ -209,8 +211,8 @@ class Checkpoints:
             dcp.load(state, checkpoint_id=self.folder / name, process_group=self.world.control)
         return Loaded(read_json(self.folder / name / "meta.json"), name, damaged)
 
-    def go_on(self, loaded: Loaded | None) -> None:
-        """Before a training goes on: puts damaged checkpoints aside as NAME.damaged until the next one stands, and removes what was half written."""
+    def clean_up(self, loaded: Loaded | None) -> None:
+        """Before a training continues: renames damaged checkpoints to NAME.damaged, removes what was half written."""
         if self.world.rank:
             return
         _remove(self.folder.glob(".*.tmp"))
@@ -234,9 +236,10 @@ class Checkpoints:
                 break
             damaged[path.name] = why
         if found and whole is None:
+            what = "; ".join(f"{k}: {v}" for k, v in damaged.items())
             raise GddlabError(
-                f"{self.run_dir}: no checkpoint is whole ({'; '.join(f'{k}: {v}' for k, v in damaged.items())}): "
-                "restore one, or remove the folder checkpoints to begin anew"
+                f"{self.run_dir}: no checkpoint is complete ({what}): "
+                "restore one, or remove the folder checkpoints to start again"
             )
         return None if whole is None else whole.name, [f"{k}: {v}" for k, v in damaged.items()]
 
@@ -255,7 +258,7 @@ def _pointer(folder: Path, name: str) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is as it was written. One without checksums is of an older version."""
+    """What is wrong with a checkpoint; None if it is as it was written. Older versions wrote no checksums."""
     try:
         files = read_json(path / "meta.json").get("files", {})
         for name, (size, digest) in files.items():
@@ -272,7 +275,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The system's own words where an error of many ranks hides them."""
+    """The system's own message, which an error of many ranks hides."""
     own: Any = error
     failures = getattr(error, "failures", None)
     if failures:

@@ -1,4 +1,4 @@
-"""Distances between images for instance-based losses: squared, LPIPS (Zhang et al. 2018), and a stand-in whose weights come with the package."""
+"""Distances between images for instance-based losses: squared, LPIPS (Zhang et al. 2018), and a stand-in for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LITE0 = "tf_efficientnet_lite0"
 
 
 class Distance(nn.Module):
-    """A frozen distance between images, one number a pair: d(a, b) = d(b, a) >= 0."""
+    """A frozen distance between images, one number per pair: d(a, b) = d(b, a) >= 0."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Two batches of images in [-1, 1], (B, 1 or 3, H, W) each -> (B,); gradients flow to both.
@@ -80,23 +80,25 @@ def perceptual_distance(name: str, *, weights: str | Path | None = None, input_s
     """A frozen distance between images.
 
     - "l2": mean squared difference.
-    - "lpips": LPIPS v0.1 on VGG16 (Zhang et al. 2018, equation 1): squared differences of unit-normalised features of five levels, times learned weights,
-      summed over channels, mean over pixels, summed over levels.
-    - "lite0": a stand-in of our own, no LPIPS: the same differences on four levels of EfficientNet-lite0 without learned weights, mean over
-      channels and pixels, then over levels. Its values are comparable only with each other.
+    - "lpips": LPIPS v0.1 on VGG16 (Zhang et al. 2018, equation 1): squared differences of unit-normalised features of
+      five levels, times learned weights, summed over channels, mean over pixels, summed over levels.
+    - "lite0": not LPIPS, but a stand-in whose weights come with the package: the same differences on four levels of
+      EfficientNet-lite0 without learned weights, mean over channels and pixels, then over levels. Its values are
+      comparable only with each other.
 
     Args:
         name: "lpips", "l2" or "lite0".
-        weights: Of LPIPS's VGG16: a path, "random", or None to look for them, see `gddlab.pretrained.lpips_trunk.LPIPSTrunk`.
-        input_size: Images are resized to this many pixels, bilinearly (align_corners False); None is 224 for lpips, 64 for lite0.
+        weights: Of LPIPS's VGG16: a path, "random", or None to look for them, as `LPIPSTrunk` does.
+        input_size: Images are resized to this many pixels, bilinearly (align_corners False); None is 224 for lpips, 64
+            for lite0.
 
     Raises:
-        GddlabError: Unknown name, an argument that the distance does not take, or weights that are missing or do not fit.
+        GddlabError: Unknown name, an argument that the distance does not take, or weights that do not fit.
     """
     _check_name(name, weights)
     if name == "l2":
         if input_size is not None:
-            raise GddlabError(f"input_size={input_size} with the distance l2, which does not resize: leave it away")
+            raise GddlabError(f"input_size={input_size} with the distance l2, which does not resize: omit it")
         return _L2().eval()
     if name == "lpips":
         return _LPIPS(weights, 224 if input_size is None else input_size)
@@ -121,11 +123,11 @@ def _check_name(name: str, weights: str | Path | None) -> None:
     if name not in DISTANCES:
         raise unknown("distance", name, DISTANCES)
     if weights is not None and name != "lpips":
-        raise GddlabError(f"weights={str(weights)!r} with the distance {name}, which takes none: leave them away")
+        raise GddlabError(f"weights={str(weights)!r} with the distance {name}, which takes none: omit them")
 
 
 def _linear_layers() -> list[Tensor]:
-    """LPIPS's learned weights v0.1 for VGG16, (C, 1, 1) a level, found without importing the package (it draws in half of SciPy)."""
+    """LPIPS's learned weights v0.1 for VGG16, (C, 1, 1) per level, without importing the package, which loads SciPy."""
     spec = importlib.util.find_spec("lpips")
     folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
     path = Path(folder or "") / "weights" / "v0.1" / "vgg.pth"

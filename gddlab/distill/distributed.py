@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.layers import UNetBlock
-from gddlab.runtime import chosen_device, peak_memory_mib
+from gddlab.runtime import chosen_device
 
-__all__ = ["AllReduceSum", "World", "all_reduce_sum", "fill", "shard"]
+__all__ = ["World", "fill", "shard"]
 
 ROLL_CALL_S = 10.0
 
@@ -38,8 +38,14 @@ def _timed_out(error: BaseException | None) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run; `control` is a gloo group for decisions, so that they never wait for an accelerator; `saving` one for checkpoints, which
-    are written beside the training; `store`, in rank 0 or in torchrun, is where ranks can meet when those fail."""
+    """One process of a run.
+
+    Attributes:
+        rank, size, device: Which process, of how many, and where it computes.
+        control: A gloo group for decisions, so that they never wait for an accelerator.
+        saving: A group for checkpoints, which are written beside the training.
+        store: Where ranks can meet when a group fails; in rank 0 or in torchrun.
+    """
 
     rank: int
     size: int
@@ -50,7 +56,7 @@ class World:
 
     @classmethod
     def start(cls, device: str = "auto", *, timeout_s: float = 600) -> World:
-        """Joins the processes that torchrun started; alone there is no process group.
+        """Joins the processes that torchrun started; a single process has no process group.
 
         Args:
             device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
@@ -61,7 +67,7 @@ class World:
         gpu = where.type == "cuda"
         if gpu:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            if local > torch.cuda.device_count():  # NCCL would refuse them later, by a number
+            if local > torch.cuda.device_count():  # NCCL would refuse them later, with an error number
                 raise GddlabError(
                     f"{local} processes on a machine of {torch.cuda.device_count()} GPUs: each needs one of its own"
                 )
@@ -85,9 +91,9 @@ class World:
             dist.destroy_process_group()
 
     def silent(self, error: BaseException) -> str | None:
-        """Who kept the others waiting, where an error is a collective's that timed out: "rank 1 has not answered"; else None.
+        """Which ranks did not answer, "rank 1 has not answered", if a collective timed out; else None.
 
-        Every rank that saw the error says so in the store; those that do not within some seconds are the ones.
+        Every rank that saw the error says so in the store; those that do not within some seconds are meant.
         """
         if self.store is None or not _timed_out(error):
             return None
@@ -97,10 +103,11 @@ class World:
         call.join(2 * ROLL_CALL_S)
         if not missing:
             return None
-        return f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {'have' if len(missing) > 1 else 'has'} not answered"
+        names, many = ", ".join(map(str, missing)), len(missing) > 1
+        return f"ranks {names} have not answered" if many else f"rank {names} has not answered"
 
     def _roll_call(self) -> list[int]:
-        """Ranks that do not say within some seconds that they are there."""
+        """Ranks that do not answer within some seconds."""
         keys = [f"gddlab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/answers/{r}" for r in range(self.size)]
         self.store.set(keys[self.rank], "yes")
         end = time.monotonic() + ROLL_CALL_S
@@ -117,12 +124,6 @@ class World:
         t = torch.tensor(int(flag))
         dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.control)
         return bool(t)
-
-    def peak_memory_mib(self) -> float:
-        """Peak so far: of the device's memory, or of this process's on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return peak_memory_mib()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -173,31 +174,10 @@ class World:
         )
 
 
-class AllReduceSum(torch.autograd.Function):
-    """Sum over ranks, differentiable any number of times: its adjoint is itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        out: Tensor = AllReduceSum.apply(grads[0].contiguous())
-        return out
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks, with derivatives of every order."""
-    out: Tensor = AllReduceSum.apply(x.contiguous())
-    return out
-
-
 def shard(net: OneStepPrecond, world: World) -> None:
-    """Spreads the U-Net's parameters over the processes, a block at a time; gradients are then averaged over ranks by the backward pass itself.
+    """Spreads the U-Net's parameters over the processes, a block at a time; names and what is frozen stay.
 
-    Nothing changes for one process. Names and what is frozen stay.
+    The backward pass then averages gradients over ranks itself. Nothing changes for one process.
     """
     if world.size == 1:
         return

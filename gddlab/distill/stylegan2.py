@@ -1,42 +1,45 @@
-"""StyleGAN2's discriminator, trained from the first layer (Karras et al. 2020a; sizes as StyleGAN2-ADA, Karras et al. 2020b)."""
+"""StyleGAN2's discriminator, trained from the first layer (Karras et al. 2020a), sized as StyleGAN2-ADA's (2020b)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError
-from gddlab.pretrained.files import SUFFIXES, load_fitting, read_state
+from gddlab.nets import Precond
+from gddlab.pretrained.files import SUFFIXES, fit_state, read_state
 
-__all__ = ["Conv", "Linear", "StyleGAN2Discriminator", "group_size", "low_pass", "minibatch_std"]
+__all__ = ["Conv", "Linear", "StyleGAN2", "StyleGAN2Discriminator", "group_size", "low_pass", "minibatch_std"]
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
 """Low-pass filter before down-sampling, in each direction."""
 
 
 def group_size(batch: int, group: int) -> int:
-    """Images in a group of the minibatch deviation: `group`, or the largest divisor of the batch below."""
+    """Images in a group of the minibatch deviation: `group`, or the largest divisor of the batch below it."""
     return max(n for n in range(1, min(group, batch) + 1) if batch % n == 0)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
     """Appends the minibatch standard deviation as one channel (Karras et al. 2018, section 3).
 
-    Each group is of CONSECUTIVE images (StyleGAN2 strides them over the batch), so that the split of a batch over processes, or over
-    the pieces of gradient accumulation, changes nothing while the group divides each part. It has `group` images, or where that is no divisor
-    of the batch, the largest divisor below.
+    Each group is of CONSECUTIVE images (StyleGAN2 strides them over the batch), so that dividing a batch over
+    processes, or over micro-batches, changes nothing while the group divides each part. It has `group_size` images.
 
     Args:
         x: (B, C, H, W).
         group: Images in a group.
 
     Returns:
-        (B, C + 1, H, W): the deviation over the group, its mean over channels and pixels, the same for the group's images.
+        (B, C + 1, H, W): the deviation over the group, mean over channels and pixels, the same for the group's images.
     """
     b, _, h, w = x.shape
     size = group_size(b, group)
@@ -46,7 +49,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Equalised convolution: weights are N(0, 1), divided by sqrt(fan-in) at run time (Karras et al. 2018, section 4.1).
+    """Equalised convolution: weights N(0, 1), divided by sqrt(fan-in) at run time (Karras et al. 2018, section 4.1).
 
     `down` low-passes and halves; `act` is a leaky ReLU 0.2 with gain sqrt 2; `gain` multiplies the result.
     """
@@ -95,7 +98,7 @@ def low_pass() -> Tensor:
 
 
 class Linear(nn.Module):
-    """Equalised linear layer; `lr` multiplies its learning rate (Karras et al. 2019, appendix C).  (B, in) -> (B, out)"""
+    """Equalised linear layer; `lr` scales its learning rate (Karras et al. 2019, appendix C).  (B, in) -> (B, out)"""
 
     def __init__(self, cin: int, cout: int, *, act: bool = True, lr: float = 1.0):
         super().__init__()
@@ -113,7 +116,7 @@ GROUP = 4
 
 
 class _Block(nn.Module):
-    """Halves the resolution; with `residual` beside a down-sampled skip, the sum of unit variance (Karras et al. 2020a, figure 7)."""
+    """Halves the resolution; `residual` adds a down-sampled skip with unit variance (Karras et al. 2020a, figure 7)."""
 
     def __init__(self, rgb: int, cin: int, cout: int, *, residual: bool):
         super().__init__()
@@ -147,7 +150,7 @@ class _Epilogue(nn.Module):
 
 
 class _Mapping(nn.Module):
-    """One-hot labels -> embedding: a linear layer, normalised, then eight layers of a hundredth of the learning rate."""
+    """One-hot labels -> embedding: a linear layer, normalised, then eight layers at 1/100 of the learning rate."""
 
     def __init__(self, classes: int, width: int):
         super().__init__()
@@ -164,21 +167,22 @@ class _Mapping(nn.Module):
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """The residual discriminator of StyleGAN2; its state dict carries the names of StyleGAN2-ADA's PyTorch release (`b32.conv0.weight`).
+    """The residual discriminator of StyleGAN2; its state dict has the names of StyleGAN2-ADA's PyTorch release.
 
-    No clamping of activations, which only half precision needs. Conditional logits are inner products with a mapped class embedding
-    (Miyato & Koyama 2018), / sqrt(width).
+    Activations are not clamped, which only half precision needs. Conditional logits are inner products with a mapped
+    class embedding (Miyato & Koyama 2018), / sqrt(width).
 
     Args:
         resolution: Side of the images, pixels: a power of two from 8 to 1024.
         channels: Of the images, 1 or 3.
         classes: Number of classes; 0 for an unconditional discriminator.
-        channel_base: Width times resolution: layers at r x r have min(channel_base / r, channel_max) channels. None is StyleGAN2-ADA's
-            automatic choice: 16384 below 512 pixels, else 32768.
+        channel_base: Width times resolution: layers at r x r have min(channel_base / r, channel_max) channels. None is
+            StyleGAN2-ADA's automatic choice: 16384 below 512 pixels, else 32768.
         channel_max: Bound of the widths.
-        mbstd_group_size: Images in a group of the minibatch standard deviation, see `gddlab.distill.stylegan2.minibatch_std`.
-        weights: Path of a state dict (.safetensors, .pt, .pth) or of a StyleGAN2-ADA .pkl, read as data; None starts from scratch. Weights without skips
-            (architecture "orig", as the published CIFAR-10 networks have it) make a discriminator without them.
+        mbstd_group_size: Images in a group of the minibatch standard deviation, see `minibatch_std`.
+        weights: Path of a state dict (.safetensors, .pt, .pth) or of a StyleGAN2-ADA .pkl, read as data; None starts
+            from scratch. Weights without skips (architecture "orig", as in the published CIFAR-10 networks) make a
+            discriminator without them.
 
     Raises:
         GddlabError: Sizes that are not possible, or weights of another network.
@@ -208,7 +212,8 @@ class StyleGAN2Discriminator(nn.Module):
         base = channel_base or (16384 if resolution < 512 else 32768)
         sizes = [resolution >> i for i in range(resolution.bit_length() - 2)]  # resolution, ..., 8, 4
         width = {r: max(1, min(base // r, channel_max)) for r in sizes}
-        given = None if weights is None else _read(weights)
+        with torch.device("cpu"):  # also where the network itself is made on the meta device
+            given = None if weights is None else _read(weights)
         if given is not None:
             self._check_images(given, weights)
         residual = given is None or any(name.endswith("skip.weight") for name in given)
@@ -220,7 +225,9 @@ class StyleGAN2Discriminator(nn.Module):
         self.b4 = _Epilogue(width[4], width[4] if classes else 1, mbstd_group_size)
         self._blocks = [f"b{r}" for r in sizes[:-1]]
         if given is not None:
-            load_fitting(self, given, weights, optional=("resample_filter",))
+            fit_state(self.state_dict(), given, weights, optional=("resample_filter",))
+            if not self.b4.out.weight.is_meta:
+                self.load_state_dict({**self.state_dict(), **given})
 
     def _check_images(self, given: dict[str, Tensor], weights: object) -> None:
         """Refuses weights for other images, the one mismatch that a name would not explain."""
@@ -233,7 +240,8 @@ class StyleGAN2Discriminator(nn.Module):
         shape = tuple(given[name].shape)
         if len(shape) != 4 or shape[1] != self.channels:
             raise GddlabError(
-                f"{weights} does not fit: {name} is {shape}, the images have {self.channels} channels; train from scratch"
+                f"{weights} does not fit: {name} is {shape}, the images have {self.channels} channels; "
+                "train from scratch"
             )
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -282,3 +290,39 @@ def _read(weights: str | Path) -> dict[str, Tensor]:
         return {k: t.view() for k, t in tensors_of(net).items()}
     except (Refused, ValueError, RuntimeError) as e:
         raise GddlabError(printable(f"{path} is refused: {str(e).splitlines()[0][:200]}")) from None
+
+
+class StyleGAN2(DiscriminatorPart):
+    """StyleGAN2's residual discriminator, trained from its first layer; images of 8 to 1,024 pixels, a power of two."""
+
+    kind: Literal["stylegan2"] = "stylegan2"
+    """Name of this kind."""
+    channel_max: int = Field(default=512, ge=1)
+    """Bound of the layers' widths, channels."""
+    weights: str | None = None
+    """Initial weights: the path of a state dict or of a StyleGAN2-ADA .pkl; None starts from scratch."""
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> StyleGAN2Discriminator:
+        return StyleGAN2Discriminator(
+            teacher.img_resolution,
+            teacher.img_channels,
+            classes=teacher.label_dim,
+            channel_max=self.channel_max,
+            weights=self.weights,
+        )
+
+    def find(self) -> str:
+        return f"stylegan2 discriminator ({self.weights or 'from scratch'})"
+
+    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
+        size = group_size(batch, GROUP)
+        if held % size:  # else the result would depend on how the batch is divided
+            raise GddlabError(
+                f"{held} of {batch} images at once with a StyleGAN2 discriminator, whose minibatch deviation is of "
+                f"{size} images: give a multiple of {size}"
+            )
+        with torch.device("meta"):  # reads the weights and fits them to the images
+            self.build(teacher)
+
+    def stand_in(self) -> StyleGAN2:
+        return self.model_copy(update={"weights": None})

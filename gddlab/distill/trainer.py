@@ -14,41 +14,49 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
-from gddlab.distill.build import DTYPES, build_step, check
+from gddlab.distill.build import build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World, fill
 from gddlab.distill.health import Alarm, Health, Thresholds, neighbor_distance
 from gddlab.distill.randomness import Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder, begin, name_of
+from gddlab.distill.step import DTYPES
 from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.nets.io import make_student
 from gddlab.probing import DEFAULT, probe, weight_change
+from gddlab.runtime import peak_memory_mib
 
 __all__ = ["Score", "Trainer"]
 
 Score = Callable[[Path], tuple[str, float, float | None]]
-"""Scores the student in a file: the metric's name, its value, lower is better, and its spread where known; nan for a diverged student."""
+"""Scores the student in a file: name of the metric, value (lower is better, nan if diverged), spread if known."""
 
 PROBED = 64
+"""Images of a probe."""
 STUDENT_STATS = tuple(s for s in DEFAULT if s != "cosine")
 """A student has one noise level, nothing to compare it with."""
 BAD_LOSSES = 3
-"""So many losses in a row that are not finite end a run."""
+"""How many losses in a row that are not finite end a run."""
 
 
 class Trainer:
     """A run in this process, one of `world.size`.
 
-    Everything random is a function of seed and iteration (order, noise, times, augmentation), so the position is the whole state of the random
-    numbers: a continued run is bit-identical, and the global batch does not depend on the number of processes.
+    Everything random (order, noise, times, augmentation) is a function of seed and iteration, so the position is the
+    whole state of the random numbers: a continued run is bit-identical, and the global batch does not depend on the
+    number of processes.
+
+    Args:
+        config: What to run.
+        world: The processes of the run.
+        given: A teacher and data in place of those that the configuration names.
     """
 
     def __init__(self, config: TrainConfig, world: World, *, given: tuple[Precond, ImageDataset] | None = None):
-        """`given` are a teacher and data in place of those that the configuration names."""
         self.config, self.world = config, world
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
         self.step, self.ema, self.ada = build_step(config, self.teacher, world)
@@ -71,7 +79,7 @@ class Trainer:
         self.meter = Meter(world.device)
         real = self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data))))
         self.health = Health(
-            real if len(real) > 1 and neighbor_distance(real) > 0 else None,  # copies in the data are no yardstick
+            real if len(real) > 1 and neighbor_distance(real) > 0 else None,  # copies give no scale
             Thresholds(grace_kimg=min(Thresholds.grace_kimg, config.total_kimg / 2)),
         )
         self.checkpoints = Checkpoints(config.run_dir, world, keep=config.keep_checkpoints)
@@ -92,7 +100,10 @@ class Trainer:
         return math.ceil(self.config.total_kimg * 1000 / self.config.batch)
 
     def cache_real(self) -> None:
-        """Projected features of the whole real set, once."""
+        """Computes the features of the whole real set once, if the configuration asks for it and they do not change."""
+        discriminator = self.config.discriminator
+        if discriminator is None or not discriminator.caches() or self.config.augment is not None:
+            return
         parts: list[list[Tensor]] = []
         for i in range(0, len(self.data), 128):
             parts.append(self.step.real_features(self.drawer.place(self.data.images(slice(i, i + 128)))))
@@ -109,8 +120,7 @@ class Trainer:
         if step.g.label_dim:
             labels = self.data.labels(index).to(self.world.device, DTYPES[c.precision])
         instance = None if step.instance is None else drawer.instance(it, images, step.instance)
-        stats = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
-        features = [stats.pop(k) for k in list(stats) if k.startswith("fake_features/")]
+        stats, features = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
         if step.adversarial:
             real = None if self.real is None else [f[index.to(self.world.device)] for f in self.real]
             u = drawer.real(it)
@@ -133,13 +143,11 @@ class Trainer:
         self.meter.add(stats)
 
     def every(self, kimg: float | None) -> bool:
-        """Whether the step just made is the last of a stretch of `kimg`, or of the run; never for None."""
+        """Whether the last step ends an interval of `kimg`, or the run; never for None."""
         if kimg is None:
             return False
         steps = max(1, round(kimg * 1000 / self.config.batch))
         return self.iteration % steps == 0 or self.iteration == self.total
-
-    # What is written.
 
     def tick(self) -> dict[str, float]:
         """One line of metrics.jsonl: means over the iterations since the last one, over ranks."""
@@ -152,7 +160,7 @@ class Trainer:
             "ema": ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg),
             "sec_per_kimg": self.seconds / (self.nimg / 1000),
             "seconds": self.seconds,
-            "peak_mem_mib": self.world.peak_memory_mib(),
+            "peak_mem_mib": peak_memory_mib(self.world.device),
         }
         self.meter.reset()
         return line
@@ -165,17 +173,18 @@ class Trainer:
         """
         if self.world.any(bool(self.meter.longest >= BAD_LOSSES)):
             raise GddlabError(
-                f"the loss was not finite {BAD_LOSSES} times in a row by {self.nimg} images: the last checkpoint stands; lower lr_g or lr_d in a new run"
+                f"the loss was not finite {BAD_LOSSES} times in a row by {self.nimg} images: "
+                "the last checkpoint stands; lower lr_g or lr_d in a new run"
             )
 
     def verify_frozen(self) -> None:
         if hash_tensors(self.frozen) != self.frozen_hash:
             raise GddlabError(
-                f"frozen parameters changed by {self.nimg} images on rank {self.world.rank}: this is a bug, please report it"
+                f"frozen parameters changed by {self.nimg} images on rank {self.world.rank}: please report this bug"
             )
 
     def checkpoint(self, *, best: bool = False) -> None:
-        """Begins to write one; `self.checkpoints.wait()` says when it stands."""
+        """Starts to write a checkpoint in the background; `self.checkpoints.wait()` returns when it is complete."""
         self.check_losses()
         self.verify_frozen()
         meta = {
@@ -190,7 +199,7 @@ class Trainer:
         self.checkpoints.save(training_state(self.step, self.ema, self.ada), meta, best=best)
 
     def restore(self) -> Loaded | None:
-        """Continues from the newest checkpoint that is whole; None where there is none."""
+        """Continues from the newest checkpoint that is complete; None if there is none."""
         state: dict[str, Any] = dict(training_state(self.step, self.ema, self.ada))
         loaded = self.checkpoints.load(state)
         if loaded is None:
@@ -215,7 +224,7 @@ class Trainer:
         }
 
     def whole(self, net: OneStepPrecond) -> OneStepPrecond:
-        """The student or its average as a network that can be saved and sampled; a sharded one is put together, by all ranks."""
+        """The student or its average as a network that can be saved and sampled; all ranks call it to gather shards."""
         if not (self.config.shard and self.world.size > 1):
             return net
         out = make_student(self.teacher, mid_sigmas=self.config.mid_sigmas).eval().requires_grad_(False)
@@ -235,7 +244,7 @@ class Trainer:
         self._alarm(recorder, self.health.observe_images(images, self.nimg / 1000))
 
     def score(self, recorder: Recorder | None, score: Score) -> bool:
-        """Scores the averaged student, all ranks together, and keeps it if it is the best so far; returns whether it is."""
+        """Scores the averaged student, all ranks together; returns whether it is the best so far, which is kept."""
         candidate = self.config.run_dir / f".candidate-{name_of(self.nimg)}.safetensors"
         ema = self.whole(self.ema)
         if recorder:
@@ -259,7 +268,7 @@ class Trainer:
                 self.stop_asked, self.why_stopped = True, a.message
 
     def probe(self) -> None:
-        """Activations of the averaged student at its sigma, and how far each layer is from the teacher; every rank takes its part of the images."""
+        """Activations of the averaged student, and how far each layer is from the teacher; all ranks call it."""
         ema = self.whole(self.ema)
         found = probe(ema, states="student", layers="all", stats=STUDENT_STATS, n=PROBED, progress=False)
         if self.world.rank == 0:
@@ -274,16 +283,17 @@ class Trainer:
         """
         c, world = self.config, self.world
         assert score is not None or c.metric_kimg is None
-        with suppress(ValueError):  # not in the main thread: whoever runs us there stops us otherwise
+        with suppress(ValueError):  # outside the main thread, the caller stops the training in another way
             for s in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(s, lambda *_: setattr(self, "stop_asked", True))
-            # what was asked while the process started was held back
+            # signals sent while the process started were blocked until now
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         loaded = self.restore()
-        self.checkpoints.go_on(loaded)
-        if c.cache_real:
-            self.cache_real()
-        recorder = begin(self, loaded) if world.rank == 0 else None
+        self.checkpoints.clean_up(loaded)
+        self.cache_real()
+        recorder = None
+        if world.rank == 0:
+            recorder = begin(c, self.teacher, self.data, nimg=self.nimg, world_size=world.size, loaded=loaded)
         if loaded is None:
             self.snapshot(recorder)
         if c.probe_kimg and loaded is None:
@@ -305,7 +315,7 @@ class Trainer:
         return state
 
     def _loop(self, recorder: Recorder | None, score: Score | None) -> str:
-        """The iterations that are left, and what is due after each."""
+        """The remaining iterations, and what is due after each."""
         c, world = self.config, self.world
         while self.iteration < self.total:
             began = time.perf_counter()

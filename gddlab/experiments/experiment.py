@@ -37,7 +37,7 @@ class Experiment:
         feeds: Notebooks that read it.
         mask: The mask for a training seed; None trains everything.
         configure: The configuration of a run, from its folder, seed and mask.
-        seconds: One run with its evaluation, roughly; None where it was never measured.
+        seconds: One run with its evaluation, roughly; None if it was never measured.
     """
 
     name: str
@@ -53,11 +53,12 @@ class Judge:
     """How images are scored.
 
     Attributes:
-        extractor: Feature network of the scores over a training, and at its end.
+        extractor: Feature network of the scores during a training and at its end.
         second: Another one, for the distance at the end alone.
-        n: Images; None as many as there are real ones.
-        blocks: Blocks of so many images for the first extractor's distance at the end, and of the full teacher; the least of them counts.
-        pairs: Images of each network where networks are compared with each other; None as many as `n`.
+        n: Images; None for as many as there are real ones.
+        blocks: Blocks of `n` images for the first extractor's distance at the end, and for the full teacher; the lowest
+            distance counts.
+        pairs: Images of each network when networks are compared with each other; None for `n`.
     """
 
     extractor: str = "lite2"
@@ -77,7 +78,7 @@ class Subjects:
         students: Of training seed 0, by experiment; those of the study's `needs` that are trained.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
-        configs: Of training seed 0, by experiment; those that the study asks for.
+        configs: Of training seed 0, by experiment, for a study that times them.
         nproc: Processes that sample for a score.
     """
 
@@ -92,7 +93,7 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Found:
-    """What a study found: a table, what it says of itself, and the evaluation records behind it where there are any."""
+    """What a study found: a table, facts about it, and the evaluation records behind it if there are any."""
 
     frame: pd.DataFrame
     about: Mapping[str, object]
@@ -101,16 +102,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Study:
-    """A measurement over the teacher and trained students; its table is a folder of the list.
+    """A measurement over the teacher and trained students, with a folder for its table.
 
     Attributes:
         name: The folder, and the name on the command line.
         what: One line for people.
         feeds: Notebooks that read it.
-        needs: Experiments whose students it measures; it is made anew when others of them are there.
+        needs: Experiments whose students it measures; it is made again when more of them are trained.
         measure: Makes it.
-        seconds: Roughly; None where it was never measured.
-        timed: Measures the configurations of experiments that feed its notebooks, too, trained or not; on a machine without other work.
+        seconds: Roughly; None if it was never measured.
+        timed: Also times the configurations of experiments that feed its notebooks; use an idle machine.
     """
 
     name: str
@@ -175,7 +176,7 @@ FEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def feeds_of(name: str) -> tuple[str, ...]:
-    """Notebooks that read an experiment, beside those of masks."""
+    """Notebooks that read an experiment, other than those on masks."""
     if name.startswith("images-"):
         return (EFFICIENCY,)
     if name.startswith(("lpips", "lite0", "vgg16", "deit")):

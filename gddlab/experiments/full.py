@@ -1,4 +1,4 @@
-"""The same experiments at full size, for who has the GPUs: CIFAR-10, AFHQv2, FFHQ, ImageNet. None of these has been run here."""
+"""The same experiments at full size, for those who have GPUs: CIFAR-10, AFHQv2, FFHQ, ImageNet. None has been run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.lpips import LPIPS
+from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import ExperimentList, Judge
 from gddlab.experiments.masks import Configure, Rows, mask_experiments
 from gddlab.experiments.studies import STUDIES
@@ -20,11 +22,11 @@ __all__ = ["FULL"]
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
 JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
 HOURS_ON_8_A100 = 6.0
-"""What the authors need for 5 million images (arXiv:2405.20750); nothing is known of the longer ones, and `gddlab preflight` measures them."""
+"""What the authors need for 5 million images (arXiv:2405.20750); `gddlab preflight` measures the longer ones."""
 
 
 def configured(preset: str, **fields: Any) -> Configure:
-    """A preset with some fields, with ten snapshots on the way; seed s trains with seed 42 + s, and 42 is the authors'."""
+    """A preset with some fields and ten snapshots; seed s trains with seed 42 + s, and 42 is the authors'."""
 
     def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
         total = fields.get("total_kimg", presets.preset(preset, run_dir=run_dir).total_kimg)
@@ -44,11 +46,14 @@ def _list(
         *mask_experiments(configured(preset), seconds=row.seconds),
         *row.controls(),
         row("reuse-fakes", "GDD-I with the images of the generator step in the discriminator step", reuse_fakes=True),
-        *row.augmented(ada_kimg=base.ada_kimg),
-        row("stylegan2", "GDD-I with StyleGAN2's discriminator from scratch", discriminator="stylegan2"),
-        row("lpips", "GDD-I with the LPIPS network (VGG16) as discriminator", discriminator="lpips"),
-        *(row(BACKBONES[name], f"GDD-I with {name} alone", backbones=(name,)) for name in base.backbones),
-        *row.baselines(distance="lpips", instance_steps=instance_steps),
+        *row.augmented(ada_kimg=500),
+        row("stylegan2", "GDD-I with StyleGAN2's discriminator from scratch", discriminator=StyleGAN2()),
+        row("lpips", "GDD-I with the LPIPS network (VGG16) as discriminator", discriminator=LPIPS()),
+        *(
+            row(BACKBONES[name], f"GDD-I with {name} alone", discriminator={"backbones": (name,)})
+            for name in (base.discriminator.networks() if base.discriminator else ())
+        ),
+        *row.baselines(distance="lpips", steps=instance_steps),
         *row.few_images(images),
     )
     studies = tuple(replace(s, seconds=None) for s in STUDIES)

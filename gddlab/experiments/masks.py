@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gddlab.distill.augment import Augment
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.instance import Consistency, FromNoise, InstancePart, Progressive, Trajectory
 from gddlab.experiments.experiment import Experiment, Measured, feeds_of
 from gddlab.freezing import FreezeMask, controls, select_freeze
 from gddlab.freezing.select import Score
@@ -68,7 +70,7 @@ SCORE_OF: Mapping[str, Score] = {
 
 
 def measured_mask(measured: Measured, name: str, *, inverse: bool = False, share: float = 1.0) -> FreezeMask:
-    """The layers with the lowest score are frozen, up to the rule's budget times `share`; or the inverse of that, of equal budget."""
+    """Freezes the layers with the lowest score, up to the rule's budget times `share`; or the inverse of that mask."""
     budget = share * measured.rule.fraction
     mask = select_freeze(measured.result, strategy="budget", score=SCORE_OF[name], budget=budget)
     return controls(mask, seeds=())["inverse"] if inverse else mask
@@ -103,7 +105,7 @@ def mask_experiments(
 
     Args:
         configure: The configuration of a run, from its folder, seed and mask.
-        others: Of all but GDD-I and GDD, where they are followed less closely.
+        others: Of all but GDD-I and GDD, with fewer snapshots.
         seconds: One run, roughly.
     """
     both = (CHOOSING, ABLATION)
@@ -134,8 +136,8 @@ class Rows:
     """Makes the experiments of a list.
 
     Args:
-        configured: From fields that differ from the list's preset, the configuration of a run by its folder, seed and mask.
-        seconds: One run, roughly; None where nobody knows.
+        configured: Makes, from fields that differ from the list's preset, what configures a run.
+        seconds: One run, roughly; None if unknown.
     """
 
     def __init__(self, configured: Callable[..., Configure], seconds: float | None):
@@ -164,52 +166,52 @@ class Rows:
         """With augmentation, fixed and adaptive.
 
         Args:
-            ada_kimg: In which ADA's probability can go from 0 to 1.
-            **fields: That go with it.
+            ada_kimg: Images in which ADA's probability can go from 0 to 1, thousands.
+            **fields: Further fields of both.
         """
         what = f"GDD-I with ADA, target 0.6, at most from 0 to 1 in {ada_kimg:g} kimg"
         return (
             self(
                 "augment",
                 "GDD-I with differentiable colour, translation, cutout",
-                augment=("color", "translation", "cutout"),
+                augment=Augment(ops=("color", "translation", "cutout")),
                 **fields,
             ),
-            self("ada", what, augment=("bgc",), ada_target=0.6, ada_kimg=ada_kimg, **fields),
+            self("ada", what, augment=Augment(ada_target=0.6, ada_kimg=ada_kimg), **fields),
         )
 
     def baselines(
-        self, *, distance: str, instance_steps: int, seconds: Mapping[str, float] | None = None, **alone: Any
+        self,
+        *,
+        distance: Literal["lpips", "l2", "lite0"],
+        steps: int,
+        seconds: Mapping[str, float] | None = None,
+        **alone: Any,
     ) -> tuple[Experiment, ...]:
         """The instance-based losses alone, and consistency distillation with the GAN loss.
 
         Args:
-            distance, instance_steps: As in a configuration.
+            distance, steps: Of every instance loss.
             seconds: Of those that take longer than others.
-            **alone: Fields that go with a loss alone, which has no discriminator.
+            **alone: Fields of those that train on the instance loss alone.
         """
-        names = {
-            "pd": "progressive distillation",
-            "cd": "consistency distillation",
-            "ctm": "consistency trajectory distillation",
-            "rcd": "distillation from pure noise to a random level",
+        names: dict[str, tuple[str, Callable[..., InstancePart]]] = {
+            "pd": ("progressive distillation", Progressive),
+            "cd": ("consistency distillation", Consistency),
+            "ctm": ("consistency trajectory distillation", Trajectory),
+            "rcd": ("distillation from pure noise to a random level", FromNoise),
         }
-        shared: dict[str, Any] = {"mask": free, "distance": distance, "instance_steps": instance_steps}
         longer = seconds or {}
+
+        def experiment(name: str, what: str, part: Callable[..., InstancePart], **fields: Any) -> Experiment:
+            instance = part(steps=steps, distance=distance)
+            return self(name, what, mask=free, seconds=longer.get(name), instance=instance, **fields)
+
         rows = [
-            self(
-                name,
-                f"{what} alone, by the {distance} distance",
-                seconds=longer.get(name),
-                instance=name,
-                adversarial_weight=0,
-                **shared,
-                **alone,
-            )
-            for name, what in names.items()
+            experiment(name, f"{what} alone, by the {distance} distance", part, discriminator=None, **alone)
+            for name, (what, part) in names.items()
         ]
-        added = "GDD with consistency distillation added"
-        return (*rows, self("gdd-cd", added, seconds=longer.get("gdd-cd"), instance="cd", **shared))
+        return (*rows, experiment("gdd-cd", "GDD with consistency distillation added", Consistency))
 
     def few_images(self, counts: Iterable[int], **fields: Any) -> tuple[Experiment, ...]:
         """Trained on some of the images."""

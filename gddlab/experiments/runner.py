@@ -1,15 +1,15 @@
-"""`reproduce`: runs what is declared, skips what is done, continues what was interrupted."""
+"""Runs declared experiments and studies, skips what is done, continues what was interrupted; ships the results."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.evaluation import append_records, evaluate_end, evaluate_snapshots, load_records, missing_at_end
@@ -33,7 +33,7 @@ LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 
 
 def at_end(judge: Judge) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Metrics of a run's end, with what `evaluate_end` and `missing_at_end` need: the judge's own, its distance over blocks, the second extractor's."""
+    """Metrics of a run's end, each with arguments of `evaluate_end`."""
     own: dict[str, Any] = {"extractor": judge.extractor}
     parts = [(("fid", "kid", "prc"), own), (("fid",), own | {"blocks": judge.blocks})]
     return [*parts, (("fid",), {"extractor": judge.second})]
@@ -41,9 +41,12 @@ def at_end(judge: Judge) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run or study of the list: what it is, the seed (None for a study), its folder, what it has come to, and its time.
+    """A run or study of a list, with its state.
 
-    `state` is "to do", "begun", "to evaluate" or "done"; `seconds` is how long it will take, or took; None where nobody knows.
+    Attributes:
+        item, seed, folder: What, with which seed (None for a study), and where.
+        state: "to do", "begun", "to evaluate" or "done".
+        seconds: How long it will take, or took; None if unknown.
     """
 
     item: Experiment | Study
@@ -149,9 +152,10 @@ def reproduce(
     nproc: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Planned]:
-    """Runs a list of experiments, each in `out/LIST/EXPERIMENT/seed-S`, then its studies; what is done is skipped, what was killed goes on.
+    """Runs a list of experiments, each in `out/LIST/EXPERIMENT/seed-S`, then its studies.
 
-    Several processes may work on one folder: each takes runs that no other has.
+    What is done is skipped, what was interrupted continues. Several processes may work on one folder: each takes runs
+    that no other has.
 
     Args:
         name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
@@ -159,7 +163,7 @@ def reproduce(
         only: Experiments and studies by name; all if empty.
         seeds: Training seeds 0 to seeds - 1.
         nproc: Processes of each training, and of each sampling for a score.
-        say: Told what happens, in lines.
+        say: Called with a line about each run or study.
 
     Returns:
         The plan as it stands afterwards.
@@ -186,7 +190,7 @@ def reproduce(
                 measured = _measured(chosen, folder / "measured")
             assert item.seed is not None
             config = item.item.configure(item.folder, item.seed, item.item.mask(measured, item.seed))
-            # a run outlives the process that started it: where it still goes on, this one waits for it
+            # a run outlives the process that started it: if it still trains, this one waits for it
             run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
             run.wait()
             say(f"{item}: {_score(run, chosen.judge, nproc)}")
@@ -194,7 +198,7 @@ def reproduce(
 
 
 def _score(run: Run, judge: Judge, nproc: int) -> str:
-    """Every snapshot by the judge, the end by further metrics and the second extractor."""
+    """Scores every snapshot by the judge, the end by further metrics and the second extractor."""
     kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n, nproc=nproc)[-1]
     for metrics, how in at_end(judge):
         evaluate_end(run, metrics, n=judge.n, nproc=nproc, **how)
@@ -226,7 +230,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
                 configs[e.name] = e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0))
     found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs, nproc))
     target = folder / study.name
-    (target / "meta.json").unlink(missing_ok=True)  # the last one written: with it the study is whole
+    (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there
     (target / "evaluation.jsonl").unlink(missing_ok=True)
     if found.records:
         append_records(target, found.records)
@@ -249,43 +253,36 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
 
 @contextmanager
 def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone works on `folder`; the claim ends with the process, however that ends."""
+    """Whether this process alone works on `folder`; the claim ends with the process."""
+    lock = FileLock(folder / ".claim", timeout=-1 if wait else 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
     except OSError as e:
         raise GddlabError(f"{folder} cannot be written ({e.strerror}): give another out=") from None
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+        yield True
     finally:
-        os.close(fd)
+        lock.release()
 
 
 RUN_FILES = (
-    "config.json",
-    "mask.json",
-    "provenance.json",
-    "teacher.json",
-    "metrics.jsonl",
-    "evaluation.jsonl",
-    "alarms.jsonl",
-    "status.json",
+    *("config.json", "mask.json", "provenance.json", "teacher.json"),
+    *("metrics.jsonl", "evaluation.jsonl", "alarms.jsonl", "status.json"),
 )
 """What ships of a run, with the last sample grid."""
 STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
 
 
 def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
-    """Copies what is light of a list's finished runs (configuration, mask, provenance, metrics, scores, alarms, last grid), its studies, and the measurement.
+    """Copies the small files of a list's finished runs, with the last grid, its studies, and the probe of the teacher.
 
     Args:
         name, out, only, seeds: As for `reproduce`.
-        to: Folder; they come to lie in `to/LIST/...`, as in `out`.
+        to: Folder; files are written to `to/LIST/...`, as in `out`.
 
     Returns:
         The folders written.
@@ -305,7 +302,7 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
                 write_bytes(target / file.name, file.read_bytes())
         if not study:
             card = read_json(source / "teacher.json")
-            if "source" in card:  # where the teacher lay on this machine is nobody's business
+            if "source" in card:  # without the folder on this machine
                 write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
             for grid in load_run(source).grids()[-1:]:
                 write_bytes(target / "samples" / grid.name, grid.read_bytes())

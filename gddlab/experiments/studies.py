@@ -64,14 +64,14 @@ def _scores(s: Subjects, *, steps: int) -> Iterator[Any]:
 
 
 def _flat(record: Any) -> dict[str, Any]:
-    """What of a record fits into a table; the whole stands in the study's evaluation.jsonl."""
+    """The fields of a record that fit into a table; the study's evaluation.jsonl has all."""
     keys = ("metric", "value", "std", "n", "extractor", "reference", "reference_n", "sampler", "model_sha256")
     seeds = "" if record.seeds is None else f"{record.seeds[0]} to {record.seeds[1]}"
     return {k: getattr(record, k) for k in keys} | {"seeds": seeds}
 
 
 def local_minima(s: Subjects) -> Found:
-    """Distances of each network to the data, and of all networks to each other: as sets, and image by image for the same noise."""
+    """Distances of networks to the data and to each other: as sets, and image by image for the same noise."""
     import pandas as pd
 
     real = open_dataset(s.data)

@@ -99,7 +99,7 @@ def test_a_damaged_one_is_passed_over(harm: str, tmp_path: Path) -> None:
     assert newest.is_dir()  # reading changes nothing
 
     kept = Checkpoints(tmp_path, ALONE, keep=2)
-    kept.go_on(kept.load(state()))
+    kept.clean_up(kept.load(state()))
     assert names(tmp_path) == ["1"] and (newest.parent / "000002.000.damaged").is_dir()
     kept.save(state(3), {"nimg": 3000})
     kept.wait()
@@ -112,7 +112,7 @@ def test_where_none_is_whole_nothing_begins_anew(tmp_path: Path) -> None:
     for path in checkpoints(tmp_path):
         next(path.glob("*.distcp")).unlink()
     with pytest.raises(
-        GddlabError, match=r"no checkpoint is whole \(000002.000: .* is missing; 000001.000: .* missing"
+        GddlabError, match=r"no checkpoint is complete \(000002.000: .* is missing; 000001.000: .* missing"
     ):
         Checkpoints(tmp_path, ALONE, keep=2).load(state())
     assert len(checkpoints(tmp_path)) == 2
@@ -137,7 +137,7 @@ def test_what_was_killed_on_the_way_leaves_the_one_before(tmp_path: Path, monkey
     assert (folder / "000003.000" / "meta.json").exists()
     assert names(tmp_path) == ["1"] and read(tmp_path) == (1, [])
     kept = Checkpoints(tmp_path, ALONE, keep=2)
-    kept.go_on(kept.load(state()))
+    kept.clean_up(kept.load(state()))
     assert not half.exists()
     kept.save(state(3), {"nimg": 3000})
     kept.wait()
