@@ -88,7 +88,7 @@ def _option(
     if kind is bool:
         kind = Annotated[bool, FlagCreatePairsOff]
     elif default is None or not passed:
-        kind, default = Annotated[kind | None, DisallowNone], None
+        kind, default = Annotated[kind if passed else kind | None, DisallowNone], None
     kind = Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint, metavar=metavar)]
     required = default is inspect.Parameter.empty
     return name, kind, dataclasses.field() if required else dataclasses.field(default=default)
