@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from gddlab.diagnosis.scaling import scaling
     from gddlab.distill import presets
     from gddlab.distill.adversarial import adversarial_problem
+    from gddlab.distill.augment import Augment
     from gddlab.distill.config import TrainConfig
+    from gddlab.distill.instance import Consistency, FromNoise, Progressive, Trajectory
+    from gddlab.distill.lpips import LPIPS
+    from gddlab.distill.projected import Projected
+    from gddlab.distill.stylegan2 import StyleGAN2
     from gddlab.distill.teacher import TeacherConfig, train_teacher
     from gddlab.errors import GddlabError
     from gddlab.evaluation import evaluate, real_split, reference
@@ -40,12 +45,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LPIPS",
+    "Augment",
+    "Consistency",
     "FreezeMask",
+    "FromNoise",
     "GddlabError",
     "Probe",
     "ProbeResult",
+    "Progressive",
+    "Projected",
+    "StyleGAN2",
     "TeacherConfig",
     "TrainConfig",
+    "Trajectory",
     "ablate",
     "adversarial_problem",
     "attach",
@@ -84,12 +97,20 @@ __all__ = [
 
 # Where each name lives; it is imported when first used, since torch, pandas and timm cost seconds.
 _HOME = {
+    "LPIPS": "gddlab.distill.lpips",
+    "Augment": "gddlab.distill.augment",
+    "Consistency": "gddlab.distill.instance",
     "FreezeMask": "gddlab.freezing",
+    "FromNoise": "gddlab.distill.instance",
     "GddlabError": "gddlab.errors",
     "Probe": "gddlab.probing",
     "ProbeResult": "gddlab.probing",
+    "Progressive": "gddlab.distill.instance",
+    "Projected": "gddlab.distill.projected",
+    "StyleGAN2": "gddlab.distill.stylegan2",
     "TeacherConfig": "gddlab.distill.teacher",
     "TrainConfig": "gddlab.distill.config",
+    "Trajectory": "gddlab.distill.instance",
     "ablate": "gddlab.probing",
     "adversarial_problem": "gddlab.distill.adversarial",
     "attach": "gddlab.launch",

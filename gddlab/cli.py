@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -237,12 +239,35 @@ def first_word(words: list[str]) -> str:
 
 
 def preset_of(words: list[str]) -> gddlab.TrainConfig:
-    """The fields of the preset that a line begins with: they are the defaults of its options."""
+    """The preset that a line begins with, with the parts that it chooses: its fields are the defaults of the options.
+
+    The kind of a part decides which options there are; "none" omits the part. An option of augment turns augmentation on.
+    """
     name = first_word(words)
-    return gddlab.presets.preset(name, run_dir=f"runs/{name}")
+    words = [w for word in words for w in word.split("=", 1)]
+    kinds = {flag[2:-5]: kind for flag, kind in itertools.pairwise(words) if re.fullmatch(r"--\w+\.kind", flag)}
+    parts: dict[str, Any] = {part: None if kind == "none" else {"kind": kind} for part, kind in kinds.items()}
+    if any(w.startswith("--augment.") or (w == "--help" and None not in parts.values()) for w in words):
+        parts["augment"] = {}
+    return gddlab.presets.preset(name, run_dir=f"runs/{name}", **parts)
 
 
-@command("train", "gddlab.launch:train", config=preset_of)
+def kinds_of(words: list[str]) -> Any:
+    """Options that choose the kind of a part. `preset_of` reads them; they stand here for --help and to be checked."""
+    from gddlab.distill.parts import parts_of
+
+    config, options = preset_of(words), []
+    for name, field in type(config).model_fields.items():
+        if kinds := [kind for kind in parts_of(field.annotation) if kind]:
+            text = f"{', '.join(kinds)} or none. With another kind before it, --help lists the options of that kind."
+            about = tyro.conf.arg(name=f"{name}.kind", help=text, metavar="KIND")
+            option = Annotated[Literal[(*kinds, "none")], about]  # type: ignore[valid-type]
+            part = getattr(config, name)
+            options.append((name, option, dataclasses.field(default="none" if part is None else part.kind)))
+    return dataclasses.make_dataclass("Kinds", options, frozen=True)()
+
+
+@command("train", "gddlab.launch:train", config=preset_of, kinds=kinds_of)
 def train(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
@@ -254,6 +279,9 @@ def train(
     **options: Any,
 ) -> None:
     """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run.
+
+    The discriminator, the instance loss and augmentation are parts with options of their own, under their names. Augmentation
+    is off unless one of its options is given.
 
     Args:
         preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2, ffhq,
@@ -279,7 +307,7 @@ def train(
     say(run)
 
 
-@command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", config=preset_of)
+@command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", config=preset_of, kinds=kinds_of)
 def preflight(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
@@ -643,7 +671,7 @@ def call(name: str, words: list[str]) -> None:
     if (preset := values.get("preset", first_word(words))) != first_word(words):
         raise GddlabError(f"preset {preset!r} after other arguments: give it first, gddlab {name} {preset} ...")
     own = inspect.signature(command.run).parameters
-    command.run(**{k: v for k, v in values.items() if k in own or v is not None})
+    command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
 
 
 def _parsed(name: str, options: type, words: list[str]) -> Any:

@@ -50,8 +50,13 @@ def fresh_environment(nproc: int) -> dict[str, str]:
     return env
 
 
-def peak_memory_mib() -> float:
-    """Peak of this process's memory so far, MiB; on Linux since its program began, elsewhere a peak of the process that started it counts too."""
+def peak_memory_mib(device: torch.device | None = None) -> float:
+    """Peak so far, MiB: of the memory allocated on a CUDA device, else of this process's memory.
+
+    The latter is on Linux since its program began; elsewhere a peak of the process that started it counts too.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 1024

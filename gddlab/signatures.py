@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import docstring_parser
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import DisallowNone, FlagCreatePairsOff
 
 __all__ = ["Command", "options_of", "settings"]
 
@@ -56,13 +56,13 @@ def options_of(command: Command, words: list[str]) -> type:
     helps, names = _argument_helps([command.run, *functions]), {*own, *taken}
     fields: list[Any] = []
     for name, p in own.items():
-        if name in command.parts:
-            part = command.parts[name](words)
-            fields.append((name, Annotated[type(part), OmitArgPrefixes], dataclasses.field(default=part)))
-        elif p.kind is p.VAR_KEYWORD:
+        if p.kind is p.VAR_KEYWORD:
             fields += [_option(n, kind, d, helps, names, passed=False) for n, (kind, d) in taken.items()]
-        else:
+        elif name not in command.parts:
             fields.append(_option(name, kinds[name], p.default, helps, names))
+    for name, make in command.parts.items():
+        part = make(words)
+        fields.append((name, Annotated[type(part), tyro.conf.arg(name="")], dataclasses.field(default=part)))
     return dataclasses.make_dataclass("Options", fields, kw_only=True)
 
 

@@ -51,20 +51,24 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_config(run_dir: Path, teacher: Path, **fields: Any) -> TrainConfig:
-    """Six iterations of batch 8 with small heads, R1 in every second one."""
+    """Six iterations of batch 8 with small heads, R1 in every second one; of a part, what differs from its small form."""
+    parts: dict[str, dict[str, Any]] = {
+        "projected": {"input_size": 32, "cout": 4, "head_width": 8, "cache_real": False},
+        "stylegan2": {"channel_max": 8},
+        "lpips": {"net": "squeeze", "weights": "random", "input_size": 32},
+    }
+    part = fields.get("discriminator", {})
+    if isinstance(part, dict):
+        fields["discriminator"] = parts[part.get("kind", "projected")] | part
     settings: dict[str, Any] = {
         "teacher": str(teacher),
         "batch": 8,
         "total_kimg": 0.048,
-        "input_size": 32,
-        "cout": 4,
-        "head_width": 8,
         "r1_interval": 2,
         "r1_gamma": 1e-3,
         "tick_kimg": 0.016,
         "snapshot_kimg": 0.048,
         "checkpoint_kimg": 0.048,
-        "cache_real": False,
         "reuse_fakes": False,
     }
     return presets.digits(run_dir=run_dir, **(settings | fields))

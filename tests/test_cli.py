@@ -63,22 +63,22 @@ def test_probe_freeze_train_sample_evaluate(
         "8",
         "--total-kimg",
         "0.016",
-        "--input-size",
+        "--discriminator.input-size",
         "32",
-        "--cout",
+        "--discriminator.cout",
         "4",
-        "--head-width",
+        "--discriminator.head-width",
         "8",
         "--tick-kimg",
         "0.008",
-        "--no-cache-real",
+        "--discriminator.no-cache-real",
     ]
     main(["train", "--run-dir", str(run), "--teacher", teacher, "--mask", str(mask), *flags])
     assert "done" in capsys.readouterr().out
     config = TrainConfig.load(run)
     assert config.mask is not None
     assert config.mask.strategy == "gdd-i"
-    assert (config.batch, config.head_width) == (8, 8)
+    assert (config.batch, config.to_json()["discriminator"]["head_width"]) == (8, 8)
 
     main(["sample", str(run), "--n", "4", "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
@@ -87,7 +87,17 @@ def test_probe_freeze_train_sample_evaluate(
     assert load_run(run).evaluation["metric"].tolist() == ["kd-lite2@64"]
     assert "another process" not in capsys.readouterr().err
     assert "head_width is 8 there, 16 here" in refused(
-        capsys, "train", "--run-dir", str(run), "--teacher", teacher, "--mask", str(mask), *flags, "--head-width", "16"
+        capsys,
+        "train",
+        "--run-dir",
+        str(run),
+        "--teacher",
+        teacher,
+        "--mask",
+        str(mask),
+        *flags,
+        "--discriminator.head-width",
+        "16",
     )
 
 
@@ -115,7 +125,8 @@ def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["probe", str(pickled), "--data", data, "--out", str(tmp_path / "probe"), "--timesteps", "2", "--n", "2"])
 
     run = str(tmp_path / "run")
-    flags = ["--batch", "4", "--total-kimg", "0.008", "--input-size", "32", "--cout", "4", "--head-width", "8"]
+    flags = ["--batch", "4", "--total-kimg", "0.008", "--discriminator.input-size", "32"]
+    flags += ["--discriminator.cout", "4", "--discriminator.head-width", "8"]
     main(["train", "--run-dir", run, "--teacher", teacher, "--data", data, *flags, "--tick-kimg", "0.004"])
     assert "done" in capsys.readouterr().out
     images = tmp_path / "samples.zip"

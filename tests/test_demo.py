@@ -16,7 +16,9 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     preset = presets.digits
 
     def short(**fields: Any) -> Any:
-        return preset(**fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, cache_real=False)
+        return preset(
+            **fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, discriminator={"cache_real": False}
+        )
 
     monkeypatch.setattr(demo_module.presets, "digits", short)
     evaluate = demo_module.evaluate

@@ -10,6 +10,7 @@ from gddlab.cli import main
 from gddlab.diagnosis.preflight import preflight
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.projected import Projected
 from gddlab.errors import GddlabError
 from tests.conftest import tiny_config
 
@@ -80,9 +81,11 @@ def test_presets_hold_the_authors_settings(tmp_path: Path) -> None:
         c = presets.preset(name, run_dir=tmp_path)
         assert (c.lr_g, c.lr_d, c.batch, c.ema_halflife_kimg, c.total_kimg, c.adversarial_weight) == row
         assert (c.loss, c.r1_gamma, c.r1_interval, c.ema_rampup, c.seed) == ("ns", 1e-4, 16, 0.05, 42)
-        assert (c.augment, c.xflip, c.reuse_fakes, c.input_size, c.cout) == ((), False, False, 224, 64)
+        assert (c.augment, c.xflip, c.reuse_fakes) == (None, False, False)
+        assert isinstance(c.discriminator, Projected)
+        assert (c.discriminator.input_size, c.discriminator.cout) == (224, 64)
         first = "vgg16_bn" if name.startswith("cifar10") else "deit_base_distilled_patch16_224"
-        assert c.backbones == (first, "tf_efficientnet_lite0")
+        assert c.discriminator.backbones == (first, "tf_efficientnet_lite0")
 
 
 def test_a_preset_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

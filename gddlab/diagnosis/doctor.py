@@ -278,7 +278,7 @@ def needs() -> dict[str, list[str]]:
     out = {}
     for name, make in PRESETS.items():
         config = make(run_dir="runs")
-        backbones = [f"backbone {b}" for b in config.backbones]
+        backbones = [f"backbone {b}" for b in config.discriminator.networks()] if config.discriminator else []
         out[f"preset {name}"] = [f"teacher {config.teacher}", str(config.data), *backbones]
     return out | {
         "LPIPS": ["LPIPS network vgg16", "LPIPS linear layers"],

@@ -24,7 +24,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
 from gddlab.nets import Precond, build
 from gddlab.progress import duration
-from gddlab.runtime import fresh_environment
+from gddlab.runtime import fresh_environment, peak_memory_mib
 from gddlab.teachers import load_teacher
 from gddlab.teachers.catalog import PUBLISHED
 
@@ -176,26 +176,26 @@ def preflight(
 
 def _found(config: TrainConfig, nproc: int) -> list[Check]:
     """Every thing that is needed, each by itself, so that one missing does not hide another."""
-    from gddlab.datasets import open_dataset
-    from gddlab.distill.build import check, check_losses
+    from gddlab.distill.build import check_fit, find_weights, open_data
     from gddlab.evaluation import find_extractor
     from gddlab.teachers import load_teacher
 
+    loaded: dict[str, Any] = {}
+
     def teacher() -> str:
-        net = load_teacher(config.teacher)
-        return f"{config.teacher}: {type(net.model).__name__}, {net.img_resolution}x{net.img_resolution}, {net.label_dim} classes"
+        net = loaded["teacher"] = load_teacher(config.teacher)
+        size = f"{net.img_resolution}x{net.img_resolution}"
+        return f"{config.teacher}: {type(net.model).__name__}, {size}, {net.label_dim} classes"
 
     def data() -> str:
-        found = open_dataset(
-            config.data, classes=config.classes, max_images=config.max_images, xflip=config.xflip, progress=False
-        )
+        found = loaded["data"] = open_data(config)
         return f"{found.name}: {len(found):,} images, {found.resolution}x{found.resolution}, {found.classes} classes"
 
     def losses() -> str:
-        return check_losses(config)
+        return find_weights(config)
 
     def fit() -> str:
-        check(config, world_size=nproc)
+        check_fit(config, loaded["teacher"], loaded["data"], world_size=nproc)
         return "teacher, data, mask and batch fit each other"
 
     def metric() -> str:
@@ -256,13 +256,9 @@ def in_own_process(
 
 def with_stand_ins(config: TrainConfig, run_dir: Path) -> TrainConfig:
     """The configuration in another folder, with random weights wherever it names some that must be found."""
-    update: dict[str, Any] = {"run_dir": run_dir, "embedding_file": None}
-    update["backbone_weights"] = (
-        dict.fromkeys(config.backbones, "random") if config.discriminator == "projected" else {}
-    )
-    update["discriminator_weights"] = "random" if config.discriminator == "lpips" else None
-    update["distance_weights"] = "random" if config.instance and config.distance == "lpips" else None
-    return config.model_copy(update=update)
+    parts = {"discriminator": config.discriminator, "instance": config.instance}
+    update = {name: None if part is None else part.stand_in() for name, part in parts.items()}
+    return config.model_copy(update={"run_dir": run_dir, **update})
 
 
 def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
@@ -302,15 +298,14 @@ def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any
     One iteration is made before the clock runs. Iterations with R1 are timed by themselves, since one in `r1_interval` has it.
     """
     world = World.start(config.device)
-    base = world.peak_memory_mib()
+    base = peak_memory_mib(world.device)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
-    if config.cache_real:
-        trainer.cache_real()
-    built = world.peak_memory_mib()
+    trainer.cache_real()
+    built = peak_memory_mib(world.device)
     trainer.reader.position = config.batch  # the first iteration has no R1
     trainer.iteration = 1
     plain, lazy = [_timed(trainer, world) for _ in range(steps + 1)][1:], 0.0
-    if trainer.step.adversarial and config.r1_gamma:
+    if config.has_r1:
         trainer.iteration = config.r1_interval
         lazy = max(0.0, _timed(trainer, world) - statistics.median(plain)) / config.r1_interval
     params = list(trainer.step.g.parameters())
@@ -318,7 +313,7 @@ def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any
         "batch": config.batch,
         "steps": steps,
         "seconds": statistics.median(plain) + lazy,
-        "peak_mem_mib": world.peak_memory_mib(),
+        "peak_mem_mib": peak_memory_mib(world.device),
         "built_mem_mib": built,
         "base_mem_mib": base,
         "parameters": sum(p.numel() for p in params),

@@ -133,7 +133,7 @@ def scaling(
         return hardware.achieved * peak * 1e12
 
     c = counts or counted(config)
-    lazy = 1 / config.r1_interval if config.r1_gamma and config.adversarial_weight else 0.0
+    lazy = 1 / config.r1_interval if config.has_r1 else 0.0
     rows: list[dict[str, Any]] = []
     for n in gpus:
         if n < 1 or config.batch % n:
@@ -233,8 +233,7 @@ def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
     """
     world = World.start(config.device)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
-    if config.cache_real:
-        trainer.cache_real()
+    trainer.cache_real()
     step, drawer = trainer.step, trainer.drawer
 
     def iteration(number: int) -> Counter:

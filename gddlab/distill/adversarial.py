@@ -91,6 +91,8 @@ def adversarial_problem(
     size = positive("batch_size", config.batch if batch_size is None else batch_size)
     if positive("n", n) % size:
         raise GddlabError(f"n={n} images in batches of {size}: give a multiple, or another batch_size=")
+    if config.discriminator is None:
+        raise GddlabError(f"{run_dir} trains without a discriminator: give a run that has one")
     if not checkpoints(Path(run_dir)):
         raise NotFound(
             f"{run_dir} has no checkpoint: let the run go on to its first one, or stop() it, which writes one"

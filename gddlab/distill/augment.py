@@ -6,40 +6,49 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gddlab.distill.distributed import World
+from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError, unknown
 
-__all__ = ["OPS", "AdaController", "Augment"]
+__all__ = ["OPS", "AdaController", "Augment", "AugmentPipe"]
 
 P = float | Tensor
 """A probability: a number, or a 0-d tensor that is never read on the host."""
 
 
-class Augment(nn.Module):
+class AugmentPipe(nn.Module):
     """Random operations on images, as a pure function of images, uniform numbers and a probability.
 
-    Each image is treated alone, by its own row of numbers: draw those of the global batch once, on the CPU, and give every process and micro-batch its rows.
-    Each elementary operation happens with probability `p`, independently; p = 1 is DiffAugment's paper, a controlled p (`gddlab.distill.augment`) is ADA's.
-    At p = 0 every operation is the exact identity. All of them are affine in the pixels and nothing is clipped, so that gradients reach the images everywhere.
+    Each image is treated alone, by its own row of numbers: draw those of the global batch once, on the CPU, and give
+    every process and micro-batch its rows. Each elementary operation happens with probability `p`, independently; p = 1
+    is DiffAugment's paper, a controlled p is ADA's. At p = 0 every operation is the exact identity. All of them are
+    affine in the pixels and nothing is clipped, so that gradients reach the images everywhere.
 
-    DiffAugment (Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", section 4); one probability each:
+    DiffAugment (Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", section 4), with one
+    probability each:
 
-    - "color": brightness + U(-0.5, 0.5), saturation * U(0, 2), contrast * U(0.5, 1.5); on grey images saturation is the identity.
+    - "color": brightness + U(-0.5, 0.5), saturation * U(0, 2), contrast * U(0.5, 1.5); on grey images saturation is the
+      identity.
     - "translation": by whole pixels, up to 1/8 of the size each way, zeros behind.
     - "cutout": a square of half the size is set to zero, its centre anywhere in the image.
 
-    ADA (Karras et al. 2020, "Training generative adversarial networks with limited data", appendix B); one probability each elementary operation:
+    ADA (Karras et al. 2020, "Training generative adversarial networks with limited data", appendix B), with one
+    probability per elementary operation:
 
     - "blit": x-flip, quarter turns, translation by whole pixels up to 1/8 of the size; copies pixels, blends none.
-    - "geom": isotropic scale, rotation, anisotropic scale, rotation, fractional translation (normal, 1/8 of the size), as one warp. Rotations have
-      1 - sqrt(1 - p) each.
-    - "ada-color": brightness, contrast, luma flip, hue rotation, saturation; on grey images the first three, which is what all five do there.
+    - "geom": isotropic scale, rotation, anisotropic scale, rotation, fractional translation (normal, 1/8 of the size),
+      as one warp. Rotations have 1 - sqrt(1 - p) each.
+    - "ada-color": brightness, contrast, luma flip, hue rotation, saturation; on grey images the first three, which is
+      what all five do there.
     - "bgc": the three above, the paper's default.
 
-    Two differences from ADA's paper. "blit" and "geom" are two steps with a reflected border each (about the centres of the outermost pixels), not one, so that
-    "blit" stays exact. "geom" samples the image bicubically, without the paper's doubled resolution and wavelet low-pass: sharpness is kept (98 % of the
-    pixel-to-pixel differences of an ideal warp on photographs at 32 pixels; 85 % with bilinear sampling), finest detail may alias where an image shrinks.
+    Two differences from ADA's paper. "blit" and "geom" are two steps with a reflected border each (about the centres of
+    the outermost pixels), not one, so that "blit" stays exact. "geom" samples the image bicubically, without the paper's
+    doubled resolution and wavelet low-pass: sharpness is kept (98 % of the pixel-to-pixel differences of an ideal warp on
+    photographs at 32 pixels; 85 % with bilinear sampling), the finest detail may alias where an image shrinks.
 
     Args:
         ops: Names among `OPS`, applied in this order.
@@ -49,20 +58,12 @@ class Augment(nn.Module):
     """
 
     width: int
-    """Uniform numbers an image needs."""
+    """Uniform numbers per image."""
 
     def __init__(self, ops: Sequence[str]):
         super().__init__()
-        names: list[str] = []
-        for name in ops:
-            if name not in OPS:
-                raise unknown("augmentation", name, OPS)
-            names += _BGC if name == "bgc" else [name]
-        if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise GddlabError(f"augmentations {tuple(ops)}: {twice!r} is there twice; name each operation once")
-        self.ops = tuple(names)
-        self.width = sum(_OPS[n][1] for n in names)
+        self.ops = _elementary(ops)
+        self.width = sum(_OPS[n][1] for n in self.ops)
 
     def extra_repr(self) -> str:
         return ", ".join(self.ops)
@@ -92,6 +93,19 @@ class Augment(nn.Module):
             for name, part in zip(self.ops, u.split([_OPS[n][1] for n in self.ops], dim=1), strict=True):
                 images = _OPS[name][0](images, part.unbind(1), p)
         return images
+
+
+def _elementary(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of operations with "bgc" spelt out, each once."""
+    out: list[str] = []
+    for name in names:
+        if name not in OPS:
+            raise unknown("augmentation", name, OPS)
+        out += _BGC if name == "bgc" else [name]
+    if len(set(out)) < len(out):
+        twice = next(n for n in out if out.count(n) > 1)
+        raise GddlabError(f"augmentations {tuple(names)}: {twice!r} is there twice; name each operation once")
+    return tuple(out)
 
 
 Uniforms = tuple[Tensor, ...]
@@ -175,8 +189,8 @@ def _geom(x: Tensor, u: Uniforms, p: P) -> Tensor:
 
 
 def _ada_color(x: Tensor, u: Uniforms, p: P) -> Tensor:
-    # The paper's 4x4 matrices act apart on luma (the channels' mean, along the grey axis) and on chroma (what is left), so
-    # their product is written by those two: luma -> c f (luma + b), chroma -> c s (chroma turned by the hue).
+    # The paper's 4x4 matrices act separately on luma (the channels' mean, along the grey axis) and on chroma (the rest),
+    # so their product is written by those two: luma -> c f (luma + b), chroma -> c s (chroma turned by the hue).
     on_b, b, on_c, c, on_f, f, on_h, h, on_s, s = (_image(t) for t in u)
     brightness = torch.where(on_b < p, 0.2 * _normal(b), 0.0)
     contrast = torch.where(on_c < p, _lognormal(c, 0.5), 1.0)
@@ -197,7 +211,10 @@ def _rotation(radians: Tensor) -> Tensor:
 
 
 def _warp(x: Tensor, linear: Tensor, shift: Tensor, where: Tensor, *, mode: str, padding: str) -> Tensor:
-    """Moves content by `linear` (B, 2, 2) about the centre, then by `shift` (B, 2) pixels (x right, y down), `where` (B,) holds."""
+    """Moves content by `linear` (B, 2, 2) about the centre, then by `shift` (B, 2) pixels (x right, y down).
+
+    Images for which `where` (B,) does not hold stay.
+    """
     from kornia.geometry.transform import warp_affine
 
     size = x.shape[-1]
@@ -225,17 +242,18 @@ OPS = (*_OPS, "bgc")
 class AdaController(nn.Module):
     """Holds the augmentation probability `p` at which the discriminator overfits to a set degree (section 3.2).
 
-    Overfitting is measured by r_t = E[sign(D(real))], between 0 (none) and 1. Every `interval` iterations p takes a step up where the mean of r_t is above the
-    target, down where it is below. Steps are such that p could go from 0 to 1 in `speed_kimg` thousand images; it stays within [0, 1].
+    Overfitting is measured by r_t = E[sign(D(real))], between 0 (none) and 1. Every `interval` iterations p takes a step
+    up where the mean of r_t is above the target, down where it is below. With these steps p could go from 0 to 1 in
+    `speed_kimg` thousand images; it stays within [0, 1]. Where r_t is not a number, p stays as it is.
 
-    All its state is three buffers of fixed form on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host reads none of them. Where r_t is
-    not a number, p stands.
+    The state is three buffers of fixed form on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host
+    reads none of them.
 
     Args:
         target: r_t to hold, in (-1, 1).
         interval: Iterations between two steps of p.
-        speed_kimg: Thousands of images that p takes from 0 to 1 at the fastest.
-        mean: Mean of a tensor over processes (`World.mean`), for signs that are those of one process; None where they are of all.
+        speed_kimg: Thousands of images in which p can go from 0 to 1.
+        mean: Mean of a tensor over processes (`World.mean`), for signs of one process; None for signs of all.
 
     Raises:
         GddlabError: A value out of range.
@@ -273,13 +291,49 @@ class AdaController(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: int) -> None:
-        """Steps p where `interval` iterations were observed since its last step; call it after each one.
+        """Steps p once `interval` iterations were observed since its last step; call it after each iteration.
 
         Args:
-            batch: Images an iteration, over all processes.
+            batch: Images per iteration, over all processes.
         """
         due = self.count >= self.interval
         step = torch.sign(self.sum / self.count - self.target) * self.count * (batch / (self.speed_kimg * 1000))
         self.p.copy_(torch.where(due, (self.p + step).clamp(0, 1), self.p))
         self.sum.masked_fill_(due, 0)
         self.count.masked_fill_(due, 0)
+
+
+class Augment(Settings):
+    """The part of a configuration that augments what the discriminator sees, real and generated; R1 sees plain images."""
+
+    ops: tuple[str, ...] = ("bgc",)
+    """Differentiable operations in their order: color, translation, cutout (DiffAugment); blit, geom, ada-color, and bgc
+    for these three (ADA)."""
+    p: float = Field(default=1.0, gt=0, le=1)
+    """Probability of each operation where no `ada_target` moves it."""
+    ada_target: float | None = Field(default=None, gt=0, lt=1)
+    """ADA's target for the mean sign of the logits of real images; the probability starts at 0. None keeps it fixed."""
+    ada_kimg: float = Field(default=500, gt=0)
+    """Images in which ADA's probability can go from 0 to 1, thousands."""
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Augment:
+        if not _elementary(self.ops):
+            raise GddlabError("augment.ops=(): give at least one operation, or augment=None")
+        if self.ada_target is not None and self.p != 1.0:
+            raise GddlabError(
+                f"augment.ada_target={self.ada_target} with augment.p={self.p}: the target moves the probability"
+            )
+        return self
+
+    def build(self, world: World) -> tuple[AugmentPipe, AdaController | None]:
+        """The operations, and ADA's controller where a target is set."""
+        if self.ada_target is None:
+            return AugmentPipe(self.ops), None
+        ada = AdaController(self.ada_target, speed_kimg=self.ada_kimg, mean=world.mean)
+        return AugmentPipe(self.ops), ada.to(world.device)
+
+    def describe(self) -> str:
+        """A few words for a report."""
+        ada = f", ADA with target {self.ada_target:g}" if self.ada_target else ""
+        return ", ".join(self.ops) + (f", probability {self.p:g}" if self.p < 1 else "") + ada

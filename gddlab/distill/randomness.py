@@ -1,19 +1,47 @@
-"""Everything random in an iteration, as a function of seed and iteration, drawn for the global batch and divided over the ranks."""
+"""Everything random in an iteration as a function of seed and iteration, drawn for the global batch, divided over ranks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gddlab.distill.distributed import World
-from gddlab.distill.losses import InstanceLoss
-from gddlab.distill.step import Draw, InstancePart
+from gddlab.distill.instance import Indices, InstanceLoss
 from gddlab.runtime import generator
 
-__all__ = ["Drawer"]
+__all__ = ["Draw", "Drawer", "InstanceBatch"]
 
 SIDE = 2**31
-"""Positions of the sequence from which everything but latents is drawn; latents lie at 2 * iteration + stream."""
+"""Positions of the sequence from which everything but latents is drawn; latents are at 2 * iteration + stream."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a pass beside the latents; this rank's part of the global batch.
+
+    Attributes:
+        noise: Of a few-step student's later steps, each (B, C, H, W).
+        exit: Which of its steps makes the images, from 0.
+        u: Uniforms of the augmentation, (B, width).
+    """
+
+    noise: tuple[Tensor, ...] = ()
+    exit: int = 0
+    u: Tensor | None = None
+
+    def part(self, s: slice) -> Draw:
+        return Draw(tuple(x[s] for x in self.noise), self.exit, None if self.u is None else self.u[s])
+
+
+@dataclass(frozen=True)
+class InstanceBatch:
+    """What the instance loss takes in an iteration: real images, noise, and indices of noise levels; this rank's part."""
+
+    images: Tensor
+    noise: Tensor
+    at: Indices
 
 
 class Drawer:
@@ -21,11 +49,12 @@ class Drawer:
 
     Args:
         shape: (C, H, W) of an image.
-        batch: Images a step over all ranks.
+        batch: Images per step over all ranks.
         seed: Of the run.
         world, dtype: Where and in what precision they are used.
         steps: Steps of the student.
-        width: Uniforms that the augmentation takes for an image.
+        width: Uniforms that the augmentation takes per image.
+        channels_last: Memory format of images and noise.
     """
 
     def __init__(
@@ -45,7 +74,7 @@ class Drawer:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def place(self, images: Tensor) -> Tensor:
-        """Images or noise where and how the networks want them."""
+        """Images or noise where and how the networks take them."""
         return self._move(images).contiguous(memory_format=self.layout)
 
     def _move(self, x: Tensor) -> Tensor:
@@ -56,14 +85,14 @@ class Drawer:
     def _noise(self, g: torch.Generator) -> Tensor:
         return self.place(self.world.shard(torch.randn((self.batch, *self.shape), generator=g)))
 
-    def latents(self, iteration: int, stream: int) -> Tensor:
-        """Of the generator step (stream 0) or the discriminator step (1), (B, C, H, W)."""
-        return self._noise(generator(self.seed, 2 * iteration + stream))
-
     def _uniforms(self, g: torch.Generator) -> Tensor | None:
         if not self.width:
             return None
         return self._move(self.world.shard(torch.rand((self.batch, self.width), generator=g, dtype=torch.float64)))
+
+    def latents(self, iteration: int, stream: int) -> Tensor:
+        """Of the generator step (stream 0) or the discriminator step (1), (B, C, H, W)."""
+        return self._noise(generator(self.seed, 2 * iteration + stream))
 
     def draw(self, iteration: int, stream: int) -> Draw:
         """What a pass of the student and the augmentation of its images need beside latents."""
@@ -77,10 +106,10 @@ class Drawer:
         """Uniforms of the augmentation of real images."""
         return self._uniforms(generator(self.seed, SIDE + 4 * iteration + 2))
 
-    def instance(self, iteration: int, images: Tensor, loss: InstanceLoss) -> InstancePart:
-        """Noise and times of the instance loss, with this rank's real images."""
+    def instance(self, iteration: int, images: Tensor, loss: InstanceLoss) -> InstanceBatch:
+        """Noise and noise levels of the instance loss, with this rank's real images."""
         g = generator(self.seed, SIDE + 4 * iteration + 3)
         noise = self._noise(g)
-        draws = loss.draw(self.batch, g)
+        at = loss.draw(self.batch, g)
         n = self.batch // self.world.size
-        return InstancePart(images, noise, draws[self.world.rank * n : (self.world.rank + 1) * n])
+        return InstanceBatch(images, noise, at[self.world.rank * n : (self.world.rank + 1) * n])

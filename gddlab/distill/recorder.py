@@ -9,25 +9,25 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gddlab.datasets import ImageDataset
 from gddlab.distill.checkpoints import Loaded
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.health import Alarm
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.files import append_jsonl, hash_tensors, read_json, read_jsonl, write_json, write_text
-from gddlab.nets import OneStepPrecond, save_network
+from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.pretrained.backbones import backbone_sha256
 from gddlab.provenance import commit, hardware, versions
 from gddlab.sampling import sample, save_grid
 
-if TYPE_CHECKING:
-    from gddlab.distill.trainer import Trainer
-
-__all__ = ["Meter", "Recorder", "begin", "name_of", "provenance", "write_status"]
+__all__ = ["Meter", "Recorder", "begin", "name_of", "provenance"]
 
 GRID = 64
 BEAT = 2.0
@@ -39,13 +39,8 @@ def name_of(nimg: int) -> str:
     return f"{nimg / 1000:010.3f}"
 
 
-def write_status(run_dir: Path, state: str, **extra: Any) -> None:
-    """status.json: state ("starting", "running", "done", "failed", "stopped"), heartbeat (Unix seconds), and more."""
-    write_json(run_dir / "status.json", {"state": state, "heartbeat": time.time(), **extra})
-
-
 class Recorder:
-    """Writes a run directory; lines written after the moment where a run continues are taken back.
+    """Writes a run directory; lines from after the moment where a run continues are removed.
 
     Args:
         run_dir: The folder.
@@ -78,15 +73,15 @@ class Recorder:
         write_status(self.run_dir, state, **about, **extra)
 
     def beat(self, nimg: int) -> None:
-        """A sign of life, now and then.
+        """A heartbeat every `BEAT` seconds.
 
         Raises:
-            GddlabError: The run directory is gone; writing on would make one that lacks most of it.
+            GddlabError: The run directory is gone; more writing would make one that lacks most of it.
         """
         if time.time() - self._beat > BEAT:
             if not (self.run_dir / "provenance.json").exists():
                 raise GddlabError(
-                    f"{self.run_dir} is gone, or lost its provenance.json: somebody removed it while the run went on"
+                    f"{self.run_dir} is gone, or lost its provenance.json: it was removed during the training"
                 )
             self.status("running", nimg)
             self._beat = time.time()
@@ -111,7 +106,7 @@ class Recorder:
             self.say(f"alarm: {a.message}")
 
     def snapshot(self, ema: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> torch.Tensor:
-        """Grid of fixed noise and the averaged student of this moment; returns the grid's images, (64, C, H, W) in [-1, 1]."""
+        """Writes a grid of fixed noise and the averaged student; returns the grid's images, (64, C, H, W) in [-1, 1]."""
         images = sample(ema, GRID, seed=0)
         save_grid(images, self.run_dir / "samples" / f"{name_of(nimg)}.png", columns=8)
         save_network(ema, self.run_dir / "snapshots" / f"{name_of(nimg)}.safetensors", **meta)
@@ -122,7 +117,7 @@ class Recorder:
         save_network(g, self.run_dir / "snapshots" / "raw" / f"{name_of(nimg)}.safetensors", **meta)
 
     def best(self, candidate: Path, name: str, value: float, kimg: float) -> bool:
-        """Keeps a candidate, whose file lies in the run directory, if no better one is kept; returns whether it does."""
+        """Keeps a candidate, a file in the run directory, if it is the best so far; returns whether it is."""
         path = self.run_dir / "best.json"
         if not math.isfinite(value) or (path.exists() and read_json(path)["value"] <= value):
             candidate.unlink()
@@ -135,60 +130,56 @@ class Recorder:
         self.writer.close()
 
 
-def begin(trainer: Trainer, loaded: Loaded | None) -> Recorder:
-    """Opens what rank 0 writes; a new run says what it is made of, a continued one what is not as it was."""
-    c, run, size = trainer.config, trainer.config.run_dir, trainer.world.size
-    recorder = Recorder(run, nimg=trainer.nimg, total_nimg=trainer.total * c.batch, world_size=size)
+def begin(
+    config: TrainConfig, teacher: Precond, data: ImageDataset, *, nimg: int, world_size: int, loaded: Loaded | None
+) -> Recorder:
+    """Opens what rank 0 writes. A new run records what it is made from, a continued one what has changed since.
+
+    Args:
+        config, teacher, data: Of the run.
+        nimg: Images seen.
+        world_size: Processes of this start.
+        loaded: The checkpoint that the run continues from; None for a new run.
+    """
+    run = config.run_dir
+    recorder = Recorder(run, nimg=nimg, total_nimg=round(config.end_kimg * 1000), world_size=world_size)
     if not (run / "provenance.json").exists():
-        card = getattr(trainer.teacher, "card", None)
-        write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": c.teacher})
-        write_json(run / "provenance.json", provenance(trainer))
+        card = getattr(teacher, "card", None)
+        write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": config.teacher})
+        write_json(run / "provenance.json", provenance(config, teacher, data, world_size))
     known = read_json(run / "provenance.json")
-    start = {"nimg": trainer.nimg, "world_size": size, "commit": commit(), "hardware": hardware()}
+    start = {"nimg": nimg, "world_size": world_size, "commit": commit(), "hardware": hardware()}
     write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), start]})
     if loaded is None:
         return recorder
-    kimg = trainer.nimg / 1000
+    kimg = nimg / 1000
     for damage in loaded.damaged:
         text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
         recorder.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
     recorder.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
     before = loaded.meta["world_size"]
-    if before != size:
-        recorder.say(f"on {size} processes, before {before}: {_not_identical(trainer)}")
+    if before != world_size:
+        more = "" if config.discriminator is None else config.discriminator.world_size_matters()
+        recorder.say(
+            f"on {world_size} processes, before {before}: the same images and noise, but sums are rounded in another "
+            f"order, so that numbers are not identical to the bit{f'; and {more}' if more else ''}"
+        )
     return recorder
 
 
-def provenance(trainer: Trainer) -> dict[str, Any]:
+def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_size: int) -> dict[str, Any]:
     """What ran: versions, commit, hashes of teacher, mask, data and backbones, processes, hardware."""
+    backbones = {} if config.discriminator is None else config.discriminator.networks()
     return {
         "versions": versions(),
         "commit": commit(),
-        "teacher_sha256": hash_tensors(trainer.teacher.state_dict()),
-        "mask": None if trainer.config.mask is None else trainer.config.mask.hash,
-        "dataset_sha256": trainer.data.manifest.sha256,
-        "backbones": {name: backbone_sha256(name, found) or "random" for name, found in _backbones(trainer)},
-        "world_size": trainer.world.size,
+        "teacher_sha256": hash_tensors(teacher.state_dict()),
+        "mask": None if config.mask is None else config.mask.hash,
+        "dataset_sha256": data.manifest.sha256,
+        "backbones": {name: backbone_sha256(name, weights) or "random" for name, weights in backbones.items()},
+        "world_size": world_size,
         "hardware": hardware(),
     }
-
-
-def _backbones(trainer: Trainer) -> list[tuple[str, str]]:
-    """Frozen backbones and where their weights are looked for."""
-    c = trainer.config
-    if not trainer.step.adversarial or c.discriminator != "projected":
-        return []
-    return [(name, c.backbone_weights.get(name, "auto")) for name in c.backbones]
-
-
-def _not_identical(trainer: Trainer) -> str:
-    """What a change of the number of processes changes."""
-    what = (
-        "the same images and noise, but sums are rounded in another order, so that numbers are not identical to the bit"
-    )
-    if trainer.step.adversarial and trainer.step.d.coupled and not trainer.config.sync_batchnorm:
-        what += "; and each process's BatchNorm sees another part of the batch (sync_batchnorm=True avoids that)"
-    return what
 
 
 class Meter:
@@ -206,7 +197,7 @@ class Meter:
         self.longest = torch.zeros((), device=device)
 
     def add(self, stats: Mapping[str, Tensor]) -> None:
-        """Adds an iteration's scalars; and what share of iterations had gradients that were sanitised, or a loss that was not finite."""
+        """Adds an iteration's scalars, whether gradients were sanitised, and whether a loss was not finite."""
         losses = [v.detach() for k, v in stats.items() if k.startswith("loss/")]
         finite = torch.stack([x.isfinite() for x in losses]).all()
         self.streak = torch.where(finite, 0.0, self.streak + 1)

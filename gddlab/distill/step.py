@@ -3,134 +3,80 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gddlab.distill.augment import AdaController, AugmentPipe
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
+from gddlab.distill.instance import InstanceLoss
 from gddlab.distill.losses import d_loss_fake, d_loss_real, g_loss, r1_penalty
 from gddlab.distill.optim import adam, update
+from gddlab.distill.parts import Discriminator
+from gddlab.distill.randomness import Draw, InstanceBatch
 from gddlab.nets import OneStepPrecond
 
-if TYPE_CHECKING:
-    from gddlab.distill.augment import Augment
-    from gddlab.distill.losses import Draws, InstanceLoss
+__all__ = ["DTYPES", "GanStep"]
 
-__all__ = ["Discriminator", "Draw", "GanStep", "InstancePart"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""Of weights and images by the configuration's precision; bfloat16 is autocast's."""
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float64": None}
 
 Stats = dict[str, Tensor]
-
-
-class Discriminator(Protocol):
-    """What the steps ask of a discriminator.
-
-    `features`: everything before the first trained parameter; the images themselves for a network that is trained whole.
-    `coupled`: whether `logits` of an image depend on the others of its batch through more than groups of consecutive ones (BatchNorm).
-    """
-
-    coupled: bool
-
-    def features(self, images: Tensor) -> list[Tensor]: ...
-
-    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What is random in a pass beside the latents; this rank's part of the global batch.
-
-    Attributes:
-        noise: Of a few-step student's later steps, each (B, C, H, W).
-        exit: Which of its steps makes the images, from 0.
-        u: Uniforms of the augmentation, (B, width).
-    """
-
-    noise: tuple[Tensor, ...] = ()
-    exit: int = 0
-    u: Tensor | None = None
-
-    def part(self, s: slice) -> Draw:
-        return Draw(tuple(x[s] for x in self.noise), self.exit, None if self.u is None else self.u[s])
-
-
 PLAIN = Draw()
-
-
-@dataclass(frozen=True)
-class InstancePart:
-    """What the instance loss needs of an iteration: real images, noise, and times, this rank's part."""
-
-    images: Tensor
-    noise: Tensor
-    draws: Draws
 
 
 class GanStep:
     """Student, discriminator, both optimisers, and the updates; every batch is this rank's part of the global batch.
 
-    With `micro`, no more images than that are held at once where images are dear (student, backbones); the heads, whose BatchNorm sees the
-    whole batch, get all features together. So gradients equal those of the whole batch: the generator step makes its images twice, first without
-    a graph for the features, then a part at a time for the gradient that the heads ask for.
+    With `batch_per_device`, no more images than that are held at once where memory is tight (student, backbones); the
+    heads, whose BatchNorm sees the whole batch, get all features together. So gradients equal those of the whole batch:
+    the generator step makes its images twice, first without a graph for the features, then a part at a time for the
+    gradient that the heads ask for.
 
     Args:
-        g: Student; only its parameters with requires_grad are trained, by `trainable`.
+        config: Losses, learning rates, weights, precision, R1, micro-batches.
+        g: Student; its parameters with requires_grad are trained.
         d: Discriminator; None where only `instance` trains.
-        trainable: Parameters of the student that are trained.
-        lr_g, lr_d: Adam's learning rates.
-        adversarial_weight: Factor of the adversarial losses (means over images).
-        r1_gamma, r1_interval: R1's weight, and iterations between two R1 steps; gamma 0 for none.
-        loss: "ns" or "hinge".
         world: The processes of the run.
-        autocast, autocast_d: dtype of the student's and the discriminator's passes under autocast; None for their own. R1 has none.
-        micro: Images held at once; None for all.
-        augment, augment_p: What images go through before the discriminator, not for R1, and its probability.
-        instance, instance_weight: The instance loss and its factor.
-        compiled: Compiles the frozen features.
+        instance: The instance loss.
+        augment: What images go through before the discriminator, not for R1.
+        ada: Controls the probability of the augmentation; None keeps that of the configuration.
     """
 
     def __init__(
         self,
+        config: TrainConfig,
         g: OneStepPrecond,
         d: Discriminator | None,
-        *,
-        trainable: Sequence[nn.Parameter],
-        lr_g: float,
-        lr_d: float,
-        adversarial_weight: float,
-        r1_gamma: float,
-        r1_interval: int,
         world: World,
-        loss: str = "ns",
-        autocast: torch.dtype | None = None,
-        autocast_d: torch.dtype | None = None,
-        micro: int | None = None,
-        augment: Augment | None = None,
-        augment_p: Tensor | float = 1.0,
+        *,
         instance: InstanceLoss | None = None,
-        instance_weight: float = 1.0,
-        compiled: bool = False,
+        augment: AugmentPipe | None = None,
+        ada: AdaController | None = None,
     ):
         assert d is not None or instance is not None
-        self.g, self.world, self.loss, self.autocast, self.autocast_d = g, world, loss, autocast, autocast_d
-        self.weight, self.r1_gamma, self.r1_interval, self.micro = adversarial_weight, r1_gamma, r1_interval, micro
-        self.augment, self.augment_p = augment, augment_p
-        self.instance, self.instance_weight = instance, instance_weight
-        self.g_params = list(trainable)
-        self.opt_g = adam(self.g_params, lr_g)
+        self.g, self.world, self.loss, self.weight = g, world, config.loss, config.adversarial_weight
+        self.autocast, self.autocast_d = AUTOCAST[config.precision], AUTOCAST[config.precision_d]
+        self.r1_gamma, self.r1_interval, self.micro = config.r1_gamma, config.r1_interval, config.batch_per_device
+        self.augment, self.instance = augment, instance
+        fixed = 1.0 if config.augment is None else config.augment.p
+        self.augment_p: Tensor | float = fixed if ada is None else ada.p
+        self.instance_weight = 1.0 if config.instance is None else config.instance.weight
+        self.g_params = [p for p in g.parameters() if p.requires_grad]
+        self.opt_g = adam(self.g_params, config.lr_g)
         self._d = d
-        self.d_params: list[nn.Parameter] = []
+        self.d_params: list[torch.nn.Parameter] = []
         self.opt_d: torch.optim.Adam | None = None
         if d is not None:
             self.d_params = [p for p in d.parameters() if p.requires_grad]
-            self.opt_d = adam(self.d_params, lr_d, interval=r1_interval if r1_gamma else None)
-            self._features: Callable[[Tensor], list[Tensor]] = torch.compile(d.features) if compiled else d.features
+            self.opt_d = adam(self.d_params, config.lr_d, interval=self.r1_interval if self.r1_gamma else None)
+            self._features: Callable[[Tensor], list[Tensor]] = (
+                torch.compile(d.features) if config.compile else d.features
+            )
 
     @property
     def d(self) -> Any:
@@ -141,8 +87,6 @@ class GanStep:
     @property
     def adversarial(self) -> bool:
         return self._d is not None
-
-    # Parts of the steps.
 
     def _cast(self, dtype: torch.dtype | None, like: Tensor) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if dtype is None else torch.autocast(like.device.type, dtype)
@@ -181,25 +125,24 @@ class GanStep:
         parts = self._parts(len(z))
         return _cat([self.features(self.generate(z[s], _at(labels, s), draw.part(s)), _at(draw.u, s)) for s in parts])
 
-    # The steps.
-
     def g_step(
-        self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN, instance: InstancePart | None = None
-    ) -> Stats:
-        """Generator step; `fake_features` are those of the images it made, for `d_step` to use again if wanted."""
+        self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN, instance: InstanceBatch | None = None
+    ) -> tuple[Stats, list[Tensor]]:
+        """Generator step; returns the features of the images it made too, which `d_step` can use again."""
         self.opt_g.zero_grad(set_to_none=True)
-        out: Stats = {}
+        stats: Stats = {}
+        features: list[Tensor] = []
         if self.adversarial:
             for p in self.d_params:
                 p.requires_grad_(False)
-            out |= self._adversarial(z, labels, draw)
+            stats, features = self._adversarial(z, labels, draw)
             for p in self.d_params:
                 p.requires_grad_(True)
         if instance is not None:
-            out["loss/instance"] = self._instance(instance, labels)
-        return out | {"nonfinite/g": update(self.opt_g, self.g_params, self.world)}
+            stats["loss/instance"] = self._instance(instance, labels)
+        return stats | {"nonfinite/g": update(self.opt_g, self.g_params, self.world)}, features
 
-    def _adversarial(self, z: Tensor, labels: Tensor | None, draw: Draw) -> Stats:
+    def _adversarial(self, z: Tensor, labels: Tensor | None, draw: Draw) -> tuple[Stats, list[Tensor]]:
         parts, n = self._parts(len(z)), len(z)
         if self.d.coupled and len(parts) > 1:
             leaves = [f.requires_grad_(True) for f in self.fake_features(z, labels, draw)]
@@ -210,7 +153,7 @@ class GanStep:
                 images = self.generate(z[s], _at(labels, s), draw.part(s))
                 features = self.features(images, _at(draw.u, s))
                 torch.autograd.backward(features, [g[s].to(f.dtype) for f, g in zip(features, slopes, strict=True)])
-            kept, total, mean = leaves, loss.detach(), _mean(logits)
+            kept, total, mean = [f.detach() for f in leaves], loss.detach(), _mean(logits)
         else:
             total, mean, made = torch.zeros((), device=z.device, dtype=z.dtype), torch.zeros_like(z[0, 0, 0, 0]), []
             for s in parts:
@@ -223,17 +166,15 @@ class GanStep:
                 total, mean = total + loss.detach(), mean + share * _mean(logits)
                 made.append([f.detach() for f in features])
             kept = _cat(made)
-        return {"loss/g": total, "logits/g": mean} | {f"fake_features/{i}": f.detach() for i, f in enumerate(kept)}
+        return {"loss/g": total, "logits/g": mean}, kept
 
-    def _instance(self, part: InstancePart, labels: Tensor | None) -> Tensor:
+    def _instance(self, batch: InstanceBatch, labels: Tensor | None) -> Tensor:
         assert self.instance is not None
-        n = len(part.images)
-        total = torch.zeros((), device=part.images.device, dtype=part.images.dtype)
+        n = len(batch.images)
+        total = torch.zeros((), device=batch.images.device, dtype=batch.images.dtype)
         for s in self._parts(n):
-            with self._cast(self.autocast, part.images):
-                losses = self.instance.loss(
-                    self.g, part.images[s], _at(labels, s), noise=part.noise[s], draws=part.draws[s]
-                )
+            with self._cast(self.autocast, batch.images):
+                losses = self.instance.loss(self.g, batch.images[s], _at(labels, s), batch.noise[s], batch.at[s])
             loss = losses.sum() / n
             (self.instance_weight * loss).backward()
             total = total + loss.detach()
@@ -250,9 +191,14 @@ class GanStep:
         fake_features: Sequence[Tensor] | None = None,
         real_features: Sequence[Tensor] | None = None,
     ) -> Stats:
-        """Discriminator step on fresh fakes from `z`, or on `fake_features`; `real_features` spares the backbone on real images.
+        """Discriminator step.
 
-        `u` are the augmentation's uniforms of the real images.
+        Args:
+            images, labels: Real ones.
+            z, draw: Of fresh generated images, where `fake_features` are not given.
+            u: The augmentation's uniforms of the real images.
+            fake_features: Features of images that were generated before.
+            real_features: Features of the real images, which saves the backbone's pass.
         """
         assert self.opt_d is not None
         self.opt_d.zero_grad(set_to_none=True)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
+from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError
-from gddlab.pretrained.files import SUFFIXES, load_fitting, read_state
+from gddlab.nets import Precond
+from gddlab.pretrained.files import SUFFIXES, fit_state, read_state
 
-__all__ = ["Conv", "Linear", "StyleGAN2Discriminator", "group_size", "low_pass", "minibatch_std"]
+__all__ = ["Conv", "Linear", "StyleGAN2", "StyleGAN2Discriminator", "group_size", "low_pass", "minibatch_std"]
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
 """Low-pass filter before down-sampling, in each direction."""
@@ -208,7 +213,8 @@ class StyleGAN2Discriminator(nn.Module):
         base = channel_base or (16384 if resolution < 512 else 32768)
         sizes = [resolution >> i for i in range(resolution.bit_length() - 2)]  # resolution, ..., 8, 4
         width = {r: max(1, min(base // r, channel_max)) for r in sizes}
-        given = None if weights is None else _read(weights)
+        with torch.device("cpu"):  # also where the network itself is made on the meta device
+            given = None if weights is None else _read(weights)
         if given is not None:
             self._check_images(given, weights)
         residual = given is None or any(name.endswith("skip.weight") for name in given)
@@ -220,7 +226,9 @@ class StyleGAN2Discriminator(nn.Module):
         self.b4 = _Epilogue(width[4], width[4] if classes else 1, mbstd_group_size)
         self._blocks = [f"b{r}" for r in sizes[:-1]]
         if given is not None:
-            load_fitting(self, given, weights, optional=("resample_filter",))
+            fit_state(self.state_dict(), given, weights, optional=("resample_filter",))
+            if not self.b4.out.weight.is_meta:
+                self.load_state_dict({**self.state_dict(), **given})
 
     def _check_images(self, given: dict[str, Tensor], weights: object) -> None:
         """Refuses weights for other images, the one mismatch that a name would not explain."""
@@ -282,3 +290,39 @@ def _read(weights: str | Path) -> dict[str, Tensor]:
         return {k: t.view() for k, t in tensors_of(net).items()}
     except (Refused, ValueError, RuntimeError) as e:
         raise GddlabError(printable(f"{path} is refused: {str(e).splitlines()[0][:200]}")) from None
+
+
+class StyleGAN2(DiscriminatorPart):
+    """StyleGAN2's residual discriminator, trained from its first layer; images of 8 to 1,024 pixels, a power of two."""
+
+    kind: Suppress[Literal["stylegan2"]] = "stylegan2"
+    """Name of this kind."""
+    channel_max: int = Field(default=512, ge=1)
+    """Bound of the layers' widths, channels."""
+    weights: str | None = None
+    """Initial weights: the path of a state dict or of a StyleGAN2-ADA .pkl; None starts from scratch."""
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> StyleGAN2Discriminator:
+        return StyleGAN2Discriminator(
+            teacher.img_resolution,
+            teacher.img_channels,
+            classes=teacher.label_dim,
+            channel_max=self.channel_max,
+            weights=self.weights,
+        )
+
+    def find(self) -> str:
+        return f"stylegan2 discriminator ({self.weights or 'from scratch'})"
+
+    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
+        size = group_size(batch, GROUP)
+        if held % size:  # else the result would depend on how the batch is divided
+            raise GddlabError(
+                f"{held} of {batch} images at once with a StyleGAN2 discriminator, whose minibatch deviation is of "
+                f"{size} images: give a multiple of {size}"
+            )
+        with torch.device("meta"):  # reads the weights and fits them to the images
+            self.build(teacher)
+
+    def stand_in(self) -> StyleGAN2:
+        return self.model_copy(update={"weights": None})

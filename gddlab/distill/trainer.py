@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
-from gddlab.distill.build import DTYPES, build_step, check
+from gddlab.distill.build import build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World, fill
 from gddlab.distill.health import Alarm, Health, Thresholds, neighbor_distance
 from gddlab.distill.randomness import Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder, begin, name_of
+from gddlab.distill.step import DTYPES
 from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.nets.io import make_student
 from gddlab.probing import DEFAULT, probe, weight_change
+from gddlab.runtime import peak_memory_mib
 
 __all__ = ["Score", "Trainer"]
 
@@ -92,7 +94,10 @@ class Trainer:
         return math.ceil(self.config.total_kimg * 1000 / self.config.batch)
 
     def cache_real(self) -> None:
-        """Projected features of the whole real set, once."""
+        """Computes the features of the whole real set, once, where the configuration asks for it and they do not change."""
+        discriminator = self.config.discriminator
+        if discriminator is None or not discriminator.caches() or self.config.augment is not None:
+            return
         parts: list[list[Tensor]] = []
         for i in range(0, len(self.data), 128):
             parts.append(self.step.real_features(self.drawer.place(self.data.images(slice(i, i + 128)))))
@@ -109,8 +114,7 @@ class Trainer:
         if step.g.label_dim:
             labels = self.data.labels(index).to(self.world.device, DTYPES[c.precision])
         instance = None if step.instance is None else drawer.instance(it, images, step.instance)
-        stats = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
-        features = [stats.pop(k) for k in list(stats) if k.startswith("fake_features/")]
+        stats, features = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
         if step.adversarial:
             real = None if self.real is None else [f[index.to(self.world.device)] for f in self.real]
             u = drawer.real(it)
@@ -139,8 +143,6 @@ class Trainer:
         steps = max(1, round(kimg * 1000 / self.config.batch))
         return self.iteration % steps == 0 or self.iteration == self.total
 
-    # What is written.
-
     def tick(self) -> dict[str, float]:
         """One line of metrics.jsonl: means over the iterations since the last one, over ranks."""
         c = self.config
@@ -152,7 +154,7 @@ class Trainer:
             "ema": ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg),
             "sec_per_kimg": self.seconds / (self.nimg / 1000),
             "seconds": self.seconds,
-            "peak_mem_mib": self.world.peak_memory_mib(),
+            "peak_mem_mib": peak_memory_mib(self.world.device),
         }
         self.meter.reset()
         return line
@@ -281,9 +283,10 @@ class Trainer:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         loaded = self.restore()
         self.checkpoints.go_on(loaded)
-        if c.cache_real:
-            self.cache_real()
-        recorder = begin(self, loaded) if world.rank == 0 else None
+        self.cache_real()
+        recorder = None
+        if world.rank == 0:
+            recorder = begin(c, self.teacher, self.data, nimg=self.nimg, world_size=world.size, loaded=loaded)
         if loaded is None:
             self.snapshot(recorder)
         if c.probe_kimg and loaded is None:

@@ -256,7 +256,6 @@ _FIRST = (
     "lr_g",
     "lr_d",
     "discriminator",
-    "backbones",
 )
 """Fields of a configuration shown first."""
 

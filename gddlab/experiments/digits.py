@@ -7,6 +7,8 @@ from typing import Any
 
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.lpips import LPIPS
+from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import Experiment, ExperimentList
 from gddlab.experiments.masks import Configure, Rows, free, mask_experiments
 from gddlab.experiments.studies import STUDIES
@@ -15,7 +17,8 @@ from gddlab.freezing import FreezeMask
 __all__ = ["DIGITS"]
 
 SMALL: dict[str, Any] = {"input_size": 32}
-"""Large backbones see images at 32 pixels, so that a run stays a matter of minutes on two cores; so does their control, lite0."""
+"""Large backbones see images at 32 pixels, so that a run takes minutes on two cores; so does their control, lite0."""
+UNCACHED: dict[str, Any] = {"cache_real": False}
 RANDOM = "random weights, since its ImageNet weights are in no package"
 IMAGES = (50, 100, 200, 400, 800)
 """Distinct images trained on; all are 1,797."""
@@ -31,7 +34,7 @@ def configured(**fields: Any) -> Configure:
 
 
 def random_backbone(name: str) -> dict[str, Any]:
-    return {"backbones": (name,), "backbone_weights": {name: "random"}, **SMALL}
+    return {"discriminator": {"backbones": (name,), "weights": {name: "random"}, **SMALL}}
 
 
 row = Rows(configured, seconds=100.0)
@@ -41,22 +44,18 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     row("gdd-long", "GDD for 40 thousand images", mask=free, total_kimg=40, snapshot_kimg=4, seconds=270.0),
     *row.controls(),
     row("fresh-fakes", "GDD-I with fresh images in the discriminator step, as the paper has it", reuse_fakes=False),
-    *row.augmented(ada_kimg=10, cache_real=False),
+    *row.augmented(ada_kimg=10, discriminator=UNCACHED),
     row(
         "stylegan2",
         "GDD-I with StyleGAN2's discriminator from scratch, at most 64 channels wide",
-        discriminator="stylegan2",
-        cache_real=False,
+        discriminator=StyleGAN2(channel_max=64),
     ),
     row(
         "lpips-random",
         f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}",
-        discriminator="lpips",
-        lpips_net="squeeze",
-        discriminator_weights="random",
-        cache_real=False,
+        discriminator=LPIPS(net="squeeze", weights="random", input_size=64),
     ),
-    row("lite0-32", "GDD-I with EfficientNet-lite0 at 32 pixels", **SMALL),
+    row("lite0-32", "GDD-I with EfficientNet-lite0 at 32 pixels", discriminator=SMALL),
     row("lite0-32-random", "the same with random weights", **random_backbone("tf_efficientnet_lite0")),
     row("vgg16-random", f"GDD-I with VGG16-BN at 32 pixels, {RANDOM}", **random_backbone("vgg16_bn")),
     row(
@@ -67,10 +66,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     *row.baselines(
         distance="lite0",
-        instance_steps=16,
+        steps=16,
         seconds={"ctm": 300.0, "gdd-cd": 190.0},
         reuse_fakes=False,
-        cache_real=False,
     ),
     *row.few_images(IMAGES, snapshot_kimg=1.5, seconds=130.0),
 )

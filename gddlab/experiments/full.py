@@ -10,6 +10,8 @@ from typing import Any
 
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.lpips import LPIPS
+from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import ExperimentList, Judge
 from gddlab.experiments.masks import Configure, Rows, mask_experiments
 from gddlab.experiments.studies import STUDIES
@@ -44,11 +46,14 @@ def _list(
         *mask_experiments(configured(preset), seconds=row.seconds),
         *row.controls(),
         row("reuse-fakes", "GDD-I with the images of the generator step in the discriminator step", reuse_fakes=True),
-        *row.augmented(ada_kimg=base.ada_kimg),
-        row("stylegan2", "GDD-I with StyleGAN2's discriminator from scratch", discriminator="stylegan2"),
-        row("lpips", "GDD-I with the LPIPS network (VGG16) as discriminator", discriminator="lpips"),
-        *(row(BACKBONES[name], f"GDD-I with {name} alone", backbones=(name,)) for name in base.backbones),
-        *row.baselines(distance="lpips", instance_steps=instance_steps),
+        *row.augmented(ada_kimg=500),
+        row("stylegan2", "GDD-I with StyleGAN2's discriminator from scratch", discriminator=StyleGAN2()),
+        row("lpips", "GDD-I with the LPIPS network (VGG16) as discriminator", discriminator=LPIPS()),
+        *(
+            row(BACKBONES[name], f"GDD-I with {name} alone", discriminator={"backbones": (name,)})
+            for name in (base.discriminator.networks() if base.discriminator else ())
+        ),
+        *row.baselines(distance="lpips", steps=instance_steps),
         *row.few_images(images),
     )
     studies = tuple(replace(s, seconds=None) for s in STUDIES)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gddlab.distill.augment import Augment
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.instance import Consistency, FromNoise, InstancePart, Progressive, Trajectory
 from gddlab.experiments.experiment import Experiment, Measured, feeds_of
 from gddlab.freezing import FreezeMask, controls, select_freeze
 from gddlab.freezing.select import Score
@@ -172,44 +174,44 @@ class Rows:
             self(
                 "augment",
                 "GDD-I with differentiable colour, translation, cutout",
-                augment=("color", "translation", "cutout"),
+                augment=Augment(ops=("color", "translation", "cutout")),
                 **fields,
             ),
-            self("ada", what, augment=("bgc",), ada_target=0.6, ada_kimg=ada_kimg, **fields),
+            self("ada", what, augment=Augment(ada_target=0.6, ada_kimg=ada_kimg), **fields),
         )
 
     def baselines(
-        self, *, distance: str, instance_steps: int, seconds: Mapping[str, float] | None = None, **alone: Any
+        self,
+        *,
+        distance: Literal["lpips", "l2", "lite0"],
+        steps: int,
+        seconds: Mapping[str, float] | None = None,
+        **alone: Any,
     ) -> tuple[Experiment, ...]:
         """The instance-based losses alone, and consistency distillation with the GAN loss.
 
         Args:
-            distance, instance_steps: As in a configuration.
+            distance, steps: Of every instance loss.
             seconds: Of those that take longer than others.
-            **alone: Fields that go with a loss alone, which has no discriminator.
+            **alone: Fields of those that train on the instance loss alone.
         """
-        names = {
-            "pd": "progressive distillation",
-            "cd": "consistency distillation",
-            "ctm": "consistency trajectory distillation",
-            "rcd": "distillation from pure noise to a random level",
+        names: dict[str, tuple[str, Callable[..., InstancePart]]] = {
+            "pd": ("progressive distillation", Progressive),
+            "cd": ("consistency distillation", Consistency),
+            "ctm": ("consistency trajectory distillation", Trajectory),
+            "rcd": ("distillation from pure noise to a random level", FromNoise),
         }
-        shared: dict[str, Any] = {"mask": free, "distance": distance, "instance_steps": instance_steps}
         longer = seconds or {}
+
+        def experiment(name: str, what: str, part: Callable[..., InstancePart], **fields: Any) -> Experiment:
+            instance = part(steps=steps, distance=distance)
+            return self(name, what, mask=free, seconds=longer.get(name), instance=instance, **fields)
+
         rows = [
-            self(
-                name,
-                f"{what} alone, by the {distance} distance",
-                seconds=longer.get(name),
-                instance=name,
-                adversarial_weight=0,
-                **shared,
-                **alone,
-            )
-            for name, what in names.items()
+            experiment(name, f"{what} alone, by the {distance} distance", part, discriminator=None, **alone)
+            for name, (what, part) in names.items()
         ]
-        added = "GDD with consistency distillation added"
-        return (*rows, self("gdd-cd", added, seconds=longer.get("gdd-cd"), instance="cd", **shared))
+        return (*rows, experiment("gdd-cd", "GDD with consistency distillation added", Consistency))
 
     def few_images(self, counts: Iterable[int], **fields: Any) -> tuple[Experiment, ...]:
         """Trained on some of the images."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import last_jsonl, read_end, thin_jsonl
 from gddlab.launch.lock import held, owners

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.files import read_json
 from gddlab.launch.lock import Job, sign, take

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gddlab.distill.build import check
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.lock import Job, sign, take

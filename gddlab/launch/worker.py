@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from gddlab.distill.recorder import write_status
-from gddlab.files import read_json, write_json
+from gddlab.distill.status import write_status
+from gddlab.files import read_json
 from gddlab.launch.handle import PROGRESS
 from gddlab.launch.rank import report_failure, run_rank
 from gddlab.launch.train import OWNED, Launch, launch_environment
@@ -64,7 +64,7 @@ def main(run_dir: Path, launch: Launch) -> int:
         killed = _killed(e.failures)
         if killed is not None and told.get("cause") == "error":  # what the others saw of it
             rank, why = killed
-            write_json(run_dir / "status.json", told | {"rank": rank, "error": why, "message": why})
+            write_status(run_dir, **(told | {"rank": rank, "error": why, "message": why}))
         return 1
     except Exception as e:
         report_failure(run_dir, e, rank=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -320,7 +319,7 @@ def _one(f: Facts) -> Page:
     page.numbers(_headline(f))
     _troubles(page, f)
     page.section("What was trained")
-    page.table(_trained(f))
+    page.table(trained_rows(f))
     _scores(page, f)
     if "kimg" in f.metrics:
         page.section("Training")
@@ -370,7 +369,7 @@ def _several(runs: Sequence[Facts]) -> Page:
     for f in runs:
         page.section(f.name, level=3)
         _troubles(page, f)
-        page.table([["state", f.state], *_trained(f), *_costs(f), *provenance_rows(f)])
+        page.table([["state", f.state], *trained_rows(f), *_costs(f), *provenance_rows(f)])
         if found := best(f):
             page.text(found)
     return page
@@ -405,13 +404,6 @@ def _troubles(page: Page, f: Facts) -> None:
         page.table(rows, ["kimg", "kind", "what"])
 
 
-def _trained(f: Facts) -> list[list[str]]:
-    try:
-        return trained_rows(f)
-    except (ValueError, KeyError, TypeError, AttributeError):  # another version's configuration
-        return [["configuration", json.dumps(f.fields)]]
-
-
 def _scores(page: Page, f: Facts) -> None:
     page.section("Scores")
     if not f.records:
@@ -422,8 +414,9 @@ def _scores(page: Page, f: Facts) -> None:
         page.table(rows, HEAD)
     for sentence in apart(comparable([*f.records, *f.teacher])):
         page.text(sentence, note=True)
-    if f.fields["discriminator"] == "projected":
-        own = {r.extractor for r in f.records if any(str(b).endswith(r.extractor) for b in f.fields["backbones"])}
+    if f.config is not None and f.config.discriminator is not None:
+        seen = f.config.discriminator.networks()
+        own = {r.extractor for r in f.records if any(name.endswith(r.extractor) for name in seen)}
         for name in sorted(own):
             page.text(f"{name} is a backbone of the discriminator, and no neutral judge of its student.", note=True)
     if found := best(f):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,8 @@ class Facts:
         name: How it is called on the page.
         run: Its folder.
         state: "done", or what it is instead, with how far it came.
-        fields: Its configuration, with the defaults of fields that did not exist when it was written.
+        config: Its configuration; None where this version cannot read it.
+        fields: What config.json holds, with the defaults of fields that did not exist when it was written.
         mask: What is frozen; None where nothing is, or where the file cannot be read.
         metrics: A row a tick.
         records: Its scores, oldest first.
@@ -179,6 +181,7 @@ class Facts:
     name: str
     run: RunHandle
     state: str
+    config: TrainConfig | None
     fields: dict[str, Any]
     mask: FreezeMask | None
     metrics: pd.DataFrame
@@ -244,11 +247,11 @@ def facts(run_dir: Path, name: str) -> Facts:
     mask_file = run.run_dir / "mask.json"
     card = lenient("teacher.json", lambda: file("teacher.json"), nothing)
     status = lenient("status.json", lambda: run.written_status, nothing)
-    lenient("configuration", lambda: run.config, None)
     return Facts(
         name=name,
         run=run,
         state=lenient("state", lambda: _state(run, status), "unknown"),
+        config=lenient("configuration", lambda: run.config, None),
         fields=_defaults() | written,
         mask=lenient("mask.json", lambda: FreezeMask.load(mask_file), None) if written.get("mask") else None,
         metrics=lenient("metrics.jsonl", lambda: run.metrics, pd.DataFrame()),
@@ -275,38 +278,31 @@ def _defaults() -> dict[str, Any]:
 
 
 def trained_rows(f: Facts) -> list[list[str]]:
-    """What was trained, a row a subject."""
+    """What was trained, one row per subject; the configuration as it is written where this version cannot read it."""
+    if f.config is None:
+        return [["configuration", json.dumps(f.fields)]]
     c, about = f.fields, f.card
     parameters = f"{about['parameters']:,} parameters" if "parameters" in about else ""
     network = ", ".join(str(x) for x in (about.get("precond"), about.get("unet"), parameters) if x)
     steps = 1 + len(c["mid_sigmas"])
     begins = "" if c["student"] == "teacher" else f"; it begins with {c['student']} weights"
     rows = [
-        ["method", method(f)],
+        ["method", method(f.config)],
         ["teacher", f"{c['teacher']}: {network}" if network else str(c["teacher"])],
         ["student", f"{steps} network call{'s' if steps > 1 else ''} an image{begins}"],
         ["mask", mask_line(f.mask) if f.mask is not None else "none" if not c["mask"] else f"sha256 {c['mask'][:16]}"],
     ]
-    if c["adversarial_weight"]:
-        names = f" on {', '.join(c['backbones'])}" if c["discriminator"] == "projected" else ""
-        size = "" if c["discriminator"] == "stylegan2" else f", images resized to {c['input_size']} pixels"
-        kept = {k: v for k, v in c["backbone_weights"].items() if k in c["backbones"]}
-        weights = f", weights {', '.join(f'{k}: {v}' for k, v in kept.items())}" if kept else ""
+    discriminator, instance, augment = f.config.discriminator, f.config.instance, f.config.augment
+    if discriminator is not None:
         r1 = f"R1 {c['r1_gamma']:g} every {c['r1_interval']} iterations" if c["r1_gamma"] else "no R1"
-        augment = f"{', '.join(c['augment'])}" if c["augment"] else "none"
-        if c["ada_target"]:
-            augment += f", ADA with target {c['ada_target']:g}"
         loss = {"ns": "non-saturating", "hinge": "hinge"}.get(c["loss"], c["loss"])
         rows += [
-            ["discriminator", f"{c['discriminator']}{names}{weights}{size}"],
+            ["discriminator", discriminator.describe()],
             ["adversarial loss", f"{loss}, factor {c['adversarial_weight']:g}; {r1}"],
-            ["augmentation", augment],
+            ["augmentation", "none" if augment is None else augment.describe()],
         ]
-    if c["instance"]:
-        what = (
-            f"{c['instance']}, factor {c['instance_weight']:g}, {c['instance_steps']} steps, distance {c['distance']}"
-        )
-        rows.append(["instance loss", what])
+    if instance is not None:
+        rows.append(["instance loss", instance.describe()])
     reused = ", fakes reused" if c["reuse_fakes"] else ""
     images = f", {c['max_images']} images" if c["max_images"] else ""
     rows += [
@@ -320,10 +316,14 @@ def trained_rows(f: Facts) -> list[list[str]]:
     return rows
 
 
-def method(f: Facts) -> str:
+def method(config: TrainConfig) -> str:
     """GDD, GDD-I, an instance-based baseline, or both."""
-    gan = ("GDD-I" if f.fields["mask"] else "GDD") if f.fields["adversarial_weight"] else ""
-    return " + ".join(x for x in (gan, str(f.fields["instance"] or "").upper()) if x)
+    names = []
+    if config.discriminator is not None:
+        names.append("GDD" if config.mask is None else "GDD-I")
+    if config.instance is not None:
+        names.append(config.instance.kind.upper())
+    return " + ".join(names)
 
 
 def provenance_rows(f: Facts) -> list[list[str]]:
@@ -358,12 +358,20 @@ def python_of(f: Facts) -> str:
 
 def differing(runs: Sequence[Facts]) -> dict[str, list[str]]:
     """Fields in which configurations differ, with each run's value; the mask by what it freezes."""
-    names = dict.fromkeys(k for f in runs for k in f.fields)
+    rows = [_flat(f.fields) for f in runs]
     out: dict[str, list[str]] = {}
-    for name in names:
-        values = [f.fields.get(name) for f in runs]
+    for name in dict.fromkeys(k for row in rows for k in row):
+        values = [row.get(name) for row in rows]
         if any(v != values[0] for v in values):
-            out[name] = [_mask_cell(f) if name == "mask" else shown(f.fields.get(name)) for f in runs]
+            out[name] = [_mask_cell(f) if name == "mask" else shown(v) for f, v in zip(runs, values, strict=True)]
+    return out
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a part beside the others, as "discriminator.input_size"."""
+    out: dict[str, Any] = {}
+    for name, value in fields.items():
+        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return out
 
 

@@ -158,7 +158,12 @@ class Ours:
 
     def __init__(self, mode: str, teacher: nn.Module, mask: object):
         self.config = cifar10(
-            run_dir="unused", mask=mask, batch=8, r1_gamma=GAMMA, backbone_weights=BACKBONES, **MODES[mode]
+            run_dir="unused",
+            mask=mask,
+            batch=8,
+            r1_gamma=GAMMA,
+            discriminator={"weights": BACKBONES},
+            **MODES[mode],
         )
         self.step, _, _ = build_step(self.config, teacher, World(0, 1, torch.device("cpu")))
         self.g_params, self.d_params = self.step.g_params, self.step.d_params
@@ -166,8 +171,7 @@ class Ours:
 
     def iteration(self, batch: Batch) -> dict[str, Tensor]:
         real, z_g, z_d = batch
-        stats = self.step.g_step(z_g, None)
-        features = [stats.pop(f"fake_features/{i}") for i in range(8)]
+        stats, features = self.step.g_step(z_g, None)
         if self.config.reuse_fakes:
             stats |= self.step.d_step(real, None, fake_features=features)
         else:

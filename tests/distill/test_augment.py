@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.augment import OPS, Augment
+from gddlab.distill.augment import OPS, AugmentPipe
 from gddlab.errors import GddlabError
 
 ALL = ("color", "translation", "cutout", "bgc")
@@ -21,7 +21,7 @@ def images(n: int, channels: int = 3, size: int = 16, *, dtype: torch.dtype = to
     return torch.rand(n, channels, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def numbers(a: Augment, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def numbers(a: AugmentPipe, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(n, a.width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -37,7 +37,7 @@ def normal(u: float) -> float:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identity_at_zero_and_change_at_one(name: str, channels: int, dtype: torch.dtype) -> None:
-    a = Augment([name])
+    a = AugmentPipe([name])
     x, u = images(32, channels, dtype=dtype), numbers(a, 32, dtype=dtype)
     for p in (0.0, torch.tensor(0.0, dtype=torch.float64)):
         assert torch.equal(a(x, u, p), x)
@@ -49,7 +49,7 @@ def test_identity_at_zero_and_change_at_one(name: str, channels: int, dtype: tor
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_images_are_treated_alone(name: str, p: float) -> None:
-    a = Augment([name])
+    a = AugmentPipe([name])
     x, u = images(12), numbers(a, 12)
     whole = a(x, u, p)
     for cut in (1, 6):
@@ -59,14 +59,14 @@ def test_images_are_treated_alone(name: str, p: float) -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients(name: str, channels: int) -> None:
-    a = Augment([name])
+    a = AugmentPipe([name])
     x, u = images(4, channels, 8).requires_grad_(True), numbers(a, 4, 2)
     assert torch.autograd.gradcheck(lambda x: a(x, u, 0.8), (x,))
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-24, 1.0])
 def test_extreme_numbers_give_finite_images_and_gradients(edge: float) -> None:
-    a = Augment(ALL)
+    a = AugmentPipe(ALL)
     x = images(2, dtype=torch.float32).requires_grad_(True)
     y = a(x, torch.full((2, a.width), edge))
     y.sum().backward()
@@ -74,7 +74,7 @@ def test_extreme_numbers_give_finite_images_and_gradients(edge: float) -> None:
 
 
 def test_color() -> None:
-    a = Augment(["color"])
+    a = AugmentPipe(["color"])
     x, u = images(8), numbers(a, 8)
     for image, (_, b, s, c), found in zip(x, u.tolist(), a(x, u), strict=True):
         y = image + b - 0.5
@@ -84,7 +84,7 @@ def test_color() -> None:
 
 
 def test_color_does_not_saturate_grey_images() -> None:
-    a = Augment(["color"])
+    a = AugmentPipe(["color"])
     x, u = images(4, 1), numbers(a, 4)
     other = u.clone()
     other[:, 2] = 1 - other[:, 2]
@@ -92,7 +92,7 @@ def test_color_does_not_saturate_grey_images() -> None:
 
 
 def test_translation_shifts_by_whole_pixels_with_zeros_behind() -> None:
-    a = Augment(["translation"])
+    a = AugmentPipe(["translation"])
     x, u = images(400), numbers(a, 400)
     seen = set()
     for image, (_, h, v), found in zip(x, u.tolist(), a(x, u), strict=True):
@@ -104,13 +104,13 @@ def test_translation_shifts_by_whole_pixels_with_zeros_behind() -> None:
 
 def test_numbers_rounded_to_one_stay_in_range() -> None:
     for name in ("translation", "cutout"):
-        a = Augment([name])
+        a = AugmentPipe([name])
         assert torch.equal(a(images(1), row(0, 1, 1)), a(images(1), row(0, 0.999, 0.999)))
 
 
 @pytest.mark.parametrize("size", [16, 14])
 def test_cutout_removes_a_square_of_half_the_size(size: int) -> None:
-    a = Augment(["cutout"])
+    a = AugmentPipe(["cutout"])
     x, u = images(600, size=size), numbers(a, 600)
     hole = (a(x, u) == 0).all(1)  # (B, R, R)
     assert torch.equal(a(x, u), x.masked_fill(hole[:, None], 0))
@@ -125,7 +125,7 @@ def test_cutout_removes_a_square_of_half_the_size(size: int) -> None:
 
 
 def test_blit_copies_pixels() -> None:
-    a = Augment(["blit"])
+    a = AugmentPipe(["blit"])
     x, u = images(200), numbers(a, 200)
     for image, (_, flip, _, turn, _, h, v), found in zip(x, u.tolist(), a(x, u), strict=True):
         y = image.flip(2) if flip < 0.5 else image
@@ -137,14 +137,14 @@ def test_blit_copies_pixels() -> None:
 
 @pytest.mark.parametrize("size", [32, 256])
 def test_blit_copies_pixels_in_float32(size: int) -> None:
-    a = Augment(["blit"])
+    a = AugmentPipe(["blit"])
     x, u = images(4, 1, size, dtype=torch.float32), numbers(a, 4)
     assert torch.equal(a(x, u.float()).double(), a(x.double(), u.float().double()))
 
 
 def test_geom_is_one_affine_map_in_the_papers_order() -> None:
     """On a linear ramp the warp must give the ramp at the place each pixel comes from, wherever that lies well inside."""
-    a = Augment(["geom"])
+    a = AugmentPipe(["geom"])
     size, k = 64, 31.5
     x = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy")).double()  # x, y of pixels
     ramp = torch.stack([x[0], x[1], x[1]])[None]
@@ -169,7 +169,7 @@ def test_geom_is_one_affine_map_in_the_papers_order() -> None:
 
 
 def test_geom_reflects_about_the_border_pixels() -> None:
-    a = Augment(["geom"])
+    a = AugmentPipe(["geom"])
     x = images(1)
     two = (
         torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([1.0, -0.5], dtype=torch.float64)).tolist()
@@ -181,7 +181,7 @@ def test_geom_reflects_about_the_border_pixels() -> None:
 def test_each_operation_has_its_own_probability() -> None:
     x = images(1)
     for name, gates in {"blit": (0, 2, 4), "geom": (0, 2, 4, 6, 8), "ada-color": (0, 2, 4, 6, 8)}.items():
-        a = Augment([name])
+        a = AugmentPipe([name])
         for gate in gates:
             u = torch.full((1, a.width), 0.3, dtype=torch.float64)
             u[:, list(gates)] = 0.9
@@ -211,7 +211,7 @@ def matrices(b: float, c: float, f: float, h: float, s: float) -> np.ndarray:
 
 
 def test_ada_color_is_the_product_of_the_papers_matrices() -> None:
-    a = Augment(["ada-color"])
+    a = AugmentPipe(["ada-color"])
     x, u = images(8), numbers(a, 8)
     for image, values, found in zip(x, u[:, 1::2].tolist(), a(x, u), strict=True):
         m = matrices(*values)
@@ -220,25 +220,25 @@ def test_ada_color_is_the_product_of_the_papers_matrices() -> None:
 
 
 def test_grey_images_are_treated_as_equal_channels() -> None:
-    a = Augment(["bgc"])
+    a = AugmentPipe(["bgc"])
     x, u = images(8, 1), numbers(a, 8)
     assert_close(a(x, u).expand(-1, 3, -1, -1), a(x.expand(-1, 3, -1, -1).contiguous(), u))
 
 
 def test_operations_follow_the_given_order() -> None:
     x = images(8)
-    first, second = Augment(["cutout"]), Augment(["color"])
-    both, other = Augment(["cutout", "color"]), Augment(["color", "cutout"])
+    first, second = AugmentPipe(["cutout"]), AugmentPipe(["color"])
+    both, other = AugmentPipe(["cutout", "color"]), AugmentPipe(["color", "cutout"])
     u = numbers(both, 8)
     assert both.width == first.width + second.width
     chained = second(first(x, u[:, : first.width]), u[:, first.width :])
     assert torch.equal(both(x, u), chained)
     assert not torch.equal(other(x, u.roll(second.width, 1)), chained)
-    assert Augment(["bgc"]).ops == ("blit", "geom", "ada-color")
+    assert AugmentPipe(["bgc"]).ops == ("blit", "geom", "ada-color")
 
 
 def test_autocast_does_not_reach_in() -> None:
-    a = Augment(ALL)
+    a = AugmentPipe(ALL)
     x, u = images(4, dtype=torch.float32), numbers(a, 4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = a(x, u)
@@ -250,19 +250,19 @@ def test_the_host_never_waits() -> None:
     import kornia.geometry.transform  # noqa: F401 - outside, or its constants would be fake too
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    a = Augment(ALL)
+    a = AugmentPipe(ALL)
     with FakeTensorMode():
         x, u = torch.empty(4, 3, 16, 16), torch.empty(4, a.width)
         assert a(x, u, torch.empty((), dtype=torch.float64)).shape == x.shape
 
 
 def test_bad_input_is_refused() -> None:
-    a = Augment(["color"])
+    a = AugmentPipe(["color"])
     x, u = images(2), numbers(a, 2)
     with pytest.raises(GddlabError, match="unknown augmentation 'colour': did you mean 'color'"):
-        Augment(["colour"])
+        AugmentPipe(["colour"])
     with pytest.raises(GddlabError, match="'blit' is there twice"):
-        Augment(["blit", "bgc"])
+        AugmentPipe(["blit", "bgc"])
     with pytest.raises(GddlabError, match=r"\(2, 3, 16, 8\).*square"):
         a(x[..., :8], u)
     with pytest.raises(GddlabError, match=r"2 images need \(2, 4\)"):

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.distill.losses import KINDS, Draws, InstanceLoss, needs_target_time
+from gddlab.distill.instance import (
+    ConsistencyLoss,
+    FromNoiseLoss,
+    Indices,
+    InstanceLoss,
+    ProgressiveLoss,
+    TrajectoryLoss,
+)
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student
@@ -20,6 +27,12 @@ from tests.conftest import TINY, tiny_net
 
 SCALES = torch.tensor([0.3, 1.0], dtype=torch.float64)
 """Standard deviations of two classes of Gaussian images."""
+LOSSES: dict[str, type[InstanceLoss]] = {
+    "pd": ProgressiveLoss,
+    "cd": ConsistencyLoss,
+    "ctm": TrajectoryLoss,
+    "rcd": FromNoiseLoss,
+}
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
@@ -77,9 +90,11 @@ def batch(n: int, *, seed: int = 0, side: int = 4) -> tuple[Tensor, Tensor, Tens
     return images, labels, torch.randn(n, 1, side, side, generator=g, dtype=torch.float64)
 
 
-def evaluate(kind: str, teacher: nn.Module, student: OneStepPrecond, steps: int, n: int = 256) -> tuple[Tensor, Draws]:
+def evaluate(
+    kind: str, teacher: nn.Module, student: OneStepPrecond, steps: int, n: int = 256
+) -> tuple[Tensor, Indices]:
     images, labels, noise = batch(n)
-    loss = InstanceLoss(kind, teacher, l2, steps=steps)
+    loss = LOSSES[kind](teacher, l2, steps=steps)
     draws = loss.draw(n, generator(0, 0))
     return loss.loss(student, images, labels, noise, draws), draws
 
@@ -87,10 +102,10 @@ def evaluate(kind: str, teacher: nn.Module, student: OneStepPrecond, steps: int,
 # Exact solutions.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_straight_trajectories_have_no_loss(kind: str) -> None:
     """Heun and Euler are exact on them: the target is the teacher's image, whatever t, u, s."""
-    student = Exact(Point(), target_time=needs_target_time(kind))
+    student = Exact(Point(), target_time=LOSSES[kind].target_time)
     out, _ = evaluate(kind, Point(), student, 8)
     assert out.dtype == torch.float64 and out.shape == (256,)
     assert out.max() < 1e-20
@@ -99,20 +114,20 @@ def test_straight_trajectories_have_no_loss(kind: str) -> None:
     assert wrong.max() > 1e-7
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_true_student_has_the_solvers_error(kind: str) -> None:
     """Loss of the exact student falls as Heun's squared error does, h^6; a student off by a tenth has more."""
-    student = Exact(Gaussian(), target_time=needs_target_time(kind))
+    student = Exact(Gaussian(), target_time=LOSSES[kind].target_time)
     coarse, fine = (evaluate(kind, Gaussian(), student, steps)[0].mean().item() for steps in (32, 64))
     assert 0 < fine < coarse / 10
     student.gain.data.fill_(1.1)
     assert evaluate(kind, Gaussian(), student, 64)[0].mean() > 10 * fine
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_only_neighbours_take_the_teachers_step(kind: str) -> None:
     """Where no step is the teacher's, the true student's loss is that of rounding alone."""
-    out, d = evaluate(kind, Gaussian(), Exact(Gaussian(), target_time=needs_target_time(kind)), 16)
+    out, d = evaluate(kind, Gaussian(), Exact(Gaussian(), target_time=LOSSES[kind].target_time), 16)
     solver = d.t - d.u == 1
     if kind in ("pd", "rcd"):
         solver |= d.u - d.s == 1
@@ -132,8 +147,8 @@ def test_targets_have_the_right_sign() -> None:
         return l2(a, b)
 
     images, labels, noise = batch(4)
-    student, loss = Exact(Gaussian()), InstanceLoss("pd", Gaussian(), keep, steps=8)
-    loss.loss(student, images, labels, noise, Draws(*(torch.full((4,), i) for i in (8, 4, 0))))
+    student, loss = Exact(Gaussian()), ProgressiveLoss(Gaussian(), keep, steps=8)
+    loss.loss(student, images, labels, noise, Indices(*(torch.full((4,), i) for i in (8, 4, 0))))
     t, s = loss.sigmas[8], loss.sigmas[0]
     x_t = images + t * noise
     assert_close(s / t * x_t + (1 - s / t) * seen[0], student.end(x_t, t, s, labels))
@@ -192,13 +207,13 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_values_an_image_at_a_time(kind: str) -> None:
     """Values of a batch of mixed times are those of each image alone, by hand; so they don't depend on the batch."""
-    teacher, student = nets(target_time=needs_target_time(kind))
+    teacher, student = nets(target_time=LOSSES[kind].target_time)
     images, labels, noise = batch(4, side=16)
-    loss = InstanceLoss(kind, teacher, l2, steps=8)
-    draws = Draws(*map(torch.tensor, DRAWS[kind]))
+    loss = LOSSES[kind](teacher, l2, steps=8)
+    draws = Indices(*map(torch.tensor, DRAWS[kind]))
     with torch.no_grad():
         out = loss.loss(student, images, labels, noise, draws)
         for k, i in enumerate(zip(*DRAWS[kind], strict=True)):
@@ -213,27 +228,27 @@ def test_values_an_image_at_a_time(kind: str) -> None:
 def test_unconditional_float32_networks() -> None:
     teacher = tiny_net()
     images, _, noise = batch(4, side=16)
-    for kind in KINDS:
-        student = make_student(teacher, target_time=needs_target_time(kind)).eval()
-        loss = InstanceLoss(kind, teacher, l2, steps=8)
-        draws = Draws(*map(torch.tensor, DRAWS[kind]))
+    for kind in LOSSES:
+        student = make_student(teacher, target_time=LOSSES[kind].target_time).eval()
+        loss = LOSSES[kind](teacher, l2, steps=8)
+        draws = Indices(*map(torch.tensor, DRAWS[kind]))
         out = loss.loss(student, images.float(), None, noise.float(), draws)
         assert out.dtype == torch.float32 and torch.isfinite(out).all()
         wide = copy.deepcopy(student).double()
-        exact = InstanceLoss(kind, copy.deepcopy(teacher).double(), l2, steps=8)
+        exact = LOSSES[kind](copy.deepcopy(teacher).double(), l2, steps=8)
         assert_close(out.double(), exact.loss(wide, images, None, noise, draws), rtol=1e-2, atol=1e-5)
 
 
 # Gradients.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_gradients_reach_the_student_alone(kind: str) -> None:
     """Its parameters get those of the prediction; targets, and ctm's way to index 0, are constant."""
-    teacher, student = nets(target_time=needs_target_time(kind))
+    teacher, student = nets(target_time=LOSSES[kind].target_time)
     images, labels, noise = batch(4, side=16)
-    loss = InstanceLoss(kind, teacher, l2, steps=8)
-    draws = Draws(*map(torch.tensor, DRAWS[kind]))
+    loss = LOSSES[kind](teacher, l2, steps=8)
+    draws = Indices(*map(torch.tensor, DRAWS[kind]))
     student.model.map_layer0.requires_grad_(False)
     loss.loss(student, images, labels, noise, draws).mean().backward()
     assert not [n for n, p in teacher.named_parameters() if p.grad is not None]
@@ -271,32 +286,32 @@ def test_flags_come_back_after_an_error() -> None:
             raise RuntimeError("inside")
 
     student.model.register_forward_hook(fail)
-    loss = InstanceLoss("ctm", teacher, l2, steps=8)
+    loss = TrajectoryLoss(teacher, l2, steps=8)
     with pytest.raises(RuntimeError, match="inside"):
-        loss.loss(student, images, labels, noise, Draws(*(torch.full((2,), i) for i in (5, 4, 3))))
+        loss.loss(student, images, labels, noise, Indices(*(torch.full((2,), i) for i in (5, 4, 3))))
     assert all(p.requires_grad for p in student.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_autocast_keeps_the_gradient(kind: str) -> None:
     """Weights that autocast casts in a pass without gradient must not serve the pass with one."""
-    teacher, student = (net.float() for net in nets(target_time=needs_target_time(kind)))
+    teacher, student = (net.float() for net in nets(target_time=LOSSES[kind].target_time))
     images, labels, noise = (x.float() for x in batch(4, side=16))
-    loss = InstanceLoss(kind, teacher, l2, steps=8)
+    loss = LOSSES[kind](teacher, l2, steps=8)
     assert isinstance(student, OneStepPrecond)
     with torch.autocast("cpu", torch.bfloat16):
-        out = loss.loss(student, images, labels, noise, Draws(*map(torch.tensor, DRAWS[kind])))
+        out = loss.loss(student, images, labels, noise, Indices(*map(torch.tensor, DRAWS[kind])))
     assert out.dtype == torch.float32
     out.mean().backward()
     assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_training_leads_to_the_teachers_images(kind: str) -> None:
     """A student from scratch makes in one step what the ODE makes of the same noise: at first it gives next to nothing."""
     torch.manual_seed(0)
-    student = make_student(tiny_net(label_dim=2), target_time=needs_target_time(kind), init="scratch").eval()
-    loss = InstanceLoss(kind, Gaussian(), l2, steps=8)
+    student = make_student(tiny_net(label_dim=2), target_time=LOSSES[kind].target_time, init="scratch").eval()
+    loss = LOSSES[kind](Gaussian(), l2, steps=8)
     optimizer = torch.optim.Adam(student.parameters(), 2e-3)
     _, labels, z = (x.float() for x in batch(64, seed=999, side=16))
     ends = (scales(labels) * z).float()  # sqrt((c^2 + eps^2) / (c^2 + 80^2)) 80 z, to one part in 1e4
@@ -315,7 +330,7 @@ def test_training_leads_to_the_teachers_images(kind: str) -> None:
     assert error() < 0.4 * before
 
 
-# Draws.
+# Indices.
 
 
 def counts(x: Tensor) -> dict[int, int]:
@@ -334,8 +349,8 @@ def uniform(x: Tensor, low: int, high: int) -> bool:
 def test_draws_are_uniform_in_their_ranges() -> None:
     n = 40_000
 
-    def drawn(kind: str) -> Draws:
-        return InstanceLoss(kind, Point(), l2, steps=8).draw(n, generator(0, 1))
+    def drawn(kind: str) -> Indices:
+        return LOSSES[kind](Point(), l2, steps=8).draw(n, generator(0, 1))
 
     d = drawn("cd")
     assert uniform(d.t, 1, 8) and torch.equal(d.u, d.t - 1) and not d.s.any()
@@ -355,9 +370,9 @@ def test_draws_are_uniform_in_their_ranges() -> None:
         assert uniform(d.s[width == w] // w, 0, 8 // w - 1) and not (d.s[width == w] % w).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_draws_come_from_the_generator(kind: str) -> None:
-    loss = InstanceLoss(kind, Point(), l2, steps=16)
+    loss = LOSSES[kind](Point(), l2, steps=16)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -371,7 +386,7 @@ def test_draws_come_from_the_generator(kind: str) -> None:
 
 
 def test_the_grid_ascends_from_sigma_min() -> None:
-    loss = InstanceLoss("cd", Point(), l2, steps=16)
+    loss = ConsistencyLoss(Point(), l2, steps=16)
     assert loss.sigmas[0].item() == pytest.approx(0.002) and loss.sigmas[-1].item() == pytest.approx(80)
     root = loss.sigmas ** (1 / 7)
     assert_close(root.diff(), (root[-1] - root[0]).div(16).expand(16))
@@ -380,7 +395,6 @@ def test_the_grid_ascends_from_sigma_min() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("ctn", {}, "unknown instance loss 'ctn': did you mean 'ctm'"),
         ("pd", {"steps": 12}, "steps=12 of progressive distillation: give a power of two"),
         ("cd", {"steps": 1}, "steps=1 of an instance loss: give an integer, at least 2"),
         ("ctm", {"steps": 8.0}, "steps=8.0"),
@@ -389,13 +403,13 @@ def test_the_grid_ascends_from_sigma_min() -> None:
 )
 def test_refusals(kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(GddlabError, match=message) as e:
-        InstanceLoss(kind, Point(), l2, **options)
+        LOSSES[kind](Point(), l2, **options)
     assert "\n" not in str(e.value)
 
 
 def test_a_student_without_target_time_is_refused() -> None:
     teacher, student = nets(target_time=False)
     images, labels, noise = batch(2, side=16)
-    loss = InstanceLoss("ctm", teacher, l2)
-    with pytest.raises(GddlabError, match="instance='ctm' with a student without target time: make it with"):
+    loss = TrajectoryLoss(teacher, l2)
+    with pytest.raises(GddlabError, match="TrajectoryLoss with a student without target time: make it with"):
         loss.loss(student, images, labels, noise, loss.draw(2, generator(0, 0)))

@@ -17,7 +17,7 @@ from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import scorer
-from gddlab.files import read_json, read_jsonl
+from gddlab.files import read_json, read_jsonl, write_json
 from gddlab.nets import load_network, save_network
 from gddlab.runs import load_run
 from gddlab.sampling import sample
@@ -27,14 +27,14 @@ from tests.distill.test_trainer import assert_continued, tensors
 ALONE = World(0, 1, torch.device("cpu"))
 DISCRIMINATORS: dict[str, dict[str, Any]] = {
     "projected": {},
-    "stylegan2": {"discriminator": "stylegan2"},
-    "lpips": {
-        "discriminator": "lpips",
-        "lpips_net": "squeeze",
-        "discriminator_weights": "random",
-    },
+    "stylegan2": {"discriminator": {"kind": "stylegan2"}},
+    "lpips": {"discriminator": {"kind": "lpips"}},
 }
-INSTANCE: dict[str, Any] = {"distance": "l2", "instance_steps": 4}
+
+
+def by(kind: str) -> dict[str, Any]:
+    """An instance loss."""
+    return {"kind": kind, "distance": "l2", "steps": 4}
 
 
 def trained(path: Path, teacher: Path, iterations: int, **fields: Any) -> Trainer:
@@ -54,7 +54,7 @@ def same(a: Trainer, b: Trainer, *, tolerance: float = 1e-8) -> None:
 
 def gradients(path: Path, teacher: Path, **fields: Any) -> dict[str, torch.Tensor]:
     """Gradients of the three steps, and the state that BatchNorm and spectral norm are left in; the optimisers stand still."""
-    t = Trainer(tiny_config(path, teacher, precision="float64", augment=("color", "geom"), **fields), ALONE)
+    t = Trainer(tiny_config(path, teacher, precision="float64", augment={"ops": ("color", "geom")}, **fields), ALONE)
     step, drawer, out = t.step, t.drawer, {}
     images = drawer.place(t.data.images(t.reader.indices()))
     for opt in (step.opt_g, step.opt_d):
@@ -64,7 +64,7 @@ def gradients(path: Path, teacher: Path, **fields: Any) -> dict[str, torch.Tenso
         out.update({f"{name}/{k}": v for k, v in stats.items()})
         out.update({f"{name}/{k}": p.grad for k, p in net.named_parameters() if p.grad is not None})
 
-    keep("g", step.g_step(drawer.latents(0, 0), None, drawer.draw(0, 0)), step.g)
+    keep("g", step.g_step(drawer.latents(0, 0), None, drawer.draw(0, 0))[0], step.g)
     keep("d", step.d_step(images, None, z=drawer.latents(0, 1), draw=drawer.draw(0, 1), u=drawer.real(0)), step.d)
     keep("r1", step.r1_step(images, None), step.d)
     return {k: v.clone() for k, v in out.items()} | {f"state/{k}": v for k, v in step.d.state_dict().items()}
@@ -81,7 +81,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, tiny
 
 
 def test_accumulation_with_reused_fakes_and_the_instance_loss(tmp_path: Path, tiny_teacher: Path) -> None:
-    fields = {"precision": "float64", "reuse_fakes": True, "instance": "ctm", **INSTANCE}
+    fields = {"precision": "float64", "reuse_fakes": True, "instance": by("ctm")}
     whole = trained(tmp_path / "a", tiny_teacher, 3, **fields)
     same(whole, trained(tmp_path / "b", tiny_teacher, 3, batch_per_device=2, **fields))
     assert whole.meter.sums["loss/instance"] > 0
@@ -90,11 +90,11 @@ def test_accumulation_with_reused_fakes_and_the_instance_loss(tmp_path: Path, ti
 @pytest.mark.parametrize(
     "fields",
     [
-        {"augment": ("bgc",), "ada_target": 0.6, "ada_kimg": 0.1},
+        {"augment": {"ops": ("bgc",), "ada_target": 0.6, "ada_kimg": 0.1}},
         {"mid_sigmas": (0.8,)},
-        {"instance": "pd", "adversarial_weight": 0, **INSTANCE},
-        {"instance": "cd", "adversarial_weight": 64, **INSTANCE},
-        {"discriminator": "stylegan2"},
+        {"instance": by("pd"), "discriminator": None},
+        {"instance": by("cd")},
+        {"discriminator": {"kind": "stylegan2"}},
         {"student": "scratch"},
     ],
     ids=["ada", "two steps", "pd alone", "gan and cd", "stylegan2", "scratch"],
@@ -107,7 +107,7 @@ def test_every_kind_of_run_continues_bit_identically(
 
 def test_adas_probability_rises_and_is_written(tmp_path: Path, tiny_teacher: Path) -> None:
     """The target is below any mean sign that a new discriminator gives, so p rises by 32 images of 100 every 4 iterations."""
-    fields = {"augment": ("blit",), "ada_target": 0.001, "ada_kimg": 0.1}
+    fields = {"augment": {"ops": ("blit",), "ada_target": 0.001, "ada_kimg": 0.1}}
     t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, **fields), ALONE)
     assert t.ada is not None
     signs = []
@@ -122,7 +122,7 @@ def test_adas_probability_rises_and_is_written(tmp_path: Path, tiny_teacher: Pat
 
 def test_augmentation_changes_what_the_discriminator_sees_but_not_r1(tmp_path: Path, tiny_teacher: Path) -> None:
     plain = trained(tmp_path / "a", tiny_teacher, 1)
-    augmented = trained(tmp_path / "b", tiny_teacher, 1, augment=("cutout",))
+    augmented = trained(tmp_path / "b", tiny_teacher, 1, augment={"ops": ("cutout",)})
     assert plain.meter.sums["logits/real"] != augmented.meter.sums["logits/real"]
     seen: list[torch.Tensor] = []
     features = augmented.step.d.features
@@ -159,7 +159,7 @@ def test_a_student_from_scratch_shares_no_weights_with_the_teacher(tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["pd", "cd", "ctm", "rcd"])
 def test_a_baseline_trains_without_a_discriminator(tmp_path: Path, tiny_teacher: Path, kind: str) -> None:
-    config = tiny_config(tmp_path / "run", tiny_teacher, instance=kind, adversarial_weight=0, **INSTANCE)
+    config = tiny_config(tmp_path / "run", tiny_teacher, instance=by(kind), discriminator=None)
     config.write()
     t = Trainer(config, ALONE)
     assert t.train() == "done"
@@ -182,11 +182,11 @@ def poisoned(t: Trainer, iterations: set[int]) -> None:
     """Makes the generator's loss not a number in some iterations."""
     g_step = t.step.g_step
 
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        out = g_step(*args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        stats, features = g_step(*args, **kwargs)
         if t.iteration in iterations:
-            out["loss/g"] = torch.tensor(float("nan"))
-        return out
+            stats["loss/g"] = torch.tensor(float("nan"))
+        return stats, features
 
     t.step.g_step = step  # type: ignore[method-assign]
 
@@ -329,7 +329,7 @@ def test_parts_of_a_batch_hold_whole_groups_of_stylegan2s_deviation(tmp_path: Pa
 
 
 def test_a_stylegan2_discriminator_begins_with_weights(tmp_path: Path, tiny_teacher: Path) -> None:
-    first = trained(tmp_path / "a", tiny_teacher, 1, discriminator="stylegan2")
+    first = trained(tmp_path / "a", tiny_teacher, 1, discriminator={"kind": "stylegan2"})
     torch.save(first.step.d.state_dict(), tmp_path / "d.pt")
     fields = {"discriminator": "stylegan2", "discriminator_weights": str(tmp_path / "d.pt")}
     second = Trainer(tiny_config(tmp_path / "b", tiny_teacher, **fields), ALONE)
@@ -339,11 +339,11 @@ def test_a_stylegan2_discriminator_begins_with_weights(tmp_path: Path, tiny_teac
 
 def test_hinge_loss_and_a_fixed_probability_of_augmentation(tmp_path: Path, tiny_teacher: Path) -> None:
     """The losses are those of the logits: hinge's generator loss is minus their mean."""
-    t = trained(tmp_path / "a", tiny_teacher, 1, loss="hinge", augment=("cutout",), augment_p=0.5)
+    t = trained(tmp_path / "a", tiny_teacher, 1, loss="hinge", augment={"ops": ("cutout",), "p": 0.5})
     sums = t.meter.sums
     assert_close(sums["loss/g"], -sums["logits/g"])
     assert t.step.augment_p == 0.5
-    whole = trained(tmp_path / "b", tiny_teacher, 1, loss="hinge", augment=("cutout",))
+    whole = trained(tmp_path / "b", tiny_teacher, 1, loss="hinge", augment={"ops": ("cutout",)})
     assert whole.meter.sums["logits/real"] != sums["logits/real"]
 
 
@@ -373,27 +373,31 @@ def test_a_conditional_teacher_needs_labels(tmp_path: Path) -> None:
     [
         ({"mid_sigmas": (0.5, 0.8)}, "descending"),
         ({"mid_sigmas": (90.0,)}, "between 80 and 0.002"),
-        ({"mid_sigmas": (0.8,), "instance": "cd"}, "one step"),
-        ({"adversarial_weight": 0}, "nothing is trained"),
-        ({"adversarial_weight": 0, "instance": "cd", "augment": ("color",)}, "augment with adversarial_weight=0"),
-        ({"instance": "pd", "instance_steps": 12}, "power of two"),
-        ({"distance_weights": "random"}, "without instance"),
-        ({"instance": "cd", "distance": "l2", "distance_weights": "random"}, "only lpips takes them"),
-        ({"backbones": ()}, "at least one"),
-        ({"backbone_weights": {"vgg16_bn": "random"}}, "vgg16_bn"),
-        ({"discriminator": "stylegan2", "cache_real": True}, "only the projected one"),
-        ({"discriminator_weights": "x.pt"}, "give backbone_weights"),
-        ({"augment": ("colour",)}, "did you mean 'color'"),
-        ({"augment": ("color", "color")}, "twice"),
-        ({"augment": ("color",), "cache_real": True}, "other features each time"),
-        ({"ada_target": 0.6}, "without augment"),
-        ({"augment_p": 0.5}, "without augment"),
-        ({"augment": ("bgc",), "augment_p": 0.5, "ada_target": 0.6}, "moves the probability"),
+        ({"mid_sigmas": (0.8,), "instance": {"kind": "cd"}}, "one step"),
+        ({"discriminator": None}, "nothing is trained"),
+        ({"adversarial_weight": 0}, "greater than 0"),
+        ({"discriminator": None, "instance": {"kind": "cd"}, "augment": {}}, "augment with discriminator=None"),
+        ({"instance": {"kind": "pd", "steps": 12}}, "power of two"),
+        ({"instance": {"kind": "cd", "distance": "l2", "distance_weights": "random"}}, "only lpips takes them"),
+        ({"instance": {"kind": "cdd"}}, "unknown kind of instance 'cdd': did you mean 'cd'"),
+        ({"instance": "cd"}, r"a dict with its kind \(pd, cd, ctm, rcd\)"),
+        ({"discriminator": {"backbones": ()}}, "at least one"),
+        ({"discriminator": {"weights": {"vgg16_bn": "random"}}}, "vgg16_bn"),
+        ({"discriminator": {"kind": "stylegan2", "cache_real": True}}, "unknown .*'discriminator.cache_real'"),
+        ({"discriminator": {"input_sise": 32}}, "did you mean 'discriminator.input_size'"),
+        ({"input_size": 32}, "belongs to a part, give discriminator.input_size"),
+        ({"augment": {"ops": ("colour",)}}, "did you mean 'color'"),
+        ({"augment": {"ops": ("color", "color")}}, "twice"),
+        ({"augment": ("color",)}, "give a part such as gddlab.Augment"),
+        ({"augment": {"p": 0.5, "ada_target": 0.6}}, "moves the probability"),
         ({"precision": "float64", "precision_d": "bfloat16"}, "float64"),
         ({"batch_per_device": 3}, "divisor"),
         ({"metric_n": 100}, "metric_kimg"),
         ({"stop_on": ("jump",)}, "no metric"),
-        ({"lpips_net": "alex"}, "only lpips"),
+        (
+            {"discriminator": {"kind": "lpips", "net": "alexx"}},
+            "unknown discriminator.net 'alexx': did you mean 'alex'",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_when_made(
@@ -412,5 +416,23 @@ def test_a_configuration_written_before_a_field_existed_continues(tmp_path: Path
     older = {k: v for k, v in values.items() if k not in ("augment", "instance", "metric_kimg", "mid_sigmas")}
     assert config.first_difference(older) is None
     assert TrainConfig(**(older | {"run_dir": tmp_path / "run", "mask": None})).to_json() == values
-    other = tiny_config(tmp_path / "run", tiny_teacher, augment=("color",))
-    assert other.first_difference(older) == "augment is [] there, ['color'] here"
+    older["discriminator"].pop("sync_batchnorm")
+    assert config.first_difference(older) is None
+    for fields, message in (
+        ({"instance": by("cd")}, "instance is None there, 'cd' here"),
+        ({"discriminator": {"kind": "stylegan2"}}, "discriminator is 'projected' there, 'stylegan2' here"),
+        ({"discriminator": {"cout": 8}}, "discriminator.cout is 4 there, 8 here"),
+    ):
+        assert tiny_config(tmp_path / "run", tiny_teacher, **fields).first_difference(older) == message
+
+
+def test_a_flat_configuration_of_an_older_version_is_refused_in_one_line(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    config.write()
+    values = read_json(tmp_path / "run" / "config.json")
+    values |= {"discriminator": "projected", "backbones": ["tf_efficientnet_lite0"], "input_size": 32}
+    write_json(tmp_path / "run" / "config.json", values)
+    for use in (lambda: TrainConfig.load(tmp_path / "run"), config.write):
+        with pytest.raises(GddlabError, match="is of an older version, whose fields were not yet in parts") as e:
+            use()
+        assert "\n" not in str(e.value)

@@ -112,7 +112,9 @@ def test_without_mask_everything_moves(tmp_path: Path, tiny_teacher: Path) -> No
 def test_cached_real_features_change_nothing(tmp_path: Path, tiny_teacher: Path) -> None:
     states = []
     for cached in (False, True):
-        config = tiny_config(tmp_path / str(cached), tiny_teacher, cache_real=cached, precision="float64")
+        config = tiny_config(
+            tmp_path / str(cached), tiny_teacher, discriminator={"cache_real": cached}, precision="float64"
+        )
         t = Trainer(config, ALONE)
         few = t.data.uint8[:24]
         t.data = t.reader.dataset = ImageDataset(few, name="few", source="test")
@@ -204,9 +206,9 @@ def test_another_configuration_is_refused_and_nothing_touched(tmp_path: Path, ti
     ("fields", "message"),
     [
         ({"batch": 0}, "batch=0"),
-        ({"loss": "wgan"}, "loss='wgan'"),
+        ({"loss": "wgan"}, "unknown loss 'wgan': accepted: ns, hinge"),
         ({"total_kmg": 3}, "did you mean 'total_kimg'"),
-        ({"input_size": 8}, "input_size=8"),
+        ({"discriminator": {"input_size": 8}}, "discriminator.input_size=8"),
     ],
 )
 def test_bad_configurations_are_refused(tmp_path: Path, fields: dict[str, object], message: str) -> None:

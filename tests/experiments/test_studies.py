@@ -109,8 +109,8 @@ def test_spectra(subjects: Subjects) -> None:
 
 @pytest.mark.slow
 def test_costs(subjects: Subjects, tiny_teacher: Path, tmp_path: Path) -> None:
-    fields = {"lite": {}, "stylegan2": {"discriminator": "stylegan2"}, "vgg": {"backbones": ("vgg16_bn",)}}
-    configs = {n: tiny_config(tmp_path / n, tiny_teacher, **f) for n, f in fields.items()}
+    fields = {"lite": {}, "stylegan2": {"kind": "stylegan2"}, "vgg": {"backbones": ("vgg16_bn",)}}
+    configs = {n: tiny_config(tmp_path / n, tiny_teacher, discriminator=f) for n, f in fields.items()}
     frame = found("costs", replace(subjects, configs=configs)).frame.set_index("experiment")
     assert frame.index.tolist() == list(fields)
     assert (frame.loc[["lite", "stylegan2"], "sec_per_kimg"] > 0).all()

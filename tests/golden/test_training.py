@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.testing import assert_close
 
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.projected import ProjectedDiscriminator
 from gddlab.distill.step import GanStep
@@ -40,18 +43,10 @@ def build(case: Case) -> GanStep:
     frozen = set(m["frozen"])
     for name, p in g.named_parameters():
         p.requires_grad_(name not in frozen)
-    return GanStep(
-        g,
-        d.train(),
-        trainable=[p for p in g.parameters() if p.requires_grad],
-        lr_g=1e-4,
-        lr_d=1e-4,
-        adversarial_weight=4,
-        r1_gamma=m["r1_gamma"],
-        r1_interval=16,
-        world=World(0, 1, torch.device("cpu")),
-        loss=m["loss_type"],
+    config = TrainConfig(
+        run_dir=Path("unused"), lr_g=1e-4, lr_d=1e-4, adversarial_weight=4, r1_gamma=m["r1_gamma"], loss=m["loss_type"]
     )
+    return GanStep(config, g, d.train(), World(0, 1, torch.device("cpu")))
 
 
 def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set[str]) -> None:
@@ -77,7 +72,7 @@ def test_training(case: Case) -> None:
 
     for it in range(2):
         images, labels = case[f"img{it}"], case[f"lab{it}"] if m["cond"] else None
-        out = s.g_step(case[f"z{it}_0"], labels)
+        out, _ = s.g_step(case[f"z{it}_0"], labels)
         check(out, {"Loss/logits/fake": "logits/g"}, s.g)
         out = s.d_step(images, labels, z=case[f"z{it}_1"])
         check(out, {"Loss/logits/real": "logits/real", "Loss/signs/real": "signs/real"}, s.d)

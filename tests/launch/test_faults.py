@@ -20,7 +20,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.distill.checkpoints import checkpoints
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
 from gddlab.launch.handle import listing
@@ -88,7 +88,12 @@ def test_ranks_killed_at_random_twenty_times(tmp_path: Path, tiny_teacher: Path)
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "sharded"])
 def test_other_numbers_of_processes(shard: bool, tmp_path: Path, tiny_teacher: Path) -> None:
     """1, 2, 1 processes, each killed: after 20 steps in float64 with synchronised BatchNorm, parameters agree with an undisturbed run's to 1e-9."""
-    fields: dict[str, Any] = {"precision": "float64", "sync_batchnorm": True, "total_kimg": 0.16, "shard": shard}
+    fields: dict[str, Any] = {
+        "precision": "float64",
+        "discriminator": {"sync_batchnorm": True},
+        "total_kimg": 0.16,
+        "shard": shard,
+    }
     fields |= {"checkpoint_kimg": 0.016, "snapshot_kimg": 0.16}
     whole = tiny_config(tmp_path / "whole", tiny_teacher, **fields)
     assert train(whole).wait(300).status == "done"

@@ -34,7 +34,11 @@ ALONE = World(0, 1, torch.device("cpu"))
     "more",
     [
         {},
-        {"augment": ("blit", "color"), "ada_target": 0.1, "ada_kimg": 0.1, "batch_per_device": 2, "instance": "ctm"},
+        {
+            "augment": {"ops": ("blit", "color"), "ada_target": 0.1, "ada_kimg": 0.1},
+            "batch_per_device": 2,
+            "instance": {"kind": "ctm", "distance": "l2", "steps": 4},
+        },
         {"shard": True, "batch_per_device": 2, "mid_sigmas": (0.8,), "snapshot_raw": True},
     ],
     ids=["plain", "ada, accumulation, instance loss", "sharded, accumulation, two steps"],
@@ -42,8 +46,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[str, Any]) -> None:
     """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
     mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
-    fields = {"mask": mask, "precision": "float64", "sync_batchnorm": True, "total_kimg": 0.04, "checkpoint_kimg": 0.04}
-    fields |= {"probe_kimg": 0.04, "distance": "l2", "instance_steps": 4, **more}
+    fields = {"mask": mask, "precision": "float64", "discriminator": {"sync_batchnorm": True}, **more}
+    fields |= {"total_kimg": 0.04, "checkpoint_kimg": 0.04, "probe_kimg": 0.04}
     config = tiny_config(tmp_path / "one", tiny_teacher, **fields)
     config.write()
     one = Trainer(config, ALONE)
@@ -146,7 +150,7 @@ def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, tiny_teacher: Pat
 
 
 def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
-    from gddlab.distill.recorder import write_status
+    from gddlab.distill.status import write_status
 
     config = tiny_config(tmp_path / "run", tiny_teacher)
     config.write()

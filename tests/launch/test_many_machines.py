@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gddlab.cli import main
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json
 from gddlab.launch import attach, train

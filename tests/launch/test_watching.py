@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.launch import attach
 from gddlab.launch.handle import _picture, audience, follow, line
 from tests.conftest import tiny_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.evaluation import Record, append_records
 from gddlab.files import write_json
 from gddlab.runs import Run

@@ -18,7 +18,7 @@ import gddlab
 from gddlab.cli import main
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, append_records, load_records

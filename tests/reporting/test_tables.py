@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gddlab.distill.recorder import write_status
+from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
 from gddlab.reporting.run_summary import read, teacher_levels, teacher_scores
