@@ -114,7 +114,7 @@ class _Scope(dict[str, Any]):
 
 
 def _shell_type(annotation: Any, default: Any) -> Any:
-    """What a shell can give of a union: a single value, or several where the default holds several; None for nothing."""
+    """What a shell can give of a union: several values or, where the default is a single one, one; None for nothing."""
     single: list[Any] = []
     several: list[Any] = []
     for member in _members(annotation):
@@ -122,9 +122,9 @@ def _shell_type(annotation: Any, default: Any) -> Any:
         if member in (str, int, float, bool, Path) or origin is Literal:
             single.append(member)
         elif origin in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
-            item: Any = _shell_type(arguments[0], None)
+            item: Any = _shell_type(arguments[0], 0)
             several += [] if item is None else [tuple[item, ...]]
-    found = several + single if isinstance(default, tuple) else single + several
+    found = several + single if default is None or isinstance(default, tuple) else single + several
     return found[0] if found else None
 
 

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeGuard
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard
 
 from torch import nn
 
@@ -417,10 +417,10 @@ def select_freeze(
     strategy: str | Callable[[Any], Iterable[str]],
     score: Score | None = None,
     at: float = 80.0,
-    freeze: Literal["low", "high"] = "low",
+    freeze: str = "low",
     budget: Budget = 0.85,
-    unit: Literal["params", "layers"] = "params",
-    granularity: Literal["layer", "block", "tensor"] = "layer",
+    unit: str = "params",
+    granularity: str = "layer",
     candidates: Selection | None = None,
     always_train: str | Iterable[str] = ENDS,
     seed: int = 0,
