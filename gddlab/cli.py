@@ -1,110 +1,641 @@
-"""The command line: every command is a call of the public API with the same configuration."""
+"""The command line. Every command is a call of the Python API.
+
+A command is a function below. Its `**options` stand for the keyword arguments of the library function named beside it, and their
+help is the `Args:` section of that function's docstring. The library is imported when a command is chosen, not before.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
+import inspect
 import io
-import operator
+import itertools
+import json
+import os
+import re
 import sys
-from typing import Annotated, Any
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
-from gddlab.commands.data import Prepare
-from gddlab.commands.doctor import Doctor
-from gddlab.commands.experiments import Reproduce
-from gddlab.commands.freezing import Freeze, Mask
-from gddlab.commands.images import Evaluate, Reference, Sample
-from gddlab.commands.probing import Ablate, Probe
-from gddlab.commands.reporting import Report
-from gddlab.commands.teachers import Convert, Export, Teacher
-from gddlab.commands.training import Configured, Demo, Preflight, Runs, Train
+import gddlab
 from gddlab.errors import GddlabError
+from gddlab.signatures import Command, options_of, settings
 
-__all__ = ["main"]
+if typing.TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
 
-COMMANDS: dict[str, type] = {
-    "demo": Demo,
-    "teacher": Teacher,
-    "convert": Convert,
-    "export": Export,
-    "prepare": Prepare,
-    "probe": Probe,
-    "ablate": Ablate,
-    "freeze": Freeze,
-    "mask": Mask,
-    "train": Train,
-    "runs": Runs,
-    "preflight": Preflight,
-    "sample": Sample,
-    "evaluate": Evaluate,
-    "reference": Reference,
-    "reproduce": Reproduce,
-    "report": Report,
-    "doctor": Doctor,
-}
+    from gddlab.diagnosis import Doctor
+
+__all__ = ["COMMANDS", "GROUPS", "main"]
+
+DTYPE = Literal["float32", "bfloat16", "float16"]
 
 
-def _preset(words: list[str]) -> str:
-    """The preset that a line of `gddlab train` or `gddlab preflight` begins with."""
-    return words[1] if len(words) > 1 and not words[1].startswith("-") else "digits"
+COMMANDS: dict[str, Command] = {}
+"""By name, in the order of use; a name of two words belongs to a group."""
+GROUPS = {"teacher": "Teachers: train one, show a card, score one.", "mask": "Freeze masks: show one, compare several."}
 
 
-def _parts(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Parts whose kind a line chooses, by `--discriminator.kind lpips` or an option of augment; and the rest of the line.
+def command(
+    name: str, *sources: str, omit: str = "", **parts: Callable[[list[str]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as a command; arguments as in `Command`."""
 
-    "none" leaves a part out. tyro sees the options of the chosen kinds only.
+    def register(run: Callable[..., None]) -> Callable[..., None]:
+        COMMANDS[name] = Command(run, sources, (*omit.split(), "progress"), parts)
+        return run
+
+    return register
+
+
+@command("demo", "gddlab.demo:demo")
+def demo(out: Path = Path("demo"), **options: Any) -> None:
+    """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at."""
+    from gddlab.demo import demo
+
+    demo(out, **options)
+
+
+@command("teacher train", config=lambda words: gddlab.TeacherConfig(run_dir=Path("runs/teacher")))
+def teacher_train(config: gddlab.TeacherConfig) -> None:
+    """Trains a diffusion teacher. The same command continues."""
+    say(gddlab.train_teacher(config))
+
+
+@command("teacher show", "gddlab.teachers:load_teacher")
+def teacher_show(source: Positional[str] = "digits") -> None:
+    """Prints the card of a teacher: what it is, where it comes from, how good it is."""
+    say(gddlab.load_teacher(source).card)
+
+
+@command("teacher score", "gddlab.evaluation.run_scores:score_teacher")
+def teacher_score(run_dir: Positional[Path], **options: Any) -> None:
+    """Scores a teacher at 1, 5 and 18 Heun steps, and two halves of the real set. Writes scores.json and samples."""
+    from gddlab.evaluation.run_scores import score_teacher
+
+    for record in score_teacher(run_dir, **options):
+        say(f"{record.metric:<20} {record.value:10.3f}  {record.sampler}")
+
+
+@command("convert", "gddlab.teachers:convert", "gddlab.teachers:load_teacher")
+def convert(source: Positional[str], out: Positional[Path], **options: Any) -> None:
+    """Turns an EDM pickle into a safetensors file with equal outputs. The pickle is read as data and never run."""
+    done = gddlab.convert(source, out, **options)
+    say(done.card)
+    say(done)
+
+
+@command("export", "gddlab.nets.export:export")
+def export(model: Positional[str], out: Positional[Path], **options: Any) -> None:
+    """Writes a one-step student for use without gddlab: ONNX (.onnx) or a torch.export program (.pt2).
+
+    Args:
+        model: Run directory of a student, or a file with one.
     """
-    words = [w for word in words for w in (word.split("=", 1) if word.startswith("--") else [word])]
-    parts: dict[str, Any] = {"augment": {}} if any(w.startswith("--augment.") for w in words) else {}
-    for name in ("discriminator", "instance"):
-        if (flag := f"--{name}.kind") in words[:-1]:
-            at = words.index(flag)
-            kind = words[at + 1]
-            parts[name] = None if kind == "none" else {"kind": kind}
-            del words[at : at + 2]
-    return words, parts
+    from gddlab.teachers.catalog import open_model
+
+    say(gddlab.export(open_model(model), out, **options))
 
 
-def _command(name: str, words: list[str], parts: dict[str, Any]) -> Any:
-    """A subcommand; a preset's fields are its defaults, so the preset is read before the rest of the line."""
-    kind = COMMANDS[name]
-    if words[:1] == [name] and issubclass(kind, Configured):
-        return Annotated[kind, tyro.conf.subcommand(name, default=kind.of_preset(_preset(words), parts))]
-    return Annotated[kind, tyro.conf.subcommand(name)]
+@command("prepare", "gddlab.datasets:prepare", "gddlab.datasets:open_dataset")
+def prepare(source: Positional[str], out: Positional[Path | None] = None, **options: Any) -> None:
+    """Makes an EDM zip with a manifest from images. The same command continues.
+
+    Args:
+        source: Folder, zip, cifar10, cifar-10-python.tar.gz, or hf:NAME[:CONFIG][:SPLIT].
+    """
+    report = gddlab.prepare(source, out, **options)
+    say(report)
+    if not report.ok:
+        sys.exit(2)
 
 
-def _parsed(kinds: Any, argv: list[str]) -> Any:
-    """The command of a line. What a configuration refuses is raised as it is; tyro would put it into a box of its own."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kinds, prog="gddlab", args=argv, description=__doc__)
-    except SystemExit as e:
-        cause: BaseException | None = e
-        while cause is not None:
-            if isinstance(cause, GddlabError):
-                raise cause from None
-            cause = cause.__context__
-        sys.stderr.write(said.getvalue())
-        raise
+@command("probe", "gddlab.probing:probe", omit="class_labels")
+def probe(
+    teacher: Positional[str] = "digits",
+    out: Path = Path("probe"),
+    sigmas: tuple[float, ...] = (),
+    dtype: DTYPE = "float32",
+    dry_run: bool = False,
+    **options: Any,
+) -> None:
+    """Measures the activation of layers at each noise level. Saves the table, arrays and a heat map of each statistic.
+
+    Args:
+        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        out: Folder for the result.
+        sigmas: The noise levels themselves, in place of --timesteps.
+        dry_run: Measures one pass, prints what all would cost, and writes nothing.
+    """
+    from gddlab.teachers.catalog import open_model
+
+    check_folder(out)
+    if sigmas:
+        options["timesteps"] = list(sigmas)
+    result = gddlab.probe(open_model(teacher), dtype=dtype, dry_run=dry_run, **options)
+    if dry_run:
+        say(result)
+    else:
+        save_result(result, out)
+
+
+@command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels dtype")
+def ablate(
+    teacher: Positional[str] = "digits",
+    out: Path = Path("ablation"),
+    sigmas: tuple[float, ...] = (),
+    **options: Any,
+) -> None:
+    """Replaces the output of one layer after the other, and measures what that does to the denoised image.
+
+    Args:
+        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        out: Folder for the result.
+        sigmas: The noise levels themselves, in place of --timesteps.
+    """
+    from gddlab.teachers.catalog import open_model
+
+    check_folder(out)
+    if sigmas:
+        options["timesteps"] = list(sigmas)
+    save_result(gddlab.ablate(open_model(teacher), **options), out)
+
+
+@command("freeze", "gddlab.freezing:select_freeze")
+def freeze(
+    source: Positional[str] = "digits",
+    out: Path = Path("mask.json"),
+    strategy: str = "gdd-i",
+    mask: Path | None = None,
+    **options: Any,
+) -> None:
+    """Chooses a freeze mask, by a rule on names or by a measured score, and saves it as JSON.
+
+    Args:
+        source: A teacher, or a folder that `gddlab probe` or `gddlab ablate` wrote.
+        out: File for the mask.
+        strategy: By names: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only; by --score: budget, per-resolution, threshold;
+            by chance: random; the opposite of --mask: invert.
+        mask: The mask that invert inverts, or whose share random takes.
+    """
+    folder = Path(source)
+    measured = (folder / "frame.parquet").exists()
+    network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    if mask is not None:
+        options["mask"] = gddlab.FreezeMask.load(mask)
+    chosen = gddlab.select_freeze(network, strategy=strategy, **options)
+    chosen.save(out)
+    say(chosen.summary().to_string(formatters={"share": "{:.1%}".format}))
+    say(f"{out}: {chosen}")
+
+
+@command("mask show")
+def mask_show(mask: Positional[Path], names: bool = False) -> None:
+    """Shows what a mask freezes, by stage and kind of layer.
+
+    Args:
+        mask: File of a mask.
+        names: Lists the frozen parameters too.
+    """
+    shown = gddlab.FreezeMask.load(mask)
+    say(shown)
+    say(shown.summary().to_string(formatters={"share": "{:.1%}".format}))
+    for name in shown.frozen if names else ():
+        say(name)
+
+
+@command("mask diff")
+def mask_diff(masks: Positional[tuple[Path, ...]]) -> None:
+    """Compares masks of one network: how much they share, and for two masks which parameters differ.
+
+    Args:
+        masks: Files of two or more masks.
+    """
+    if len(masks) < 2:
+        raise GddlabError(f"mask diff compares masks, {len(masks)} given: name two files or more")
+    loaded = {f"{i}: {path}": gddlab.FreezeMask.load(path) for i, path in enumerate(masks)}
+    found = gddlab.compare(loaded)
+    say(found.to_frame().round(4).to_string(na_rep="-"))
+    say("\noverlap of the frozen parameters (Jaccard index)")
+    say(found.overlap.round(3).to_string())
+    if len(loaded) == 2:
+        first, second = loaded.values()
+        table = first.diff(second)
+        say(f"\n{len(table)} parameters differ" + (":" if len(table) else ""))
+        if len(table):
+            say(table.to_string(index=False))
+
+
+def first_word(words: list[str]) -> str:
+    """The preset that a line begins with."""
+    return words[0] if words and not words[0].startswith("-") else "digits"
+
+
+def preset_of(words: list[str]) -> gddlab.TrainConfig:
+    """The preset that a line begins with, with the parts that it chooses: its fields are the defaults of the options.
+
+    The kind of a part decides which options there are; "none" omits the part. An option of augment turns augmentation on.
+    """
+    name = first_word(words)
+    words = [w for word in words for w in word.split("=", 1)]
+    kinds = {flag[2:-5]: kind for flag, kind in itertools.pairwise(words) if re.fullmatch(r"--\w+\.kind", flag)}
+    parts: dict[str, Any] = {part: None if kind == "none" else {"kind": kind} for part, kind in kinds.items()}
+    if any(w.startswith("--augment.") or (w == "--help" and None not in parts.values()) for w in words):
+        parts["augment"] = {}
+    return gddlab.presets.preset(name, run_dir=f"runs/{name}", **parts)
+
+
+def kinds_of(words: list[str]) -> Any:
+    """Options that choose the kind of a part. `preset_of` reads them; they stand here for --help and to be checked."""
+    from gddlab.distill.parts import parts_of
+
+    config, options = preset_of(words), []
+    for name, field in type(config).model_fields.items():
+        if kinds := [kind for kind in parts_of(field.annotation) if kind]:
+            text = f"{', '.join(kinds)} or none. With another kind before it, --help lists the options of that kind."
+            about = tyro.conf.arg(name=f"{name}.kind", help=text, metavar="KIND")
+            option = Annotated[Literal[(*kinds, "none")], about]  # type: ignore[valid-type]
+            part = getattr(config, name)
+            options.append((name, option, dataclasses.field(default="none" if part is None else part.kind)))
+    return dataclasses.make_dataclass("Kinds", options, frozen=True)()
+
+
+@command("train", "gddlab.launch:train", config=preset_of, kinds=kinds_of)
+def train(
+    config: gddlab.TrainConfig,
+    preset: Positional[str] = "digits",
+    mask: Path | None = None,
+    rule: str | None = None,
+    fast: bool = False,
+    detach: bool = False,
+    print_launch: Literal["torchrun", "slurm"] | None = None,
+    **options: Any,
+) -> None:
+    """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run.
+
+    The discriminator, the instance loss and augmentation are parts with options of their own, under their names. Augmentation
+    is off unless one of its options is given.
+
+    Args:
+        preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2, ffhq,
+            imagenet64.
+        mask: Freeze mask (GDD-I), a file that `gddlab freeze` wrote. Without mask and rule: GDD.
+        rule: A rule on names in place of a file, such as gdd-i: the mask is made from the names of the teacher's layers.
+        fast: Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Results differ from the preset's.
+        detach: Returns at once, while the run continues.
+        print_launch: Trains nothing: writes the configuration to the run directory and prints the command that trains it,
+            a line or a batch script.
+    """
+    from gddlab.launch.train import HEAD, Launch, prepared
+
+    config = configured(config, mask, rule, fast)
+    if print_launch is not None:
+        if print_launch == "slurm":
+            options = {"rdzv_endpoint": HEAD} | options
+        say(prepared(config, Launch(**options), print_launch))
+        return
+    run = gddlab.train(config, **options)
+    if not detach:
+        run.watch()
+    say(run)
+
+
+@command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", config=preset_of, kinds=kinds_of)
+def preflight(
+    config: gddlab.TrainConfig,
+    preset: Positional[str] = "digits",
+    mask: Path | None = None,
+    rule: str | None = None,
+    fast: bool = False,
+    stand_in: bool = False,
+    json: bool = False,
+    **options: Any,
+) -> None:
+    """Says what a run needs, whether it is there, how long it will take and how much memory. Exit code 1 if something is missing.
+
+    Args:
+        json: Prints JSON.
+    """
+    from gddlab.diagnosis.preflight import stand_ins
+
+    teacher = None
+    if rule is not None:
+        try:
+            teacher = stand_ins(config)[0] if stand_in else gddlab.load_teacher(config.teacher)
+        except (GddlabError, OSError):
+            rule = None  # the page lists the teacher among what is missing
+    found = gddlab.preflight(configured(config, mask, rule, fast, teacher), stand_in=stand_in, **options)
+    say(to_json(found.to_dict()) if json else found)
+    if not found.ok:
+        sys.exit(1)
+
+
+@command("runs")
+def runs(folder: Positional[Path] = Path("runs"), state: bool = False, json: bool = False) -> None:
+    """Lists the runs below a folder, with their states.
+
+    Args:
+        folder: Folder of run directories, or one of them.
+        state: Prints only the states, one word per run: starting, running, done, failed, stopped.
+        json: Prints JSON.
+    """
+    from gddlab.launch.handle import listing
+
+    found = listing(folder.resolve())
+    if json:
+        say(to_json(found.to_dict("records")))
+    elif state:
+        say("\n".join(found["state"]))
+    elif console := terminal():
+        print_table(found, console)
+    else:
+        say(found.to_string(index=False))
+
+
+def sampler_settings() -> Any:
+    """The settings of EDM's sampler as options; steps is an argument of `sample` and `evaluate`."""
+    from gddlab.sampling.samplers import Sampler
+
+    return settings(Sampler, omit={"steps"})
+
+
+@command(
+    "sample",
+    "gddlab.sampling:sample_files",
+    "gddlab.sampling:sample",
+    omit="class_labels device timeout_s",
+    sampler=lambda words: sampler_settings(),
+)
+def sample(
+    model: Positional[str],
+    out: Path = Path("samples.png"),
+    label: int | None = None,
+    dtype: DTYPE = "float32",
+    nproc: int = 1,
+    sampler: Any = None,
+    **options: Any,
+) -> None:
+    """Draws images to a PNG grid, a folder of PNG files, or an EDM zip. For folder and zip the same command continues.
+
+    Args:
+        model: Run directory of a student, name of a teacher, EDM pickle, or .safetensors file.
+        out: File that ends in .png (a grid) or .zip, or a folder.
+        label: For a conditional network: class of all images. None takes the classes in turn.
+        nproc: Processes on this machine, for a folder or zip. On several machines run the same command under torchrun.
+    """
+    from gddlab.sampling import save_grid
+    from gddlab.teachers.catalog import open_model
+
+    options |= given(sampler) | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
+    if out.suffix != ".png":
+        say(gddlab.sample_files(model, out, nproc=nproc, **options))
+        return
+    if nproc != 1:
+        raise GddlabError(f"nproc={nproc} for a grid: several processes write a folder or a .zip")
+    save_grid(gddlab.sample(open_model(model), progress=True, **{"batch_size": 64} | options), out)
+    say(out)
+
+
+@command("evaluate", "gddlab.evaluation:evaluate", sampler=lambda words: sampler_settings())
+def evaluate(
+    model: Positional[str],
+    snapshot: str | None = None,
+    sigmas: tuple[float, ...] | None = None,
+    out: Path | None = None,
+    sampler: Any = None,
+    **options: Any,
+) -> None:
+    """Scores a student, a teacher, a dataset or a folder of images against real images.
+
+    The records of a run are also added to its evaluation.jsonl.
+
+    Args:
+        model: Run directory of a student, name of a teacher, EDM pickle, .safetensors file, folder or zip of images, or
+            data:NAME for a dataset.
+        snapshot: Of a run: the snapshot by its thousands of images, or best. None takes the final student.
+        sigmas: For a student: the noise levels of its steps, descending from 80; its own if None.
+        out: Also writes the records to this file, JSON.
+    """
+    from gddlab.evaluation import append_records
+    from gddlab.files import write_json
+    from gddlab.teachers.catalog import is_run
+
+    if sigmas is not None:
+        options["sigmas"] = sigmas
+    of_run = is_run(model)
+    if snapshot is not None and not of_run:
+        raise GddlabError(f"snapshot {snapshot} of {model}, which is no run directory: omit --snapshot")
+    source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot)
+    scores = gddlab.evaluate(source, **options, **given(sampler))
+    if int(os.environ.get("RANK", 0)):
+        return  # every rank has the scores, the first one reports them
+    if of_run:
+        append_records(model, list(scores))
+    if out is not None:
+        write_json(out, [r.to_dict() for r in scores])
+    say(scores)
+
+
+@command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
+def reference(data: Positional[str], out: Path = Path("reference.npz"), **options: Any) -> None:
+    """Writes what images are scored against: mean and covariance of the features of real images, with their manifest."""
+    say(gddlab.reference(data, out, **options))
+
+
+@command("reproduce", "gddlab.experiments:reproduce")
+def reproduce(
+    name: Positional[str] = "digits",
+    out: Path = Path("reproduction"),
+    only: tuple[str, ...] = (),
+    seeds: int = 3,
+    dry_run: bool = False,
+    ship: Path | None = None,
+    **options: Any,
+) -> None:
+    """Runs a declared list of experiments, then its studies. What is done is skipped, what was killed continues.
+
+    Several processes may share one folder.
+
+    Args:
+        dry_run: Lists the experiments with state and time, and starts nothing.
+        ship: Copies the small files of finished runs to this folder, and starts nothing.
+    """
+    from gddlab import experiments
+
+    chosen: dict[str, Any] = {"only": only, "seeds": seeds}
+    if ship is not None and dry_run:
+        raise GddlabError("--ship with --dry-run: give one of them")
+    if ship is not None:
+        for folder in experiments.ship(name, out, ship, **chosen):
+            say(folder)
+        return
+    if not dry_run:
+        gddlab.reproduce(name, out=out, say=say, **chosen, **options)
+    items = experiments.plan(name, out=out, **chosen)
+    width = max(len(str(p)) for p in items)
+    for p in items:
+        feeds = f" ({', '.join(p.item.feeds)})" if p.item.feeds else ""
+        say(f"{p!s:<{width}}  {p.state:<11}  {hours(p.seconds)}  {p.item.what}{feeds}")
+    left = [p for p in items if p.state != "done"]
+    minutes = sum(p.seconds or 0 for p in left) / 60
+    rest = f"the rest takes about {minutes:.0f} minutes on {experiments.LISTS[name].machine}"
+    if untimed := sum(p.seconds is None for p in left):
+        rest += f", not counting {untimed} that were never timed: see gddlab preflight {name}"
+    took = sum(p.seconds or 0 for p in items if p.state == "done") / 3600
+    say(f"{len(items) - len(left)} of {len(items)} are done, in {took:.1f} hours without scores; {rest}")
+
+
+@command("report", "gddlab.reporting.report:report")
+def report(runs: Positional[tuple[str, ...]], out: Path = Path("report.html")) -> None:
+    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or a comparison of several runs."""
+    say(gddlab.report(runs, out))
+
+
+@command("doctor")
+def doctor(json: bool = False) -> None:
+    """Says what this machine has (devices, versions, weights, data), what is missing, and what gddlab can do with it.
+
+    Args:
+        json: Prints JSON.
+    """
+    found = gddlab.doctor()
+    if json:
+        say(to_json(found.to_dict()))
+    elif console := terminal():
+        print_findings(found, console)
+    else:
+        say(found)
+    if found.broken:
+        sys.exit(2)
+
+
+# What commands print and write.
+
+
+def say(text: object) -> None:
+    """One line on standard output, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def to_json(value: object) -> str:
+    """Strict JSON, indented."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def hours(seconds: float | None) -> str:
+    """A duration in minutes or hours, of fixed width."""
+    if seconds is None:
+        return "        ?"
+    return f"{seconds / 60:5.1f} min" if seconds < 7200 else f"{seconds / 3600:5.1f} h  "
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be written, before minutes are spent."""
+    if folder.exists() and not folder.is_dir():
+        raise GddlabError(f"--out {folder} is a file: give a folder")
+    above = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
+    if above is None or not os.access(above, os.W_OK):
+        raise GddlabError(f"--out {folder} cannot be written: give another folder")
+
+
+def given(options: Any) -> dict[str, Any]:
+    """Options that were on the line."""
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
+def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
+    """Writes a result with one heat map per statistic, and prints what was measured."""
+    from gddlab.reporting.training_curves import save_figure
+
+    result.save(folder)
+    for stat in result.stats:
+        save_figure(result.heatmap(stat).figure, folder / f"{stat}.png")
+    for bad in result.meta["nonfinite"][:5]:
+        where = f"{bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}"
+        sys.stderr.write(f"not finite: {where}, {bad['images']} images\n")
+    measured = f"{len(result.layers)} layers at {len(result.sigmas)} noise levels"
+    say(f"{folder}: {measured}; statistics {', '.join(result.stats)}")
+
+
+def configured(
+    config: gddlab.TrainConfig, mask: Path | None, rule: str | None, fast: bool, teacher: Any = None
+) -> gddlab.TrainConfig:
+    """The configuration with a mask, from a file or a rule on the names of the teacher's layers, and with fast mode."""
+    if mask is not None and rule is not None:
+        raise GddlabError(f"mask {mask} and rule {rule!r}: give one of them")
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    if mask is not None:
+        fields["mask"] = gddlab.FreezeMask.load(mask)
+    if rule is not None:
+        fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=rule)
+    return gddlab.TrainConfig(**(fields | (gddlab.presets.FAST if fast else {})))
+
+
+def terminal() -> Console | None:
+    """A console for tables in colour, if standard output is a terminal."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console()
+
+
+def print_table(table: pd.DataFrame, console: Console) -> None:
+    """A table without frames."""
+    from rich.table import Table
+
+    shown = Table(*table.columns, box=None, pad_edge=False, header_style="bold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    console.print(shown)
+
+
+def print_findings(found: Doctor, console: Console) -> None:
+    """One table per section, then the problems."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from gddlab.diagnosis import SECTIONS
+
+    for section in SECTIONS:
+        table = Table(
+            box=None, show_header=False, pad_edge=False, title=section, title_justify="left", title_style="bold"
+        )
+        table.add_column(width=1)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for f in found.brief(section):
+            text = Text(f.value)
+            if f.remedy:
+                text.append(f"\n{f.remedy}", "dim")
+            table.add_row(Text(f.mark, "green" if f.found else "yellow"), f.name, text)
+        console.print(table)
+        console.print()
+    console.print(Text("problems", "bold"))
+    for problem in found.problems or ("none",):
+        console.print(Text(problem, "red" if found.problems else "green"))
+
+
+# From a line to a call.
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        words = sys.argv[1:] if argv is None else argv
-        parts: dict[str, Any] = {}
-        if words and issubclass(COMMANDS.get(words[0], object), Configured):
-            words, parts = _parts(words)
-        kinds = functools.reduce(operator.or_, [_command(name, words, parts) for name in COMMANDS])
-        command = _parsed(kinds, words)
-        if isinstance(command, Configured) and command.preset != _preset(words):
-            raise GddlabError(
-                f"preset {command.preset!r} after other arguments: give it first, gddlab {words[0]} {command.preset} ..."
-            )
-        command.run()
+        name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
+        if name is None:
+            overview(words)
+        else:
+            call(name, words[len(name.split()) :])
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
@@ -113,6 +644,56 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def overview(words: list[str]) -> None:
+    """The commands, or those of a group, for --help and for a line that names none; without importing any of them."""
+    group = words[0] if words and words[0] in GROUPS else None
+    if group:
+        listed = {n.split()[1]: c.summary for n, c in COMMANDS.items() if n.split()[0] == group}
+    else:
+        listed = {n.split()[0]: GROUPS.get(n.split()[0], c.summary) for n, c in COMMANDS.items()}
+    stubs: dict[str, Callable[[], Any]] = {
+        name: dataclasses.make_dataclass("Stub", [], namespace={"__doc__": doc}) for name, doc in listed.items()
+    }
+    tyro.extras.subcommand_cli_from_dict(
+        stubs,
+        prog=f"gddlab {group}" if group else "gddlab",
+        description=GROUPS[group] if group else gddlab.__doc__,
+        args=words[1:] if group else words,
+    )
+
+
+def call(name: str, words: list[str]) -> None:
+    """Parses the words after the name of a command, and runs it."""
+    command = COMMANDS[name]
+    values = vars(_parsed(name, options_of(command, words), words))
+    if (preset := values.get("preset", first_word(words))) != first_word(words):
+        raise GddlabError(f"preset {preset!r} after other arguments: give it first, gddlab {name} {preset} ...")
+    own = inspect.signature(command.run).parameters
+    command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
+
+
+def _parsed(name: str, options: type, words: list[str]) -> Any:
+    """The options of a line. A refusal by a configuration is raised as it is; tyro would print it in a box."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                options,
+                prog=f"gddlab {name}",
+                description=COMMANDS[name].description,
+                args=words,
+                config=(tyro.conf.PositionalMetavarFromFieldName,),
+            )
+    except SystemExit as e:
+        cause: BaseException | None = e
+        while cause is not None:
+            if isinstance(cause, GddlabError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(printed.getvalue())
+        raise
 
 
 if __name__ == "__main__":

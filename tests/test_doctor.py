@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -15,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 import gddlab
 from gddlab.cli import main
-from gddlab.commands.doctor import show
 from gddlab.diagnosis import SECTIONS
 from gddlab.diagnosis import findings as machine
 from gddlab.diagnosis.doctor import package_findings, requirements, torch_pair
@@ -272,6 +271,11 @@ def test_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # What comes out.
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_forms(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cuda_devices", lambda: [CARD])
     found = gddlab.doctor()
@@ -283,9 +287,11 @@ def test_forms(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(frame.columns) == ["section", "name", "found", "value", "remedy"]
     assert len(frame) == len(found.findings) == sum(len(d[s]) for s in SECTIONS)  # no name twice in a section
     assert (frame["section"].drop_duplicates() == list(SECTIONS)).all()
-    console = Console(file=io.StringIO(), width=200)
-    show(found, console)
-    for text in (str(found), console.file.getvalue()):  # type: ignore[attr-defined]
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        main(["doctor"])
+    for text in (str(found), terminal.getvalue()):
         for word in (*SECTIONS, "H100, capability 9.0", "18 published teachers", "downloaded when asked for", "none"):
             assert word in text
     monkeypatch.setenv("GDDLAB_OFFLINE", "1")
@@ -310,7 +316,7 @@ def test_command(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_is_quick_and_imports_nothing_heavy() -> None:
     """Nor is the function hidden by a module of its name."""
     code = (
-        "import torch, time, sys; began = time.perf_counter(); import gddlab.commands.doctor, gddlab; found = gddlab.doctor(); "
+        "import torch, time, sys; began = time.perf_counter(); import gddlab.cli, gddlab; found = gddlab.doctor(); "
         "took = time.perf_counter() - began; assert len(found.findings) > 40; "
         "heavy = {'timm', 'torchvision', 'lpips', 'kornia', 'pandas', 'scipy', 'sklearn', 'captum', 'torch_fidelity'}; "
         "print(took, sorted(heavy & set(sys.modules)))"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -318,9 +318,9 @@ def prepare(
     out: str | Path | None = None,
     *,
     resolution: int | None = None,
-    crop: str = "none",
-    filter: str = "lanczos",
-    alpha: str = "refuse",
+    crop: Literal["none", "center"] = "none",
+    filter: Literal["lanczos", "box", "bicubic", "bilinear", "hamming", "nearest"] = "lanczos",
+    alpha: Literal["refuse", "white", "black"] = "refuse",
     classes: Sequence[int] | None = None,
     max_images: int | None = None,
     seed: int = 0,

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from gddlab.distill.distances import check_distance, perceptual_distance
 from gddlab.distill.parts import Settings
@@ -350,7 +351,7 @@ class InstancePart(Settings):
 class Progressive(InstancePart):
     """Progressive distillation: one step of the student is to arrive where two steps do."""
 
-    kind: Literal["pd"] = "pd"
+    kind: Suppress[Literal["pd"]] = "pd"
     """Name of this kind."""
     loss_type = ProgressiveLoss
 
@@ -358,7 +359,7 @@ class Progressive(InstancePart):
 class Consistency(InstancePart):
     """Consistency distillation: the student is to give the same image from neighbouring noise levels."""
 
-    kind: Literal["cd"] = "cd"
+    kind: Suppress[Literal["cd"]] = "cd"
     """Name of this kind."""
     loss_type = ConsistencyLoss
 
@@ -366,7 +367,7 @@ class Consistency(InstancePart):
 class Trajectory(InstancePart):
     """Consistency trajectory distillation: the student's jumps from any level to any lower one are to agree."""
 
-    kind: Literal["ctm"] = "ctm"
+    kind: Suppress[Literal["ctm"]] = "ctm"
     """Name of this kind."""
     loss_type = TrajectoryLoss
 
@@ -374,6 +375,6 @@ class Trajectory(InstancePart):
 class FromNoise(InstancePart):
     """Distillation relative to pure noise: from the highest level to any lower one."""
 
-    kind: Literal["rcd"] = "rcd"
+    kind: Suppress[Literal["rcd"]] = "rcd"
     """Name of this kind."""
     loss_type = FromNoiseLoss

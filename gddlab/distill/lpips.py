@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from gddlab.distill.parts import DiscriminatorPart
 from gddlab.nets import Precond
@@ -73,7 +74,7 @@ class LPIPSDiscriminator(nn.Module):
 class LPIPS(DiscriminatorPart):
     """The LPIPS network with logits in place of a distance, trained from its first layer."""
 
-    kind: Literal["lpips"] = "lpips"
+    kind: Suppress[Literal["lpips"]] = "lpips"
     """Name of this kind."""
     net: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Trunk."""

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_reduce
+from tyro.conf import Suppress
 
 from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError, NotFound, unknown
@@ -444,7 +445,7 @@ class ProjectedDiscriminator(nn.Module):
 class Projected(DiscriminatorPart):
     """Heads on frozen backbones and a frozen random projection (Sauer et al. 2021), the discriminator of GDD."""
 
-    kind: Literal["projected"] = "projected"
+    kind: Suppress[Literal["projected"]] = "projected"
     """Name of this kind."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
     """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from gddlab.distill.parts import DiscriminatorPart
 from gddlab.errors import GddlabError
@@ -295,7 +296,7 @@ def _read(weights: str | Path) -> dict[str, Tensor]:
 class StyleGAN2(DiscriminatorPart):
     """StyleGAN2's residual discriminator, trained from its first layer; images of 8 to 1,024 pixels, a power of two."""
 
-    kind: Literal["stylegan2"] = "stylegan2"
+    kind: Suppress[Literal["stylegan2"]] = "stylegan2"
     """Name of this kind."""
     channel_max: int = Field(default=512, ge=1)
     """Bound of the layers' widths, channels."""

@@ -71,6 +71,7 @@ class Sampler:
     steps: int = 18
     """Noise levels above 0; Heun makes 2 * steps - 1 network calls, Euler `steps`."""
     solver: Literal["heun", "euler"] = "heun"
+    """Second or first order: Heun's steps or Euler's."""
     discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
     """Which noise levels are visited."""
     schedule: Literal["linear", "vp", "ve"] = "linear"

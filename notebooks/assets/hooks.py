@@ -59,10 +59,7 @@ def commands_page() -> str:
 
     parts = ["# Command line", "Every command is a call of the Python API with the same configuration."]
     for name in COMMANDS:
-        text = _help(name)
-        parts += [f"## gddlab {name}", f"```text\n{text}\n```"]
-        for inner in _subcommands(text):
-            parts += [f"### gddlab {name} {inner}", f"```text\n{_help(name, inner)}\n```"]
+        parts += [f"## gddlab {name}", f"```text\n{_help(*name.split())}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,8 +81,3 @@ def _help(*words: str) -> str:
         r"^ (\S.*)\n -+$", r"\1:", plain, flags=re.MULTILINE
     )  # tyro underlines titles where it cannot draw frames
     return re.sub(r"^ +-{9,}\n", "", titled, flags=re.MULTILINE).strip()
-
-
-def _subcommands(text: str) -> list[str]:
-    """Names that the help of a command lists below it."""
-    return re.findall(r"^ *• (\S+)", text.partition("subcommands:")[2], re.MULTILINE)

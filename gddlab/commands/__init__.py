@@ -1,1 +1,0 @@
-"""Commands of the command line, one dataclass each: its fields are the options, `run` is a call of the public API."""

@@ -1,0 +1,163 @@
+"""Options of the command line, from the signature and the docstring of a function."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections.abc
+import dataclasses
+import inspect
+import itertools
+import pkgutil
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import docstring_parser
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff
+
+__all__ = ["Command", "options_of", "settings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command and where its options come from."""
+
+    run: Callable[..., None]
+    sources: tuple[str, ...]
+    """Library functions, "module:name". The first one gives the options; each gives help for options not yet described."""
+    omit: tuple[str, ...]
+    """Keyword arguments of the library function that the command line does not offer."""
+    parts: Mapping[str, Callable[[list[str]], Any]]
+    """Parameters whose fields are options: what makes the default, given the words of the line."""
+
+    @property
+    def summary(self) -> str:
+        """What the command does, in one or two sentences."""
+        return docstring_parser.parse(inspect.getdoc(self.run) or "").short_description or ""
+
+    @property
+    def description(self) -> str:
+        """What the command does, without its options."""
+        return docstring_parser.parse(inspect.getdoc(self.run) or "").description or ""
+
+
+def options_of(command: Command, words: list[str]) -> type:
+    """A dataclass for tyro: the parameters of a command, with those of the library function in place of `**options`."""
+    functions = [pkgutil.resolve_name(source) for source in command.sources]
+    own = inspect.signature(command.run).parameters
+    kinds = typing.get_type_hints(command.run, include_extras=True)
+    taken = _parameters(functions[0], {*own, *command.omit}) if functions else {}
+    helps, names = _argument_helps([command.run, *functions]), {*own, *taken}
+    fields: list[Any] = []
+    for name, p in own.items():
+        if p.kind is p.VAR_KEYWORD:
+            fields += [_option(n, kind, d, helps, names, passed=False) for n, (kind, d) in taken.items()]
+        elif name not in command.parts:
+            fields.append(_option(name, kinds[name], p.default, helps, names))
+    for name, make in command.parts.items():
+        part = make(words)
+        fields.append((name, Annotated[type(part), tyro.conf.arg(name="")], dataclasses.field(default=part)))
+    return dataclasses.make_dataclass("Options", fields, kw_only=True)
+
+
+def settings(source: type, omit: set[str]) -> Any:
+    """The fields of a dataclass as a part of a command; a field that was not given is None."""
+    fields, helps = _parameters(source, omit), _field_helps(source)
+    options = [_option(n, kind, d, helps, {*fields}, passed=False) for n, (kind, d) in fields.items()]
+    doc = docstring_parser.parse(source.__doc__ or "").short_description
+    return dataclasses.make_dataclass(source.__name__, options, namespace={"__doc__": doc}, frozen=True)()
+
+
+def _option(
+    name: str, kind: Any, default: Any, helps: Mapping[str, str], names: set[str], passed: bool = True
+) -> tuple[str, Any, Any]:
+    """A field with its help. With `passed` False its default is only shown: None, for not given, stands in its place."""
+    text = re.sub(r"In Python\b.*?\.(?= |$)", "", " ".join(helps.get(name, "").split())).strip()
+    text = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[0], text)
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    hint = None if passed else f"(default: {shown})"
+    if default is False or default == () or (default is None and "None" not in text):
+        hint = ""
+    metavar = f"{typing.get_args(kind)[0].__name__.upper()} ..." if typing.get_origin(kind) is tuple else None
+    if kind is bool:
+        kind = Annotated[bool, FlagCreatePairsOff]
+    elif default is None or not passed:
+        kind, default = Annotated[kind if passed else kind | None, DisallowNone], None
+    kind = Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint, metavar=metavar)]
+    required = default is inspect.Parameter.empty
+    return name, kind, dataclasses.field() if required else dataclasses.field(default=default)
+
+
+def _parameters(source: Callable[..., Any], omit: set[str]) -> dict[str, tuple[Any, Any]]:
+    """Type and default of the keyword arguments that a shell can give, by name."""
+    scope = _Scope(vars(builtins) | vars(sys.modules[source.__module__]))
+    out = {}
+    for name, p in inspect.signature(source).parameters.items():
+        annotation = eval(p.annotation, {}, scope) if isinstance(p.annotation, str) else p.annotation
+        kind = _shell_type(annotation, p.default)
+        if kind is not None and p.default is not p.empty and name not in omit:
+            out[name] = kind, p.default
+    return out
+
+
+class _Scope(dict[str, Any]):
+    """Names of a module; those that it imports for type checking alone are Any."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def _shell_type(annotation: Any, default: Any) -> Any:
+    """What a shell can give of a union: several values or, where the default is a single one, one; None for nothing."""
+    single: list[Any] = []
+    several: list[Any] = []
+    for member in _members(annotation):
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if member in (str, int, float, bool, Path) or origin is Literal:
+            single.append(member)
+        elif origin in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
+            item: Any = _shell_type(arguments[0], 0)
+            several += [] if item is None else [tuple[item, ...]]
+    found = several + single if default is None or isinstance(default, tuple) else single + several
+    return found[0] if found else None
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The members of a union of unions, without what `Annotated` adds."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _members(member)
+    elif origin is Annotated:
+        yield from _members(typing.get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def _argument_helps(functions: list[Callable[..., Any]]) -> dict[str, str]:
+    """What `Args:` sections say, by name; an entry that points to another function ("As for `probe`.") comes last."""
+    helps: dict[str, str] = {}
+    pointers: dict[str, str] = {}
+    for function in functions:
+        for p in docstring_parser.parse(inspect.getdoc(function) or "").params:
+            text = p.description or ""
+            for name in p.arg_name.split(", "):
+                (pointers if re.match("As (for|in) ", text) else helps).setdefault(name, text)
+    return pointers | helps
+
+
+def _field_helps(source: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass, by name."""
+    [node] = ast.parse(inspect.getsource(source)).body
+    assert isinstance(node, ast.ClassDef)
+    helps = {}
+    for field, text in itertools.pairwise(node.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            helps[ast.unparse(field.target)] = str(text.value.value)
+    return helps
