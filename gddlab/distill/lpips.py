@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.nets import Precond
 from gddlab.pretrained.lpips_trunk import LPIPSTrunk, check_trunk, unit
 
 __all__ = ["LPIPS", "LPIPSDiscriminator"]
 
 
-class LPIPSDiscriminator(nn.Module):
+class LPIPSDiscriminator(Discriminator):
     """LPIPS's network with logits in place of a distance.
 
     LPIPS weights squared differences of unit-normalised features by a 1x1 convolution at each level (Zhang et al. 2018,
@@ -40,8 +40,6 @@ class LPIPSDiscriminator(nn.Module):
         GddlabError: As `LPIPSTrunk`.
     """
 
-    coupled = False
-
     def __init__(self, *, net: str = "vgg", input_size: int = 224, classes: int = 0, weights: str | Path | None = None):
         super().__init__()
         self.trunk = LPIPSTrunk(net, input_size=input_size, weights=weights)
@@ -50,10 +48,6 @@ class LPIPSDiscriminator(nn.Module):
         for embed in self.embeds or ():
             assert isinstance(embed, nn.Embedding)
             nn.init.normal_(embed.weight, std=1 / math.sqrt(embed.embedding_dim))  # features have norm 1
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The images themselves, (B, 1 or 3, H, W) in [-1, 1], since everything is trained."""
-        return [images]
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
         """One tensor (B, L) per level, its map flattened, shallow to deep; labels are one-hot, (B, classes)."""
@@ -66,9 +60,6 @@ class LPIPSDiscriminator(nn.Module):
                 y = y + torch.einsum("bchw,bc->bhw", x, self.embeds[i](labels.argmax(1)))[:, None]
             out.append(y.flatten(1))
         return out
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        return self.logits(self.features(images), labels)
 
 
 class LPIPS(DiscriminatorPart):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -107,23 +107,22 @@ def not_plain(field: str, value: Any) -> str:
     return f"{what}, which the processes of a run do not see: {advice}"
 
 
-class Discriminator(Protocol):
-    """What losses and steps ask of a discriminator.
+class Discriminator(nn.Module):
+    """What losses and steps ask of a discriminator; a network that is trained whole defines `logits` only."""
 
-    `features`: everything before the first trained parameter; for a network that is trained whole the images.
-    `coupled`: whether `logits` of an image depend on the others of its batch through more than groups of consecutive
-    ones (BatchNorm).
-    """
+    coupled: ClassVar[bool] = False
+    """Whether the logits of an image depend on others of its batch beyond groups of consecutive ones (BatchNorm)."""
 
-    coupled: bool
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Everything before the first trained parameter, from images in [-1, 1], (B, C, H, W)."""
+        return [images]
 
-    def features(self, images: Tensor) -> list[Tensor]: ...
+    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
+        """Tensors (B, L) that count the same in the losses; labels are one-hot, (B, classes)."""
+        raise NotImplementedError
 
-    def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        return self.logits(self.features(images), labels)
 
 
 class DiscriminatorPart(Settings):
@@ -131,7 +130,7 @@ class DiscriminatorPart(Settings):
 
     kind: str
 
-    def build(self, teacher: Precond, *, exact: bool = False) -> nn.Module:
+    def build(self, teacher: Precond, *, exact: bool = False) -> Discriminator:
         """The discriminator of a teacher's images and classes; `exact` omits what changes the rounding."""
         raise NotImplementedError
 

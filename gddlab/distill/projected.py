@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_reduce
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.nets import Precond
 from gddlab.nets.layers import autocast_off
@@ -344,7 +344,7 @@ def check_levels(backbone: str, input_size: int) -> None:
         )
 
 
-class ProjectedDiscriminator(nn.Module):
+class ProjectedDiscriminator(Discriminator):
     """Heads over projected features of one or several frozen backbones.
 
     The state dict holds all that is random (heads, projections and a ViT's adapters), not the backbones.
@@ -437,9 +437,6 @@ class ProjectedDiscriminator(nn.Module):
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
         """Logits of projected features, one tensor (B, L) per backbone."""
         return [heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())]
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        return self.logits(self.features(images), labels)
 
 
 class Projected(DiscriminatorPart):

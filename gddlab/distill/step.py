@@ -79,7 +79,7 @@ class GanStep:
             )
 
     @property
-    def d(self) -> Any:
+    def d(self) -> Discriminator:
         """The discriminator; there is one unless the instance loss trains alone."""
         assert self._d is not None
         return self._d
@@ -111,7 +111,7 @@ class GanStep:
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
         with self._cast(self.autocast_d, features[0]):
-            logits: list[Tensor] = self.d.logits(features, labels)
+            logits = self.d.logits(features, labels)
         return [x.float() if x.dtype == torch.bfloat16 else x for x in logits]
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond
 from gddlab.pretrained.files import SUFFIXES, fit_state, read_state
@@ -167,7 +167,7 @@ class _Mapping(nn.Module):
         return x
 
 
-class StyleGAN2Discriminator(nn.Module):
+class StyleGAN2Discriminator(Discriminator):
     """The residual discriminator of StyleGAN2; its state dict has the names of StyleGAN2-ADA's PyTorch release.
 
     Activations are not clamped, which only half precision needs. Conditional logits are inner products with a mapped
@@ -188,8 +188,6 @@ class StyleGAN2Discriminator(nn.Module):
     Raises:
         GddlabError: Sizes that are not possible, or weights of another network.
     """
-
-    coupled = False
 
     def __init__(
         self,
@@ -266,9 +264,6 @@ class StyleGAN2Discriminator(nn.Module):
             assert labels is not None
             y = (y * self.mapping(labels)).sum(1, keepdim=True) / math.sqrt(y.shape[1])
         return [y]
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        return self.logits(self.features(images), labels)
 
 
 def _read(weights: str | Path) -> dict[str, Tensor]:

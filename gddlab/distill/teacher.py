@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, open_dataset
+from gddlab.distill.parts import Settings
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write_json, write_text
@@ -26,13 +27,11 @@ from gddlab.sampling import sample, save_grid
 __all__ = ["TeacherConfig", "train_teacher"]
 
 
-class TeacherConfig(BaseModel):
+class TeacherConfig(Settings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     run_dir: Path
-    """Where log, checkpoint, samples and the finished teacher go."""
+    """Folder of log, checkpoint, samples and the finished teacher."""
     data: str = "digits"
     """Dataset by name."""
     conditional: bool = False
@@ -42,7 +41,7 @@ class TeacherConfig(BaseModel):
     channel_mult: tuple[int, ...] = (1, 2)
     """Width of each level, as a multiple of the base."""
     num_blocks: int = Field(default=2, ge=1)
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (8,)
     """Resolutions with self-attention."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -50,7 +49,7 @@ class TeacherConfig(BaseModel):
     total_kimg: float = Field(default=160, gt=0)
     """Length, thousands of images."""
     batch: int = Field(default=64, ge=1)
-    """Images a step."""
+    """Images per step."""
     lr: float = Field(default=1e-3, gt=0)
     """Adam's learning rate after warm-up."""
     lr_rampup_kimg: float = Field(default=2, ge=0)
