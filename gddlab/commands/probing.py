@@ -54,17 +54,18 @@ class Probe:
     """Measures one pass, says what the whole would cost, and writes nothing."""
 
     def run(self) -> None:
-        from gddlab.probing import probe
+        from gddlab.probing import DEFAULT, estimate, probe
         from gddlab.teachers.catalog import open_model
 
         _check(self.out)
-        extra: dict[str, Any] = {"stats": self.stats} if self.stats else {}
-        result = probe(
+        measure: Any = estimate if self.dry_run else probe
+        result = measure(
             open_model(self.teacher),
             _levels(self.timesteps, self.sigmas, self.states),
             data=self.data,
             states=self.states,
             layers=self.layers,
+            stats=self.stats or DEFAULT,
             per_channel=self.per_channel,
             n=self.n,
             start=self.start,
@@ -72,8 +73,6 @@ class Probe:
             seed=self.seed,
             device=self.device,
             dtype=self.dtype,
-            dry_run=self.dry_run,
-            **extra,
         )
         if self.dry_run:
             out(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "default_range",
     "iddpm_sigmas",
     "karras_sigmas",
+    "nearest_level",
     "noise_levels",
     "schedule",
 ]
@@ -62,6 +63,11 @@ def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Tensor:
     for ratio in reversed(ratios):
         u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
     return torch.tensor(u[:0:-1], dtype=torch.float64)
+
+
+def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
+    """The one of `sigmas` that is nearest to `sigma` on a log scale; the first of two."""
+    return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
 
 
 def default_range(discretization: str, *, epsilon_s: float) -> tuple[float, float]:

@@ -1,11 +1,14 @@
 import math
 import re
+import zlib
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.freezing import select_freeze
+from gddlab.freezing import controls, select_freeze
 from gddlab.probing import ProbeResult
 from tests.freezing.conftest import convs, frozen_layers, with_values
 from tests.probing.networks import tiny
@@ -51,11 +54,15 @@ def test_layers_without_a_score_are_trained_and_counted(net, result):
     assert mask.arguments["unscored"] == len([n for n in convs(net) if not n.endswith(("conv0", "conv1"))])
 
 
-def test_ties_go_by_depth(net, result):
-    last = list(convs(net))[-1]
-    made = with_values(result, "rms", {n: float(n == last) for n in convs(net)})
-    mask = select_freeze(made, strategy="budget", score="rms", budget=0.02)
-    assert frozen_layers(mask)[0] == next(iter(convs(net)))
+@pytest.mark.parametrize(("freeze", "order"), [("low", (0, 1, 2)), ("high", (2, 1, 0))])
+def test_ties_go_by_depth(net, result, freeze, order):
+    names = list(convs(net))
+    made = with_values(result, "rms", {n: float(i % 3) for i, n in enumerate(names)})
+    expected = [n for k in order for n in names[k::3]]
+    for count in (1, 5, len(names) // 2):
+        budget = (count + 0.5) / len(names)
+        mask = select_freeze(made, strategy="budget", score="rms", budget=budget, unit="layers", freeze=freeze)
+        assert set(frozen_layers(mask)) == set(expected[:count])
 
 
 def test_a_share_of_the_layers(net, result):
@@ -224,7 +231,7 @@ def test_invert(net, result, rule):
         ({"strategy": "budget", "score": "active_fraction", "unit": "layers"}, "of all candidates, give at most"),
         ({"strategy": "random", "budget": float("nan")}, "budget=nan"),
         ({"strategy": "random", "unit": "layer"}, "unknown unit 'layer': did you mean 'layers'"),
-        ({"strategy": "random", "seed": 0.5}, "seed=0.5: give a whole number"),
+        ({"strategy": "random", "seed": 0.5}, "seed=0.5: input should be a valid integer"),
         ({"strategy": "budget", "score": "rms", "at": 0.0}, "at=0.0"),
         ({"strategy": "budget", "score": len, "at": 1.0}, "at=1.0 has no meaning for a score function"),
         ({"strategy": "budget", "score": "rms", "freeze": "lo"}, "did you mean 'low'"),
@@ -255,7 +262,7 @@ def test_bad_input_is_refused(result, kwargs, says):
         (
             "gdd-i",
             {"score": "rms"},
-            'score=\'rms\' has no meaning for strategy="gdd-i": leave it away, or take "budget" or',
+            'score=\'rms\' has no meaning for strategy="gdd-i": omit it, or take "budget" or',
         ),
         ("none", {"budget": 0.85}, "budget=0.85 has no meaning"),
         ("gdd-i", {"candidates": "linear"}, "candidates='linear' has no meaning"),
@@ -299,3 +306,29 @@ def test_other_refusals(net, rule):
             select_freeze(net, strategy="random", mask=rule, **option)
     with pytest.raises(TypeError, match="strategy"):
         select_freeze(net)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.floats(0.001, 0.7),
+    freeze=st.sampled_from(["low", "high"]),
+    unit=st.sampled_from(["params", "layers"]),
+    granularity=st.sampled_from(["layer", "block", "tensor"]),
+)
+def test_budgets_are_never_exceeded(result, seed, budget, freeze, unit, granularity):
+    def score(_):
+        return {n: float(zlib.crc32(f"{seed} {n}".encode()) % 7) for n in convs(tiny())}
+
+    options = {"budget": budget, "unit": unit, "granularity": granularity}
+    masks = [
+        select_freeze(result, strategy="budget", score=score, freeze=freeze, **options),
+        select_freeze(result, strategy="random", seed=seed, **options),
+    ]
+    for mask in masks:
+        assert 0 <= mask.arguments["reached"] <= budget
+        assert unit == "layers" or mask.arguments["reached"] == mask.fraction
+        for other in controls(mask, seeds=[seed]).values() if mask.frozen else ():
+            assert other.n_frozen <= mask.n_frozen
+    each = select_freeze(result, strategy="per-resolution", score=score, freeze=freeze, **options)
+    assert all(share <= budget for share in each.arguments["reached"].values())

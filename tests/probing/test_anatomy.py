@@ -5,7 +5,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 
 from gddlab.nets.layers import UNetBlock
-from gddlab.probing.layers import anatomy, kind_of, place, type_of
+from gddlab.probing.layers import anatomy, kind_of, stage_and_resolution, type_of
 
 
 def resnet(cls=ResnetBlock2D, **kwargs):
@@ -105,4 +105,4 @@ def test_a_module_around_a_norm_is_no_norm():
 )
 def test_what_a_name_says(name, kind, where):
     assert kind_of(name) == kind
-    assert place(name) == where
+    assert stage_and_resolution(name) == where

@@ -9,9 +9,10 @@ from torch._dynamo.utils import counters
 
 from gddlab.errors import GddlabError
 from gddlab.probing import probe
+from gddlab.probing.guard import eager
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import named_layers
-from gddlab.probing.wrap import Denoiser, eager, wrap
+from gddlab.probing.wrap import Denoiser, wrap
 from tests.probing.networks import tiny
 
 SIGMAS = [80.0, 1.0, 0.01]
@@ -122,8 +123,8 @@ def test_the_data_that_it_names_is_probed(pictures):
         ({}, "how a Identity is called is not known: give denoise="),
         ({"denoise": 3}, "denoise=3: give a function"),
         ({"denoise": denoise, "prediction": "epsilon"}, "prediction= has no use with denoise="),
-        ({"denoise": denoise, "label_dim": -1}, "label_dim=-1: give at least 1"),
-        ({"denoise": denoise, "img_channels": 1.5}, "img_channels=1.5: give an integer"),
+        ({"denoise": denoise, "label_dim": -1}, "label_dim=-1: input should be greater than or equal to 0"),
+        ({"denoise": denoise, "img_channels": 1.5}, "img_channels=1.5: input should be a valid integer"),
         ({"denoise": denoise, "sigma_min": 2, "sigma_max": 1}, "sigma_min=2, sigma_max=1: give a range within 0 and"),
     ],
 )
