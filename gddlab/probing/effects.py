@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gddlab.probing.inputs import Inputs, Rows
 from gddlab.probing.layers import Layer
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import Given, PerImage
+from gddlab.probing.statistics import Given, PerImage, stacked
 
 __all__ = ["WEIGHT", "Effects", "denoised", "denoising_loss", "weighted_error"]
 
@@ -24,7 +24,7 @@ WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 
 """For definitions of statistics."""
 
 
-def denoised(model: nn.Module, rows: Rows) -> Float[Tensor, "b c h w"]:
+def denoised(model: Callable[..., Any], rows: Rows) -> Float[Tensor, "b c h w"]:
     """The network's answer.
 
     Raises:
@@ -41,7 +41,7 @@ def denoised(model: nn.Module, rows: Rows) -> Float[Tensor, "b c h w"]:
 
 
 def denoising_loss(
-    model: nn.Module,
+    model: Callable[..., Any],
     x: Float[Tensor, "b c h w"],
     sigma: Float[Tensor, " b"],
     labels: Float[Tensor, "b classes"] | None,
@@ -120,7 +120,7 @@ class Effects:
             nonfinite: What else was not finite.
         """
         sums = {
-            layer: {kind.name: kind.stack([p[kind.name] for p in parts]) for kind in self.kinds}
+            layer: {kind.name: stacked([p[kind.name] for p in parts]) for kind in self.kinds}
             for layer, parts in self._parts.items()
         }
         bad = [{"layer": n, "side": side, "sigma": s, "images": c} for (n, s), c in self._bad.items()]

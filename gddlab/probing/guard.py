@@ -6,7 +6,6 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,16 +118,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-_OURS = (str(Path(__file__).resolve().parents[1]), str(Path(sys.modules["pydantic"].__file__ or "").parent))
-
-
 def warn_nonfinite(nonfinite: Sequence[dict[str, Any]], what: str = "values") -> None:
     """Warns, at the user's line, of what was not finite: layer, side, sigma of each."""
     if not nonfinite:
         return
     where = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in nonfinite[:3])
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+    inside = ("gddlab", "pydantic", "jaxtyping")  # pydantic and jaxtyping wrap our functions
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     text = f"{what} are not finite in {len(nonfinite)} places: {where}"
     warnings.warn(text, RuntimeWarning, stacklevel=level)

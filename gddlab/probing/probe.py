@@ -21,7 +21,7 @@ from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, States, Timesteps
 from gddlab.probing.layers import PRESETS, LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
+from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.sampling.samplers import precision
 
@@ -143,7 +143,7 @@ def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:
     if len(measures) == 1:
         return measures[0].statistics
     return {
-        layer: {name: type(stat).stack([m.statistics[layer][name] for m in measures]) for name, stat in by.items()}
+        layer: {name: stacked([m.statistics[layer][name] for m in measures]) for name in by}
         for layer, by in measures[0].statistics.items()
     }
 

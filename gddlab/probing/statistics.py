@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,7 @@ __all__ = [
     "Statistic",
     "StatisticSelection",
     "declare",
+    "stacked",
     "statistic_classes",
 ]
 
@@ -178,14 +180,6 @@ class Statistic:
         return {}
 
     @classmethod
-    def stack(cls, levels: Sequence[Self]) -> Self:
-        """One instance from several that saw the same images at different noise levels."""
-        out = cls.__new__(cls)
-        out.__dict__.update(levels[0].__dict__)
-        out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
-        return out
-
-    @classmethod
     def describe(cls) -> dict[str, str]:
         return {
             "definition": cls.definition,
@@ -194,6 +188,16 @@ class Statistic:
             "target": cls.target,
             "class": cls.identity(),
         }
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def stacked(levels: Sequence[S]) -> S:
+    """One instance from several that saw the same images at different noise levels."""
+    out = copy.copy(levels[0])
+    out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
+    return out
 
 
 # Statistics of numbers that are not read by hooks; `ablate`, `patch` and the like declare theirs from these.
@@ -221,9 +225,6 @@ class Given(Statistic):
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.values, self.sems
-
-
-S = TypeVar("S", bound=Statistic)
 
 
 def declare(base: type[S], name: str, definition: str, *, axes: str, unit: str) -> type[S]:
