@@ -122,7 +122,7 @@ def select_freeze(
             "per-resolution": of the candidates' at each resolution, or {resolution: share}, others trained.
         unit: "params" (the default), or "layers": the budget is a share of the number of candidates.
         granularity: What is frozen together: "layer" (the default); "block", its candidates, by the block's own value
-            or else their mean weighted by parameters; "tensor", weight and bias apart.
+            or else their mean weighted by parameters; "tensor", weight and bias separately.
         candidates: Layers that may be frozen, "conv" by default: a preset ("conv", "linear", ...), names, globs,
             "re:..."; with a network as source also a function of name and module. A block or container includes all
             that is inside.
@@ -184,9 +184,10 @@ def select_freeze(
         frozen = _all_conv(network, units)
     elif strategy == "invert":
         assert mask is not None
-        frozen = [p for u in units for p in u.parameters if p not in set(mask.frozen)]
+        still = set(mask.frozen)
+        frozen = [p for u in units for p in u.parameters if p not in still]
     else:
-        # They stand in an order: a random one, or that of their scores.
+        # In random order, or in that of their scores,
         if strategy == "random":
             ordered = shuffled(parts, o.seed)
         else:
@@ -194,7 +195,7 @@ def select_freeze(
             scores, sigma = score_units(source, network, units, o.score, o.at)
             ordered = sorted((u for u in parts if u.name in scores), key=lambda u: o.sign * scores[u.name])
             arguments |= {"sigma": sigma, "unscored": len(units) - len(scores)}
-        # And are taken up to a budget or a threshold.
+        # they are taken up to a budget or a threshold.
         if strategy == "threshold":
             assert o.threshold is not None and scores is not None
             chosen = [u for u in ordered if o.sign * scores[u.name] <= o.sign * o.threshold]

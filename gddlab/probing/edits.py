@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.nets.unets import TARGET_LAYERS
+from gddlab.probing.guard import check_ran, check_seen
 from gddlab.probing.layers import denoiser_of, named_layers, named_tensors, unwrap
 
 __all__ = [
@@ -50,22 +51,11 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
 
     def hook_of(name: str, change: Change) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                raise GddlabError(
-                    f"the output of layer {name!r} is a {type(output).__name__}, no tensor: leave it out of layers="
-                )
-            if name in ran:
-                raise GddlabError(
-                    f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
-                )
-            if rows is not None and (output.ndim == 0 or len(output) != rows):
-                raise GddlabError(
-                    f"the output of layer {name!r} is {tuple(output.shape)}, but this pass has {rows} rows: "
-                    "leave it out of layers="
-                )
+            why = f"this pass has {rows} rows: leave it out of layers="
+            check_seen(output, name, "output", again=name in ran, rows=rows, why=why)
             ran[name] = output.shape
             found = None if change is None else change(output)
-            # a tensor of its own, in the output's memory format: later layers may write into it
+            # a separate tensor, in the output's memory format: later layers may write into it
             return None if found is None else torch.empty_like(output).copy_(found)
 
         return hook
@@ -74,8 +64,7 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
         for name, change in changes.items():
             stack.callback(modules[name].register_forward_hook(hook_of(name, change)).remove)
         yield ran
-    for name in (n for n in changes if n not in ran):
-        raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+    check_ran([name for name in changes if name not in ran])
 
 
 def spread(mean: Float[Tensor, "rows c"], output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:

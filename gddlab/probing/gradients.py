@@ -155,7 +155,9 @@ def grad_probe(
         with progress_bar(total=total, desc="gradients", unit="batch", enabled=progress) as bar:
             for sigma, level in itertools.groupby(map(_batch, batches), lambda b: b.sigma):
                 if sigma in levels:
-                    raise GddlabError(f"the batches of sigma {sigma:g} come apart: give those of one sigma in a row")
+                    raise GddlabError(
+                        f"the batches of sigma {sigma:g} are not in succession: give those of one sigma together"
+                    )
                 levels[sigma] = _Moments(chosen)
                 for batch in level:
                     levels[sigma].add(_gradients(loss(net, batch.inputs), wanted), batch.n)

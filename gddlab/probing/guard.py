@@ -1,4 +1,4 @@
-"""What stands around every measurement: the network runs in eval mode, eagerly, where asked, and is left as it was."""
+"""What every measurement needs: eval mode, device, eager execution; a network left as it was; refusals and warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.sampling.samplers import precision
 
-__all__ = ["as_it_was", "device_of", "differentiable", "eager", "full_precision", "warn_nonfinite"]
+__all__ = [
+    "as_it_was",
+    "check_ran",
+    "check_seen",
+    "device_of",
+    "differentiable",
+    "eager",
+    "full_precision",
+    "warn_nonfinite",
+]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -101,6 +110,22 @@ def _is_compiled(module: nn.Module) -> bool:
         return True
     functions = (module.forward, getattr(module, "denoise", None))
     return any(hasattr(f, "_torchdynamo_orig_callable") for f in functions)
+
+
+def check_seen(x: Any, name: str, side: str, *, again: bool, rows: int | None, why: str) -> None:
+    """Refuses what a hook sees of a layer: no tensor, a second time in one pass, or another number of rows."""
+    if not isinstance(x, Tensor):
+        raise GddlabError(f"the {side} of layer {name!r} is a {type(x).__name__}, no tensor: leave it out of layers=")
+    if again:
+        raise GddlabError(f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers=")
+    if rows is not None and (x.ndim == 0 or len(x) != rows):
+        raise GddlabError(f"the {side} of layer {name!r} is {tuple(x.shape)}, but {why}")
+
+
+def check_ran(absent: Collection[str]) -> None:
+    """Refuses layers that did not run in a pass."""
+    for name in absent:
+        raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
 
 
 @contextlib.contextmanager

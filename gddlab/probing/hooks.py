@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing.guard import eager, full_precision
+from gddlab.probing.guard import check_ran, check_seen, eager, full_precision
 from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
 from gddlab.probing.reductions import (
     Reduction,
@@ -151,9 +152,10 @@ class Probe:
             for name, side in self._reductions:
                 module = self._modules[name]
                 if side == "output":
-                    handle = module.register_forward_hook(self._on_output(name))
+                    handle = module.register_forward_hook(functools.partial(self._on_output, name))
                 else:
-                    handle = module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+                    hook = functools.partial(self._on_input, name)
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             self._hooks = stack.pop_all()
         return self
@@ -164,36 +166,19 @@ class Probe:
         self._hooks = None
         self._reduced.clear()
 
-    def _on_output(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._reduce(name, "output", output)
+    def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._reduce(name, "output", output)
 
-        return hook
-
-    def _on_input(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._reduce(name, "input", args[0] if args else next(iter(kwargs.values()), None))
-
-        return hook
+    def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._reduce(name, "input", args[0] if args else next(iter(kwargs.values()), None))
 
     def _reduce(self, name: str, side: str, x: Any) -> None:
         """Computes at once: later in-place operations would change an activation kept by reference."""
         if not self._n:
             return
-        if not isinstance(x, Tensor):
-            raise GddlabError(
-                f"the {side} of layer {name!r} is a {type(x).__name__}, no tensor: leave it out of layers="
-            )
         rows = self._n * len(self.sigmas)
-        if x.ndim == 0 or x.shape[0] != rows:
-            raise GddlabError(
-                f"the {side} of layer {name!r} is {tuple(x.shape)}, but {self._n} images at {len(self.sigmas)} noise "
-                f"levels are {rows} rows: give the network one row per image and noise level"
-            )
-        if (name, side) in self._reduced:
-            raise GddlabError(
-                f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
-            )
+        why = f"{self._n} images at {len(self.sigmas)} noise levels are {rows} rows: give one per image and noise level"
+        check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision(x.device):
@@ -231,8 +216,7 @@ class Probe:
             yield
         finally:
             self._n = 0
-        for name, _ in self._reductions.keys() - self._reduced.keys():
-            raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+        check_ran([name for name, _ in self._reductions.keys() - self._reduced.keys()])
         self._count()
         self._reduced.clear()
 

@@ -149,7 +149,7 @@ def anatomy(module: nn.Module | None) -> Anatomy | None:
         return None  # the sum is taken elsewhere
     if parts is not _RESNET or not _resamples(module):
         return parts
-    # One resampling serves branch and skip path, so its two outputs cannot be told apart; conv1 follows it.
+    # One resampling serves branch and skip path, so its two outputs cannot be separated; conv1 follows it.
     return parts._replace(skip="conv_shortcut" if _has(module, "conv_shortcut") else None, activated=("conv2",))
 
 
@@ -257,7 +257,7 @@ class Layer:
 def inventory(model: nn.Module) -> dict[str, Layer]:
     """Every module of the bare network by name, in its order, without the root and the inside of parametrizations.
 
-    The middle of a diffusers network stands before its decoder, as it runs, although `named_modules()` lists it last.
+    The middle of a diffusers network precedes its decoder, as it runs, although `named_modules()` lists it last.
     """
     modules = _middle_first(_modules(model))
     blocks = [n for n, m in modules.items() if anatomy(m) is not None]

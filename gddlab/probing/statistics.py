@@ -126,7 +126,7 @@ class Statistic:
             q = q[..., None]
         if type(self).value is Statistic.value and q.shape[2] != max(1, len(self.parts)):
             raise GddlabError(
-                f"statistic {self.name!r} gives {q.shape[2]} numbers a row and names {len(self.parts)} parts: "
+                f"statistic {self.name!r} gives {q.shape[2]} numbers per row and names {len(self.parts)} parts: "
                 "name as many, or override value"
             )
         self.add(len(q), first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))

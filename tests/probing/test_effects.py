@@ -55,15 +55,6 @@ def test_small_differences_of_large_images_are_exact():
     assert weighted_error(a + 2**-20, a, [0.5]).item() == 8 * 2.0**-40
 
 
-def test_parts_of_noise_levels_and_passes(pictures):
-    inputs = Inputs(tiny(), [5.0, 4.0, 3.0, 2.0, 1.0], data=pictures, n=7)
-    assert inputs.split(100) == ([[5.0, 4.0, 3.0, 2.0, 1.0]], [(0, 7)])
-    assert inputs.split(10)[1] == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    assert inputs.split(3) == ([[5.0, 4.0, 3.0], [2.0, 1.0]], [(i, i + 1) for i in range(7)])
-    assert inputs.split(4, group=2) == ([[5.0, 4.0], [3.0, 2.0], [1.0]], [(0, 2), (2, 4), (4, 6), (6, 7)])
-    assert inputs.split(1, group=2)[1][0] == (0, 2)
-
-
 def test_noise_levels_that_come_in_parts_are_put_together(layer):
     effects = Effects([layer], [OneNumber, OneRatio])
     numbers = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 9.0]])

@@ -192,7 +192,7 @@ def test_a_users_statistic_is_checked_before_anything_runs(net, changes, says):
 def test_a_users_statistic_names_as_many_parts_as_it_gives(net, pictures, columns, parts):
     reduce = staticmethod(lambda x: x.flatten(1)[:, :columns])
     odd = type("Odd", (Clipped,), {"name": "odd", "parts": parts, "reduce": reduce})
-    with pytest.raises(GddlabError, match=f"'odd' gives {columns} numbers a row and names {len(parts)} parts"):
+    with pytest.raises(GddlabError, match=f"'odd' gives {columns} numbers per row and names {len(parts)} parts"):
         probe(net, [2.0, 1.0], data=pictures, n=2, stats=odd)
     right = type(
         "Right",

@@ -1,4 +1,3 @@
-import contextlib
 import math
 import re
 
@@ -263,26 +262,6 @@ def test_a_compiled_teacher_is_probed_as_the_plain_one():
         net(torch.randn(2, 1, 16, 16), torch.ones(2))
     plain = probe(tiny(), SIGMAS, states="prior", layers="all", n=3, progress=False)
     assert probe(net, SIGMAS, states="prior", layers="all", n=3, progress=False).frame.equals(plain.frame)
-
-
-def test_the_compilers_stance_comes_back():
-    torch._dynamo.reset()
-    model = torch.compile(nn.Linear(1, 1), backend="eager")
-    with torch.compiler.set_stance("fail_on_recompile"):
-        with contextlib.suppress(ZeroDivisionError), eager(model):
-            model(torch.ones(1, 1))  # the stance outside would not allow it
-            raise ZeroDivisionError
-        with pytest.raises(RuntimeError):
-            model(torch.ones(1, 1))
-
-
-def test_nothing_is_changed_where_nothing_is_compiled():
-    torch._dynamo.reset()
-    counters.clear()
-    other = torch.compile(nn.Linear(1, 1), backend="eager")
-    with eager(tiny()):
-        other(torch.ones(1, 1))
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_low_precision(pictures):
