@@ -16,7 +16,6 @@ from gddlab.freezing.mask import FreezeMask
 from gddlab.freezing.tables import Parameters, numel
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
-    PRESETS,
     LayerSelection,
     inventory,
     match_layers,
@@ -98,13 +97,8 @@ class Network:
             if self.model is None:
                 raise GddlabError(f"{what} is a function of modules: give the network as source, or names or globs")
             found = {layer.name for layer in select_layers(self.model, selection)}
-        elif isinstance(selection, Iterable):
-            items = [selection] if isinstance(selection, str) else selection
-            found = {n for item in items for n in match_layers(item, types, what)}
         else:
-            raise GddlabError(
-                f"{what}={selection!r}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
-            )
+            found = match_layers(selection, types, what)
         return [n for n in self.names if n in found]
 
     def ends(self, always_train: str | Iterable[str]) -> set[str]:

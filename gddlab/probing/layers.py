@@ -331,30 +331,33 @@ def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
         chosen = {n for n, m in modules.items() if layers(n, m)}
         if not chosen:
             raise GddlabError(f"layers={layers!r} accepts none of {len(modules)} modules: return True for some")
-    elif isinstance(layers, Iterable):
-        types = {n: type_of(m) for n, m in modules.items()}
-        items = [layers] if isinstance(layers, str) else layers
-        chosen = {n for item in items for n in match_layers(item, types)}
-        if not chosen:
-            raise GddlabError(f"layers is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
     else:
-        raise GddlabError(
-            f"layers={layers!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
-        )
+        chosen = match_layers(layers, {n: type_of(m) for n, m in modules.items()})
     return [layer for name, layer in inventory(model).items() if name in chosen]
 
 
-def match_layers(pattern: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
-    """The names that one preset, name, glob or "re:..." means.
+def match_layers(selection: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
+    """The names that a preset, name, glob, "re:..." or a list of these means.
 
     Args:
-        pattern: What the user gave.
+        selection: What the user gave.
         types: `Layer.type` of every name in the network.
         what: The user's argument, for errors.
 
     Raises:
-        GddlabError: Nothing matches (near matches are given), or the pattern is no string.
+        GddlabError: Nothing matches an item (near matches are given); an empty list, or no string.
     """
+    if not isinstance(selection, Iterable):
+        raise GddlabError(
+            f"{what}={selection!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
+        )
+    items = [selection] if isinstance(selection, str) else list(selection)
+    if not items:
+        raise GddlabError(f"{what} is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
+    return {n for item in items for n in _matches(item, types, what)}
+
+
+def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
     if not isinstance(pattern, str):
         raise GddlabError(f"{what}: {pattern!r} is no name of a layer; give strings, names or globs")
     if pattern in PRESETS:

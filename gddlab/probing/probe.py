@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,7 +18,7 @@ from gddlab.errors import GddlabError, validated
 from gddlab.probing.guard import as_it_was, warn_nonfinite
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, States, Timesteps
-from gddlab.probing.layers import PRESETS, LayerSelection
+from gddlab.probing.layers import LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
@@ -121,11 +120,7 @@ def _plan(
     batch_size: int,
 ) -> tuple[list[Probe], list[tuple[int, int]]]:
     """A probe for each part of the noise levels, and first and last image of each pass of this process."""
-    if not isinstance(layers, str) and not callable(layers):
-        if not isinstance(layers, Iterable):
-            raise GddlabError(
-                f"layers={layers!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
-            )
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
         layers = list(layers)  # a generator can be read once, and each probe reads it
     chosen = statistic_classes(stats)
     group = max(s.group for s in chosen)
@@ -185,14 +180,13 @@ class Estimate:
     Attributes:
         seconds: All passes, at the pace of the one measured.
         seconds_bare: The same without hooks.
-        peak_mib: Memory that a pass adds to what the process holds, MiB; None where it cannot be read. It does not grow
-            with images.
+        peak_mib: Memory that a pass adds to what the process holds, MiB. It does not grow with images.
         passes, rows, layers, sigmas, n_images: Forward passes, rows of each, measured layers, noise levels, images.
     """
 
     seconds: float
     seconds_bare: float
-    peak_mib: float | None
+    peak_mib: float
     passes: int
     rows: int
     layers: int
@@ -200,12 +194,11 @@ class Estimate:
     n_images: int
 
     def __str__(self) -> str:
-        memory = "memory unknown" if self.peak_mib is None else f"{self.peak_mib:,.0f} MiB more memory"
         seconds = f"{self.seconds:.2g} s" if self.seconds < 10 else f"{self.seconds:.0f} s"
         if self.seconds > 120:
             seconds = f"{self.seconds / 60:.0f} min"
         return (
-            f"about {seconds}, {memory}: {self.layers} layers at {self.sigmas} noise levels, {self.n_images} images, "
+            f"about {seconds}, {self.peak_mib:,.0f} MiB more memory: {self.layers} layers at {self.sigmas} noise levels, {self.n_images} images, "
             f"{self.passes} pass{'' if self.passes == 1 else 'es'} of {self.rows} rows; "
             f"hooks cost {self.seconds / self.seconds_bare - 1:+.0%}"
         )
@@ -275,32 +268,21 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
-    """Yields a list, which afterwards holds by how many MiB memory rose inside; None where the system does not say."""
-    out: list[float | None] = []
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Yields a list, which afterwards holds by how many MiB memory rose inside."""
+    out: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
         yield out
         out.append((torch.cuda.max_memory_allocated(device) - held) / 2**20)
         return
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        yield out
-        out.append(None)
-        return
-
-    def read() -> float:
-        return float(pages.read_text().split()[1]) * resource.getpagesize() / 2**20
-
-    before = read()
-    peak = before
-    done = threading.Event()
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
 
     def watch() -> None:
-        nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, read())
+            seen[1:] = [max(seen[-1], process.memory_info().rss)]
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -309,4 +291,4 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
     finally:
         done.set()
         thread.join()
-    out.append(max(peak, read()) - before)
+    out.append((max(seen[-1], process.memory_info().rss) - seen[0]) / 2**20)
