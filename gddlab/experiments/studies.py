@@ -18,7 +18,7 @@ from gddlab.experiments.experiment import Found, Study, Subjects
 from gddlab.nets import Precond
 from gddlab.probing import probe, weight_change
 from gddlab.probing.inputs import Inputs
-from gddlab.probing.spectra import radial_power
+from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 

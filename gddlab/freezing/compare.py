@@ -1,4 +1,4 @@
-"""Masks beside each other: what they share, and where each freezes."""
+"""Masks beside each other: what they share and where each freezes; and masks to compare one with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError
-from gddlab.freezing.candidates import Unit, recorded, split
-from gddlab.freezing.mask import NOWHERE, FreezeMask, same_network, share_text, shares
-from gddlab.freezing.select import direction, fill, names_of, shuffled
+from gddlab.freezing.candidates import Unit, fill, names_of, recorded, shuffled, split
+from gddlab.freezing.mask import FreezeMask, check_same_network, share_text
+from gddlab.freezing.tables import NOWHERE, shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +26,8 @@ class MaskComparison:
 
     Attributes:
         masks: By name.
-        overlap: Jaccard index of the frozen sets, in numbers: what both freeze over what either freezes, 0 to 1; 1 for two that freeze
-            nothing.
+        overlap: Jaccard index of the frozen sets, in numbers: what both freeze over what either freezes, 0 to 1; 1 for
+            two that freeze nothing.
         stages, resolutions, kinds: Frozen share of the parameters, 0 to 1: masks down; stage of the network, resolution
             (pixels) or kind of layer across.
     """
@@ -39,7 +39,7 @@ class MaskComparison:
     kinds: pd.DataFrame
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a mask: columns strategy, score, freeze, budget (asked), reached, tensors (frozen), share (of all parameters)."""
+        """One row per mask: strategy, score, freeze, budget asked, reached, tensors frozen, share of all parameters."""
         import pandas as pd
 
         rows = {}
@@ -51,7 +51,7 @@ class MaskComparison:
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("mask")
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws masks down and blocks of the network along depth across; colour is the frozen share of a block's parameters."""
+        """Draws masks down, blocks along depth across; colour is the frozen share of a block's parameters."""
         from gddlab.freezing.plots import draw_comparison
 
         return draw_comparison(self, ax)
@@ -60,10 +60,8 @@ class MaskComparison:
         table = self.to_frame()
         for column in ("budget", "reached", "share"):
             table[column] = [share_text(v) for v in table[column]]
-        parts = [table.to_html(na_rep="")]
-        parts.append(
-            "<p>Overlap of the frozen sets (Jaccard index)</p>" + self.overlap.to_html(float_format="{:.2f}".format)
-        )
+        parts = [table.to_html(na_rep=""), "<p>Overlap of the frozen sets (Jaccard index)</p>"]
+        parts.append(self.overlap.to_html(float_format="{:.2f}".format))
         for what, shown in (("stage", self.stages), ("resolution", self.resolutions), ("kind of layer", self.kinds)):
             parts.append(f"<p>Frozen share by {what}</p>" + shown.to_html(float_format="{:.0%}".format, na_rep=""))
         return "".join(parts)
@@ -73,7 +71,7 @@ def compare(masks: Mapping[str, FreezeMask] | Iterable[FreezeMask]) -> MaskCompa
     """Compares masks of one network.
 
     Args:
-        masks: By name; or a list, where each is named by its strategy, "random (2)" and so on where one comes again.
+        masks: By name; or a list, where each is named by its strategy, "random (2)" and so on where one is repeated.
 
     Raises:
         GddlabError: No masks, or masks of different networks.
@@ -112,7 +110,7 @@ def _named(masks: Any) -> dict[str, FreezeMask]:
             raise GddlabError(f"mask {name!r} is a {type(mask).__name__}: give FreezeMasks")
         count = sum(other == name for other, _ in pairs[: len(out)])
         out[f"{name} ({count + 1})" if count else name] = mask
-        same_network(next(iter(out.values())), mask)
+        check_same_network(next(iter(out.values())), mask)
     if not out:
         raise GddlabError("masks is empty: give at least one")
     return out
@@ -121,10 +119,10 @@ def _named(masks: Any) -> dict[str, FreezeMask]:
 def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, FreezeMask]:
     """Masks of equal budget over the same candidates: "inverse", "random-0", "random-1", ...
 
-    The budget is the share of all parameters that `mask` freezes; it is not exceeded. The inverse freezes the candidates that `mask`
-    trains, and then, where room is left, those that it froze last: both in the opposite order of the scores, unscored ones after scored;
-    without scores in random order (seed 0). For a mask that records no candidates, as the rules on names, these are the
-    convolutions but the first and the last, and whatever it freezes.
+    The budget is the share of all parameters that `mask` freezes; it is not exceeded. The inverse freezes the
+    candidates that `mask` trains, and then, where room is left, those that it froze last: both in the opposite order of
+    the scores, unscored ones after scored; without scores in random order (seed 0). For a mask that records no
+    candidates, like the rules on names, these are the convolutions but the first and the last, and whatever it freezes.
 
     Args:
         mask: What to compare with.
@@ -156,9 +154,7 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
             **arguments,
             "budget": mask.fraction,
         }
-        out = FreezeMask(tuple(chosen), mask.parameters, name, about, candidates=candidates)
-        out.arguments["reached"] = out.fraction
-        return out
+        return FreezeMask(tuple(chosen), mask.parameters, name, about, candidates=candidates).with_reached()
 
     later = {id(u) for u in parts} - {id(u) for u in trained}
     order, about = _opposite(mask, parts)
@@ -171,11 +167,11 @@ def _distinct(seeds: Sequence[object]) -> bool:
 
 
 def _opposite(mask: FreezeMask, parts: Sequence[Unit]) -> tuple[list[Unit], dict[str, Any]]:
-    """Units in the opposite order of the mask's scores, or in random order; and what is to be said of it."""
+    """Units in the opposite order of the mask's scores, or in random order; and arguments that describe it."""
     scores = mask.scores
     if not scores:
         return shuffled(parts[::-1], 0), {"seed": 0}  # reversed: not the order of "random-0"
-    freeze = mask.arguments.get("freeze", "low")
-    sign = -direction(freeze)
-    about = {"score": mask.arguments.get("score"), "freeze": "high" if freeze == "low" else "low"}
+    opposite = "low" if mask.arguments.get("freeze", "low") == "high" else "high"
+    sign = 1 if opposite == "low" else -1
+    about = {"score": mask.arguments.get("score"), "freeze": opposite}
     return sorted(parts, key=lambda u: sign * scores[u.name] if u.name in scores else math.inf), about

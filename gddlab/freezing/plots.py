@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from gddlab.freezing.mask import NOWHERE, FreezeMask, shares
+from gddlab.freezing.tables import NOWHERE, shares
 from gddlab.probing.layers import kind_of
 from gddlab.probing.plots.bands import FROZEN, TRAINED
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from gddlab.freezing.compare import MaskComparison
+    from gddlab.freezing.mask import FreezeMask
 
 __all__ = ["draw_comparison", "draw_mask"]
 

@@ -1,242 +1,41 @@
-"""`select_freeze`: ways of choosing a freeze mask, from names or from measurements."""
+"""`select_freeze`: a mask by a rule on names, or from candidates, their scores and a budget."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, SkipValidation
 from torch import nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, unknown, validated
 from gddlab.freezing.candidates import (
-    DEFAULT,
     ENDS,
     Network,
-    Selection,
-    Source,
     Unit,
     choose,
     describe,
+    fill,
+    names_of,
     recorded,
+    shuffled,
     split,
 )
-from gddlab.freezing.mask import FreezeMask, fingerprint
+from gddlab.freezing.mask import FreezeMask
+from gddlab.freezing.scores import Score, is_number, score_units
+from gddlab.freezing.tables import fingerprint
 from gddlab.probing import ProbeResult
-from gddlab.probing.layers import owner_of
+from gddlab.probing.layers import LayerSelection
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "MEASURES",
-    "PLACES",
-    "RULES",
-    "STRATEGIES",
-    "USES",
-    "Budget",
-    "Score",
-    "all_conv",
-    "by_function",
-    "checked",
-    "direction",
-    "fill",
-    "fill_resolutions",
-    "fill_share",
-    "in_order",
-    "is_number",
-    "names_of",
-    "norms_only",
-    "published",
-    "reached",
-    "reached_by_resolution",
-    "score_units",
-    "select_freeze",
-    "shuffled",
-]
+__all__ = ["STRATEGIES", "Score", "select_freeze"]
 
 RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
 """GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
 
 PLACES = ("block", "up", "down", "in")
 """... and words of which it contains another: the released code looks for substrings of the whole name."""
-
-
-def published(network: Network, rule: str) -> list[str]:
-    names = [name for name, _ in network.parameters]
-    return [n for n in names if _contains(n, PLACES) and _contains(n, RULES[rule])]
-
-
-def all_conv(network: Network, units: Sequence[Unit]) -> list[str]:
-    layers = [layer for u in units for layer in u.layers if network.type(layer) == "conv"]
-    if not layers:
-        raise GddlabError('no candidate is a convolution: give candidates="conv", or another strategy')
-    return [p for layer in layers for p in network.own[layer]]
-
-
-def norms_only(network: Network) -> list[str]:
-    norms = {n for n in network.own if network.type(n) == "norm"}
-    if not norms:
-        raise GddlabError("this network has no norm layer with parameters: nothing would be left to train")
-    return [p for layer, own in network.own.items() if layer not in norms for p in own]
-
-
-def by_function(network: Network, source: Source, function: Callable[[Any], Iterable[str]]) -> list[str]:
-    """Names of parameters, or of layers for all parameters inside, that a function of the source returns."""
-    names = function(source)
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, Iterable):
-        raise GddlabError(f"the strategy returned a {type(names).__name__}: return names of parameters or layers")
-    parameters = [name for name, _ in network.parameters]
-    known = {*parameters, *network.names}
-    out = []
-    for name in names:
-        if name not in known:
-            raise unknown("parameter or layer of the strategy", name, [*network.names, *parameters])
-        out += [p for p in parameters if p == name or p.startswith(f"{name}.")]
-    return out
-
-
-def _contains(name: str, words: Sequence[str]) -> bool:
-    return any(word in name for word in words)
-
-
-Score = str | Mapping[str, float] | Callable[[ProbeResult], "Mapping[str, float] | pd.Series"]
-
-
-def score_units(
-    result: ProbeResult, network: Network, units: Sequence[Unit], score: Score, at: float
-) -> tuple[dict[str, float], float | None]:
-    """Scores of the units that have one, and the sigma at which they were read (None for a function of the probe).
-
-    A unit takes its own value; else the mean of its layers' weighted by their parameters; else that of the block it lies in.
-    A combination is the weighted mean of the units' ranks, 0 for the lowest and 1 for the highest, turned round where the weight is
-    negative, over the units that have every statistic.
-
-    Raises:
-        GddlabError: An unknown statistic or layer; a bad weight or sigma; a score that is not finite, or equal everywhere.
-    """
-    if isinstance(score, str):
-        column, sigma = _column(result, score, at)
-        return _of_statistic(units, column, score, sigma), sigma
-    if isinstance(score, Mapping):
-        return _combined(result, units, score, at)
-    if callable(score):
-        return _of_units(units, _called(result, network, score), "the function's score"), None
-    raise GddlabError(
-        f"score={score!r}: give a statistic's name, {{statistic: weight}}, or a function of the ProbeResult"
-    )
-
-
-def in_order(units: Sequence[Unit], scores: Mapping[str, float], freeze: str) -> list[Unit]:
-    """Units with a score, those to freeze first; ties by depth."""
-    sign = direction(freeze)
-    return sorted((u for u in units if u.name in scores), key=lambda u: sign * scores[u.name])
-
-
-def direction(freeze: str) -> int:
-    if freeze not in ("low", "high"):
-        raise unknown("freeze", freeze, ("low", "high"))
-    return 1 if freeze == "low" else -1
-
-
-def _column(result: ProbeResult, stat: str, at: float) -> tuple[dict[str, float], float]:
-    """Values of a statistic by layer at the sigma nearest to `at` (log scale) of those it was measured at, and that sigma."""
-    if not is_number(at) or not at > 0:
-        raise GddlabError(f"at={at!r}: give a sigma above 0")
-    sigma = min((float(s) for s in result.pivot(stat).columns), key=lambda s: abs(math.log(s / at)))
-    rows = result.frame[(result.frame["stat"] == stat) & (result.frame["sigma"] == sigma)]
-    return {str(name): float(value) for name, value in zip(rows["layer"], rows["value"], strict=True)}, sigma
-
-
-def _combined(
-    result: ProbeResult, units: Sequence[Unit], weights: Mapping[str, float], at: float
-) -> tuple[dict[str, float], float]:
-    import pandas as pd
-
-    if not weights:
-        raise GddlabError(f"score is an empty mapping: give weights of {', '.join(result.stats)}")
-    sigma = math.nan
-    terms = []
-    for stat, weight in weights.items():
-        column, sigma = _column(result, stat, at)
-        if not is_number(weight) or weight == 0:
-            raise GddlabError(
-                f"weight {weight!r} of score {stat!r}: give a number other than 0, negative turns it round"
-            )
-        values = pd.Series(_of_statistic(units, column, stat, sigma))
-        terms.append((values, float(weight)))
-    common = terms[0][0].index
-    for values, _ in terms[1:]:
-        common = common[common.isin(values.index)]
-    if not len(common):
-        raise GddlabError(
-            f"no layer that may be frozen has all of {', '.join(weights)}: take statistics of the same layers"
-        )
-    total = sum(abs(weight) for _, weight in terms)
-    mean = pd.Series(0.0, index=common)
-    for values, weight in terms:
-        rank = (values[common].rank() - 1) / max(1, len(common) - 1)
-        mean += abs(weight) / total * (rank if weight > 0 else 1 - rank)
-    return {str(name): float(value) for name, value in mean.round(12).items()}, sigma  # equal ranks stay ties
-
-
-def _called(result: ProbeResult, network: Network, score: Callable[[ProbeResult], Any]) -> dict[str, float]:
-    import pandas as pd
-
-    values = score(result)
-    if not isinstance(values, Mapping | pd.Series):
-        raise GddlabError(f"the score function returned a {type(values).__name__}: return {{layer: number}}")
-    known = dict.fromkeys((*network.names, *result.frame["layer"]))
-    for name, value in values.items():
-        if name not in known:
-            raise unknown("layer of the score function", name, known)
-        if not isinstance(value, Real):
-            raise GddlabError(f"the score function returned {value!r} for {name}: return a number")
-    return {str(name): float(value) for name, value in values.items()}
-
-
-def _of_statistic(units: Sequence[Unit], column: Mapping[str, float], stat: str, sigma: float) -> dict[str, float]:
-    what = f"score {stat!r} at sigma {sigma:g}"
-    scores = _of_units(units, column, what)
-    low, high = min(scores.values()), max(scores.values())
-    if len(scores) > 1 and high - low <= 1e-9 * max(abs(low), abs(high)):  # as the cosine with the noise level itself
-        raise GddlabError(f"{what} is {low:g} for every layer: give another score or at=")
-    return scores
-
-
-def _of_units(units: Sequence[Unit], column: Mapping[str, float], what: str) -> dict[str, float]:
-    found = {u.name: _of_unit(u, column) for u in units}
-    scores = {name: value for name, value in found.items() if value is not None}
-    if not scores:
-        raise GddlabError(
-            f"{what} says nothing of the {len(found)} layers that may be frozen: probe these, or take others"
-        )
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise GddlabError(f"{what} is {value} for {name}: give another score, or put it into always_train=")
-    return scores
-
-
-def _of_unit(unit: Unit, column: Mapping[str, float]) -> float | None:
-    if unit.name in column:
-        return column[unit.name]
-    measured = [layer for layer in unit.layers if layer in column]
-    if measured:
-        sizes = [sum(n for p, n in unit.parameters.items() if owner_of(p) == layer) for layer in measured]
-        return sum(column[layer] * n for layer, n in zip(measured, sizes, strict=True)) / sum(sizes)
-    return column.get(unit.block)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """A finite number, no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
 
 _AMONG = ("candidates", "always_train")
 _MEASURED = ("score", "at", "freeze", "granularity", *_AMONG)
@@ -256,176 +55,45 @@ USES: dict[str, tuple[str, ...]] = {
 
 STRATEGIES = tuple(USES)
 
-Select = ParamSpec("Select")
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a strategy and their defaults."""
+
+    score: Score | None = None
+    at: float = 80.0
+    freeze: str = "low"
+    budget: float | Mapping[int, float] = 0.85
+    unit: str = "params"
+    granularity: str = "layer"
+    candidates: LayerSelection = "conv"
+    always_train: str | Iterable[str] = ENDS
+    seed: int = 0
+    mask: FreezeMask | None = None
+    threshold: float | None = None
+
+    @property
+    def sign(self) -> int:
+        """Factor of scores: what is frozen first has the lowest product."""
+        return 1 if self.freeze == "low" else -1
 
 
-def checked(select: Callable[Select, FreezeMask]) -> Callable[Select, FreezeMask]:
-    """`select_freeze` behind a check of the options that its caller gave; None counts as not given."""
-    signature = inspect.signature(select)
-
-    @functools.wraps(select)
-    def call(*args: Select.args, **kwargs: Select.kwargs) -> FreezeMask:
-        given = signature.bind(*args, **kwargs).arguments
-        source, strategy = given.pop("source"), given.pop("strategy")
-        _check(source, strategy, {name: value for name, value in given.items() if value is not None})
-        for name in [n for n, value in kwargs.items() if value is None]:
-            del kwargs[name]
-        return select(*args, **kwargs)
-
-    return call
-
-
-def _check(source: object, strategy: object, given: dict[str, Any]) -> None:
-    """Refuses options that the strategy does not use, and misses those that it needs."""
-    if not isinstance(source, ProbeResult | nn.Module):
-        raise GddlabError(f"source is a {type(source).__name__}: give a ProbeResult or a network")
-    if isinstance(source, nn.Module) and next(source.parameters(), None) is None:
-        raise GddlabError(f"this {type(source).__name__} has no parameters: there is nothing to freeze")
-    if not callable(strategy) and strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
-    shown = f'strategy="{strategy}"' if isinstance(strategy, str) else "a function as strategy"
-    used = USES[strategy] if isinstance(strategy, str) else ()
-    for name in (n for n in given if n not in used):
-        others = " or ".join(f'"{s}"' for s in STRATEGIES if name in USES[s])
-        raise GddlabError(
-            f"{name}={describe(given[name])!r} has no meaning for {shown}: leave it away, or take {others}"
-        )
-    if "mask" in given:
-        _check_mask(given)
-    elif strategy == "invert":
-        raise GddlabError('strategy="invert" turns a mask round: give mask=')
-    seed = given.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise GddlabError(f"seed={seed!r}: give a whole number")
-    if "score" in used:
-        if not isinstance(source, ProbeResult):
-            raise GddlabError(f"{shown} orders layers by a measurement: give the ProbeResult of probe(...)")
-        if "score" not in given:
-            raise GddlabError(f"{shown} needs score=: accepted are {', '.join(source.stats)}, combinations, functions")
-        if "at" in given and callable(given["score"]):
-            raise GddlabError(f"at={given['at']!r} has no meaning for a score function: leave it away")
-    threshold = given.get("threshold")
-    if "threshold" in used and not is_number(threshold):
-        raise GddlabError(f"threshold={threshold!r}: give a number on the scale of the score")
-
-
-def _check_mask(given: dict[str, Any]) -> None:
-    mask = given["mask"]
-    if not isinstance(mask, FreezeMask):
-        raise GddlabError(f"mask is a {type(mask).__name__}: give a FreezeMask, or FreezeMask.load(path)")
-    for name in (n for n in ("budget", "unit") if n in given):
-        raise GddlabError(f"{name}={given[name]!r} and mask=: the mask's share is the budget, leave one away")
-    for kept in (n for n in ("granularity", "always_train") if n in given and "candidates" not in given):
-        raise GddlabError(f"{kept}={describe(given[kept])!r} and mask=: the mask's are kept, or give candidates= too")
-
-
-MEASURES = ("params", "layers")
-Budget = float | Mapping[int, float]
-
-
-def fill(ordered: Iterable[Unit], room: int, unit: str = "params") -> list[Unit]:
-    """Takes whole units in order, each that still fits into `room` numbers, or units."""
-    chosen = []
-    for u in ordered:
-        if (cost := _cost(u, unit)) <= room:
-            chosen.append(u)
-            room -= cost
-    return chosen
-
-
-def fill_share(
-    ordered: Sequence[Unit], budget: object, *, units: Sequence[Unit], network: Network, unit: str
-) -> list[Unit]:
-    """Fills a share of all parameters, or of the number of candidate `units`, of which `ordered` may be frozen.
-
-    Raises:
-        GddlabError: A budget that is no share, or cannot be reached.
-    """
-    whole, what = (network.n_params, "parameters") if _measure(unit) == "params" else (len(units), "candidates")
-    if not is_number(budget) or not 0 < budget < 1:
-        raise GddlabError(f"budget={budget!r}: give a share of all {what} above 0 and below 1")
-    return fill(ordered, _room(ordered, float(budget), whole, unit, f"all {what}"), unit)
-
-
-def fill_resolutions(ordered: Sequence[Unit], budget: object, *, units: Sequence[Unit], unit: str) -> list[Unit]:
-    """Fills a share of the candidates' parameters, or number, at each resolution. What has no resolution is left out.
-
-    Raises:
-        GddlabError: A budget that is no share, or cannot be reached; an unknown resolution; no candidate has one.
-    """
-    _measure(unit)
-    known = sorted({u.resolution for u in units if u.resolution is not None}, reverse=True)
-    if not known:
-        raise GddlabError('no candidate has a resolution, in its name or from its probe: take strategy="budget"')
-    budgets = budget if isinstance(budget, Mapping) else dict.fromkeys(known, budget)
-    if not budgets:
-        raise GddlabError("budget={}: give a share for at least one resolution, such as {16: 0.8}")
-    chosen = []
-    for key, share in budgets.items():
-        resolution = int(key) if str(key).isdecimal() else key  # JSON has strings
-        if resolution not in known:
-            raise unknown("resolution in budget", key, map(str, known))
-        if not is_number(share) or not 0 <= share <= 1:
-            raise GddlabError(f"budget {share!r} at resolution {resolution}: give a share of its candidates, 0 to 1")
-        whole = sum(_cost(u, unit) for u in units if u.resolution == resolution)
-        here = [u for u in ordered if u.resolution == resolution]
-        chosen += fill(here, _room(here, float(share), whole, unit, f"the candidates at resolution {resolution}"), unit)
-    return chosen
-
-
-def reached(chosen: Iterable[Unit], units: Sequence[Unit], unit: str, network: Network) -> float:
-    """The share that was filled, as in `fill_share`."""
-    whole = network.n_params if unit == "params" else len(units)
-    return sum(_cost(u, unit) for u in chosen) / whole
-
-
-def reached_by_resolution(chosen: Iterable[Unit], units: Sequence[Unit], unit: str) -> dict[str, float]:
-    """The shares that were filled, as in `fill_resolutions`."""
-    cost: Counter[int] = Counter()
-    taken: Counter[int] = Counter()
-    for sums, some in ((cost, units), (taken, chosen)):
-        for u in some:
-            if u.resolution is not None:
-                sums[u.resolution] += _cost(u, unit)
-    return {str(r): taken[r] / cost[r] for r in sorted(cost, reverse=True)}
-
-
-def _measure(unit: str) -> str:
-    if unit not in MEASURES:
-        raise unknown("unit", unit, MEASURES)
-    return unit
-
-
-def _cost(u: Unit, unit: str) -> int:
-    return u.size if unit == "params" else 1
-
-
-def _room(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what: str) -> int:
-    reachable = sum(_cost(u, unit) for u in ordered) / whole
-    if budget > reachable:
-        raise GddlabError(
-            f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of {what}, "
-            f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
-        )
-    return math.floor(budget * whole + 1e-3)  # another mask's share comes back whole
-
-
-@checked
+@validated
 def select_freeze(
-    source: Source,
+    source: Any,
     *,
-    strategy: str | Callable[[Any], Iterable[str]],
-    score: Score | None = None,
-    at: float = 80.0,
-    freeze: str = "low",
-    budget: Budget = 0.85,
-    unit: str = "params",
-    granularity: str = "layer",
-    candidates: Selection | None = None,
-    always_train: str | Iterable[str] = ENDS,
-    seed: int = 0,
-    mask: FreezeMask | None = None,
-    threshold: float | None = None,
+    strategy: Any,
+    score: SkipValidation[Score | None] = None,
+    at: SkipValidation[float | None] = None,
+    freeze: Literal["low", "high"] | None = None,
+    budget: SkipValidation[float | Mapping[int, float] | None] = None,
+    unit: Literal["params", "layers"] | None = None,
+    granularity: Literal["layer", "block", "tensor"] | None = None,
+    candidates: LayerSelection | None = None,
+    always_train: SkipValidation[str | Iterable[str] | None] = None,
+    seed: int | None = None,
+    mask: SkipValidation[FreezeMask | None] = None,
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None,
 ) -> FreezeMask:
     """Chooses which parameters to freeze.
 
@@ -438,94 +106,110 @@ def select_freeze(
         "per-resolution": The same within each resolution.
         "threshold": Candidates with a score of at most (at least, for `freeze="high"`) `threshold` are frozen.
         "random": Candidates in random order fill the budget; with `mask`, its share is the budget.
-        "invert": Candidates that `mask` trains are frozen, those it freezes are trained, nothing else is frozen. (For the
-            opposite choice of equal budget see `controls`.)
+        "invert": Candidates that `mask` trains are frozen, those it freezes are trained, nothing else is frozen. (For
+            the opposite choice of equal budget see `controls`.)
         A function of `source` that returns names of parameters or layers to freeze.
 
     Args:
         source: A probe's result, or a network where nothing measured is needed.
         strategy: One of the above.
-        score: A statistic's name; {statistic: weight}, the weighted mean of ranks among candidates, 0 to 1, turned round by a negative
-            weight; or a function of the probe's result that returns {layer: number}. A block's value counts for its layers
-            that have none. Candidates without a score are trained, and counted as "unscored".
-        at: Sigma at which statistics are read, the nearest one probed (log scale).
-        freeze: "low" or "high" scores first.
-        budget: Share to freeze, not exceeded: of all parameters, between 0 and 1. For "per-resolution": of the candidates' at each
-            resolution, or {resolution: share}, others trained.
-        unit: "params", or "layers": the budget is a share of the number of candidates.
-        granularity: What is frozen together: "layer"; "block", its candidates, by the block's own value or else their mean
-            weighted by parameters; "tensor", weight and bias apart.
-        candidates: Layers that may be frozen, "conv" if not given: a preset ("conv", "linear", ...), names, globs, "re:..."; with a network as source
-            also a function of name and module. A block or container stands for all that is inside.
-        always_train: Candidates to leave out: "first" and "last" convolution of the network, names, globs.
-        seed: Of "random".
-        mask: For "invert", and for "random" if wished; its candidates are kept if none are given.
+        score: A statistic's name; {statistic: weight}, the weighted mean of ranks among candidates, 0 to 1, reversed by
+            a negative weight; or a function of the probe's result that returns {layer: number}. A block's value counts
+            for its layers that have none. Candidates without a score are trained, and counted as "unscored".
+        at: Sigma at which statistics are read, the nearest one probed (log scale); 80 by default.
+        freeze: "low" (the default) or "high" scores first.
+        budget: Share to freeze, not exceeded; 0.85 by default: of all parameters, between 0 and 1. For
+            "per-resolution": of the candidates' at each resolution, or {resolution: share}, others trained.
+        unit: "params" (the default), or "layers": the budget is a share of the number of candidates.
+        granularity: What is frozen together: "layer" (the default); "block", its candidates, by the block's own value
+            or else their mean weighted by parameters; "tensor", weight and bias separately.
+        candidates: Layers that may be frozen, "conv" by default: a preset ("conv", "linear", ...), names, globs,
+            "re:..."; with a network as source also a function of name and module. A block or container includes all
+            that is inside.
+        always_train: Candidates to omit, "first" and "last" convolution of the network by default; names, globs.
+        seed: Of "random"; 0 by default.
+        mask: Required by "invert", optional for "random"; its candidates are kept if none are given.
         threshold: On the scale of the score.
 
     Returns:
         The mask; its arguments say what was asked and reached.
 
     Raises:
-        GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; something missing that the
-            strategy needs, or given that it does not use.
+        GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; an option that
+            the strategy needs is missing, or one is given that it does not use.
     """
+    options = {
+        "score": score,
+        "at": at,
+        "freeze": freeze,
+        "budget": budget,
+        "unit": unit,
+        "granularity": granularity,
+        "candidates": _kept(candidates),
+        "always_train": _kept(always_train),
+        "seed": seed,
+        "mask": mask,
+        "threshold": threshold,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    _check(source, strategy, given)
     network = Network(source)
     if mask is not None and mask.fingerprint != fingerprint(network.parameters):
         raise GddlabError(f"mask= ({mask.n_params:,} parameters) is for another network than source")
+
+    # A rule names parameters.
     if not isinstance(strategy, str):
-        return _mask(network, by_function(network, source, strategy), describe(strategy))
+        return _mask(network, _by_function(network, source, strategy), describe(strategy))
+    if strategy in RULES:
+        return _mask(network, _published(network, strategy), strategy)
+    if strategy == "norms-only":
+        return _mask(network, _norms_only(network), strategy)
     if strategy == "none":
         return _mask(network, (), strategy)
-    if strategy == "norms-only":
-        return _mask(network, norms_only(network), strategy)
-    if strategy in RULES:
-        return _mask(network, published(network, strategy), strategy)
 
+    # All others choose among candidates.
+    o = Options(**given)
     if mask is not None and candidates is None:
-        units = recorded(mask)
-        granularity = mask.arguments.get("granularity", "layer")
+        units, together = recorded(mask), mask.arguments.get("granularity", "layer")
+        among: dict[str, Any] = dict.fromkeys(_AMONG)
     else:
-        candidates, always_train = _kept(DEFAULT if candidates is None else candidates), _kept(always_train)
-        units = choose(network, candidates, always_train, granularity)
-    given = {
-        **{"score": score, "at": None if callable(score) else at, "freeze": freeze, "threshold": threshold},
-        **{"budget": budget, "unit": unit, "granularity": granularity, "seed": seed},
-        **{"candidates": candidates, "always_train": None if candidates is None else always_train},
-        "mask": None if mask is None else mask.hash,
-    }
-    arguments = {name: describe(given[name]) for name in USES[strategy] if given[name] is not None}
-    record = {u.name: u.layers for u in units}
+        units, together = choose(network, o.candidates, o.always_train, o.granularity), o.granularity
+        among = {"candidates": o.candidates, "always_train": o.always_train}
+    parts = split(units, together)
+    values = vars(o) | among | {"granularity": together, "mask": mask.hash if mask else None}
+    values["at"] = None if callable(score) else o.at
+    arguments = {name: describe(values[name]) for name in USES[strategy] if values[name] is not None}
+    scores: dict[str, float] | None = None
     if strategy == "all-conv":
-        return _mask(network, all_conv(network, units), strategy, arguments, candidates=record)
-    if strategy == "invert":
+        frozen = _all_conv(network, units)
+    elif strategy == "invert":
         assert mask is not None
         still = set(mask.frozen)
-        turned = [p for u in units for p in u.parameters if p not in still]
-        return _mask(network, turned, strategy, arguments, candidates=record)
-    if strategy == "random":
-        parts = shuffled(split(units, granularity), seed)
-        arguments["budget"] = share = budget if mask is None else mask.fraction
-        chosen = fill_share(parts, share, units=parts, network=network, unit=unit)
-        arguments["reached"] = reached(chosen, parts, unit, network)
-        return _mask(network, names_of(chosen), strategy, arguments, candidates=record)
-
-    assert isinstance(source, ProbeResult) and score is not None
-    scores, sigma = score_units(source, network, units, score, at)
-    parts = split(units, granularity)
-    ordered = in_order(parts, scores, freeze)
-    arguments |= {"sigma": sigma, "unscored": len(units) - len(scores)}
-    if strategy == "threshold":
-        assert threshold is not None
-        sign = direction(freeze)
-        chosen = [u for u in ordered if sign * scores[u.name] <= sign * threshold]
-    elif strategy == "budget":
-        chosen = fill_share(ordered, budget, units=parts, network=network, unit=unit)
-        arguments["reached"] = reached(chosen, parts, unit, network)
+        frozen = [p for u in units for p in u.parameters if p not in still]
     else:
-        chosen = fill_resolutions(ordered, budget, units=parts, unit=unit)
-        arguments["reached"] = reached_by_resolution(chosen, parts, unit)
-        arguments["unplaced"] = sum(u.resolution is None for u in units)
-    return _mask(network, names_of(chosen), strategy, arguments, scores, source.hash, record)
+        # In random order, or in that of their scores,
+        if strategy == "random":
+            ordered = shuffled(parts, o.seed)
+        else:
+            assert o.score is not None
+            scores, sigma = score_units(source, network, units, o.score, o.at)
+            ordered = sorted((u for u in parts if u.name in scores), key=lambda u: o.sign * scores[u.name])
+            arguments |= {"sigma": sigma, "unscored": len(units) - len(scores)}
+        # they are taken up to a budget or a threshold.
+        if strategy == "threshold":
+            assert o.threshold is not None and scores is not None
+            chosen = [u for u in ordered if o.sign * scores[u.name] <= o.sign * o.threshold]
+        elif strategy == "per-resolution":
+            chosen, arguments["reached"] = _fill_resolutions(ordered, o.budget, units=parts, unit=o.unit)
+            arguments["unplaced"] = sum(u.resolution is None for u in units)
+        else:
+            share = o.budget if mask is None else mask.fraction
+            arguments["budget"] = describe(share)
+            whole = network.n_params if o.unit == "params" else len(parts)
+            chosen, arguments["reached"] = _fill_share(ordered, share, whole=whole, unit=o.unit)
+        frozen = names_of(chosen)
+    probe_hash = None if scores is None else source.hash
+    return _mask(network, frozen, strategy, arguments, scores, probe_hash, {u.name: u.layers for u in units})
 
 
 def _kept(selection: Any) -> Any:
@@ -533,26 +217,138 @@ def _kept(selection: Any) -> Any:
     return selection if isinstance(selection, str) or not isinstance(selection, Iterable) else tuple(selection)
 
 
-def shuffled(units: Sequence[Unit], seed: int) -> list[Unit]:
-    out = list(units)
-    random.Random(int(seed)).shuffle(out)
+def _mask(network: Network, frozen: Iterable[str], strategy: str, arguments: Any = None, *rest: Any) -> FreezeMask:
+    return FreezeMask(tuple(frozen), network.parameters, strategy, arguments or {}, *rest).with_reached()
+
+
+def _check(source: object, strategy: Any, given: dict[str, Any]) -> None:
+    """Refuses options that the strategy does not use, and the lack of those that it needs."""
+    if not isinstance(source, ProbeResult | nn.Module):
+        raise GddlabError(f"source is a {type(source).__name__}: give a ProbeResult or a network")
+    if isinstance(source, nn.Module) and next(source.parameters(), None) is None:
+        raise GddlabError(f"this {type(source).__name__} has no parameters: there is nothing to freeze")
+    if not callable(strategy) and strategy not in STRATEGIES:
+        raise unknown("strategy", strategy, STRATEGIES)
+    shown = f'strategy="{strategy}"' if isinstance(strategy, str) else "a function as strategy"
+    used = USES[strategy] if isinstance(strategy, str) else ()
+    for name in (n for n in given if n not in used):
+        others = " or ".join(f'"{s}"' for s in STRATEGIES if name in USES[s])
+        raise GddlabError(f"{name}={describe(given[name])!r} has no meaning for {shown}: omit it, or take {others}")
+    if "mask" in given:
+        _check_mask(given)
+    elif strategy == "invert":
+        raise GddlabError('strategy="invert" inverts a mask: give mask=')
+    if "score" in used:
+        if not isinstance(source, ProbeResult):
+            raise GddlabError(f"{shown} orders layers by a measurement: give the ProbeResult of probe(...)")
+        if "score" not in given:
+            raise GddlabError(f"{shown} needs score=: accepted are {', '.join(source.stats)}, combinations, functions")
+        if "at" in given and callable(given["score"]):
+            raise GddlabError(f"at={given['at']!r} has no meaning for a score function: omit it")
+    if "threshold" in used and "threshold" not in given:
+        raise GddlabError("threshold=None: give a number on the scale of the score")
+
+
+def _check_mask(given: dict[str, Any]) -> None:
+    mask = given["mask"]
+    if not isinstance(mask, FreezeMask):
+        raise GddlabError(f"mask is a {type(mask).__name__}: give a FreezeMask, or FreezeMask.load(path)")
+    for name in (n for n in ("budget", "unit") if n in given):
+        raise GddlabError(f"{name}={given[name]!r} and mask=: the mask's share is the budget, omit one")
+    for kept in (n for n in ("granularity", "always_train") if n in given and "candidates" not in given):
+        raise GddlabError(f"{kept}={describe(given[kept])!r} and mask=: the mask's are kept, or give candidates= too")
+
+
+# Rules.
+
+
+def _published(network: Network, rule: str) -> list[str]:
+    names = [name for name, _ in network.parameters]
+    return [n for n in names if any(w in n for w in PLACES) and any(w in n for w in RULES[rule])]
+
+
+def _norms_only(network: Network) -> list[str]:
+    norms = {n for n in network.own if network.type(n) == "norm"}
+    if not norms:
+        raise GddlabError("this network has no norm layer with parameters: nothing would be left to train")
+    return [p for layer, own in network.own.items() if layer not in norms for p in own]
+
+
+def _all_conv(network: Network, units: Sequence[Unit]) -> list[str]:
+    layers = [layer for u in units for layer in u.layers if network.type(layer) == "conv"]
+    if not layers:
+        raise GddlabError('no candidate is a convolution: give candidates="conv", or another strategy')
+    return [p for layer in layers for p in network.own[layer]]
+
+
+def _by_function(network: Network, source: Any, function: Callable[[Any], Iterable[str]]) -> list[str]:
+    """Names of parameters, or of layers for all parameters inside, that a function of the source returns."""
+    names = function(source)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Iterable):
+        raise GddlabError(f"the strategy returned a {type(names).__name__}: return names of parameters or layers")
+    parameters = [name for name, _ in network.parameters]
+    known = {*parameters, *network.names}
+    out = []
+    for name in names:
+        if name not in known:
+            raise unknown("parameter or layer of the strategy", name, [*network.names, *parameters])
+        out += [p for p in parameters if p == name or p.startswith(f"{name}.")]
     return out
 
 
-def names_of(units: Iterable[Unit]) -> list[str]:
-    return [p for u in units for p in u.parameters]
+# Budgets.
 
 
-def _mask(
-    network: Network,
-    frozen: Iterable[str],
-    strategy: str,
-    arguments: dict[str, Any] | None = None,
-    scores: dict[str, float] | None = None,
-    probe_hash: str | None = None,
-    candidates: dict[str, tuple[str, ...]] | None = None,
-) -> FreezeMask:
-    """The mask; where no budget was asked, what it reached is its share of all parameters."""
-    out = FreezeMask(tuple(frozen), network.parameters, strategy, arguments or {}, scores, probe_hash, candidates)
-    out.arguments.setdefault("reached", out.fraction)
-    return out
+def _fill_share(ordered: Sequence[Unit], budget: object, *, whole: int, unit: str) -> tuple[list[Unit], float]:
+    """Fills a share of `whole`, all parameters or the number of candidates; the units, and the share they hold.
+
+    Raises:
+        GddlabError: A budget that is no share, or cannot be reached.
+    """
+    what = "all parameters" if unit == "params" else "all candidates"
+    if not is_number(budget) or not 0 < budget < 1:
+        raise GddlabError(f"budget={budget!r}: give a share of {what} above 0 and below 1")
+    chosen = fill(ordered, _room(ordered, float(budget), whole, unit, what), unit)
+    return chosen, sum(u.cost(unit) for u in chosen) / whole
+
+
+def _fill_resolutions(
+    ordered: Sequence[Unit], budget: object, *, units: Sequence[Unit], unit: str
+) -> tuple[list[Unit], dict[str, float]]:
+    """Fills a share of the candidates at each resolution; the units, and the share they hold of each resolution.
+
+    Raises:
+        GddlabError: A budget that is no share, or cannot be reached; an unknown resolution; no candidate has one.
+    """
+    known = sorted({u.resolution for u in units if u.resolution is not None}, reverse=True)
+    if not known:
+        raise GddlabError('no candidate has a resolution, in its name or from its probe: take strategy="budget"')
+    budgets = budget if isinstance(budget, Mapping) else dict.fromkeys(known, budget)
+    if not budgets:
+        raise GddlabError("budget={}: give a share for at least one resolution, such as {16: 0.8}")
+    chosen: list[Unit] = []
+    reached = dict.fromkeys(map(str, known), 0.0)
+    for key, share in budgets.items():
+        resolution = int(key) if str(key).isdecimal() else key  # JSON has strings
+        if resolution not in known:
+            raise unknown("resolution in budget", key, map(str, known))
+        if not is_number(share) or not 0 <= share <= 1:
+            raise GddlabError(f"budget {share!r} at resolution {resolution}: give a share of its candidates, 0 to 1")
+        whole = sum(u.cost(unit) for u in units if u.resolution == resolution)
+        here = [u for u in ordered if u.resolution == resolution]
+        what = f"the candidates at resolution {resolution}"
+        taken = fill(here, _room(here, float(share), whole, unit, what), unit)
+        reached[str(resolution)] = sum(u.cost(unit) for u in taken) / whole
+        chosen += taken
+    return chosen, reached
+
+
+def _room(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what: str) -> int:
+    reachable = sum(u.cost(unit) for u in ordered) / whole
+    if budget > reachable:
+        raise GddlabError(
+            f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of {what}, "
+            f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
+        )
+    return math.floor(budget * whole + 1e-3)  # a share taken from another mask gives the whole number again

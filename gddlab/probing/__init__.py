@@ -1,4 +1,4 @@
-"""Probing: how active each layer of a diffusion network is at each noise level, and what it does there."""
+"""Probing: how active each layer of a diffusion network is at each noise level, and what it is needed for."""
 
 from gddlab.probing.ablate import ablate
 from gddlab.probing.attribute import attribute
@@ -6,7 +6,7 @@ from gddlab.probing.gradients import Batch, grad_probe
 from gddlab.probing.hooks import Probe
 from gddlab.probing.layers import Layer, select_layers
 from gddlab.probing.patch import patch
-from gddlab.probing.probe import Estimate, probe
+from gddlab.probing.probe import Estimate, estimate, probe
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import DEFAULT, STATISTICS, PerImage, Statistic
 from gddlab.probing.weights import weight_change
@@ -24,6 +24,7 @@ __all__ = [
     "Statistic",
     "ablate",
     "attribute",
+    "estimate",
     "grad_probe",
     "patch",
     "probe",

@@ -1,161 +1,127 @@
-"""`ablate`: what a network's denoising loses when one layer at a time is taken away."""
+"""`ablate`: what a network's denoising loses when one layer at a time is removed."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, validated
 from gddlab.probing.edits import Change, spread, swapped, tapped
+from gddlab.probing.effects import WEIGHT, Effects, denoised, weighted_error
+from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Inputs, Rows, as_it_was
+from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, Rows, States, Timesteps
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, select_layers
-from gddlab.probing.losses import WEIGHT, Effect, Effects, denoised, warn_of, weighted_error
-from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import ChannelMoments
-from gddlab.probing.wrap import eager
+from gddlab.probing.result import ProbeResult
+from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
-from gddlab.sampling.samplers import positive
 
 __all__ = ["MODES", "ablate"]
+
+Mode = Literal["mean", "zero", "resample"]
 
 MODES: Mapping[str, str] = {
     "mean": "its mean over images and pixels, of each channel, at the same sigma",
     "zero": "zeros",
     "resample": "its output for another image at the same sigma",
 }
-"""What an ablated output is replaced by."""
+"""What replaces an output."""
 
 
-class AblationLoss(Effect):
-    """Loss with the layer ablated minus the intact network's, for the same image and noise."""
-
-    stem = "ablation_loss"
-    template = (
-        "increase of the denoising loss lambda(sigma) |D(x; sigma) - y|^2, mean over pixels, when the layer's output (of a block: its branch's "
-        f"and its attention's) is replaced by {{how}}; {WEIGHT}; mean over images, paired"
+def _statistics(mode: str) -> tuple[type[PerImage], ...]:
+    """Change of the output; increase of the loss; the losses with and without the layer, as a ratio."""
+    replaced = f"the layer's output (of a block: its branch's and its attention's) is replaced by {MODES[mode]}"
+    return (
+        declare(
+            PerImage,
+            f"ablation_output_{mode}",
+            "root of lambda(sigma) |D'(x; sigma) - D(x; sigma)|^2, mean over pixels, where in D' "
+            f"{replaced}; {WEIGHT}; mean over images",
+            axes="root mean square over channels, pixels; mean over images",
+            unit="c_out",  # the scale of what an EDM network adds at this sigma: at small sigma small changes count
+        ),
+        declare(
+            PerImage,
+            f"ablation_loss_{mode}",
+            f"increase of the denoising loss lambda(sigma) |D(x; sigma) - y|^2, mean over pixels, when {replaced}; "
+            f"{WEIGHT}; mean over images, paired",
+            axes="channels, pixels; mean over images",
+            unit="EDM loss",
+        ),
+        declare(
+            RatioOfMeans,
+            f"ablation_loss_ratio_{mode}",
+            "mean denoising loss with the layer ablated over the intact network's; see "
+            f"ablation_loss_{mode}; sem by the delta method",
+            axes="channels, pixels, images; ratio of means",
+            unit="ratio",
+        ),
     )
-    axes = "channels, pixels; mean over images"
-    unit = "EDM loss"
 
 
-class AblationLossRatio(Effect):
-    """From the losses with the layer ablated and of the intact network, (n, S, 2)."""
-
-    stem = "ablation_loss_ratio"
-    template = "mean denoising loss with the layer ablated over the intact network's; see ablation_loss_{way}; sem by the delta method"
-    axes = "channels, pixels, images; ratio of means"
-    unit = "ratio"
-
-    def value(self, means: Tensor) -> Tensor:
-        return means[:, 0] / means[:, 1]
+STATISTICS = {mode: _statistics(mode) for mode in MODES}
 
 
-class AblationOutput(Effect):
-    """On the scale of what an EDM network adds at this sigma, c_out: small changes count at small sigma, as they do in the loss."""
-
-    stem = "ablation_output"
-    template = (
-        "root of lambda(sigma) |D'(x; sigma) - D(x; sigma)|^2, mean over pixels, where in D' the layer's output (of a block: its branch's and "
-        f"its attention's) is replaced by {{how}}; {WEIGHT}; mean over images"
-    )
-    axes = "root mean square over channels, pixels; mean over images"
-    unit = "c_out"
-
-
-class AblationLossMean(AblationLoss, way="mean", how=MODES["mean"]): ...
-
-
-class AblationLossZero(AblationLoss, way="zero", how=MODES["zero"]): ...
-
-
-class AblationLossResample(AblationLoss, way="resample", how=MODES["resample"]): ...
-
-
-class AblationLossRatioMean(AblationLossRatio, way="mean"): ...
-
-
-class AblationLossRatioZero(AblationLossRatio, way="zero"): ...
-
-
-class AblationLossRatioResample(AblationLossRatio, way="resample"): ...
-
-
-class AblationOutputMean(AblationOutput, way="mean", how=MODES["mean"]): ...
-
-
-class AblationOutputZero(AblationOutput, way="zero", how=MODES["zero"]): ...
-
-
-class AblationOutputResample(AblationOutput, way="resample", how=MODES["resample"]): ...
-
-
-KINDS: Mapping[str, tuple[type[Effect], ...]] = {
-    "mean": (AblationOutputMean, AblationLossMean, AblationLossRatioMean),
-    "zero": (AblationOutputZero, AblationLossZero, AblationLossRatioZero),
-    "resample": (AblationOutputResample, AblationLossResample, AblationLossRatioResample),
-}
-
-
+@validated
 def ablate(
-    model: nn.Module,
-    timesteps: int | Sequence[float] | None = 18,
+    model: Any,
+    timesteps: Timesteps = 18,
     layers: LayerSelection = "conv",
-    mode: str = "mean",
+    mode: Mode = "mean",
     *,
-    data: str | ImageDataset | None = None,
-    states: str = "noised",
-    n: int = 16,
-    batch_size: int = 64,
-    class_labels: Tensor | Sequence[int] | int | None = None,
+    data: Data = None,
+    states: States = "noised",
+    n: Count = 16,
+    batch_size: Count = 64,
+    class_labels: Labels = None,
     seed: int = 0,
-    start: int = 0,
+    start: Position = 0,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: Precision = None,
     progress: bool = True,
 ) -> ProbeResult:
-    """Measures what each layer is needed for: takes one at a time away and runs the network again on the same images, noise and noise levels.
+    """Measures what each layer is needed for: removes one at a time and runs the network again on the same inputs.
 
-    A layer's output is replaced; of a residual block what its branch and its attention add, so that with "zero" its skip path remains. Numbers do not
-    depend on `batch_size` beyond rounding, memory does not grow with images, noise levels or layers, and the network is left as it was.
-    It takes as many forward passes over all rows as there are layers, and one or two more.
+    A layer's output is replaced; of a residual block, what its branch and its attention add, so that with "zero" its
+    skip path remains. Numbers do not depend on `batch_size` beyond rounding, memory does not grow with images, noise
+    levels or layers, and the network is left as it was. It takes one forward pass over all rows per layer, and one or
+    two more.
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
         timesteps, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
-        layers: What is ablated, each on its own; presets, names, globs and so on, as in `probe`; "block" for residual blocks.
-        mode: "mean" replaces an output by its mean over all `n` images and all pixels, of each channel, at the same sigma (a first pass measures
-            it); "zero" by zeros; "resample" by its output for another image at the same sigma, images being swapped in pairs.
+        layers: What is ablated, each on its own; presets, names, globs and so on, as in `probe`; "block" for residual
+            blocks.
+        mode: "mean" replaces an output by its mean over all `n` images and all pixels, of each channel, at the same
+            sigma (a first pass measures it); "zero" by zeros; "resample" by its output for another image at the same
+            sigma, where images are swapped in pairs.
         batch_size: Rows of one forward pass, images times noise levels; with "resample" at least two.
 
     Returns:
-        A row a layer, noise level and statistic, with standard errors over images: `ablation_output_MODE`, how much the denoised image
-        changes; with "noised" states also `ablation_loss_MODE` and `ablation_loss_ratio_MODE`, how much the denoising loss grows,
-        as a difference and as a factor. Exact definitions are in `meta["stats"]`. Results `join` with a probe of the same network.
-        Those of other images `merge`, but for "mean", whose replacements are these images' own. `meta["nonfinite"]`
-        lists layers and noise levels without a finite value.
+        One row per layer, noise level and statistic, with standard errors over images: `ablation_output_MODE`, how much
+        the denoised image changes; with "noised" states also `ablation_loss_MODE` and `ablation_loss_ratio_MODE`, how
+        much the denoising loss grows, as a difference and as a factor. Exact definitions are in `meta["stats"]`.
+        Results `join` with a probe of the same network. Those of other images `merge`, except for "mean", whose
+        replacements are these images' own. `meta["nonfinite"]` lists layers and noise levels without a finite value.
 
     Raises:
-        GddlabError: An unknown mode; an odd `n` with "resample"; a layer that does not run exactly once, or gives no tensor with a row an image and noise
-            level; a network whose answer is no image; and whatever `probe` refuses.
+        GddlabError: An unknown mode; an odd `n` with "resample"; a layer that does not run exactly once, or returns no
+            tensor with one row per image and noise level; a network whose answer is no image; and whatever `probe`
+            refuses.
     """
-    if mode not in MODES:
-        raise unknown("mode", mode, MODES)
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
-    positive("batch_size", batch_size)
     group = 2 if mode == "resample" else 1
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
     net, selected, modules = inputs.denoiser, select_layers(model, layers), named_layers(model)
     outputs = {layer.name: _outputs(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
-    effects = Effects(selected, KINDS[mode] if states == "noised" else KINDS[mode][:1])
+    effects = Effects(selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
     levels, passes = inputs.split(batch_size, group)
     total = len(levels) * len(passes) * (len(selected) + (mode == "mean"))
     shapes: dict[str, torch.Size] = {}
@@ -176,34 +142,31 @@ def ablate(
                         bar.update()
                 means = {k: by["channel_moments"].channels()["mean"] for k, by in measure.statistics.items()}
             for i, j in passes:
-                rows = inputs.rows(i, j, device=target, sigmas=sigmas)
-                clean = inputs.clean(i, j).to(target).repeat_interleave(len(sigmas), 0)
+                shown = inputs.noised(i, j, device=target, sigmas=sigmas)
+                rows, clean = shown[:3], shown.clean
                 with tapped(model, every, len(rows[0])) as shapes:  # every layer, to refuse early
                     intact = denoised(net, rows)
-                before = weighted_error(intact, clean, sigmas)
+                before = None if clean is None else weighted_error(intact, clean, sigmas)
                 for layer in selected:
                     changes = _changes(model, net, rows, outputs[layer.name], mode, means, j - i)
                     with tapped(model, changes, len(rows[0])):
                         ablated = denoised(net, rows)
                     found = [weighted_error(ablated, intact, sigmas).sqrt()]
-                    if states == "noised":
+                    if clean is not None and before is not None:
                         after = weighted_error(ablated, clean, sigmas)
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()
     sized = [_sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
-    about: dict[str, Any] = {"tier": "ablation", "mode": mode}
-    about["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
-    meta = network_meta(model, sized) | inputs.describe()
-    meta |= {"settings": about, "nonfinite": effects.nonfinite("ablated")}
-    warn_of(meta["nonfinite"])
-    result = ProbeResult.of(sized, inputs.sigmas, effects.statistics, meta)
-    # the means are of these images: adding others would mix two measurements, and merge refuses a result without sums
+    settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
+    settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    result = effects.result(model, sized, inputs, side="ablated", settings=settings)
+    # the means are of these images: to add others would mix two measurements, and merge refuses a result without sums
     return result.copy(statistics={}) if mode == "mean" else result
 
 
 def _outputs(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Whose outputs are replaced: the layer's; a block's are those of the last layers of its branch and of its attention."""
+    """Whose outputs are replaced: the layer itself; of a block, the last layers of its branch and of its attention."""
     parts = anatomy(modules[layer.name])
     if parts is None:
         return [layer.name]
@@ -220,7 +183,7 @@ def _changes(
         return {part: functools.partial(spread, means[part].repeat(n, 1)) for part in parts}
     if len(parts) == 1:
         return {parts[0]: functools.partial(swapped, n)}
-    kept: dict[str, Tensor] = {}  # intact ones: an output that comes after an ablated one is no longer its own
+    kept: dict[str, Tensor] = {}  # of an intact pass: an output after an ablated one is no longer its own
     with tapped(model, {part: functools.partial(_keep, kept, part) for part in parts}):
         net(*rows)
     return {part: functools.partial(_instead, swapped(n, kept[part])) for part in parts}

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.nets.unets import TARGET_LAYERS
-from gddlab.probing.layers import denoiser_of, named_layers, plain_name, unwrap
+from gddlab.probing.guard import check_ran, check_seen
+from gddlab.probing.layers import denoiser_of, named_layers, named_tensors, unwrap
 
 __all__ = [
     "Change",
@@ -25,8 +27,8 @@ __all__ = [
 ]
 
 Change = Callable[[Tensor], Tensor | None] | None
-"""Takes a layer's output and gives what goes on in its place, of the same shape or one that expands to it; None leaves it, as the
-answer or as the function."""
+"""Takes a layer's output and returns its replacement, of the same shape or one that expands to it; None keeps it, as an
+answer or in place of the function."""
 
 
 @contextlib.contextmanager
@@ -42,28 +44,18 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
         Shape of each layer's output, once it has run; clear it before another pass.
 
     Raises:
-        GddlabError: A layer did not run, ran twice, gave no tensor, or has another number of rows.
+        GddlabError: A layer did not run, ran twice, returned no tensor, or has another number of rows.
     """
     modules = named_layers(model)
     ran: dict[str, torch.Size] = {}
 
     def hook_of(name: str, change: Change) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                raise GddlabError(
-                    f"the output of layer {name!r} is a {type(output).__name__}, no tensor: leave it out of layers="
-                )
-            if name in ran:
-                raise GddlabError(
-                    f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
-                )
-            if rows is not None and (output.ndim == 0 or len(output) != rows):
-                raise GddlabError(
-                    f"the output of layer {name!r} is {tuple(output.shape)}, but this pass has {rows} rows: leave it out of layers="
-                )
+            why = f"this pass has {rows} rows: leave it out of layers="
+            check_seen(output, name, "output", again=name in ran, rows=rows, why=why)
             ran[name] = output.shape
             found = None if change is None else change(output)
-            # a tensor of its own, laid out like the output: later layers may write into it
+            # a separate tensor, in the output's memory format: later layers may write into it
             return None if found is None else torch.empty_like(output).copy_(found)
 
         return hook
@@ -72,29 +64,23 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
         for name, change in changes.items():
             stack.callback(modules[name].register_forward_hook(hook_of(name, change)).remove)
         yield ran
-    for name in (n for n in changes if n not in ran):
-        raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+    check_ran([name for name in changes if name not in ran])
 
 
-def spread(mean: Tensor, output: Tensor) -> Tensor:
-    """Means of channels, (B, C), over pixels; over tokens of (B, T, C), as `reductions.channel_mean` takes them."""
+def spread(mean: Float[Tensor, "rows c"], output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+    """Means of channels in the shape that expands over the pixels of `output`, or over the tokens of (B, T, C)."""
     return mean[:, None] if output.ndim == 3 else mean.reshape(*mean.shape, *[1] * (output.ndim - 2))
 
 
-def swapped(n: int, output: Tensor) -> Tensor:
-    """Rows of image 2k for those of 2k + 1 and the other way round.  (n * S, ...) -> (n * S, ...)"""
+def swapped(n: int, output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+    """Exchanges the rows of images 2k and 2k + 1; `n` images."""
     return output.unflatten(0, (n // 2, 2, -1)).flip(1).flatten(0, 2)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, the module's own and its children's, by plain name."""
-    return {plain_name(name): t for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 @contextlib.contextmanager
 def weights_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, layer `name` of `model` has the parameters and buffers of `donor`'s; its own come back bit for bit."""
-    ours, theirs = (_tensors(named_layers(net)[name]) for net in (model, donor))
+    """Inside, layer `name` of `model` has the parameters and buffers of `donor`'s; its own return bit for bit."""
+    ours, theirs = (named_tensors(named_layers(net)[name]) for net in (model, donor))
     before = {k: t.detach().clone() for k, t in ours.items()}
     try:
         _write(ours, theirs)
@@ -105,7 +91,7 @@ def weights_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
 
 def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for k, t in tensors.items():
-        t.data.copy_(values[k])  # by .data: a graph that the user holds stays valid once the values are back
+        t.data.copy_(values[k])  # by .data: a graph that the user holds stays valid once the values are restored
     torch.clear_autocast_cache()  # it holds low-precision copies of the old values
 
 
@@ -115,7 +101,7 @@ def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
     Raises:
         GddlabError: It has no weights.
     """
-    ours, theirs = (_tensors(named_layers(net)[name]) for net in (model, donor))
+    ours, theirs = (named_tensors(named_layers(net)[name]) for net in (model, donor))
     if not ours:
         raise GddlabError(f'layer {name!r} has no weights: leave it out of layers=, or give what="activations"')
     return all(t.dtype == theirs[k].dtype and torch.equal(t, theirs[k]) for k, t in ours.items())
@@ -123,10 +109,12 @@ def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, layer `name` of `model` gives what `donor`'s gives for the same arguments of the network; `donor` is run before each pass.
+    """Inside, layer `name` of `model` returns what `donor`'s returns for the same arguments of the network.
+
+    `donor` is run before each pass.
 
     Raises:
-        GddlabError: The layer does not run once a pass, or gives no tensor, in either.
+        GddlabError: The layer does not run exactly once per pass, or returns no tensor, in either.
     """
     kept: list[Tensor] = []
     with tapped(model, {name: lambda _: kept[0]}) as ran:
@@ -145,7 +133,9 @@ def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[No
 
 
 def check_architecture(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses networks whose parameters and buffers differ in name or shape, but for `map_augment`, which a student drops, and `map_target0` and `map_target1`, which one may add.
+    """Refuses networks whose parameters or buffers differ in name or shape.
+
+    Except for `map_augment`, which a student drops, and `map_target0` and `map_target1`, which one may add.
 
     Raises:
         GddlabError: They do, or are one network.
@@ -154,7 +144,7 @@ def check_architecture(student: nn.Module, teacher: nn.Module) -> None:
         raise GddlabError("student and teacher are the same network: give two")
     own = {"map_augment", *TARGET_LAYERS}
     ours, theirs = (
-        {k: tuple(t.shape) for k, t in _tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
+        {k: tuple(t.shape) for k, t in named_tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
         for net in (student, teacher)
     )
     for name in (*ours, *theirs):

@@ -1,4 +1,4 @@
-"""What must change: how a loss pulls at the parameters of each layer, over noise levels."""
+"""`grad_probe`: how a loss pulls at the parameters of each layer, over noise levels."""
 
 from __future__ import annotations
 
@@ -8,156 +8,59 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import SkipValidation
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset
-from gddlab.errors import GddlabError, unknown
-from gddlab.probing.inputs import Inputs, as_it_was
+from gddlab.errors import GddlabError, unknown, validated
+from gddlab.probing.effects import denoising_loss
+from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
+from gddlab.probing.inputs import Count, Data, Inputs, Labels, Noised, Position, Timesteps
 from gddlab.probing.layers import PRESETS, Layer, LayerSelection, denoiser_of, named_layers, select_layers
-from gddlab.probing.losses import Noised, denoising_loss, differentiable, noised, warn_of
 from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import Statistic
-from gddlab.probing.wrap import eager
+from gddlab.probing.statistics import Given, Statistic, declare
 from gddlab.progress import progress_bar
-from gddlab.sampling.samplers import positive
 
-__all__ = ["KINDS", "Batch", "Filters", "GradientStatistic", "Level", "Loss", "filters_of", "grad_probe"]
+__all__ = ["STATISTICS", "Batch", "Loss", "grad_probe"]
 
-Filters = Sequence[Sequence[nn.Parameter]]
-"""Parameters of a layer; those with the same output channels, a weight and its bias, lie together."""
-
-
-class GradientStatistic(Statistic):
-    """Values of all batches together: no means over images, so that they do not merge."""
-
-    def __init__(self, found: Sequence[tuple[float, float]] = (), n: int = 0) -> None:
-        super().__init__()
-        self.found, self.samples = found, n
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        value, sem = torch.tensor(self.found, dtype=torch.float64).reshape(-1, 2).unbind(1)
-        return value, sem
-
-
-class GradientNormRatio(GradientStatistic):
-    name = "grad_norm_ratio"
-    definition = (
-        "|mean of g| / |w|, g the gradient of a batch's loss with respect to the layer's parameters w, weight and bias together; sem is "
-        "sqrt(trace of Cov g / batches) / |w|, the root mean square length of the mean gradient's error, which bounds the error of its norm"
-    )
-    axes = "mean over batches; Euclidean norms over parameters"
-    unit = "loss / parameter^2"
-
-
-class GradientSignalToNoise(GradientStatistic):
-    name = "grad_snr"
-    definition = (
-        "|E g|^2 / trace of Cov g, g the gradient of a batch's loss; numerator, |mean of g|^2 - trace / batches, and denominator are unbiased, "
-        "so that a layer without signal scatters around 0; proportional to the images of a batch; without a standard error"
-    )
-    axes = "moments over batches; norm and trace over parameters"
-    unit = "ratio"
-
-
-class Fisher(GradientStatistic):
-    name = "fisher"
-    definition = (
-        "mean of |g|^2 / number of the layer's parameters, g the gradient of a batch's loss: the trace of the empirical Fisher information, a "
-        "parameter, where a batch is one image and the loss a negative log-likelihood; sem over batches"
-    )
-    axes = "mean over batches, parameters"
-    unit = "(loss / parameter)^2"
-
-
-class Taylor(GradientStatistic):
-    name = "taylor"
-    definition = (
-        "mean of (sum of g w over an output channel's weights and bias)^2, g the gradient of a batch's loss: the first-order change of the loss, "
-        "squared, when the channel is removed (Molchanov et al. 2019, filters as groups); sem over batches"
-    )
-    axes = "sum over a channel's parameters; mean over channels, batches"
-    unit = "loss^2"
-
-
-KINDS = (GradientNormRatio, GradientSignalToNoise, Fisher, Taylor)
-
-
-def filters_of(layer: nn.Module) -> Filters:
-    """All parameters of a layer, its children's too, by module and number of output channels, their first dimension."""
-    groups: dict[tuple[nn.Module, int], list[nn.Parameter]] = {}
-    for module in layer.modules():
-        for p in module.parameters(recurse=False):
-            groups.setdefault((module, p.shape[0] if p.ndim else 1), []).append(p)
-    return list(groups.values())
-
-
-class Level:
-    """One noise level: the sum of each layer's gradients, float64, and two numbers of each batch, until it is closed.
-
-    Attributes:
-        images: Images of each batch.
-        values: By layer, value and standard error of each of `KINDS`, once closed.
-        nonfinite: By layer, images of batches whose gradient is not finite, where there are such, once closed.
-    """
-
-    def __init__(self, layers: Mapping[str, Filters]):
-        self.layers = layers
-        self.images: list[int] = []
-        self.values: dict[str, list[tuple[float, float]]] = {}
-        self.nonfinite: dict[str, int] = {}
-        self._sums = {p: double(torch.zeros_like(p)) for f in layers.values() for group in f for p in group}
-        self._squares: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self._effects: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def add(self, gradients: Mapping[Tensor, Tensor], n: int) -> None:
-        """Adds a batch of `n` images by its gradient, of each parameter."""
-        self.images.append(n)
-        for p, total in self._sums.items():
-            total += gradients[p]
-        for name, filters in self.layers.items():
-            square, effects = [], []
-            for group in filters:
-                rows = [(double(gradients[p]).reshape(len(p) if p.ndim else 1, -1), p.detach()) for p in group]
-                square += [g.square().sum() for g, _ in rows]
-                effects.append(torch.stack([(g * w.reshape(g.shape)).sum(1) for g, w in rows]).sum(0))
-            self._squares[name].append(torch.stack(square).sum())
-            self._effects[name].append(torch.cat(effects).square().mean())
-
-    def close(self) -> None:
-        """Computes the values and lets go of the sums."""
-        for name, filters in self.layers.items():
-            params = [p for group in filters for p in group]
-            squares, effects = (torch.stack(x[name]).cpu().double() for x in (self._squares, self._effects))
-            b = len(squares)
-            mean = _square([self._sums[p] / b for p in params])  # |mean g|^2
-            norm = _square([double(p.detach()) for p in params]).sqrt()
-            spread = (squares.sum() - b * mean).clamp(min=0) / (b - 1)  # trace of Cov g; NaN for one batch
-            found = [
-                (mean.sqrt() / norm, (spread / b).sqrt() / norm),
-                ((mean - spread / b) / spread, mean.new_tensor(torch.nan)),
-                _mean(squares / sum(p.numel() for p in params)),
-                _mean(effects),
-            ]
-            bad = ~(squares.isfinite() & effects.isfinite())
-            if bad.any():
-                self.nonfinite[name] = int((bad * torch.tensor(self.images)).sum())
-                self.values[name] = [(torch.nan, torch.nan)] * len(KINDS)
-            else:
-                self.values[name] = [(value.item(), sem.item()) for value, sem in found]
-        self._sums, self._squares, self._effects = {}, {}, {}
-
-
-def _square(vectors: Sequence[Tensor]) -> Tensor:
-    """Squared length of tensors taken together.  -> (), float64, on the CPU"""
-    return torch.stack([v.square().sum() for v in vectors]).sum().cpu().double()
-
-
-def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over batches, NaN for one.  (B,) -> (), ()"""
-    error = x.std() / len(x) ** 0.5 if len(x) > 1 else torch.tensor(torch.nan)
-    return x.mean(), error
-
+STATISTICS = (
+    declare(
+        Given,
+        "grad_norm_ratio",
+        "|mean of g| / |w|, g the gradient of a batch's loss with respect to the layer's parameters w, weight and bias "
+        "together; sem is sqrt(trace of Cov g / batches) / |w|, the root mean square length of the mean gradient's "
+        "error, which bounds the error of its norm",
+        axes="mean over batches; Euclidean norms over parameters",
+        unit="loss / parameter^2",
+    ),
+    declare(
+        Given,
+        "grad_snr",
+        "|E g|^2 / trace of Cov g, g the gradient of a batch's loss; numerator, |mean of g|^2 - trace / batches, and "
+        "denominator are unbiased, so that a layer without signal scatters around 0; proportional to the images of a "
+        "batch; without a standard error",
+        axes="moments over batches; norm and trace over parameters",
+        unit="ratio",
+    ),
+    declare(
+        Given,
+        "fisher",
+        "mean of |g|^2 / number of the layer's parameters, g the gradient of a batch's loss: the trace of the "
+        "empirical Fisher information per parameter, where a batch is one image and the loss a negative "
+        "log-likelihood; sem over batches",
+        axes="mean over batches, parameters",
+        unit="(loss / parameter)^2",
+    ),
+    declare(
+        Given,
+        "taylor",
+        "mean of (sum of g w over an output channel's weights and bias)^2, g the gradient of a batch's loss: the "
+        "first-order change of the loss, squared, when the channel is removed (Molchanov et al. 2019, filters as "
+        "groups); sem over batches",
+        axes="sum over a channel's parameters; mean over channels, batches",
+        unit="loss^2",
+    ),
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(network, what a `Batch` holds) -> (), the mean over the batch's images."""
@@ -177,19 +80,20 @@ class Batch(NamedTuple):
     n: int = 1
 
 
+@validated
 def grad_probe(
-    model: nn.Module,
-    loss: Loss | str = "denoising",
-    batches: Iterable[Batch] | None = None,
+    model: Any,
+    loss: SkipValidation[Loss | str] = "denoising",
+    batches: SkipValidation[Iterable[Batch] | None] = None,
     *,
     layers: LayerSelection = "conv",
-    timesteps: int | Sequence[float] | None = None,
-    data: str | ImageDataset | None = None,
-    n: int = 256,
-    batch_size: int = 16,
-    class_labels: Tensor | Sequence[int] | int | None = None,
+    timesteps: Timesteps = None,
+    data: Data = None,
+    n: Count = 256,
+    batch_size: Count = 16,
+    class_labels: Labels = None,
     seed: int = 0,
-    start: int = 0,
+    start: Position = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ProbeResult:
@@ -198,28 +102,29 @@ def grad_probe(
         grad_probe(teacher, timesteps=6)  # the denoising loss at six noise levels
         grad_probe(net, lambda net, z: net(80 * z, 80.0).square().mean(), [Batch(80.0, z, len(z)) for z in noise])
 
-    Gradients are of a layer's parameters, its children's too, frozen or not. Memory is that of one backward pass and a float64 copy of
-    these parameters, whatever the number of batches and noise levels. The network runs in eval mode and its own precision; modes,
-    `requires_grad` and `.grad` are afterwards as before.
+    Gradients are of a layer's parameters, its children's too, frozen or not. Memory is that of one backward pass and a
+    float64 copy of these parameters, whatever the number of batches and noise levels. The network runs in eval mode and
+    its own precision; modes, `requires_grad` and `.grad` are afterwards as before.
 
     Args:
         model: A denoiser, as for `probe`; with a loss of your own, whatever that takes.
         loss: "denoising", EDM's weighted loss (Karras et al. 2022, equations 2 and 108), or a function, see `Loss`.
-        batches: With a function, what it is taken of; batches of one noise level in a row.
+        batches: With a function, what it is taken of; batches of one noise level in succession.
         layers: As for `probe`.
-        timesteps, data, n, class_labels, seed, start: With "denoising", as for `probe`: the same images with the same noise at every noise
-            level; `n` is a multiple of `batch_size`.
+        timesteps, data, n, class_labels, seed, start: With "denoising", as for `probe`: the same images with the same
+            noise at every noise level; `n` is a multiple of `batch_size`.
         batch_size: With "denoising", images of a batch.
-        device: Where to run; None means where the network is. Batches of your own must lie there.
+        device: Where to run; None means where the network is. Batches of your own must be there.
         progress: Shows a bar at a terminal.
 
     Returns:
-        `grad_norm_ratio`, `grad_snr`, `fisher` and `taylor`, defined in `meta["stats"]`; `n_images` counts the images of all batches. Where a
-        gradient is not finite values are NaN, and a warning and `meta["nonfinite"]` say where. Such results join, but do not merge.
+        `grad_norm_ratio`, `grad_snr`, `fisher` and `taylor`, defined in `meta["stats"]`; `n_images` counts the images
+        of all batches. Where a gradient is not finite, values are NaN, and a warning and `meta["nonfinite"]` say where.
+        Such results join, but do not merge.
 
     Raises:
-        GddlabError: What `probe` refuses; a layer without parameters, or that the loss does not depend on; a loss that is no scalar;
-            batches of one sigma that come apart.
+        GddlabError: What `probe` refuses; a layer without parameters, or that the loss does not depend on; a loss that
+            is no scalar; batches of one sigma that do not follow each other.
     """
     layers_of = _parameters(model, layers)
     inputs: Inputs | None = None
@@ -228,7 +133,7 @@ def grad_probe(
             raise unknown("loss", loss, ("denoising",))
         if batches is not None:
             raise GddlabError('loss="denoising" makes its own batches: give n= and batch_size=, or a function as loss')
-        if positive("n", n) % positive("batch_size", batch_size):
+        if n % batch_size:
             raise GddlabError(f"n={n} images in batches of {batch_size}: give a multiple of batch_size")
         inputs = Inputs(model, timesteps, data=data, n=n, start=start, seed=seed, class_labels=class_labels)
     elif batches is None:
@@ -236,11 +141,11 @@ def grad_probe(
     else:
         ours = {"timesteps": timesteps, "data": data, "class_labels": class_labels}
         if given := [name for name, value in ours.items() if value is not None]:
-            raise GddlabError(f"{given[0]}= has no use with a loss of your own: leave it away")
+            raise GddlabError(f"{given[0]}= has no use with a loss of your own: omit it")
 
     net, chosen = denoiser_of(model), {layer.name: filters for layer, filters in layers_of.items()}
     wanted = {p: name for name, filters in chosen.items() for group in filters for p in group}
-    levels: dict[float, Level] = {}
+    levels: dict[float, _Moments] = {}
     with as_it_was(net, device=device) as target, eager(model), differentiable(net, wanted):
         if inputs is not None:
             loss, batches, total = _mean_loss, _noised(inputs, batch_size, target), n // batch_size * len(inputs.sigmas)
@@ -250,8 +155,10 @@ def grad_probe(
         with progress_bar(total=total, desc="gradients", unit="batch", enabled=progress) as bar:
             for sigma, level in itertools.groupby(map(_batch, batches), lambda b: b.sigma):
                 if sigma in levels:
-                    raise GddlabError(f"the batches of sigma {sigma:g} come apart: give those of one sigma in a row")
-                levels[sigma] = Level(chosen)
+                    raise GddlabError(
+                        f"the batches of sigma {sigma:g} are not in succession: give those of one sigma together"
+                    )
+                levels[sigma] = _Moments(chosen)
                 for batch in level:
                     levels[sigma].add(_gradients(loss(net, batch.inputs), wanted), batch.n)
                     bar.update()
@@ -262,10 +169,13 @@ def grad_probe(
     sigmas = sorted(levels, reverse=True)
     images = {s: sum(levels[s].images) for s in sigmas}
     most = max(images.values())
-    statistics = {
-        name: {kind.name: kind([levels[s].values[name][k] for s in sigmas], most) for k, kind in enumerate(KINDS)}
-        for name in chosen
-    }
+    statistics: dict[str, dict[str, Statistic]] = {}
+    for name in chosen:
+        pairs = torch.tensor([levels[s].values[name] for s in sigmas], dtype=torch.float64).unbind(1)  # (S, 2) each
+        statistics[name] = {
+            kind.name: kind(pair[:, 0].tolist(), pair[:, 1].tolist(), most)
+            for kind, pair in zip(STATISTICS, pairs, strict=True)
+        }
     about = {"data": None, "states": "given", "seed": None, "images": []} if inputs is None else inputs.describe()
     meta = network_meta(model, layers_of) | about | {"n_images": most}
     name = "denoising" if inputs is not None else getattr(loss, "__qualname__", type(loss).__name__)
@@ -275,24 +185,104 @@ def grad_probe(
         for s in sigmas
         for layer, count in levels[s].nonfinite.items()
     ]
-    warn_of(meta["nonfinite"])
+    warn_nonfinite(meta["nonfinite"])
     result = ProbeResult.of(layers_of, sigmas, statistics, meta).copy(statistics={})
     result.frame["n_images"] = result.frame["sigma"].map(images)
     return result
 
 
+Filters = Sequence[Sequence[nn.Parameter]]
+"""Parameters of a layer; those with the same output channels, a weight and its bias, are one group."""
+
+
 def _parameters(model: nn.Module, layers: LayerSelection) -> dict[Layer, Filters]:
-    """The selected layers with their parameters; a preset leaves out layers without any."""
+    """The selected layers with their parameters; a preset omits layers without any."""
     modules = named_layers(model)
     out: dict[Layer, Filters] = {}
     for layer in select_layers(model, layers):
-        if filters := filters_of(modules[layer.name]):
+        if filters := _filters(modules[layer.name]):
             out[layer] = filters
         elif layers not in PRESETS:
             raise GddlabError(f"layer {layer.name!r} has no parameters: leave it out of layers=")
     if not out:
         raise GddlabError(f"layers={layers!r}: none of these has parameters, give others")
     return out
+
+
+def _filters(layer: nn.Module) -> Filters:
+    """All parameters of a layer, its children's too, by module and number of output channels, their first dimension."""
+    groups: dict[tuple[nn.Module, int], list[nn.Parameter]] = {}
+    for module in layer.modules():
+        for p in module.parameters(recurse=False):
+            groups.setdefault((module, p.shape[0] if p.ndim else 1), []).append(p)
+    return list(groups.values())
+
+
+class _Moments:
+    """One noise level: the sum of each layer's gradients, float64, and two numbers of each batch.
+
+    Attributes:
+        images: Images of each batch.
+        values: By layer, value and standard error of each of `STATISTICS`, once closed.
+        nonfinite: By layer, images of batches whose gradient is not finite, where there are any, once closed.
+    """
+
+    def __init__(self, layers: Mapping[str, Filters]):
+        self.layers = layers
+        self.images: list[int] = []
+        self.values: dict[str, list[tuple[float, float]]] = {}
+        self.nonfinite: dict[str, int] = {}
+        self._sums = {p: double(torch.zeros_like(p)) for f in layers.values() for group in f for p in group}
+        self._squares: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._effects: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def add(self, gradients: Mapping[Tensor, Tensor], n: int) -> None:
+        """Adds a batch of `n` images, given the gradient of each parameter."""
+        self.images.append(n)
+        for p, total in self._sums.items():
+            total += gradients[p]
+        for name, filters in self.layers.items():
+            square, effects = [], []
+            for group in filters:
+                rows = [(double(gradients[p]).reshape(len(p) if p.ndim else 1, -1), p.detach()) for p in group]
+                square += [g.square().sum() for g, _ in rows]
+                effects.append(torch.stack([(g * w.reshape(g.shape)).sum(1) for g, w in rows]).sum(0))
+            self._squares[name].append(torch.stack(square).sum())
+            self._effects[name].append(torch.cat(effects).square().mean())
+
+    def close(self) -> None:
+        """Computes the values and releases the sums."""
+        for name, filters in self.layers.items():
+            params = [p for group in filters for p in group]
+            squares, effects = (torch.stack(x[name]).cpu().double() for x in (self._squares, self._effects))
+            b = len(squares)
+            mean = _square([self._sums[p] / b for p in params])  # |mean g|^2
+            norm = _square([double(p.detach()) for p in params]).sqrt()
+            spread = (squares.sum() - b * mean).clamp(min=0) / (b - 1)  # trace of Cov g; NaN for one batch
+            found = [
+                (mean.sqrt() / norm, (spread / b).sqrt() / norm),
+                ((mean - spread / b) / spread, mean.new_tensor(torch.nan)),
+                _mean(squares / sum(p.numel() for p in params)),
+                _mean(effects),
+            ]
+            bad = ~(squares.isfinite() & effects.isfinite())
+            if bad.any():
+                self.nonfinite[name] = int((bad * torch.tensor(self.images)).sum())
+                self.values[name] = [(torch.nan, torch.nan)] * len(STATISTICS)
+            else:
+                self.values[name] = [(value.item(), sem.item()) for value, sem in found]
+        self._sums, self._squares, self._effects = {}, {}, {}
+
+
+def _square(vectors: Sequence[Tensor]) -> Tensor:
+    """Squared length of tensors taken together.  -> (), float64, on the CPU"""
+    return torch.stack([v.square().sum() for v in vectors]).sum().cpu().double()
+
+
+def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard error over batches, NaN for one.  (B,) -> (), ()"""
+    error = x.std() / len(x) ** 0.5 if len(x) > 1 else torch.tensor(torch.nan)
+    return x.mean(), error
 
 
 def _batch(item: Any) -> Batch:
@@ -321,10 +311,10 @@ def _gradients(loss: Any, wanted: Mapping[nn.Parameter, str]) -> dict[Tensor, Te
 
 
 def _noised(inputs: Inputs, size: int, device: torch.device) -> Iterator[Batch]:
-    """The same batches at every noise level, one level after the other."""
+    """The same batches at every noise level, level by level."""
     for sigma in inputs.sigmas:
         for i in range(0, inputs.n, size):
-            yield Batch(sigma, noised(inputs, i, i + size, sigmas=[sigma], device=device), size)
+            yield Batch(sigma, inputs.noised(i, i + size, sigmas=[sigma], device=device), size)
 
 
 def _mean_loss(net: nn.Module, batch: Noised) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.probing.guard import check_ran, check_seen, eager, full_precision
 from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
 from gddlab.probing.reductions import (
     Reduction,
@@ -26,11 +29,11 @@ from gddlab.probing.reductions import (
     moments,
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
-from gddlab.probing.wrap import eager
 
 __all__ = ["Probe"]
 
 _LEVELS = (mean_square, mean_magnitude, mean, channel_square)
+"""Reductions that are not finite where an activation is not."""
 
 
 class Probe:
@@ -42,16 +45,16 @@ class Probe:
                 net(x, sigma)           # 12 rows: row 3 * i + s is image i at sigmas[s]
         p.statistics["model.enc.16x16_conv"]["rms"].result()
 
-    Hooks stand from `with` to its end, whatever is raised in between; only these are removed. Passes outside of
-    `images` are not measured. The network, its outputs, its modes and others' hooks are not touched; a compiled network runs eagerly
-    inside, since compiled code does not call hooks that came later.
+    Hooks stay until the `with` ends, whatever is raised inside; only these are removed. Passes outside of `images` are
+    not measured. The network, its outputs, its modes and others' hooks are not touched. A compiled network runs eagerly
+    inside, since compiled code does not call hooks added later.
 
     Args:
         model: Any network.
         sigmas: Noise levels of the rows of one image, largest first.
         layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
-        stats: Names of statistics, or statistics of your own, see `Statistic`.
-        per_channel: Adds up each channel's moments too, as the statistic "channel_moments".
+        stats: Names of statistics, or your own subclasses of `Statistic`.
+        per_channel: Also sums each channel's moments, as the statistic "channel_moments".
 
     Attributes:
         statistics: By layer name and statistic name.
@@ -72,28 +75,22 @@ class Probe:
     ):
         self.model = model
         self.sigmas = [float(s) for s in sigmas]
-        if (
-            not self.sigmas
-            or not all(map(math.isfinite, self.sigmas))
-            or any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-        ):
+        descend = all(a > b for a, b in itertools.pairwise(self.sigmas))
+        if not self.sigmas or not all(map(math.isfinite, self.sigmas)) or not descend:
             raise GddlabError(f"sigmas={self.sigmas}: give at least one noise level, largest first, each once")
         self.stats: list[type[Statistic]] = [*statistic_classes(stats), *([ChannelMoments] if per_channel else [])]
         modules = named_layers(model)
         known = inventory(model)
         selected = select_layers(model, layers)
-        around = {layer.block for layer in selected if layer.block}
+        blocks = {layer.block for layer in selected if layer.block}
         chosen = {layer.name for layer in selected}
-        self.statistics: dict[str, dict[str, Statistic]] = {}
         self._plan: dict[str, dict[str, dict[str, Tap]]] = {}
-        for name in (n for n in known if n in around | chosen):
+        for name in (n for n in known if n in blocks | chosen):
             for stat in self.stats:
-                target = around if stat.target == "block" else chosen
+                target = blocks if stat.target == "block" else chosen
                 taps = stat.taps(known[name], modules) if name in target else None
                 if taps is not None:
                     self._plan.setdefault(name, {})[stat.name] = taps
-                    self.statistics.setdefault(name, {})[stat.name] = stat()
-        self._layers = [known[n] for n in self._plan]
         measured = {s for by_stat in self._plan.values() for s in by_stat}
         absent = [s for s in self.stats if s.name not in measured]
         if absent and (stats != DEFAULT or not measured):
@@ -101,11 +98,20 @@ class Probe:
                 f"statistic {absent[0].name!r} exists for none of the {len(selected)} selected layers "
                 f"({absent[0].definition}): choose other layers or statistics"
             )
+        self._layers = [known[n] for n in self._plan]
         self._reductions = self._taps()
         self._modules = {name: modules[name] for name, _ in self._reductions}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
         self._reduced: dict[tuple[str, str], dict[Reduction, Tensor]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was measured."""
+        classes = {s.name: s for s in self.stats}
+        self.statistics: dict[str, dict[str, Statistic]] = {
+            layer: {name: classes[name]() for name in by_stat} for layer, by_stat in self._plan.items()
+        }
         self._nonfinite: dict[tuple[str, str], Tensor] = {}
         self._sizes: dict[str, int] = {}
 
@@ -146,9 +152,10 @@ class Probe:
             for name, side in self._reductions:
                 module = self._modules[name]
                 if side == "output":
-                    handle = module.register_forward_hook(self._on_output(name))
+                    handle = module.register_forward_hook(functools.partial(self._on_output, name))
                 else:
-                    handle = module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+                    hook = functools.partial(self._on_input, name)
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             self._hooks = stack.pop_all()
         return self
@@ -159,39 +166,22 @@ class Probe:
         self._hooks = None
         self._reduced.clear()
 
-    def _on_output(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._reduce(name, "output", output)
+    def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._reduce(name, "output", output)
 
-        return hook
-
-    def _on_input(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._reduce(name, "input", args[0] if args else next(iter(kwargs.values()), None))
-
-        return hook
+    def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._reduce(name, "input", args[0] if args else next(iter(kwargs.values()), None))
 
     def _reduce(self, name: str, side: str, x: Any) -> None:
-        """Here and now: later in-place operations change what a hook keeps by reference."""
+        """Computes at once: later in-place operations would change an activation kept by reference."""
         if not self._n:
             return
-        if not isinstance(x, Tensor):
-            raise GddlabError(
-                f"the {side} of layer {name!r} is a {type(x).__name__}, no tensor: leave it out of layers="
-            )
         rows = self._n * len(self.sigmas)
-        if x.ndim == 0 or x.shape[0] != rows:
-            raise GddlabError(
-                f"the {side} of layer {name!r} is {tuple(x.shape)}, but {self._n} images at {len(self.sigmas)} noise "
-                f"levels are {rows} rows: give the network one row an image and noise level"
-            )
-        if (name, side) in self._reduced:
-            raise GddlabError(
-                f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers="
-            )
+        why = f"{self._n} images at {len(self.sigmas)} noise levels are {rows} rows: give one per image and noise level"
+        check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision(x.device):
             version = None if x.is_inference() else x._version
             before, x = x, x.detach()
             x = x if x.dtype == torch.float64 else x.float()
@@ -203,7 +193,8 @@ class Probe:
                     raise GddlabError(f"layer {name!r}: {e}") from None
         if version is not None and before._version != version:
             raise GddlabError(
-                f"a statistic of layer {name!r} writes into what it is given, the network's own activation: copy it first"
+                f"a statistic of layer {name!r} writes into what it is given, the network's own activation: "
+                "copy it first"
             )
         if moments in found:
             middle, within, magnitude = found[moments].unbind(-1)
@@ -214,7 +205,7 @@ class Probe:
 
     @contextlib.contextmanager
     def images(self, n: int) -> Iterator[None]:
-        """Measures one forward pass of `n` images, `n * len(sigmas)` rows; counts nothing if an error is raised inside."""
+        """Measures one forward pass of `n` images, `n * len(sigmas)` rows; nothing is counted after an error inside."""
         if self._hooks is None:
             raise GddlabError("this Probe has no hooks now: call images() inside `with Probe(...) as p:`")
         if n < 1:
@@ -225,12 +216,12 @@ class Probe:
             yield
         finally:
             self._n = 0
-        for name, _ in self._reductions.keys() - self._reduced.keys():
-            raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+        check_ran([name for name, _ in self._reductions.keys() - self._reduced.keys()])
         self._count()
         self._reduced.clear()
 
     def _count(self) -> None:
+        """Adds the pass to the statistics; rows that are not finite become NaN in each of them."""
         reduced = {
             key: {r: x.cpu().double() if x.device.type == "mps" else double(x) for r, x in found.items()}
             for key, found in self._reduced.items()
@@ -240,15 +231,17 @@ class Probe:
             level = level.mean(-1) if level.ndim == 3 else level  # of channels
             bad = ~level.isfinite()  # (n, S)
             for r, x in found.items():
-                if x.shape[:2] == bad.shape:  # a share counts what is not finite as something; it is nothing
+                if x.shape[:2] == bad.shape:
                     found[r] = torch.where(bad.reshape(*bad.shape, *[1] * (x.ndim - 2)), torch.nan, x)
-            count = bad.sum(0)
-            self._nonfinite[key] = self._nonfinite[key] + count if key in self._nonfinite else count
+            self._add_nonfinite(key, bad.sum(0))
         for layer, by_stat in self._plan.items():
             for stat, taps in by_stat.items():
                 self.statistics[layer][stat].update(
                     **{role: reduced[t.module, t.side][t.reduction] for role, t in taps.items()}
                 )
+
+    def _add_nonfinite(self, key: tuple[str, str], count: Tensor) -> None:
+        self._nonfinite[key] = self._nonfinite[key] + count if key in self._nonfinite else count
 
     def nonfinite(self) -> list[dict[str, Any]]:
         """Where activations were NaN, infinite or too large to square: layer, side, sigma, number of images."""
@@ -267,20 +260,13 @@ class Probe:
         }
         return {"sums": sums, "nonfinite": {k: v.cpu() for k, v in self._nonfinite.items()}, "sizes": self._sizes}
 
-    def reset(self) -> None:
-        """Forgets what was measured."""
-        self.statistics = {n: {k: type(s)() for k, s in by.items()} for n, by in self.statistics.items()}
-        self._nonfinite, self._sizes = {}, {}
-
     def add(self, state: dict[str, Any]) -> None:
-        """Adds what another probe of the same layers, statistics and noise levels gave as its `state`."""
+        """Adds the `state` of another probe of the same layers, statistics and noise levels."""
         for layer, by in state["sums"].items():
             for name, (samples, sums) in by.items():
-                stat = self.statistics[layer][name]
-                stat.samples += samples
-                stat.add(**sums)
-        for key, bad in state["nonfinite"].items():
-            self._nonfinite[key] = self._nonfinite[key] + bad if key in self._nonfinite else bad
+                self.statistics[layer][name].add(samples, **sums)
+        for key, count in state["nonfinite"].items():
+            self._add_nonfinite(key, count)
         self._sizes |= state["sizes"]
 
     def merge(self, other: Probe) -> None:
@@ -295,18 +281,3 @@ class Probe:
         if ours != theirs or self.sigmas != other.sigmas:
             raise GddlabError("these probes measure different layers, statistics or noise levels: merge equal ones")
         self.add(other.state())
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Keeps TF32 and bfloat16 out of the Gram matrices where the user allows them in the network's products."""
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if before in ("none", "ieee"):
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

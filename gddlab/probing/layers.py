@@ -1,4 +1,4 @@
-"""Which layers there are in a network, what is known about each, and how they are named in a call."""
+"""The layers of a network: what they are called, what is known of each, and how a call selects them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from pydantic import SkipValidation
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,54 +21,54 @@ __all__ = [
     "LayerSelection",
     "anatomy",
     "denoiser_of",
-    "follows_activation",
     "inventory",
     "is_conv",
     "kind_of",
     "match_layers",
     "named_layers",
+    "named_tensors",
     "owner_of",
     "parameter_table",
-    "place",
     "plain_name",
     "select_layers",
+    "stage_and_resolution",
     "type_of",
     "unwrap",
-    "weight_ndim",
 ]
 
+
+# Names: those of the bare network, whatever is wrapped around it or compiled.
+
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "AveragedModel": "module"}
-"""Where torch's wrappers hold the network; by class name, since the compiler takes a second to import."""
+"""Where torch's wrappers hold the network; by class name, since importing the compiler takes a second."""
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without what `gddlab.wrap`, DistributedDataParallel and torch.compile put in."""
+    """A name without the prefixes of `gddlab.wrap`, DistributedDataParallel and torch.compile."""
     while name.startswith(("module.", "_orig_mod.", "gddlab_bare.")):
         name = name.partition(".")[2]
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def owner_of(parameter: str) -> str:
-    """Name of the layer that a parameter belongs to: of the convolution itself, where its weight is parametrized."""
+    """Name of the layer that holds a parameter; of a parametrized weight, the convolution itself."""
     layer, parametrized, _ = parameter.partition(".parametrizations.")
     return layer if parametrized else parameter.rpartition(".")[0]
 
 
 def denoiser_of(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile: called as `model(x, sigma, labels)`."""
+    """What is called as `model(x, sigma, labels)`, without DistributedDataParallel, AveragedModel, torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
+            model = model.module
         elif type(model).__name__ in _WRAPPERS:
-            inner = getattr(model, _WRAPPERS[type(model).__name__])
+            model = getattr(model, _WRAPPERS[type(model).__name__])
         else:
             return model
-        assert isinstance(inner, nn.Module)
-        model = inner
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The bare network, inside `gddlab.wrap` too: it names layers and parameters."""
+    """The bare network, inside `gddlab.wrap` too: its names of layers and parameters are used everywhere."""
     while True:
         model = denoiser_of(model)
         inner = getattr(model, "gddlab_bare", None)
@@ -92,16 +93,18 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     return out
 
 
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module and its children, by plain name."""
+    return {plain_name(name): t for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
 def parameter_table(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names and shapes of all parameters in the order of the network, without `map_augment`, which a student drops."""
     named: list[tuple[str, Tensor]] = [(plain_name(name), p) for name, p in unwrap(model).named_parameters()]
     return tuple((name, tuple(p.shape)) for name, p in named if "map_augment" not in name.split("."))
 
 
-_EDM_NAME = re.compile(r"(?:^|\.)(?P<stage>enc|dec)\.(?P<resolution>\d+)x\d+_(?P<rest>\w+)$")
-_STAGES = {"down_blocks": "enc", "mid_block": "mid", "up_blocks": "dec"}
-_LAST = {"DhariwalUNet": "out_conv", "UNet2DModel": "conv_out"}
-"""Last convolutions of U-Nets, by class name as everywhere here: EDM's own networks and gddlab's have the same parts."""
+# What a module is.
 
 
 class Anatomy(NamedTuple):
@@ -109,10 +112,11 @@ class Anatomy(NamedTuple):
 
     Attributes:
         branch: Last layer of its branch, whose output is added to the skip path.
-        skip: Skip path, seen in this child's output; "" or absent: the block's input is the skip path; None: no module shows it.
+        skip: Skip path, seen in this child's output. "" or absent: the skip path is the block's input. None: no module
+            shows it.
         activated: Layers whose input is the output of an activation.
         attention: Last layer of its attention's branch.
-        attention_base: Layer whose input that is added to.
+        attention_base: Layer whose input the attention is added to.
     """
 
     branch: str
@@ -129,11 +133,14 @@ _ANATOMY: Mapping[str, Anatomy] = {
     "ResnetBlockCondNorm2D": _RESNET,
     "Attention": Anatomy("to_out.0", "", ()),
 }
-"""Residual blocks by class name: gddlab's own, then diffusers'."""
+"""Residual blocks by class name: those of gddlab and EDM, then those of diffusers."""
+
+_LAST = {"DhariwalUNet": "out_conv", "UNet2DModel": "conv_out"}
+"""Last convolutions of U-Nets, by class name."""
 
 
 def anatomy(module: nn.Module | None) -> Anatomy | None:
-    """The parts of a residual block; None for anything else, a block of the same class name and other parts included."""
+    """The parts of a residual block; None for anything else, also for a class of the same name with other parts."""
     kind = type(module).__name__
     parts = _ANATOMY.get(kind)
     if module is None or parts is None or not _has(module, parts.branch):
@@ -142,7 +149,7 @@ def anatomy(module: nn.Module | None) -> Anatomy | None:
         return None  # the sum is taken elsewhere
     if parts is not _RESNET or not _resamples(module):
         return parts
-    # Branch and skip path share the resampling, so that its two outputs cannot be told apart; on the branch it precedes conv1.
+    # One resampling serves branch and skip path, so its two outputs cannot be separated; conv1 follows it.
     return parts._replace(skip="conv_shortcut" if _has(module, "conv_shortcut") else None, activated=("conv2",))
 
 
@@ -155,23 +162,23 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _resamples(module: nn.Module) -> bool:
-    """In a way that changes shares and mean squares: repeating pixels, as diffusers' `Upsample2D` does here, keeps them."""
+    """Whether shares and mean squares change; diffusers' `Upsample2D` repeats pixels here, which keeps them."""
     up, down = getattr(module, "upsample", None), getattr(module, "downsample", None)
     return down is not None or (up is not None and type(up).__name__ != "Upsample2D")
 
 
-def weight_ndim(module: nn.Module) -> int:
-    """Dimensions of `weight`, 0 without one. A parametrized one is not computed: that would go on with spectral norm's power iteration."""
+def is_conv(module: nn.Module) -> bool:
+    """A layer with a 4-d weight, of whatever class; resampling has no weight."""
+    return _weight_ndim(module) == 4
+
+
+def _weight_ndim(module: nn.Module) -> int:
+    """Dimensions of `weight`, 0 without one. A parametrized weight is not computed: spectral norm would iterate."""
     if parametrize.is_parametrized(module, "weight"):
         inside = module.get_submodule("parametrizations.weight")
         return max(t.ndim for t in (*inside.parameters(recurse=False), *inside.buffers(recurse=False)))
     weight = getattr(module, "weight", None)
     return weight.ndim if isinstance(weight, Tensor) else 0
-
-
-def is_conv(module: nn.Module) -> bool:
-    """A layer with a 4-d weight: EDM's own classes and users' need not be `nn.Conv2d`; resampling has no weight."""
-    return weight_ndim(module) == 4
 
 
 def type_of(module: nn.Module) -> str:
@@ -180,7 +187,7 @@ def type_of(module: nn.Module) -> str:
         return "block"
     if is_conv(module):
         return "conv"
-    if weight_ndim(module) == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    if _weight_ndim(module) == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "linear"
     around_a_norm = any(map(_is_norm, module.children()))  # PreNorm and the like
     return "norm" if _is_norm(module) and not around_a_norm else ""
@@ -190,8 +197,14 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def place(name: str) -> tuple[str, int | None]:
-    """Stage and resolution that a name says, its own or its block's."""
+# What a name says.
+
+_EDM_NAME = re.compile(r"(?:^|\.)(?P<stage>enc|dec)\.(?P<resolution>\d+)x\d+_(?P<rest>\w+)$")
+_STAGES = {"down_blocks": "enc", "mid_block": "mid", "up_blocks": "dec"}
+
+
+def stage_and_resolution(name: str) -> tuple[str, int | None]:
+    """Stage ("enc", "mid", "dec" or "") and resolution in a layer's name or in that of its block."""
     stage = next((s for part, s in _STAGES.items() if part in name.split(".")), "")
     while name:
         if found := _EDM_NAME.search(name):
@@ -201,30 +214,11 @@ def place(name: str) -> tuple[str, int | None]:
 
 
 def kind_of(name: str) -> str:
-    """Role that a name says: its last part without the resolution, "to_out" of "to_out.0"."""
+    """Role of a layer: the last part of its name without resolution or number, "to_out" of "to_out.0"."""
     return re.sub(r"^\d+x\d+_", "", re.sub(r"(?<=[^.\d])(\.\d+)+$", "", name).rpartition(".")[2])
 
 
-def follows_activation(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer's input is known to be the output of an activation; `modules` are the network's by name."""
-    parent, _, leaf = name.rpartition(".")
-    around = modules.get(parent)
-    if (parts := anatomy(around)) is not None:
-        return leaf in parts.activated
-    if any(_LAST.get(c.__name__) == leaf for c in type(around).__mro__):
-        return True
-    beyond = type(modules.get(parent.rpartition(".")[0])).__mro__
-    return leaf.endswith("_aux_conv") and any(c.__name__ == "SongUNet" for c in beyond)
-
-
-LayerSelection = str | Iterable[str] | Callable[[str, nn.Module], bool]
-"""A preset ("conv", "block", "attention", "norm", "linear", "all"), a name, a glob, "re:" and a pattern, a list of these, or a
-function of name and module."""
-
-PRESETS = ("conv", "block", "attention", "norm", "linear", "all")
-
-_ATTENTION = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
-"""Projections of self-attention that lie beside one of that name."""
+# All of it, by layer.
 
 
 @dataclass(frozen=True)
@@ -233,18 +227,17 @@ class Layer:
 
     Attributes:
         name: Its `named_modules()` path in the bare network, verbatim.
-        block: Path of the residual block that it lies in (or is); "" outside of blocks.
-        kind: Its role: "conv0", "conv1", "skip", "qkv", "proj", "block", "aux_conv" and so on: the last part of its name
-            without the resolution.
+        block: Path of the residual block that holds it (or that it is); "" outside of blocks.
+        kind: Its role: "conv0", "conv1", "skip", "qkv", "proj", "block", "aux_conv" and so on: the last part of its
+            name without the resolution.
         stage: "enc", "mid" or "dec"; "" where the name does not say.
-        resolution: Nominal resolution in its name, pixels; where the name does not say, that of its output when it was probed; None
-            before that, or without pixels.
+        resolution: Resolution in its name, pixels; else that of its output when it was probed; None where neither is
+            known.
         depth: Number of convolutions before it, in the order of `named_modules()`.
         n_params: Parameters, its own and its children's.
         type: "block", "conv" (a 4-d weight), "linear", "norm", or "" for anything else.
-        activated_input: True where its input is known to be the output of an activation: the convolutions of a residual block
-            of gddlab or diffusers, but for one behind its resampling, and the last convolution of a U-Net of theirs. False for
-            anything else, known or not.
+        activated_input: True where its input is known to be the output of an activation: convolutions in the residual
+            blocks of gddlab and diffusers, except one behind its resampling, and the last convolution of their U-Nets.
     """
 
     name: str
@@ -261,41 +254,70 @@ class Layer:
         return asdict(self)
 
 
-def _middle_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    names = list(modules)
-    middle = [n for n in names if n.split(".")[0] == "mid_block"]
-    up = next((i for i, n in enumerate(names) if n.split(".")[0] == "up_blocks"), None)
-    if up is None or not middle:
-        return modules
-    rest = [n for n in names if n not in set(middle)]
-    up = rest.index(names[up])
-    return {n: modules[n] for n in (*rest[:up], *middle, *rest[up:])}
-
-
 def inventory(model: nn.Module) -> dict[str, Layer]:
-    """Every module of the bare network by name, in the order of `named_modules()`, without the root and the inside of
-    parametrizations; the middle of a diffusers network, which lists it last, stands before its decoder, as it runs."""
+    """Every module of the bare network by name, in its order, without the root and the inside of parametrizations.
+
+    The middle of a diffusers network precedes its decoder, as it runs, although `named_modules()` lists it last.
+    """
     modules = _middle_first(_modules(model))
     blocks = [n for n, m in modules.items() if anatomy(m) is not None]
     out: dict[str, Layer] = {}
     depth = 0
     for name, module in modules.items():
         if name:
-            stage, resolution = place(name)
+            stage, resolution = stage_and_resolution(name)
             kind = type_of(module)
             out[name] = Layer(
                 name=name,
-                block=_block_of(name, blocks),
+                block=max((b for b in blocks if f"{name}.".startswith(f"{b}.")), key=len, default=""),
                 kind="block" if kind == "block" else kind_of(name),
                 stage=stage,
                 resolution=resolution,
                 depth=depth,
                 n_params=sum(p.numel() for p in module.parameters()),
                 type=kind,
-                activated_input=follows_activation(name, modules),
+                activated_input=_follows_activation(name, modules),
             )
         depth += is_conv(module)
     return out
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
+
+
+def _middle_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The names under "mid_block" moved before the first under "up_blocks"."""
+    middle = [n for n in modules if n.split(".")[0] == "mid_block"]
+    rest = [n for n in modules if n.split(".")[0] != "mid_block"]
+    up = next((i for i, n in enumerate(rest) if n.split(".")[0] == "up_blocks"), None)
+    if up is None:
+        return modules
+    return {n: modules[n] for n in (*rest[:up], *middle, *rest[up:])}
+
+
+def _follows_activation(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer's input is known to be the output of an activation."""
+    parent, _, leaf = name.rpartition(".")
+    around = modules.get(parent)
+    if (parts := anatomy(around)) is not None:
+        return leaf in parts.activated
+    if any(_LAST.get(c.__name__) == leaf for c in type(around).__mro__):
+        return True
+    beyond = type(modules.get(parent.rpartition(".")[0])).__mro__
+    return leaf.endswith("_aux_conv") and any(c.__name__ == "SongUNet" for c in beyond)
+
+
+# Selection.
+
+LayerSelection = SkipValidation[str | Iterable[str] | Callable[[str, nn.Module], bool]]
+"""A preset ("conv", "block", "attention", "norm", "linear", "all"), a name, a glob, "re:" and a pattern, a list of
+these, or a function of name and module."""
+
+PRESETS = ("conv", "block", "attention", "norm", "linear", "all")
+
+_ATTENTION = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
+"""Projections of self-attention, found beside a layer of this name."""
 
 
 def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
@@ -305,52 +327,37 @@ def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
         GddlabError: Nothing matches, or one name or glob of a list does not.
     """
     modules = {n: m for n, m in _modules(model).items() if n}
-    types = {n: type_of(m) for n, m in modules.items()}
-    if isinstance(layers, str):
-        chosen = match_layers(layers, types)
-    elif callable(layers):
+    if callable(layers):
         chosen = {n for n, m in modules.items() if layers(n, m)}
         if not chosen:
             raise GddlabError(f"layers={layers!r} accepts none of {len(modules)} modules: return True for some")
-    elif isinstance(layers, Iterable):
-        chosen = {n for item in layers for n in match_layers(item, types)}
-        if not chosen:
-            raise GddlabError(f"layers is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
     else:
-        raise GddlabError(
-            f"layers={layers!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
-        )
+        chosen = match_layers(layers, {n: type_of(m) for n, m in modules.items()})
     return [layer for name, layer in inventory(model).items() if name in chosen]
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
-
-
-def _preset(name: str, types: Mapping[str, str]) -> set[str]:
-    """ "attention" is the projections of self-attention; "all" is every convolution, linear layer, norm and block. The embedding of EDM's augmentation
-    labels is in none: it runs only while a teacher is trained."""
-    if name != "attention":
-        chosen = {n for n, kind in types.items() if kind and name in (kind, "all")}
-        return {n for n in chosen if "map_augment" not in n.split(".")}
-    found = set()
-    for n in types:
-        parent, dot, leaf = n.rpartition(".")
-        found |= {parent + dot + beside for beside in _ATTENTION.get(leaf, ())}
-    return {n for n in found if types.get(n) in ("conv", "linear", "")}  # "": a convolution over tokens, say
-
-
-def match_layers(pattern: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
-    """Names that one preset, name, glob or "re:..." means.
+def match_layers(selection: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
+    """The names that a preset, name, glob, "re:..." or a list of these means.
 
     Args:
-        pattern: What the user gave.
-        types: `Layer.type` of each name that there is.
+        selection: What the user gave.
+        types: `Layer.type` of every name in the network.
         what: The user's argument, for errors.
 
     Raises:
-        GddlabError: Nothing matches, near matches are given; or it is no string.
+        GddlabError: Nothing matches an item (near matches are given); an empty list, or no string.
     """
+    if not isinstance(selection, Iterable):
+        raise GddlabError(
+            f"{what}={selection!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
+        )
+    items = [selection] if isinstance(selection, str) else list(selection)
+    if not items:
+        raise GddlabError(f"{what} is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
+    return {n for item in items for n in _matches(item, types, what)}
+
+
+def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
     if not isinstance(pattern, str):
         raise GddlabError(f"{what}: {pattern!r} is no name of a layer; give strings, names or globs")
     if pattern in PRESETS:
@@ -365,12 +372,23 @@ def match_layers(pattern: object, types: Mapping[str, str], what: str = "layers"
             raise GddlabError(f"{what}={pattern!r} is no regular expression ({e})") from None
         found = {n for n in types if regex.search(n)}
     else:
-        plain = plain_name(pattern)  # as a wrapped network's own named_modules() gives it
+        plain = plain_name(pattern)  # a wrapped network's own named_modules() gives it with prefixes
         found = {n for n in types if n == plain or fnmatch.fnmatchcase(n, plain)}
     if not found:
         raise unknown("layer", pattern, [*types, *PRESETS])
     return found
 
 
-def _block_of(name: str, blocks: Iterable[str]) -> str:
-    return max((b for b in blocks if name == b or name.startswith(b + ".")), key=len, default="")
+def _preset(name: str, types: Mapping[str, str]) -> set[str]:
+    """ "attention": the projections of self-attention; "all": every convolution, linear layer, norm and block.
+
+    No preset contains the embedding of EDM's augmentation labels, which runs only while a teacher is trained.
+    """
+    if name != "attention":
+        chosen = {n for n, kind in types.items() if kind and name in (kind, "all")}
+        return {n for n in chosen if "map_augment" not in n.split(".")}
+    found = set()
+    for n in types:
+        parent, dot, leaf = n.rpartition(".")
+        found |= {parent + dot + beside for beside in _ATTENTION.get(leaf, ())}
+    return {n for n in found if types.get(n) in ("conv", "linear", "")}  # "": a convolution over tokens, for example

@@ -1,8 +1,8 @@
-"""What a hook keeps of an activation: a few numbers a row, computed at once.
+"""What a hook keeps of an activation: a few numbers per row, computed at once.
 
-In a forward pass, row i * S + s of a batch is image i at noise level s. A reduction takes the activation, (n * S, ...), float32 or
-float64, and n; it gives a tensor whose first dimension counts images, or groups of images. Statistics are updated from these when the pass is over; no
-activation outlives its hook.
+In a forward pass, row i * S + s of a batch is image i at noise level s. A reduction takes the activation, (n * S, ...),
+float32 or float64, and n, and returns a tensor whose first dimension counts images, or groups of images. Statistics are
+updated from these after the pass; no activation outlives its hook.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from gddlab.errors import GddlabError
 
 __all__ = [
     "BANDS",
@@ -32,18 +35,23 @@ __all__ = [
     "moments",
     "per_row",
     "positive_share",
+    "radial_power",
 ]
 
 Reduction = Callable[[Tensor, int], Tensor]
+"""Takes an activation and the number of images in it."""
 
 BLOCK, PIECE = 1 << 12, 1 << 14
-"""Numbers summed, and multiplied and summed, in float32 before float64 takes over: the error stays below 1e-7 of the sum of magnitudes."""
+"""How many numbers are summed, or multiplied and summed, in float32 before float64 takes over.
+
+The error stays below 1e-7 of the sum of magnitudes.
+"""
 
 GROUP = 8
 """Images that CKA compares with each other."""
 
 BANDS = (0.0, 0.25, 0.5, 1.0, math.inf)
-"""Edges of radial frequency, as a share of the Nyquist frequency; the corners of the spectrum lie above 1."""
+"""Edges of bands of radial frequency, as a share of the Nyquist frequency; the spectrum's corners are above 1."""
 
 
 class Tap(NamedTuple):
@@ -55,19 +63,19 @@ class Tap(NamedTuple):
 
 
 def double(x: Tensor) -> Tensor:
-    """float64 where the device has it; MPS has not, and fetching from it inside a hook would wait for it."""
+    """float64, except on MPS, which has none: to fetch the numbers inside a hook would wait for the device."""
     return x if x.device.type == "mps" else x.double()
 
 
 def flat(x: Tensor) -> Tensor:
-    """Rows as vectors, in the order of memory, which no sum over a row minds and which spares a copy.  (B, ...) -> (B, D)"""
+    """Rows as vectors, in the order of memory: sums over a row are the same and no copy is made.  (B, ...) -> (B, D)"""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(x.shape[0], -1)
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """Rows cut into equal blocks, (blocks, P): long enough to be summed fast, short enough to be summed exactly in float32."""
+    """Rows cut into equal blocks, (blocks, P): long enough for speed, short enough for an exact sum in float32."""
     v = flat(x)
     p = math.gcd(v.shape[1], BLOCK)
     return v.reshape(-1, p if p >= 64 else v.shape[1])
@@ -84,7 +92,7 @@ def _chunk(blocks: Tensor) -> int:
 
 
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
-    """`total` of each block of what `change` makes of it, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
+    """`total` of `change` of each block, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
     size = _chunk(blocks)
     out, buffer = torch.empty_like(blocks[:, 0]), torch.empty_like(blocks[:size])
     for i in range(0, len(blocks), size):
@@ -98,26 +106,27 @@ def _sum(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _norm(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Squares and adds in one pass, without a temporary of the activation's size."""
+    """Squares and adds in one pass."""
     norm: Tensor = torch.linalg.vector_norm(x, 2, -1, out=out)
     return norm
 
 
-def mean(x: Tensor, n: int) -> Tensor:
-    """Mean of each row.  (n * S, ...) -> (n, S)"""
+def mean(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
+    """Mean of each row."""
     return _row_means(_sum(_blocks(x)), x, n)
 
 
-def mean_square(x: Tensor, n: int) -> Tensor:
-    """Mean of squares of each row.  (n * S, ...) -> (n, S)"""
+def mean_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
+    """Mean of squares of each row."""
     return _row_means(double(_norm(_blocks(x))).square(), x, n)
 
 
-def moments(x: Tensor, n: int) -> Tensor:
+def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     """Mean of each row, mean square of the distance from it, and mean of absolute values.  (n * S, ...) -> (n, S, 3)
 
-    Reading the activation is what costs, so that all three come of one reading. Distances are taken from the mean of each block, and the blocks'
-    means added in float64: a difference of mean squares would lose its digits where means are large.
+    Reading the activation is what costs time, so one reading gives all three. Distances are taken from the mean of each
+    block, and the blocks' means are added in float64: where means are large, a difference of mean squares would lose
+    its digits.
     """
     blocks = _blocks(x)
     size = _chunk(blocks)
@@ -133,7 +142,7 @@ def moments(x: Tensor, n: int) -> Tensor:
     rows, p = len(x), blocks.shape[1]
     exact = double(total).reshape(rows, -1) / p  # (rows, blocks of a row)
     middle = exact.mean(1)
-    # the distance was taken from the mean as float32 has it, which is not the mean to the last digit
+    # the distance was taken from the mean rounded to float32
     off = exact - double(total / p).reshape(rows, -1)
     within = double(away).square().reshape(rows, -1) / p - off.square()
     spread = within.mean(1) + (exact - middle[:, None]).square().mean(1)
@@ -141,20 +150,20 @@ def moments(x: Tensor, n: int) -> Tensor:
     return found.unflatten(0, (n, -1))
 
 
-def mean_magnitude(x: Tensor, n: int) -> Tensor:
-    """Mean of absolute values of each row.  (n * S, ...) -> (n, S)"""
-    blocks = _blocks(x)  # the 1-norm needs no buffer, and three times as long
+def mean_magnitude(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
+    """Mean of absolute values of each row."""
+    blocks = _blocks(x)  # torch's 1-norm needs no buffer, but three times as long
     return _row_means(_buffered(blocks, torch.abs, _sum), x, n)
 
 
-def positive_share(x: Tensor, n: int) -> Tensor:
-    """Share of values above 0 of each row.  (n * S, ...) -> (n, S)"""
-    blocks = _blocks(x)  # summing booleans directly takes ten times as long
+def positive_share(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
+    """Share of values above 0 of each row."""
+    blocks = _blocks(x)  # to sum booleans directly takes ten times as long
     return _row_means(_buffered(blocks, functools.partial(torch.gt, other=0), _sum), x, n)
 
 
-def gram(x: Tensor, n: int) -> Tensor:
-    """Inner products of the rows of each image, over the number of values.  (n * S, ...) -> (n, S, S)"""
+def gram(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s s"]:
+    """Inner products of the rows of each image, over the number of values."""
     v = flat(x)
     v = v.reshape(n, v.shape[0] // n, -1)
     p = math.gcd(v.shape[2], PIECE)
@@ -166,29 +175,29 @@ def gram(x: Tensor, n: int) -> Tensor:
 
 
 def _channels(x: Tensor, n: int, total: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Mean over pixels or tokens: of (B, C, H, W), over the last two; of (B, T, C), over the middle; (B, C) stands.  -> (n, S, C)"""
+    """Mean over pixels of (B, C, H, W), or over tokens of (B, T, C); (B, C) has none.  -> (n, S, C)"""
     if x.ndim == 3:
         x = x.mT
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        v, dim, piece = x.permute(0, 2, 3, 1).flatten(1, 2), 1, PIECE >> 6  # here the kernel adds one after the other
+        v, dim, piece = x.permute(0, 2, 3, 1).flatten(1, 2), 1, PIECE >> 6  # this kernel adds in sequence
     else:
         v, dim, piece = x.flatten(2) if x.ndim > 2 else x[:, :, None], 2, PIECE
     parts = [double(total(part, dim)) for part in v.split(piece, dim)]
     return (functools.reduce(torch.add, parts) / v.shape[dim]).unflatten(0, (n, -1))
 
 
-def channel_mean(x: Tensor, n: int) -> Tensor:
-    """Mean of each channel of each row.  (n * S, C, ...) -> (n, S, C)"""
+def channel_mean(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
+    """Mean of each channel of each row."""
     return _channels(x, n, lambda v, dim: v.sum(dim))
 
 
-def channel_square(x: Tensor, n: int) -> Tensor:
-    """Mean of squares of each channel of each row.  (n * S, C, ...) -> (n, S, C)"""
+def channel_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
+    """Mean of squares of each channel of each row."""
     return _channels(x, n, lambda v, dim: double(torch.linalg.vector_norm(v, 2, dim)).square())
 
 
-def channel_variance(x: Tensor, n: int) -> Tensor:
-    """Mean square of each channel's distance from its own mean over pixels.  (n * S, C, ...) -> (n, S, C)"""
+def channel_variance(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
+    """Mean square of each channel's distance from its own mean over pixels."""
     found = []
     for part in x.split(max(1, (1 << 20) // x[0].numel())):  # no temporary of the activation's size
         middle = channel_mean(part, 1)[0].to(x.dtype)
@@ -197,14 +206,14 @@ def channel_variance(x: Tensor, n: int) -> Tensor:
     return torch.cat(found).unflatten(0, (n, -1))
 
 
-def band_share(x: Tensor, n: int) -> Tensor:
+def band_share(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s bands"]:
     """Share of each row's power in the bands of radial frequency between `BANDS`.  (n * S, C, H, W) -> (n, S, 4)"""
     if x.ndim != 4:
         raise ValueError(f"spectral_share needs (rows, C, H, W), this is {tuple(x.shape)}")
     h, w = x.shape[-2:]
     band, weight = _radial(h, w, x.device)
     out = double(x.new_zeros(x.shape[0], len(BANDS) - 1))
-    rows = max(1, (1 << 22) // x[0].numel())  # the transform of a whole batch would outweigh the activation itself
+    rows = max(1, (1 << 22) // x[0].numel())  # the transform of a whole batch would be larger than the activation
     for i, part in enumerate(x.split(rows)):
         power = double(torch.view_as_real(torch.fft.rfft2(part)).square().sum((1, -1))) * weight  # (b, H, W/2+1)
         out[i * rows : i * rows + len(part)].index_add_(1, band.flatten(), power.flatten(1))
@@ -224,10 +233,10 @@ def _radial(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return band.to(device), weight.to(device)
 
 
-def hsic(x: Tensor, n: int) -> Tensor:
-    """Unbiased HSIC between noise levels within whole groups of `GROUP` images; images beyond them are left out.
+def hsic(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "groups s s"]:
+    """Unbiased HSIC between noise levels within whole groups of `GROUP` images; a group that is not full is omitted.
 
-    Song et al. 2012, equation 5, as a mini-batch estimate (Nguyen et al. 2021, equation 3).  (n * S, ...) -> (n // GROUP, S, S)
+    Song et al. 2012, equation 5, as a mini-batch estimate (Nguyen et al. 2021, equation 3).
     """
     v = flat(x).unflatten(0, (n, -1))  # (n, S, D)
     m, s = GROUP, v.shape[1]
@@ -236,7 +245,7 @@ def hsic(x: Tensor, n: int) -> Tensor:
         if len(group) < m:
             break
         a = group.transpose(0, 1)  # (S, m, D)
-        # Only differences between images count, and at low noise they may be a millionth of the rest.
+        # Only differences between images count; at low noise they may be a millionth of the values.
         parts = (double(p) - double(p).mean(1, keepdim=True) for p in a.split(PIECE, -1))
         k = functools.reduce(torch.add, [torch.bmm(p, p.mT) for p in parts]) / v.shape[-1]
         k = k - torch.diag_embed(k.diagonal(dim1=-2, dim2=-1))  # (S, m, m)
@@ -250,7 +259,7 @@ def hsic(x: Tensor, n: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def per_row(reduce: Callable[[Tensor], Tensor]) -> Reduction:
-    """A user's function of rows, (B, ...) -> (B,) or (B, K), as a reduction; one function gives one reduction, which is computed once."""
+    """A user's function of rows, (B, ...) -> (B,) or (B, K), as a reduction: the same one for the same function."""
 
     @functools.wraps(reduce)
     def reduction(x: Tensor, n: int) -> Tensor:
@@ -261,3 +270,30 @@ def per_row(reduce: Callable[[Tensor], Tensor]) -> Reduction:
         return double(found).unflatten(0, (n, -1))
 
     return reduction
+
+
+def radial_power(x: Tensor) -> tuple[Int[Tensor, " f"], Float[Tensor, "n f"]]:
+    """Mean power of each image at each radial frequency.
+
+    The transform is orthonormal: white noise of standard deviation s has power s^2 at every frequency. A coefficient
+    belongs to the whole number of cycles nearest to its radius; the corners, beyond Nyquist, are omitted.
+
+    Args:
+        x: (N, C, H, H), square.
+
+    Returns:
+        Frequencies in cycles per image, 0 to H // 2, (F,); power, mean over coefficients and channels, float64, (N, F).
+
+    Raises:
+        GddlabError: Not square images.
+    """
+    if x.ndim != 4 or x.shape[2] != x.shape[3]:
+        raise GddlabError(f"radial_power of {tuple(x.shape)}: give square images, (N, C, H, H)")
+    h = x.shape[-1]
+    f = torch.fft.fftfreq(h, 1 / h)
+    ring = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().to(x.device)  # (H, H)
+    rings = h // 2 + 1
+    inside = ring < rings
+    power = torch.fft.fft2(x.double(), norm="ortho").abs().square().mean(1)  # (N, H, H)
+    total = power.new_zeros(len(x), rings).index_add_(1, ring[inside], power[:, inside])
+    return torch.arange(rings), total / ring[inside].bincount(minlength=rings)

@@ -1,4 +1,4 @@
-"""What a probe found: a tidy table, matrices between noise levels, numbers of channels, and where they come from."""
+"""`ProbeResult`: a table of what was measured, matrices between noise levels, channels, and their origin."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.statistics import Statistic
 from gddlab.provenance import versions
+from gddlab.sampling.schedules import nearest_level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,84 +34,9 @@ if TYPE_CHECKING:
 
     from gddlab.probing.plots.bands import Mask
 
-__all__ = [
-    "COLUMNS",
-    "FORMAT",
-    "Pictures",
-    "ProbeResult",
-    "Statistics",
-    "join",
-    "load",
-    "merge",
-    "network_meta",
-    "save",
-]
+__all__ = ["COLUMNS", "FORMAT", "ProbeResult", "Statistics", "network_meta"]
 
-
-class Pictures:
-    """Methods of `ProbeResult` that draw; each takes `ax` and returns it, and makes a figure that fits without one."""
-
-    def heatmap(self: Any, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
-        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
-
-        Args:
-            stat: A statistic of the frame.
-            ax: Where to draw; None makes a figure that fits the number of layers.
-            mask: A `FreezeMask`: marks what it freezes.
-
-        Raises:
-            GddlabError: `stat` was not measured.
-        """
-        from gddlab.probing.plots import draw_heatmap
-
-        return draw_heatmap(self, stat, ax, mask=mask)
-
-    def lines(
-        self: Any,
-        stat: str,
-        layers: Sequence[str] | None = None,
-        ax: Axes | None = None,
-        *,
-        over: str = "sigma",
-        at: float | Sequence[float] | None = None,
-    ) -> Axes:
-        """Draws one statistic over "sigma", a line a layer, or over "depth", a line a noise level."""
-        from gddlab.probing.plots import draw_lines
-
-        return draw_lines(self, stat, layers, ax, over=over, at=at)
-
-    def stem(self: Any, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
-        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
-        from gddlab.probing.plots import draw_stem
-
-        return draw_stem(self, stat, at, ax)
-
-    def against(self: Any, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
-        """Draws one statistic of this network, a teacher, beside that of its student: each layer at one noise level, with the teacher's range over all.
-
-        Raises:
-            GddlabError: They share no layer with this statistic.
-        """
-        from gddlab.probing.plots import draw_pair
-
-        return draw_pair(self, student, stat, at, ax)
-
-    def similarity(self: Any, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
-        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
-
-        Raises:
-            GddlabError: No such matrix of `layer`.
-        """
-        from gddlab.probing.plots import draw_similarity
-
-        return draw_similarity(self, layer, ax, kind=kind)
-
-    def similarities(self: Any, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
-        """Draws `similarity` of all layers, or some, as small multiples."""
-        from gddlab.probing.plots import draw_similarities
-
-        return draw_similarities(self, layers, kind=kind)
-
+FORMAT = "gddlab-probe-2"
 
 COLUMNS = (
     *("layer", "block", "kind", "stage", "resolution", "depth", "n_params"),
@@ -120,7 +47,7 @@ Statistics = Mapping[str, Mapping[str, Statistic]]
 
 
 def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, Any]:
-    """What a result says of its network: class, fingerprint, architecture, parameters, layers."""
+    """What a result says about its network: class, fingerprint, architecture, parameters, layers."""
     names = {layer.name for layer in measured}
     bare, denoiser = unwrap(model), denoiser_of(model)
     about: dict[str, Any] = {"class": type(bare).__name__}
@@ -135,18 +62,21 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult(Pictures):
+class ProbeResult:
     """Statistics of layers over noise levels.
 
+    Methods that draw take `ax` and return it; without one they make a figure that fits.
+
     Attributes:
-        frame: A row a layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network, sigma
-            (data scale) descending; `sem` is the standard error over images, NaN for one image.
+        frame: One row per layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network,
+            sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
             and the network's parameters, from which masks are made.
-        matrices: By statistic ("cosine", "cka") and layer: noise levels against each other, (S, S) float64, same order of sigma.
+        matrices: By statistic ("cosine", "cka") and layer: noise levels against each other, (S, S) float64, in the
+            order of `sigmas`.
         channels: By layer: "mean" and "var" of each channel, (S, C) float64, with `per_channel=True`.
-        statistics: The sums behind the table, by layer and statistic; they let results merge. Empty where values are not
-            means over images.
+        statistics: The sums behind the table, by layer and statistic, by which results merge. Empty where values are
+            not means over images.
     """
 
     frame: pd.DataFrame
@@ -165,7 +95,7 @@ class ProbeResult(Pictures):
             layers: What was measured, in the order of the network.
             sigmas: Noise levels, descending.
             statistics: By layer name and statistic name.
-            meta: What to add to the statistics' definitions and the versions.
+            meta: Is added to the statistics' definitions and the versions.
         """
         import pandas as pd
 
@@ -174,7 +104,7 @@ class ProbeResult(Pictures):
         channels: dict[str, dict[str, np.ndarray]] = {}
         about: dict[str, dict[str, str]] = {}
         for layer in layers:
-            place = (*(getattr(layer, c) for c in COLUMNS[1:7]),)
+            where = [getattr(layer, c) for c in COLUMNS[1:7]]
             for stat in statistics[layer.name].values():
                 about[stat.name] = stat.describe()
                 if (matrix := stat.matrix()) is not None:
@@ -187,12 +117,18 @@ class ProbeResult(Pictures):
                 names = [f"{stat.name}_{p}" for p in stat.parts] or [stat.name]
                 for k, name in enumerate(names):
                     rows += [
-                        (layer.name, *place, sigma, name, v[k], e[k], stat.n_images, stat.unit)
+                        (layer.name, *where, sigma, name, v[k], e[k], stat.n_images, stat.unit)
                         for sigma, v, e in zip(sigmas, value, sem, strict=True)
                     ]
         frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"resolution": "Int64"})
         full = {**meta, "sigmas": list(sigmas), "stats": about, "versions": versions()}
         return cls(frame, {"nonfinite": [], **full}, matrices, channels, statistics)
+
+    def copy(self, **changes: Any) -> ProbeResult:
+        """This result with other fields; meta data are copied."""
+        return replace(self, **{"meta": copy.deepcopy(self.meta), **changes})
+
+    # What is in it.
 
     @property
     def gram(self) -> dict[str, np.ndarray]:
@@ -242,26 +178,26 @@ class ProbeResult(Pictures):
         return wide.loc[list(dict.fromkeys(part["layer"])), sorted(wide.columns, reverse=True)]
 
     def nearest(self, at: float, stat: str | None = None) -> float:
-        """The noise level nearest to `at`, on the log scale; among those at which `stat` was measured, if it is given.
+        """The measured noise level nearest to `at` on a log scale; with `stat`, of those at which it was measured.
 
         Raises:
-            GddlabError: `at` is no sigma.
+            GddlabError: `at` is no sigma; `stat` was not measured.
         """
-        if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
+        if isinstance(at, bool) or not isinstance(at, Real) or not (math.isfinite(at) and at > 0):
             raise GddlabError(f"at={at!r}: give a sigma above 0")
-        levels = self.sigmas if stat is None else [float(s) for s in self.pivot(stat).columns]
-        return min(levels, key=lambda s: abs(math.log(s / at)))
+        return nearest_level(self.sigmas if stat is None else [float(s) for s in self.pivot(stat).columns], at)
 
     def contrast(self, stat: str, at: float = 80.0) -> pd.DataFrame:
-        """How much a statistic at one noise level, where the student lives, differs from the others.
+        """How much a statistic at one noise level differs from the others; at 80, the default, the student works.
 
         Args:
             stat: A statistic of the frame.
             at: A sigma; the nearest one measured is taken.
 
         Returns:
-            A row a layer: `at` (the value there), `sem`, `others` (median over the other noise levels), `difference` (at - others), `ratio`
-            (at / others), `z` (difference in standard deviations of the others over noise levels).
+            One row per layer: `at` (the value there), `sem`, `others` (median over the other noise levels),
+            `difference` (at - others), `ratio` (at / others), `z` (difference in standard deviations of the others over
+            noise levels).
 
         Raises:
             GddlabError: `stat` was not measured, or at one noise level only.
@@ -280,46 +216,6 @@ class ProbeResult(Pictures):
         out["z"] = out["difference"] / rest.std(axis=1)
         return out
 
-    def merge(self, *others: ProbeResult) -> ProbeResult:
-        """Adds results of the same network, layers, statistics and noise levels on other images.
-
-        Raises:
-            GddlabError: They measure something else, or some of the same images; or values are no means over images.
-        """
-
-        return merge(self, *others)
-
-    def join(self, *others: ProbeResult) -> ProbeResult:
-        """Puts layers, statistics or noise levels of other results of the same network beside these.
-
-        The sums are gone afterwards, so merge first; matrices and channels stay where all results have the same noise levels.
-
-        Raises:
-            GddlabError: Another network, or the same layer, statistic and sigma twice.
-        """
-
-        return join(self, *others)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `frame.parquet`, `arrays.npz` and `meta.json`: all are written before the first replaces an older one."""
-
-        save(self, Path(folder))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ProbeResult:
-        """Reads what `save` wrote.
-
-        Raises:
-            NotFound: No such folder, or a file is missing in it.
-            GddlabError: Not a probe result, or its files do not belong together.
-        """
-
-        return load(Path(folder))
-
-    def copy(self, **changes: Any) -> ProbeResult:
-        """This result with other fields; meta data are copied."""
-        return replace(self, **{"meta": copy.deepcopy(self.meta), **changes})
-
     def _repr_html_(self) -> str:
         data = self.meta["data"]["name"] if self.meta["data"] else "none"
         rows = {
@@ -337,8 +233,231 @@ class ProbeResult(Pictures):
         shown = table.to_html(float_format="{:.3g}".format)
         return f"<table><caption>ProbeResult</caption>{cells}</table>{shown}"
 
+    # Pictures.
 
-def _same_network(first: ProbeResult, other: ProbeResult) -> None:
+    def heatmap(self, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
+        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
+
+        Args:
+            stat: A statistic of the frame.
+            ax: Where to draw; None makes a figure that fits the number of layers.
+            mask: A `FreezeMask`: marks what it freezes.
+
+        Raises:
+            GddlabError: `stat` was not measured.
+        """
+        from gddlab.probing.plots import draw_heatmap
+
+        return draw_heatmap(self, stat, ax, mask=mask)
+
+    def lines(
+        self,
+        stat: str,
+        layers: Sequence[str] | None = None,
+        ax: Axes | None = None,
+        *,
+        over: str = "sigma",
+        at: float | Sequence[float] | None = None,
+    ) -> Axes:
+        """Draws one statistic over "sigma", one line per layer, or over "depth", one line per noise level."""
+        from gddlab.probing.plots import draw_lines
+
+        return draw_lines(self, stat, layers, ax, over=over, at=at)
+
+    def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
+        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
+        from gddlab.probing.plots import draw_stem
+
+        return draw_stem(self, stat, at, ax)
+
+    def against(self, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
+        """Draws one statistic of this network, a teacher, and of its student: each layer at one noise level.
+
+        The teacher's range over all noise levels is shown behind.
+
+        Raises:
+            GddlabError: They share no layer with this statistic.
+        """
+        from gddlab.probing.plots import draw_pair
+
+        return draw_pair(self, student, stat, at, ax)
+
+    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
+        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
+
+        Raises:
+            GddlabError: No such matrix of `layer`.
+        """
+        from gddlab.probing.plots import draw_similarity
+
+        return draw_similarity(self, layer, ax, kind=kind)
+
+    def similarities(self, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
+        """Draws `similarity` of all layers, or some, as small multiples."""
+        from gddlab.probing.plots import draw_similarities
+
+        return draw_similarities(self, layers, kind=kind)
+
+    # Together with other results.
+
+    def merge(self, *others: ProbeResult) -> ProbeResult:
+        """Adds results of the same network, layers, statistics and noise levels on other images.
+
+        Raises:
+            GddlabError: They measure something else, or some of the same images; or values are no means over images.
+        """
+        statistics = copy.deepcopy({n: dict(s) for n, s in self.statistics.items()})
+        meta = copy.deepcopy(self.meta)
+        for other in others:
+            _check_same_network(self, other)
+        for r in (self, *others):
+            if not r.statistics or {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
+                raise GddlabError(
+                    "a result without its sums over images does not merge: measure it with all images at once"
+                )
+        for other in others:
+            _check_same_measurement(self, other)
+            _check_other_images(meta, other.meta)
+            meta["images"] += other.meta["images"]
+            meta["nonfinite"] = _counted(meta["nonfinite"], other.meta["nonfinite"])
+            for layer, by_name in statistics.items():
+                for name, statistic in by_name.items():
+                    statistic.merge(other.statistics[layer][name])
+        meta["n_images"] = sum(stop - start for _, start, stop in meta["images"])
+        return ProbeResult.of(self._measured(), self.sigmas, statistics, meta)
+
+    def _measured(self) -> list[Layer]:
+        """The layers behind the sums, with the resolution found when they were measured."""
+        import pandas as pd
+
+        known = {d["name"]: d for d in self.meta["layers"]}
+        size = dict(zip(self.frame["layer"], self.frame["resolution"], strict=True))
+        pixels = {n: None if pd.isna(r) else int(r) for n, r in size.items()}
+        return [Layer(**{**known[n], "resolution": pixels.get(n, known[n]["resolution"])}) for n in self.statistics]
+
+    def join(self, *others: ProbeResult) -> ProbeResult:
+        """Puts layers, statistics or noise levels of other results of the same network beside these.
+
+        Merge first: a joined result has no sums, since these belong to one grid of noise levels. Matrices and channels
+        are kept where all results have the same noise levels.
+
+        Raises:
+            GddlabError: Another network, or the same layer, statistic and sigma twice.
+        """
+        import pandas as pd
+
+        for other in others:
+            _check_same_network(self, other)
+        results = (self, *others)
+        same_levels = len({tuple(r.sigmas) for r in results}) == 1
+        for kind in {k for r in results for k in r.matrices}:
+            if not same_levels and sum(kind in r.matrices for r in results) > 1:
+                raise GddlabError(
+                    f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas"
+                )
+        frame = pd.concat([r.frame for r in results], ignore_index=True)
+        twice = frame.duplicated(["layer", "sigma", "stat"])
+        if twice.any():
+            row = frame[twice].iloc[0]
+            raise GddlabError(
+                f"{row['stat']!r} of layer {row['layer']!r} at sigma {row['sigma']:g} is in both results: "
+                "merge() adds images; join() puts different measurements together"
+            )
+        meta = copy.deepcopy(self.meta)
+        matrices: dict[str, dict[str, np.ndarray]] = {}
+        channels: dict[str, dict[str, np.ndarray]] = {}
+        for r in results:
+            meta["stats"] |= r.meta["stats"]
+            if same_levels:
+                channels |= r.channels
+                for kind, by_layer in r.matrices.items():
+                    matrices.setdefault(kind, {}).update(by_layer)
+        meta["sigmas"] = sorted({s for r in results for s in r.meta["sigmas"]}, reverse=True)
+        meta["nonfinite"] = _counted(*(r.meta["nonfinite"] for r in results))
+        keys = ("states", "data", "n_images", "seed", "stats", "settings")
+        meta["joined"] = [{k: r.meta[k] for k in keys if k in r.meta} | {"hash": r.hash} for r in results]
+        depth = {layer["name"]: i for i, layer in enumerate(meta["layers"])}
+        frame = frame.assign(_order=frame["layer"].map(depth).fillna(len(depth))).sort_values(
+            ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
+        )
+        return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, matrices, channels)
+
+    # On disk.
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise GddlabError(f"{folder} is a file: give a folder")
+        parquet, npz = io.BytesIO(), io.BytesIO()
+        self.frame.to_parquet(parquet, index=False)
+        np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]
+        files = {"frame.parquet": parquet.getvalue(), "arrays.npz": npz.getvalue()}
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        meta = {"format": FORMAT, "files": sums, **self.meta}
+        files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
+        with contextlib.ExitStack() as stack:
+            for name, content in files.items():
+                stack.enter_context(atomic_path(folder / name)).write_bytes(content)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Every array by "matrix|channel|sum|samples/NAME/.../LAYER": the layer is last, its name may hold a slash."""
+        out = {f"matrix/{kind}/{layer}": m for kind, by_layer in self.matrices.items() for layer, m in by_layer.items()}
+        out |= {f"channel/{k}/{layer}": v for layer, found in self.channels.items() for k, v in found.items()}
+        for layer, by_stat in self.statistics.items():
+            for name, stat in by_stat.items():
+                out[f"samples/{name}/{layer}"] = np.array(stat.samples)
+                out |= {f"sum/{name}/{k}/{layer}": v.cpu().numpy() for k, v in stat.sums.items()}
+        return out
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ProbeResult:
+        """Reads what `save` wrote.
+
+        Raises:
+            NotFound: No such folder, or a file is missing in it.
+            GddlabError: Not a probe result, or its files do not belong together.
+        """
+        import pandas as pd
+
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json")
+        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT or not isinstance(meta.get("files"), dict):
+            raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")
+        content = {}
+        for name, expected in meta.pop("files").items():
+            if not (folder / name).is_file():
+                raise NotFound(f"no such file: {folder / name}")
+            content[name] = (folder / name).read_bytes()
+            if hashlib.sha256(content[name]).hexdigest() != expected:
+                raise GddlabError(f"{folder / name} is not the file that meta.json names: probe again, or restore it")
+        matrices: dict[str, dict[str, np.ndarray]] = {}
+        channels: dict[str, dict[str, np.ndarray]] = {}
+        statistics: dict[str, dict[str, Statistic]] = {}
+        with np.load(io.BytesIO(content["arrays.npz"]), allow_pickle=False) as z:
+            for key in z.files:
+                sort, name, rest = key.split("/", 2)
+                if sort == "matrix":
+                    matrices.setdefault(name, {})[rest] = z[key]
+                elif sort == "channel":
+                    channels.setdefault(rest, {})[name] = z[key]
+                elif kind := _statistic(name, meta["stats"][name]["class"]):
+                    # without its class, a user's statistic keeps its rows in the table and cannot merge
+                    what, layer = ("", rest) if sort == "samples" else rest.split("/", 1)
+                    stat = statistics.setdefault(layer, {}).setdefault(name, kind())
+                    if sort == "samples":
+                        stat.samples = int(z[key])
+                    else:
+                        stat.sums[what] = torch.from_numpy(z[key])
+        return cls(pd.read_parquet(io.BytesIO(content["frame.parquet"])), meta, matrices, channels, statistics)
+
+
+def _statistic(name: str, identity: str) -> type[Statistic] | None:
+    """The class of saved sums; older files give module and class for gddlab's own, too."""
+    return Statistic.registry.get(name if identity.startswith("gddlab.") else identity)
+
+
+def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
     if not isinstance(other, ProbeResult):
         raise GddlabError(f"{other!r} is no ProbeResult: give what probe, ablate and the like return")
     ours, theirs = (r.meta["model"]["fingerprint"] for r in (first, other))
@@ -348,162 +467,34 @@ def _same_network(first: ProbeResult, other: ProbeResult) -> None:
         )
 
 
-def merge(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
-    statistics = copy.deepcopy({n: dict(s) for n, s in first.statistics.items()})
-    meta = copy.deepcopy(first.meta)
-    for other in others:
-        _same_network(first, other)
-    for r in (first, *others):
-        if not r.statistics or {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
+def _check_same_measurement(first: ProbeResult, other: ProbeResult) -> None:
+    for key in ("states", "sigmas", "labels", "settings"):
+        if first.meta.get(key) != other.meta.get(key):
             raise GddlabError(
-                "a result without its sums over images does not merge: measure it with all images at once"
+                f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
             )
-    for other in others:
-        for key in ("states", "sigmas", "labels", "settings"):
-            if first.meta.get(key) != other.meta.get(key):
-                raise GddlabError(
-                    f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
-                )
-        if (first.meta["data"] or {}).get("sha256") != (other.meta["data"] or {}).get("sha256"):
-            raise GddlabError("these results are of different data: merge results of the same dataset")
-        ours, theirs = ({(n, s) for n, by in r.items() for s in by} for r in (statistics, other.statistics))
-        if ours != theirs:
-            layer, stat = sorted(ours ^ theirs)[0]
-            raise GddlabError(f"{stat!r} of layer {layer!r} is in one result alone: merge results of the same layers")
-        for seed, start, stop in other.meta["images"]:
-            for s, a, b in meta["images"]:
-                # Without a dataset an image is its noise, whose seed is the sum.
-                same, shift = (s == seed, 0) if meta["data"] else (True, seed - s)
-                low, high = max(start + shift, a), min(stop + shift, b)
-                if same and low < high:
-                    raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
-        meta["images"] += other.meta["images"]
-        for layer, by_name in statistics.items():
-            for name, statistic in by_name.items():
-                statistic.merge(other.statistics[layer][name])
-        meta["nonfinite"] = _added(meta["nonfinite"], other.meta["nonfinite"])
-    meta["n_images"] = sum(stop - start for _, start, stop in meta["images"])
-    return ProbeResult.of(_layers(first), first.sigmas, statistics, meta)
+    if (first.meta["data"] or {}).get("sha256") != (other.meta["data"] or {}).get("sha256"):
+        raise GddlabError("these results are of different data: merge results of the same dataset")
+    ours, theirs = ({(n, s) for n, by in r.statistics.items() for s in by} for r in (first, other))
+    if ours != theirs:
+        layer, stat = sorted(ours ^ theirs)[0]
+        raise GddlabError(f"{stat!r} of layer {layer!r} is in one result alone: merge results of the same layers")
 
 
-def join(first: ProbeResult, *others: ProbeResult) -> ProbeResult:
-    import pandas as pd
-
-    for other in others:
-        _same_network(first, other)
-    meta = copy.deepcopy(first.meta)
-    frames = [first.frame]
-    matrices = {k: dict(v) for k, v in first.matrices.items()}
-    grids = {tuple(r.sigmas) for r in (first, *others)}
-    for kind in {k for r in (first, *others) for k in r.matrices} if len(grids) > 1 else ():
-        if sum(kind in r.matrices for r in (first, *others)) > 1:
-            raise GddlabError(f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas")
-    channels = dict(first.channels)
-    for other in others:
-        frames.append(other.frame)
-        for kind, by_layer in other.matrices.items():
-            matrices.setdefault(kind, {}).update(by_layer)
-        channels |= other.channels
-        meta["stats"] |= other.meta["stats"]
-        meta["sigmas"] = sorted({*meta["sigmas"], *other.meta["sigmas"]}, reverse=True)
-        meta["nonfinite"] = _added(meta["nonfinite"], other.meta["nonfinite"])
-    frame = pd.concat(frames, ignore_index=True)
-    twice = frame.duplicated(["layer", "sigma", "stat"])
-    if twice.any():
-        row = frame[twice].iloc[0]
-        raise GddlabError(
-            f"{row['stat']!r} of layer {row['layer']!r} at sigma {row['sigma']:g} is in both results: "
-            "merge() adds images; join() puts different measurements together"
-        )
-    keys = ("states", "data", "n_images", "seed", "stats", "settings")
-    meta["joined"] = [{k: r.meta[k] for k in keys if k in r.meta} | {"hash": r.hash} for r in (first, *others)]
-    # sums stand for one grid of noise levels, so that a joined result has none: merge first, then join
-    depth = {layer["name"]: i for i, layer in enumerate(meta["layers"])}
-    order = frame["layer"].map(depth).fillna(len(depth))
-    frame = frame.assign(_order=order).sort_values(
-        ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
-    )
-    # likewise matrices and channels, whose rows are the noise levels of one measurement
-    whole = (matrices, channels) if len(grids) == 1 else ({}, {})
-    return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, *whole)
+def _check_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for seed, start, stop in theirs["images"]:
+        for s, a, b in ours["images"]:
+            # Without a dataset an image is its noise, whose seed is the sum of seed and position.
+            same, shift = (s == seed, 0) if ours["data"] else (True, seed - s)
+            low, high = max(start + shift, a), min(stop + shift, b)
+            if same and low < high:
+                raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
 
 
-def _added(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _counted(*lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of `meta["nonfinite"]`, those of one layer, side and sigma added up."""
     counts: dict[tuple[str, str, float], int] = {}
-    for b in (*ours, *theirs):
+    for b in (b for bad in lists for b in bad):
         key = (b["layer"], b["side"], b["sigma"])
         counts[key] = counts.get(key, 0) + b["images"]
     return [{"layer": n, "side": side, "sigma": s, "images": c} for (n, side, s), c in counts.items()]
-
-
-def _layers(result: ProbeResult) -> list[Layer]:
-    """The layers of a result, as they were measured."""
-    import pandas as pd
-
-    known = {d["name"]: d for d in result.meta["layers"]}
-    size = dict(zip(result.frame["layer"], result.frame["resolution"], strict=True))
-    pixels = {n: None if pd.isna(r) else int(r) for n, r in size.items()}
-    return [Layer(**{**known[n], "resolution": pixels.get(n, known[n]["resolution"])}) for n in result.statistics]
-
-
-FORMAT = "gddlab-probe-2"
-
-
-def _arrays(result: ProbeResult) -> dict[str, np.ndarray]:
-    """Every array by "matrix|channel|sum|samples/NAME/.../LAYER": a layer's own name may hold a slash, so it comes last."""
-    out = {f"matrix/{kind}/{layer}": m for kind, by_layer in result.matrices.items() for layer, m in by_layer.items()}
-    out |= {f"channel/{k}/{layer}": v for layer, found in result.channels.items() for k, v in found.items()}
-    for layer, by_stat in result.statistics.items():
-        for name, stat in by_stat.items():
-            out[f"samples/{name}/{layer}"] = np.array(stat.samples)
-            out |= {f"sum/{name}/{k}/{layer}": v.cpu().numpy() for k, v in stat.sums.items()}
-    return out
-
-
-def save(result: ProbeResult, folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise GddlabError(f"{folder} is a file: give a folder")
-    parquet, npz = io.BytesIO(), io.BytesIO()
-    result.frame.to_parquet(parquet, index=False)
-    np.savez_compressed(npz, **_arrays(result))  # type: ignore[arg-type]
-    files = {"frame.parquet": parquet.getvalue(), "arrays.npz": npz.getvalue()}
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    meta = {"format": FORMAT, "files": sums, **result.meta}
-    files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
-    with contextlib.ExitStack() as stack:
-        for name, content in files.items():
-            stack.enter_context(atomic_path(folder / name)).write_bytes(content)
-
-
-def load(folder: Path) -> ProbeResult:
-    import pandas as pd
-
-    meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT or not isinstance(meta.get("files"), dict):
-        raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")
-    content = {}
-    for name, expected in meta.pop("files").items():
-        if not (folder / name).is_file():
-            raise NotFound(f"no such file: {folder / name}")
-        content[name] = (folder / name).read_bytes()
-        if hashlib.sha256(content[name]).hexdigest() != expected:
-            raise GddlabError(f"{folder / name} is not the file that meta.json names: probe again, or restore it")
-    matrices: dict[str, dict[str, np.ndarray]] = {}
-    channels: dict[str, dict[str, np.ndarray]] = {}
-    statistics: dict[str, dict[str, Statistic]] = {}
-    with np.load(io.BytesIO(content["arrays.npz"]), allow_pickle=False) as z:
-        for key in z.files:
-            sort, name, rest = key.split("/", 2)
-            if sort == "matrix":
-                matrices.setdefault(name, {})[rest] = z[key]
-            elif sort == "channel":
-                channels.setdefault(rest, {})[name] = z[key]
-            elif kind := Statistic.kinds.get(meta["stats"][name]["class"]):
-                # a statistic of the user's own, not imported here, keeps its rows in the table and cannot merge
-                layer = rest if sort == "samples" else rest.split("/", 1)[1]
-                stat = statistics.setdefault(layer, {}).setdefault(name, kind())
-                if sort == "samples":
-                    stat.samples = int(z[key])
-                else:
-                    stat.sums[rest.split("/", 1)[0]] = torch.from_numpy(z[key])
-    return ProbeResult(pd.read_parquet(io.BytesIO(content["frame.parquet"])), meta, matrices, channels, statistics)

@@ -1,12 +1,15 @@
-"""The statistics that come with gddlab: arithmetic on the small tensors that reductions give."""
+"""Statistics of layers: what is read, how images are added up, and what comes out; `STATISTICS` by name."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from jaxtyping import Float
+from pydantic import SkipValidation
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
@@ -33,15 +36,19 @@ __all__ = [
     "DEFAULT",
     "STATISTICS",
     "ChannelMoments",
+    "Given",
     "PerImage",
+    "RatioOfMeans",
     "Statistic",
     "StatisticSelection",
+    "declare",
+    "stacked",
     "statistic_classes",
 ]
 
 
 class Statistic:
-    """A number a layer and noise level, from images that come in batches, with its standard error over images.
+    """A number per layer and noise level, from images that come in batches, with its standard error over images.
 
     The shortest statistic of your own is a name, what it means, and a function of rows:
 
@@ -58,8 +65,8 @@ class Statistic:
 
         gddlab.probe(net, stats=("rms", Kurtosis))
 
-    `reduce` runs inside the hook, on one batch. For more, override `taps` (what is read where), `quantities` (numbers an image, whose means are kept) and `value`
-    (a function of these means; its error follows by the delta method).
+    `reduce` runs inside the hook, on one batch. For more, override `taps` (what is read where), `quantities` (numbers
+    per image, whose means are kept) and `value` (a function of these means; its error follows by the delta method).
     """
 
     name: ClassVar[str]
@@ -69,31 +76,33 @@ class Statistic:
     target: ClassVar[Literal["layer", "block"]] = "layer"
     """ "block" for a statistic of every residual block that holds a selected layer."""
     parts: ClassVar[tuple[str, ...]] = ()
-    """Where a value is several numbers: what each is called after the name."""
+    """Where a value is several numbers: the suffix of each one's name."""
     across: ClassVar[bool] = False
-    """Whether it compares noise levels, so that all of them must lie in one pass."""
+    """Whether it compares noise levels, so that one pass must hold all of them."""
     group: ClassVar[int] = 1
-    """Images that make one sample, and must lie in one pass; batches hold whole groups."""
+    """Images that make one sample; one pass must hold all of a group."""
     in_frame: ClassVar[bool] = True
     side: ClassVar[Literal["input", "output"]] = "output"
     """What `reduce` sees: a layer's output or its first input."""
     reduce: ClassVar[Callable[[Tensor], Tensor]]
     reduction: ClassVar[Any] = None
-    """One of `gddlab.probing.reductions` in place of `reduce`; equal ones of several statistics are computed once."""
-    kinds: ClassVar[dict[str, type[Statistic]]] = {}
-    """Every statistic by module and class, so that saved sums find their meaning again."""
+    """One of `gddlab.probing.reductions` in place of `reduce`; it is computed once for all statistics that use it."""
+    registry: ClassVar[dict[str, type[Statistic]]] = {}
+    """Every statistic by its identity: saved sums find their statistic by it."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Statistic.kinds[cls.identity()] = cls
+        if isinstance(getattr(cls, "name", None), str):
+            Statistic.registry[cls.identity()] = cls
 
     @classmethod
     def identity(cls) -> str:
-        return f"{cls.__module__}.{cls.__qualname__}"
+        """The name of a statistic of gddlab's; module and class of a user's."""
+        return cls.name if cls.__module__.startswith("gddlab.") else f"{cls.__module__}.{cls.__qualname__}"
 
     def __init__(self) -> None:
         self.samples = 0
-        """How many the sums are over: images, or groups of them."""
+        """Images, or groups of them, in the sums."""
         self.sums: dict[str, Tensor] = {}
 
     @property
@@ -110,38 +119,38 @@ class Statistic:
         """What to read for `layer`, by role; None where the statistic has no meaning."""
         return {"x": Tap(layer.name, cls.side, cls.reduction or per_row(cls.reduce))} if cls.applies(layer) else None
 
-    def update(self, **reduced: Tensor) -> None:
+    def update(self, **reduced: Float[Tensor, "n s ..."]) -> None:
         """Adds a batch: float64 reductions by role."""
         q = self.quantities(**reduced)
         if q.ndim == 2:
             q = q[..., None]
         if type(self).value is Statistic.value and q.shape[2] != max(1, len(self.parts)):
             raise GddlabError(
-                f"statistic {self.name!r} gives {q.shape[2]} numbers a row and names {len(self.parts)} parts: name as many, or override value"
+                f"statistic {self.name!r} gives {q.shape[2]} numbers per row and names {len(self.parts)} parts: "
+                "name as many, or override value"
             )
-        self.samples += len(q)
-        self.add(first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))
+        self.add(len(q), first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))
 
-    def add(self, **sums: Tensor) -> None:
+    def add(self, samples: int, **sums: Tensor) -> None:
+        self.samples += samples
         for name, x in sums.items():
             self.sums[name] = self.sums[name] + x if name in self.sums else x
-
-    def quantities(self, x: Tensor) -> Tensor:
-        """Numbers of each image, (n, S) or (n, S, K)."""
-        return x
-
-    def value(self, means: Tensor) -> Tensor:
-        """The statistic from the means of the quantities over images.  (S, K) -> (S,), or (S, P) with P `parts`"""
-        return means if self.parts else means[:, 0]
 
     def merge(self, other: Statistic) -> None:
         """Adds what another instance has seen of other images at the same noise levels."""
         if type(other) is not type(self):
             raise GddlabError(f"{type(other).__name__} does not add to {type(self).__name__}: merge equal statistics")
-        self.samples += other.samples
-        self.add(**other.sums)
+        self.add(other.samples, **other.sums)
 
-    def result(self) -> tuple[Tensor, Tensor]:
+    def quantities(self, x: Float[Tensor, "n s ..."]) -> Float[Tensor, "n s ..."]:
+        """Numbers of each image, (n, S) or (n, S, K)."""
+        return x
+
+    def value(self, means: Float[Tensor, "s k"]) -> Float[Tensor, "s ..."]:
+        """The statistic from the means of the quantities over images.  (S, K) -> (S,), or (S, P) with P `parts`"""
+        return means if self.parts else means[:, 0]
+
+    def result(self) -> tuple[Float[Tensor, "s ..."], Float[Tensor, "s ..."]]:
         """Value and standard error over images, (S,) each, or (S, P); the error of one image is NaN."""
         n = self.samples
         if not n:
@@ -151,7 +160,7 @@ class Statistic:
             means = (first.clone() / n).requires_grad_(True)  # a copy: sums made in inference mode take no gradient
             value = self.value(means)
             columns = value if value.ndim == 2 else value[:, None]
-            # value is a function of its own noise level's means alone, so that one backward pass gives every row's slope
+            # value depends on its own noise level's means alone, so one backward pass gives every row's slope
             slopes = [torch.autograd.grad(c.sum(), means, retain_graph=True)[0] for c in columns.unbind(1)]
         slope, mean = torch.stack(slopes, 1), means.detach()  # (S, P, K), (S, K)
         slope = torch.where(slope.isfinite(), slope, 0.0)  # the root's slope at 0, where nothing spreads
@@ -162,21 +171,13 @@ class Statistic:
             sem = torch.full_like(columns, torch.nan).detach()
         return value.detach(), sem if value.ndim == 2 else sem[:, 0]
 
-    def matrix(self) -> Tensor | None:
-        """Noise levels against each other, (S, S), where the statistic compares them."""
+    def matrix(self) -> Float[Tensor, "s s"] | None:
+        """Noise levels against each other, where the statistic compares them."""
         return None
 
     def channels(self) -> dict[str, Tensor]:
         """Numbers of each channel, (S, C), by name."""
         return {}
-
-    @classmethod
-    def stack(cls, levels: Sequence[Self]) -> Self:
-        """One instance of those that saw the same images at different noise levels."""
-        out = cls.__new__(cls)
-        out.__dict__.update(levels[0].__dict__)
-        out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
-        return out
 
     @classmethod
     def describe(cls) -> dict[str, str]:
@@ -189,8 +190,50 @@ class Statistic:
         }
 
 
+S = TypeVar("S", bound=Statistic)
+
+
+def stacked(levels: Sequence[S]) -> S:
+    """One instance from several that saw the same images at different noise levels."""
+    out = copy.copy(levels[0])
+    out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
+    return out
+
+
+# Statistics of numbers that are not read by hooks; `ablate`, `patch` and the like declare theirs from these.
+
+
 class PerImage(Statistic):
-    """Means over images of numbers that are computed elsewhere: `update(x=...)` takes them, (n, S)."""
+    """Means over images of numbers computed elsewhere: `update(x=...)` takes them, (n, S)."""
+
+
+class RatioOfMeans(PerImage):
+    """Takes numerator and denominator of each image, (n, S, 2)."""
+
+    def value(self, means: Tensor) -> Tensor:
+        return means[:, 0] / means[:, 1]
+
+
+class Given(Statistic):
+    """Values computed elsewhere that are no means over images: such results join, but do not merge."""
+
+    def __init__(self, values: Sequence[float] = (), sems: Sequence[float] | None = None, n: int = 0) -> None:
+        super().__init__()
+        self.samples = n
+        self.values = torch.tensor(values, dtype=torch.float64)
+        self.sems = torch.full_like(self.values, torch.nan) if sems is None else torch.tensor(sems, dtype=torch.float64)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self.values, self.sems
+
+
+def declare(base: type[S], name: str, definition: str, *, axes: str, unit: str) -> type[S]:
+    """A statistic that differs from its base in what it is called and what it means."""
+    about = {"name": name, "definition": definition, "axes": axes, "unit": unit}
+    return type(name, (base,), {"__module__": __name__, **about})
+
+
+# Statistics that hooks read.
 
 
 class RootMeanSquare(Statistic):
@@ -222,9 +265,7 @@ class Mean(Statistic):
 
 class StandardDeviation(Statistic):
     name = "std"
-    definition = (
-        "standard deviation of the layer's output, over all of images, channels and pixels; sem by the delta method"
-    )
+    definition = "standard deviation of the layer's output over images, channels and pixels; sem by the delta method"
     axes = "images, channels, pixels"
     unit = "activation"
     reduction = staticmethod(moments)
@@ -235,13 +276,13 @@ class StandardDeviation(Statistic):
 
     def update(self, **reduced: Tensor) -> None:
         super().update(**reduced)
-        self.add(within=reduced["x"][..., 1].sum(0))
+        self.add(0, within=reduced["x"][..., 1].sum(0))
 
     def value(self, means: Tensor) -> Tensor:
         return (means[:, 1] - means[:, 0].square()).clamp(min=0).sqrt()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Variance within images and between their means, added: the difference of squares serves for the error alone."""
+        """Adds the variance within images and that between their means: the difference of squares is too inexact."""
         _, sem = super().result()
         n = self.samples
         first, square = self.sums["first"][:, 0], self.sums["second"][:, 0, 0]
@@ -250,7 +291,7 @@ class StandardDeviation(Statistic):
 
 
 class ActiveFraction(Statistic):
-    """Reported only where the input is known to follow an activation: see `Layer.activated_input`."""
+    """Of layers whose input is known to follow an activation, see `Layer.activated_input`."""
 
     name = "active_fraction"
     definition = "share of the layer's input above 0, for layers whose input is the output of SiLU"
@@ -265,12 +306,12 @@ class ActiveFraction(Statistic):
 
 
 class DeadChannels(Statistic):
-    """Reported where `ActiveFraction` is."""
+    """Of the same layers as `ActiveFraction`."""
 
     name = "dead_channels"
     definition = (
-        "share of the channels of the layer's input that stay near 0: root mean square over an image's pixels below 0.01 of that over "
-        "all channels; mean over images; for layers whose input is the output of SiLU"
+        "share of the channels of the layer's input that stay near 0: root mean square over an image's pixels below "
+        "0.01 of that over all channels; mean over images; for layers whose input is the output of SiLU"
     )
     axes = "root mean square over pixels; share over channels; mean over images"
     unit = "share"
@@ -291,8 +332,9 @@ class DeadChannels(Statistic):
 class RelativeUpdate(Statistic):
     name = "rel_update"
     definition = (
-        "mean over images of |branch| / |skip path|, Euclidean norms of one image's activations; the branch is the output of the block's last "
-        "convolution (conv1; conv2 in diffusers), the skip path is the skip module's output, or the block's input where there is none"
+        "mean over images of |branch| / |skip path|, Euclidean norms of one image's activations; the branch is the "
+        "output of the block's last convolution (conv1; conv2 in diffusers), the skip path is the skip module's "
+        "output, or the block's input where there is none"
     )
     axes = "norm over channels, pixels; mean over images"
     unit = "ratio"
@@ -303,12 +345,9 @@ class RelativeUpdate(Statistic):
         parts = anatomy(modules[layer.name])
         if parts is None or parts.skip is None:
             return None
-        skip = modules.get(f"{layer.name}.{parts.skip}")
-        base = (
-            Tap(layer.name, "input", mean_square)
-            if skip is None
-            else Tap(f"{layer.name}.{parts.skip}", "output", mean_square)
-        )
+        base = Tap(layer.name, "input", mean_square)
+        if (skip := f"{layer.name}.{parts.skip}") in modules:
+            base = Tap(skip, "output", mean_square)
         return {"update": Tap(f"{layer.name}.{parts.branch}", "output", mean_square), "base": base}
 
     def quantities(self, update: Tensor, base: Tensor) -> Tensor:  # type: ignore[override]
@@ -334,17 +373,17 @@ class RelativeAttentionUpdate(RelativeUpdate):
 
 
 class _Likeness(Statistic):
-    """m(s, t) / sqrt(m(s, s) m(t, t)) for a matrix m that is summed over images; t is the largest sigma in `result`."""
+    """m(s, t) / sqrt(m(s, s) m(t, t)) for a matrix m summed over images; in `result` t is the largest sigma."""
 
     unit = "similarity"
     across = True
 
     def update(self, **reduced: Tensor) -> None:
         super().update(**reduced)
-        self.add(matrix=reduced["x"].sum(0))
+        self.add(0, matrix=reduced["x"].sum(0))
 
     def quantities(self, x: Tensor) -> Tensor:
-        """m(s, 0), m(s, s), m(0, 0): noise levels descend, so that 0 is the largest.  (n, S, S) -> (n, S, 3)"""
+        """m(s, 0), m(s, s), m(0, 0), where 0 is the largest noise level.  (n, S, S) -> (n, S, 3)"""
         diagonal = x.diagonal(dim1=-2, dim2=-1)
         return torch.stack([x[..., 0], diagonal, diagonal[..., :1].expand_as(diagonal)], -1)
 
@@ -356,7 +395,7 @@ class _Likeness(Statistic):
         value, sem = super().result()
         sem = sem.clone()
         if self.samples > 1:
-            sem[0] = torch.where(value[0].isfinite(), 0.0, sem[0])  # with itself: rounding is no spread
+            sem[0] = torch.where(value[0].isfinite(), 0.0, sem[0])  # likeness to itself: rounding is no spread
         return value, sem
 
     def matrix(self) -> Tensor:
@@ -379,9 +418,10 @@ class Cosine(_Likeness):
 class CenteredKernelAlignment(_Likeness):
     name = "cka"
     definition = (
-        "linear centred kernel alignment of the layer's outputs at this sigma and at the largest one: HSIC[s, t] / sqrt(HSIC[s, s] HSIC[t, t]), "
-        f"unbiased HSIC within groups of {GROUP} images, averaged over whole groups (Nguyen et al. 2021, equation 3); sem over groups by the delta method; "
-        "can be misled (arXiv:2210.16156)"
+        "linear centred kernel alignment of the layer's outputs at this sigma and at the largest one: "
+        "HSIC[s, t] / sqrt(HSIC[s, s] HSIC[t, t]), "
+        f"unbiased HSIC within groups of {GROUP} images, averaged over whole groups (Nguyen et al. 2021, equation 3); "
+        "sem over groups by the delta method; can be misled (arXiv:2210.16156)"
     )
     axes = "images, channels, pixels"
     group = GROUP
@@ -391,7 +431,8 @@ class CenteredKernelAlignment(_Likeness):
 class SpectralShare(Statistic):
     name = "spectral_share"
     definition = (
-        "share of the power of the layer's output in a band of radial frequency, 0 at the constant and 1 at the Nyquist frequency of an axis: "
+        "share of the power of the layer's output in a band of radial frequency, 0 at the constant and 1 at the "
+        "Nyquist frequency of an axis: "
         + ", ".join(f"{i} from {a:g} to {b:g}" for i, (a, b) in enumerate(itertools.pairwise(BANDS)))
         + "; share of one image over all channels, mean over images"
     )
@@ -420,11 +461,10 @@ class ChannelMoments(Statistic):
 
     def update(self, **reduced: Tensor) -> None:
         x = reduced["x"]
-        self.samples += len(x)
-        self.add(mean=x.sum(0), square=x.square().sum(0), within=reduced["within"].sum(0))
+        self.add(len(x), mean=x.sum(0), square=x.square().sum(0), within=reduced["within"].sum(0))
 
     def channels(self) -> dict[str, Tensor]:
-        """Variance within images and between their means, added: no difference of large numbers but for the means, which are float64."""
+        """Adds the variance within images and that between their means: only float64 means are subtracted."""
         mean = self.sums["mean"] / self.samples
         between = (self.sums["square"] / self.samples - mean.square()).clamp(min=0)
         return {"mean": mean, "var": self.sums["within"] / self.samples + between}
@@ -446,12 +486,12 @@ STATISTICS: Mapping[str, type[Statistic]] = {
         SpectralShare,
     )
 }
-"""All statistics by name."""
+"""All statistics that `probe` measures, by name."""
 
 DEFAULT = tuple(name for name in STATISTICS if name not in ("cka", "spectral_share"))
-"""What `probe` measures unless told otherwise: one forward pass gives all of it."""
+"""What `probe` measures by default."""
 
-StatisticSelection = str | type[Statistic] | Iterable[str | type[Statistic]]
+StatisticSelection = SkipValidation[str | type[Statistic] | Iterable[str | type[Statistic]]]
 """Names of `STATISTICS`, subclasses of `Statistic`, or a list of both."""
 
 
@@ -459,11 +499,11 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
     """What `stats` names, each once.
 
     Raises:
-        GddlabError: An unknown name; a class that is no statistic, or leaves out what it means; nothing.
+        GddlabError: An unknown name; a class that is no statistic, or does not say what it means; nothing.
     """
     if not isinstance(stats, str | type | Iterable):
         raise GddlabError(f"stats={stats!r}: give names ({', '.join(STATISTICS)}), subclasses of Statistic, or a list")
-    listed = [stats] if isinstance(stats, str | type) else list(stats)
+    listed: list[Any] = [stats] if isinstance(stats, str | type) else list(stats)
     out: list[type[Statistic]] = []
     for item in listed:
         if isinstance(item, str):
@@ -481,9 +521,11 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
             raise GddlabError(f"a statistic is called {found.name!r}: give a name without a slash")
         if found.target not in ("layer", "block") or found.side not in ("input", "output"):
             raise GddlabError(
-                f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or block, input or output"
+                f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or "
+                "block, input or output"
             )
-        if found.taps.__func__ is Statistic.taps.__func__ and not (found.reduction or hasattr(found, "reduce")):  # type: ignore[attr-defined]
+        own_taps = found.taps.__func__ is not Statistic.taps.__func__  # type: ignore[attr-defined]
+        if not (own_taps or found.reduction or hasattr(found, "reduce")):
             raise GddlabError(f"statistic {found.name!r} reads nothing: define reduce(x), or taps")
         if found not in out:
             if clash := [c for c in out if c.name == found.name]:

@@ -1,52 +1,45 @@
-"""How far the weights of each layer have moved from another network's, and the table of it."""
+"""`weight_change`: how far the weights of each layer have moved from another network's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, validated
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import Statistic
+from gddlab.probing.statistics import Given, Statistic, declare
 
 __all__ = ["weight_change"]
 
-
-class WeightChange(Statistic):
-    """Computed from weights, not from images."""
-
-    name = "weight_change"
-    definition = "|w - w_reference| / |w_reference|, Euclidean norms over all parameters of the layer; it does not depend on sigma"
-    axes = "parameters"
-    unit = "ratio"
-
-    def __init__(self, values: Sequence[float] = ()) -> None:
-        super().__init__()
-        self.values = torch.tensor(values, dtype=torch.float64)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        return self.values, torch.full_like(self.values, torch.nan)
+WeightChange = declare(
+    Given,
+    "weight_change",
+    "|w - w_reference| / |w_reference|, Euclidean norms over all parameters of the layer; it does not depend on sigma",
+    axes="parameters",
+    unit="ratio",
+)
 
 
+@validated
 @torch.no_grad()
 def weight_change(
-    model: nn.Module, reference: nn.Module, layers: LayerSelection = "all", *, sigma: float | None = None
+    model: Any, reference: Any, layers: LayerSelection = "all", *, sigma: float | None = None
 ) -> ProbeResult:
     """Measures how far each layer's parameters are from another network's of the same architecture.
 
     Args:
         model: A student, say.
-        reference: Its teacher, say; what students drop (`map_augment`) or add (`map_target0`, `map_target1`) does not count.
+        reference: Its teacher, say; what students drop (`map_augment`) or add (`map_target0`, `map_target1`) does not
+            count.
         layers: As for `probe`.
-        sigma: Noise level under which the values stand in the table; None takes the one that a student runs at, 80 for others.
+        sigma: Noise level given to the values in the table; None takes the one that a student runs at, 80 for others.
 
     Returns:
-        `weight_change` of each layer with parameters; 0 where they are equal bit for bit, NaN without a reference norm. `sem` is NaN: it has
-        no images.
+        `weight_change` of each layer with parameters; 0 where they are equal bit for bit, NaN where the reference's are
+        all 0. `sem` is NaN: there are no images.
 
     Raises:
         GddlabError: The networks differ in a parameter's name or shape; no layer has parameters.
@@ -68,7 +61,8 @@ def weight_change(
         for name, p in w.items():
             if p.shape != other[name].shape:
                 raise GddlabError(
-                    f"{layer.name}.{name} is {tuple(p.shape)} and {tuple(other[name].shape)}: give a network of the same architecture"
+                    f"{layer.name}.{name} is {tuple(p.shape)} and {tuple(other[name].shape)}: give a network of the "
+                    "same architecture"
                 )
             q = other[name].to(p.device).double()
             moved += float((p.double() - q).square().sum())

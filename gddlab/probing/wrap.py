@@ -1,44 +1,42 @@
-"""`wrap`: any network as a denoiser that can be probed; compiled networks run eagerly under hooks."""
+"""`wrap`: any network as a denoiser that can be probed."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
+from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, unknown, validated
+from gddlab.probing.inputs import Count, Data
 from gddlab.probing.layers import denoiser_of
-from gddlab.sampling.samplers import positive
 
-__all__ = ["PREDICTIONS", "Denoise", "Denoiser", "UNet2D", "eager", "is_unet2d", "wrap"]
+__all__ = ["Denoise", "Denoiser", "Prediction", "UNet2D", "wrap"]
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def is_unet2d(model: nn.Module) -> bool:
-    """A diffusers `UNet2DModel`, or a subclass."""
-    return any(c.__name__ == "UNet2DModel" for c in type(model).__mro__)
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 @dataclass(frozen=True, eq=False)
 class UNet2D:
     """Calls a diffusers `UNet2DModel` as a denoiser D(x; sigma).
 
-    With abar = alphas_cumprod[t], sigma(t) = sqrt((1 - abar) / abar) (Karras et al. 2022, table 1; Song et al. 2021), and the network sees
-    x / sqrt(1 + sigma^2) and t. Between the schedule's steps, t is interpolated linearly in log sigma; fractional timesteps are meaningful
-    since their embedding is sinusoidal. Learned variances are left out. Clipping and thresholding of a scheduler are not done.
+    With abar = alphas_cumprod[t], sigma(t) = sqrt((1 - abar) / abar) (Karras et al. 2022, table 1; Song et al. 2021),
+    and the network sees x / sqrt(1 + sigma^2) and t. Between the schedule's steps, t is interpolated linearly in log
+    sigma; fractional timesteps are meaningful since their embedding is sinusoidal. Learned variances are ignored;
+    clipping and thresholding of a scheduler are not done.
 
     Attributes:
-        prediction: "epsilon", the noise; "v_prediction", alpha noise - sqrt(1 - abar) image, alpha = sqrt(abar) (Salimans & Ho 2022);
-            "sample", the image.
-        log_sigma: log sigma of each step, (T,) float64, rising, on the CPU. No buffer: `.to(torch.bfloat16)` would round it.
-        channels, resolution, classes: Of the network's configuration; resolution None where it does not say, classes 0 where there are none.
+        prediction: "epsilon", the noise; "v_prediction", alpha noise - sqrt(1 - abar) image, alpha = sqrt(abar)
+            (Salimans & Ho 2022); "sample", the image.
+        log_sigma: log sigma of each step, (T,) float64, rising, on the CPU. No buffer: `.to(torch.bfloat16)` would
+            round it.
+        channels, resolution, classes: From the network's configuration; resolution is None where it does not say,
+            classes 0 where there are none.
     """
 
     prediction: str
@@ -52,7 +50,7 @@ class UNet2D:
         """Arguments as for `wrap`; `network` is the `UNet2DModel` itself.
 
         Raises:
-            GddlabError: No prediction or schedule, or wrong ones; a configuration that is called in another way.
+            GddlabError: No prediction or schedule, or wrong ones; a configuration that must be called in another way.
         """
         if prediction is None:
             prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
@@ -62,10 +60,11 @@ class UNet2D:
             raise GddlabError("a UNet2DModel does not know its noise schedule: give alphas_cumprod= or scheduler=")
         if prediction is None:
             raise GddlabError(
-                f"a UNet2DModel does not know what it predicts: give prediction=, one of {', '.join(PREDICTIONS)}"
+                "a UNet2DModel does not know what it predicts: give prediction=, one of "
+                f"{', '.join(get_args(Prediction))}"
             )
-        if prediction not in PREDICTIONS:
-            raise unknown("prediction", prediction, PREDICTIONS)
+        if prediction not in get_args(Prediction):  # a scheduler may name another
+            raise unknown("prediction", prediction, get_args(Prediction))
         config: Any = network.config
         channels = config.in_channels
         if config.time_embedding_type != "positional":
@@ -124,7 +123,7 @@ class UNet2D:
             raise GddlabError(f"this network has {self.classes} classes and none for no class: give class_labels")
         ids = class_labels.argmax(1)
         if not torch.equal(nn.functional.one_hot(ids, class_labels.shape[1]).to(class_labels.dtype), class_labels):
-            raise GddlabError("class_labels hold rows that are not one-hot: this network takes one class an image")
+            raise GddlabError("class_labels hold rows that are not one-hot: this network takes one class per image")
         return ids
 
 
@@ -139,7 +138,7 @@ def _side(sample_size: Any) -> int | None:
 
 
 def _log_sigma(alphas_cumprod: Any) -> Tensor:
-    """log sqrt((1 - abar) / abar), rising, (T,) float64; a last step of pure noise (abar = 0) has no sigma and is left out."""
+    """log sqrt((1 - abar) / abar), rising, (T,) float64; a last step with abar = 0 has no sigma and is dropped."""
     try:
         abar = torch.as_tensor(alphas_cumprod).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError):
@@ -155,22 +154,22 @@ def _log_sigma(alphas_cumprod: Any) -> Tensor:
     return ((1 - abar) / abar).sqrt().log()
 
 
-Denoise = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+Denoise = SkipValidation[Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]]
 """(network, x (B, C, H, W), sigma (B,), one-hot labels (B, label_dim) or None) -> denoised images (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
 class _Card:
-    """What a denoiser's card says of its data: a dataset or its name."""
+    """What a denoiser's card says about its data: a dataset or its name."""
 
-    data: str | ImageDataset | None
+    data: Data
 
 
 class Denoiser(nn.Module):
-    """A network that is called as `denoiser(x, sigma, class_labels)`, however it is called itself; made by `wrap`.
+    """A network that is called as `denoiser(x, sigma, class_labels)`, whatever its own signature; made by `wrap`.
 
     Attributes:
-        gddlab_bare: The network itself: layers and parameters keep the names that they have in there.
+        gddlab_bare: The network itself, whose names of layers and parameters are kept.
         img_channels, img_resolution: Shape of an image, channels and pixels; None where it is not known.
         label_dim: Number of classes; 0 for an unconditional network.
         sigma_min, sigma_max: Range of sigma, standard deviation on the scale of images in [-1, 1].
@@ -189,7 +188,7 @@ class Denoiser(nn.Module):
         label_dim: int,
         sigma_min: float,
         sigma_max: float,
-        data: str | ImageDataset | None,
+        data: Data,
     ):
         super().__init__()
         self.gddlab_bare = model
@@ -198,16 +197,18 @@ class Denoiser(nn.Module):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.card = None if data is None else _Card(data)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], sigma: Tensor | float, class_labels: Tensor | None = None
+    ) -> Float[Tensor, "b c h w"]:
         """Denoises.
 
         Args:
-            x: (B, C, H, W), image plus sigma times noise; float64 stays float64, anything else becomes float32.
+            x: Image plus sigma times noise; float64 stays float64, anything else becomes float32.
             sigma: Scalar, (1,) or (B,), within `sigma_min` and `sigma_max`.
             class_labels: (B, label_dim) or (1, label_dim) one-hot, or None; an unconditional network ignores them.
 
         Returns:
-            (B, C, H, W), the denoised image, in the type of `x`.
+            The denoised image, in the type of `x`.
 
         Raises:
             GddlabError: A sigma outside of the range; labels or an answer of the network of another shape.
@@ -216,7 +217,7 @@ class Denoiser(nn.Module):
         b = len(x)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)
         if len(sigma) not in (1, b):
-            raise GddlabError(f"sigma is ({len(sigma)},) for {b} images: give one number, or one an image")
+            raise GddlabError(f"sigma is ({len(sigma)},) for {b} images: give one number, or one per image")
         self._check_range(sigma)
         if not self.label_dim:
             class_labels = None
@@ -234,52 +235,50 @@ class Denoiser(nn.Module):
     def _check_range(self, sigma: Tensor) -> None:
         low, high = self.sigma_min, self.sigma_max
         if low == 0 and high == math.inf:
-            return  # spares an accelerator the wait
-        slack = 1e-6  # the ends in float32
+            return  # without waiting for an accelerator
+        slack = 1e-6  # the ends, rounded to float32
         for s in (sigma.min().item(), sigma.max().item()):
             if not low * (1 - slack) <= s <= high * (1 + slack):
                 raise GddlabError(f"sigma {s:g}: this network accepts {low:g} to {high:g}, give one of these")
 
 
+@validated
 def wrap(
-    model: nn.Module,
+    model: Any,
     denoise: Denoise | None = None,
     *,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     alphas_cumprod: Any = None,
     scheduler: Any = None,
-    img_channels: int | None = None,
-    img_resolution: int | None = None,
-    label_dim: int = 0,
+    img_channels: Count | None = None,
+    img_resolution: Count | None = None,
+    label_dim: Annotated[int, Field(ge=0)] = 0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    data: str | ImageDataset | None = None,
+    data: Data = None,
 ) -> Denoiser:
-    """Makes any network a denoiser D(x; sigma) on the scale of images in [-1, 1], as `probe` and its relatives take it.
+    """Makes any network a denoiser D(x; sigma) on the scale of images in [-1, 1], as `probe` and the like take it.
 
         wrap(net, lambda net, x, sigma, labels: net(x, sigma.log() / 4), img_channels=3, img_resolution=32)
         wrap(unet, scheduler=pipeline.scheduler)                    # a diffusers UNet2DModel
 
     Args:
-        model: The network; in DistributedDataParallel or compiled if you like.
-        denoise: How it is called, see `Denoise`: x is image + sigma * noise, float32 whatever the network's own precision. Not needed for a
-            diffusers `UNet2DModel`: see `gddlab.probing.wrap.UNet2D` for what is done.
+        model: The network; also in DistributedDataParallel or compiled.
+        denoise: How it is called, see `Denoise`: x is image + sigma * noise, float32 whatever the network's own
+            precision. Not needed for a diffusers `UNet2DModel`, which is called as `gddlab.probing.wrap.UNet2D` says.
         prediction: What a `UNet2DModel` predicts: "epsilon", "v_prediction" or "sample".
         alphas_cumprod: Its schedule, (T,), falling: `scheduler.alphas_cumprod`.
-        scheduler: Its diffusers scheduler, which knows both; what is given besides takes precedence.
-        img_channels, img_resolution, label_dim: Shape of an image and number of classes; a `UNet2DModel` knows its own. Without a
-            shape the network can be probed with images only.
+        scheduler: Its diffusers scheduler, which knows both; `prediction` and `alphas_cumprod` take precedence.
+        img_channels, img_resolution, label_dim: Shape of an image and number of classes; a `UNet2DModel` knows its own.
+            Without a shape the network can be probed with images only.
         sigma_min, sigma_max: Range of sigma; others are refused. None means any, for a `UNet2DModel` its schedule's.
-        data: Dataset, or its name, that `probe` takes unless told otherwise.
+        data: Dataset, or its name, that `probe` takes by default.
 
     Raises:
-        GddlabError: A network that is called in an unknown way, without `denoise`; something missing, or given that has no use.
+        GddlabError: No `denoise` for a network that is no `UNet2DModel`; an argument is missing, or has no use.
     """
     if not isinstance(model, nn.Module):
         raise GddlabError(f"model is a {type(model).__name__}: give an nn.Module")
-    for name, value in (("img_channels", img_channels), ("img_resolution", img_resolution), ("label_dim", label_dim)):
-        if value is not None and (name != "label_dim" or value != 0):
-            positive(name, value)
     low, high = 0.0, math.inf
     if denoise is not None:
         unused = {"prediction": prediction, "alphas_cumprod": alphas_cumprod, "scheduler": scheduler}
@@ -289,7 +288,7 @@ def wrap(
             raise GddlabError(f"denoise={denoise!r}: give a function of (model, x, sigma, class_labels)")
     else:
         network = denoiser_of(model)
-        if not is_unet2d(network):
+        if not any(c.__name__ == "UNet2DModel" for c in type(network).__mro__):
             raise GddlabError(
                 f"how a {type(network).__name__} is called is not known: give denoise=, a function of "
                 "(model, x, sigma, class_labels) that returns the denoised image"
@@ -299,8 +298,8 @@ def wrap(
         img_channels = img_channels or denoise.channels
         img_resolution = img_resolution or denoise.resolution
         label_dim = label_dim or denoise.classes
-    sigma_min = low if sigma_min is None else float(sigma_min)
-    sigma_max = high if sigma_max is None else float(sigma_max)
+    sigma_min = low if sigma_min is None else sigma_min
+    sigma_max = high if sigma_max is None else sigma_max
     if not low <= sigma_min < sigma_max <= high:
         within = f"{low:g} to {high:g}" if high < math.inf else "0 and above"
         raise GddlabError(f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: give a range within {within}")
@@ -314,26 +313,3 @@ def wrap(
         sigma_max=sigma_max,
         data=data,
     )
-
-
-@contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Runs a compiled network, or its compiled parts, as Python inside: compiled code does not call hooks that came later.
-
-    Nothing is compiled anew afterwards, and the compiler's stance before comes back. The stance is the process's: other compiled
-    networks run as Python inside, too. Where nothing in `model` is compiled, nothing is changed.
-    """
-    if not any(_is_compiled(m) for m in model.modules()):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, `module.compile()`, or `torch.compile` of its forward or denoise function; told without importing
-    the compiler, which takes a second."""
-    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    functions = (module.forward, getattr(module, "denoise", None))
-    return any(hasattr(f, "_torchdynamo_orig_callable") for f in functions)

@@ -15,7 +15,6 @@ from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation import Record, compare, load_records
 from gddlab.files import data_dir, read_json
 from gddlab.freezing import FreezeMask
-from gddlab.freezing.mask import mask_line
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
 from gddlab.runs import Run
@@ -290,7 +289,7 @@ def trained_rows(f: Facts) -> list[list[str]]:
         ["method", method(f.config)],
         ["teacher", f"{c['teacher']}: {network}" if network else str(c["teacher"])],
         ["student", f"{steps} network call{'s' if steps > 1 else ''} an image{begins}"],
-        ["mask", mask_line(f.mask) if f.mask is not None else "none" if not c["mask"] else f"sha256 {c['mask'][:16]}"],
+        ["mask", str(f.mask) if f.mask is not None else "none" if not c["mask"] else f"sha256 {c['mask'][:16]}"],
     ]
     discriminator, instance, augment = f.config.discriminator, f.config.instance, f.config.augment
     if discriminator is not None:

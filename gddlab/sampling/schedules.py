@@ -74,6 +74,11 @@ def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Float[Tensor, " M"]:
     return torch.tensor(u[:0:-1], dtype=torch.float64)
 
 
+def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
+    """The one of `sigmas` that is nearest to `sigma` on a log scale; the first of two."""
+    return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
+
+
 def default_range(discretization: str, *, epsilon_s: float) -> tuple[float, float]:
     """sigma_min and sigma_max of a discretisation; that of VP runs from t = epsilon_s to 1."""
     vp = _vp(_BETA_D, _BETA_MIN)

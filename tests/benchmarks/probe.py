@@ -92,7 +92,7 @@ def main(rounds: int, images: int, levels: int, name: str) -> None:
                     took = time.perf_counter() - began
                 if i:  # the first round warms up
                     times[key].append(took)
-                    memory[key].append(peak[0] or 0.0)
+                    memory[key].append(peak[0])
     print(
         json.dumps(
             {

@@ -14,7 +14,7 @@ from gddlab.evaluation import evaluate
 from gddlab.experiments.experiment import Found, Judge, Subjects
 from gddlab.experiments.studies import STUDIES
 from gddlab.nets.io import make_student
-from gddlab.probing.spectra import radial_power
+from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config

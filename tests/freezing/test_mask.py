@@ -3,10 +3,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.freezing import FreezeMask, select_freeze
+from gddlab.probing.layers import parameter_table
 from tests.probing.networks import tiny
 
 
@@ -138,6 +141,21 @@ def test_json_round_trip(mask, result, tmp_path):
         assert other.hash == m.hash
         assert hash(other) == hash(m)
         assert other.fingerprint == m.fingerprint
+
+
+PARAMETERS = parameter_table(tiny())
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(st.sampled_from([n for n, _ in PARAMETERS]), max_size=30), data=st.data())
+def test_any_mask_comes_back_from_its_file(tmp_path_factory, names, data):
+    mask = FreezeMask(tuple(names), PARAMETERS, arguments={"budget": len(names) / 100})
+    path = tmp_path_factory.mktemp("mask") / "mask.json"
+    mask.save(path)
+    assert FreezeMask.load(path) == mask
+    again = FreezeMask(tuple(data.draw(st.permutations(names))), PARAMETERS, "another name")
+    assert (again.hash, again.frozen) == (mask.hash, mask.frozen)
+    assert mask.transfer(tiny()).frozen == mask.frozen
 
 
 def test_masks_saved_before_candidates_were_recorded_still_load(mask):

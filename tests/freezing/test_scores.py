@@ -7,7 +7,7 @@ import pytest
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
 from gddlab.freezing.candidates import Network, choose
-from gddlab.freezing.select import in_order, score_units
+from gddlab.freezing.scores import score_units
 from tests.freezing.conftest import convs, with_values
 
 
@@ -74,15 +74,6 @@ def test_a_function_of_the_result(net, result):
     assert scores_of(result, lambda r: r.pivot("rms")[1.0]) == scores_of(result, "rms", at=1.0)  # a Series
     block = scores_of(result, lambda r: {"model.enc.8x8_block0": 2.0})
     assert {n.rpartition(".")[0] for n in block} == {"model.enc.8x8_block0"}
-
-
-def test_order(result, net):
-    units = choose(Network(result), "conv", ("first", "last"), "layer")
-    scores = {u.name: float(i % 3) for i, u in enumerate(units[1:])}
-    low, high = ([u.name for u in in_order(units, scores, f)] for f in ("low", "high"))
-    names = [u.name for u in units[1:]]
-    assert low == names[::3] + names[1::3] + names[2::3]
-    assert high == names[2::3] + names[1::3] + names[::3]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from torch import nn
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask, select_freeze
-from gddlab.freezing.mask import _nearest
 from gddlab.nets import from_edm
 from gddlab.probing.layers import parameter_table
 from tests.freezing.students import STUDENTS
@@ -63,12 +62,21 @@ def test_decisions_go_to_the_nearest_relative_position(net):
     assert all(n.endswith("conv0.weight") for n in longer.frozen)
 
 
-def test_positions():
-    assert [_nearest(i, 5, 5) for i in range(5)] == [0, 1, 2, 3, 4]
-    assert [_nearest(i, 3, 5) for i in range(3)] == [0, 2, 4]
-    assert [_nearest(i, 5, 2) for i in range(5)] == [0, 0, 0, 1, 1]
-    assert _nearest(0, 1, 5) == 2
-    assert [_nearest(i, 4, 1) for i in range(4)] == [0, 0, 0, 0]
+def row(n: int) -> nn.Module:
+    """`n` layers of one stage, resolution and kind."""
+    blocks = {f"8x8_block{i}": nn.ModuleDict({"conv0": nn.Linear(1, 1, bias=False)}) for i in range(n)}
+    return nn.ModuleDict({"enc": nn.ModuleDict(blocks)})
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "twins"),
+    [(5, 5, [0, 1, 2, 3, 4]), (3, 5, [0, 2, 4]), (5, 2, [0, 0, 0, 1, 1]), (1, 5, [2]), (4, 1, [0, 0, 0, 0])],
+)
+def test_layers_take_the_decision_at_the_nearest_relative_position(n, m, twins):
+    for frozen in range(m):
+        mask = FreezeMask((f"enc.8x8_block{frozen}.conv0.weight",), parameter_table(row(m)))
+        expected = [f"enc.8x8_block{i}.conv0.weight" for i, twin in enumerate(twins) if twin == frozen]
+        assert list(mask.transfer(row(n)).frozen) == expected
 
 
 def test_a_missing_tensor_is_listed_alone(net):

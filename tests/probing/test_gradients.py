@@ -215,7 +215,7 @@ def test_presets_leave_out_layers_without_parameters():
         ({"batches": None}, "batches=None"),
         ({"batches": []}, "batches is empty"),
         ({"timesteps": 3}, "timesteps= has no use"),
-        ({"batches": [Batch(1.0, 0), Batch(2.0, 0), Batch(1.0, 0)]}, "sigma 1 come apart"),
+        ({"batches": [Batch(1.0, 0), Batch(2.0, 0), Batch(1.0, 0)]}, "sigma 1 are not in succession"),
         ({"batches": [Batch(-1.0, 0)]}, "sigma -1"),
         ({"batches": [3.0]}, "a batch is a float"),
         ({"batches": [Batch("high", 0)]}, "a batch is a Batch: give Batch"),

@@ -192,7 +192,7 @@ def test_a_users_statistic_is_checked_before_anything_runs(net, changes, says):
 def test_a_users_statistic_names_as_many_parts_as_it_gives(net, pictures, columns, parts):
     reduce = staticmethod(lambda x: x.flatten(1)[:, :columns])
     odd = type("Odd", (Clipped,), {"name": "odd", "parts": parts, "reduce": reduce})
-    with pytest.raises(GddlabError, match=f"'odd' gives {columns} numbers a row and names {len(parts)} parts"):
+    with pytest.raises(GddlabError, match=f"'odd' gives {columns} numbers per row and names {len(parts)} parts"):
         probe(net, [2.0, 1.0], data=pictures, n=2, stats=odd)
     right = type(
         "Right",
@@ -300,7 +300,9 @@ def test_probes_of_other_images_add_up(net):
         whole.merge(Probe(net, [2.0, 0.5]))
 
 
-@pytest.mark.parametrize("name", [n for n in reductions.__all__ if n[0].islower() and n != "per_row"])
+@pytest.mark.parametrize(
+    "name", [n for n in reductions.__all__ if n[0].islower() and n not in ("per_row", "radial_power")]
+)
 def test_no_reduction_waits_for_the_device(name):
     """On the meta device nothing can be read back, so that a reduction that asked for a value would raise."""
     found = getattr(reductions, name)(torch.empty(16, 4, 8, 8, device="meta"), 8)

@@ -6,7 +6,7 @@ import torch
 from gddlab.datasets import ImageDataset, order
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
-from gddlab.probing import DEFAULT, Estimate, Probe, probe
+from gddlab.probing import DEFAULT, Estimate, Probe, estimate, probe
 from gddlab.sampling import karras_sigmas, latents, sample
 from tests.probing.networks import tiny
 
@@ -129,7 +129,7 @@ def test_the_card_names_the_data(net):
         ({"timesteps": "abc"}, "timesteps='abc'"),
         ({"states": "noise"}, "did you mean 'noised'"),
         ({"data": "digit"}, "did you mean 'digits'"),
-        ({"states": "prior"}, "leave data= away"),
+        ({"states": "prior"}, "needs no images: omit data="),
         ({"n": 13}, "'pictures' has 12: give n=12 or less"),
         ({"n": 0}, "n=0"),
         ({"n": 4, "start": 9}, "start=9, n=4, but 'pictures' has 12: give n=3 or less"),
@@ -271,10 +271,10 @@ def test_measurements_of_one_network_join(net, pictures):
         a.join(probe(tiny(seed=1), [3.0], n=2, states="prior", stats="rms"))
 
 
-def test_a_dry_run_says_what_the_whole_would_cost(net, pictures):
+def test_an_estimate_says_what_the_whole_would_cost(net, pictures):
     calls = []
     net.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
-    cost = probe(net, [80.0, 1.0, 0.1], data=pictures, n=12, batch_size=6, dry_run=True)
+    cost = estimate(net, [80.0, 1.0, 0.1], data=pictures, n=12, batch_size=6)
     assert isinstance(cost, Estimate)
     assert calls == [6, 6, 6]
     assert (cost.passes, cost.rows, cost.sigmas, cost.n_images) == (6, 6, 3, 12)

@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.probing import Layer, ProbeResult, probe
@@ -143,3 +145,36 @@ def test_notebook_view(result):
     html = result._repr_html_()
     assert "pictures" in html
     assert "rel_update" in html
+
+
+@pytest.fixture(scope="session")
+def images(pictures):
+    """Results of one image each."""
+    options = {"data": pictures, "layers": "model.enc.16x16_conv", "stats": ("rms", "std", "cosine", "mean")}
+    return [probe(tiny(), [80.0, 1.0], n=1, start=i, per_channel=True, **options) for i in range(5)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(5)), cut=st.integers(1, 4))
+def test_merging_is_associative_and_free_of_order(images, order, cut):
+    whole = images[0].merge(*images[1:])
+    parts = [images[i] for i in order]
+    left, right = parts[0].merge(*parts[1:cut]), parts[cut].merge(*parts[cut + 1 :])
+    merged = left.merge(right)
+    pd.testing.assert_frame_equal(merged.frame, whole.frame, rtol=1e-9, atol=1e-12)
+    assert merged.meta["n_images"] == 5
+    for layer, matrix in whole.gram.items():
+        np.testing.assert_allclose(merged.gram[layer], matrix, rtol=1e-9)
+        np.testing.assert_allclose(merged.channels[layer]["var"], whole.channels[layer]["var"], rtol=1e-9)
+    with pytest.raises(GddlabError, match="both results saw images"):
+        merged.merge(parts[0])
+
+
+def test_sums_saved_under_the_names_of_classes_still_merge(images, tmp_path):
+    """Older files name module and class of gddlab's own statistics."""
+    first = images[0].copy()
+    for about in first.meta["stats"].values():
+        about["class"] = "gddlab.probing.statistics.AnyName"
+    first.save(tmp_path)
+    merged = ProbeResult.load(tmp_path).merge(images[1])
+    pd.testing.assert_frame_equal(merged.frame, images[0].merge(images[1]).frame)

@@ -324,4 +324,4 @@ def test_every_statistic_says_what_it_is():
     for name, stat in STATISTICS.items():
         assert stat.name == name
         assert all(stat.describe().values())
-        assert Statistic.kinds[stat.identity()] is stat
+        assert Statistic.registry[name] is stat

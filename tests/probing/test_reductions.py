@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
-from gddlab.probing.spectra import radial_power
+from gddlab.probing.reductions import radial_power
 
 
 @pytest.mark.parametrize("h", [15, 16])

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from gddlab.errors import GddlabError
-from gddlab.probing import PerImage, select_layers
+from gddlab.probing import PerImage, Statistic, select_layers
+from gddlab.probing.effects import Effects, denoised, weighted_error
 from gddlab.probing.inputs import Inputs
-from gddlab.probing.losses import Effect, Effects, denoised, warn_of, weighted_error
+from gddlab.probing.statistics import declare
 from tests.probing.networks import tiny
 
 
@@ -24,14 +25,22 @@ def layer():
     return select_layers(tiny(), "model.enc.16x16_conv")[0]
 
 
-def test_a_way_makes_a_name_and_a_definition():
-    class Loss(Effect):
-        stem, template, axes, unit = "loss", "loss when {how}; see loss_{way}", "images", "1"
+def result(effects, layer, sigmas):
+    inputs = Inputs(tiny(), sigmas, states="prior", n=2)
+    return effects.result(tiny(), [layer], inputs, side="ablated", settings={})
 
-    class LossZero(Loss, way="zero", how="zeroed"): ...
 
-    assert (LossZero.name, LossZero.definition) == ("loss_zero", "loss when zeroed; see loss_zero")
-    assert Effect.kinds[LossZero.identity()] is LossZero
+def test_a_declared_statistic_is_found_by_its_name():
+    own = declare(PerImage, "declared", "a number", axes="images", unit="1")
+    assert own.describe() == {
+        "definition": "a number",
+        "axes": "images",
+        "unit": "1",
+        "target": "layer",
+        "class": "declared",
+    }
+    assert Statistic.registry["declared"] is own
+    del Statistic.registry["declared"]
 
 
 def test_the_weight_is_edms():
@@ -46,15 +55,6 @@ def test_small_differences_of_large_images_are_exact():
     assert weighted_error(a + 2**-20, a, [0.5]).item() == 8 * 2.0**-40
 
 
-def test_parts_of_noise_levels_and_passes(pictures):
-    inputs = Inputs(tiny(), [5.0, 4.0, 3.0, 2.0, 1.0], data=pictures, n=7)
-    assert inputs.split(100) == ([[5.0, 4.0, 3.0, 2.0, 1.0]], [(0, 7)])
-    assert inputs.split(10)[1] == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    assert inputs.split(3) == ([[5.0, 4.0, 3.0], [2.0, 1.0]], [(i, i + 1) for i in range(7)])
-    assert inputs.split(4, group=2) == ([[5.0, 4.0], [3.0, 2.0], [1.0]], [(0, 2), (2, 4), (4, 6), (6, 7)])
-    assert inputs.split(1, group=2)[1][0] == (0, 2)
-
-
 def test_noise_levels_that_come_in_parts_are_put_together(layer):
     effects = Effects([layer], [OneNumber, OneRatio])
     numbers = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 9.0]])
@@ -62,26 +62,25 @@ def test_noise_levels_that_come_in_parts_are_put_together(layer):
     for part, sigmas in ((slice(0, 2), [3.0, 2.0]), (slice(2, 3), [1.0])):
         for image in (0, 1):
             effects.add(layer.name, sigmas, numbers[image : image + 1, part], pair[image : image + 1, part])
-    by = effects.statistics[layer.name]
-    assert by["first"].samples == 2
-    assert by["first"].result()[0].tolist() == [2.0, 3.0, 6.0]
-    assert by["share"].result()[0].tolist() == [2.0, 3.0, 6.0]
-    torch.testing.assert_close(by["first"].result()[1], torch.tensor([1.0, 1.0, 3.0]))
-    assert effects.nonfinite("ablated") == []
+    found = result(effects, layer, [3.0, 2.0, 1.0])
+    assert found.pivot("first").loc[layer.name].tolist() == [2.0, 3.0, 6.0]
+    assert found.pivot("share").loc[layer.name].tolist() == [2.0, 3.0, 6.0]
+    assert found.pivot("first", "sem").loc[layer.name].tolist() == pytest.approx([1.0, 1.0, 3.0])
+    assert (found.frame["n_images"] == 2).all()
+    assert found.meta["nonfinite"] == []
 
 
 def test_what_is_not_finite_is_counted_and_spoils_its_noise_level_alone(layer):
     effects = Effects([layer], [OneNumber, OneRatio])
     numbers = torch.tensor([[1.0, torch.inf], [3.0, torch.nan], [1.0, 1.0]])
     effects.add(layer.name, [2.0, 1.0], numbers, torch.stack([numbers, torch.ones(3, 2)], -1))
-    bad = [{"layer": layer.name, "side": "ablated", "sigma": 1.0, "images": 2}]
-    assert effects.nonfinite("ablated") == bad
-    for stat in effects.statistics[layer.name].values():
-        value, sem = stat.result()
-        assert value.isnan().tolist() == sem.isnan().tolist() == [False, True]
     with pytest.warns(RuntimeWarning, match=r"1 places: model.enc.16x16_conv \(ablated\) at sigma 1") as caught:
-        (lambda: warn_of(bad))()
+        found = result(effects, layer, [2.0, 1.0])
     assert caught[0].filename == __file__
+    assert found.meta["nonfinite"] == [{"layer": layer.name, "side": "ablated", "sigma": 1.0, "images": 2}]
+    for stat in ("first", "share"):
+        for column in ("value", "sem"):
+            assert found.pivot(stat, column).loc[layer.name].isna().tolist() == [False, True]
 
 
 def test_answers_that_are_no_images_are_refused():

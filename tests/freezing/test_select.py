@@ -1,13 +1,19 @@
 import math
 import re
+import zlib
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.freezing import select_freeze
+from gddlab.freezing import controls, select_freeze
+from gddlab.nets import from_edm
 from gddlab.probing import ProbeResult
 from tests.freezing.conftest import convs, frozen_layers, with_values
+from tests.freezing.students import STUDENTS
 from tests.probing.networks import tiny
 
 
@@ -51,11 +57,15 @@ def test_layers_without_a_score_are_trained_and_counted(net, result):
     assert mask.arguments["unscored"] == len([n for n in convs(net) if not n.endswith(("conv0", "conv1"))])
 
 
-def test_ties_go_by_depth(net, result):
-    last = list(convs(net))[-1]
-    made = with_values(result, "rms", {n: float(n == last) for n in convs(net)})
-    mask = select_freeze(made, strategy="budget", score="rms", budget=0.02)
-    assert frozen_layers(mask)[0] == next(iter(convs(net)))
+@pytest.mark.parametrize(("freeze", "order"), [("low", (0, 1, 2)), ("high", (2, 1, 0))])
+def test_ties_go_by_depth(net, result, freeze, order):
+    names = list(convs(net))
+    made = with_values(result, "rms", {n: float(i % 3) for i, n in enumerate(names)})
+    expected = [n for k in order for n in names[k::3]]
+    for count in (1, 5, len(names) // 2):
+        budget = (count + 0.5) / len(names)
+        mask = select_freeze(made, strategy="budget", score="rms", budget=budget, unit="layers", freeze=freeze)
+        assert set(frozen_layers(mask)) == set(expected[:count])
 
 
 def test_a_share_of_the_layers(net, result):
@@ -224,7 +234,7 @@ def test_invert(net, result, rule):
         ({"strategy": "budget", "score": "active_fraction", "unit": "layers"}, "of all candidates, give at most"),
         ({"strategy": "random", "budget": float("nan")}, "budget=nan"),
         ({"strategy": "random", "unit": "layer"}, "unknown unit 'layer': did you mean 'layers'"),
-        ({"strategy": "random", "seed": 0.5}, "seed=0.5: give a whole number"),
+        ({"strategy": "random", "seed": 0.5}, "seed=0.5: input should be a valid integer"),
         ({"strategy": "budget", "score": "rms", "at": 0.0}, "at=0.0"),
         ({"strategy": "budget", "score": len, "at": 1.0}, "at=1.0 has no meaning for a score function"),
         ({"strategy": "budget", "score": "rms", "freeze": "lo"}, "did you mean 'low'"),
@@ -255,7 +265,7 @@ def test_bad_input_is_refused(result, kwargs, says):
         (
             "gdd-i",
             {"score": "rms"},
-            'score=\'rms\' has no meaning for strategy="gdd-i": leave it away, or take "budget" or',
+            'score=\'rms\' has no meaning for strategy="gdd-i": omit it, or take "budget" or',
         ),
         ("none", {"budget": 0.85}, "budget=0.85 has no meaning"),
         ("gdd-i", {"candidates": "linear"}, "candidates='linear' has no meaning"),
@@ -299,3 +309,103 @@ def test_other_refusals(net, rule):
             select_freeze(net, strategy="random", mask=rule, **option)
     with pytest.raises(TypeError, match="strategy"):
         select_freeze(net)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.floats(0.001, 0.7),
+    freeze=st.sampled_from(["low", "high"]),
+    unit=st.sampled_from(["params", "layers"]),
+    granularity=st.sampled_from(["layer", "block", "tensor"]),
+)
+def test_budgets_are_never_exceeded(result, seed, budget, freeze, unit, granularity):
+    def score(_):
+        return {n: float(zlib.crc32(f"{seed} {n}".encode()) % 7) for n in convs(tiny())}
+
+    options = {"budget": budget, "unit": unit, "granularity": granularity}
+    masks = [
+        select_freeze(result, strategy="budget", score=score, freeze=freeze, **options),
+        select_freeze(result, strategy="random", seed=seed, **options),
+    ]
+    for mask in masks:
+        assert 0 <= mask.arguments["reached"] <= budget
+        assert unit == "layers" or mask.arguments["reached"] == mask.fraction
+        for other in controls(mask, seeds=[seed]).values() if mask.frozen else ():
+            assert other.n_frozen <= mask.n_frozen
+    each = select_freeze(result, strategy="per-resolution", score=score, freeze=freeze, **options)
+    assert all(share <= budget for share in each.arguments["reached"].values())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_published_shares(name):
+    kwargs, total, shares = STUDENTS[name]
+    with torch.device("meta"):
+        student = from_edm("OneStepPrecond", **kwargs)
+    masks = [select_freeze(student, strategy=s) for s in ("gdd-i", "gdd-i-2", "gdd-i-3")]
+    assert masks[0].n_params == total
+    assert [round(100 * m.fraction, 2) for m in masks] == list(shares)
+    trained = {n.rpartition(".")[0] for n, _ in masks[0].trainable(student)}
+    kinds = {n.rpartition(".")[2] for n in trained}
+    assert {"skip", "qkv", "affine", "norm0", "norm1", "norm2", "map_layer0", "map_layer1"} <= kinds
+    assert not kinds & {"conv0", "conv1", "proj"}
+    ends = [n for n in trained if n.endswith(("_conv", "aux_residual"))]  # first, last, auxiliary
+    assert len(ends) == len([n for n, _ in student.named_modules() if n.endswith(("_conv", "aux_residual"))])
+
+
+def test_rules_need_names_only(net, result):
+    for strategy in ("gdd-i", "norms-only", "all-conv", "none"):
+        assert select_freeze(result, strategy=strategy) == select_freeze(net, strategy=strategy)
+    assert select_freeze(net, strategy="none").frozen == ()
+
+
+def test_all_conv(net, result):
+    assert frozen_layers(select_freeze(net, strategy="all-conv")) == list(convs(net))
+    every = select_freeze(net, strategy="all-conv", always_train=())
+    assert len(frozen_layers(every)) == len(convs(net)) + 2
+    inside = select_freeze(result, strategy="all-conv", candidates="model.enc.8x8_block0")
+    assert [n.rpartition(".")[2] for n in frozen_layers(inside)] == ["conv0", "conv1", "skip", "qkv", "proj"]
+    with pytest.raises(GddlabError, match="no candidate is a convolution"):
+        select_freeze(net, strategy="all-conv", candidates="linear")
+
+
+def test_norms_only(net):
+    mask = select_freeze(net, strategy="norms-only")
+    trained = {n.rpartition(".")[0] for n, _ in mask.trainable(net)}
+    assert trained == {n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm)}
+    with pytest.raises(GddlabError, match="no norm layer with parameters"):
+        select_freeze(nn.Conv2d(1, 1, 1), strategy="norms-only")
+
+
+def test_a_function_names_parameters_or_layers(net, result):
+    def decoder(source):
+        return ["model.map_layer0.bias", "model.dec.16x16_block0", "model.enc.16x16_conv"]
+
+    for source in (net, result):
+        mask = select_freeze(source, strategy=decoder)
+        starts = ("model.map_layer0.bias", "model.dec.16x16_block0.", "model.enc.16x16_conv.")
+        assert list(mask.frozen) == [n for n, _ in net.named_parameters() if n.startswith(starts)]
+        assert mask.strategy == "decoder"
+    strong = select_freeze(result, strategy=lambda r: r.pivot("rms")[80.0].nlargest(3).index)
+    assert len(frozen_layers(strong)) == 3
+    assert select_freeze(net, strategy=lambda _: "model.dec").n_frozen == sum(
+        p.numel() for p in net.model.dec.parameters()
+    )
+    assert select_freeze(net, strategy=lambda _: []).frozen == ()
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (
+            ["model.dec.16x16_blok0"],
+            "unknown parameter or layer of the strategy 'model.dec.16x16_blok0': did you mean 'model.dec.16x16_block0'",
+        ),
+        (["model.map_layer0.weigh"], "'model.map_layer0.weight'"),
+        ([3], "unknown parameter or layer of the strategy 3"),
+        (None, "the strategy returned a NoneType: return names"),
+    ],
+)
+def test_bad_functions(net, returned, says):
+    with pytest.raises(GddlabError, match=says):
+        select_freeze(net, strategy=lambda _: returned)

@@ -1,0 +1,156 @@
+"""What every measurement needs: eval mode, device, eager execution; a network left as it was; refusals and warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError
+from gddlab.sampling.samplers import precision
+
+__all__ = [
+    "as_it_was",
+    "check_ran",
+    "check_seen",
+    "device_of",
+    "differentiable",
+    "eager",
+    "full_precision",
+    "warn_nonfinite",
+]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a network's first tensor."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def as_it_was(
+    model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+) -> Iterator[torch.device]:
+    """Eval mode, autocast to `dtype`, on `device`, which is yielded; afterwards modes and device are as before.
+
+    Args:
+        model: The network that is run.
+        device: None leaves it where it is.
+        dtype: "bfloat16" or "float16", or their torch dtypes, for autocast; None runs it in its own precision.
+
+    Raises:
+        GddlabError: A device that cannot be used here; an unknown dtype.
+    """
+    origin = device_of(model)
+    target = origin if device is None else _device(device)
+    name = precision(dtype)
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        if target != origin:
+            model.to(target)
+        with torch.autocast(target.type, getattr(torch, name)) if name != "float32" else contextlib.nullcontext():
+            yield target
+    finally:
+        if target != origin:
+            model.to(origin)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0].rstrip(".")
+        raise GddlabError(f"device={str(name)!r} cannot be used here ({reason}): give another, such as cpu") from None
+    return device
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module, wanted: Collection[Tensor] = ()) -> Iterator[None]:
+    """Gradients of the parameters `wanted` and no others, also where the caller has switched gradients off."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    chosen = set(wanted)
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for p in flags:
+                p.requires_grad_(p in chosen)
+            yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Runs a compiled network, or its compiled parts, as Python: compiled code does not call hooks added later.
+
+    Nothing is recompiled afterwards, and the compiler's earlier stance is restored. The stance belongs to the process:
+    other compiled networks run as Python inside, too. Where nothing in `model` is compiled, nothing changes.
+    """
+    if not any(_is_compiled(m) for m in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, `module.compile()`, or `torch.compile` of its forward or denoise function.
+
+    Found without importing the compiler, which takes a second.
+    """
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    functions = (module.forward, getattr(module, "denoise", None))
+    return any(hasattr(f, "_torchdynamo_orig_callable") for f in functions)
+
+
+def check_seen(x: Any, name: str, side: str, *, again: bool, rows: int | None, why: str) -> None:
+    """Refuses what a hook sees of a layer: no tensor, a second time in one pass, or another number of rows."""
+    if not isinstance(x, Tensor):
+        raise GddlabError(f"the {side} of layer {name!r} is a {type(x).__name__}, no tensor: leave it out of layers=")
+    if again:
+        raise GddlabError(f"layer {name!r} ran twice in one pass: call the network once, or leave it out of layers=")
+    if rows is not None and (x.ndim == 0 or len(x) != rows):
+        raise GddlabError(f"the {side} of layer {name!r} is {tuple(x.shape)}, but {why}")
+
+
+def check_ran(absent: Collection[str]) -> None:
+    """Refuses layers that did not run in a pass."""
+    for name in absent:
+        raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keeps TF32 and bfloat16 out of our own matrix products where the user allows them in the network's."""
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def warn_nonfinite(nonfinite: Sequence[dict[str, Any]], what: str = "values") -> None:
+    """Warns, at the user's line, of what was not finite: layer, side, sigma of each."""
+    if not nonfinite:
+        return
+    where = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in nonfinite[:3])
+    frame, level = sys._getframe(), 1
+    inside = ("gddlab", "pydantic", "jaxtyping")  # pydantic and jaxtyping wrap our functions
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    text = f"{what} are not finite in {len(nonfinite)} places: {where}"
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
