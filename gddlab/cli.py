@@ -139,11 +139,11 @@ def probe(
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    result = gddlab.probe(open_model(teacher), dtype=dtype, dry_run=dry_run, **options)
+    model = open_model(teacher)
     if dry_run:
-        say(result)
+        say(gddlab.estimate(model, dtype=dtype, **options))
     else:
-        save_result(result, out)
+        save_result(gddlab.probe(model, dtype=dtype, **options), out)
 
 
 @command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels dtype")

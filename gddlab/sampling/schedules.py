@@ -56,11 +56,6 @@ def karras_sigmas(
     return (hi + ramp * (lo - hi)) ** rho
 
 
-def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
-    """The one of `sigmas` that is nearest to `sigma` on a log scale."""
-    return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
-
-
 def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Float[Tensor, " M"]:
     """The M noise levels of iDDPM's cosine schedule, highest first, float64, (M,) (Karras et al. 2022, appendix C.3).
 
