@@ -51,7 +51,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_config(run_dir: Path, teacher: Path, **fields: Any) -> TrainConfig:
-    """Six iterations of batch 8 with small heads, R1 in every second one; of a part, what differs from its small form."""
+    """Six iterations of batch 8 with small heads, R1 in every second one; parts are given by what differs."""
     parts: dict[str, dict[str, Any]] = {
         "projected": {"input_size": 32, "cout": 4, "head_width": 8, "cache_real": False},
         "stylegan2": {"channel_max": 8},

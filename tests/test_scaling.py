@@ -32,7 +32,7 @@ def config(**fields: object) -> TrainConfig:
 
 
 def test_counts_by_hand() -> None:
-    """A convolution of 3 to 5 channels, 3x3, on 8x8: 2 * 64 * 27 * 5 a pass, and twice that backward; a second derivative costs more."""
+    """A convolution of 3 to 5 channels, 3x3, on 8x8: 2 * 64 * 27 * 5 per pass, twice that backward, more for R1."""
     conv, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8, requires_grad=True)
     forward = 2 * 2 * 64 * 27 * 5
     with Counter() as counter:

@@ -2,9 +2,11 @@
 
 python tests/benchmarks/launch.py [RUNS]
 
-torch: a process that imports torch and nothing else. first_step: from `gddlab.train` to the first line of metrics.jsonl, a line a step. stop: what `stop()` takes in the middle of
-a run. Both with one process and with two. checkpoints: stretches of 100 steps of one
-training, with a checkpoint written beside the first of them and without, in turn; the ratio of neighbours. scaling: seconds per thousand images with one process and with two, one thread each. Seconds; all runs, and medians.
+torch: a process that imports torch and nothing else. first_step: from `gddlab.train` to the first line of
+metrics.jsonl, one line per step. stop: how long `stop()` takes in the middle of a run. Both with one and two processes.
+checkpoints: stretches of 100 steps of one training, in turn with and without a checkpoint written beside them; the
+ratio of neighbours. scaling: seconds per thousand images with one and two processes, one thread each. Seconds; all
+runs, and medians.
 """
 
 from __future__ import annotations

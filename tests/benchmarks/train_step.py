@@ -1,11 +1,12 @@
-"""The CIFAR-10 GDD-I iteration: reference and fast mode against the plainest correct loop in float32, in pairs; prints JSON.
+"""The CIFAR-10 GDD-I iteration: reference and fast mode against the plainest correct float32 loop, in pairs; JSON.
 
 python tests/benchmarks/train_step.py [PAIRS] [BATCH]
 
-Random weights of teacher and VGG16 (times do not depend on them). An iteration is the generator's and the discriminator's step and the average of the parameters; R1 is timed
-apart, and a cycle is 16 iterations and one R1 step. Before anything is timed, the reference mode's losses, R1 and gradients are compared with the plain loop's.
-Memory is taken in a process for each mode that runs one iteration and one R1 step, the first ones: the system's peak for the process (VmHWM), which holds the networks and their
-making, and the rise of what is resident during each of the two, looked at every 2 ms.
+Random weights of teacher and VGG16 (times do not depend on them). An iteration is the generator's and the
+discriminator's step and the average of the parameters; R1 is timed separately, and a cycle is 16 iterations and one R1
+step. Before anything is timed, the reference mode's losses, R1 and gradients are compared with the plain loop's.
+Memory is measured in one process per mode, which runs one iteration and one R1 step: the system's peak for the process
+(VmHWM), networks and their construction included, and the rise of resident memory during each of the two, every 2 ms.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ INTERVAL, WEIGHT, GAMMA, LR = 16, 64, 1e-4, 1e-4
 
 
 class PlainDiscriminator(nn.Module):
-    """Written from the papers, nothing saved: BatchNorm unfolded, upsampled before it is projected, torch's spectral norm."""
+    """Written from the papers, nothing saved: BatchNorm unfolded, projection last, torch's spectral norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Augmentations: against plain per-image arithmetic, and what training relies on (identity, independence, gradients, no waiting)."""
+"""Augmentations: against plain per-image arithmetic; identity, independence, gradients, no waiting for the device."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_blit_copies_pixels_in_float32(size: int) -> None:
 
 
 def test_geom_is_one_affine_map_in_the_papers_order() -> None:
-    """On a linear ramp the warp must give the ramp at the place each pixel comes from, wherever that lies well inside."""
+    """On a linear ramp the warp must give the ramp at the place each pixel comes from, if that is well inside."""
     a = AugmentPipe(["geom"])
     size, k = 64, 31.5
     x = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy")).double()  # x, y of pixels

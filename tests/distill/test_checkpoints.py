@@ -1,4 +1,4 @@
-"""Checkpoints stand whole or not at all: written beside the training, named last, checked when read, the one before taken where one is damaged."""
+"""Checkpoints are complete or absent: named last, checked when read; a damaged one gives way to the one before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The projected discriminator: R1 on every kind of backbone, several at once, adapters in checkpoints, class embeddings from files."""
+"""The projected discriminator: R1 on every kind of backbone, several backbones, adapters, class embeddings."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_bfloat16_features(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vgg16_bn", VIT, "resnet18"])
 def test_image_gradients_in_both_modes_agree(name: str) -> None:
-    """Folded and unfolded backbones have the same derivative: in-place activations destroy nothing that a backward pass needs."""
+    """Folded and unfolded backbones have the same derivative: in-place activations keep what it needs."""
     torch.manual_seed(0)
     a = small(name).double().eval()
     torch.manual_seed(0)

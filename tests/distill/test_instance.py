@@ -308,7 +308,7 @@ def test_autocast_keeps_the_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_training_leads_to_the_teachers_images(kind: str) -> None:
-    """A student from scratch makes in one step what the ODE makes of the same noise: at first it gives next to nothing."""
+    """A student from scratch learns to make in one step what the ODE makes of the same noise."""
     torch.manual_seed(0)
     student = make_student(tiny_net(label_dim=2), target_time=LOSSES[kind].target_time, init="scratch").eval()
     loss = LOSSES[kind](Gaussian(), l2, steps=8)

@@ -1,4 +1,4 @@
-"""Mechanics of training: micro-batches, augmentation, students of several steps, losses that are not finite, the best snapshot, alarms."""
+"""Mechanics of training: micro-batches, augmentation, few-step students, bad losses, the best snapshot, alarms."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same(a: Trainer, b: Trainer, *, tolerance: float = 1e-8) -> None:
 
 
 def gradients(path: Path, teacher: Path, **fields: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the three steps, and the state that BatchNorm and spectral norm are left in; the optimisers stand still."""
+    """Gradients of the three steps, and the state of BatchNorm and spectral norm; no optimiser steps."""
     t = Trainer(tiny_config(path, teacher, precision="float64", augment={"ops": ("color", "geom")}, **fields), ALONE)
     step, drawer, out = t.step, t.drawer, {}
     images = drawer.place(t.data.images(t.reader.indices()))
@@ -106,7 +106,7 @@ def test_every_kind_of_run_continues_bit_identically(
 
 
 def test_adas_probability_rises_and_is_written(tmp_path: Path, tiny_teacher: Path) -> None:
-    """The target is below any mean sign that a new discriminator gives, so p rises by 32 images of 100 every 4 iterations."""
+    """The target is below any mean sign that a new discriminator gives, so p rises by 32 of 100 images."""
     fields = {"augment": {"ops": ("blit",), "ada_target": 0.001, "ada_kimg": 0.1}}
     t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, **fields), ALONE)
     assert t.ada is not None
@@ -292,7 +292,7 @@ def test_fast_options_train_like_the_plain_step(tmp_path: Path, tiny_teacher: Pa
 def test_compiled_training_equals_plain_training(
     backend: str, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and differentiated by the compiler in every run; its C++, which takes minutes to build, in the long one."""
+    """Traced and differentiated by the compiler always; its C++, which takes minutes to build, in slow tests only."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

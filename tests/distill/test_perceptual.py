@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS as the package computes it, the stand-in by its formula, gradients, and what is refused."""
+"""Perceptual distances: LPIPS as its package computes it, the stand-in by its formula, gradients, refusals."""
 
 from __future__ import annotations
 

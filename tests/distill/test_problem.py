@@ -1,4 +1,4 @@
-"""The generator's loss of a run, outside of training: the same student, discriminator and gradient, and nothing moved."""
+"""The generator's loss of a run, outside of training: the same student, discriminator and gradient."""
 
 from __future__ import annotations
 

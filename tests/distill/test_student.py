@@ -187,7 +187,7 @@ def test_generate_steps_are_the_samplers_steps(target_time: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_last_step_alone_has_a_gradient(autocast: bool) -> None:
-    """Earlier steps are its constant input; under autocast too, whose cache then holds weights cast without a gradient."""
+    """Earlier steps are its constant input; also in autocast, whose cache then holds weights cast without gradient."""
     student = few()
     z, labels = inputs()
     noise = [latents(range(10 * k, 10 * k + 3), z.shape[1:]) for k in (1, 2)]

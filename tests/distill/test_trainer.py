@@ -130,7 +130,7 @@ def test_cached_real_features_change_nothing(tmp_path: Path, tiny_teacher: Path)
 
 
 def test_reused_fakes_are_those_of_the_generator_step(tmp_path: Path, tiny_teacher: Path) -> None:
-    """The first D step on reused fakes equals one on fresh fakes from the same noise and the generator before its step."""
+    """The first D step on reused fakes equals one on fresh fakes of the same noise and the previous generator."""
     t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, precision="float64"), ALONE)
     z, images = t.drawer.latents(0, 0), t.data.images(slice(0, 8)).double()
     with torch.no_grad():

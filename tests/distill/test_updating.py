@@ -42,7 +42,7 @@ def test_adam_is_the_formula(interval: int | None) -> None:
 
 
 def test_adam_state_has_one_form() -> None:
-    """It is there before the first step, keeps its names, dtypes and shapes, and goes through a checkpoint, also into steps that were not made."""
+    """It exists before the first step, keeps its names, dtypes and shapes, and survives a checkpoint."""
     ps = params((3, 4), (5,))
     opt = adam(ps, 0.01)
     form = {k: {n: (t.shape, t.dtype) for n, t in s.items()} for k, s in opt.state_dict()["state"].items()}

@@ -24,7 +24,8 @@ def build(case: Case) -> Precond:
 def test_network(case: Case) -> None:
     net = build(case)
     names = list(case.meta["rms"])
-    # The two images have noise levels of their own; to the probe they are one image's rows, so that each keeps its value.
+    # The two images have noise levels of their own; for the probe they are rows of one image, so that each keeps its
+    # value.
     with torch.no_grad(), Probe(net, [2.0, 1.0], layers=names, stats="rms") as measure, measure.images(1):
         y = net(case["x"], case["sigma"], case.get("class_labels"), case.get("augment_labels"))
     assert (y - case["y"]).abs().max() <= 1e-4 * case["y"].abs().max()

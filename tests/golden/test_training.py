@@ -1,4 +1,4 @@
-"""Two GDD iterations against the reference in float64: losses, R1, every gradient norm, every parameter's norm, images."""
+"""Two GDD iterations against the reference in float64: losses, R1, norms of gradients and parameters, images."""
 
 from __future__ import annotations
 
