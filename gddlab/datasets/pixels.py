@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from gddlab.files import describe_start
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -162,7 +164,7 @@ def _open(file: BinaryIO, alpha: str) -> Image.Image:
     except Image.UnidentifiedImageError:
         if start.startswith(_MAGIC):
             raise BadImage("damaged", "its header cannot be read") from None
-        raise BadImage("no image", _what(start)) from None
+        raise BadImage("no image", describe_start(start)) from None
     except Exception as e:
         raise BadImage("damaged", _first_line(e)) from None
     limit = Image.MAX_IMAGE_PIXELS
@@ -199,15 +201,6 @@ def _orientation(im: Image.Image) -> int:
     except Exception:  # damaged EXIF data does not spoil the pixels
         return 1
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
-
-
-def _what(start: bytes) -> str:
-    """What a file that is no image is, from its first bytes."""
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run git lfs pull"
-    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        return "an HTML page"
-    return f"starts with {start[:8]!r}"
 
 
 def _first_line(e: Exception) -> str:

@@ -13,7 +13,8 @@ from gddlab.distill import teacher as training_module
 from gddlab.distill.teacher import TeacherConfig, train_teacher
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import data_dir, hash_tensors, read_json, read_jsonl
-from gddlab.nets import load_network
+from gddlab.nets import OneStepPrecond, load_network, save_network
+from gddlab.nets.io import make_student
 from gddlab.nets.precond import edm_loss
 from gddlab.teachers import bundled_teachers, load_teacher
 from tests.conftest import tiny_net
@@ -108,6 +109,24 @@ def test_bundled_teacher_denoises() -> None:
             error = (teacher(x + sigma * noise, sigma) - x).square().mean()
             wiener = (x.var() * sigma**2) / (x.var() + sigma**2)
             assert error < 0.5 * wiener, sigma
+
+
+def test_a_run_directory_gives_its_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "digits"  # the name of a bundled teacher
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(NotFound, match="has no student"):
+        load_teacher(run)
+    student = make_student(tiny_net())
+    (run / "snapshots").mkdir()
+    save_network(make_student(tiny_net()), run / "snapshots" / "5.safetensors")
+    save_network(student, run / "student.safetensors")
+    net = load_teacher(run)
+    assert isinstance(net, OneStepPrecond) and net.card.name == "student of digits"
+    assert hash_tensors(net.state_dict()) == hash_tensors(student.state_dict())
+    assert not any(p.requires_grad for p in net.parameters())
+    monkeypatch.chdir(tmp_path)
+    assert not isinstance(load_teacher("digits"), OneStepPrecond)
 
 
 def test_refusals(tmp_path: Path) -> None:
