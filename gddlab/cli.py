@@ -131,18 +131,17 @@ def probe(
         teacher: Name, EDM pickle, .safetensors file, or run directory.
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
-        dry_run: Measures one pass, prints what all would cost, and writes nothing.
+        dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
     """
     from gddlab.teachers.catalog import open_model
 
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    result = gddlab.probe(open_model(teacher), dry_run=dry_run, **options)
     if dry_run:
-        say(result)
+        say(gddlab.probe(open_model(teacher), dry_run=True, **options))
     else:
-        save_result(result, out)
+        save_result(gddlab.probe(open_model(teacher), **options), out)
 
 
 @command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels")

@@ -113,6 +113,8 @@ def _option(
     if default is False or default == () or (default is None and "None" not in text):
         hint = ""
     metavar = f"{typing.get_args(kind)[0].__name__.upper()} ..." if typing.get_origin(kind) is tuple else None
+    if default is inspect.Parameter.empty:
+        hint = "(required)"
     if kind is bool:
         kind = Annotated[bool, FlagCreatePairsOff]
     elif default is None or not passed:
