@@ -106,7 +106,7 @@ def _option(
     name: str, kind: Any, default: Any, helps: Mapping[str, str], names: set[str], passed: bool = True
 ) -> tuple[str, Any, Any]:
     """A field with its help. With `passed` False its default is only shown, and its value is None if not given."""
-    text = re.sub(r"In Python\b.*?\.(?= |$)", "", " ".join(helps.get(name, "").split())).strip()
+    text = re.sub(r"In Python\b.*?\.( |$)", "", " ".join(helps.get(name, "").split())).strip()
     text = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[0], text)
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     hint = None if passed else f"(default: {shown})"
