@@ -1,15 +1,14 @@
 """The command line. Every command is a call of the Python API.
 
-A command is a function below. Its `**options` stand for the keyword arguments of the library function named beside it, and their
-help is the `Args:` section of that function's docstring. The library is imported when a command is chosen, not before.
+A command is a function below. Its `**options` stand for the keyword arguments of the library function that is named
+beside it, and their help is the `Args:` section of that function's docstring. The library is imported when a command is
+chosen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import io
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from tyro.conf import Positional
 
 import gddlab
 from gddlab.errors import GddlabError
-from gddlab.signatures import Command, options_of, settings
+from gddlab.signatures import Command, settings
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +33,6 @@ if typing.TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
 
 __all__ = ["COMMANDS", "GROUPS", "main"]
-
-DTYPE = Literal["float32", "bfloat16", "float16"]
-
 
 COMMANDS: dict[str, Command] = {}
 """By name, in the order of use; a name of two words belongs to a group."""
@@ -57,7 +53,11 @@ def command(
 
 @command("demo", "gddlab.demo:demo")
 def demo(out: Path = Path("demo"), **options: Any) -> None:
-    """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at."""
+    """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at.
+
+    Args:
+        out: Folder for the page, numbers and the run. An interrupted demo continues there.
+    """
     from gddlab.demo import demo
 
     demo(out, **options)
@@ -122,7 +122,6 @@ def probe(
     teacher: Positional[str] = "digits",
     out: Path = Path("probe"),
     sigmas: tuple[float, ...] = (),
-    dtype: DTYPE = "float32",
     dry_run: bool = False,
     **options: Any,
 ) -> None:
@@ -132,7 +131,7 @@ def probe(
         teacher: Name, EDM pickle, .safetensors file, or run directory.
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
-        dry_run: Measures one pass, prints what all would cost, and writes nothing.
+        dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
     """
     from gddlab.teachers.catalog import open_model
 
@@ -141,12 +140,12 @@ def probe(
         options["timesteps"] = list(sigmas)
     model = open_model(teacher)
     if dry_run:
-        say(gddlab.estimate(model, dtype=dtype, **options))
+        say(gddlab.estimate(model, **options))
     else:
-        save_result(gddlab.probe(model, dtype=dtype, **options), out)
+        save_result(gddlab.probe(model, **options), out)
 
 
-@command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels dtype")
+@command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels")
 def ablate(
     teacher: Positional[str] = "digits",
     out: Path = Path("ablation"),
@@ -181,8 +180,8 @@ def freeze(
     Args:
         source: A teacher, or a folder that `gddlab probe` or `gddlab ablate` wrote.
         out: File for the mask.
-        strategy: By names: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only; by --score: budget, per-resolution, threshold;
-            by chance: random; the opposite of --mask: invert.
+        strategy: By names: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only. By --score: budget, per-resolution,
+            threshold. By chance: random. The opposite of --mask: invert.
         mask: The mask that invert inverts, or whose share random takes.
     """
     folder = Path(source)
@@ -241,7 +240,7 @@ def first_word(words: list[str]) -> str:
 def preset_of(words: list[str]) -> gddlab.TrainConfig:
     """The preset that a line begins with, with the parts that it chooses: its fields are the defaults of the options.
 
-    The kind of a part decides which options there are; "none" omits the part. An option of augment turns augmentation on.
+    The kind of a part decides which options there are; "none" omits the part. An option of augment adds it.
     """
     name = first_word(words)
     words = [w for word in words for w in word.split("=", 1)]
@@ -267,7 +266,7 @@ def kinds_of(words: list[str]) -> Any:
     return dataclasses.make_dataclass("Kinds", options, frozen=True)()
 
 
-@command("train", "gddlab.launch:train", config=preset_of, kinds=kinds_of)
+@command("train", "gddlab.launch:train", parts=kinds_of, config=preset_of)
 def train(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
@@ -280,18 +279,19 @@ def train(
 ) -> None:
     """Trains a one-step student: GDD-I with a mask, GDD without. The same command continues a run.
 
-    The discriminator, the instance loss and augmentation are parts with options of their own, under their names. Augmentation
-    is off unless one of its options is given.
+    The discriminator, the instance loss and augmentation are parts with options of their own, under their names.
+    Augmentation is off unless one of its options is given.
 
     Args:
-        preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2, ffhq,
-            imagenet64.
+        preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2,
+            ffhq, imagenet64.
         mask: Freeze mask (GDD-I), a file that `gddlab freeze` wrote. Without mask and rule: GDD.
-        rule: A rule on names in place of a file, such as gdd-i: the mask is made from the names of the teacher's layers.
-        fast: Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Results differ from the preset's.
+        rule: A rule on names in place of a file, such as gdd-i: makes the mask from the names of the teacher's layers.
+        fast: Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Results differ from those
+            of the preset.
         detach: Returns at once, while the run continues.
-        print_launch: Trains nothing: writes the configuration to the run directory and prints the command that trains it,
-            a line or a batch script.
+        print_launch: Trains nothing: writes the configuration to the run directory and prints the command that trains
+            it, a line or a batch script.
     """
     from gddlab.launch.train import HEAD, Launch, prepared
 
@@ -307,7 +307,7 @@ def train(
     say(run)
 
 
-@command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", config=preset_of, kinds=kinds_of)
+@command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", parts=kinds_of, config=preset_of)
 def preflight(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
@@ -318,7 +318,9 @@ def preflight(
     json: bool = False,
     **options: Any,
 ) -> None:
-    """Says what a run needs, whether it is there, how long it will take and how much memory. Exit code 1 if something is missing.
+    """Says what a run needs, whether it is there, how long it will take and how much memory.
+
+    The exit code is 1 if something is missing.
 
     Args:
         json: Prints JSON.
@@ -377,7 +379,7 @@ def sample(
     model: Positional[str],
     out: Path = Path("samples.png"),
     label: int | None = None,
-    dtype: DTYPE = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     nproc: int = 1,
     sampler: Any = None,
     **options: Any,
@@ -387,7 +389,8 @@ def sample(
     Args:
         model: Run directory of a student, name of a teacher, EDM pickle, or .safetensors file.
         out: File that ends in .png (a grid) or .zip, or a folder.
-        label: For a conditional network: class of all images. None takes the classes in turn.
+        label: For a conditional network: class of all images; by default the classes in turn.
+        dtype: Precision of the network, under autocast.
         nproc: Processes on this machine, for a folder or zip. On several machines run the same command under torchrun.
     """
     from gddlab.sampling import save_grid
@@ -419,8 +422,8 @@ def evaluate(
     Args:
         model: Run directory of a student, name of a teacher, EDM pickle, .safetensors file, folder or zip of images, or
             data:NAME for a dataset.
-        snapshot: Of a run: the snapshot by its thousands of images, or best. None takes the final student.
-        sigmas: For a student: the noise levels of its steps, descending from 80; its own if None.
+        snapshot: Of a run: the snapshot by its thousands of images, or best; by default the final student.
+        sigmas: For a student: the noise levels of its steps, descending from 80; by default its own.
         out: Also writes the records to this file, JSON.
     """
     from gddlab.evaluation import append_records
@@ -445,7 +448,7 @@ def evaluate(
 
 @command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
 def reference(data: Positional[str], out: Path = Path("reference.npz"), **options: Any) -> None:
-    """Writes what images are scored against: mean and covariance of the features of real images, with their manifest."""
+    """Writes what images are scored against: mean and covariance of the features of real images."""
     say(gddlab.reference(data, out, **options))
 
 
@@ -464,6 +467,7 @@ def reproduce(
     Several processes may share one folder.
 
     Args:
+        out: Folder for the runs.
         dry_run: Lists the experiments with state and time, and starts nothing.
         ship: Copies the small files of finished runs to this folder, and starts nothing.
     """
@@ -494,7 +498,7 @@ def reproduce(
 
 @command("report", "gddlab.reporting.report:report")
 def report(runs: Positional[tuple[str, ...]], out: Path = Path("report.html")) -> None:
-    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or a comparison of several runs."""
+    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or compares several runs."""
     say(gddlab.report(runs, out))
 
 
@@ -667,33 +671,11 @@ def overview(words: list[str]) -> None:
 def call(name: str, words: list[str]) -> None:
     """Parses the words after the name of a command, and runs it."""
     command = COMMANDS[name]
-    values = vars(_parsed(name, options_of(command, words), words))
+    values = command.parse(f"gddlab {name}", words)
     if (preset := values.get("preset", first_word(words))) != first_word(words):
         raise GddlabError(f"preset {preset!r} after other arguments: give it first, gddlab {name} {preset} ...")
     own = inspect.signature(command.run).parameters
     command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
-
-
-def _parsed(name: str, options: type, words: list[str]) -> Any:
-    """The options of a line. A refusal by a configuration is raised as it is; tyro would print it in a box."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                options,
-                prog=f"gddlab {name}",
-                description=COMMANDS[name].description,
-                args=words,
-                config=(tyro.conf.PositionalMetavarFromFieldName,),
-            )
-    except SystemExit as e:
-        cause: BaseException | None = e
-        while cause is not None:
-            if isinstance(cause, GddlabError):
-                raise cause from None
-            cause = cause.__context__
-        sys.stderr.write(printed.getvalue())
-        raise
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import collections.abc
+import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import pkgutil
 import re
@@ -19,9 +21,11 @@ from typing import Annotated, Any, Literal
 
 import docstring_parser
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
-__all__ = ["Command", "options_of", "settings"]
+from gddlab.errors import GddlabError
+
+__all__ = ["Command", "settings"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Command:
 
     run: Callable[..., None]
     sources: tuple[str, ...]
-    """Library functions, "module:name". The first one gives the options; each gives help for options not yet described."""
+    """Library functions, "module:name". The first gives the options; the others only help that it does not give."""
     omit: tuple[str, ...]
     """Keyword arguments of the library function that the command line does not offer."""
     parts: Mapping[str, Callable[[list[str]], Any]]
@@ -46,8 +50,29 @@ class Command:
         """What the command does, without its options."""
         return docstring_parser.parse(inspect.getdoc(self.run) or "").description or ""
 
+    def parse(self, prog: str, words: list[str]) -> dict[str, Any]:
+        """Options by name. A refusal by a configuration is raised as it is; tyro would print it in a box.
 
-def options_of(command: Command, words: list[str]) -> type:
+        Raises:
+            SystemExit: After --help, or an option that does not exist.
+        """
+        printed, options = io.StringIO(), _options_of(self, words)
+        try:
+            with contextlib.redirect_stderr(printed):
+                config = (tyro.conf.PositionalMetavarFromFieldName,)
+                parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=words, config=config)
+        except SystemExit as e:
+            cause: BaseException | None = e
+            while cause is not None:
+                if isinstance(cause, GddlabError):
+                    raise cause from None
+                cause = cause.__context__
+            sys.stderr.write(printed.getvalue())
+            raise
+        return dict(vars(parsed))
+
+
+def _options_of(command: Command, words: list[str]) -> type:
     """A dataclass for tyro: the parameters of a command, with those of the library function in place of `**options`."""
     functions = [pkgutil.resolve_name(source) for source in command.sources]
     own = inspect.signature(command.run).parameters
@@ -62,7 +87,10 @@ def options_of(command: Command, words: list[str]) -> type:
             fields.append(_option(name, kinds[name], p.default, helps, names))
     for name, make in command.parts.items():
         part = make(words)
-        fields.append((name, Annotated[type(part), tyro.conf.arg(name="")], dataclasses.field(default=part)))
+        flat = (
+            OmitArgPrefixes if dataclasses.is_dataclass(part) else tyro.conf.arg(name="")
+        )  # keeps parts of parts apart
+        fields.append((name, Annotated[type(part), flat], dataclasses.field(default=part)))
     return dataclasses.make_dataclass("Options", fields, kw_only=True)
 
 
@@ -77,14 +105,16 @@ def settings(source: type, omit: set[str]) -> Any:
 def _option(
     name: str, kind: Any, default: Any, helps: Mapping[str, str], names: set[str], passed: bool = True
 ) -> tuple[str, Any, Any]:
-    """A field with its help. With `passed` False its default is only shown: None, for not given, stands in its place."""
-    text = re.sub(r"In Python\b.*?\.(?= |$)", "", " ".join(helps.get(name, "").split())).strip()
+    """A field with its help. With `passed` False its default is only shown, and its value is None if not given."""
+    text = re.sub(r"In Python\b.*?\.( |$)", "", " ".join(helps.get(name, "").split())).strip()
     text = re.sub(r"`(\w+)`", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[0], text)
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     hint = None if passed else f"(default: {shown})"
     if default is False or default == () or (default is None and "None" not in text):
         hint = ""
     metavar = f"{typing.get_args(kind)[0].__name__.upper()} ..." if typing.get_origin(kind) is tuple else None
+    if default is inspect.Parameter.empty:
+        hint = "(required)"
     if kind is bool:
         kind = Annotated[bool, FlagCreatePairsOff]
     elif default is None or not passed:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gddlab.cli import main
+from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.freezing import FreezeMask
@@ -102,7 +106,7 @@ def test_probe_freeze_train_sample_evaluate(
 
 
 def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a pickle and a folder of photographs to a run: convert, prepare, probe, train, sample to a zip, read it again."""
+    """From a pickle and a folder of photographs to a run and its samples: every command on the way."""
     photos = tmp_path / "photos"
     for label in ("cat", "dog"):
         (photos / label).mkdir(parents=True)
@@ -138,6 +142,82 @@ def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no one-step student" in refused(capsys, "export", teacher, str(tmp_path / "x.pt2"))
     main(["export", run, str(tmp_path / "x.pt2")])
     assert "pixels differ by at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_describes_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main([*name.split(), "--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    assert COMMANDS[name].summary[:60] in " ".join(text.split())
+    described = re.sub(r"^ *(-\S+)( \S+)*$\n", "", text, flags=re.MULTILINE)
+    assert not re.findall(r"^ *--\S+ +\(default.*", described, flags=re.MULTILINE)
+
+
+def test_an_option_is_what_the_function_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signature gives name, type and default, its docstring the help; what is not given is not passed on."""
+    seen = []
+
+    def export(model: object, out: Path, *, opset: int = 7, layers: Sequence[str] = ("a", "b"), deep: bool = False):
+        """Exports.
+
+        Args:
+            opset: Version of the `layers`; None is the newest. In Python also a.b.c, or a list. The end.
+            layers, deep: What else.
+        """
+        seen.append((out, opset, layers, deep))
+
+    monkeypatch.setattr("gddlab.nets.export.export", export)
+    monkeypatch.setattr("gddlab.export", export, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--opset INT Version of the --layers; None is the newest. The end. (default: 7)" in text
+    assert "--layers STR ... What else. (default: a b)" in text
+    assert "--deep What else." in text and "--no-deep" not in text
+    main(["export", "digits", "x.pt2"])
+    main(["export", "digits", "x.pt2", "--layers", "c", "--deep", "--opset", "9"])
+    assert seen == [(Path("x.pt2"), 7, ("a", "b"), False), (Path("x.pt2"), 9, ("c",), True)]
+
+
+def test_parts_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown, hidden in (
+        ([], ["--discriminator.kind", "--discriminator.cout", "--augment.ops"], "--instance.steps"),
+        (["--discriminator.kind=stylegan2"], ["--discriminator.channel-max"], "--discriminator.cout"),
+        (["--discriminator.kind", "none", "--instance.kind", "pd"], ["--instance.steps"], "--augment.ops"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--help"])
+        text = capsys.readouterr().out
+        assert all(option in text for option in shown)
+        assert hidden not in text
+    assert "did you mean 'stylegan2'" in refused(capsys, "train", "--discriminator.kind", "stylegan3")
+    assert "nothing is trained" in refused(capsys, "train", "--discriminator.kind", "none")
+
+
+def test_overviews_import_nothing_heavy() -> None:
+    code = "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
+    for words, listed in (["--help"], "preflight"), (["mask", "--help"], "diff"):
+        out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout
+        assert listed in out
+        assert out.splitlines()[-1] == "False"
+
+
+def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder may be relative; a terminal gets a table."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    main(["runs", "a"])
+    assert "b stopped" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main(["runs", "a"])
+    assert "b    stopped" in capsys.readouterr().out
+    assert "no such folder" in refused(capsys, "runs", "c")
 
 
 def test_teacher_show(capsys: pytest.CaptureFixture[str]) -> None:

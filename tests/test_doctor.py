@@ -32,7 +32,7 @@ CARD = GPU("H100", 80 * GIB, 78 * GIB, (9, 0), bf16=True, built_for=True)
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty machine: no cache, no GDDLAB_HOME, nothing in the working folder, nothing in torch's or Hugging Face's cache."""
+    """An empty machine: no cache, no GDDLAB_HOME, nothing in the working folder or in other caches."""
     monkeypatch.chdir(tmp_path)
     for name in ("GDDLAB_HOME", "GDDLAB_OFFLINE", "GDDLAB_INCEPTION", "HF_HUB_CACHE", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
