@@ -124,7 +124,7 @@ class Runs:
     """Prints JSON."""
 
     def run(self) -> None:
-        from gddlab.launch.handle import listing
+        from gddlab.runs import listing
 
         found = listing(self.folder)
         if self.json:

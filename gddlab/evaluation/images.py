@@ -1,11 +1,11 @@
-"""What can be scored: networks, runs, files, folders, arrays and data sets; features of generated images, cached and shared by processes."""
+"""What can be scored: networks, runs, files, folders, arrays and data sets; features of generated images."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,34 +18,28 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, extract, extract_part
-from gddlab.evaluation.images import StoredImages, images_sha256
+from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall
 from gddlab.evaluation.references import Reference
-from gddlab.evaluation.sharding import ALONE, Group, share
-from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
+from gddlab.files import cache_dir, hash_json, hash_tensors
 from gddlab.nets import Precond, architecture, load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.ranks import ALONE, Ranks, named_ranks, share
 from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import (
-    Method,
-    draw,
-    module_of,
-    one_hot,
-    positive,
-    prepared,
-    resolve,
-    sampler_name,
-    seed_list,
-)
-from gddlab.teachers.catalog import is_run
+from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, resolve, sampler_name, seed_list
+from gddlab.teachers.catalog import is_run, open_model
+from gddlab.workers import run_workers
 
-__all__ = ["KEEP_GIB", "GeneratedImages", "generated_rows", "images_of", "make_part", "open_source"]
+__all__ = ["GeneratedImages", "generated_rows", "images_of", "make_part", "open_source"]
 
 BLOCK = 50_000
-"""Images scored against statistics that do not say how many they are of: EDM's protocol."""
+"""Number of images scored against statistics that do not say how many they are of: EDM's protocol."""
+FORMAT = 1
+"""Part of the cache key; to be raised when a change of code changes the image of a seed, or its features."""
+KEEP_GIB = 4.0
+"""Size of the cache of generated features; beyond it the files used longest ago are removed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,7 @@ class GeneratedImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
         return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
 
     @property
@@ -91,7 +86,7 @@ class GeneratedImages:
 
     @property
     def key(self) -> str:
-        """Hash of all that the images depend on, but for rounding."""
+        """Hash of everything that the images depend on, up to rounding."""
         about = [
             self.model_sha256,
             architecture(module_of(self.net)),
@@ -113,18 +108,17 @@ class GeneratedImages:
         labels = one_hot(self.net.label_dim, stop - start, self.seed + start, chosen)
         with prepared(self.net):
             x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
-        check_values(x)
+        _check_values(x)
         return to_uint8(x)
 
 
 def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
     """A model or images by name or path.
 
-    "data:NAME" is a dataset, a folder without config.json or teacher.safetensors, or a file of other kind than .pkl or .safetensors is one too; everything else is what
-    `open_model` takes: a run directory, a teacher's name, a file of weights.
+    Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
+    .safetensors, .pt or .pth. Everything else goes to `open_model`: a run directory, a teacher's name, a file of
+    weights.
     """
-    from gddlab.teachers.catalog import open_model
-
     text, path = str(source), Path(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
@@ -150,16 +144,12 @@ def images_of(
     Raises:
         GddlabError: The source is of another kind or shape than expected, has too few images, or is not finite.
     """
-    if n is not None and n < 2:
-        raise GddlabError(f"n={n} images: give at least 2")
     if isinstance(source, Precond):
         _check_shape((source.img_channels, source.img_resolution), real, "the model's images")
         how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
         count = n or real.n or BLOCK
         seed_list(count, seed, None)
-        return GeneratedImages(
-            source, how, count, seed, _classes(source, real, count, seed), positive("batch_size", batch_size)
-        )
+        return GeneratedImages(source, how, count, seed, _classes(source, real, count, seed), batch_size)
     for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
         if value is not None:
             raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
@@ -176,9 +166,8 @@ def images_of(
         raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
     _check_count(n or 0, len(source))
-    x = source[:n]
-    check_values(x)
-    return StoredImages(to_uint8(x), "images")
+    _check_values(source[:n])
+    return StoredImages(to_uint8(source[:n]), "images")
 
 
 def _classes(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
@@ -195,11 +184,11 @@ def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
     """`given` is (channels, side) or (channels, height, width)."""
     if real.channels is None or real.resolution is None:
         return  # statistics alone
-    wanted = (real.channels,) + (real.resolution,) * (len(given) - 1)
-    if given != wanted:
-        sides = "x".join(str(s) for s in (given[1:] if len(given) == 3 else given[1:] * 2))
-        expected = f"{real.resolution}x{real.resolution} with {real.channels} channels"
-        raise GddlabError(f"{what}: {sides} with {given[0]} channels, but {real.name!r} has {expected}")
+    c, h, w = (*given, given[-1])[:3]
+    r = real.resolution
+    if (c, h, w) != (real.channels, r, r):
+        expected = f"{r}x{r} with {real.channels} channels"
+        raise GddlabError(f"{what}: {h}x{w} with {c} channels, but {real.name!r} has {expected}")
 
 
 def _check_count(n: int, available: int) -> None:
@@ -207,7 +196,7 @@ def _check_count(n: int, available: int) -> None:
         raise GddlabError(f"n={n} images: only {available} were given")
 
 
-def check_values(x: Tensor) -> None:
+def _check_values(x: Tensor) -> None:
     """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
@@ -219,87 +208,70 @@ def check_values(x: Tensor) -> None:
         raise GddlabError(f"images span {low:.3g}..{high:.3g}: give values in [-1, 1]")
 
 
-FORMAT = 1
-"""To be raised when code changes what an image of a seed is, or its features."""
-KEEP_GIB = 4.0
-"""Of the cache of generated features; beyond it the files not used for longest are removed. 50,000 rows of Inception are 0.6 GiB."""
-
-
 def generated_rows(
     images: GeneratedImages,
     extractor: Extractor,
     *,
-    group: Group = ALONE,
+    ranks: Ranks = ALONE,
     nproc: int = 1,
     progress: bool = False,
 ) -> Extracted:
-    """Features of generated images, from the cache where they are, whole and unharmed.
+    """Features of generated images, from the cache if they are there, complete and undamaged.
 
     Args:
         images: What is generated.
         extractor: From `find_extractor`.
-        group, progress: As for `extract`.
+        ranks, progress: As for `extract`.
         nproc: Fresh processes on this machine that share the work.
     """
-    key = hash_json([FORMAT, images.key, extractor.identity, versions()])
-    path = cache_dir() / "generated" / f"{extractor.name}-{key[:32]}.safetensors"
-    found = _read(path, (len(images), extractor.width))
-    if group.all(found is not None):
-        assert found is not None
-        return found
-    if nproc > 1:
-        out = _by_processes(images, extractor, nproc, progress)
-    else:
-        out = extract(images, extractor, group=group, progress=progress)
-    if group.rank == 0:
-        with contextlib.suppress(OSError):  # a read-only or full home costs time at the next call, nothing else
-            _write(path, out)
-            _prune(path.parent)
-    return out
-
-
-def _read(path: Path, shape: tuple[int, int]) -> Extracted | None:
     from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as f:
-            about, rows = f.metadata() or {}, f.get_tensor("rows")
-        whole = rows.shape == shape and hash_tensors({"rows": rows}) == about.get("rows_sha256")
-        if not whole or not torch.isfinite(rows).all():
-            return None
-        os.utime(path)
-        return Extracted(rows, about["images_sha256"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-
-
-def _write(path: Path, value: Extracted) -> None:
     from safetensors.torch import save_file
 
-    rows = value.rows.contiguous()
-    about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
-    with atomic_path(path) as tmp:
-        save_file({"rows": rows}, tmp, metadata=about)
+    def read(path: Path) -> Extracted:
+        try:
+            with safe_open(path, framework="pt") as f:
+                about, rows = f.metadata() or {}, f.get_tensor("rows")
+        except SafetensorError as e:
+            raise ValueError(path) from e
+        intact = rows.shape == (len(images), extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
+        if not intact or not torch.isfinite(rows).all():
+            raise ValueError(path)
+        os.utime(path)
+        return Extracted(rows, about["images_sha256"])
+
+    def write(path: Path, value: Extracted) -> None:
+        rows = value.rows.contiguous()
+        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
+        save_file({"rows": rows}, path, metadata=about)
+
+    def compute() -> Extracted:
+        if nproc > 1:
+            return _by_processes(images, extractor, nproc, progress)
+        return extract(images, extractor, ranks=ranks, progress=progress)
+
+    key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
+    found = recall(f"generated/{extractor.name}-{key}.safetensors", compute, read=read, write=write, ranks=ranks)
+    _prune(cache_dir() / "generated")
+    return found
 
 
 def _prune(folder: Path) -> None:
-    """Removes the files not used for longest until the rest fits; the newest stays, whatever its size."""
+    """Removes the files used longest ago until the rest fits; the newest stays, whatever its size."""
     files = []
     for path in folder.glob("*.safetensors"):
-        with contextlib.suppress(OSError):  # another process removed it
+        with suppress(OSError):  # another process removed it
             about = path.stat()
             files.append((about.st_mtime, about.st_size, path))
     room = KEEP_GIB * 2**30
     for k, (_, size, path) in enumerate(sorted(files, reverse=True)):
         room -= size
         if room < 0 and k:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, progress: bool) -> Extracted:
-    """Fresh processes each write the features of their part, and the images, to a folder of their own."""
-    from gddlab.workers import run_workers
-
+    """Fresh processes each write the features of their part, and the images, to a temporary folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_network(module_of(images.net), folder / "network.safetensors")
@@ -313,9 +285,9 @@ def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, pro
             "extractor": extractor.label,
             "device": images.device.type,
         }
-        bar = progress_bar(total=len(images), desc=f"images, features {extractor.label}", unit="img", enabled=progress)
-        with bar:
-            run_workers(job, nproc, bar.update, entry="gddlab.evaluation.sources:make_part", hint="")
+        title = f"images, features {extractor.label}"
+        with progress_bar(total=len(images), desc=title, unit="img", enabled=progress) as bar:
+            run_workers(job, nproc, bar.update, entry="gddlab.evaluation.images:make_part", hint="")
         digest = images_sha256(images)
         for rank in range(nproc):
             with (folder / f"{rank}.bin").open("rb") as f:
@@ -334,20 +306,19 @@ def make_part(
     batch_size: int,
     extractor: str,
     device: str,
-    report: Any,
+    report: Callable[[int], Any],
 ) -> None:
-    """What one process does of `_by_processes`: the part of the rank that its environment names."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    net = load_network(Path(folder) / "network.safetensors")[0].requires_grad_(False)
-    method: Method = tuple(how) if isinstance(how, list) else Sampler(**_finite(how))
-    classes = None if labels is None else torch.tensor(labels)
-    images = GeneratedImages(net.to(chosen_device(device)), method, count, seed, classes, batch_size)
-    start, stop = share(count, batch_size, rank, world)
-    with (Path(folder) / f"{rank}.bin").open("wb") as f:
+    """One process's part of `_by_processes`."""
+    ranks = named_ranks()
+    net = load_network(Path(folder) / "network.safetensors")[0].requires_grad_(False).to(chosen_device(device))
+    method: Method = tuple(how) if isinstance(how, list) else sampler_of(how)
+    images = GeneratedImages(net, method, count, seed, None if labels is None else torch.tensor(labels), batch_size)
+    start, stop = share(count, batch_size, ranks.rank, ranks.size)
+    with (Path(folder) / f"{ranks.rank}.bin").open("wb") as f:
         rows = extract_part(images, find_extractor(extractor), start, stop, keep=f.write, report=report)
-    np.save(Path(folder) / f"{rank}.npy", rows.numpy())
+    np.save(Path(folder) / f"{ranks.rank}.npy", rows.numpy())
 
 
-def _finite(how: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `Sampler` from what `to_dict` gave."""
-    return how | ({"S_max": float("inf")} if how["S_max"] is None else {})
+def sampler_of(settings: dict[str, Any]) -> Sampler:
+    """The `Sampler` of which `to_dict` gave these settings; JSON has no infinity."""
+    return Sampler(**settings | ({"S_max": float("inf")} if settings["S_max"] is None else {}))

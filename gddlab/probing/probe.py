@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 import threading
 import time
@@ -11,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from gddlab.probing.layers import PRESETS, LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, statistic_classes
 from gddlab.progress import progress_bar
+from gddlab.ranks import present_ranks, share
 from gddlab.sampling.samplers import positive, precision
 
 __all__ = ["Estimate", "estimate", "peak_memory", "probe"]
@@ -205,7 +204,8 @@ def probe(
 
     sigmas = inputs.sigmas
     across = any(s.across for s in chosen)
-    levels, passes = inputs.split(batch_size, group, together=across, images=_share(n, group))
+    ranks = present_ranks()
+    levels, passes = inputs.split(batch_size, group, together=across, images=share(n, group, ranks.rank, ranks.size))
     wanted: StatisticSelection = DEFAULT if stats == DEFAULT else chosen
     measures = [Probe(model, part, layers=layers, stats=wanted, per_channel=per_channel) for part in levels]
 
@@ -240,28 +240,14 @@ def probe(
     return result
 
 
-def _share(n: int, group: int) -> tuple[int, int]:
-    """First and last image of this process; whole groups, but for the end."""
-    rank, size = _rank()
-    share = math.ceil(n / group / size) * group
-    return min(rank * share, n), min((rank + 1) * share, n)
-
-
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _add_ranks(measure: Probe) -> None:
-    """Every process comes to have what all have measured."""
-    if _rank()[1] == 1:
-        return
-    gathered: list[Any] = [None] * _rank()[1]
-    torch.distributed.all_gather_object(gathered, measure.state())
-    measure.reset()
-    for state in gathered:  # in the order of ranks on every rank, so that all have the same digits
-        measure.add(state)
+    """Gives every process the sums of all."""
+    ranks = present_ranks()
+    if ranks.size > 1:
+        states = ranks.gather_objects(measure.state())
+        measure.reset()
+        for state in states:  # in the order of ranks on every rank, so that all get the same digits
+            measure.add(state)
 
 
 def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -23,6 +22,7 @@ from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.ranks import named_ranks
 from gddlab.runtime import chosen_device
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import (
@@ -91,7 +91,8 @@ def sample_files(
             process died. What is written stays, and the same call continues.
     """
     total = len(seed_list(n, seed, seeds))
-    rank, world = _rank()
+    ranks = named_ranks()
+    rank, world = ranks.rank, ranks.size
     job: dict[str, Any] = {
         "out": str(out),
         "n": n,
@@ -172,7 +173,8 @@ def make_share(
         "channels_last": channels_last,
         "batch_size": batch_size,
     }
-    rank, world = _rank()
+    ranks = named_ranks()
+    rank, world = ranks.rank, ranks.size
     try:
         target = open_target(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
         slowest = 0.0
@@ -194,11 +196,6 @@ def make_share(
         raise GddlabError(
             f"cannot write {e.filename or out} ({e.strerror}): nothing is lost, the same call continues when it can be written"
         ) from None
-
-
-def _rank() -> tuple[int, int]:
-    """This process's number, and how many there are, as torchrun says it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int | None]:

@@ -23,8 +23,8 @@ from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.recorder import write_status
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
-from gddlab.launch.handle import listing
-from gddlab.launch.lock import held, take
+from gddlab.lock import held, take
+from gddlab.runs import listing
 from tests.conftest import tiny_config
 from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
 

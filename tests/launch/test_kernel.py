@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from gddlab.launch import attach
-from gddlab.launch.lock import held
+from gddlab.lock import held
 from tests.launch.faults import kill, processes, until
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "notebooks" / "00_quickstart.ipynb"

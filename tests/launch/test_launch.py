@@ -22,7 +22,7 @@ from gddlab.evaluation import evaluate, load_records
 from gddlab.files import read_json
 from gddlab.freezing import select_freeze
 from gddlab.launch import RunFailed, attach, train
-from gddlab.launch.lock import held, take
+from gddlab.lock import held, take
 from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net

@@ -21,9 +21,9 @@ from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json
 from gddlab.launch import attach, train
-from gddlab.launch.handle import listing
-from gddlab.launch.lock import Job, held, owners, sign, take
 from gddlab.launch.train import HEAD, Launch, prepared
+from gddlab.lock import Job, held, owners, sign, take
+from gddlab.runs import listing
 from tests.conftest import tiny_config
 from tests.launch.faults import ended_with, kill, lines, processes, ranks, reached, until
 
