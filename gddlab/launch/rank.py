@@ -111,7 +111,7 @@ def _lock(folder: Path) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process when its parent ends, so that no rank outlives its run; elsewhere than on Linux after up to 1 s.
+    """Ends this process when its parent ends (at once on Linux, else within 1 s), so that no rank outlives its run.
 
     Args:
         parent: The process that started this one; if it has ended already, this one ends here.

@@ -94,7 +94,7 @@ def test_images_and_data(some, counter, tmp_path):
     half = real_split("digits", metrics="kid").records[0].trace()
     assert "one half" in str(half)
     code = shlex.split(half.repeated_by)[2]
-    assert "real_split('digits', metrics='kid', n=None, seed=0" in code
+    assert 'real_split("digits", metrics="kid", n=None, seed=0' in code
     network = dataclasses.replace(record(), model_sha256="1" * 64).trace()
     assert network.repeated_by is None and "given in memory" in str(network)
 
