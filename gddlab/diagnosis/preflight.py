@@ -253,7 +253,9 @@ def in_own_process(
         folder = Path(name)
         (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
         job = {"folder": name, "batch": batch, "stand_in": stand_in, **more}
-        found: dict[str, Any] = run_workers(job, entry=entry, hint=f"batch {batch}", cores_for=nproc)[0]
+        found: dict[str, Any] = run_workers(job, entry=entry, hint=f"it took steps of batch {batch}", cores_for=nproc)[
+            0
+        ]
         return found
 
 

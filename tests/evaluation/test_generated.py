@@ -18,7 +18,7 @@ from gddlab.evaluation import images as generated
 from gddlab.evaluation.images import GeneratedImages
 from gddlab.nets import save_network
 from gddlab.ranks import share
-from gddlab.sampling import Sampler
+from gddlab.sampling import Sampler, sample_files
 from tests.conftest import tiny_net
 from tests.evaluation.conftest import subset
 from tests.evaluation.test_evaluate import network
@@ -131,14 +131,15 @@ def test_fresh_processes_give_the_same_bits(one_thread, monkeypatch, cache):
 
 
 def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache):
-    save_network(tiny_net(), tmp_path / "net.safetensors", data="digits")
+    save_network(tiny_net(), tmp_path / "net.safetensors")
+    real = sample_files(tiny_net(seed=1), tmp_path / "real", 24, steps=2, progress=False)
     code = (
-        "import json, os, sys, gddlab\n"
-        "from gddlab.evaluation.features import real_features\n"
-        "s = gddlab.evaluate('net.safetensors', n=22, steps=2, batch_size=4, metrics=('kid', 'fid'), progress=False)\n"
+        "import json, os, gddlab\n"
+        "about = {'data': 'real', 'n': 22, 'progress': False}\n"
+        "s = gddlab.evaluate('net.safetensors', steps=2, batch_size=4, metrics=('kid', 'fid'), **about)\n"
         "open(f'{os.environ[\"RANK\"]}.json', 'w').write(json.dumps([r.to_dict() for r in s]))\n"
         "try:\n"
-        "    gddlab.evaluate('net.safetensors', n=22, sigma_max=1e-9, progress=False)\n"
+        "    gddlab.evaluate('net.safetensors', sigma_max=1e-9, **about)\n"
         "except gddlab.GddlabError as e:\n"
         "    open(f'{os.environ[\"RANK\"]}.txt', 'w').write(str(e))\n"
     )
@@ -148,7 +149,7 @@ def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "job.py"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = evaluate(tmp_path / "net.safetensors", n=22, steps=2, batch_size=4, metrics=("kid", "fid"))
+    alone = evaluate(tmp_path / "net.safetensors", data=real, n=22, steps=2, batch_size=4, metrics=("kid", "fid"))
     for rank in (0, 1):
         records = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [r["images_sha256"] for r in records] == [r.images_sha256 for r in alone]

@@ -42,7 +42,7 @@ def repeated(command: str, out: Path) -> Record:
     return [Record.from_dict(d) for d in json.loads(out.read_text())][-1]
 
 
-def test_a_student_is_traced_and_its_score_repeated(run, cache, tmp_path):
+def test_a_student_is_traced_and_its_score_repeated(run, cache, counter, tmp_path):
     snapshots = load_run(run).snapshots()
     for name, about in ((snapshots[0].stem, {"steps": 2}), (None, {"blocks": 2})):
         net = load_run(run).student(name)
