@@ -348,9 +348,9 @@ def runs(folder: Positional[Path] = Path("runs"), state: bool = False, json: boo
         state: Prints only the states, one word per run: starting, running, done, failed, stopped.
         json: Prints JSON.
     """
-    from gddlab.launch.handle import listing
+    from gddlab.runs import listing
 
-    found = listing(folder.resolve())
+    found = listing(folder)
     if json:
         say(to_json(found.to_dict("records")))
     elif state:

@@ -1,13 +1,16 @@
-"""Reads a run directory: configuration, metrics, snapshots, student, evaluation."""
+"""The one reader of a run directory: configuration, status, metrics, alarms, snapshots, student, scores."""
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import read_json, read_jsonl
+from gddlab.files import last_jsonl, read_json, read_jsonl, thin_jsonl
+from gddlab.lock import held
 from gddlab.nets import OneStepPrecond
 from gddlab.teachers.catalog import load_student, snapshots_of
 
@@ -15,7 +18,26 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "load_run", "load_runs", "load_study"]
+__all__ = ["Run", "is_run_dir", "listing", "load_run", "load_runs", "load_study", "read_status"]
+
+STALE_S = 120.0
+"""A run on another machine whose last heartbeat is older than this counts as dead."""
+ACTIVE = ("starting", "running")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """status.json of a run: state, heartbeat (Unix seconds) and more; {} before there is one.
+
+    Raises:
+        GddlabError: It is damaged.
+    """
+    path = run_dir / "status.json"
+    if not path.exists():
+        return {}
+    status = read_json(path)
+    if not isinstance(status, dict):
+        raise GddlabError(f"{path} holds no JSON object: it is damaged")
+    return status
 
 
 class Run:
@@ -32,28 +54,75 @@ class Run:
         return TrainConfig.load(self.run_dir)
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """Versions, commit, hashes, number of processes, hardware, and every start; {} before the first one."""
+        path = self.run_dir / "provenance.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def written_status(self) -> dict[str, Any]:
+        """status.json as it is, {} before there is one; `status` also looks whether the processes are alive."""
+        return read_status(self.run_dir)
+
+    @property
+    def status(self) -> str:
+        """ "starting", "running", "done", "failed" or "stopped"; a run whose processes have vanished reads "failed".
+
+        When a rank has failed, this reads "running" until all processes have ended or were restarted (`max_restarts`).
+        """
+        state, alive = self._state(), held(self.run_dir)
+        if state == "failed" and alive:
+            return "running"
+        if state in ACTIVE and not alive and not self._heard_elsewhere():
+            state = self._state()  # it may have ended between the two looks
+            return "failed" if state in ACTIVE else state
+        return state
+
+    def _state(self) -> str:
+        return str(self.written_status.get("state", "stopped")) if self.run_dir.is_dir() else "failed"
+
+    def _heard_elsewhere(self) -> bool:
+        """Whether another machine, whose lock may not be visible here, sent a heartbeat recently."""
+        s = self.written_status
+        elsewhere = s.get("host", socket.gethostname()) != socket.gethostname()
+        return elsewhere and time.time() - float(s["heartbeat"]) < STALE_S
+
+    @property
     def metrics(self) -> pd.DataFrame:
-        """A row a tick: kimg, loss/*, logits/*, r1, sec_per_kimg, ..."""
+        """One row per tick: kimg, loss/*, logits/*, r1, sec_per_kimg, ..."""
         import pandas as pd
 
         return pd.DataFrame(read_jsonl(self.run_dir / "metrics.jsonl"))
 
     @property
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The last row of `metrics`, without reading the others; None before the first tick."""
+        return last_jsonl(self.run_dir / "metrics.jsonl")
+
+    def thinned_metrics(self, most: int = 1000) -> pd.DataFrame:
+        """About `most` rows of `metrics`, evenly spread, and the last; costs the same however long the run is."""
+        import pandas as pd
+
+        return pd.DataFrame(thin_jsonl(self.run_dir / "metrics.jsonl", most))
+
+    @property
     def evaluation(self) -> pd.DataFrame:
-        """A row an evaluation record."""
+        """One row per evaluation record."""
         import pandas as pd
 
         return pd.DataFrame(read_jsonl(self.run_dir / "evaluation.jsonl"))
 
     @property
-    def written_status(self) -> dict[str, Any]:
-        """status.json, {} before there is one."""
-        path = self.run_dir / "status.json"
-        return read_json(path) if path.exists() else {}
+    def alarms(self) -> pd.DataFrame:
+        """One row per alarm: kind, kimg, message, value, threshold; empty for a healthy run."""
+        import pandas as pd
+
+        columns = ["kind", "kimg", "message", "value", "threshold"]
+        return pd.DataFrame(read_jsonl(self.run_dir / "alarms.jsonl"), columns=columns)
 
     @property
     def probes(self) -> pd.DataFrame:
-        """A row a layer and statistic of each probe made while training, with its kimg; empty where `probe_kimg` was not set."""
+        """One row per layer and statistic of each probe made during training; empty where `probe_kimg` was not set."""
         import pandas as pd
 
         from gddlab.probing import ProbeResult
@@ -78,21 +147,12 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """Metric, value and kimg of the best student scored while training; None where `metric_kimg` was not set."""
+        """Metric, value and kimg of the best student scored during training; None where `metric_kimg` was not set."""
         path = self.run_dir / "best.json"
         return read_json(path) if path.exists() else None
 
-    @property
-    def alarms(self) -> pd.DataFrame:
-        """A row an alarm: kind, kimg, message, value, threshold; empty for a healthy run."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            read_jsonl(self.run_dir / "alarms.jsonl"), columns=["kind", "kimg", "message", "value", "threshold"]
-        )
-
     def snapshots(self) -> list[Path]:
-        """EMA students saved on the way, oldest first; the file's name is its kimg."""
+        """EMA students saved during training, oldest first; the file's name is its kimg."""
         return snapshots_of(self.run_dir)
 
     def grids(self) -> list[Path]:
@@ -100,11 +160,22 @@ class Run:
         return sorted((self.run_dir / "samples").glob("*.png"), key=lambda p: float(p.stem))
 
     def student(self, snapshot: str | Path | None = None) -> OneStepPrecond:
-        """The EMA student: of the end, or of a snapshot (its path, or its kimg as in `snapshots()`), or the newest there is.
+        """The EMA student: the final one, or that of a snapshot (path, or kimg as in `snapshots()`), or the newest.
 
-        "best" is the one with the best score of those made while training (`metric_kimg`); `best` says which.
+        "best" is the one with the best score of those made during training (`metric_kimg`); `best` says which.
         """
         return load_student(self.run_dir, snapshot)
+
+
+def is_run_dir(folder: Path) -> bool:
+    """Whether a folder holds a run of `gddlab.train`, even a damaged one; others write config.json too."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        fields = read_json(folder / "config.json")
+    except GddlabError:
+        return any((folder / name).exists() for name in ("status.json", "provenance.json", "lock"))
+    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
 def load_run(run_dir: str | Path) -> Run:
@@ -117,15 +188,48 @@ def load_run(run_dir: str | Path) -> Run:
 
 
 def load_runs(folder: str | Path) -> list[Run]:
-    """Every run directory below `folder`, by path.
+    """Every run directory at or below `folder`, by path.
 
     Raises:
         NotFound: No such folder, or no run in it.
     """
-    found = sorted(p.parent for p in Path(folder).rglob("config.json"))
+    if not Path(folder).is_dir():
+        raise NotFound(f"no such folder: {folder}")
+    found = sorted(p.parent for p in Path(folder).rglob("config.json") if is_run_dir(p.parent))
     if not found:
         raise NotFound(f"no run below {folder}: give a folder that holds run directories")
     return [Run(path) for path in found]
+
+
+def listing(folder: str | Path) -> pd.DataFrame:
+    """The runs at or below a folder, one row each; a damaged run has the state "damaged", and its note says why.
+
+    Args:
+        folder: Folder of run directories, or one of them.
+
+    Returns:
+        Columns run (path below the folder), state, kimg ("3.2 of 12"), processes, heard (age of the last heartbeat
+        while it runs; else empty), note (the last alarm, or why it failed).
+
+    Raises:
+        NotFound: No run there.
+    """
+    import pandas as pd
+
+    top = Path(folder).resolve()
+    rows = []
+    for run in load_runs(top):
+        try:
+            read_json(run.run_dir / "config.json")
+            s, state = run.written_status, run.status
+            seen = f"{s['nimg'] / 1000:.4g} of {s['total_nimg'] / 1000:.4g}" if "total_nimg" in s else ""
+            heard = f"{time.time() - s['heartbeat']:.0f} s ago" if state == "running" and "heartbeat" in s else ""
+            note = str(s.get("message") or s.get("alarm") or "").partition("\n")[0]
+            row = (state, seen, str(s.get("world_size", "")), heard, note)
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
+        rows.append((top.name if run.run_dir == top else str(run.run_dir.relative_to(top)), *row))
+    return pd.DataFrame(rows, columns=["run", "state", "kimg", "processes", "heard", "note"])
 
 
 def load_study(folder: str | Path) -> pd.DataFrame:
@@ -135,7 +239,8 @@ def load_study(folder: str | Path) -> pd.DataFrame:
         folder: Holds frame.parquet and meta.json.
 
     Returns:
-        The table; `attrs` says where it comes from: name, what, command, inputs (hash of each student), n, seed, extractor, versions, commit.
+        The table; `attrs` says where it comes from: name, what, command, inputs (hash of each student), n, seed,
+        extractor, versions, commit.
 
     Raises:
         NotFound: No study there.

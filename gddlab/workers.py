@@ -1,4 +1,8 @@
-"""Fresh processes that share one job, `sample_files` or another: `python -m gddlab.workers`, the job as a line of JSON on standard input."""
+"""Fresh Python processes: started in one way, and `run_workers`, which shares a job among some of them.
+
+A worker is `python -m gddlab.workers`. It reads its job as one line of JSON from standard input, writes what it has
+done to standard output, one JSON value per line, and ends when standard input ends, which its parent keeps open.
+"""
 
 from __future__ import annotations
 
@@ -10,88 +14,105 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
 from gddlab.runtime import fresh_environment
 
-__all__ = ["run_workers"]
+__all__ = ["run_workers", "start"]
 
 SAMPLING = "gddlab.sampling.files:make_share"
 
 
+def start(
+    module: str,
+    *words: str,
+    log: IO[bytes],
+    nproc: int = 1,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m MODULE WORDS` in a fresh environment.
+
+    Args:
+        module, *words: What to run.
+        log: Gets standard error.
+        nproc: Processes that share the cores of this machine.
+        environment: Further environment variables.
+        **options: Of `subprocess.Popen`.
+    """
+    env = fresh_environment(nproc) | dict(environment or {})
+    return subprocess.Popen([sys.executable, "-m", module, *words], stderr=log, env=env, **options)
+
+
 def run_workers(
     job: dict[str, Any],
-    nproc: int,
-    report: Callable[[int], Any],
+    nproc: int = 1,
+    report: Callable[[int], Any] = lambda count: None,
     *,
     entry: str = SAMPLING,
     hint: str = "what is written stays, the same call continues",
-) -> None:
-    """Starts `nproc` processes on a job and waits for them; none outlives this call, however it ends.
+    cores_for: int | None = None,
+) -> list[Any]:
+    """Runs a job in `nproc` fresh processes and waits for them; none outlives this call.
 
     Args:
         job: Arguments of `entry` without `report`.
-        report: Called with a number of images whenever a part is there.
-        entry: What each process calls, MODULE:FUNCTION; RANK and WORLD_SIZE in its environment say which part is its.
-        hint: What to do when a process has died.
+        nproc: Processes; RANK and WORLD_SIZE in the environment of each say which part is its own.
+        report: Gets the numbers that processes report, such as a number of images done.
+        entry: What each process calls, MODULE:FUNCTION.
+        hint: Added to the error when a process has died.
+        cores_for: Number of processes among which the machine's cores are divided; `nproc` if None.
+
+    Returns:
+        What `entry` returned in each process, by rank; JSON values.
 
     Raises:
-        GddlabError: The refusal of a process, or how it died; the others are ended.
+        GddlabError: A process refused the job, or died; the others are ended.
     """
-    line = (
-        json.dumps({"entry": entry, **job}, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)).encode()
-        + b"\n"
-    )
-    env = fresh_environment(nproc)
-    events: queue.Queue[tuple[int, int | None]] = queue.Queue()  # rank, images done; None when it has ended
+    plain = json.dumps({"entry": entry, **job}, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    events: queue.Queue[tuple[int, Any]] = queue.Queue()  # rank and what it wrote; None at its end
+    results: list[Any] = [None] * nproc
     workers: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-    try:
+    with ExitStack() as stack:
         for rank in range(nproc):
-            log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gddlab.workers"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)},
-            )
+            log: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = start("gddlab.workers", log=log, nproc=cores_for or nproc, environment=place, **pipes)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
             workers.append((process, log))
-            threading.Thread(target=_follow, args=(process, rank, line, events), daemon=True).start()
+            threading.Thread(target=_follow, args=(process, rank, plain.encode(), events), daemon=True).start()
         running = nproc
         while running:
-            rank, images = events.get()
-            if images is not None:
-                report(images)
-                continue
-            running -= 1
-            process, log = workers[rank]
-            if process.wait() != 0:
-                raise GddlabError(_why(process.returncode, rank, nproc, log, hint))
-    finally:
-        for process, _ in workers:
-            process.kill()
-        for process, log in workers:
-            process.wait()
-            log.close()
+            rank, wrote = events.get()
+            if isinstance(wrote, int):
+                report(wrote)
+            elif wrote is not None:
+                results[rank] = wrote["result"]
+            else:
+                running -= 1
+                process, log = workers[rank]
+                if process.wait() != 0:
+                    raise GddlabError(_why(process.returncode, rank, nproc, log, hint))
+    return results
 
 
-def _follow(
-    process: subprocess.Popen[bytes], rank: int, line: bytes, events: queue.Queue[tuple[int, int | None]]
-) -> None:
+def _follow(process: subprocess.Popen[bytes], rank: int, job: bytes, events: queue.Queue[tuple[int, Any]]) -> None:
     assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()  # and stays open: its end tells the worker that this process is gone
-        for count in process.stdout:
-            events.put((rank, int(count)))
-    except (OSError, ValueError):
-        pass  # the process has died; its return code says how
+    with suppress(OSError, ValueError):  # the process has died; its return code says how
+        process.stdin.write(job + b"\n")
+        process.stdin.flush()  # it stays open: its end tells the worker that its parent is gone
+        for line in process.stdout:
+            events.put((rank, json.loads(line)))
     events.put((rank, None))
 
 
 def _why(code: int, rank: int, nproc: int, log: IO[bytes], hint: str) -> str:
+    """How a process ended, in one line: its refusal, the signal, or the last line of its log."""
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else ""
@@ -102,23 +123,27 @@ def _why(code: int, rank: int, nproc: int, log: IO[bytes], hint: str) -> str:
 
 
 def main() -> int:
+    """The worker's side of `run_workers`."""
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not among the counts
+    os.dup2(2, 1)  # whatever a library prints goes to the log
 
     module, _, function = job.pop("entry", SAMPLING).partition(":")
     call = getattr(importlib.import_module(module), function)
     try:
-        call(**job, report=lambda images: out.write(f"{images}\n"))
+        result = call(**job, report=lambda count: out.write(f"{count}\n"))
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")
         return 2
+    if result is not None:
+        out.write(json.dumps({"result": result}) + "\n")
+    out.close()
     return 0
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 4096):  # not through sys.stdin, whose lock the interpreter wants when it ends
+    while os.read(0, 4096):  # not through sys.stdin: Python takes its lock when it shuts down
         pass
     os._exit(1)
 

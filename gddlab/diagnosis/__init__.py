@@ -1,6 +1,5 @@
 """What this machine has, what is missing, and what gddlab can therefore do."""
 
-from gddlab.diagnosis.doctor import doctor
-from gddlab.diagnosis.findings import SECTIONS, Doctor, Finding
+from gddlab.diagnosis.doctor import SECTIONS, Doctor, Finding, doctor
 
 __all__ = ["SECTIONS", "Doctor", "Finding", "doctor"]

@@ -1,4 +1,4 @@
-"""`gddlab.doctor()`."""
+"""`gddlab.doctor()`: what this machine has, what is missing, and what gddlab can therefore do."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gddlab.datasets.readers import find_cifar10
-from gddlab.diagnosis import findings as machine
-from gddlab.diagnosis.findings import CPU, GIB, GPU, Doctor, Finding, device_findings, device_problems, gib
+from gddlab.diagnosis import machine
+from gddlab.diagnosis.machine import CPU, GIB, GPU, device_problems, gib, torch_build
 from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
@@ -28,29 +30,170 @@ from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
 from gddlab.teachers.catalog import locate
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
-    "abilities",
-    "data_findings",
+    "SECTIONS",
+    "Doctor",
+    "Finding",
+    "device_findings",
     "doctor",
-    "folder_findings",
-    "needs",
     "package_findings",
     "requirements",
-    "storage_problems",
     "torch_pair",
-    "weight_findings",
 ]
 
+SECTIONS = ("devices", "versions", "weights", "data", "folders", "able")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for.
+
+    Attributes:
+        section: One of `SECTIONS`.
+        name: What was looked for.
+        found: Whether it exists; of an ability, whether gddlab has it.
+        value: What it is, or where.
+        remedy: How to get it; empty if it exists or cannot be obtained.
+        details: The values behind it.
+    """
+
+    section: str
+    name: str
+    found: bool
+    value: str
+    remedy: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> str:
+        """ "+" for what exists, "-" for what could, a space for what need not."""
+        if self.found:
+            return "+"
+        return "-" if self.remedy or self.section == "able" else " "
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What a machine has.
+
+    Attributes:
+        findings: Everything looked for, in the order of `SECTIONS`.
+        problems: What is wrong and what to do, one line each.
+        broken: A package that gddlab needs is missing.
+    """
+
+    findings: tuple[Finding, ...]
+    problems: tuple[str, ...]
+    broken: bool
+
+    def __getitem__(self, name: str) -> Finding:
+        """The finding of a name.
+
+        Raises:
+            KeyError: Nothing of that name was looked for.
+        """
+        for f in self.findings:
+            if f.name == name:
+                return f
+        raise KeyError(name)
+
+    def brief(self, section: str) -> list[Finding]:
+        """The findings of a section for reading; the published teachers that are missing share one line."""
+        rows = [f for f in self.findings if f.section == section]
+        absent = [f for f in rows if f.details.get("published") and not f.found]
+        rows = [f for f in rows if f not in absent]
+        if absent:
+            folders = absent[0].details["places"]
+            value, remedy = "not here", f"downloaded when asked for by name, or put NAME.pkl into {folders}"
+            if absent[0].details["offline"]:
+                value, remedy = "not here, and GDDLAB_OFFLINE is set", f"put NAME.pkl into {folders}"
+            rows.append(Finding(section, f"{len(absent)} published teachers", False, value, remedy))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for strict JSON: one dictionary per section, by name; `problems`; `broken`."""
+        out: dict[str, Any] = {s: {} for s in SECTIONS}
+        for f in self.findings:
+            out[f.section][f.name] = {k: v for k, v in asdict(f).items() if k not in ("section", "name")}
+        return out | {"problems": list(self.problems), "broken": self.broken}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per finding: section, name, found, value, remedy."""
+        import pandas as pd
+
+        columns = ["section", "name", "found", "value", "remedy"]
+        return pd.DataFrame([[getattr(f, c) for c in columns] for f in self.findings], columns=columns)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for section in SECTIONS:
+            rows = self.brief(section)
+            width = max((len(f.name) for f in rows), default=0)
+            texts = [f"{f.value}; {f.remedy}" if f.remedy else f.value for f in rows]
+            lines += [section, *(f"  {f.mark} {f.name:<{width}}  {t}" for f, t in zip(rows, texts, strict=True))]
+        return "\n".join([*lines, "problems", *([f"  ! {p}" for p in self.problems] or ["  none"])])
+
+
+def doctor() -> Doctor:
+    """Looks at this machine: devices, versions, weights, data, folders, and what gddlab can therefore do.
+
+    Downloads nothing, loads no weights, creates no folder.
+
+    Returns:
+        Findings and problems; `print` it, or see `to_frame` and `to_dict`.
+    """
+    cpu, gpus = machine.cpu(), machine.cuda_devices()
+    packages, missing, unfit = package_findings()
+    files = [*_weight_findings(), *_data_findings()]
+    findings = (
+        *device_findings(cpu, gpus),
+        *packages,
+        *files,
+        *_folder_findings(),
+        *_abilities(files, cpu, gpus),
+    )
+    devices = device_problems(cpu, gpus, driver_unused=machine.driver_without_cuda())
+    return Doctor(findings, (*missing, *unfit, *devices, *_storage_problems(files)), broken=bool(missing))
+
+
+def device_findings(cpu: CPU, gpus: Sequence[GPU]) -> list[Finding]:
+    """CPU, CUDA devices, MPS."""
+    text = (
+        f"{cpu.model}, {cpu.usable_cores:g} of {cpu.logical_cores} cores usable, {cpu.threads} threads in torch, "
+        f"{gib(cpu.available)} of {gib(cpu.memory)} free, bfloat16: {', '.join(cpu.bf16) or 'emulated'}"
+    )
+    out = [Finding("devices", "cpu", True, text, details=asdict(cpu) | {"bf16": list(cpu.bf16)})]
+    nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    for i, gpu in enumerate(gpus):
+        major, minor = gpu.capability
+        text = (
+            f"{gpu.name}, capability {major}.{minor}, {gib(gpu.free)} of {gib(gpu.memory)} free, "
+            f"bfloat16: {'yes' if gpu.bf16 else 'no'}, NCCL: {'yes' if nccl else 'no'}"
+        )
+        about = asdict(gpu) | {"capability": [major, minor], "nccl": nccl}
+        out.append(Finding("devices", f"cuda:{i}", True, text, details=about))
+    if not gpus:
+        out.append(Finding("devices", "cuda", False, f"none; torch is built {torch_build()}", details={"nccl": nccl}))
+    mps = torch.backends.mps.is_available()
+    text = "for networks that you move there; training takes CUDA or the CPU" if mps else "none"
+    return [*out, Finding("devices", "mps", mps, text)]
+
+
+# Packages.
+
 SHOWN = ("torch", "torchvision", "timm", "torch-fidelity", "captum", "lpips", "kornia", "numpy", "pandas")
-"""Others are listed where they are missing."""
+"""Packages that are always listed; others only if they are missing."""
 
 
 def requirements() -> tuple[str, list[str]]:
-    """Versions of Python and packages that gddlab asks for, as in pyproject.toml: from the clone, or from the installed wheel."""
+    """The versions of Python and packages that gddlab needs, from the clone or the installed wheel."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
         about = tomllib.loads(project.read_text()).get("project", {})
-        if about.get("name") == "gddlab":  # an installed wheel may lie beside another project's
+        if about.get("name") == "gddlab":  # beside an installed wheel there may be another project's
             return about["requires-python"], about["dependencies"]
     found = importlib.metadata.metadata("gddlab")
     wanted = importlib.metadata.requires("gddlab") or []
@@ -66,31 +209,26 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    own_version = versions()["gddlab"]
-
     python, wanted = requirements()
     required = {r.name: r.specifier for r in map(Requirement, wanted)}
     there = versions()
+    own, own_commit = there["gddlab"], commit()
     for name in {*required, *SHOWN}:
         try:
             there[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             there[name] = "not installed"
-    own = commit()
-    about = {"version": own_version, "commit": own}
     text = f"{there['python']}, {platform.python_implementation()} on {platform.system()} {platform.machine()}"
-    out = [
-        Finding("versions", "python", True, text, details={"version": there["python"]}),
-        Finding("versions", "gddlab", True, f"{own_version}, commit {own[:12]}" if own else own_version, details=about),
-    ]
+    out = [Finding("versions", "python", True, text, details={"version": there["python"]})]
+    text, about = f"{own}, commit {own_commit[:12]}" if own_commit else own, {"version": own, "commit": own_commit}
+    out.append(Finding("versions", "gddlab", True, text, details=about))
     missing, unfit = [], []
     if not SpecifierSet(python).contains(there["python"], prereleases=True):
         unfit.append(f"this is Python {there['python']}, gddlab wants {python}: make an environment with one of those")
     for name in (*SHOWN, *(r for r in required if r not in SHOWN and there[r] == "not installed")):
-        version, need = there[name], f"{name}{required.get(name, '')}"
-        found = version != "not installed"
+        found = there[name] != "not installed"
         remedy = "" if found else f"pip install {name}" + ("" if name in required else ", if wanted")
-        out.append(Finding("versions", name, found, version, remedy, {"required": name in required}))
+        out.append(Finding("versions", name, found, there[name], remedy, {"required": name in required}))
     for name, specifier in required.items():
         version, need = there[name], f"pip install '{name}{specifier}'"
         if version == "not installed":
@@ -101,15 +239,14 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
 
 
 def torch_pair(torch: str, torchvision: str) -> list[str]:
-    """The problem of two versions that do not fit each other: torchvision 0.(n + 15) is built against torch 2.n, for one kind of device."""
+    """The problem of two versions that do not fit: torchvision 0.(n + 15) is built for torch 2.n."""
     a = re.match(r"2\.(\d+)[^+]*(?:\+(.*))?$", torch)
     b = re.match(r"0\.(\d+)[^+]*(?:\+(.*))?$", torchvision)
     if a is None or b is None:
         return []
-    if int(b[1]) != int(a[1]) + 15:
-        return [
-            f"torchvision {torchvision} is not built for torch {torch}: pip install 'torchvision==0.{int(a[1]) + 15}.*'"
-        ]
+    fit = int(a[1]) + 15
+    if int(b[1]) != fit:
+        return [f"torchvision {torchvision} is not built for torch {torch}: pip install 'torchvision==0.{fit}.*'"]
     if a[2] and b[2] and a[2] != b[2]:
         return [
             f"torch {torch} and torchvision {torchvision} are builds for different devices: install both from one index"
@@ -117,8 +254,10 @@ def torch_pair(torch: str, torchvision: str) -> list[str]:
     return []
 
 
+# Files and folders.
+
 SMALLEST = 1 << 20
-"""Bytes; a file of weights below is a Git LFS pointer, a web page, or was cut off."""
+"""Bytes; a smaller file of weights is a Git LFS pointer, a web page, or was cut off."""
 MIN_DISK = GIB
 
 # Name, patterns of the copies that torch.hub and Hugging Face keep, address.
@@ -138,34 +277,31 @@ DOWNLOADS = {
 }
 
 
-def weight_findings() -> list[Finding]:
+def _weight_findings() -> list[Finding]:
     """Teachers, backbones, LPIPS, feature extractors."""
-    out = [
-        _file("weights", f"teacher {name}", data_dir() / "teachers" / name / "teacher.safetensors", "")
-        for name in bundled_teachers()
-    ]
-    places = " or ".join(str(p) for p in _folders("teachers"))
+    bundled = data_dir() / "teachers"
+    out = [_file("weights", f"teacher {n}", bundled / n / "teacher.safetensors", "") for n in bundled_teachers()]
+    folders = " or ".join(str(p) for p in _folders("teachers"))
+    offline = os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0")
     for entry in PUBLISHED.values():
-        finding = _file("weights", f"teacher {entry.name}", locate(entry.name), f"put {entry.url} into {places}")
-        finding.details.update(published=True, places=places, offline=_offline())
+        finding = _file("weights", f"teacher {entry.name}", locate(entry.name), f"put {entry.url} into {folders}")
+        finding.details.update(published=True, places=folders, offline=offline)
         out.append(finding)
     out += [_asked("weights", f"backbone {name}", partial(lite_weights, name)) for name in LITE_WHEELS]
     out += [_backbone(name, f"backbone {name}") for name in ("vgg16_bn", "deit_base_distilled_patch16_224")]
     out.append(_backbone("vgg16", "LPIPS network vgg16"))
     spec = importlib.util.find_spec("lpips")
-    folder = next(iter(spec.submodule_search_locations or ()), "") if spec else ""
-    linear = Path(folder) / "weights" / "v0.1" / "vgg.pth"
-    finding = _file(
-        "weights", "LPIPS linear layers", linear if folder and linear.is_file() else None, "pip install lpips"
-    )
-    out.append(finding)
+    package = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    linear = None if package is None else Path(package) / "weights" / "v0.1" / "vgg.pth"
+    found = linear if linear is not None and linear.is_file() else None
+    out.append(_file("weights", "LPIPS linear layers", found, "pip install lpips"))
     return out + [
         _asked("weights", f"extractor {name}", partial(getattr, e, "weights")) for name, e in EXTRACTORS.items()
     ]
 
 
-def data_findings() -> list[Finding]:
-    """Datasets that are known by name, and the files that presets name."""
+def _data_findings() -> list[Finding]:
+    """Data sets that are known by name, and the files that presets name."""
     try:
         text = f"with scikit-learn {importlib.metadata.version('scikit-learn')}"
         digits = Finding("data", "digits", True, text)
@@ -180,8 +316,8 @@ def data_findings() -> list[Finding]:
     return out
 
 
-def folder_findings() -> list[Finding]:
-    """The cache, and what the environment says."""
+def _folder_findings() -> list[Finding]:
+    """The cache, and environment variables."""
     cache = cache_dir()
     writable, free = _writable(cache), _free(cache)
     text = f"{cache}, {'writable' if writable else 'not writable'}, {gib(free)} free on its disk"
@@ -192,13 +328,12 @@ def folder_findings() -> list[Finding]:
         ("GDDLAB_OFFLINE", "1 forbids downloads"),
     ):
         value = os.environ.get(name, "")
-        out.append(
-            Finding("folders", name, bool(value), value or f"not set ({meaning})", details={"value": value or None})
-        )
+        text = value or f"not set ({meaning})"
+        out.append(Finding("folders", name, bool(value), text, details={"value": value or None}))
     return out
 
 
-def storage_problems(weights: Iterable[Finding]) -> list[str]:
+def _storage_problems(files: Iterable[Finding]) -> list[str]:
     """Folders that cannot be written, full disks, files that hold no weights."""
     out, cache, home = [], cache_dir(), os.environ.get("GDDLAB_HOME")
     if not _writable(cache):
@@ -207,20 +342,16 @@ def storage_problems(weights: Iterable[Finding]) -> list[str]:
         out.append(f"{gib(free)} are free on the disk of {cache}: make room, or set GDDLAB_CACHE to another folder")
     if home and not Path(home).expanduser().is_dir():
         out.append(f"GDDLAB_HOME={home} is no folder: make it, or unset GDDLAB_HOME")
-    for f in weights:
-        # The bundled teachers are small; what is downloaded is not, except LPIPS's linear layers.
-        size = f.details.get("bytes", SMALLEST)
+    for f in files:
+        # bundled teachers and LPIPS's linear layers are small; what is downloaded is not
+        size = f.details.get("bytes", SMALLEST) if f.section == "weights" else SMALLEST
         if size < SMALLEST and f.name != "LPIPS linear layers" and data_dir() not in Path(f.value).parents:
             out.append(f"{f.value} has {size:,} bytes and so holds no weights: fetch it again")
     return out
 
 
-def _offline() -> bool:
-    return os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0")
-
-
 def _folders(kind: str) -> list[Path]:
-    """Where files may be put so that they are found from everywhere."""
+    """Where to put files so that they are found from everywhere."""
     home = os.environ.get("GDDLAB_HOME")
     return [*([Path(home).expanduser() / kind] if home else []), cache_dir() / kind]
 
@@ -242,13 +373,13 @@ def _asked(section: str, name: str, find: Callable[[], Path]) -> Finding:
 
 def _backbone(name: str, title: str) -> Finding:
     patterns, url = DOWNLOADS[name]
-    places = " or ".join(str(p / f"{name}{SUFFIXES[1]}") for p in _folders("backbones"))
-    path = find_weights(name, url.rpartition("/")[2].removesuffix(".pth")) or _kept(patterns)
-    return _file("weights", title, path, f"put {url} at {places}")
+    targets = " or ".join(str(p / f"{name}{SUFFIXES[1]}") for p in _folders("backbones"))
+    path = find_weights(name, url.rpartition("/")[2].removesuffix(".pth")) or _hub_copy(patterns)
+    return _file("weights", title, path, f"put {url} at {targets}")
 
 
-def _kept(patterns: Sequence[str]) -> Path | None:
-    """A copy that torch.hub or Hugging Face keeps."""
+def _hub_copy(patterns: Sequence[str]) -> Path | None:
+    """A copy in the cache of torch.hub or Hugging Face."""
     hf = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
     roots = {"hub": Path(torch.hub.get_dir()) / "checkpoints", "hf": Path(hf).expanduser()}
     for pattern in patterns:
@@ -258,19 +389,22 @@ def _kept(patterns: Sequence[str]) -> Path | None:
     return None
 
 
-def _standing(folder: Path) -> Path:
-    """The folder, or what exists of the way to it."""
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
     return next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be put there; nothing is made to find out."""
-    place = _standing(folder)
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    """Whether files can be put there; nothing is created to find out."""
+    nearest = _existing(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def _free(folder: Path) -> int:
-    return shutil.disk_usage(_standing(folder)).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+# What gddlab can do.
 
 
 def needs() -> dict[str, list[str]]:
@@ -287,45 +421,16 @@ def needs() -> dict[str, list[str]]:
     }
 
 
-def doctor() -> Doctor:
-    """Looks at this machine: devices, versions, weights, data, folders, and what gddlab can therefore do.
-
-    Downloads nothing, loads no weights, makes no folder.
-
-    Returns:
-        Findings and problems; `print` it, or see `to_frame` and `to_dict`.
-    """
-    cpu, gpus = machine.cpu(), machine.cuda_devices()
-    packages, missing, unfit = package_findings()
-    weights, data = weight_findings(), data_findings()
-    findings = (
-        *device_findings(cpu, gpus),
-        *packages,
-        *weights,
-        *data,
-        *folder_findings(),
-        *abilities([*weights, *data], cpu, gpus),
-    )
-    problems = (
-        *missing,
-        *unfit,
-        *device_problems(cpu, gpus, driver_unused=machine.driver_without_cuda()),
-        *storage_problems(weights),
-    )
-    return Doctor(findings, problems, broken=bool(missing))
-
-
-def abilities(there: Iterable[Finding], cpu: CPU, gpus: Sequence[GPU]) -> list[Finding]:
-    """What can be done with what is there, and on which device."""
-    found = {f.name for f in there if f.found}
+def _abilities(files: Iterable[Finding], cpu: CPU, gpus: Sequence[GPU]) -> list[Finding]:
+    """What can be done with the files that exist, and on which device."""
+    found = {f.name for f in files if f.found}
     out = []
     for name, wanted in needs().items():
         lacks = [w for w in wanted if w not in found]
         value = "lacks " + ", ".join(lacks) if lacks else "yes"
         out.append(Finding("able", name, not lacks, value, details={"lacks": lacks}))
     bf16 = all(g.bf16 for g in gpus) if gpus else bool(cpu.bf16)
-    value = "yes" if bf16 else "no: float32 is faster"
-    out.append(Finding("able", "bfloat16 training", bf16, value))
+    out.append(Finding("able", "bfloat16 training", bf16, "yes" if bf16 else "no: float32 is faster"))
     n = len(gpus) if gpus else max(1, int(cpu.usable_cores))
     value = f"on {n} {'CUDA device' if gpus else 'core'}{'s' if n > 1 else ''}, nproc up to {n}"
     out.append(Finding("able", "training", True, value, details={"device": "cuda" if gpus else "cpu", "nproc": n}))

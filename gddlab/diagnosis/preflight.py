@@ -1,45 +1,45 @@
-"""`preflight`: what a run needs and whether it is there, and how long and how large it will be, before it starts."""
+"""`preflight`: whether everything that a run needs exists, and its time, memory and disk space, before it starts."""
 
 from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from gddlab.datasets import ImageDataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
-from gddlab.errors import GddlabError
-from gddlab.files import read_json, write_json
+from gddlab.errors import GddlabError, validated
 from gddlab.nets import Precond, build
 from gddlab.progress import duration
-from gddlab.runtime import fresh_environment, peak_memory_mib
+from gddlab.runtime import peak_memory_mib
 from gddlab.teachers import load_teacher
 from gddlab.teachers.catalog import PUBLISHED
+from gddlab.workers import run_workers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Check", "Preflight", "in_own_process", "measure", "preflight", "stand_ins", "with_stand_ins"]
+__all__ = ["Check", "Positive", "Preflight", "in_own_process", "measure", "preflight", "stand_ins", "with_stand_ins"]
 
+Positive = Annotated[int, Field(ge=1)]
 CPU_SECONDS = 10.0
-"""A step of the larger of the two batches measured takes about so long at most on a CPU, where a whole batch can take minutes."""
+"""On a CPU, where a whole batch can take minutes, a step of the larger batch measured takes about this long at most."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a run needs: its name, whether it is there, and what was found or what to do."""
+    """One thing that a run needs: its name, whether it exists, and what was found or what to do."""
 
     name: str
     ok: bool
@@ -52,16 +52,17 @@ class Preflight:
 
     Attributes:
         checks: Teacher, data, discriminator, metric, disk.
-        stand_in: Whether teacher and backbones had random weights and the images were random: time and memory are those of the real ones.
-        nproc: Processes that the numbers are for; communication between them is not in them.
-        batch: Images a step over all processes.
+        stand_in: Whether weights and images were random; time and memory are those of the real ones.
+        nproc: Processes that the numbers are for; communication between them is not included.
+        batch: Images per step over all processes.
         batch_per_device: Images that a process holds at once.
-        measured: Batches measured, on one process.
+        measured: The batches measured, on one process.
         sec_per_kimg: Seconds per thousand images; from the larger batch measured, in proportion to the images.
-        peak_mem_mib: Peak memory of a process, MiB: of the device, or of the process on a CPU; in a straight line through the batches measured.
+        peak_mem_mib: Peak memory of a process, MiB (of the device, or of the process on a CPU), extrapolated linearly.
         hours: Of the whole run, without scores and probes.
-        parameters, trained, discriminator: Of the student, of it those trained, and trained of the discriminator.
-        disk_gib: Of the whole run: checkpoints kept and one being written, snapshots.
+        parameters, trained, discriminator: Number of the student's parameters, of those trained, and of the
+            discriminator's trained.
+        disk_gib: Of the whole run: checkpoints kept, one being written, snapshots.
         device, threads: Where it was measured.
     """
 
@@ -91,7 +92,7 @@ class Preflight:
         return asdict(self) | {"ok": self.ok}
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a check: name, ok, detail."""
+        """One row per check: name, ok, detail."""
         import pandas as pd
 
         return pd.DataFrame([asdict(c) for c in self.checks], columns=["name", "ok", "detail"])
@@ -103,43 +104,52 @@ class Preflight:
             assert self.hours is not None and self.disk_gib is not None
             sizes = " and ".join(str(m["batch"]) for m in self.measured)
             where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else f"{self.device}"
-            lines += [
-                f"measured on {where}, one process, batch {sizes}{', stand-ins' if self.stand_in else ''}",
-                f"  student        {self.parameters:,} parameters, {self.trained:,} trained ({self.trained / self.parameters:.1%})",
-                f"  discriminator  {self.discriminator:,} trained",
-                f"  time           {self.sec_per_kimg:,.1f} s/kimg on {self.nproc} process(es), {duration(self.hours * 3600)} to the end",
-                f"  memory         {self.peak_mem_mib:,.0f} MiB a process, {self.batch_per_device} images at once of a batch of {self.batch}",
-                f"  disk           {self.disk_gib:.2f} GiB",
-            ]
+            kind = ", stand-ins" if self.stand_in else ""
+            rows = {
+                "student": f"{self.parameters:,} parameters, {self.trained:,} trained "
+                f"({self.trained / self.parameters:.1%})",
+                "discriminator": f"{self.discriminator:,} trained",
+                "time": f"{self.sec_per_kimg:,.1f} s/kimg on {self.nproc} process(es), "
+                f"{duration(self.hours * 3600)} to the end",
+                "memory": f"{self.peak_mem_mib:,.0f} MiB per process, {self.batch_per_device} images at once "
+                f"of a batch of {self.batch}",
+                "disk": f"{self.disk_gib:.2f} GiB",
+            }
+            lines.append(f"measured on {where}, one process, batch {sizes}{kind}")
+            lines += [f"  {name:<14} {text}" for name, text in rows.items()]
         return "\n".join(lines)
 
 
+@validated
 def preflight(
-    config: TrainConfig, *, nproc: int = 1, steps: int = 3, measure_batch: int | None = None, stand_in: bool = False
+    config: TrainConfig,
+    *,
+    nproc: Positive = 1,
+    steps: Positive = 3,
+    measure_batch: Positive | None = None,
+    stand_in: bool = False,
 ) -> Preflight:
-    """Checks everything that a run needs, then makes some steps of it in processes of their own; nothing is written to its folder.
+    """Checks everything that a run needs, then measures some steps in fresh processes; writes nothing to its folder.
 
     Args:
         config: The run.
         nproc: Processes that the run would have on this machine.
-        steps: Iterations timed at each of two batches, after one that is not, and one R1 step.
-        measure_batch: The larger of the two; None is what a process would hold, on a CPU at most what takes ten seconds.
-        stand_in: Takes random weights for a published teacher and the backbones, and random images: time and memory without any download.
-            Then nothing is missing but disk.
+        steps: Iterations timed at each of two batches, after one warm-up; and one iteration with R1.
+        measure_batch: The larger of the two; None takes what a process would hold, on a CPU at most what takes 10 s.
+        stand_in: Takes random weights for a published teacher and the backbones, and random images: time and memory
+            without any download. Then only disk space can be missing.
 
     Returns:
-        Checks and numbers; without numbers where something is missing.
+        Checks and numbers; without numbers if something is missing.
 
     Raises:
-        GddlabError: `steps`, `nproc` or `measure_batch` is not positive, or the batch is not divisible.
+        GddlabError: An argument is not positive, or the batch cannot be divided.
     """
-    for name, value in (("nproc", nproc), ("steps", steps), ("measure_batch", measure_batch)):
-        if value is not None and value < 1:
-            raise GddlabError(f"{name}={value}: give at least 1")
     part = config.batch // nproc
     if config.batch % nproc or part % (config.batch_per_device or part):
         raise GddlabError(
-            f"batch={config.batch} on {nproc} process(es), {config.batch_per_device} images at once: give a batch that divides"
+            f"batch={config.batch} on {nproc} process(es), {config.batch_per_device} images at once: give a batch that "
+            "these divide"
         )
     held = config.batch_per_device or part
     checks = [] if stand_in else _found(config, nproc)
@@ -175,7 +185,7 @@ def preflight(
 
 
 def _found(config: TrainConfig, nproc: int) -> list[Check]:
-    """Every thing that is needed, each by itself, so that one missing does not hide another."""
+    """Everything that is needed, one by one, so that a missing thing does not hide another."""
     from gddlab.distill.build import check_fit, open_data, weights_found
     from gddlab.evaluation import find_extractor
     from gddlab.teachers import load_teacher
@@ -219,43 +229,48 @@ def _try(name: str, look: Callable[[], str]) -> Check:
 
 
 def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: bool) -> dict[str, Any]:
-    return in_own_process("preflight", "measured.json", config, batch, str(steps), stand_in=stand_in, nproc=nproc)
+    entry = "gddlab.diagnosis.preflight:measure_part"
+    return in_own_process(entry, config, batch, stand_in=stand_in, nproc=nproc, steps=steps)
 
 
 def in_own_process(
-    module: str, result: str, config: TrainConfig, batch: int, *words: str, stand_in: bool, nproc: int = 1
+    entry: str, config: TrainConfig, batch: int, *, stand_in: bool, nproc: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """What a module of `gddlab.launch` writes of some steps of a run, in a folder that is thrown away.
+    """What a function returns about some steps of a run, in a fresh process and a temporary folder.
 
     Args:
-        module, result: Its name, and the file that it writes.
+        entry: MODULE:FUNCTION, called with folder, batch, stand_in, `more` and report.
         config: The run.
-        batch: Images of a step.
-        *words: Further arguments of the module.
+        batch: Images per step.
         stand_in: Random weights and images, without any download.
-        nproc: Processes that share the machine's cores.
+        nproc: Processes among which the machine's cores are divided.
+        **more: Further arguments.
 
     Raises:
-        GddlabError: A step failed; with what its process says.
+        GddlabError: A step failed; the message holds the process's own error.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
-        out = subprocess.run(
-            [sys.executable, "-m", f"gddlab.diagnosis.{module}", name, str(batch), *words, str(int(stand_in))],
-            env=fresh_environment(nproc),
-            capture_output=True,
-            text=True,
-        )
-        if out.returncode:
-            tail = "\n".join(out.stderr.splitlines()[-15:])
-            raise GddlabError(f"a step of batch {batch} failed; its process says:\n{tail}")
-        found: dict[str, Any] = read_json(folder / result)
+        job = {"folder": name, "batch": batch, "stand_in": stand_in, **more}
+        found: dict[str, Any] = run_workers(job, entry=entry, hint=f"it took steps of batch {batch}", cores_for=nproc)[
+            0
+        ]
         return found
 
 
+def configured(folder: str, batch: int) -> TrainConfig:
+    """The configuration that `in_own_process` wrote, with another batch."""
+    return TrainConfig.load(Path(folder)).model_copy(update={"batch": batch, "batch_per_device": None})
+
+
+def measure_part(folder: str, batch: int, stand_in: bool, steps: int, report: Callable[[int], Any]) -> dict[str, Any]:
+    """`measure` as `in_own_process` calls it."""
+    return measure(configured(folder, batch), steps=steps, stand_in=stand_in)
+
+
 def with_stand_ins(config: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The configuration in another folder, with random weights wherever it names some that must be found."""
+    """The configuration in another folder, with random weights in place of those that must be found."""
     parts = {"discriminator": config.discriminator, "instance": config.instance}
     update = {name: None if part is None else part.stand_in() for name, part in parts.items()}
     return config.model_copy(update={"run_dir": run_dir, **update})
@@ -281,7 +296,7 @@ def _room(config: TrainConfig, needed: float) -> Check:
 
 
 def stand_ins(config: TrainConfig) -> tuple[Precond, ImageDataset]:
-    """A teacher of the right architecture with random weights, and random images of its shape; what is on this machine is taken as it is."""
+    """Random images, and a published teacher's architecture with random weights; another teacher is taken as it is."""
     name = config.teacher
     torch.manual_seed(0)
     teacher = build(PUBLISHED[name].architecture).eval() if name in PUBLISHED else load_teacher(name)
@@ -293,9 +308,9 @@ def stand_ins(config: TrainConfig) -> tuple[Precond, ImageDataset]:
 
 
 def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any]:
-    """Seconds of an iteration and of R1, memory, and sizes, of a run of this batch on one process.
+    """Seconds per iteration and of R1, memory, and sizes, of a run of this batch on one process.
 
-    One iteration is made before the clock runs. Iterations with R1 are timed by themselves, since one in `r1_interval` has it.
+    The first iteration is not timed. R1 is timed apart, since one iteration in `r1_interval` has it.
     """
     world = World.start(config.device)
     base = peak_memory_mib(world.device)
@@ -339,12 +354,3 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
 
     state = training_state(trainer.step, trainer.ema, trainer.ada)
     return sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
-
-
-def main(folder: Path, batch: int, steps: int, stand_in: bool) -> None:
-    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
-    write_json(folder / "measured.json", measure(config, steps=steps, stand_in=stand_in))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")

@@ -1,23 +1,21 @@
-"""A cost model of a training step: what is counted of it, and what that takes on a kind of GPU, for one or many."""
+"""A cost model of a training step: operations are counted, and their time follows for a kind of GPU, one or many."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gddlab.diagnosis.preflight import in_own_process, stand_ins
+from gddlab.diagnosis.preflight import Positive, configured, in_own_process, stand_ins
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
-from gddlab.errors import GddlabError
-from gddlab.files import write_json
+from gddlab.errors import GddlabError, validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,17 +28,17 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of GPU and what connects them. Peaks, link and network are from its maker's data sheets, the others are assumptions to be replaced by measurements.
+    """A kind of GPU and its connections. Peaks, link and network are from data sheets, the others are assumptions.
 
     Attributes:
         name: For people.
         bf16, tf32: Peaks of dense matrix products, TFLOP/s; torch takes TF32 for float32 convolutions on these GPUs.
-        link_gb_s: Between GPUs of a machine, GB/s in one direction.
-        network_gb_s: Of a machine to others, GB/s in one direction.
-        gpus: In a machine.
-        achieved: Share of the peak that these networks reach when nothing else is short.
+        link_gb_s: Between the GPUs of a machine, GB/s in one direction.
+        network_gb_s: Between machines, GB/s in one direction.
+        gpus: Per machine.
+        achieved: Share of the peak that these networks reach when arithmetic is the limit.
         bus: Share of link and network that an all-reduce reaches.
-        kernel_us: Time that starting a kernel from Python takes, microseconds.
+        kernel_us: Time to start a kernel from Python, microseconds.
         latency_us: Of one hop of an all-reduce, microseconds.
     """
 
@@ -65,10 +63,11 @@ class Counted:
     """What an iteration of a configuration does; from `counted`.
 
     Attributes:
-        student, rest, r1: Floating-point operations an image: the student forward and backward; discriminator (and teacher where it is asked); R1, of
-            an iteration that has it.
-        kernels, kernels_r1: Kernels of an iteration, and those that R1 adds, whatever the number of images.
-        parameters, trained, discriminator: Of the student, of it those trained, and trained of the discriminator.
+        student, rest, r1: Floating-point operations per image: the student forward and backward; discriminator (and
+            teacher where it is asked); R1, in an iteration that has it.
+        kernels, kernels_r1: Kernels per iteration, and those that R1 adds, whatever the number of images.
+        parameters, trained, discriminator: Number of the student's parameters, of those trained, and of the
+            discriminator's trained.
     """
 
     student: float
@@ -81,8 +80,9 @@ class Counted:
     discriminator: int
 
 
-def counted(config: TrainConfig, *, batch: int = 2, stand_in: bool = True) -> Counted:
-    """Counts an iteration in a process of its own.
+@validated
+def counted(config: TrainConfig, *, batch: Positive = 2, stand_in: bool = True) -> Counted:
+    """Counts an iteration in a fresh process.
 
     Args:
         config: The run.
@@ -90,11 +90,9 @@ def counted(config: TrainConfig, *, batch: int = 2, stand_in: bool = True) -> Co
         stand_in: Random weights and images, without any download: they cost the same.
 
     Raises:
-        GddlabError: The iteration failed; with what its process says.
+        GddlabError: The iteration failed; the message holds the process's own error.
     """
-    if batch < 1:
-        raise GddlabError(f"batch={batch}: give at least 1")
-    found = in_own_process("scaling", "counted.json", config, batch, stand_in=stand_in)
+    found = in_own_process("gddlab.diagnosis.scaling:count_part", config, batch, stand_in=stand_in)
     flops = {k: v / batch for k, v in found["flops"].items()}
     names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
     return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})
@@ -107,21 +105,22 @@ def scaling(
     hardware: Hardware = A100,
     gpus: Sequence[int] = (1, 8, 64),
 ) -> pd.DataFrame:
-    """What a step takes on so many GPUs, predicted: the longer of arithmetic and starting kernels, and the all-reduce after it.
+    """Predicts the time of a step: the longer of arithmetic and starting kernels, and the all-reduce after it.
 
-    Gradients of all trained parameters are averaged in one message after the backward pass, so that communication adds to the step. Averaging by the ring
-    moves 2 (N - 1) / N of the bytes through the slowest connection.
+    Gradients of all trained parameters are averaged in one message after the backward pass, so communication adds to
+    the step. A ring moves 2 (N - 1) / N of the bytes through the slowest connection.
 
     Args:
         config: The run; its batch is over all GPUs.
         counts: From `counted`, which is called if None.
         hardware: The GPUs.
-        gpus: How many of them.
+        gpus: Numbers of GPUs.
 
     Returns:
-        A row a number of GPUs: gpus, images (each GPU's part of a step), arithmetic_ms, kernels_ms, all_reduce_ms, step_ms, images_s (images a second in
-        all), efficiency (of the images a second of one GPU, times their number), hours (to the end of the run), ddp_gib and fsdp_gib (weights,
-        average, gradients and moments on each GPU, whole or the student's sharded; activations are not in it), limit (what takes longest).
+        One row per number of GPUs: gpus, images (per GPU and step), arithmetic_ms, kernels_ms, all_reduce_ms, step_ms,
+        images_s (images per second, all GPUs), efficiency (relative to the images per second and GPU of the first row),
+        hours (of the whole run), ddp_gib and fsdp_gib (weights, average, gradients and moments on each GPU, whole or
+        with the student sharded; without activations), limit (what takes longest).
 
     Raises:
         GddlabError: The batch does not divide.
@@ -171,7 +170,7 @@ def scaling(
 
 
 def _all_reduce(size: float, n: int, hardware: Hardware) -> float:
-    """Seconds of an all-reduce of so many bytes in a ring of n."""
+    """Seconds of an all-reduce of `size` bytes in a ring of n."""
     if n == 1:
         return 0.0
     across = n > hardware.gpus
@@ -180,35 +179,22 @@ def _all_reduce(size: float, n: int, hardware: Hardware) -> float:
 
 
 def _state_bytes(c: Counted, shards: int) -> float:
-    """Weights and average of the student, gradient and two moments of what is trained, spread over shards; the discriminator's on every GPU."""
+    """Weights, average, gradients and moments; the student's spread over shards, the discriminator's on every GPU."""
     return FLOAT * ((2 * c.parameters + 3 * c.trained) / shards + 4 * c.discriminator)
 
 
-VIEWS = (
-    "view",
-    "_unsafe_view",
-    "expand",
-    "permute",
-    "transpose",
-    "slice",
-    "select",
-    "split",
-    "detach",
-    "t.",
-    "alias",
-    "unsqueeze",
-    "squeeze",
-    "unbind",
-    "as_strided",
-    "chunk",
-    "unfold",
+VIEWS = re.compile(
+    r"(_unsafe_view|alias|as_strided|chunk|detach|expand|permute|select|slice|split|squeeze|t\.|transpose|unbind|unfold"
+    r"|unsqueeze|view)"
 )
-"""Operations that only describe the same memory in another way start no kernel."""
+"""Operations that only describe the same memory in another way; they start no kernel."""
 
 
 class Counter(TorchDispatchMode):
-    """Counts floating-point operations (torch's own formulas: convolutions and products of matrices, two a multiply-add), and operations that start
-    a kernel. torch's FlopCounterMode cannot follow R1's second derivative."""
+    """Counts floating-point operations (convolutions and matrix products, two per multiply-add) and kernels started.
+
+    The formulas are torch's own; its FlopCounterMode cannot follow R1's second derivative.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,17 +205,17 @@ class Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        self.kernels += not str(func).removeprefix("aten.").startswith(VIEWS)
+        self.kernels += not VIEWS.match(str(func).removeprefix("aten."))
         return out
 
 
 def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
-    """Counts a plain iteration, and what R1 adds to one, of a run of this batch on one process.
+    """Counts an iteration without R1, and what R1 adds, of a run of this batch on one process.
 
     Returns:
-        batch; flops of a plain iteration: "student" (its images forward, and backward to what is trained), "rest" (discriminator, and the teacher where
-        it is asked); flops_r1, kernels, kernels_r1; parameters, trained, discriminator: numbers of the student's parameters, of those trained, and of the
-        discriminator's trained.
+        batch; flops without R1: "student" (its images forward, and backward to what is trained) and "rest"
+        (discriminator, and teacher where it is asked); flops_r1, kernels, kernels_r1; parameters, trained,
+        discriminator as in `Counted`.
     """
     world = World.start(config.device)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
@@ -266,10 +252,6 @@ def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, batch: int, stand_in: bool) -> None:
-    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
-    write_json(folder / "counted.json", count(config, stand_in=stand_in))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+def count_part(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
+    """`count` as `in_own_process` calls it."""
+    return count(configured(folder, batch), stand_in=stand_in)

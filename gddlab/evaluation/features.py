@@ -1,30 +1,37 @@
-"""Features of image sets, a batch at a time; those of a real set are computed once and kept, in memory and on disk."""
+"""Features of image sets, extracted one batch at a time; those of a data set are computed once and cached."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
-from gddlab.evaluation.images import Images, StoredImages, images_sha256
-from gddlab.evaluation.sharding import ALONE, Group, share
 from gddlab.files import atomic_path, cache_dir, hash_json
 from gddlab.progress import progress_bar
+from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device
 
 __all__ = [
     "Extracted",
+    "Images",
+    "StoredImages",
     "extract",
     "extract_part",
     "image_features",
+    "images_sha256",
     "real_features",
     "real_images",
     "real_rows",
@@ -34,31 +41,70 @@ __all__ = [
 T = TypeVar("T")
 
 
-def recall(name: str, compute: Callable[[], T], *, read: Callable[[Path], T], write: Callable[[Path, T], None]) -> T:
-    """The value in the cache file `name`, or computed and put there.
+class Images(Sized, Protocol):
+    """Images that features are extracted from, read or made one batch at a time."""
 
-    A file that `read` refuses (ValueError, OSError, EOFError) is computed again and replaced.
-    """
-    path = cache_dir() / name
-    try:
-        return read(path)
-    except (ValueError, OSError, EOFError):
-        value = compute()
-    try:
-        with atomic_path(path) as tmp:
-            write(tmp, value)
-    except OSError:
-        pass  # a read-only or full home costs time at the next call, nothing else
-    return value
+    @property
+    def batch_size(self) -> int:
+        """How many are read or made at once."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the images are made and their features extracted; None has no preference."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R)."""
 
 
-_kept: dict[str, Tensor] = {}
-_KEEP = 4
-_KEEP_BYTES = 1 << 28
+@dataclass(frozen=True)
+class StoredImages:
+    """Images of an array, or those that `index` selects; `whole` is the data set when they are all of it."""
+
+    array: np.ndarray | Tensor
+    """uint8, (N, R, R, C) as a data set holds them, or (N, C, R, R) as a tensor."""
+    sampler: str
+    index: Tensor | None = None
+    seeds: tuple[int, int] | None = None
+    whole: ImageDataset | None = None
+    device: torch.device | None = None
+    batch_size: int = 256
+    model_sha256: None = None
+
+    def __len__(self) -> int:
+        return len(self.array) if self.index is None else len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
+        return tuple(self.batch(0, 1).shape[1:])
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R)."""
+        rows: Any = slice(start, stop) if self.index is None else self.index[start:stop]
+        if isinstance(self.array, Tensor):
+            return self.array[rows]
+        return torch.from_numpy(self.array[rows.numpy() if isinstance(rows, Tensor) else rows]).permute(0, 3, 1, 2)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the images, that of `hash_tensors({"images": all of them})`."""
+        digest = images_sha256(self)
+        for i in range(0, len(self), self.batch_size):
+            digest.update(self.batch(i, min(i + self.batch_size, len(self))).contiguous().numpy().reshape(-1))
+        return str(digest.hexdigest())
+
+
+def images_sha256(images: Images) -> Any:
+    """A sha256 to be updated with images in order; its digest is that of `hash_tensors({"images": all of them})`."""
+    return hashlib.sha256(f"images:{torch.uint8}:{(len(images), *images.shape)}".encode())
 
 
 class Extracted(NamedTuple):
-    """Rows of numbers, (N, extractor.width), float32 on the CPU, and the hash of the images that they are of."""
+    """Rows, (N, extractor.width), float32 on the CPU, and the hash of the images that they belong to."""
 
     rows: Tensor
     images_sha256: str
@@ -69,32 +115,31 @@ def extract(
     extractor: Extractor,
     *,
     device: torch.device | None = None,
-    group: Group = ALONE,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> Extracted:
-    """Makes or reads images and extracts their features; only one batch of images is held at a time.
+    """Reads or makes images and extracts their features; only one batch of images is held at a time.
 
     Args:
-        images: What to go through.
+        images: The images.
         extractor: From `find_extractor`.
-        device: Where the extractor runs; the images' own, or CUDA where there is one, if None.
-        group: Processes that make this call together, each on a part of the images; all get the same result.
-        progress: Shows a bar when at a terminal.
+        device: Where the extractor runs; None takes the images' own, or else CUDA where there is one.
+        ranks: Processes that make this call together, each for a part of the images; all get the whole result.
+        progress: Shows a bar at a terminal.
     """
-    parts = [share(len(images), images.batch_size, rank, group.size) for rank in range(group.size)]
-    start, stop = parts[group.rank]
+    parts = [share(len(images), images.batch_size, rank, ranks.size) for rank in range(ranks.size)]
+    start, stop = parts[ranks.rank]
     digest = images_sha256(images)
-    bar = progress_bar(
-        total=stop - start, desc=f"images, features {extractor.label}", unit="img", enabled=progress and not group.rank
-    )
+    title = f"images, features {extractor.label}"
+    bar = progress_bar(total=stop - start, desc=title, unit="img", enabled=progress and not ranks.rank)
     with tempfile.TemporaryFile() as kept, bar:
-        keep = digest.update if group.size == 1 else kept.write
-        with group.together():
+        keep = digest.update if ranks.size == 1 else kept.write
+        with ranks.together():
             rows = extract_part(images, extractor, start, stop, device=device, keep=keep, report=bar.update)
-        if group.size > 1:
+        if ranks.size > 1:
             pixels = int(np.prod(images.shape))
-            rows = group.gather(rows, [b - a for a, b in parts])
-            group.read_in_order(kept, [(b - a) * pixels for a, b in parts], digest.update)
+            rows = ranks.gather(rows, [b - a for a, b in parts])
+            ranks.read_in_order(kept, [(b - a) * pixels for a, b in parts], digest.update)
     return Extracted(rows, digest.hexdigest())
 
 
@@ -107,10 +152,12 @@ def extract_part(
     device: torch.device | None = None,
     keep: Callable[[memoryview], Any],
     report: Callable[[int], Any],
-) -> Tensor:
-    """Features of the images from start to stop, (stop - start, extractor.width).
+) -> Float[Tensor, "n width"]:
+    """Features of the images from `start` to `stop`, (stop - start, extractor.width).
 
     Args:
+        images, extractor, device: As for `extract`.
+        start, stop: First image, and the one after the last.
         keep: Gets the bytes of the images, batch by batch.
         report: Gets the number of images of each batch.
     """
@@ -130,28 +177,29 @@ def extract_part(
 def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
     """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
-    parts = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for x in images.split(batch):
-            parts.append(torch.cat(net(x.to(device).expand(-1, 3, -1, -1)), 1).cpu())
-    rows = torch.cat(parts)
+        rows = torch.cat([torch.cat(net(x.to(device).expand(-1, 3, -1, -1)), 1).cpu() for x in images.split(batch)])
     if rows.shape[1] != extractor.width:
         raise GddlabError(
-            f"{extractor.weights} gives {rows.shape[1]} features an image: {extractor.name} has {extractor.width}"
+            f"{extractor.weights} gives {rows.shape[1]} features per image: {extractor.name} has {extractor.width}"
         )
     return rows
 
 
 def image_features(
-    images: Tensor, extractor: Extractor, *, device: torch.device | str = "cpu", progress: bool = False
-) -> Tensor:
+    images: UInt8[Tensor, "n c h w"],
+    extractor: Extractor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Float[Tensor, "n d"]:
     """Features of images, float32, without TF32.
 
     Args:
         images: uint8, (N, 1 or 3, H, W); grey is repeated to RGB.
         extractor: From `find_extractor`.
         device: Where the extractor runs.
-        progress: Shows a bar when at a terminal.
+        progress: Shows a bar at a terminal.
 
     Returns:
         (N, extractor.dims), on the CPU.
@@ -165,15 +213,45 @@ def image_features(
     return extract(stored, extractor, progress=progress).rows[:, : extractor.dims]
 
 
-def real_images(data: ImageDataset) -> Tensor:
-    """Images of a dataset, uint8, (N, C, R, R)."""
+def real_images(data: ImageDataset) -> UInt8[Tensor, "n c r r"]:
+    """Images of a data set, uint8, (N, C, R, R)."""
     return torch.from_numpy(data.uint8).permute(0, 3, 1, 2)
+
+
+def recall(
+    name: str,
+    compute: Callable[[], T],
+    *,
+    read: Callable[[Path], T],
+    write: Callable[[Path, T], None],
+    ranks: Ranks = ALONE,
+) -> T:
+    """The value in the cache file `name`, or computed and written there.
+
+    A file that `read` refuses (ValueError, OSError, EOFError, KeyError) is computed again and replaced. Where one of
+    the ranks lacks the file, all compute. A cache that cannot be written costs time at the next call, nothing else.
+    """
+    path = cache_dir() / name
+    found: list[T] = []
+    with suppress(ValueError, OSError, EOFError, KeyError):
+        found.append(read(path))
+    if not ranks.all(bool(found)):
+        found = [compute()]
+        if ranks.size == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once per machine
+            with suppress(OSError), atomic_path(path) as tmp:
+                write(tmp, found[0])
+    return found[0]
+
+
+_kept: dict[str, Tensor] = {}
+KEEP, KEEP_BYTES = 4, 1 << 28
+"""How many sets of real features, of which size at most, stay in memory."""
 
 
 def real_features(
     data: ImageDataset, extractor: Extractor, *, device: torch.device | str | None = None, progress: bool = False
-) -> Tensor:
-    """Features of a whole dataset, (N, extractor.dims), cached by the hashes of its manifest and the extractor."""
+) -> Float[Tensor, "n d"]:
+    """Features of a whole data set, (N, extractor.dims), cached by the hashes of its manifest and the extractor."""
     where = None if device is None else torch.device(device)
     return real_rows(data, extractor, device=where, progress=progress)[:, : extractor.dims]
 
@@ -183,38 +261,31 @@ def real_rows(
     extractor: Extractor,
     *,
     device: torch.device | None = None,
-    group: Group = ALONE,
+    ranks: Ranks = ALONE,
     progress: bool = False,
-) -> Tensor:
-    """Features and logits of a whole dataset, (N, extractor.width); cache as for `real_features`, sharing as for `extract`."""
+) -> Float[Tensor, "n width"]:
+    """Features and logits of a whole data set, (N, extractor.width); arguments as for `extract`, cache as above."""
     key = hash_json([data.manifest.sha256, extractor.identity])
-    if not group.all(key in _kept):
+    if ranks.all(key in _kept):
+        return _kept[key]
 
-        def read(path: Path) -> Tensor:
-            try:
-                a = np.load(path, allow_pickle=False)
-                good = a.shape == (len(data), extractor.width) and a.dtype == np.float32 and np.isfinite(a).all()
-            except (ValueError, OSError, EOFError):
-                good = False
-            if not group.all(bool(good)):
-                raise ValueError(path)
-            return torch.from_numpy(a)
+    def read(path: Path) -> Tensor:
+        rows = np.load(path, allow_pickle=False)
+        if rows.shape != (len(data), extractor.width) or rows.dtype != np.float32 or not np.isfinite(rows).all():
+            raise ValueError(path)
+        return torch.from_numpy(rows)
 
-        def write(path: Path, value: Tensor) -> None:
-            with path.open("wb") as f:
-                np.save(f, value.numpy())
+    def write(path: Path, value: Tensor) -> None:
+        with path.open("wb") as f:
+            np.save(f, value.numpy())
 
-        rows = recall(
-            f"features-{extractor.name}-{key[:16]}.npy",
-            lambda: (
-                extract(StoredImages(data.uint8, "data"), extractor, device=device, group=group, progress=progress).rows
-            ),
-            read=read,
-            write=write,
-        )
-        if rows.nbytes > _KEEP_BYTES:
-            return rows
-        while len(_kept) >= _KEEP:
+    def compute() -> Tensor:
+        images = StoredImages(data.uint8, "data")
+        return extract(images, extractor, device=device, ranks=ranks, progress=progress).rows
+
+    rows = recall(f"features-{extractor.name}-{key[:16]}.npy", compute, read=read, write=write, ranks=ranks)
+    if rows.nbytes <= KEEP_BYTES:
+        while len(_kept) >= KEEP:
             _kept.pop(next(iter(_kept)))
         _kept[key] = rows
-    return _kept[key]
+    return rows

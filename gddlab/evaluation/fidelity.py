@@ -1,4 +1,4 @@
-"""EfficientNet-lite as feature extractors of torch-fidelity; imported only when features are wanted."""
+"""EfficientNet-lite and DINOv2 as torch-fidelity extractors; imported only when features are wanted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LITE_LAYER = "1280"
 
 
 class FeatureExtractorLite(FeatureExtractorBase):
-    """Pooled 1280 features behind `conv_head` of a timm EfficientNet-lite (Tan & Le 2019) with ImageNet weights."""
+    """The 1280 pooled features after `conv_head` of a timm EfficientNet-lite (Tan & Le 2019) with ImageNet weights."""
 
     backbone: str
 
@@ -41,9 +41,7 @@ class FeatureExtractorLite(FeatureExtractorBase):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images are {x.dtype} {tuple(x.shape)}: give uint8 (B, 3, H, W)")
         y = (x.float() / 255 - LITE_MEAN) / LITE_STD
-        shrinks = (
-            max(x.shape[2:]) > LITE_SIZE
-        )  # without antialiasing a large image would be sampled at every k-th pixel
+        shrinks = max(x.shape[2:]) > LITE_SIZE  # without antialiasing only every k-th pixel would count
         y = torch.nn.functional.interpolate(
             y, size=(LITE_SIZE, LITE_SIZE), mode="bilinear", align_corners=False, antialias=shrinks
         )
@@ -77,7 +75,7 @@ class FeatureExtractorLite2(FeatureExtractorLite):
 
 
 GRID = 16
-"""Patches a side: 224 / 14."""
+"""Patches per side: 224 / 14."""
 OFFSET = 0.1
 """Added to the grid by the authors when they resize the position embedding."""
 
@@ -85,8 +83,8 @@ OFFSET = 0.1
 class FeatureExtractorTimmDinoV2(FeatureExtractorDinoV2):
     """torch-fidelity's DINOv2 ViT-L/14 with the authors' file, in timm's implementation.
 
-    torch-fidelity itself runs code that torch.hub fetches, and takes no file. The position embedding, made for 37x37 patches, is resized
-    to 16x16 as that code does (bicubic, with an offset of 0.1), so that features are the same up to rounding.
+    torch-fidelity itself runs code that torch.hub fetches, and takes no file. The position embedding, made for 37x37
+    patches, is resized to 16x16 as that code does (bicubic, offset 0.1), so that features are the same up to rounding.
     """
 
     architecture = "vit_large_patch14_dinov2"

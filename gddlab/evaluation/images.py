@@ -1,70 +1,324 @@
-"""Images that are there, read a batch at a time, and the hash of images that are never held together."""
+"""What can be scored: networks, runs, files, folders, arrays and data sets; features of generated images."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sized
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset
+from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.errors import GddlabError
+from gddlab.evaluation.extractors import Extractor, find_extractor
+from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall
+from gddlab.evaluation.references import Reference
+from gddlab.files import cache_dir, hash_json, hash_tensors
+from gddlab.nets import Precond, architecture, load_network, save_network
+from gddlab.progress import progress_bar
+from gddlab.provenance import versions
+from gddlab.ranks import ALONE, Ranks, named_ranks, share
+from gddlab.runtime import chosen_device
+from gddlab.sampling import Sampler
+from gddlab.sampling.grid import to_uint8
+from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, resolve, sampler_name, seed_list
+from gddlab.teachers.catalog import is_run, open_model
+from gddlab.workers import run_workers
 
-__all__ = ["Images", "StoredImages", "images_sha256"]
+__all__ = ["GeneratedImages", "generated_rows", "images_of", "make_part", "open_source"]
 
-
-class Images(Sized, Protocol):
-    """What features are extracted of."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many are made or read at once."""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the images are made, and their features extracted; None has no preference."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, R, R)."""
-
-    def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R)."""
+BLOCK = 50_000
+"""Number of images scored against statistics that do not say how many they are of: EDM's protocol."""
+FORMAT = 1
+"""Part of the cache key; to be raised when a change of code changes the image of a seed, or its features."""
+KEEP_GIB = 4.0
+"""Size of the cache of generated features; beyond it the files used longest ago are removed."""
 
 
 @dataclass(frozen=True)
-class StoredImages:
-    """Images that are there: an array, or those of it that `index` names; `whole` is the dataset that they are all of."""
+class GeneratedImages:
+    """Images that a network makes, image i from seed + i; they are never held together."""
 
-    array: np.ndarray | Tensor
-    """uint8, (N, R, R, C) as a dataset holds them, or (N, C, R, R) as a tensor."""
-    sampler: str
-    index: Tensor | None = None
-    seeds: tuple[int, int] | None = None
-    whole: ImageDataset | None = None
-    device: torch.device | None = None
-    batch_size: int = 256
-    model_sha256: None = None
+    net: Precond
+    how: Method
+    count: int
+    seed: int
+    labels: Tensor | None
+    """Class of each image, (count,), or None."""
+    batch_size: int
+    whole: None = None
 
     def __len__(self) -> int:
-        return len(self.array) if self.index is None else len(self.index)
+        return self.count
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, R, R)."""
-        return tuple(self.batch(0, 1).shape[1:])
+        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+
+    @property
+    def sampler(self) -> str:
+        return sampler_name(self.how)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return (self.seed, self.seed + self.count - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return hash_tensors(module_of(self.net).state_dict())
+
+    @property
+    def settings(self) -> dict[str, Any] | list[float]:
+        """The sampler as JSON."""
+        return list(self.how) if isinstance(self.how, tuple) else self.how.to_dict()
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the images depend on, up to rounding."""
+        about = [
+            self.model_sha256,
+            architecture(module_of(self.net)),
+            self.settings,
+            [self.seed, self.count],
+            None if self.labels is None else hash_json(self.labels.tolist()),
+            str(next(self.net.parameters()).dtype),
+            self.device.type,
+        ]
+        return hash_json(about)
 
     def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R)."""
-        rows: Any = slice(start, stop) if self.index is None else self.index[start:stop]
-        if isinstance(self.array, Tensor):
-            return self.array[rows]
-        return torch.from_numpy(self.array[rows.numpy() if isinstance(rows, Tensor) else rows]).permute(0, 3, 1, 2)
+        """uint8, (stop - start, C, R, R).
+
+        Raises:
+            GddlabError: An image is not finite.
+        """
+        chosen = None if self.labels is None else self.labels[start:stop]
+        labels = one_hot(self.net.label_dim, stop - start, self.seed + start, chosen)
+        with prepared(self.net):
+            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
+        _check_values(x)
+        return to_uint8(x)
 
 
-def images_sha256(images: Images) -> Any:
-    """A sha256 to be fed with images in order; its digest is that of `hash_tensors({"images": all of them})`."""
-    return hashlib.sha256(f"images:{torch.uint8}:{(len(images), *images.shape)}".encode())
+def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
+    """A model or images by name or path.
+
+    Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
+    .safetensors, .pt or .pth. Everything else goes to `open_model`: a run directory, a teacher's name, a file of
+    weights.
+    """
+    text, path = str(source), Path(source)
+    if text.startswith("data:"):
+        return open_dataset(text.removeprefix("data:"), progress=progress)
+    images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
+    if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
+        return open_dataset(path, progress=progress)
+    return open_model(source)
+
+
+def images_of(
+    source: Precond | ImageDataset | Tensor,
+    real: Reference,
+    *,
+    n: int | None,
+    seed: int,
+    batch_size: int,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    **sampler: Any,
+) -> StoredImages | GeneratedImages:
+    """Images of a source in the format of the real images; arguments as for `evaluate`. Nothing is sampled yet.
+
+    Raises:
+        GddlabError: The source is of another kind or shape than expected, has too few images, or is not finite.
+    """
+    if isinstance(source, Precond):
+        _check_shape((source.img_channels, source.img_resolution), real, "the model's images")
+        how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
+        count = n or real.n or BLOCK
+        seed_list(count, seed, None)
+        return GeneratedImages(source, how, count, seed, _classes(source, real, count, seed), batch_size)
+    for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
+        if value is not None:
+            raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
+    if isinstance(source, ImageDataset):
+        _check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
+        if n is None or n == len(source):
+            return StoredImages(source.uint8, "data", whole=source)
+        _check_count(n, len(source))
+        some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
+        return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
+    if not isinstance(source, Tensor):
+        raise GddlabError(f"source is a {type(source).__name__}: give a student, teacher, dataset or tensor of images")
+    if source.ndim != 4 or not source.is_floating_point():
+        raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
+    _check_shape((source.shape[1], *source.shape[2:]), real, "images")
+    _check_count(n or 0, len(source))
+    _check_values(source[:n])
+    return StoredImages(to_uint8(source[:n]), "images")
+
+
+def _classes(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+    if not net.label_dim:
+        return None
+    if real.class_ids is None:
+        return (torch.arange(n) + seed) % net.label_dim
+    if net.label_dim != real.classes:
+        raise GddlabError(f"the model has {net.label_dim} classes, {real.name!r} {real.classes}: give its own dataset")
+    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real.class_ids)]
+
+
+def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
+    """`given` is (channels, side) or (channels, height, width)."""
+    if real.channels is None or real.resolution is None:
+        return  # statistics alone
+    c, h, w = (*given, given[-1])[:3]
+    r = real.resolution
+    if (c, h, w) != (real.channels, r, r):
+        expected = f"{r}x{r} with {real.channels} channels"
+        raise GddlabError(f"{what}: {h}x{w} with {c} channels, but {real.name!r} has {expected}")
+
+
+def _check_count(n: int, available: int) -> None:
+    if n > available:
+        raise GddlabError(f"n={n} images: only {available} were given")
+
+
+def _check_values(x: Tensor) -> None:
+    """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise GddlabError(
+            f"{bad} of {len(x)} images are not finite: the model may have diverged, or its weights are damaged"
+        )
+    low, high = x.min().item(), x.max().item()
+    if low < -2 or high > 2:  # a raw network output may overshoot a little; 0..255 does not
+        raise GddlabError(f"images span {low:.3g}..{high:.3g}: give values in [-1, 1]")
+
+
+def generated_rows(
+    images: GeneratedImages,
+    extractor: Extractor,
+    *,
+    ranks: Ranks = ALONE,
+    nproc: int = 1,
+    progress: bool = False,
+) -> Extracted:
+    """Features of generated images, from the cache if they are there, complete and undamaged.
+
+    Args:
+        images: What is generated.
+        extractor: From `find_extractor`.
+        ranks, progress: As for `extract`.
+        nproc: Fresh processes on this machine that share the work.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    def read(path: Path) -> Extracted:
+        try:
+            with safe_open(path, framework="pt") as f:
+                about, rows = f.metadata() or {}, f.get_tensor("rows")
+        except SafetensorError as e:
+            raise ValueError(path) from e
+        intact = rows.shape == (len(images), extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
+        if not intact or not torch.isfinite(rows).all():
+            raise ValueError(path)
+        os.utime(path)
+        return Extracted(rows, about["images_sha256"])
+
+    def write(path: Path, value: Extracted) -> None:
+        rows = value.rows.contiguous()
+        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
+        save_file({"rows": rows}, path, metadata=about)
+
+    def compute() -> Extracted:
+        if nproc > 1:
+            return _by_processes(images, extractor, nproc, progress)
+        return extract(images, extractor, ranks=ranks, progress=progress)
+
+    key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
+    found = recall(f"generated/{extractor.name}-{key}.safetensors", compute, read=read, write=write, ranks=ranks)
+    _prune(cache_dir() / "generated")
+    return found
+
+
+def _prune(folder: Path) -> None:
+    """Removes the files used longest ago until the rest fits; the newest stays, whatever its size."""
+    files = []
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):  # another process removed it
+            about = path.stat()
+            files.append((about.st_mtime, about.st_size, path))
+    room = KEEP_GIB * 2**30
+    for k, (_, size, path) in enumerate(sorted(files, reverse=True)):
+        room -= size
+        if room < 0 and k:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, progress: bool) -> Extracted:
+    """Fresh processes each write the features of their part, and the images, to a temporary folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_network(module_of(images.net), folder / "network.safetensors")
+        job = {
+            "folder": name,
+            "how": images.settings,
+            "count": images.count,
+            "seed": images.seed,
+            "labels": None if images.labels is None else images.labels.tolist(),
+            "batch_size": images.batch_size,
+            "extractor": extractor.label,
+            "device": images.device.type,
+        }
+        title = f"images, features {extractor.label}"
+        with progress_bar(total=len(images), desc=title, unit="img", enabled=progress) as bar:
+            run_workers(job, nproc, bar.update, entry="gddlab.evaluation.images:make_part", hint="")
+        digest = images_sha256(images)
+        for rank in range(nproc):
+            with (folder / f"{rank}.bin").open("rb") as f:
+                while piece := f.read(1 << 24):
+                    digest.update(piece)
+        rows = np.concatenate([np.load(folder / f"{rank}.npy", allow_pickle=False) for rank in range(nproc)])
+    return Extracted(torch.from_numpy(rows), digest.hexdigest())
+
+
+def make_part(
+    folder: str,
+    how: Any,
+    count: int,
+    seed: int,
+    labels: list[int] | None,
+    batch_size: int,
+    extractor: str,
+    device: str,
+    report: Callable[[int], Any],
+) -> None:
+    """One process's part of `_by_processes`."""
+    ranks = named_ranks()
+    net = load_network(Path(folder) / "network.safetensors")[0].requires_grad_(False).to(chosen_device(device))
+    method: Method = tuple(how) if isinstance(how, list) else sampler_of(how)
+    images = GeneratedImages(net, method, count, seed, None if labels is None else torch.tensor(labels), batch_size)
+    start, stop = share(count, batch_size, ranks.rank, ranks.size)
+    with (Path(folder) / f"{ranks.rank}.bin").open("wb") as f:
+        rows = extract_part(images, find_extractor(extractor), start, stop, keep=f.write, report=report)
+    np.save(Path(folder) / f"{ranks.rank}.npy", rows.numpy())
+
+
+def sampler_of(settings: dict[str, Any]) -> Sampler:
+    """The `Sampler` of which `to_dict` gave these settings; JSON has no infinity."""
+    return Sampler(**settings | ({"S_max": float("inf")} if settings["S_max"] is None else {}))

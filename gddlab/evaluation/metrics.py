@@ -1,6 +1,6 @@
 """Scores of one set of features against another, or of a set of class logits.
 
-Each is computed by torch-fidelity's own function, but for MIND, which it does not have.
+Each is computed by torch-fidelity's own function, except MIND, which torch-fidelity does not have.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
@@ -41,12 +42,12 @@ PRC_NEIGHBORHOOD = 3
 IS_SPLITS = 10
 MIND_PROJECTIONS = 1000
 SEED = 2020  # torch-fidelity's default
-_CHUNK = 1 << 22
-"""Numbers in one piece of work."""
+CHUNK = 1 << 22
+"""Numbers held at once."""
 
 
 class Value(NamedTuple):
-    """A number, which metric it is, the settings behind it, and its spread over subsets where there are any."""
+    """A number, its kind, the settings behind it, and its spread over subsets if there are any."""
 
     kind: str
     value: float
@@ -61,7 +62,7 @@ class Statistics(NamedTuple):
     sigma: Tensor
 
 
-def statistics(features: Tensor) -> Statistics:
+def statistics(features: Float[Tensor, "n d"]) -> Statistics:
     """Mean and unbiased covariance of features, (N, D), N at least 2."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
@@ -69,7 +70,7 @@ def statistics(features: Tensor) -> Statistics:
     return Statistics(torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"]))
 
 
-def frechet(generated: Tensor | Statistics, real: Tensor | Statistics) -> list[Value]:
+def frechet(generated: Float[Tensor, "n d"] | Statistics, real: Float[Tensor, "m d"] | Statistics) -> list[Value]:
     """Frechet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
     Args:
@@ -82,8 +83,8 @@ def frechet(generated: Tensor | Statistics, real: Tensor | Statistics) -> list[V
     return [Value("fid", fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID], {})]
 
 
-def kernel(generated: Tensor, real: Tensor) -> list[Value]:
-    """Kernel distance: unbiased squared MMD with the kernel (x.y / D + 1)^3, mean over random subsets (Binkowski et al. 2018, section 4).
+def kernel(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
+    """Kernel distance: unbiased squared MMD, kernel (x.y / D + 1)^3, over subsets (Binkowski et al. 2018, section 4).
 
     Args:
         generated, real: Features, (N, D) and (M, D), float32.
@@ -98,8 +99,12 @@ def kernel(generated: Tensor, real: Tensor) -> list[Value]:
     return [Value("kid", out[KEY_METRIC_KID_MEAN], settings, out[KEY_METRIC_KID_STD])]
 
 
-def precision_recall(generated: Tensor, real: Tensor) -> list[Value]:
-    """Improved precision and recall, 3 neighbours (Kynkaanniemi et al. 2019, section 2), by torch-fidelity; (N, D) and (M, D) float32."""
+def precision_recall(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
+    """Improved precision and recall, 3 neighbours (Kynkaanniemi et al. 2019, section 2).
+
+    Args:
+        generated, real: Features, (N, D) and (M, D), float32.
+    """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     k = PRC_NEIGHBORHOOD
@@ -116,8 +121,8 @@ def precision_recall(generated: Tensor, real: Tensor) -> list[Value]:
     ]
 
 
-def inception_score(logits: Tensor) -> list[Value]:
-    """exp of the mean divergence of an image's classes from those of its tenth of the set (Salimans et al. 2016, section 4), by torch-fidelity.
+def inception_score(logits: Float[Tensor, "n classes"]) -> list[Value]:
+    """exp of the mean divergence of an image's classes from those of its tenth (Salimans et al. 2016, section 4).
 
     Args:
         logits: (N, classes), N at least 10; shuffled before they are split.
@@ -131,11 +136,11 @@ def inception_score(logits: Tensor) -> list[Value]:
     return [Value("is", out[KEY_METRIC_ISC_MEAN], settings, out[KEY_METRIC_ISC_STD])]
 
 
-def mind(generated: Tensor, real: Tensor) -> list[Value]:
+def mind(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
     """Monge inception distance: squared sliced 2-Wasserstein distance times 3 D (arXiv:2605.06797).
 
-    Features are projected on random unit directions; on each, sorted projections are paired, which is optimal transport in one dimension. Of the larger set as
-    many as the smaller has are drawn, without replacement. Memory holds some directions at a time.
+    Features are projected on random unit directions; on each, sorted projections are paired, which is optimal transport
+    in one dimension. The larger set is reduced to the size of the smaller one by drawing without replacement.
 
     Args:
         generated, real: Features, (N, D) and (M, D).
@@ -147,7 +152,7 @@ def mind(generated: Tensor, real: Tensor) -> list[Value]:
     )  # (n, D)
     directions = torch.nn.functional.normalize(torch.randn(MIND_PROJECTIONS, d, generator=g, dtype=torch.float64))
     total = 0.0
-    for part in directions.split(max(1, _CHUNK // n)):
+    for part in directions.split(max(1, CHUNK // n)):
         a, b = ((part @ z.T).sort(1).values for z in (x, y))  # (directions, n)
         total += (a - b).square_().sum().item()
     settings = {"projections": MIND_PROJECTIONS, "rng_seed": SEED}
@@ -162,13 +167,13 @@ METRICS: dict[str, Callable[..., list[Value]]] = {
     "mind": mind,
 }
 _SEVERAL = {"prc": ("precision", "recall")}
-"""Metrics of more than one number."""
+"""Metrics that give more than one number."""
 DISTANCES = ("fid", "kid", "mind")
-"""Kinds of which less is better."""
+"""Kinds for which less is better."""
 
 
 def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
-    """What a metric gives for features, or logits, or statistics; kept in the cache by the content of these, since the largest sets take minutes.
+    """The values of a metric for features, logits or statistics; cached by content, since large sets take minutes.
 
     Args:
         metric: A key of `METRICS`.
@@ -182,7 +187,7 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     def read(path: Path) -> list[Value]:
         try:
             return [Value(**v) for v in json.loads(path.read_text())]
-        except TypeError as e:  # JSON, but no values
+        except TypeError as e:  # JSON of something else
             raise ValueError(path) from e
 
     def write(path: Path, values: list[Value]) -> None:
@@ -192,17 +197,17 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
 
 
 def names_of(metric: str) -> tuple[str, ...]:
-    """The kinds of number that a metric gives."""
+    """The kinds of values that a metric gives."""
     return _SEVERAL.get(metric, (metric,))
 
 
 def metric_of(kind: str) -> str:
-    """The metric that gives a kind of number."""
+    """The metric that gives a kind of value."""
     return next((m for m, kinds in _SEVERAL.items() if kind in kinds), kind)
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The metrics named, refused with near matches where one is unknown or none is given."""
+    """The metrics named; an unknown one is refused with near matches, and so are none."""
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
         raise GddlabError(f"no metrics: give some of {', '.join(METRICS)}")

@@ -1,4 +1,4 @@
-"""What images are scored against: a dataset, or a file of its statistics, EDM's or our own."""
+"""What images are scored against: a data set, or a file of its statistics, in EDM's format or ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.errors import GddlabError, NotFound
+from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
 from gddlab.evaluation.metrics import Statistics, statistics
@@ -28,12 +28,13 @@ _SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, or what is known of them.
+    """Real images, or what a file says about them.
 
     Attributes:
-        name, sha256: Of the dataset and its manifest, also where its statistics come from a file of ours; of the file where they are EDM's.
-        n: How many images; None where that is not known.
-        channels, resolution, classes, class_ids: Of the images, where known.
+        name, sha256: Of the data set and its manifest, also if its statistics come from a file of ours; else of the
+            file.
+        n: Number of images; None if unknown.
+        channels, resolution, classes, class_ids: Of the images, if known.
         data: The images.
         known: Mean and covariance, from a file.
         features: (N, D), from a file.
@@ -60,12 +61,12 @@ class Reference:
         for kind in kinds:
             if kind not in ("fid", "is") and self.data is None and self.features is None:
                 raise GddlabError(
-                    f"metric {kind!r} needs the features of each real image, {self.name} holds their mean and covariance: give "
-                    "the dataset, or a file of gddlab reference --features"
+                    f"metric {kind!r} needs the features of each real image, {self.name} holds their mean and "
+                    "covariance: give the dataset, or a file of gddlab reference --features"
                 )
 
     def against(self, extractor: Extractor, **where: Any) -> Tensor | Statistics:
-        """What metrics compare with: features, (N, D), or mean and covariance alone.
+        """The real side of a metric: features, (N, D), or mean and covariance alone.
 
         Args:
             extractor: The feature network.
@@ -83,9 +84,10 @@ def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, pro
     """Real images to score against.
 
     Args:
-        data: A dataset or its name or path; or a .npz file: EDM's (arrays `mu`, `sigma`, of Inception's features), or one that `reference` wrote.
+        data: A data set or its name or path; or a .npz file: EDM's (arrays `mu`, `sigma` of Inception's features), or
+            one that `reference` wrote.
         extractor: The feature network; statistics of another one are refused.
-        progress: Shows a bar when at a terminal.
+        progress: Shows a bar at a terminal.
 
     Raises:
         GddlabError: No such data; a file that is no reference, or of another extractor.
@@ -95,6 +97,7 @@ def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, pro
     return Reference.of(open_dataset(data, progress=progress))
 
 
+@validated
 def reference(
     data: str | Path | ImageDataset,
     out: str | Path,
@@ -103,17 +106,17 @@ def reference(
     features: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes what images are scored against, so that a score needs neither the real images nor their features again.
+    """Writes statistics of real images to a file, so that a score needs neither the images nor their features again.
 
-    The file holds `mu` and `sigma` in float64 as EDM's do, the number of images and their classes, and as JSON in `about` the dataset's manifest and the
-    extractor. Scores against it are those against the dataset, and compare with them.
+    The file holds `mu` and `sigma` in float64 as EDM's do, the number of images and their classes, and as JSON in
+    `about` the manifest of the data set and the extractor. Scores against it equal those against the data set.
 
     Args:
-        data: Dataset, or its name or path.
+        data: Data set, or its name or path.
         out: File that ends in .npz.
         extractor: As for `evaluate`.
-        features: Also holds the features of each image, which kernel distance, precision, recall and MIND need.
-        progress: Shows a bar when at a terminal.
+        features: Also writes the features of each image, which kernel distance, precision, recall and MIND need.
+        progress: Shows a bar at a terminal.
 
     Returns:
         Path of the file.
@@ -148,7 +151,7 @@ def reference(
 
 
 def _about(spec: Extractor) -> dict[str, Any]:
-    """What a reference is of: everything but the version of the code, whose features are the same up to rounding."""
+    """What must agree with an extractor; other versions of its code give the same features up to rounding."""
     return {key: getattr(spec, key) for key in _SAME}
 
 
@@ -174,8 +177,8 @@ def _read(path: Path, spec: Extractor) -> Reference:
         return _own(path, arrays, known, spec)
     if spec.label != "inception" or len(mu) != spec.dims:
         raise GddlabError(
-            f"{path} holds {len(mu)} features an image and no word on the network they are of: that is read as Inception's "
-            f"2048, asked is extractor={spec.label!r}"
+            f"{path} holds {len(mu)} features per image and does not name their network: it is read as Inception's "
+            f"2048, but asked is extractor={spec.label!r}"
         )
     return Reference(path.name, file_sha256(path), None, known=known)
 

@@ -1,4 +1,4 @@
-"""Scores over a run, each student once: its snapshots afterwards, or students on their way."""
+"""Scores over a run, each student once: during training, at every snapshot, at the end; scores of a teacher."""
 
 from __future__ import annotations
 
@@ -36,19 +36,18 @@ def evaluate_snapshots(
     nproc: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[float, Record]]:
-    """The student's Frechet distance at every snapshot after the start; records stay in the run's evaluation.jsonl and are not made again.
+    """The student's Frechet distance at every snapshot after the start; scores already in evaluation.jsonl are reused.
 
     Args:
         run: A run directory.
         extractor, n, nproc: As for `evaluate`.
-        say: Told each new score, in a line.
+        say: Called with one line per new score.
 
     Returns:
         (thousands of images, record), oldest first.
     """
     metric, config = find_extractor(extractor).metric_name("fid"), run.config
-    known = _known(run.run_dir, metric, n)
-    data = _real(config)
+    known, data = _known(run.run_dir, metric, n), _real(config)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -66,7 +65,7 @@ def evaluate_snapshots(
 
 
 def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2", blocks: int = 1) -> list[str]:
-    """Which of some metrics have no record of the run's last moment; "prc" has two, and a distance of several blocks is their least."""
+    """The metrics that have no record of the final student; of several blocks, a distance needs its least."""
     spec = find_extractor(extractor)
     have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
 
@@ -86,7 +85,7 @@ def evaluate_end(
     blocks: int = 1,
     nproc: int | None = None,
 ) -> list[Record]:
-    """Scores the student of the end by what `missing_at_end` names; the records go to the run's evaluation.jsonl.
+    """Scores the final student by the metrics that `missing_at_end` names; records go to the run's evaluation.jsonl.
 
     Args:
         run: A finished run.
@@ -116,10 +115,10 @@ def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record
 
 
 def scorer(config: TrainConfig, world: World) -> Score:
-    """A function from the file of a student to its score, by the metric of the configuration; all ranks call it, and share the images.
+    """A function from the file of a student to its score; all ranks call it and share the images.
 
-    Records go to the run's evaluation.jsonl; a student that was scored before the run was interrupted is not scored again.
-    The real images are all of the data's (of the classes trained on), also where the run trains on some of them.
+    Records go to the run's evaluation.jsonl; a student that was scored before the run was interrupted is not scored
+    again. The real images are all of the data set (of the classes trained on), also if the run trains on a part of it.
 
     Raises:
         GddlabError: The extractor is unknown, or its weights are missing.
@@ -153,18 +152,18 @@ def scorer(config: TrainConfig, world: World) -> Score:
 
 
 STEPS = (1, 5, 18)
-"""Heun steps at which teachers are scored and shown."""
+"""Numbers of Heun steps at which teachers are scored and shown."""
 
 
 def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool = True) -> list[Record]:
     """Frechet and kernel distance at 1, 5 and 18 Heun steps, and of two halves of the real set.
 
-    Writes scores.json (shown on the card from then on) and samples-STEPS.png, 64 images of seeds 0 to 63, into `run_dir`.
+    Writes scores.json, which the teacher's card then shows, and samples-STEPS.png, 64 images of seeds 0 to 63.
 
     Args:
         run_dir: Run directory of `train_teacher`, or a folder with a teacher.safetensors.
-        n: Images; as many as there are real ones if None.
-        progress: Shows bars when at a terminal.
+        n: Number of images; that of the real ones if None.
+        progress: Shows bars at a terminal.
 
     Returns:
         The records, those of the teacher first.

@@ -19,7 +19,7 @@ from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
 from gddlab.files import atomic_path, last_jsonl, read_json, write_bytes, write_json
 from gddlab.launch import attach, train
-from gddlab.launch.lock import held
+from gddlab.lock import held
 from gddlab.nets import OneStepPrecond
 from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import last_jsonl, read_end, thin_jsonl
-from gddlab.launch.lock import held, owners
+from gddlab.files import read_end
+from gddlab.lock import held, owners
 from gddlab.progress import duration, interactive
-from gddlab.runs import Run, load_runs
-from gddlab.teachers.catalog import is_run
+from gddlab.runs import ACTIVE, Run
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["RunFailed", "RunHandle", "attach", "audience", "follow", "line"]
 
-__all__ = ["RunFailed", "RunHandle", "attach", "audience", "follow", "line", "listing"]
-
-STALE_S = 120.0
-"""Without a sign of life for so long, a run on another machine is taken for dead."""
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
-"""What status.json says of a run beside its state."""
+"""What stays in status.json when a run is marked as stopped from outside."""
 
 
 class RunFailed(GddlabError):
@@ -39,66 +30,52 @@ class RunFailed(GddlabError):
 
 
 class RunHandle(Run):
-    """A run directory and the processes that work on it, if any. It holds no connection: closing the kernel does not end the run."""
+    """A run directory and its processes. It holds no connection: closing the kernel does not end the run."""
 
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def status(self) -> str:
-        """ "starting", "running", "done", "failed" or "stopped"; a run whose processes died without a word reads "failed".
-
-        A rank has failed while processes are left: they are ended, or started again (`max_restarts`), and until then this reads "running".
-        """
+        """As `Run.status`."""
         if self.process is not None:
             self.process.poll()  # reaps the child, so that it is no zombie
-        if not self.run_dir.is_dir():
-            return "failed"
-        state = str(self.written_status.get("state", "stopped"))
-        if state in ("starting", "running") and not held(self.run_dir) and not self._heard_elsewhere():
-            state = str(self.written_status.get("state", "stopped"))  # it may have ended between the two looks
-            return "failed" if state in ("starting", "running") else state
-        return "running" if state == "failed" and held(self.run_dir) else state
-
-    def _heard_elsewhere(self) -> bool:
-        """Whether another machine, whose lock may not be seen here, gave a sign of life of late."""
-        s = self.written_status
-        return s.get("host", socket.gethostname()) != socket.gethostname() and time.time() - s["heartbeat"] < STALE_S
+        return super().status
 
     def wait(self, timeout: float | None = None) -> RunHandle:
         """Returns when the run has ended.
 
         Args:
-            timeout: Seconds; None for ever.
+            timeout: Seconds; None waits for ever.
 
         Raises:
             RunFailed: It failed; the message holds the traceback of the rank that did.
             TimeoutError: It is still running.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        while self.status in ("starting", "running") or held(self.run_dir):
+        while self.status in ACTIVE or held(self.run_dir):
             if end is not None and time.monotonic() > end:
                 raise TimeoutError(f"{self.run_dir} is still {self.status} after {timeout:g} s")
             time.sleep(0.2)
         if not self.run_dir.is_dir():
             raise RunFailed(f"{self.run_dir} is gone: somebody removed it")
         if self.status == "failed":
-            error = self.written_status.get("error") or f"its processes died; log:\n{self.tail()}"
-            raise RunFailed(f"{self.run_dir} failed on rank {self.written_status.get('rank')}:\n{error}")
+            s = self.written_status
+            error = s.get("error") or f"its processes died; log:\n{self.tail()}"
+            raise RunFailed(f"{self.run_dir} failed on rank {s.get('rank')}:\n{error}")
         return self
 
     def stop(self, timeout: float = 120) -> RunHandle:
-        """Asks for a checkpoint and the end, and waits for both; the same `train` call continues."""
+        """Asks the run to write a checkpoint and end, and waits for that; the same `train` call continues."""
         self._signal(signal.SIGTERM)
         return self.wait(timeout)
 
     def kill(self) -> RunHandle:
-        """Ends every process on this machine at once, without a checkpoint; returns when none is left and the lock is free."""
+        """Ends every process on this machine at once, without a checkpoint; returns when the lock is free."""
         if self._signal(signal.SIGKILL):
             while held(self.run_dir):
                 time.sleep(0.02)
             if self.status == "failed":
-                known = self.written_status
-                write_status(self.run_dir, "stopped", **{k: known[k] for k in PROGRESS if k in known})
+                mark_stopped(self.run_dir, self.written_status)
         return self
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:
@@ -109,28 +86,25 @@ class RunHandle(Run):
         return "\n".join(read_end(path)[-lines:])
 
     def watch(self, *, interval: float = 2.0) -> RunHandle:
-        """Follows the run until it ends: live figure in a notebook, live line at a terminal, a line now and then in a log.
+        """Follows the run to its end: a live figure in a notebook, a live line at a terminal, a line per 30 s in a log.
 
-        Interrupting it leaves the run alone.
+        Interrupting it does not touch the run.
         """
-
         follow(self, interval)
         return self.wait()
 
     def _signal(self, number: int) -> bool:
-        """Sends a signal to the run's owners (SIGTERM), or to all processes that belong to them (SIGKILL); False if nothing runs.
+        """Sends a signal to the run's owners, SIGKILL also to all their children; False if nothing runs.
 
         Raises:
             GddlabError: It runs, but on other machines.
         """
-        if not held(self.run_dir):
-            return False
         while (pids := owners(self.run_dir)) is None:  # starting: the lock is taken a moment before it is signed
             if not held(self.run_dir):
                 return False
             time.sleep(0.02)
         if not pids:
-            raise GddlabError(f"{self.run_dir} is run by other machines only: stop it on one of them")
+            raise GddlabError(f"{self.run_dir} runs on other machines only: stop it on one of them")
         for pid in pids:
             with suppress(psutil.NoSuchProcess):
                 for process in _family(pid) if number == signal.SIGKILL else [psutil.Process(pid)]:
@@ -144,8 +118,13 @@ class RunHandle(Run):
         return f"<run {self.run_dir.name}: {self.status}{share}>"
 
 
+def mark_stopped(run_dir: Path, status: dict[str, object]) -> None:
+    """Writes "stopped" for a run whose processes were ended before they could; its last checkpoint remains valid."""
+    write_status(run_dir, "stopped", **{k: status[k] for k in PROGRESS if k in status})
+
+
 def _family(pid: int) -> list[psutil.Process]:
-    """An owner and what it started; where it is a rank of torchrun's, which would start it again, torchrun and all its ranks."""
+    """An owner and its descendants; of a rank that torchrun would restart, torchrun and all its ranks."""
     first = psutil.Process(pid)
     above = first.parent()
     if above is not None and any("torchrun" in word or "torch.distributed.run" in word for word in above.cmdline()):
@@ -154,7 +133,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def attach(run_dir: str | Path) -> RunHandle:
-    """The handle of a run started earlier, here or elsewhere on this machine.
+    """The handle of a run that was started earlier, on this machine or on one that shares the directory.
 
     Raises:
         NotFound: No run there.
@@ -167,12 +146,12 @@ def attach(run_dir: str | Path) -> RunHandle:
 LOSSES = {"loss/g": "G", "loss/d": "D", "loss/instance": "instance"}
 LOGITS = {"logits/fake": "generated", "logits/real": "real"}
 LOG_SECONDS = 30
-"""Seconds between two lines where nobody sees them live."""
+"""Seconds between two lines in a log."""
 
 
 def line(run: RunHandle) -> str:
     """One line: state, progress, losses, time left."""
-    s, last = run.written_status, last_jsonl(run.run_dir / "metrics.jsonl")
+    s, last = run.written_status, run.last_metrics
     if last is None or "total_nimg" not in s:
         return f"{run.run_dir.name}: {run.status}"
     seconds = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
@@ -186,9 +165,7 @@ def line(run: RunHandle) -> str:
 
 
 def audience() -> str:
-    """Who looks: "notebook", "terminal", "log" (a pipe or a file), or "nobody" (a test, whose output must not vary)."""
-    if "PYTEST_VERSION" in os.environ:
-        return "nobody"
+    """What the output goes to: "notebook", "terminal", or "log" (a pipe or a file)."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
@@ -198,17 +175,14 @@ def audience() -> str:
 
 def follow(run: RunHandle, interval: float) -> None:
     """Shows a run until it ends."""
-    who = audience()
-    if who == "nobody":
-        return
-    handle = None
+    who, handle = audience(), None
     if who == "notebook":
         from IPython.display import display
 
         handle = display(_shown(run), display_id=True)
     shown, spoke = -1, time.monotonic()
     while True:
-        running = run.status in ("starting", "running")
+        running = run.status in ACTIVE
         nimg = int(run.written_status.get("nimg", 0))
         if handle is not None and (nimg != shown or not running):
             handle.update(_shown(run))
@@ -225,7 +199,7 @@ def follow(run: RunHandle, interval: float) -> None:
 
 
 def _shown(run: RunHandle):  # type: ignore[no-untyped-def]
-    """The picture as a notebook takes it; a figure would be shown as text where nothing has set matplotlib up for notebooks."""
+    """The picture as PNG: a notebook without matplotlib set up shows a figure object as text."""
     from IPython import display
 
     fig, content = _picture(run), io.BytesIO()
@@ -235,10 +209,9 @@ def _shown(run: RunHandle):  # type: ignore[no-untyped-def]
 
 def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
     """Losses, logits and the newest grid, as one figure."""
-    import pandas as pd
     from matplotlib.figure import Figure
 
-    m = pd.DataFrame(thin_jsonl(run.run_dir / "metrics.jsonl"))
+    m = run.thinned_metrics()
     fig = Figure(figsize=(10, 2.8), layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, names, title in ((axes[0], LOSSES, "loss"), (axes[1], LOGITS, "mean logit")):
@@ -258,33 +231,3 @@ def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
         axes[2].set_title(f"{float(grids[-1].stem):.1f} kimg")
     fig.suptitle(line(run), fontsize=9)
     return fig
-
-
-def listing(folder: str | Path) -> pd.DataFrame:
-    """A row a run.
-
-    Args:
-        folder: Folder of run directories, or one of them.
-
-    Returns:
-        Columns run (path below the folder), state, kimg ("3.2 of 12"), processes, heard (seconds since the last sign of life of one that runs; else
-        empty), note (the last alarm, or why it failed).
-
-    Raises:
-        NotFound: No run there.
-    """
-    import pandas as pd
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotFound(f"no such folder: {folder}")
-    runs = [attach(folder)] if is_run(folder) else [attach(r.run_dir) for r in load_runs(folder)]
-    rows = []
-    for run in runs:
-        s, state = run.written_status, run.status
-        seen = f"{s['nimg'] / 1000:.4g} of {s['total_nimg'] / 1000:.4g}" if "total_nimg" in s else ""
-        heard = f"{time.time() - s['heartbeat']:.0f} s ago" if state == "running" and "heartbeat" in s else ""
-        note = str(s.get("message") or s.get("alarm") or "").partition("\n")[0]
-        name = folder.name if run.run_dir == folder else str(run.run_dir.relative_to(folder))
-        rows.append((name, state, seen, str(s.get("world_size", "")), heard, note))
-    return pd.DataFrame(rows, columns=["run", "state", "kimg", "processes", "heard", "note"])

@@ -11,55 +11,18 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
-from gddlab.files import read_json
-from gddlab.launch.lock import Job, sign, take
 from gddlab.launch.train import OWNED, TIMEOUT
+from gddlab.lock import Job, sign, take
+from gddlab.runs import read_status
 
-__all__ = ["report_failure", "run_rank"]
+__all__ = ["end_with", "report_failure", "run_rank"]
 
 
 class Silent(GddlabError):
     """A rank kept the others waiting for too long."""
-
-
-def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> None:
-    """Writes status "failed" with the traceback. A failure that stands there is left alone: the later ones of other ranks follow from it.
-
-    Args:
-        run_dir: The run.
-        error: What happened.
-        rank: Where; None where nobody knows.
-    """
-    status = _status(run_dir)
-    if status.get("state") == "failed" or not run_dir.is_dir():
-        return
-    text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
-    about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
-    cause = "silent" if isinstance(error, Silent) else "refused" if isinstance(error, GddlabError) else "error"
-    with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: the log and the exit code are left
-        write_status(run_dir, "failed", **about, cause=cause)
-
-
-def _of_the_system(error: Exception, folder: Path) -> GddlabError | None:
-    """A full disk, a folder that is gone or cannot be written, in one line."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        where, why = error.filename or folder, error.strerror
-    elif found := re.search(r"([\w ]+) \(os error \d+\)", str(error)):  # of safetensors, which has errors of its own
-        where, why = folder, found[1].strip()
-    else:
-        return None
-    return GddlabError(
-        f"{where}: {why}; what was written before is whole, and the same call continues when that is mended"
-    )
-
-
-def _status(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "status.json"
-    return read_json(path) if path.exists() else {}
 
 
 def run_rank(run_dir: str | Path) -> int:
@@ -72,7 +35,8 @@ def run_rank(run_dir: str | Path) -> int:
         os.dup2(log.fileno(), 2)
     if "WORLD_SIZE" in os.environ:
         end_with(int(os.environ.get(OWNED, os.getppid())))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # torchrun's, when another rank has died
+        # torchrun sends SIGTERM when another rank has died
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
     from gddlab.distill.trainer import Trainer
@@ -81,8 +45,7 @@ def run_rank(run_dir: str | Path) -> int:
     timeout = float(os.environ.get(TIMEOUT, 600))
     try:
         _lock(folder)
-        status = _status(folder)
-        if restarts and status.get("cause") == "refused":
+        if restarts and read_status(folder).get("cause") == "refused":
             return 1  # it would be refused again
         if rank == 0:
             write_status(folder, "starting")
@@ -104,13 +67,43 @@ def run_rank(run_dir: str | Path) -> int:
         report_failure(folder, e, rank=rank)
         return 1
     finally:
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # too late to stop; Python's own end would make them deadly
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # too late to stop; while Python shuts down they would kill it
             signal.signal(number, signal.SIG_IGN)
     return 0
 
 
+def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> None:
+    """Writes the status "failed" with the traceback; keeps the first failure, which those of other ranks follow from.
+
+    Args:
+        run_dir: The run.
+        error: What happened.
+        rank: Where; None if unknown.
+    """
+    if not run_dir.is_dir() or read_status(run_dir).get("state") == "failed":
+        return
+    text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
+    about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
+    cause = "silent" if isinstance(error, Silent) else "refused" if isinstance(error, GddlabError) else "error"
+    with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: log and exit code remain
+        write_status(run_dir, "failed", **about, cause=cause)
+
+
+def _of_the_system(error: Exception, folder: Path) -> GddlabError | None:
+    """One line for a full disk, or a folder that is gone or cannot be written."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        where, why = error.filename or folder, error.strerror
+    elif found := re.search(r"([\w ]+) \(os error \d+\)", str(error)):  # safetensors raises its own class
+        where, why = folder, found[1].strip()
+    else:
+        return None
+    return GddlabError(
+        f"{where}: {why}; what was written before is intact, and the same call continues once that is mended"
+    )
+
+
 def _lock(folder: Path) -> None:
-    """Locks the run for as long as this process lives, where who started it has not done so (torchrun by hand): once a machine."""
+    """Locks the run, once per machine, where whoever started this process did not (torchrun by hand)."""
     if OWNED in os.environ or int(os.environ.get("LOCAL_RANK", 0)):
         return
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -118,15 +111,15 @@ def _lock(folder: Path) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process when its parent does, so that no rank outlives its run: at once on Linux, elsewhere within a second.
+    """Ends this process when its parent ends (at once on Linux, else within 1 s), so that no rank outlives its run.
 
     Args:
-        parent: The process that started this one; if it has died already, this one ends here.
+        parent: The process that started this one; if it has ended already, this one ends here.
     """
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Starts a run in fresh processes: nothing of the calling kernel (CUDA, threads, locks) is inherited."""
+"""`gddlab.train`: starts a run in fresh processes, which inherit no CUDA, threads or locks of the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
-from gddlab.launch.lock import Job, sign, take
-from gddlab.runtime import fresh_environment
+from gddlab.lock import Job, sign, take
+from gddlab.workers import start
 
 __all__ = [
     "HEAD",
@@ -38,18 +37,18 @@ __all__ = [
 ]
 
 OWNED = "GDDLAB_OWNED"
-"""Set for processes whose run directory is locked by who started them: its process number."""
+"""Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
 TIMEOUT = "GDDLAB_TIMEOUT"
-"""Seconds that a collective waits."""
+"""Environment variable: timeout of a collective, seconds."""
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
-"""What torchrun hands on to the ranks, which then make a checkpoint and leave; clusters send SIGUSR1 before a job's time is up."""
+"""Signals that torchrun passes on to the ranks, which then write a checkpoint and end; clusters send SIGUSR1."""
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, each start of the ranks has a store of its own; in one that is shared, ranks that are started again meet the addresses of those that died
-(pytorch#135712)."""
+"""Set to 1, every restart of the ranks gets a store of its own. In a shared one, restarted ranks find the addresses of
+those that died (pytorch#135712)."""
 HEAD = "$head:29500"
-"""Where the machines of a SLURM job meet, if nothing else is said: on the first of them."""
+"""Default rendezvous of a SLURM job: its first machine."""
 GRACE = 120
-"""Seconds that SLURM leaves for that."""
+"""How long before the time limit SLURM sends SIGUSR1, seconds."""
 ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
 
 
@@ -58,7 +57,7 @@ class Launch:
     """Arguments of `gddlab.train` beside the configuration.
 
     Raises:
-        GddlabError: A number out of range, or several machines without a place to meet.
+        GddlabError: A number out of range, or several machines without a rendezvous.
     """
 
     nproc: int = 1
@@ -92,7 +91,7 @@ class Launch:
 
     @property
     def alone(self) -> bool:
-        """Whether one process does it all, without torchrun and without a process group."""
+        """Whether one process trains, without torchrun and without a process group."""
         return self.world_size == 1 and not self.max_restarts
 
     def to_json(self) -> str:
@@ -104,17 +103,17 @@ class Launch:
 
 
 def launch_environment(launch: Launch) -> dict[str, str]:
-    """Variables that torchrun and the ranks go by."""
+    """Environment variables for torchrun and the ranks."""
     return {FRESH_STORE: "1", TIMEOUT: f"{launch.timeout_s:g}"}
 
 
 def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -> str:
-    """The line that starts a run's part on one machine, in `launch_environment`; `run_dir` must hold the configuration.
+    """The command that starts one machine's ranks, in `launch_environment`; `run_dir` must hold the configuration.
 
     Args:
         run_dir: The run.
         launch: Processes and machines.
-        job: Name of the rendezvous, a shell word; the run's if None.
+        job: Name of the rendezvous, a shell word; that of the run if None.
     """
     words = ["torchrun", f"--nnodes={launch.nnodes}", f"--nproc-per-node={launch.nproc}"]
     if launch.nnodes == 1:
@@ -127,7 +126,7 @@ def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -
 
 
 def slurm_script(config: TrainConfig, launch: Launch) -> str:
-    """A batch script for `sbatch`: one torchrun a machine, a checkpoint before the time is up, and the job in the queue again until the run is done."""
+    """A script for `sbatch`: one torchrun per machine, a checkpoint before the time limit, requeued until done."""
     run, name = shlex.quote(str(config.run_dir)), re.sub(r"[^\w.-]", "-", config.run_dir.name)
     line = torchrun_command(config.run_dir, launch, job='"$SLURM_JOB_ID"')
     gpus = [] if config.device == "cpu" else [f"#SBATCH --gpus-per-node={launch.nproc}"]
@@ -155,12 +154,12 @@ def slurm_script(config: TrainConfig, launch: Launch) -> str:
 
 
 def prepared(config: TrainConfig, launch: Launch, kind: str) -> str:
-    """Writes a run's configuration into its directory, for processes that others start, and says how.
+    """Writes a run's configuration into its directory and returns what starts it elsewhere.
 
     Args:
-        config: What is to be run.
+        config: The run.
         launch: Processes and machines.
-        kind: "torchrun", a line for each machine; "slurm", a batch script.
+        kind: "torchrun" for the command of each machine; "slurm" for a batch script.
 
     Raises:
         GddlabError: What `gddlab.train` would refuse.
@@ -186,31 +185,34 @@ def train(
 ) -> RunHandle:
     """Starts or continues a run in fresh processes and returns at once.
 
-    The run goes on when the calling kernel ends; `gddlab.attach(run_dir)` finds it again. The same call on the same directory continues
-    a run that was stopped, killed or failed, and returns the handle of one that is done.
+    The run does not end with the calling kernel; `gddlab.attach(run_dir)` finds it again. The same call on the same
+    directory continues a run that was stopped, killed or failed, and returns the handle of one that is done.
 
-    On many machines, each makes this call with the same configuration, on a directory that all of them see; the run begins when the last has come.
+    On several machines, each makes this call with the same configuration, on a directory that all of them see; training
+    starts when the last one has joined.
 
     Args:
         config: What to run, from a preset.
-        nproc: Processes on this machine; 1 has no process group, more run through torchrun (gloo on CPUs, NCCL on GPUs).
+        nproc: Processes on this machine; several run through torchrun (gloo on CPUs, NCCL on GPUs).
         nnodes: Machines.
-        rdzv_endpoint: HOST:PORT of one of them, where they meet; for one machine a free port is found.
-        max_restarts: So many times the processes are started again from the last checkpoint when one of them has died.
-        timeout_s: Seconds after which a process that does not answer the others ends the run, which says which it was.
+        rdzv_endpoint: HOST:PORT of one of the machines, where they meet; on one machine a free port is found.
+        max_restarts: How often to restart the processes from the last checkpoint when one of them has died.
+        timeout_s: Seconds after which a process that does not answer the others ends the run, which names it.
 
     Raises:
-        GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or is running.
+        GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or
+            is in use.
     """
     if type(config) is not TrainConfig:
         kind = type(config)
         raise GddlabError(
-            f"config is a {kind.__module__}.{kind.__qualname__}, which the processes of a run do not know: give a TrainConfig, such as gddlab.presets.digits(run_dir=...)"
+            f"config is a {kind.__module__}.{kind.__qualname__}, which the processes of a run do not know: give a "
+            "TrainConfig, such as gddlab.presets.digits(run_dir=...)"
         )
     launch = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, timeout_s)
-    run_dir = config.run_dir.resolve()
-    config = config.model_copy(update={"run_dir": run_dir})
+    config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)
+    run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     fd = take(run_dir, launch.job)
     try:
@@ -220,16 +222,18 @@ def train(
             return handle
         write_status(run_dir, "starting")
         (run_dir / "log").mkdir(exist_ok=True)
-        # asked to stop while it starts, the process hears it once it can make a checkpoint
-        with (run_dir / "log" / "launch.txt").open("ab") as log, held_back(signal.SIGTERM, signal.SIGUSR1):
-            handle.process = subprocess.Popen(
-                [sys.executable, "-m", "gddlab.launch.worker", str(run_dir), launch.to_json()],
+        # a request to stop that comes while the process starts waits until a checkpoint can be written
+        with (run_dir / "log" / "launch.txt").open("ab") as log, blocked(signal.SIGTERM, signal.SIGUSR1):
+            handle.process = start(
+                "gddlab.launch.worker",
+                str(run_dir),
+                launch.to_json(),
+                log=log,
+                nproc=nproc,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log,
-                start_new_session=True,
+                start_new_session=True,  # it outlives the kernel
                 pass_fds=(fd,),
-                env=fresh_environment(nproc),
             )
         sign(fd, handle.process.pid)
         return handle
@@ -238,7 +242,7 @@ def train(
 
 
 @contextmanager
-def held_back(*signals: signal.Signals) -> Iterator[None]:
+def blocked(*signals: signal.Signals) -> Iterator[None]:
     """Inside, these signals wait; a process started here inherits that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

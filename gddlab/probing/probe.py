@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from gddlab.probing.layers import LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
+from gddlab.ranks import present_ranks, share
 from gddlab.sampling.samplers import precision
 
 __all__ = ["Estimate", "estimate", "peak_memory", "probe"]
@@ -127,8 +127,11 @@ def _plan(
     if inputs.n < group:
         name = next(s.name for s in chosen if s.group == group)
         raise GddlabError(f"n={inputs.n} images: {name!r} compares {group} with each other, give n={group} or more")
+    ranks = present_ranks()
     across = any(s.across for s in chosen)
-    levels, passes = inputs.split(batch_size, group, together=across, images=_share(inputs.n, group))
+    levels, passes = inputs.split(
+        batch_size, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
+    )
     wanted: StatisticSelection = DEFAULT if stats == DEFAULT else chosen
     return [Probe(model, part, layers=layers, stats=wanted, per_channel=per_channel) for part in levels], passes
 
@@ -143,31 +146,14 @@ def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:
     }
 
 
-# Processes share the images.
-
-
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _share(n: int, group: int) -> tuple[int, int]:
-    """First and last image of this process, in whole groups."""
-    rank, size = _rank()
-    share = math.ceil(n / group / size) * group
-    return min(rank * share, n), min((rank + 1) * share, n)
-
-
 def _add_ranks(measure: Probe) -> None:
-    """Gives every process what all have measured."""
-    if _rank()[1] == 1:
-        return
-    gathered: list[Any] = [None] * _rank()[1]
-    torch.distributed.all_gather_object(gathered, measure.state())
-    measure.reset()
-    for state in gathered:  # in the order of ranks on every rank, so that all have the same digits
-        measure.add(state)
+    """Gives every process the sums of all."""
+    ranks = present_ranks()
+    if ranks.size > 1:
+        states = ranks.gather_objects(measure.state())
+        measure.reset()
+        for state in states:  # in the order of ranks on every rank, so that all get the same digits
+            measure.add(state)
 
 
 # What it would cost.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
 import time
 import zipfile
@@ -25,6 +24,7 @@ from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
+from gddlab.ranks import named_ranks
 from gddlab.runtime import chosen_device
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import (
@@ -94,7 +94,8 @@ def sample_files(
             be written; a process died. What is written is kept, and the same call continues.
     """
     total = len(seed_list(n, seed, seeds))
-    rank, world = _rank()
+    ranks = named_ranks()
+    rank, world = ranks.rank, ranks.size
     job: dict[str, Any] = {
         "out": str(out),
         "n": n,
@@ -174,7 +175,8 @@ def make_share(
         "channels_last": channels_last,
         "batch_size": batch_size,
     }
-    rank, world = _rank()
+    ranks = named_ranks()
+    rank, world = ranks.rank, ranks.size
     try:
         kind = ZipTarget if Path(out).suffix == ".zip" else FolderTarget
         target = kind(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
@@ -197,11 +199,6 @@ def make_share(
         raise GddlabError(
             f"cannot write {e.filename or out} ({e.strerror}): nothing is lost; the same call continues from here"
         ) from None
-
-
-def _rank() -> tuple[int, int]:
-    """Rank of this process and number of processes, from torchrun's variables."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int | None]:

@@ -113,7 +113,7 @@ def test_classes_follow_the_real_labels(some, counter, monkeypatch):
         asked.append(labels.argmax(1))
         return torch.zeros(len(seeds), 1, 16, 16)
 
-    monkeypatch.setattr("gddlab.evaluation.sources.draw", fake)
+    monkeypatch.setattr("gddlab.evaluation.images.draw", fake)
     evaluate(network(), data=some, metrics="kid", n=70, batch_size=32)
     assert torch.cat(asked).tolist() == [*some.class_ids, *some.class_ids[:6]]
     assert [len(a) for a in asked] == [32, 32, 6]
@@ -164,7 +164,7 @@ def test_refusals(some, counter):
         evaluate(some, data="digit")
     with pytest.raises(GddlabError, match="only 64"):
         evaluate(x, data=some, n=65)
-    with pytest.raises(GddlabError, match="n=1 images"):
+    with pytest.raises(GddlabError, match="n=1: input should be greater"):
         evaluate(some, data=some, n=1)
     with pytest.raises(GddlabError, match="only a teacher takes steps"):
         evaluate(x, data=some, steps=4)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from gddlab.evaluation import evaluate, features
-from gddlab.evaluation import sources as generated
-from gddlab.evaluation.sharding import share
-from gddlab.evaluation.sources import GeneratedImages
+from gddlab.evaluation import images as generated
+from gddlab.evaluation.images import GeneratedImages
 from gddlab.nets import save_network
-from gddlab.sampling import Sampler
+from gddlab.ranks import share
+from gddlab.sampling import Sampler, sample_files
 from tests.conftest import tiny_net
 from tests.evaluation.conftest import subset
 from tests.evaluation.test_evaluate import network
@@ -28,7 +28,7 @@ def test_a_second_evaluation_neither_samples_nor_extracts(some, counter, monkeyp
     net = network()
     first = evaluate(net, data=some, metrics="kid").records[0]
     assert counter == [64, 64]
-    monkeypatch.setattr("gddlab.evaluation.sources.draw", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled again"))
     again = evaluate(net, data=some, metrics=("kid", "mind")).records[0]
     assert counter == [64, 64]
     assert (again.value, again.images_sha256) == (first.value, first.images_sha256)
@@ -61,8 +61,9 @@ def test_a_damaged_file_is_made_again(some, counter, cache):
         before = len(counter)
         got = evaluate(net, data=some, metrics="kid", n=8).records[0]
         assert (got.value, got.images_sha256) == (want.value, want.images_sha256)
+        again = evaluate(net, data=some, metrics="kid", n=8).records[0]  # from the file that replaced it
         assert counter[before:] == [8]
-        assert generated._read(file, (8, 1280)).images_sha256 == want.images_sha256
+        assert again.images_sha256 == want.images_sha256
 
 
 def test_the_cache_keeps_what_was_used_last(some, counter, cache, monkeypatch):
@@ -123,21 +124,22 @@ def test_fresh_processes_give_the_same_bits(one_thread, monkeypatch, cache):
     alone = evaluate(net, **about)
     for file in (cache / "generated").iterdir():
         file.unlink()
-    monkeypatch.setattr("gddlab.evaluation.sources.draw", lambda *a, **k: pytest.fail("sampled in this process"))
+    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled in this process"))
     both = evaluate(net, nproc=2, **about)
     assert [r.value for r in both] == [r.value for r in alone]
     assert both.records[0].images_sha256 == alone.records[0].images_sha256
 
 
 def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache):
-    save_network(tiny_net(), tmp_path / "net.safetensors", data="digits")
+    save_network(tiny_net(), tmp_path / "net.safetensors")
+    real = sample_files(tiny_net(seed=1), tmp_path / "real", 24, steps=2, progress=False)
     code = (
-        "import json, os, sys, gddlab\n"
-        "from gddlab.evaluation.features import real_features\n"
-        "s = gddlab.evaluate('net.safetensors', n=22, steps=2, batch_size=4, metrics=('kid', 'fid'), progress=False)\n"
+        "import json, os, gddlab\n"
+        "about = {'data': 'real', 'n': 22, 'progress': False}\n"
+        "s = gddlab.evaluate('net.safetensors', steps=2, batch_size=4, metrics=('kid', 'fid'), **about)\n"
         "open(f'{os.environ[\"RANK\"]}.json', 'w').write(json.dumps([r.to_dict() for r in s]))\n"
         "try:\n"
-        "    gddlab.evaluate('net.safetensors', n=22, sigma_max=1e-9, progress=False)\n"
+        "    gddlab.evaluate('net.safetensors', sigma_max=1e-9, **about)\n"
         "except gddlab.GddlabError as e:\n"
         "    open(f'{os.environ[\"RANK\"]}.txt', 'w').write(str(e))\n"
     )
@@ -147,7 +149,7 @@ def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "job.py"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = evaluate(tmp_path / "net.safetensors", n=22, steps=2, batch_size=4, metrics=("kid", "fid"))
+    alone = evaluate(tmp_path / "net.safetensors", data=real, n=22, steps=2, batch_size=4, metrics=("kid", "fid"))
     for rank in (0, 1):
         records = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [r["images_sha256"] for r in records] == [r.images_sha256 for r in alone]
@@ -157,6 +159,5 @@ def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache
 
 def test_the_name_of_a_sampler_has_all_its_settings():
     images = GeneratedImages(tiny_net(), Sampler(steps=2, S_max=float("inf")), 4, 0, None, 2)
-    assert generated._finite(images.settings)["S_max"] == float("inf")
-    assert Sampler(**generated._finite(images.settings)) == images.how
+    assert generated.sampler_of(images.settings) == images.how
     assert features.extract(images, generated.find_extractor("lite2")).rows.shape == (4, 1280)

@@ -192,7 +192,7 @@ def test_mind_is_the_formula_in_plain_loops(monkeypatch):
 def test_mind_in_pieces_and_of_a_shift(monkeypatch):
     a, b = two_sets()
     (whole,) = mind(a, b)  # 400 against 300: 300 of the 400 are drawn
-    monkeypatch.setattr(metrics, "_CHUNK", 700)
+    monkeypatch.setattr(metrics, "CHUNK", 700)
     assert_close(mind(a, b)[0].value, whole.value, rtol=1e-12, atol=0)
     assert mind(a, a)[0].value == 0
     # a shift s is moved on a direction u by (u.s)^2, which is |s|^2 / D in the mean

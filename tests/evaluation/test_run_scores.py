@@ -10,7 +10,7 @@ from gddlab.teachers import load_teacher
 from tests.conftest import tiny_net
 
 
-def test_scores_are_kept_and_shown(tmp_path: Path) -> None:
+def test_scores_are_kept_and_shown(tmp_path: Path, counter) -> None:
     save_network(tiny_net(), tmp_path / "teacher.safetensors", name="tiny", data="digits")
     records = score_teacher(tmp_path, n=16, progress=False)
     assert {r.sampler for r in records} == {*(f"heun-{s}" for s in STEPS), "data"}

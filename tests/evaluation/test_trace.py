@@ -42,7 +42,7 @@ def repeated(command: str, out: Path) -> Record:
     return [Record.from_dict(d) for d in json.loads(out.read_text())][-1]
 
 
-def test_a_student_is_traced_and_its_score_repeated(run, cache, tmp_path):
+def test_a_student_is_traced_and_its_score_repeated(run, cache, counter, tmp_path):
     snapshots = load_run(run).snapshots()
     for name, about in ((snapshots[0].stem, {"steps": 2}), (None, {"blocks": 2})):
         net = load_run(run).student(name)
@@ -94,7 +94,7 @@ def test_images_and_data(some, counter, tmp_path):
     half = real_split("digits", metrics="kid").records[0].trace()
     assert "one half" in str(half)
     code = shlex.split(half.repeated_by)[2]
-    assert "real_split('digits', metrics='kid', n=None, seed=0" in code
+    assert 'real_split("digits", metrics="kid", n=None, seed=0' in code
     network = dataclasses.replace(record(), model_sha256="1" * 64).trace()
     assert network.repeated_by is None and "given in memory" in str(network)
 

@@ -22,7 +22,7 @@ from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import data_dir, read_jsonl
 from gddlab.freezing import select_freeze
 from gddlab.launch import train
-from gddlab.launch.lock import held
+from gddlab.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
 from gddlab.reporting.run_summary import read
 from gddlab.runs import load_run, load_runs, load_study

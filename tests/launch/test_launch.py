@@ -15,25 +15,25 @@ from torch.testing import assert_close
 from gddlab.distill import presets
 from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World
+from gddlab.distill.recorder import write_status
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import evaluate, load_records
 from gddlab.files import read_json
 from gddlab.freezing import select_freeze
 from gddlab.launch import RunFailed, attach, train
-from gddlab.launch.lock import held, take
+from gddlab.lock import held, take
 from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net
-
-ALONE = World(0, 1, torch.device("cpu"))
+from tests.launch.conftest import Quick
+from tests.launch.faults import ALONE, reached, until
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),  # what the others are, too
         {
             "augment": {"ops": ("blit", "color"), "ada_target": 0.1, "ada_kimg": 0.1},
             "batch_per_device": 2,
@@ -71,7 +71,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[
     assert seen > 100
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "sharded"])
 def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher: Path) -> None:
     """Each score is one record, and what one process says of the same student; the best one's checkpoint stays beside the newest."""
     fields = {"total_kimg": 0.048, "metric_kimg": 0.016, "metric_n": 16, "keep_checkpoints": 1, "shard": shard}
@@ -87,51 +87,41 @@ def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher:
     assert {float(p.name) for p in checkpoints(run.run_dir)} == {best, 0.048}
 
 
-def test_run_ends_and_same_call_returns_it(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("TORCHELASTIC_RESTART_COUNT", "1")):
-        monkeypatch.setenv(name, value)  # as in a notebook that a cluster started: the run is none of that job's
-    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.016)
-    run = train(config)
-    assert run.status in ("starting", "running", "done")
-    assert run.wait(240).status == "done"
+def test_the_same_call_returns_a_run_that_is_done(undisturbed: TrainConfig) -> None:
+    run = train(undisturbed, nproc=2)
+    assert run.status == "done" and run.process is None
     assert not held(run.run_dir)
     assert "kimg" in run.tail()
-    assert run.metrics["nimg"].tolist() == [16]
-    assert run.student().card.kimg == pytest.approx(0.016)
-    again = train(config)
-    assert again.status == "done"
-    assert again.process is None
+    assert run.metrics["nimg"].tolist() == [16 * i for i in range(1, 9)]
+    assert run.student().card.kimg == pytest.approx(0.128)
     with pytest.raises(GddlabError, match="batch is 8 there, 16 here"):
-        train(tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.016, batch=16))
+        train(undisturbed.model_copy(update={"batch": 16}), nproc=2)
 
 
-def test_stop_kill_and_continue(tmp_path: Path, tiny_teacher: Path) -> None:
-    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=100)
+def test_stop_kill_and_continue(tmp_path: Path, quick: Quick) -> None:
+    config = quick(tmp_path / "run", total_kimg=100)
     run = train(config)
-    end = time.monotonic() + 120
-    while run.metrics.empty and time.monotonic() < end:
-        time.sleep(0.1)
+    until(reached(run, 16))
     with pytest.raises(GddlabError, match="being run by another process"):
         train(config)
     other = attach(tmp_path / "run")  # another handle, as from another kernel
     other.stop(60)
     assert run.status == other.status == "stopped"
-    stopped_at = read_json(run.run_dir / "status.json")["nimg"]
+    stopped_at = run.written_status["nimg"]
     assert stopped_at > 0
     run = train(config)
-    while not run.written_status.get("nimg", 0) > stopped_at and time.monotonic() < end:
-        time.sleep(0.1)
+    until(reached(run, stopped_at + 8))
     began = time.monotonic()
     run.kill()
     assert time.monotonic() - began < 10
     assert run.status == "stopped"
     assert not held(run.run_dir)
-    assert read_json(run.run_dir / "status.json")["nimg"] >= stopped_at
+    assert run.written_status["nimg"] >= stopped_at
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: Path, tiny_teacher: Path) -> None:
-    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=0.032)
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: Path, quick: Quick) -> None:
+    config = quick(tmp_path / "run", total_kimg=0.032)
     assert train(config, nproc=nproc).stop(120).status == "stopped"
     assert not held(config.run_dir)
     run = train(config, nproc=nproc).wait(240)
@@ -140,8 +130,8 @@ def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is a missing accelerator")
-def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, tiny_teacher: Path) -> None:
-    config = tiny_config(tmp_path / "run", tiny_teacher, device="cuda")
+def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, quick: Quick) -> None:
+    config = quick(tmp_path / "run", device="cuda")
     run = train(config)
     with pytest.raises(RunFailed, match="torch sees no CUDA device") as e:
         run.wait(120)
@@ -150,8 +140,6 @@ def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, tiny_teacher: Pat
 
 
 def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
-    from gddlab.distill.status import write_status
-
     config = tiny_config(tmp_path / "run", tiny_teacher)
     config.write()
     write_status(config.run_dir, "running")

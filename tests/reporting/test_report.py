@@ -23,7 +23,7 @@ from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, append_records, load_records
 from gddlab.files import data_dir, read_json, write_json
-from gddlab.launch.lock import take
+from gddlab.lock import take
 from gddlab.reporting import report as module
 from gddlab.reporting.run_summary import facts
 from gddlab.runs import load_run

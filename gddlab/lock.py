@@ -1,4 +1,9 @@
-"""One run, one owner: an flock that ends with its processes, however they end; the agents of several machines share it."""
+"""The lock of a run directory: one run, one owner.
+
+It is an flock by hand, which filelock could not replace: the lock file names its owners (filelock empties it), the
+agents of one job on several machines share it, it is inherited by the process that works on the run and ends with it,
+however that comes, and whether it is held can be asked by a user who may only read the directory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ __all__ = ["Job", "held", "owners", "sign", "take"]
 
 @dataclass(frozen=True)
 class Job:
-    """What the agents of one training have in common: a name, their rendezvous; and how many of them there are."""
+    """What the agents of one training have in common: a name (their rendezvous) and the number of machines."""
 
     name: str = "-"
     nodes: int = 1
@@ -26,18 +31,18 @@ ALONE = Job()
 
 
 def take(run_dir: Path, job: Job = ALONE) -> int:
-    """Takes the lock of a run directory; it lives as long as a process holds the returned file descriptor.
+    """Takes the lock of a run directory; it is held until every copy of the returned file descriptor is closed.
 
     Args:
         run_dir: The run.
         job: With several nodes, the agents of the same job share the lock.
 
     Raises:
-        GddlabError: Somebody else holds it.
+        GddlabError: Another process holds it.
     """
     fd = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     if _locked(fd, fcntl.LOCK_EX):
-        os.ftruncate(fd, 0)  # nobody else: what is written there is of processes that are gone
+        os.ftruncate(fd, 0)  # what is written there names processes that are gone
         os.pwrite(fd, f"{job.name}\n".encode(), 0)
         if job.nodes > 1:
             fcntl.flock(fd, fcntl.LOCK_SH)
@@ -49,26 +54,25 @@ def take(run_dir: Path, job: Job = ALONE) -> int:
 
 
 def _locked(fd: int, kind: int) -> bool:
-    """Tries for a moment: whoever asks whether a lock is held takes it for as long as that lasts."""
+    """Tries for 0.2 s, because `held` takes the lock for a moment to find out whether it is free."""
     for attempt in range(10):
+        if attempt:
+            time.sleep(0.02)
         try:
             fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt < 9:
-                time.sleep(0.02)
-        else:
             return True
+        except BlockingIOError:
+            pass
     return False
 
 
 def held(run_dir: Path) -> bool:
-    """Whether a process holds the lock; also of a run that this user may only read."""
+    """Whether a process holds the lock; read access is enough to ask."""
     path = run_dir / "lock"
     if not path.exists():
         return False
-    fd = os.open(
-        path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
-    )  # network file systems lock what is writable
+    # network file systems lock only what is open for writing
+    fd = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -79,13 +83,13 @@ def held(run_dir: Path) -> bool:
 
 
 def sign(fd: int, pid: int) -> None:
-    """Writes into the lock who works on the run: the process that stops it when told to, and that is killed with what it started."""
+    """Adds an owner to the lock: the process that `stop` signals, and that `kill` ends with all its children."""
     os.lseek(fd, 0, os.SEEK_END)
     os.write(fd, f"{socket.gethostname()} {pid}\n".encode())
 
 
 def owners(run_dir: Path) -> list[int] | None:
-    """Process numbers of the run's owners on this machine; None when nobody holds the lock or it is not signed yet."""
+    """Process ids of the run's owners on this machine; None when nobody holds the lock or it is not signed yet."""
     if not held(run_dir):
         return None
     signed = [line.split() for line in _lines(run_dir)[1:]]
@@ -93,5 +97,5 @@ def owners(run_dir: Path) -> list[int] | None:
 
 
 def _lines(run_dir: Path) -> list[str]:
-    """The job's name, then host and process of each owner."""
+    """The name of the job, then host and process id of each owner."""
     return (run_dir / "lock").read_text().splitlines() or [""]
