@@ -69,12 +69,12 @@ class Run:
         Raises:
             GddlabError: No probe was made while training, or it has no such statistic.
         """
-        from gddlab.probing.plots import draw_course
+        from gddlab.probing.plots import draw_over_training
 
         frame = self.probes
         if not len(frame):
             raise GddlabError(f"{self.run_dir} has no probes: train with probe_kimg=")
-        return draw_course(frame, stat, ax)
+        return draw_over_training(frame, stat, ax)
 
     @property
     def best(self) -> dict[str, Any] | None:

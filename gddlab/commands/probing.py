@@ -150,7 +150,7 @@ def _levels(timesteps: int, sigmas: tuple[float, ...], states: str) -> Any:
 
 def _write(result: Any, folder: Path) -> None:
     """The result, a heat map of each statistic, and a line of what was measured."""
-    from gddlab.reporting.training_curves import save_figure
+    from gddlab.theme import save_figure
 
     result.save(folder)
     for stat in result.stats:
