@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json, read_jsonl
+from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond
 from gddlab.teachers.catalog import load_student, snapshots_of
 
@@ -30,6 +31,12 @@ class Run:
     def config(self) -> TrainConfig:
         """The validated configuration."""
         return TrainConfig.load(self.run_dir)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Versions, commit, hashes, number of processes, hardware, and every start; {} before the first one."""
+        path = self.run_dir / "provenance.json"
+        return dict(read_json(path)) if path.exists() else {}
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -90,6 +97,23 @@ class Run:
         return pd.DataFrame(
             read_jsonl(self.run_dir / "alarms.jsonl"), columns=["kind", "kimg", "message", "value", "threshold"]
         )
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """config.json as it is, also where this version cannot read it."""
+        return dict(read_json(self.run_dir / "config.json"))
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """The teacher's card, teacher.json; {} before there is one."""
+        path = self.run_dir / "teacher.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def mask(self) -> FreezeMask | None:
+        """The mask that the run trains under, mask.json; None without one."""
+        path = self.run_dir / "mask.json"
+        return FreezeMask.load(path) if path.exists() else None
 
     def snapshots(self) -> list[Path]:
         """EMA students saved on the way, oldest first; the file's name is its kimg."""

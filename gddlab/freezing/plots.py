@@ -37,9 +37,9 @@ def draw_mask(mask: FreezeMask, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.6, len(table) - 0.4)
     _label_blocks(ax, frame, -0.5)
     ax.set_ylabel("share of all parameters, %")
-    ax.set_title(_title(mask), loc="left", pad=20)
+    ax.set_title(_title(mask), loc="left", pad=30)
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], ncols=2, loc="lower right", bbox_to_anchor=(1, 1.06), borderaxespad=0.2)
+    ax.legend(handles[::-1], labels[::-1], ncols=2, loc="lower right", bbox_to_anchor=(1, 1.13), borderaxespad=0.2)
     return ax
 
 

@@ -19,7 +19,7 @@ from gddlab.evaluation.records import COMPARED, kind_of
 from gddlab.files import write_text
 from gddlab.reporting.run_summary import Facts, differing, facts, provenance_rows, python_of, shown, trained_rows
 from gddlab.reporting.style import look
-from gddlab.reporting.training_curves import draw_courses, draw_metrics, figure_html
+from gddlab.reporting.training_curves import draw_metrics, figure_html
 from gddlab.runs import Run
 
 __all__ = [

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import data_dir
-from gddlab.reporting.run_summary import NOT_RUN, Reading, Same, read, select, teacher_scores
+from gddlab.reporting.run_summary import NOT_RUN, Same, Summary, select, teacher_scores
 from gddlab.reporting.style import look
 from gddlab.runs import Run
+from gddlab.theme import PALETTE, axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     out: list[dict[str, Any]] = []
     for experiment, found in select(runs, rows).items():
         for run in found:
-            out.append(_row(read(run), metric, same))
+            out.append({"experiment": experiment} | _row(Summary(run), metric, same))
         if not found:
             out.append({"experiment": experiment, "state": NOT_RUN})
     columns = [
@@ -76,9 +77,9 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     return table.astype(TYPES | dict.fromkeys(("frozen", "kimg", "value"), "float64"))
 
 
-def _row(reading: Reading, metric: str, same: Same) -> dict[str, Any]:
-    row: dict[str, Any] = {"experiment": reading.experiment, "state": reading.state_of(metric)}
-    config = reading.config
+def _row(summary: Summary, metric: str, same: Same) -> dict[str, Any]:
+    row: dict[str, Any] = {"state": summary.state_of(metric)}
+    config = summary.config
     if config is None:
         return row
     mask = config.mask
@@ -93,8 +94,8 @@ def _row(reading: Reading, metric: str, same: Same) -> dict[str, Any]:
         "nfe": 1 + len(config.mid_sigmas),
         "kimg": config.total_kimg,
     }
-    record = reading.at_end(metric)
-    if reading.state == "done" and record is not None:
+    record = summary.at_end(metric)
+    if summary.state == "done" and record is not None:
         same(record)
         row |= {"metric": record.metric, "value": record.value}
         row["images"] = config.max_images or record.reference_n
@@ -460,58 +461,33 @@ def _number(value: float, metric: str) -> str:
     return f"{value:.{2 if metric.startswith('fid') else 1}f}"
 
 
+@themed
 def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | None = None) -> Axes:
-    """Published scores against the training images seen, both logarithmic; results whose source does not say how many are left out.
+    """Published scores against the training images seen, both logarithmic, where the source says how many.
 
     Args:
         results: From `published`.
         metric: "fid" or "clip-fid".
         ax: Where to draw; None makes a figure.
     """
-    import matplotlib.pyplot as plt
-
-    from gddlab.reporting.training_curves import PALETTE
+    import seaborn as sns
 
     shown = results[(results["metric"] == metric) & results["images"].notna()]
     if not len(shown):
         raise GddlabError(f"no published {metric!r} says how many images were seen: accepted are 'fid', 'clip-fid'")
-    if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 3.4), layout="constrained")
-    dots: list[tuple[float, float, str, str]] = []
-    for color, (dataset, rows) in zip(PALETTE, shown.groupby("dataset", sort=False), strict=False):
-        millions = rows["images"].to_numpy(dtype=float) / 1e6
-        ax.plot(millions, rows["value"], "o", color=color, markersize=5, label=SETTINGS[str(dataset)])
-        dots += [(x, y, name, color) for x, y, name in zip(millions, rows["value"], rows["method"], strict=True)]
+    ax = axes_of(ax, 4.6, 3.4)
+    dots = shown.assign(millions=shown["images"].astype(float) / 1e6, dataset=shown["dataset"].map(SETTINGS))
+    colours = list(PALETTE[: dots["dataset"].nunique()])
+    look: dict[str, Any] = {"hue": "dataset", "style": "method", "palette": colours, "s": 50, "linewidth": 0}
+    sns.scatterplot(dots, x="millions", y="value", ax=ax, **look)
     ax.set(xscale="log", yscale="log", xlabel="training images seen, millions", ylabel=f"{metric.upper()}, published")
-    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10) if shown["value"].min() / 1.3 <= t <= 1.3 * shown["value"].max()]
+    low, high = shown["value"].min() / 1.3, 1.3 * shown["value"].max()
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
     ax.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=7, loc="upper left", handletextpad=0.1)
-    ax.spines[["top", "right"]].set_visible(False)
-    _name_dots(ax, dots)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-
-def _name_dots(ax: Axes, dots: Sequence[tuple[float, float, str, str]], size: float = 7) -> None:
-    """Writes a name beside each dot (x, y, name, colour), on the first side where it covers neither a dot nor another name."""
-    ax.figure.canvas.figure.draw_without_rendering()  # the layout says where the dots lie
-    points = ax.transData.transform([(x, y) for x, y, *_ in dots]) * 72 / ax.figure.dpi
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points]
-    sides = [(4, 0, "left", "center"), (-4, 0, "right", "center"), (0, 4, "center", "bottom"), (0, -4, "center", "top")]
-    for (x, y), (x_data, y_data, name, color) in zip(points, dots, strict=True):
-        w, h = 0.6 * size * len(name), 1.1 * size
-        boxes = []
-        for dx, dy, ha, va in sides:
-            left = x + dx - {"left": 0, "center": w / 2, "right": w}[ha]
-            low = y + dy - {"bottom": 0, "center": h / 2, "top": h}[va]
-            boxes.append((left, low, left + w, low + h))
-        free = [not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken) for a in boxes]
-        best = free.index(True) if True in free else 0
-        dx, dy, ha, va = sides[best]
-        taken.append(boxes[best])
-        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size, "ha": ha, "va": va}
-        ax.annotate(name, (x_data, y_data), (dx, dy), color=color, **style)
 
 
 COST_COLUMNS = ("experiment", "kimg", "sec_per_kimg", "peak_mem_mib", "parameters", "trained", "discriminator", "state")

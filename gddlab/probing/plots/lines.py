@@ -220,7 +220,7 @@ def _titled(ax: Axes, title: str, rows: pd.DataFrame | None = None) -> Axes:
     borders = borders_of(x)
     ax.set_xlim(borders[0], borders[-1])
     mark_places(ax, rows, borders, "top")
-    ax.set_title(title, loc="left", pad=28)
+    ax.set_title(title, loc="left", pad=32)
     points = ax.get_window_extent().width / ax.figure.dpi * 72 / (borders[-1] - borders[0])
     if np.diff(x).min(initial=np.inf) * points >= NAME_SIZE:
         ax.set_xticks(x, short_names(list(rows.index)), rotation=90, fontsize=NAME_SIZE)

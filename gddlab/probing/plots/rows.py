@@ -59,8 +59,8 @@ def rows_of(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     """What is known of layers, indexed by their names.
 
     Returns:
-        stage, resolution, depth, n_params; place ("encoder 16", "" where unknown); colour, by the rank of the resolution
-        in the whole frame, the largest first.
+        stage, resolution, depth, n_params; place ("encoder 16", "" where unknown); colour, by the rank of the
+        resolution in the whole frame, the largest first.
     """
     where = frame.drop_duplicates("layer").set_index("layer")
     ranked = sorted({int(r) for r in where["resolution"].dropna() if r > 0}, reverse=True)

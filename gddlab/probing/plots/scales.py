@@ -134,12 +134,13 @@ def value_axis(ax: Axes, values: Any) -> str:
 
 
 def sigma_axis(ax: Axes, sigmas: Iterable[float]) -> None:
-    """A logarithmic x axis: labels at the ends and at every second decade, small ticks at the measured noise levels."""
+    """A logarithmic x axis: labels at the ends and at some decades, small ticks at the measured noise levels."""
     from matplotlib.ticker import NullFormatter
 
     sigmas = sorted(float(s) for s in sigmas)
     low, high = sigmas[0], sigmas[-1]
-    ticks = [low, *(d for d in (0.01, 0.1, 1.0, 10.0) if 3 * low < d < high / 3), high]
+    decades = (0.01, 0.1, 1.0, 10.0) if ax.get_window_extent().width / ax.figure.dpi > 3 else (0.1, 1.0, 10.0)
+    ticks = [low, *(d for d in decades if 3 * low < d < high / 3), high]
     ax.set_xscale("log")
     ax.set_xticks(ticks, [plain(t) for t in ticks])
     ax.set_xticks(sigmas, minor=True)
@@ -180,6 +181,8 @@ def mark_places(
     points = (box.height if right else box.width) / ax.figure.dpi * 72 / abs(borders[-1] - borders[0])
     thick, transform = 0.1 / inches, ax.get_yaxis_transform() if right else ax.get_xaxis_transform()
     for label, start, stop in neighbours(rows["place"]):
+        if not label:
+            continue
         a, b = float(borders[start]), float(borders[stop])
         corner, size = ((at, a), (thick, b - a)) if right else ((a, at), (b - a, thick))
         style = {"facecolor": rows["colour"].iloc[start], "edgecolor": "white", "linewidth": 1}
