@@ -69,7 +69,7 @@ def themed(draw: Callable[P, T]) -> Callable[P, T]:
 
         with plt.rc_context(sns.axes_style("ticks") | sns.plotting_context("paper") | OWN):
             drawn: Any = draw(*args, **kwargs)
-            figure = getattr(drawn, "figure", drawn).canvas.figure
+            figure = drawn.figure.canvas.figure
             for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
                 axis.get_major_ticks(1)  # all later ticks are copies of the first, which must be made here
         return drawn
@@ -98,10 +98,11 @@ def banded(ax: Axes, x: Any, y: Any, error: Any, **style: Any) -> None:
     ax.fill_between(x, y - error, y + error, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Writes a PNG atomically and frees the figure."""
+def save_figure(drawn: Axes | Figure, path: str | Path, *, dpi: int = 150) -> None:
+    """Writes a figure, or that of some axes, as a PNG atomically, and frees it."""
     import matplotlib.pyplot as plt
 
+    figure = drawn.figure.canvas.figure
     with atomic_path(path) as tmp:
         figure.savefig(tmp, format="png", dpi=dpi)
     plt.close(figure)

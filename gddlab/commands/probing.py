@@ -154,7 +154,7 @@ def _write(result: Any, folder: Path) -> None:
 
     result.save(folder)
     for stat in result.stats:
-        save_figure(result.heatmap(stat).figure, folder / f"{stat}.png")
+        save_figure(result.heatmap(stat), folder / f"{stat}.png")
     for bad in result.meta["nonfinite"][:5]:
         sys.stderr.write(
             f"not finite: {bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}, {bad['images']} images\n"

@@ -75,7 +75,7 @@ def _label_blocks(ax: Axes, frame: pd.DataFrame, first: float) -> None:
     rows = rows_of(blocks, blocks["layer"])
     prefix = "model." if all(n.startswith("model.") for n in rows.index) else ""
     known = rows["resolution"].notna()
-    names = [kind_of(n) if inside else n.removeprefix(prefix) for n, inside in known.items()]
+    names = [kind_of(n) if inside else n.removeprefix(prefix) for n, inside in zip(rows.index, known, strict=True)]
     ax.set_xticks([i + first + 0.5 for i in range(len(rows))], names, rotation=90, fontsize=7)
     ax.set_xlabel("")
     mark_places(ax, rows, [i + first for i in range(len(rows) + 1)], "top", at=1.02)

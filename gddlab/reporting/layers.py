@@ -49,7 +49,8 @@ def measured_layers(study: pd.DataFrame, network: str, stat: str, *, states: str
         study: Columns of `ProbeResult.frame`, network, states.
         network: "teacher", or a student.
         stat: A statistic, such as "rms".
-        states: What the network was shown: "noised" images at many noise levels, or "student", noise at sigma 80 as a one-step generator is given.
+        states: "noised", data with noise at many levels, or "student", noise at sigma 80, as for a one-step
+            generator.
 
     Raises:
         GddlabError: The table is another one, or has no such rows.
@@ -207,7 +208,7 @@ def family(kind: str) -> str:
 
 
 def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> pd.DataFrame:
-    """`weight_change` of each layer and student: |Δw| / |w|, Δw = student's - teacher's w, over all parameters of the layer.
+    """`weight_change` of each layer and student: |Δw| / |w| over all its parameters, Δw = student's - teacher's w.
 
     Args:
         study: Columns of `ProbeResult.frame`, network.
@@ -239,7 +240,7 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
 
 @torch.no_grad()
 def squared_norms(network: nn.Module) -> dict[str, float]:
-    """Sum of squares of each layer's parameters, with its children's, by name: `weight_change`'s denominator, squared."""
+    """Sum of squares of each layer's parameters, its children's too: the square of `weight_change`'s denominator."""
     layers = named_layers(network)
     return {name: sum(float(p.double().square().sum()) for p in module.parameters()) for name, module in layers.items()}
 
@@ -261,8 +262,8 @@ def moved_table(
 
     Returns:
         Indexed by group: layers, parameters, and for each student S three columns: "S" (root of the sum of
-        |w - teacher's|^2 over that of |teacher's|^2, over all parameters of the group), "S share" (of all of the student's
-        |w - teacher's|^2), "S still" (share of the group's parameters in layers that have not moved).
+        |w - teacher's|^2 over that of |teacher's|^2, over all parameters of the group), "S share" (of the student's
+        whole |w - teacher's|^2), "S still" (share of the group's parameters in layers that have not moved).
 
     Raises:
         GddlabError: The table is another one; a layer has no norm.

@@ -41,8 +41,8 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
         distance: "pixel" or "feature"; None takes the Frechet distance.
 
     Returns:
-        Square and symmetric, the data first, then the teachers and the others in the order of the study; NaN where a pair
-        was not measured, and on the diagonal.
+        Square and symmetric, the data first, then the teachers, then the others in the order of the study; NaN where a
+        pair was not measured, and on the diagonal.
 
     Raises:
         GddlabError: The table is another one, or has no such distance.
@@ -82,10 +82,10 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
         study: Columns a, b, distance, value, sem, n, unit.
 
     Returns:
-        Indexed by network, by sort (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data and
-        teacher (Frechet distances to the data and to the teacher); pixel and feature (to the teacher's image of the same
-        noise); pixel_share and feature_share (of the distance between the teacher's own images of different noise: 0 is
-        the same image, 1 an unrelated one); pixel_sem and feature_sem, over images.
+        Indexed by network, by sort (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data
+        and teacher (Frechet distances to the data and to the teacher); pixel and feature (to the teacher's image of the
+        same noise); pixel_share and feature_share (of the distance between the teacher's own images of different noise:
+        0 is the same image, 1 an unrelated one); pixel_sem and feature_sem, over images.
 
     Raises:
         GddlabError: The table is another one.
@@ -205,7 +205,11 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     written: dict[str, Any] = {"annot": np.array(text), "fmt": "", "annot_kws": {"fontsize": 6}} if room else {}
     low, high = np.nanmin(values), np.nanmax(values)
     scale = Scale("log", low, max(high, 2 * low), low, missing=False)
-    given = {"norm": LogNorm(scale.low, scale.high), "cmap": f"{SEQUENTIAL}_r", "square": True} | written
+    given: dict[str, Any] = {
+        "norm": LogNorm(scale.low, scale.high),
+        "cmap": f"{SEQUENTIAL}_r",
+        "square": True,
+    } | written
     shown = table.set_axis(names).set_axis(names, axis=1)
     draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, **given)
     if "n" in table.attrs:

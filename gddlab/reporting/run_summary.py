@@ -75,7 +75,8 @@ class Summary:
             return otherwise
 
     def _present(self, what: str, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        found = self._read(what, get, {})
+        nothing: dict[str, Any] = {}
+        found = self._read(what, get, nothing)
         if not found:
             self._problems.setdefault(what, "not there")
         return found
@@ -94,11 +95,13 @@ class Summary:
     @cached_property
     def fields(self) -> dict[str, Any]:
         """The configuration as it was written, with the defaults of fields that did not exist then."""
-        return _defaults() | self._read("config.json", lambda: self.run.written_config, {})
+        nothing: dict[str, Any] = {}
+        return _defaults() | self._read("config.json", lambda: self.run.written_config, nothing)
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        return self._read("status.json", lambda: self.run.written_status, {})
+        nothing: dict[str, Any] = {}
+        return self._read("status.json", lambda: self.run.written_status, nothing)
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
@@ -173,7 +176,7 @@ class Summary:
         return float(self.status.get("nimg", 0)) / 1000
 
     def at_end(self, metric: str) -> Record | None:
-        """The newest score of a metric (named without its n) at the end of the training, of the first block of seeds."""
+        """The newest score of a metric (without its n) at the end of the training, of the first block of seeds."""
         if self.config is None:
             return None
         found = [r for r in self.records if r.name == metric and r.kimg == self.config.end_kimg]

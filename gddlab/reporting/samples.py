@@ -33,8 +33,8 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
         columns: Images in a row.
 
     Returns:
-        float32 in [-1, 1], (N, 3, size, size); grey images have three equal channels. The rest of a last row that is not
-        full is grey images.
+        float32 in [-1, 1], (N, 3, size, size); grey images have three equal channels. The last row is filled
+        up with grey images.
 
     Raises:
         GddlabError: No grid of images of this size.
@@ -46,8 +46,8 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
     step = size * scale + GAP
     if scale < 1 or width != columns * step or height % step:
         raise GddlabError(
-            f"{pixels.shape[1]} x {pixels.shape[0]} pixels are no grid of {columns} columns of images of {size} pixels: "
-            "give size= and columns= as they were"
+            f"{pixels.shape[1]} x {pixels.shape[0]} pixels are no grid of {columns} columns of images of {size} "
+            "pixels: give size= and columns= as they were"
         )
     padded = np.zeros((height, width, 3), np.uint8)
     padded[:-GAP, :-GAP] = pixels

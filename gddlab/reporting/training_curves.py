@@ -169,7 +169,9 @@ def draw_efficiency(
     _say(left, f"mean, band: range over {seeds}" if seeds else "", runs[runs["value"].isna()], "experiment")
     images = runs.dropna(subset=["images"]).groupby("experiment", sort=False)["images"].first()
     shared = images.duplicated(keep=False)
-    labels = {str(name): f"{int(n):,} images" + (f", {name}" if shared[name] else "") for name, n in images.items()}
+    labels = {}
+    for (name, count), twice in zip(images.items(), shared, strict=True):
+        labels[str(name)] = f"{int(count):,} images" + (f", {name}" if twice else "")
     seen = curves[curves["value"].notna()]
     if len(seen):
         draw_curves(seen, labels=labels, ax=right)

@@ -131,9 +131,10 @@ def draw_cells(
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.tick_params(axis="x", rotation=90 if len(ax.get_xticks()) > 8 else 0)
+    mesh: Any = ax.collections[0]
     if label is not None:
-        ax.collections[0].colorbar.ax.minorticks_off()
-    return ax.collections[0]
+        mesh.colorbar.ax.minorticks_off()
+    return mesh
 
 
 def frozen_colours() -> Colormap:
@@ -261,7 +262,8 @@ def draw_similarities(
     scale = Scale.of(np.concatenate([matrices[n].ravel() for n in names]))
     colours = scale.colours(correlation=True)
     size = min(6.0, 0.9 * 72 * figure.get_size_inches()[0] / (columns + 1.3) / 9)
-    line, mesh = 0, None
+    mesh: Any = None
+    line = 0
     for (place, start, stop), count in zip(groups, lines, strict=True):
         for ax, name, title in zip(grid[line:].flat, names[start:stop], _titles(names[start:stop]), strict=False):
             ax.set_axis_on()

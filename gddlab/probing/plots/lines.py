@@ -146,7 +146,7 @@ def draw_pair(
         sem = wide(sides[who].frame, stat, "sem").loc[rows.index, sigmas[who]]
         label = f"{who}, σ = {plain(sigmas[who])}"
         ax.errorbar(x, values[-1], sem, fmt=marker, color=colour, elinewidth=1, zorder=3, label=label)
-    ax.vlines(x, *values, color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
+    ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
     ax.set_ylabel(stat_label(teacher.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     text = (
@@ -195,7 +195,7 @@ def _over_depth(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.Data
         banded(ax, x_of(rows)[0], table[sigma], sems[sigma], label=f"σ = {plain(sigma)}", **look)
 
 
-def _chosen(measured: Iterable[float], at: float | Sequence[float] | None) -> list[float]:
+def _chosen(measured: Iterable[Any], at: float | Sequence[float] | None) -> list[float]:
     """Noise levels to draw, ascending."""
     measured = list(measured)
     if at is None:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def pick(known: Iterable[str], wanted: str | Iterable[str] | None) -> list[str]:
     return [n for n in known if n in chosen]
 
 
-def nearest(sigmas: Iterable[float], at: float) -> float:
+def nearest(sigmas: Iterable[Any], at: float) -> float:
     """The measured noise level nearest to `at` on a log scale.
 
     Raises:

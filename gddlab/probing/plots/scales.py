@@ -23,7 +23,7 @@ POINTS = 7
 """Size of the names of stages and resolutions."""
 
 
-def plain(x: float, digits: int = 2) -> str:
+def plain(x: Any, digits: int = 2) -> str:
     """A number without an exponent as far as that is readable: 0.002, 0.59, 13, 80."""
     if x == 0:
         return "0"
@@ -88,7 +88,7 @@ class Scale:
 
         high = self.high if self.high > self.low else self.low + 1
         top = max(-self.low, high)
-        ends = {"vmin": -top if self.signed else self.low, "vmax": top if self.signed else high}
+        ends: dict[str, Any] = {"vmin": -top if self.signed else self.low, "vmax": top if self.signed else high}
         norm: Normalize = Normalize(**ends)
         if correlation:
             norm = Normalize(-1 if self.signed else 0, 1)
@@ -133,7 +133,7 @@ def value_axis(ax: Axes, values: Any) -> str:
     return s.note
 
 
-def sigma_axis(ax: Axes, sigmas: Iterable[float]) -> None:
+def sigma_axis(ax: Axes, sigmas: Iterable[Any]) -> None:
     """A logarithmic x axis: labels at the ends and at some decades, small ticks at the measured noise levels."""
     from matplotlib.ticker import NullFormatter
 
@@ -196,5 +196,5 @@ def mark_places(
         if right and room >= POINTS:
             ax.text(at + 1.5 * thick, (a + b) / 2, label, transform=transform, va="center", fontsize=POINTS)
         elif not right and fits:
-            where = {"ha": "center", "va": "bottom", "linespacing": 0.9}
+            where: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 0.9}
             ax.text((a + b) / 2, at + 1.3 * thick, fits[0], transform=transform, fontsize=POINTS, **where)
