@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from gddlab.files import atomic_path
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -24,6 +25,7 @@ __all__ = [
     "TRAINED",
     "axes_of",
     "banded",
+    "columns_over_kimg",
     "save_figure",
     "themed",
 ]
@@ -96,6 +98,17 @@ def banded(ax: Axes, x: Any, y: Any, error: Any, **style: Any) -> None:
     """A line with a band of known errors; seaborn would need the samples that they come from."""
     ax.plot(x, y, **style)
     ax.fill_between(x, y - error, y + error, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def columns_over_kimg(ax: Axes, metrics: pd.DataFrame, names: Mapping[str, str], ylabel: str) -> None:
+    """A line for each column of a run's metrics that is there, named by `names`, over thousands of images seen."""
+    import seaborn as sns
+
+    if shown := [name for name in names if name in metrics]:
+        long = metrics.melt("kimg", shown).replace({"variable": dict(names)})
+        sns.lineplot(long, x="kimg", y="value", hue="variable", palette=list(PALETTE[: len(shown)]), ax=ax)
+        ax.legend()
+    ax.set(xlabel="real images seen, thousands", ylabel=ylabel)
 
 
 def save_figure(drawn: Axes | Figure, path: str | Path, *, dpi: int = 150) -> None:

@@ -13,7 +13,7 @@ from gddlab.reporting.style import seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
 from gddlab.sampling import image_grid
-from gddlab.theme import BLACK, GREY, PALETTE, axes_of, themed
+from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,15 +38,8 @@ def draw_metrics(metrics: pd.DataFrame, names: Mapping[str, str], *, ax: Axes | 
         names: Column -> label.
         ylabel: What is drawn.
     """
-    import seaborn as sns
-
     ax = axes_of(ax, 5.2, 3.2)
-    shown = [name for name in names if name in metrics]
-    long = metrics.melt("kimg", shown).assign(variable=lambda f: f["variable"].map(names))
-    sns.lineplot(long, x="kimg", y="value", hue="variable", palette=list(PALETTE[: len(shown)]), ax=ax)
-    ax.set(xlabel=KIMG, ylabel=ylabel)
-    if shown:
-        ax.legend()
+    columns_over_kimg(ax, metrics, names, ylabel)
     return ax
 
 

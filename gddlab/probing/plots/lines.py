@@ -130,7 +130,7 @@ def draw_pair(
                 f"the {who} has {stat} of {alone[0]!r}, the {other} has not{count}: probe both with the same layers="
             )
     theirs = tables["teacher"]
-    wanted = tables["student"].columns[-1] if at is None else at
+    wanted: Any = tables["student"].columns[-1] if at is None else at
     sigmas = {who: nearest(t.columns, wanted) for who, t in tables.items()}
     rows = rows_of(teacher.frame, theirs.index)
     x, _ = x_of(rows)
