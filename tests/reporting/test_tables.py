@@ -11,7 +11,7 @@ import pytest
 from gddlab.distill.recorder import write_status
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
-from gddlab.reporting.run_summary import read, teacher_levels, teacher_scores
+from gddlab.reporting.run_summary import Summary, teacher_levels, teacher_scores
 from gddlab.reporting.tables import experiment_table, run_table, score_table
 from gddlab.runs import Run, load_runs
 from gddlab.teachers import load_teacher
@@ -124,6 +124,6 @@ def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Pa
     assert teacher_levels(runs, steps=(18,)) == {"teacher, 18 steps": 50.0}
     assert teacher_levels(runs, "kd-lite2") == {}
     other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"reference_n": 3})
-    assert read(other).state == "done"
+    assert Summary(other).state == "done"
     with pytest.raises(GddlabError, match="differ in reference_n"):
         teacher_levels([other])

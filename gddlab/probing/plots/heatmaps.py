@@ -160,7 +160,9 @@ def _layers_down(
     correlation = stat in CORRELATIONS
     label = stat_label(frame, stat, "" if correlation else scale.note)
     bar = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
-    draw_cells(ax, shown, scale, label, correlation=correlation, bar=bar)
+    room = max(height - 0.6, 0.3) * 72 / (1.1 * NAME_SIZE)  # names; the layout takes some height for labels and title
+    every = math.ceil(len(rows) / room)
+    draw_cells(ax, shown, scale, label, correlation=correlation, bar=bar, yticklabels=every)
     if shares is not None:
         each, whole = shares
         strip = ax.inset_axes((1.01, 0, 0.025, 1))
