@@ -66,14 +66,19 @@ def themed(draw: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:
-        import matplotlib.pyplot as plt
         import seaborn as sns
+        from matplotlib import rcParams
 
-        with plt.rc_context(sns.axes_style("ticks") | sns.plotting_context("paper") | OWN):
+        look = sns.axes_style("ticks") | sns.plotting_context("paper") | OWN
+        before = {key: rcParams[key] for key in look}  # a notebook's backend sets others while it draws
+        rcParams.update(look)
+        try:
             drawn: Any = draw(*args, **kwargs)
             figure = drawn.figure.canvas.figure
             for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
                 axis.get_major_ticks(1)  # all later ticks are copies of the first, which must be made here
+        finally:
+            rcParams.update(before)
         return drawn
 
     return inside

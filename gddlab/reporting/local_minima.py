@@ -151,7 +151,8 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
             ax.errorbar(
                 table[column], table["label"], xerr=table[f"{column}_sem"], fmt="none", ecolor=GREY, elinewidth=1
             )
-        sns.scatterplot(shown, x=column, y="label", **dots)
+        if len(shown):
+            sns.scatterplot(shown, x=column, y="label", **dots)
         at, text = lines.get(column, (np.nan, ""))
         if text:
             ax.axvline(at, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
@@ -173,7 +174,8 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     axes[0].set_yticks(range(len(names)), table["label"])
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].get_legend().remove()
+    if own := axes[0].get_legend():
+        own.remove()
     about = f"n = {int(study['n'].max())} images; bars: standard error over images"
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=about, handletextpad=0.1)
     return figure

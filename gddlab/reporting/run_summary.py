@@ -380,9 +380,6 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-ACCEPTED = ("runs",)
-
-
 def runs_folder(names: Mapping[str, Any]) -> Path:
     """The folder of `gddlab reproduce --out` that a notebook reads: its parameter `runs`, or the shipped runs if empty.
 
@@ -400,8 +397,8 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         NotFound: There is no such folder.
     """
     for name in _injected(names):
-        if name not in ACCEPTED:
-            raise unknown("parameter", name, ACCEPTED)
+        if name != "runs":
+            raise unknown("parameter", name, ["runs"])
     given = names.get("runs") or ""
     folder = Path(given) if given else data_dir() / "runs"
     if not folder.is_dir():

@@ -267,7 +267,7 @@ def test_a_page_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "p.html"
     out.write_text("old")
 
-    def fail(*_: object) -> str:
+    def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
     monkeypatch.setattr(module, "render", fail)
