@@ -12,6 +12,7 @@ from torch import nn
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import named_layers
 from gddlab.probing.plots.heatmaps import draw_cells
+from gddlab.probing.plots.lines import along_depth
 from gddlab.probing.plots.rows import rows_of, short_names, stat_label, wide, x_of
 from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, value_axis
 from gddlab.reporting.style import checked, known, look
@@ -158,8 +159,7 @@ def draw_depth(
     every = study[(study["states"] == "student") & (study["stat"] == stat)]["network"]
     names = [teacher, *known([n for n in dict.fromkeys(every) if n != teacher], students)]
     rows = rows_of(frame, dict.fromkeys(frame["layer"]))
-    x, label = x_of(rows)
-    ax = axes_of(ax, 7.2, 3.2)
+    ax = axes_of(ax, 7.2, 3.6)
     parts = {n: measured_layers(study, n, stat, states="student").set_index("layer").loc[rows.index] for n in names}
     for name, part in parts.items():
         style: dict[str, Any] = {
@@ -167,16 +167,11 @@ def draw_depth(
             "marker": "o",
             "markersize": 2.5,
         }
-        banded(ax, x, part["value"], part["sem"].fillna(0), label=look(name).label, **style)
+        banded(ax, x_of(rows)[0], part["value"], part["sem"].fillna(0), label=look(name).label, **style)
     ax.set_ylabel(stat_label(frame, stat, value_axis(ax, [part["value"] for part in parts.values()])))
-    ax.set_xlabel(label)
-    borders = borders_of(x)
-    ax.set_xlim(borders[0], borders[-1])
-    mark_places(ax, rows, borders, "top")
-    images = int(frame["n_images"].max())
-    ax.set_title(f"{stat} at σ = 80, n = {images}; bands: standard error over images", loc="left", pad=32)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    images = int(frame["n_images"].max())
+    return along_depth(ax, rows, f"{stat} at σ = 80, n = {images}; bands: standard error over images")
 
 
 PLACE = ("layer", "family", "stage", "resolution", "depth", "n_params")

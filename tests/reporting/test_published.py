@@ -1,4 +1,4 @@
-"""Published results are those of the sources, no more and no less; ours stand beside them and never in their column as another metric."""
+"""Published results are those of the sources; ours are beside them, never in their column as another metric."""
 
 from __future__ import annotations
 

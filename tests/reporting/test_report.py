@@ -165,7 +165,7 @@ def test_scores_of_another_kind_are_kept_apart_and_said(tmp_path: Path) -> None:
 
 
 def test_no_run_is_dropped(tmp_path: Path, tiny_teacher: Path) -> None:
-    """Not finished, failed, dead, of another version, damaged, never scored: all are on the page, each with what it is."""
+    """Not finished, failed, dead, of another version, damaged, never scored: all are on the page as what they are."""
     stopped(tmp_path / "stopped", tiny_teacher)
     failed = stopped(tmp_path / "failed", tiny_teacher).run_dir
     write_status(failed, "failed", rank=0, error="Traceback: a <b>bad</b> thing", message="RuntimeError: a bad thing")

@@ -66,7 +66,7 @@ def minima_study() -> pd.DataFrame:
 
 
 def layers_study() -> pd.DataFrame:
-    """Students of a tiny network: "gdd" has twice the teacher's activation and moved, "gdd-i" the same, with its convolutions still."""
+    """Students of a tiny network: "gdd" has twice the teacher's activation and moved, "gdd-i" kept its convolutions."""
     net = tiny_net()
     first = gddlab.weight_change(net, net)
     places = first.frame.drop_duplicates("layer").drop(columns=["sigma", "stat", "value", "sem", "n_images", "unit"])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gddlab.probing.result import ProbeResult
 
-__all__ = ["draw_lines", "draw_pair", "draw_stem"]
+__all__ = ["along_depth", "draw_lines", "draw_pair", "draw_stem"]
 
 NAMED = len(PALETTE)
 """Up to this many layers, each has a colour and a name of its own."""
@@ -62,22 +62,29 @@ def draw_lines(
     names = pick(table.index, layers)
     rows = rows_of(result.frame, names)
     table, sems = table.loc[names], sems.loc[names]
-    title, banded_ = f"{stat}: {about(result, stat)}", ", bands: standard error over images"
+    note = "bands: standard error over images"
     if over == "depth":
         table = table[_chosen(table.columns, at)]
         ax = _depth_axes(ax, len(rows))
         _over_depth(ax, table, sems, rows)
     else:
         ax = axes_of(ax, 7.2, 4.0)
-        (_few if len(rows) <= NAMED else _many)(ax, table, sems, rows)
+        if len(rows) <= NAMED:
+            _few(ax, table, sems, rows)
+        else:
+            _many(ax, table, rows)
+            note = "thin: single layers"
         sigma_axis(ax, table.columns)
-        banded_ = banded_ if len(rows) <= NAMED else ", thin: single layers"
     ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, table)))
     handles, labels = ax.get_legend_handles_labels()
     if over == "depth":  # drawn from the lowest level up, named from the top down
         handles, labels = handles[::-1], labels[::-1]
     ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _titled(ax, titled(title + banded_, table.to_numpy()), rows if over == "depth" else None)
+    title = titled(f"{stat}: {about(result, stat)}, {note}", table.to_numpy())
+    if over == "depth":
+        return along_depth(ax, rows, title)
+    ax.set_title(title, loc="left")
+    return ax
 
 
 @themed
@@ -105,7 +112,7 @@ def draw_stem(result: ProbeResult, stat: str, at: float = 80.0, ax: Axes | None 
     if scale.kind == "log":
         ax.set_ylim(bottom=floor)
     text = f"{stat} at σ = {plain(sigma)}: {about(result, stat)}, bars: standard error over images"
-    return _titled(ax, titled(text, values), rows)
+    return along_depth(ax, rows, titled(text, values))
 
 
 @themed
@@ -149,10 +156,8 @@ def draw_pair(
     ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
     ax.set_ylabel(stat_label(teacher.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    text = (
-        f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)}), bars: standard error over images"
-    )
-    return _titled(ax, titled(text, np.stack(values, axis=1)), rows)
+    text = f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)}); bars: standard error"
+    return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
 
 
 def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -163,7 +168,7 @@ def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) 
         banded(ax, table.columns.to_numpy(), table.loc[layer], sems.loc[layer], label=name, color=colour, **look)
 
 
-def _many(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:
+def _many(ax: Axes, table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Thin lines, and the median of each stage and resolution."""
     import seaborn as sns
 
@@ -211,11 +216,8 @@ def _depth_axes(ax: Axes | None, n: int) -> Axes:
     return axes_of(ax, min(13.0, max(5.5, 0.13 * n + 2.2)), 4.2)
 
 
-def _titled(ax: Axes, title: str, rows: pd.DataFrame | None = None) -> Axes:
-    """The title; for `rows` along the x axis also their strip, and their names if there is room, else depth."""
-    if rows is None:
-        ax.set_title(title, loc="left")
-        return ax
+def along_depth(ax: Axes, rows: pd.DataFrame, title: str) -> Axes:
+    """Ends a figure with layers along the x axis: strip, title, and names if there is room, else depth."""
     x, label = x_of(rows)
     borders = borders_of(x)
     ax.set_xlim(borders[0], borders[-1])
