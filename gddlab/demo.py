@@ -176,7 +176,7 @@ def _page(
     losses = {"loss/g": "generator", "loss/d": "discriminator"}
     logits = {"logits/fake": "on generated images", "logits/real": "on real images"}
     points = pd.DataFrame([{"kimg": k, "value": r.value} for k, r in scores])
-    curve = points.assign(experiment="student, one step", metric=final.metric)
+    curve = points.assign(experiment="student, one step", metric=final.metric, state="done")
     levels = {"teacher, 18 steps": numbers["fd_teacher_18"], f"real halves, n = {split.n}": split.value}
     headline = {
         "student, 1 step": f"{final.value:.1f}",
