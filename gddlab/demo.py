@@ -21,6 +21,7 @@ from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, probe
 from gddlab.provenance import commit, hardware, versions
 from gddlab.reporting.pages import of_figure, of_pixels, render
+from gddlab.reporting.style import look
 from gddlab.reporting.training_curves import draw_curves, draw_metrics
 from gddlab.runtime import peak_memory_mib
 from gddlab.sampling import image_grid, sample
@@ -187,7 +188,7 @@ def _page(
     }
     rows = [[f"student, {k:.2f} kimg", f"{r.value:.1f}", r.n, r.metric, r.sampler] for k, r in scores]
     for name, r in references.items():
-        rows.append([f"teacher, {name.removeprefix('heun-')} steps", f"{r.value:.1f}", r.n, r.metric, name])
+        rows.append([look(f"teacher-{name.removeprefix('heun-')}").label, f"{r.value:.1f}", r.n, r.metric, name])
     rows.append(["two halves of the real images", f"{split.value:.1f}", split.n, split.metric, split.sampler])
     optimiser = f"batch {config.batch}, lr {config.lr_g:g} / {config.lr_d:g}, R1 gamma {config.r1_gamma:g}"
     extractor = f"EfficientNet-{final.extractor}, {final.extractor_input_size} px, sha256 {final.extractor_sha256[:16]}"

@@ -13,7 +13,7 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import named_layers
 from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.probing.plots.lines import along_depth
-from gddlab.probing.plots.rows import rows_of, short_names, stat_label, wide, x_of
+from gddlab.probing.plots.rows import neighbours, rows_of, short_names, stat_label, wide, x_of
 from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, value_axis
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, DIVERGING, GREY, PALETTE, axes_of, banded, themed
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 STUDY = "layers"
-STATES = ("noised", "student")
 COLUMNS = (
     *("network", "states", "layer", "stage", "resolution", "depth", "n_params"),
     *("sigma", "stat", "value", "sem", "n_images"),
@@ -121,9 +120,9 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
         ax.tick_params(axis="y", labelleft=ax is axes[0])
         ax.set_xlabel("noise level σ")
         ax.set_title(title, loc="left")
-    for border in np.flatnonzero(rows["place"].to_numpy()[1:] != rows["place"].to_numpy()[:-1]) + 1:
-        axes[0].axhline(border, color="white", linewidth=1)
-        axes[1].axhline(border, color="white", linewidth=1)
+    for _, start, _ in neighbours(rows["place"])[1:]:
+        for ax in axes[:2]:
+            ax.axhline(start, color="white", linewidth=1)
     mark_places(axes[2], rows, range(len(rows) + 1), "right")
     label = stat_label(frame, stat, "" if correlation else scale.note)
     figure.colorbar(meshes[1], ax=axes[:2], location="bottom", **scale.bar(label, aspect=40)).minorticks_off()

@@ -46,11 +46,6 @@ class Look:
     sort: str
     colour: str
 
-    @property
-    def of_sort(self) -> str:
-        """The colour of its sort."""
-        return SORTS[self.sort]
-
 
 def look(name: str) -> Look:
     """How a network is shown: "teacher-18" as "teacher, 18 steps", "gdd-i" as "GDD-I"; an unknown name as itself."""
