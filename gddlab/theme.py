@@ -93,6 +93,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
     if ax is None:
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    ax.spines[["top", "right"]].set_visible(False)
     figure = ax.figure.canvas.figure
     if figure.get_layout_engine() is None:
         figure.set_layout_engine("constrained")
@@ -111,7 +112,8 @@ def columns_over_kimg(ax: Axes, metrics: pd.DataFrame, names: Mapping[str, str],
 
     if shown := [name for name in names if name in metrics]:
         long = metrics.melt("kimg", shown).replace({"variable": dict(names)})
-        sns.lineplot(long, x="kimg", y="value", hue="variable", palette=list(PALETTE[: len(shown)]), ax=ax)
+        colours = list(PALETTE[: len(shown)])
+        sns.lineplot(long, x="kimg", y="value", hue="variable", estimator=None, palette=colours, ax=ax)
         ax.legend()
     ax.set(xlabel="real images seen, thousands", ylabel=ylabel)
 

@@ -246,7 +246,8 @@ def _picture(run: RunHandle) -> Figure:
     fig = Figure(figsize=(10, 2.8), layout="constrained")
     *axes, samples = fig.subplots(1, 3)
     for ax, names, title in zip(axes, (LOSSES, LOGITS), ("loss", "mean logit"), strict=True):
-        columns_over_kimg(ax, metrics, names, title)
+        columns_over_kimg(ax, metrics, names, "")
+        ax.set_title(title)
     samples.set_axis_off()
     if grids := run.grids():
         with Image.open(grids[-1]) as image:
