@@ -557,7 +557,7 @@ def given(options: Any) -> dict[str, Any]:
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
     """Writes a result with one heat map per statistic, and prints what was measured."""
-    from gddlab.reporting.training_curves import save_figure
+    from gddlab.theme import save_figure
 
     result.save(folder)
     for stat in result.stats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -20,11 +20,16 @@ from gddlab.launch import RunHandle, train
 from gddlab.nets import Precond
 from gddlab.probing import ProbeResult, probe
 from gddlab.provenance import commit, hardware, versions
-from gddlab.reporting.report import Page
-from gddlab.reporting.training_curves import draw_courses, draw_metrics, figure_html, image_html, save_figure
+from gddlab.reporting.pages import of_figure, of_pixels, render
+from gddlab.reporting.style import look
+from gddlab.reporting.training_curves import draw_curves, draw_metrics
 from gddlab.runtime import peak_memory_mib
 from gddlab.sampling import image_grid, sample
 from gddlab.teachers import load_teacher
+from gddlab.theme import save_figure, themed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["demo"]
 
@@ -42,17 +47,18 @@ def say(text: str) -> None:
 def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: bool = False) -> dict[str, Any]:
     """Probe, mask, GDD-I training, evaluation against the teacher; writes index.html and demo.json.
 
-    The mask that trains is the authors' rule (option 1); one chosen by measurement is shown beside it. The same call on the same folder
-    continues an interrupted demo.
+    The mask that trains is the authors' rule (option 1); one chosen by measurement is shown beside it. The same call on
+    the same folder continues an interrupted demo.
 
     Args:
         out: Folder.
         seed: Seed of the training.
         nproc: Processes of the training.
-        recompute: Scores the teacher again, minutes, instead of reading the scores that ship with it.
+        recompute: Scores the teacher again, which takes minutes, instead of reading the scores that ship with it.
 
     Returns:
-        What is in demo.json: fd_teacher_1, fd_teacher_18, fd_student, fd_real_split, frozen_fraction, kimg, seconds, and more.
+        The content of demo.json: fd_teacher_1, fd_teacher_18, fd_student, fd_real_split, frozen_fraction, kimg, seconds
+        and more.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -73,9 +79,8 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     config = presets.digits(mask=mask, run_dir=out / "run", seed=seed)
     continued = (config.run_dir / "config.json").exists()
     run = train(config, nproc=nproc)
-    say(
-        f"train     GDD-I, {config.total_kimg:g} thousand images; follow it with: tensorboard --logdir {out / 'run' / 'events'}"
-    )
+    events = out / "run" / "events"
+    say(f"train     GDD-I, {config.total_kimg:g} thousand images; follow it with: tensorboard --logdir {events}")
     run.watch()
 
     student = run.student()
@@ -99,14 +104,15 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         "seconds": round(time.perf_counter() - began, 1),
     }
     grids = _grids(teacher, sample(student, GRID, seed=0))
-    _picture(grids, out / "images.png")
+    save_figure(_picture(grids), out / "images.png", dpi=110)
     page = _page(numbers, teacher, grids, result, mask, measured, run, scores, references, split)
-    write_text(out / "index.html", page.html())
+    write_text(out / "index.html", page)
     numbers["seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / "demo.json", numbers)
     say(
-        f"result    {final.metric}: student, one step {final.value:.1f}; teacher, 18 steps {numbers['fd_teacher_18']:.1f}, "
-        f"1 step {numbers['fd_teacher_1']:.0f}; two halves of the real images {split.value:.1f} ({split.metric})"
+        f"result    {final.metric}: student, one step {final.value:.1f}; "
+        f"teacher, 18 steps {numbers['fd_teacher_18']:.1f}, 1 step {numbers['fd_teacher_1']:.0f}; "
+        f"two halves of the real images {split.value:.1f} ({split.metric})"
     )
     say(f"page      {out / 'index.html'}  ({numbers['seconds']:.0f} s)")
     return numbers
@@ -140,8 +146,9 @@ def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
     return out
 
 
-def _picture(grids: dict[str, np.ndarray], path: Path) -> None:
-    """The grids side by side, as a PNG."""
+@themed
+def _picture(grids: dict[str, np.ndarray]) -> Figure:
+    """The grids side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(grids), 4.3), layout="constrained")
@@ -149,7 +156,7 @@ def _picture(grids: dict[str, np.ndarray], path: Path) -> None:
         ax.imshow(pixels, interpolation="nearest")
         ax.set_axis_off()
         ax.set_title(title, fontsize=11)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
 def _page(
@@ -163,114 +170,68 @@ def _page(
     scores: list[tuple[float, Record]],
     references: dict[str, Record],
     split: Record,
-) -> Page:
-    final = scores[-1][1]
-    page = Page("gddlab: a diffusion model becomes a one-step generator")
-    page.text(
-        "A diffusion teacher of handwritten digits was probed, most of its convolutions were frozen, and the rest was trained for "
-        f"{numbers['kimg']:.1f} thousand images under a purely distributional (GAN) loss. The result draws an image in one network call; the "
-        "teacher needs 35 for 18 Heun steps."
-    )
-    page.numbers(
-        {
-            "student, 1 step": f"{final.value:.1f}",
-            "teacher, 18 steps": f"{numbers['fd_teacher_18']:.1f}",
-            "teacher, 1 step": f"{numbers['fd_teacher_1']:.0f}",
-            f"two halves of the real images, n = {split.n}": f"{split.value:.1f}",
-            "of the parameters frozen": f"{mask.fraction:.1%}",
-        }
-    )
-    page.text(
-        f"Distances are {final.metric}: Frechet distances between EfficientNet-lite2 features of {final.n} images (seeds "
-        f"{final.seeds[0] if final.seeds else '?'} to {final.seeds[1] if final.seeds else '?'}) and of all {final.reference_n} real ones; lower is nearer. "
-        "They are no FID, which needs Inception features. The discriminator looked through another network, EfficientNet-lite0. "
-        "The two real halves have fewer images each, which raises their distance.",
-        note=True,
-    )
-
-    page.section("Images", "The same noise in the same place: seeds 0 to 63, row by row.")
-    for title, pixels in grids.items():
-        page.figure(image_html(pixels, title), title)
-
-    page.section(
-        "What the layers do",
-        f"Each row is a residual block, each column a noise level; {result.meta['n_images']} images, the same noise at every level. The colour is the size of what a "
-        "block adds to its skip path. The student is only ever run at sigma = 80, the right edge.",
-    )
-    page.figure(figure_html(result.heatmap("rel_update").figure, "heat map of the relative update"))
-    page.figure(
-        figure_html(result.heatmap("cosine").figure, "heat map of cosines"),
-        "How like its output at sigma = 80 each convolution's output is at the other noise levels.",
-    )
-
-    page.section(
-        "What was frozen",
-        "Blue is frozen at the teacher's values, orange is trained. The first mask is the authors' rule on names and is the one trained here. The second has "
-        f"the same budget and is chosen by measurement: the convolutions with the smallest {SCORE} at sigma = 80 are frozen. Which is better is an experiment, "
-        "not shown by this page.",
-    )
-    page.figure(figure_html(mask.plot().figure, "the rule's mask"))
-    page.figure(figure_html(measured.plot().figure, "the measured mask"))
-
-    page.section("Training", "")
-    metrics = run.metrics
-    page.figure(
-        figure_html(
-            draw_metrics(metrics, {"loss/g": "generator", "loss/d": "discriminator"}, ylabel="loss").figure, "losses"
-        )
-    )
-    page.figure(
-        figure_html(
-            draw_metrics(
-                metrics, {"logits/fake": "on generated images", "logits/real": "on real images"}, ylabel="mean logit"
-            ).figure,
-            "logits",
-        )
-    )
-    lines = {"teacher, 18 steps": numbers["fd_teacher_18"], f"real halves, n = {split.n}": split.value}
+) -> str:
     import pandas as pd
 
-    points = [{"kimg": k, "value": r.value} for k, r in scores]
-    course = pd.DataFrame(points).assign(experiment="student, one step", metric=final.metric)
-    curve = draw_courses(course, levels=lines)
-    page.figure(figure_html(curve.figure, "distance over training"))
-
-    page.section("Scores")
+    final, config, metrics = scores[-1][1], run.config, run.metrics
+    losses = {"loss/g": "generator", "loss/d": "discriminator"}
+    logits = {"logits/fake": "on generated images", "logits/real": "on real images"}
+    points = pd.DataFrame([{"kimg": k, "value": r.value} for k, r in scores])
+    curve = points.assign(experiment="student, one step", metric=final.metric, state="done")
+    levels = {"teacher, 18 steps": numbers["fd_teacher_18"], f"real halves, n = {split.n}": split.value}
+    headline = {
+        "student, 1 step": f"{final.value:.1f}",
+        "teacher, 18 steps": f"{numbers['fd_teacher_18']:.1f}",
+        "teacher, 1 step": f"{numbers['fd_teacher_1']:.0f}",
+        f"two halves of the real images, n = {split.n}": f"{split.value:.1f}",
+        "of the parameters frozen": f"{mask.fraction:.1%}",
+    }
     rows = [[f"student, {k:.2f} kimg", f"{r.value:.1f}", r.n, r.metric, r.sampler] for k, r in scores]
-    rows += [
-        [f"teacher, {k.removeprefix('heun-')} steps", f"{r.value:.1f}", r.n, r.metric, k] for k, r in references.items()
-    ]
+    for name, r in references.items():
+        rows.append([look(f"teacher-{name.removeprefix('heun-')}").label, f"{r.value:.1f}", r.n, r.metric, name])
     rows.append(["two halves of the real images", f"{split.value:.1f}", split.n, split.metric, split.sampler])
-    page.table(rows, ["what", "distance", "n", "metric", "sampler"])
-
-    page.section("What was run")
-    config = run.config
-    page.table(
-        [
-            ["teacher", f"{teacher.card.name}, sha256 {teacher.card.sha256[:16]}"],
-            ["mask", f"{mask.strategy}, {len(mask.frozen)} tensors, sha256 {mask.hash[:16]}"],
-            ["data", f"digits, sha256 {split.reference_sha256[:16]}"],
-            [
-                "training",
-                f"seed {config.seed}, batch {config.batch}, lr {config.lr_g:g} / {config.lr_d:g}, R1 gamma {config.r1_gamma:g}, {numbers['nproc']} process(es)",
-            ],
-            [
-                "extractor",
-                f"EfficientNet-{final.extractor}, {final.extractor_input_size} px, sha256 {final.extractor_sha256[:16]}",
-            ],
-            ["versions", ", ".join(f"{k} {v}" for k, v in versions().items())],
-            ["commit", commit() or "installed package"],
-            ["machine", ", ".join(f"{k} {v}" for k, v in hardware().items() if v)],
-            ["time", f"{numbers['seconds']:.0f} s, training {metrics['seconds'].iloc[-1]:.0f} s"],
-        ]
-    )
-    page.code(
-        "import gddlab\n\n"
+    optimiser = f"batch {config.batch}, lr {config.lr_g:g} / {config.lr_d:g}, R1 gamma {config.r1_gamma:g}"
+    extractor = f"EfficientNet-{final.extractor}, {final.extractor_input_size} px, sha256 {final.extractor_sha256[:16]}"
+    provenance = {
+        "teacher": f"{teacher.card.name}, sha256 {teacher.card.sha256[:16]}",
+        "mask": f"{mask.strategy}, {len(mask.frozen)} tensors, sha256 {mask.hash[:16]}",
+        "data": f"digits, sha256 {split.reference_sha256[:16]}",
+        "training": f"seed {config.seed}, {optimiser}, {numbers['nproc']} process(es)",
+        "extractor": extractor,
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "commit": commit() or "installed package",
+        "machine": ", ".join(f"{k} {v}" for k, v in hardware().items() if v),
+        "time": f"{numbers['seconds']:.0f} s, training {metrics['seconds'].iloc[-1]:.0f} s",
+    }
+    made = f'gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={config.seed})'
+    cosine = "How like its output at sigma = 80 each convolution's output is at the other noise levels."
+    return render(
+        "demo.html.j2",
+        title="gddlab: a diffusion model becomes a one-step generator",
+        numbers=numbers,
+        final=final,
+        headline=headline,
+        grids=[of_pixels(pixels, title) for title, pixels in grids.items()],
+        images=result.meta["n_images"],
+        update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
+        cosine=of_figure(result.heatmap("cosine"), "heat map of cosines", cosine),
+        score=SCORE,
+        masks=[
+            of_figure(mask.plot(), "the rule's mask"),
+            of_figure(measured.plot(), "the measured mask"),
+        ],
+        curves=[
+            of_figure(draw_metrics(metrics, losses, ylabel="loss"), "losses"),
+            of_figure(draw_metrics(metrics, logits, ylabel="mean logit"), "logits"),
+            of_figure(draw_curves(curve, levels=levels), "distance over training"),
+        ],
+        scores=rows,
+        provenance=list(provenance.items()),
+        code="import gddlab\n\n"
         'teacher = gddlab.load_teacher("digits")\n'
         "result = gddlab.probe(teacher, 18)\n"
         'mask = gddlab.select_freeze(teacher, strategy="gdd-i")\n'
-        f'run = gddlab.train(gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={config.seed}), nproc={numbers["nproc"]})\n'
+        f"run = gddlab.train({made}, nproc={numbers['nproc']})\n"
         "run.watch()\n"
-        "scores = gddlab.evaluate(run.student())"
+        "scores = gddlab.evaluate(run.student())",
     )
-    return page

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import last_jsonl, read_json, read_jsonl, thin_jsonl
+from gddlab.freezing import FreezeMask
 from gddlab.lock import held
 from gddlab.nets import OneStepPrecond
 from gddlab.teachers.catalog import load_student, snapshots_of
@@ -138,18 +139,35 @@ class Run:
         Raises:
             GddlabError: No probe was made while training, or it has no such statistic.
         """
-        from gddlab.probing.plots import draw_course
+        from gddlab.probing.plots import draw_over_training
 
         frame = self.probes
         if not len(frame):
             raise GddlabError(f"{self.run_dir} has no probes: train with probe_kimg=")
-        return draw_course(frame, stat, ax)
+        return draw_over_training(frame, stat, ax)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """Metric, value and kimg of the best student scored during training; None where `metric_kimg` was not set."""
         path = self.run_dir / "best.json"
         return read_json(path) if path.exists() else None
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """config.json as it is, also where this version cannot read it."""
+        return dict(read_json(self.run_dir / "config.json"))
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """The teacher's card, teacher.json; {} before there is one."""
+        path = self.run_dir / "teacher.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def mask(self) -> FreezeMask | None:
+        """The mask that the run trains under, mask.json; None without one."""
+        path = self.run_dir / "mask.json"
+        return FreezeMask.load(path) if path.exists() else None
 
     def snapshots(self) -> list[Path]:
         """EMA students saved during training, oldest first; the file's name is its kimg."""

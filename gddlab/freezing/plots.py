@@ -1,13 +1,15 @@
-"""Pictures of masks: blocks of the network along depth."""
+"""Figures of masks: blocks in the order of the network."""
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gddlab.freezing.tables import NOWHERE, shares
 from gddlab.probing.layers import kind_of
-from gddlab.probing.plots.bands import FROZEN, TRAINED
+from gddlab.probing.plots.heatmaps import frozen_colours
+from gddlab.probing.plots.rows import rows_of
+from gddlab.probing.plots.scales import mark_places
+from gddlab.theme import FROZEN, TRAINED, axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,56 +20,43 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_comparison", "draw_mask"]
 
-INCH_A_BLOCK = 0.2
+INCH_PER_BLOCK = 0.2
 
 
+@themed
 def draw_mask(mask: FreezeMask, ax: Axes | None = None) -> Axes:
-    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     frame = mask.to_frame()
     sizes = frame.assign(still=frame["size"].where(frame["frozen"], 0)).groupby("block", sort=False)
     table = 100 * sizes[["size", "still"]].sum() / mask.n_params
-    below, above = table["still"], table["size"] - table["still"]
-    if ax is None:
-        _, ax = plt.subplots(figsize=(max(5.0, INCH_A_BLOCK * len(table) + 1.5), 3.6), layout="constrained")
-    ax.bar(range(len(table)), below, color=FROZEN, label=f"frozen, {below.sum():.1f} %")
-    ax.bar(range(len(table)), above, bottom=below, color=TRAINED, label=f"trained, {above.sum():.1f} %")
+    ax = axes_of(ax, max(5.0, INCH_PER_BLOCK * len(table) + 1.5), 3.6)
+    still, total = table["still"].sum(), table["size"].sum()
+    look: dict[str, Any] = {"ax": ax, "saturation": 1, "width": 0.8, "linewidth": 0}
+    sns.barplot(x=table.index, y=table["size"], color=TRAINED, label=f"trained, {total - still:.1f} %", **look)
+    sns.barplot(x=table.index, y=table["still"], color=FROZEN, label=f"frozen, {still:.1f} %", **look)
     ax.set_xlim(-0.6, len(table) - 0.4)
-    ax.set_ylim(0, 1.15 * float(table["size"].max()))  # room for the bands and the legend
-    _label_blocks(ax, frame, above=False)
+    _label_blocks(ax, frame, -0.5)
     ax.set_ylabel("share of all parameters, %")
-    ax.set_title(_title(mask), fontsize=9, loc="left")
-    ax.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(_title(mask), loc="left", pad=30)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], ncols=2, loc="lower right", bbox_to_anchor=(1, 1.13), borderaxespad=0.2)
     return ax
 
 
+@themed
 def draw_comparison(comparison: MaskComparison, ax: Axes | None = None) -> Axes:
-    import matplotlib.pyplot as plt
     import pandas as pd
-    from matplotlib.colors import LinearSegmentedColormap
+    import seaborn as sns
 
-    frames = {name: mask.to_frame() for name, mask in comparison.masks.items()}
-    table = pd.DataFrame({name: shares(frame, "block") for name, frame in frames.items()}).T
-    n_masks, n_blocks = table.shape
-    if ax is None:
-        size = (max(6.0, INCH_A_BLOCK * n_blocks + 3.0), 0.3 * n_masks + 1.9)
-        _, ax = plt.subplots(figsize=size, layout="constrained")
-    colours = LinearSegmentedColormap.from_list("frozen", [TRAINED, "#F7F7F7", FROZEN])
-    mesh = ax.pcolormesh(
-        range(n_blocks + 1), range(n_masks + 1), 100 * table.to_numpy(), cmap=colours, vmin=0, vmax=100
-    )
-    mesh.set(edgecolor="white", linewidth=0.6)
-    ax.set_xlim(-0.1, n_blocks + 0.1)
-    ax.set_ylim(n_masks, 0)
-    names = [f"{name}  {100 * mask.fraction:.1f} %" for name, mask in comparison.masks.items()]
-    ax.set_yticks([i + 0.5 for i in range(n_masks)], names, fontsize=8)
-    _label_blocks(ax, next(iter(frames.values())), offset=0.5)
+    frames = {f"{name}  {100 * mask.fraction:.1f} %": mask.to_frame() for name, mask in comparison.masks.items()}
+    table = 100 * pd.DataFrame({name: shares(frame, "block") for name, frame in frames.items()}).T
+    ax = axes_of(ax, max(6.0, INCH_PER_BLOCK * table.shape[1] + 3.0), 0.3 * table.shape[0] + 1.9)
+    bar = {"label": "frozen, % of\nthe block", "ticks": [0, 50, 100], "pad": 0.02, "aspect": 12}
+    sns.heatmap(table, ax=ax, cmap=frozen_colours(), vmin=0, vmax=100, linewidths=0.6, cbar_kws=bar, yticklabels=True)
+    _label_blocks(ax, next(iter(frames.values())), 0)
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.05, aspect=12, ticks=[0, 50, 100])
-    bar.set_label("frozen, % of\nthe block", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    ax.set_ylabel("")
     return ax
 
 
@@ -80,27 +69,14 @@ def _title(mask: FreezeMask) -> str:
     return f"{mask.strategy}: {score}, {freeze} first"
 
 
-def _label_blocks(ax: Axes, frame: pd.DataFrame, *, offset: float = 0.0, above: bool = True) -> None:
-    """Names of blocks below; stage and resolution at the upper edge, outside or inside, and lines between these."""
-    blocks = frame.drop_duplicates("block")
-    names = list(blocks["block"])
-    where = [*zip(blocks["stage"].replace(NOWHERE, ""), blocks["resolution"].fillna(0), strict=True)]
-    places = [f"{stage} {resolution or ''}".strip() for stage, resolution in where]
-    prefix = "model." if all(n.startswith("model.") for n in names) else ""
-    short = [kind_of(n) if resolution else n[len(prefix) :] for n, (_, resolution) in zip(names, where, strict=True)]
-    ax.set_xticks([i + offset for i in range(len(names))], short, rotation=90, fontsize=7)
-    start = 0
-    for place, group in itertools.groupby(places):
-        stop = start + len(list(group))
-        if start:
-            ax.axvline(start + offset - 0.5, color="0.35", linewidth=0.7)
-        ax.text(
-            (start + stop - 1) / 2 + offset,
-            1.01 if above else 0.99,
-            place if stop - start > 1 else place.replace(" ", "\n"),
-            transform=ax.get_xaxis_transform(),
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=7,
-        )
-        start = stop
+def _label_blocks(ax: Axes, frame: pd.DataFrame, first: float) -> None:
+    """Names of blocks below, their stage and resolution above; blocks begin at `first` and are 1 wide."""
+    blocks = frame.drop_duplicates("block").assign(layer=lambda f: f["block"], depth=0, n_params=0)
+    blocks["stage"] = blocks["stage"].replace(NOWHERE, "")
+    rows = rows_of(blocks, blocks["layer"])
+    prefix = "model." if all(n.startswith("model.") for n in rows.index) else ""
+    known = rows["resolution"].notna()
+    names = [kind_of(n) if inside else n.removeprefix(prefix) for n, inside in zip(rows.index, known, strict=True)]
+    ax.set_xticks([i + first + 0.5 for i in range(len(rows))], names, rotation=90, fontsize=7)
+    ax.set_xlabel("")
+    mark_places(ax, rows, [i + first for i in range(len(rows) + 1)], "top", at=1.02)

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -18,6 +19,10 @@ from gddlab.files import read_end
 from gddlab.lock import held, owners
 from gddlab.progress import duration, interactive
 from gddlab.runs import ACTIVE, Run
+from gddlab.theme import columns_over_kimg, themed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["RunFailed", "RunHandle", "attach", "audience", "follow", "line"]
 
@@ -207,27 +212,22 @@ def _shown(run: RunHandle):  # type: ignore[no-untyped-def]
     return display.Image(content.getvalue(), width=round(fig.get_figwidth() * fig.dpi))
 
 
-def _picture(run: RunHandle):  # type: ignore[no-untyped-def]
+@themed
+def _picture(run: RunHandle) -> Figure:
     """Losses, logits and the newest grid, as one figure."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    m = run.thinned_metrics()
+    metrics = run.thinned_metrics()
     fig = Figure(figsize=(10, 2.8), layout="constrained")
-    axes = fig.subplots(1, 3)
-    for ax, names, title in ((axes[0], LOSSES, "loss"), (axes[1], LOGITS, "mean logit")):
-        for name, label in names.items():
-            if name in m:
-                ax.plot(m["kimg"], m[name], label=label)
-        ax.set(xlabel="kimg", title=title)
-        if ax.lines:
-            ax.legend(frameon=False)
-    grids = run.grids()
-    axes[2].axis("off")
-    if grids:
-        from PIL import Image
-
+    *axes, samples = fig.subplots(1, 3)
+    for ax, names, title in zip(axes, (LOSSES, LOGITS), ("loss", "mean logit"), strict=True):
+        columns_over_kimg(ax, metrics, names, "")
+        ax.set_title(title)
+    samples.set_axis_off()
+    if grids := run.grids():
         with Image.open(grids[-1]) as image:
-            axes[2].imshow(image)
-        axes[2].set_title(f"{float(grids[-1].stem):.1f} kimg")
-    fig.suptitle(line(run), fontsize=9)
+            samples.imshow(image)
+        samples.set_title(f"{float(grids[-1].stem):.1f} thousand images")
+    fig.suptitle(line(run))
     return fig

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gddlab.probing.plots.bands import Mask
+    from gddlab.probing.plots.heatmaps import Mask
 
 __all__ = ["COLUMNS", "FORMAT", "ProbeResult", "Statistics", "network_meta"]
 

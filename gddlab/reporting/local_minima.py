@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.reporting.style import SORTS, WIDE, checked, known, look
+from gddlab.probing.plots.heatmaps import draw_cells
+from gddlab.probing.plots.scales import Scale
+from gddlab.reporting.style import SORTS, checked, known, look
+from gddlab.theme import GREY, SEQUENTIAL, axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +41,8 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
         distance: "pixel" or "feature"; None takes the Frechet distance.
 
     Returns:
-        Square and symmetric, the data first, then the teachers and the others as they come; NaN where a pair was not measured, and on the diagonal.
+        Square and symmetric, the data first, then the teachers, then the others in the order of the study; NaN where a
+        pair was not measured, and on the diagonal.
 
     Raises:
         GddlabError: The table is another one, or has no such distance.
@@ -55,6 +59,7 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
     for a, b, value in zip(part["a"], part["b"], part["value"], strict=True):
         if a != b and b in names:
             out.loc[a, b] = out.loc[b, a] = value
+    out.attrs["n"] = int(part["n"].max())
     return out
 
 
@@ -71,15 +76,16 @@ def frechet_name(study: pd.DataFrame) -> str:
 
 
 def minima_table(study: pd.DataFrame) -> pd.DataFrame:
-    """A row a network: how far from the data, and how far from the teacher with its full number of steps.
+    """One row per network: how far from the data, and how far from the teacher with its full number of steps.
 
     Args:
         study: Columns a, b, distance, value, sem, n, unit.
 
     Returns:
-        Indexed by network, in sorts (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data and teacher (Frechet distances to the
-        data and to the teacher); pixel and feature (to the teacher's image of the same noise), pixel_share and feature_share (of what the
-        teacher's own images of different noise are apart: 0 is the same image, 1 an unrelated one); pixel_sem and feature_sem, over images.
+        Indexed by network, by sort (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data
+        and teacher (Frechet distances to the data and to the teacher); pixel and feature (to the teacher's image of the
+        same noise); pixel_share and feature_share (of the distance between the teacher's own images of different noise:
+        0 is the same image, 1 an unrelated one); pixel_sem and feature_sem, over images.
 
     Raises:
         GddlabError: The table is another one.
@@ -102,85 +108,91 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(names, name="network"))
 
 
-def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None, *, width: float = 6.4) -> Figure:
-    """A row a network, a dot a distance: to the data, and to the teacher in distribution, in pixels and in features.
+@themed
+def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> Figure:
+    """One row per network, one dot per distance: to the data, and to the teacher in distribution, pixels and features.
 
-    Frechet distances are on a log scale. The dashed lines are the teacher's own distance to the data, and what its images of other noise are apart: a
-    network whose dot lies there shares no image with it.
+    Frechet distances are on a log scale. The dashed lines are the teacher's own distance to the data, and the distance
+    between its images of different noise: a network whose dot is there shares no image with it.
 
     Args:
         study: Columns a, b, distance, value, sem, n, unit.
         networks: Which to show; all if None.
-        width: Of the figure, inches; below 4.8 the four pictures stand in two rows.
 
     Raises:
         GddlabError: The table is another one, or a network is not in it.
     """
     import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.ticker import LogLocator, NullLocator
 
     study = checked(study, COLUMNS, STUDY)
     table, teacher, metric = minima_table(study), _teacher(study), frechet_name(study)
     names = known(list(table.index), networks)
-    table = table.loc[names]
+    table = table.loc[names].assign(label=[look(n).label for n in names])
     lines = {"data": (_value(study, teacher, "data", metric)[0], "teacher")}
     for distance in IMAGES:
         lines[distance] = (_value(study, teacher, teacher + OTHER, distance)[0], "other noise")
-    down = 1 if width >= WIDE else 2
-    size = (width, down * (max(0.19 * len(names), 0.6) + 1.0))
-    figure, grid = plt.subplots(
-        down, len(PANELS) // down, sharey=True, figsize=size, layout="constrained", squeeze=False
-    )
-    colours = [look(n).of_sort for n in names]
-    y = np.arange(len(names))
-    for ax, (column, title) in zip(grid.flat, PANELS.items(), strict=True):
-        values = table[column].to_numpy(dtype=float)
+    size = (8, max(0.2 * len(names), 0.6) + 1.3)
+    figure, axes = plt.subplots(1, len(PANELS), sharey=True, figsize=size, layout="constrained")
+    for ax, (column, title) in zip(axes, PANELS.items(), strict=True):
+        log = f"{column}_sem" not in table
+        shown = table[table[column] > 0] if log else table  # the teacher's distance to itself is 0
+        dots: dict[str, Any] = {
+            "hue": "sort",
+            "palette": SORTS,
+            "s": 24,
+            "clip_on": False,
+            "zorder": 3,
+            "legend": ax is axes[0],
+            "ax": ax,
+        }
+        if not log:
+            ax.errorbar(
+                table[column], table["label"], xerr=table[f"{column}_sem"], fmt="none", ecolor=GREY, elinewidth=1
+            )
+        if len(shown):
+            sns.scatterplot(shown, x=column, y="label", **dots)
+        at, text = lines.get(column, (np.nan, ""))
+        if text:
+            ax.axvline(at, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
+            ax.annotate(
+                text, (at, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7, color=GREY
+            )
+        if log:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter("{x:g}")
+        else:
+            ax.set_xlim(0, 1.06 * np.nanmax([*table[column], at]))
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)
-        if f"{column}_sem" in table:
-            sem = table[f"{column}_sem"].to_numpy(dtype=float)
-            ax.errorbar(values, y, xerr=sem, fmt="none", ecolor=colours, elinewidth=1)
-        else:
-            values = np.where(values > 0, values, np.nan)  # the teacher and itself have no place on a log scale
-            ax.set_xscale("log")
-        there = np.flatnonzero(np.isfinite(values))  # a dot nowhere, not clipped, would take part in the layout
-        if len(there):
-            ax.scatter(values[there], y[there], c=[colours[i] for i in there], s=20, zorder=3, clip_on=False)
-        if column in lines:
-            at, text = lines[column]
-            ax.axvline(at, color="0.45", linewidth=0.8, linestyle="--", zorder=1)
-            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            ax.annotate(text, (at, 1), (0, 1), ha="center", fontsize=6, color="0.35", **place)
-        shown = np.append(values, lines[column][0] if column in lines else np.nan)
-        if ax.get_xscale() == "linear":
-            ax.set_xlim(0, 1.06 * np.nanmax(shown))
-        elif np.isfinite(shown).any():
-            _log(ax.xaxis, shown)
-            ax.set_xlim(np.nanmin(shown) / 1.5, np.nanmax(shown) * 1.5)
-        ax.set_xlabel(title.format(metric=metric), fontsize=7.5)
-        ax.tick_params(axis="x", labelsize=7 if width >= WIDE else 6)
-        ax.tick_params(axis="y", length=0, labelsize=7.5)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-    grid[0, 0].set_yticks(y, [look(n).label for n in names])
-    grid[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    _legend(figure, [look(n).sort for n in names], width)
+        ax.set(xlabel=title.format(metric=metric), ylabel="")
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+    axes[0].set_yticks(range(len(names)), table["label"])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if own := axes[0].get_legend():
+        own.remove()
+    about = f"n = {int(study['n'].max())} images; bars: standard error over images"
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=about, handletextpad=0.1)
     return figure
 
 
-def draw_between(
-    table: pd.DataFrame, *, label: str = "Frechet distance", width: float = 6.4, ax: Axes | None = None
-) -> Axes:
+@themed
+def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Axes | None = None) -> Axes:
     """A distance between all pairs as a heat map on a log scale, with the numbers where cells have room.
 
     Args:
         table: From `between`.
         label: What the distance is.
-        width: Of the figure, inches, where `ax` is None.
         ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: The table is not square, or has no value.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
     values = table.to_numpy(dtype=float)
@@ -188,35 +200,27 @@ def draw_between(
         raise GddlabError(
             f"a table of {values.shape[0]} rows and {values.shape[1]} columns: give one from between(study)"
         )
-    if ax is None:
-        ax = plt.subplots(figsize=(width, 0.92 * width), layout="constrained")[1]
-    colours = plt.get_cmap("cividis_r").with_extremes(bad="0.94")
-    low, high = np.nanmin(values), np.nanmax(values)
-    norm = LogNorm(low, high if high > low else 2 * low)
-    image = ax.imshow(np.ma.masked_invalid(values), norm=norm, cmap=colours)
+    ax = axes_of(ax, 6.6, 6.0)
     names = [look(n).label for n in table.index]
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02)
-    bar.set_label(f"{label}, log scale", fontsize=7.5)
-    _log(bar.ax.yaxis, values)
-    bar.ax.tick_params(labelsize=7)
-    ax.figure.canvas.figure.draw_without_rendering()
-    cell = ax.get_window_extent().width / ax.figure.dpi * 72 / len(names)
-    if cell >= 13:  # points: room for four digits of 5.5
-        for (i, j), v in np.ndenumerate(values):
-            if np.isfinite(v):
-                shade = "white" if norm(v) > 0.55 else "black"
-                ax.text(
-                    j, i, f"{v:.3g}" if v < 100 else f"{v:.0f}", ha="center", va="center", fontsize=5.5, color=shade
-                )
+    room = ax.get_window_extent().width / ax.figure.dpi * 72 / len(names) >= 14  # points, for four digits of 6
+    text = [["" if np.isnan(v) else f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in row] for row in values]
+    written: dict[str, Any] = {"annot": np.array(text), "fmt": "", "annot_kws": {"fontsize": 6}} if room else {}
+    low, high = np.nanmin(values), np.nanmax(values)
+    scale = Scale("log", low, max(high, 2 * low), low, missing=False)
+    given: dict[str, Any] = {
+        "norm": LogNorm(scale.low, scale.high),
+        "cmap": f"{SEQUENTIAL}_r",
+        "square": True,
+    } | written
+    shown = table.set_axis(names).set_axis(names, axis=1)
+    draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, **given)
+    if "n" in table.attrs:
+        ax.set_title(f"n = {table.attrs['n']} images", loc="left")
     return ax
 
 
 def _networks(study: pd.DataFrame) -> list[str]:
-    """Data in front, then the teachers, the others as they come."""
+    """The data first, then the teachers, then the others in the order of the study."""
     import pandas as pd
 
     names = [n for n in dict.fromkeys(pd.concat([study["a"], study["b"]])) if not n.endswith(OTHER)]
@@ -232,30 +236,9 @@ def _teacher(study: pd.DataFrame) -> str:
 
 
 def _value(study: pd.DataFrame, a: str, b: str, distance: str) -> tuple[float, float]:
-    """Value and standard error of a pair, either way round; 0 for a network and itself, NaN where it was not measured."""
+    """Value and standard error of a pair in either order; 0 for a network and itself, NaN if it was not measured."""
     if a == b:
         return 0.0, 0.0
     either = ((study["a"] == a) & (study["b"] == b)) | ((study["a"] == b) & (study["b"] == a))
     found = study[either & (study["distance"] == distance)]
     return (float(found["value"].iloc[0]), float(found["sem"].iloc[0])) if len(found) else (float("nan"), float("nan"))
-
-
-def _log(axis: Any, values: np.ndarray) -> None:
-    """Ticks of a log scale, plain numbers, as many as a small picture can hold."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    span = np.nanmax(values) / np.nanmin(values)
-    axis.set_major_locator(LogLocator(subs=(1, 3) if span > 10 else (1, 2, 5), numticks=9))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
-
-
-def _legend(figure: Figure, sorts: Sequence[str], width: float) -> None:
-    from matplotlib.lines import Line2D
-
-    shown = dict.fromkeys(sorts)
-    handles = [Line2D([], [], marker="o", linestyle="", markersize=4.5, color=SORTS[s], label=s) for s in shown]
-    columns = len(handles) if width >= WIDE else 2
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=7, handletextpad=0.1
-    )

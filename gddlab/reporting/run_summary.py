@@ -1,19 +1,18 @@
-"""What a run directory says of its run, read leniently: what is missing or cannot be read is named, nothing is refused."""
+"""What a run directory says about its run, read leniently: what is missing or damaged is named, nothing is refused."""
 
 from __future__ import annotations
 
 import ast
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation import Record, compare, load_records
-from gddlab.files import data_dir, read_json
+from gddlab.files import data_dir
 from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
@@ -24,14 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NOT_RUN",
-    "Facts",
-    "Reading",
     "Same",
+    "Summary",
     "differing",
-    "facts",
     "provenance_rows",
     "python_of",
-    "read",
     "runs_folder",
     "select",
     "shown",
@@ -41,26 +37,145 @@ __all__ = [
 ]
 
 NOT_RUN = "not run"
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A run as it lies there.
+class Summary:
+    """A run directory, read when asked: what is missing or damaged has a neutral value, and `problems` says why.
 
     Attributes:
-        experiment: Name of the folder above the run's.
-        config: None where this version cannot read it.
-        records: Its scores, oldest first.
-        state: "done", or what keeps it from being so, such as "stopped at 3 of 12 kimg" or "older format: ...".
+        run: The run.
+        name: Its name on a page.
     """
 
-    experiment: str
-    config: TrainConfig | None
-    records: tuple[Record, ...]
-    state: str
+    PARTS = (
+        "fields",
+        "card",
+        "status",
+        "config",
+        "state",
+        "mask",
+        "metrics",
+        "records",
+        "teacher",
+        "provenance",
+        "alarms",
+    )
+
+    def __init__(self, run: Run, name: str = "") -> None:
+        self.run, self.name = RunHandle(run.run_dir), name
+        self._problems: dict[str, str] = {}
+
+    def _read(self, what: str, get: Callable[[], T], otherwise: T) -> T:
+        try:
+            return get()
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:  # a GddlabError is a ValueError
+            self._problems[what] = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{self.run.run_dir}/", "")
+            return otherwise
+
+    def _present(self, what: str, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        nothing: dict[str, Any] = {}
+        found = self._read(what, get, nothing)
+        if not found:
+            self._problems.setdefault(what, "not there")
+        return found
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read and why, one line each."""
+        for part in self.PARTS:
+            getattr(self, part)
+        return tuple(f"{what}: {why}" for what, why in self._problems.items())
+
+    @cached_property
+    def config(self) -> TrainConfig | None:
+        return self._read("configuration", lambda: self.run.config, None)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The configuration as it was written, with the defaults of fields that did not exist then."""
+        nothing: dict[str, Any] = {}
+        return _defaults() | self._read("config.json", lambda: self.run.written_config, nothing)
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        nothing: dict[str, Any] = {}
+        return self._read("status.json", lambda: self.run.written_status, nothing)
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """Its scores, oldest first."""
+        return self._read("evaluation.jsonl", lambda: tuple(load_records(self.run.run_dir)), ())
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row per tick."""
+        import pandas as pd
+
+        return self._read("metrics.jsonl", lambda: self.run.metrics, pd.DataFrame())
+
+    @cached_property
+    def alarms(self) -> pd.DataFrame:
+        """One row per alarm."""
+        import pandas as pd
+
+        return self._read("alarms.jsonl", lambda: self.run.alarms, pd.DataFrame())
+
+    @cached_property
+    def mask(self) -> FreezeMask | None:
+        """What is frozen; None where nothing is."""
+        return self._read("mask.json", lambda: self.run.mask, None) if self.fields["mask"] else None
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        return self._present("teacher.json", lambda: self.run.card)
+
+    @cached_property
+    def teacher(self) -> tuple[Record, ...]:
+        """The teacher's scores on its card."""
+        scores = self.card.get("scores") or ()
+        return self._read("scores in teacher.json", lambda: tuple(map(Record.from_dict, scores)), ())
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return self._present("provenance.json", lambda: self.run.provenance)
+
+    @cached_property
+    def state(self) -> str:
+        """ "done", or what keeps it from being so, such as "stopped at 3 of 12 kimg" or "older format: ..."."""
+        config, status, _ = self.config, self.status, self.records
+        for what in ("configuration", "status.json", "evaluation.jsonl"):
+            if what in self._problems:
+                return f"older format: {self._problems[what]}"
+        assert config is not None
+        state = str(status.get("state", "not started"))
+        if state in ("starting", "running") and self.run.status == "failed":
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(float(status.get("heartbeat", 0))))
+            return f"failed: its processes ended without an error; last heartbeat {when}"
+        if state != "done" and "nimg" in status:
+            state += f" at {status['nimg'] / 1000:g} of {config.total_kimg:g} kimg"
+        return state
+
+    @property
+    def short_state(self) -> str:
+        """The state without its reason."""
+        return self.state.partition(":")[0]
+
+    @property
+    def experiment(self) -> str:
+        """Its name without the seed, where its folder is one seed of an experiment."""
+        head, _, tail = self.name.rpartition("/")
+        return head if head and tail.startswith("seed-") else self.name
+
+    @property
+    def kimg(self) -> float:
+        """Thousands of images seen."""
+        if "kimg" in self.metrics:
+            return float(self.metrics["kimg"].iloc[-1])
+        return float(self.status.get("nimg", 0)) / 1000
 
     def at_end(self, metric: str) -> Record | None:
-        """The newest score of a metric (named without its n) at the end of the training; of several blocks of seeds, the first block's."""
+        """The newest score of a metric (without its n) at the end of the training, of the first block of seeds."""
         if self.config is None:
             return None
         found = [r for r in self.records if r.name == metric and r.kimg == self.config.end_kimg]
@@ -70,20 +185,11 @@ class Reading:
         """The state, or that a finished run lacks this score."""
         return f"no {metric} at the end" if self.state == "done" and self.at_end(metric) is None else self.state
 
-
-def read(run: Run) -> Reading:
-    """Reads configuration, status and scores; a run that another version wrote and this one cannot read has that as its state."""
-    experiment = run.run_dir.parent.name
-    try:
-        config, status = run.config, run.written_status
-        records = tuple(load_records(run.run_dir))
-    except (ValueError, KeyError, TypeError) as e:  # GddlabError is a ValueError; so is a line that is not JSON
-        why = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{run.run_dir}/", "")
-        return Reading(experiment, None, (), f"older format: {why}")
-    state = str(status.get("state", "not started"))
-    if state != "done" and "nimg" in status:
-        state += f" at {status['nimg'] / 1000:g} of {config.total_kimg:g} kimg"
-    return Reading(experiment, config, records, state)
+    def last(self, records: Iterable[Record]) -> Record | None:
+        """The newest score of this run that is among `records`."""
+        among = list(records)
+        own = [r for r in self.records if r in among]
+        return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
 
 
 def select(runs: Sequence[Run], rows: Sequence[str] = ()) -> dict[str, list[Run]]:
@@ -122,16 +228,14 @@ class Same:
 
 
 def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, float]:
-    """The teacher's scores by its number of Heun steps, from the card that lies in the first run; {} where it has none.
+    """The teacher's scores by its number of Heun steps, from the first card in the runs; {} without one.
 
     Raises:
         GddlabError: They cannot be compared with the runs' scores.
     """
-    found = [run for run in runs if (run.run_dir / "teacher.json").exists()]
-    if not found:
-        return {}
-    records = [Record.from_dict(s) for s in read_json(found[0].run_dir / "teacher.json").get("scores", ())]
-    own = next((r for run in runs for r in read(run).records if r.name == metric), None)
+    card = next((card for run in runs if (card := run.card)), {})
+    records = [Record.from_dict(s) for s in card.get("scores", ())]
+    own = next((r for run in runs for r in Summary(run).records if r.name == metric), None)
     out: dict[int, float] = {}
     for record in records:
         if record.name == metric and record.sampler.startswith("heun-"):
@@ -154,130 +258,12 @@ def teacher_levels(
     return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A run as it lies there.
-
-    Attributes:
-        name: How it is called on the page.
-        run: Its folder.
-        state: "done", or what it is instead, with how far it came.
-        config: Its configuration; None where this version cannot read it.
-        fields: What config.json holds, with the defaults of fields that did not exist when it was written.
-        mask: What is frozen; None where nothing is, or where the file cannot be read.
-        metrics: A row a tick.
-        records: Its scores, oldest first.
-        card: teacher.json.
-        teacher: The teacher's scores on that card.
-        provenance, status: The files of these names.
-        alarms: A row an alarm.
-        problems: What could not be read, a line each.
-    """
-
-    name: str
-    run: RunHandle
-    state: str
-    config: TrainConfig | None
-    fields: dict[str, Any]
-    mask: FreezeMask | None
-    metrics: pd.DataFrame
-    records: tuple[Record, ...]
-    card: dict[str, Any]
-    teacher: tuple[Record, ...]
-    provenance: dict[str, Any]
-    status: dict[str, Any]
-    alarms: pd.DataFrame
-    problems: tuple[str, ...]
-
-    @property
-    def short_state(self) -> str:
-        """The state without its reason."""
-        return self.state.partition(":")[0]
-
-    @property
-    def experiment(self) -> str:
-        """Its name without the seed, where its folder is one seed of an experiment."""
-        head, _, tail = self.name.rpartition("/")
-        return head if head and tail.startswith("seed-") else self.name
-
-    @property
-    def kimg(self) -> float:
-        """Thousands of images seen."""
-        if "kimg" in self.metrics:
-            return float(self.metrics["kimg"].iloc[-1])
-        return float(self.status.get("nimg", 0)) / 1000
-
-    def last(self, records: Iterable[Record]) -> Record | None:
-        """The newest score of this run that is among `records`."""
-        among = list(records)
-        own = [r for r in self.records if r in among]
-        return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
-
-
-def facts(run_dir: Path, name: str) -> Facts:
-    """Reads a run directory."""
-    import pandas as pd
-
-    run = RunHandle(run_dir)
-    problems: list[str] = []
-
-    def lenient(what: str, get: Callable[[], T], otherwise: T) -> T:
-        try:
-            return get()
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-            why = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{run.run_dir}/", "")
-            problems.append(f"{what}: {why}")
-            return otherwise
-
-    def file(name: str) -> dict[str, Any]:
-        if not (run.run_dir / name).exists():
-            problems.append(f"{name}: not there")
-            return {}
-        found = read_json(run.run_dir / name)
-        if not isinstance(found, dict):
-            raise GddlabError("no JSON object")
-        return found
-
-    nothing: dict[str, Any] = {}
-    written = lenient("config.json", lambda: file("config.json"), nothing)
-    mask_file = run.run_dir / "mask.json"
-    card = lenient("teacher.json", lambda: file("teacher.json"), nothing)
-    status = lenient("status.json", lambda: run.written_status, nothing)
-    return Facts(
-        name=name,
-        run=run,
-        state=lenient("state", lambda: _state(run, status), "unknown"),
-        config=lenient("configuration", lambda: run.config, None),
-        fields=_defaults() | written,
-        mask=lenient("mask.json", lambda: FreezeMask.load(mask_file), None) if written.get("mask") else None,
-        metrics=lenient("metrics.jsonl", lambda: run.metrics, pd.DataFrame()),
-        records=lenient("evaluation.jsonl", lambda: tuple(load_records(run.run_dir)), ()),
-        card=card,
-        teacher=lenient("scores in teacher.json", lambda: tuple(map(Record.from_dict, card.get("scores") or ())), ()),
-        provenance=lenient("provenance.json", lambda: file("provenance.json"), nothing),
-        status=status,
-        alarms=lenient("alarms.jsonl", lambda: run.alarms, pd.DataFrame()),
-        problems=tuple(problems),
-    )
-
-
-def _state(run: RunHandle, status: dict[str, Any]) -> str:
-    state = read(run).state
-    if run.status == "failed" and status.get("state") in ("starting", "running"):
-        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(float(status.get("heartbeat", 0))))
-        return f"failed: its processes ended without a word; last sign of life {when}"
-    return state
-
-
 def _defaults() -> dict[str, Any]:
     return TrainConfig.model_construct(run_dir=Path()).model_dump(mode="json", exclude={"run_dir"})
 
 
-def trained_rows(f: Facts) -> list[list[str]]:
-    """What was trained, one row per subject; the configuration as it is written where this version cannot read it."""
+def trained_rows(f: Summary) -> list[list[str]]:
+    """What was trained, one row per subject; the configuration as it is written if this version cannot read it."""
     if f.config is None:
         return [["configuration", json.dumps(f.fields)]]
     c, about = f.fields, f.card
@@ -325,8 +311,8 @@ def method(config: TrainConfig) -> str:
     return " + ".join(names)
 
 
-def provenance_rows(f: Facts) -> list[list[str]]:
-    """What ran where, a row a subject; empty where nothing was written."""
+def provenance_rows(f: Summary) -> list[list[str]]:
+    """What ran where, one row per subject; empty where nothing was written."""
     p = f.provenance
     if not p:
         return []
@@ -343,8 +329,8 @@ def provenance_rows(f: Facts) -> list[list[str]]:
     return [[k, str(v)] for k, v in rows if v not in ("", None)]
 
 
-def python_of(f: Facts) -> str:
-    """The call that makes this run again, with the fields that are not at their default."""
+def python_of(f: Summary) -> str:
+    """The call that repeats this run, with the fields that differ from their defaults."""
     default = _defaults()
     given = {k: v for k, v in f.fields.items() if v != default.get(k) and k != "mask"}
     lines = [f"    {k}={tuple(v) if isinstance(v, list) else v!r}," for k, v in given.items()]
@@ -352,10 +338,11 @@ def python_of(f: Facts) -> str:
         lines.append('    mask="mask.json",  # of this run')
     nproc = f.provenance.get("world_size", 1)
     inside = "\n".join(['    run_dir="again",', *lines])
-    return f"import gddlab\n\nconfig = gddlab.TrainConfig(\n{inside}\n)\ngddlab.train(config{f', nproc={nproc}' if nproc > 1 else ''})"
+    call = f"gddlab.train(config{f', nproc={nproc}' if nproc > 1 else ''})"
+    return f"import gddlab\n\nconfig = gddlab.TrainConfig(\n{inside}\n)\n{call}"
 
 
-def differing(runs: Sequence[Facts]) -> dict[str, list[str]]:
+def differing(runs: Sequence[Summary]) -> dict[str, list[str]]:
     """Fields in which configurations differ, with each run's value; the mask by what it freezes."""
     rows = [_flat(f.fields) for f in runs]
     out: dict[str, list[str]] = {}
@@ -374,7 +361,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _mask_cell(f: Facts) -> str:
+def _mask_cell(f: Summary) -> str:
     if f.mask is None:
         return shown(f.fields["mask"])[:12]
     score = f.mask.arguments.get("score")
@@ -397,13 +384,11 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-ACCEPTED = ("runs",)
-
-
 def runs_folder(names: Mapping[str, Any]) -> Path:
-    """The folder of `gddlab reproduce --out` that a notebook reads: its parameter `runs`, or the shipped runs where that is empty.
+    """The folder of `gddlab reproduce --out` that a notebook reads: its parameter `runs`, or the shipped runs if empty.
 
-    papermill writes the parameters it was given into a cell of its own and only warns where the notebook has no such parameter; here that is refused.
+    papermill writes the parameters it was given into a cell of its own and only warns where the notebook has no such
+    parameter; here that is refused.
 
     Args:
         names: The notebook's `globals()`.
@@ -416,8 +401,8 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         NotFound: There is no such folder.
     """
     for name in _injected(names):
-        if name not in ACCEPTED:
-            raise unknown("parameter", name, ACCEPTED)
+        if name != "runs":
+            raise unknown("parameter", name, ["runs"])
     given = names.get("runs") or ""
     folder = Path(given) if given else data_dir() / "runs"
     if not folder.is_dir():
@@ -425,7 +410,7 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
             f"runs={str(given)!r}: no such folder; give the --out of gddlab reproduce, or '' for the shipped runs"
         )
     if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
-        raise GddlabError(f"runs={str(given)!r} is the folder of one list: give {str(folder.parent)!r}, which holds it")
+        raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
     return folder
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError
 from gddlab.sampling import image_grid
+from gddlab.theme import axes_of, themed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ GAP = 1
 
 
 def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
-    """The images of a grid that `save_grid` wrote: of a run's `samples/KIMG.png`, or a teacher's `samples-STEPS.png`.
+    """The images of a grid that `save_grid` wrote: a run's `samples/KIMG.png`, or a teacher's `samples-STEPS.png`.
 
     Both hold 64 images of seeds 0 to 63, row by row, in 8 columns: image i has seed i.
 
@@ -32,7 +33,8 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
         columns: Images in a row.
 
     Returns:
-        float32 in [-1, 1], (N, 3, size, size); grey images have three equal channels. A last row that is not full is filled up in grey.
+        float32 in [-1, 1], (N, 3, size, size); grey images have three equal channels. The last row is filled
+        up with grey images.
 
     Raises:
         GddlabError: No grid of images of this size.
@@ -44,7 +46,8 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
     step = size * scale + GAP
     if scale < 1 or width != columns * step or height % step:
         raise GddlabError(
-            f"{pixels.shape[1]} x {pixels.shape[0]} pixels are no grid of {columns} columns of images of {size} pixels: give size= and columns= as they were"
+            f"{pixels.shape[1]} x {pixels.shape[0]} pixels are no grid of {columns} columns of images of {size} "
+            "pixels: give size= and columns= as they were"
         )
     padded = np.zeros((height, width, 3), np.uint8)
     padded[:-GAP, :-GAP] = pixels
@@ -53,22 +56,18 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def draw_same_noise(
-    images: Mapping[str, Tensor], seeds: Sequence[int] = range(16), *, width: float = 6.4, ax: Axes | None = None
-) -> Axes:
-    """A row a network, a column a seed: what each makes of the same noise.
+@themed
+def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(16), *, ax: Axes | None = None) -> Axes:
+    """One row per network, one column per seed: what each makes of the same noise.
 
     Args:
         images: Label -> images of seeds 0, 1, 2, ..., float [-1, 1], (N, C, H, W); grey or RGB.
         seeds: Which to show.
-        width: Of the figure, inches, where `ax` is None.
         ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: No images or seeds; a network has no image of a seed; images differ in size.
     """
-    import matplotlib.pyplot as plt
-
     if not images or not len(seeds):
         raise GddlabError("nothing to draw: give images of at least one network, and at least one seed")
     sides = {label: tuple(x.shape[-2:]) for label, x in images.items()}
@@ -76,17 +75,16 @@ def draw_same_noise(
         if x.ndim != 4 or sides[label] != next(iter(sides.values())):
             raise GddlabError(f"images of {label!r} are {tuple(x.shape)}: give (N, C, H, W), all of one size")
         if min(seeds) < 0 or max(seeds) >= len(x):
-            raise GddlabError(f"{label!r} has images of seeds 0 to {len(x) - 1}, not of {max(seeds)}: draw more of it")
+            raise GddlabError(
+                f"{label!r} has images of seeds 0 to {len(x) - 1}, not of {max(seeds)}: sample more of it"
+            )
     rows = [x[list(seeds)].expand(-1, 3, -1, -1).cpu() for x in images.values()]
     grid = image_grid(torch.cat(rows), columns=len(seeds))
     side = (grid.shape[0] + GAP) // len(rows), (grid.shape[1] + GAP) // len(seeds)
-    grid[side[0] - GAP :: side[0]] = grid[:, side[1] - GAP :: side[1]] = (
-        255  # the lines between images are white, as paper is
-    )
+    grid[side[0] - GAP :: side[0]] = grid[:, side[1] - GAP :: side[1]] = 255  # white lines between images
     if ax is None:
-        room = width - min(0.066 * max(map(len, images)) + 0.1, width / 2)  # beside the names
-        height = room * grid.shape[0] / grid.shape[1] + 0.3
-        ax = plt.subplots(figsize=(width, height), layout="constrained")[1]
+        names = 0.066 * max(map(len, images)) + 0.1
+        ax = axes_of(None, 6.4, (6.4 - names) * grid.shape[0] / grid.shape[1] + 0.3)
     ax.imshow(grid, interpolation="nearest")
     ax.set_anchor("E")
     ax.set_yticks([side[0] * (i + 0.5) - 1 for i in range(len(rows))], list(images), fontsize=7.5)

@@ -1,44 +1,40 @@
-"""How the networks of a study are called and coloured, the same in every figure."""
+"""The names and colours of the networks of a study, the same in every figure, and the checks of its table."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.theme import BLACK, GREY, PALETTE
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
-__all__ = ["WIDE", "Look", "checked", "known", "look", "name_lines", "spread_out"]
+__all__ = ["SORTS", "Look", "checked", "known", "look", "seeds_text"]
 
-WIDE = 4.8
-"""Inches; narrower figures are laid out for the column of a page."""
-BLACK, GREY = "#000000", "#7F7F7F"
+BLUE, ORANGE, GREEN, RED, PINK = PALETTE[:5]
 SORTS = {
     "data": BLACK,
     "teacher": GREY,
-    "GAN loss": "#0072B2",
-    "instance loss": "#D55E00",
-    "GAN and instance loss": "#009E73",
-    "other": "#CC79A7",
+    "GAN loss": BLUE,
+    "instance loss": RED,
+    "GAN and instance loss": GREEN,
+    "other": PINK,
 }
-"""Sort of network -> colour (Okabe and Ito's)."""
+"""Sort of network -> colour."""
 NAMES = {
     "data": ("data", "data", BLACK),
-    "gdd": ("GDD", "GAN loss", "#0072B2"),
-    "gdd-i": ("GDD-I", "GAN loss", "#E69F00"),
-    "scratch": ("GDD, random start", "GAN loss", "#CC79A7"),
-    "pd": ("PD", "instance loss", "#D55E00"),
-    "cd": ("CD", "instance loss", "#D55E00"),
-    "ctm": ("CTM", "instance loss", "#D55E00"),
-    "rcd": ("RCD", "instance loss", "#D55E00"),
-    "gdd-cd": ("GDD + CD", "GAN and instance loss", "#009E73"),
+    "gdd": ("GDD", "GAN loss", BLUE),
+    "gdd-i": ("GDD-I", "GAN loss", ORANGE),
+    "scratch": ("GDD, random start", "GAN loss", PINK),
+    "pd": ("PD", "instance loss", RED),
+    "cd": ("CD", "instance loss", RED),
+    "ctm": ("CTM", "instance loss", RED),
+    "rcd": ("RCD", "instance loss", RED),
+    "gdd-cd": ("GDD + CD", "GAN and instance loss", GREEN),
 }
 
 
@@ -50,23 +46,16 @@ class Look:
     sort: str
     colour: str
 
-    @property
-    def of_sort(self) -> str:
-        """The colour of its sort."""
-        return SORTS[self.sort]
-
 
 def look(name: str) -> Look:
-    """How a network is shown: "teacher-18" as "teacher, 18 steps", "gdd-i" as "GDD-I"; an unknown name stands for itself."""
+    """How a network is shown: "teacher-18" as "teacher, 18 steps", "gdd-i" as "GDD-I"; an unknown name as itself."""
     if name in NAMES:
         return Look(*NAMES[name])
     if steps := re.fullmatch(r"teacher-(\d+)(.*)", name):
         count = int(steps[1])
-        shade = "0.65" if count < 18 else "0.25"
+        shade = str(max(0.3, 0.75 - 0.45 * count / 18))
         return Look(f"teacher, {count} step{'s' if count > 1 else ''}{steps[2]}", "teacher", shade)
-    if name == "teacher":
-        return Look("teacher", "teacher", "0.25")
-    return Look(name, "other", SORTS["other"])
+    return Look(name, "teacher", "0.25") if name == "teacher" else Look(name, "other", SORTS["other"])
 
 
 def checked(frame: pd.DataFrame, columns: Iterable[str], study: str) -> pd.DataFrame:
@@ -97,45 +86,10 @@ def known(names: Sequence[str], wanted: Sequence[str] | None, what: str = "netwo
     return list(names if wanted is None else wanted)
 
 
-def name_lines(ax: Axes, lines: Sequence[tuple[float, str, Any]], *, size: float = 7) -> None:
-    """Names of lines at their right ends, moved apart where they would overlap; in a narrow figure in a legend below it.
-
-    Args:
-        ax: Axes with their final limits and scale.
-        lines: y in data at the right end, name, colour of each.
-        size: Of the text, points.
-    """
-    figure = ax.figure.canvas.figure
-    if figure.get_size_inches()[0] < WIDE:
-        from matplotlib.lines import Line2D
-
-        handles = [Line2D([], [], color=colour, label=name) for _, name, colour in lines]
-        style: dict[str, Any] = {"frameon": False, "fontsize": size, "handlelength": 1.2}
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, **style)
-        return
-    figure.draw_without_rendering()  # the layout says how high the axes are
-    height = ax.get_window_extent().height / ax.figure.dpi * 72
-    ends = ax.transData.transform([(1.0, y) for y, *_ in lines])
-    at = spread_out(ax.transAxes.inverted().transform(ends)[:, 1], 1.15 * size / height)
-    for y, (_, name, colour) in zip(at, lines, strict=True):
-        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-        ax.annotate(name, (1, y), (4, 0), va="center", fontsize=size, color=colour, **place)
-
-
-def spread_out(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
-    """Places at least `gap` apart, in the same order, as near to the given ones as least squares has it.
-
-    Pool-adjacent-violators: neighbours that would be nearer share the mean of where they want to be.
-    """
-    order = np.argsort(places, kind="stable")
-    groups: list[list[float]] = []  # sum of wanted starts, how many
-    for rank, i in enumerate(order):
-        groups.append([float(places[i]) - rank * gap, 1])
-        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
-            total, count = groups.pop()
-            groups[-1][0] += total
-            groups[-1][1] += count
-    starts = np.concatenate([np.full(int(count), total / count) for total, count in groups])
-    out = np.empty(len(order))
-    out[order] = starts + np.arange(len(order)) * gap
-    return out
+def seeds_text(counts: Iterable[int]) -> str:
+    """ "3 seeds", or "1 to 3 seeds" where lines differ; "" without any."""
+    found = sorted(set(counts))
+    if not found:
+        return ""
+    many = f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+    return f"{many} seed{'s' if found[-1] > 1 else ''}"

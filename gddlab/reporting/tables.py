@@ -1,4 +1,4 @@
-"""Runs as tables: a row a run, a row an experiment, several scores side by side."""
+"""Runs as tables: by run, by experiment, several scores side by side; beside published results; and their cost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import data_dir
-from gddlab.reporting.run_summary import NOT_RUN, Reading, Same, read, select, teacher_scores
+from gddlab.reporting.run_summary import NOT_RUN, Same, Summary, select, teacher_scores
 from gddlab.reporting.style import look
 from gddlab.runs import Run
+from gddlab.theme import PALETTE, axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ TYPES = {"seed": "Int64", "nfe": "Int64", "images": "Int64"}
 
 
 def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = ()) -> pd.DataFrame:
-    """A row a run: experiment (the name of its folder's parent), seed, mask, and the student's score at the end.
+    """One row per run: experiment (the name of its folder's parent), seed, mask, and the student's score at the end.
 
     Args:
         runs: Run directories.
@@ -43,12 +44,13 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
         rows: Experiments to show, in this order; one without any run is a row too. All that have runs for ().
 
     Returns:
-        Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), images (distinct real images trained on; where the run
-        took all, as many as the score's reference has), nfe (network calls an image), kimg, metric, value, state. A run that is not finished, cannot
-        be read or has no such score at its end has no value, and `state` says why; "not run" is an experiment without a run.
+        Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), images (distinct real
+        images trained on; where the run took all, as many as the score's reference has), nfe (network calls per image),
+        kimg, metric, value, state. A run that is not finished, cannot be read or has no such score at its end has no
+        value, and `state` says why; "not run" is an experiment without a run.
 
     Raises:
-        GddlabError: The scores differ in n, extractor or reference, and cannot stand in one table; or there are neither runs nor rows.
+        GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
     import pandas as pd
 
@@ -56,7 +58,7 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     out: list[dict[str, Any]] = []
     for experiment, found in select(runs, rows).items():
         for run in found:
-            out.append(_row(read(run), metric, same))
+            out.append({"experiment": experiment} | _row(Summary(run), metric, same))
         if not found:
             out.append({"experiment": experiment, "state": NOT_RUN})
     columns = [
@@ -76,9 +78,9 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     return table.astype(TYPES | dict.fromkeys(("frozen", "kimg", "value"), "float64"))
 
 
-def _row(reading: Reading, metric: str, same: Same) -> dict[str, Any]:
-    row: dict[str, Any] = {"experiment": reading.experiment, "state": reading.state_of(metric)}
-    config = reading.config
+def _row(summary: Summary, metric: str, same: Same) -> dict[str, Any]:
+    row: dict[str, Any] = {"state": summary.state_of(metric)}
+    config = summary.config
     if config is None:
         return row
     mask = config.mask
@@ -93,8 +95,8 @@ def _row(reading: Reading, metric: str, same: Same) -> dict[str, Any]:
         "nfe": 1 + len(config.mid_sigmas),
         "kimg": config.total_kimg,
     }
-    record = reading.at_end(metric)
-    if reading.state == "done" and record is not None:
+    record = summary.at_end(metric)
+    if summary.state == "done" and record is not None:
         same(record)
         row |= {"metric": record.metric, "value": record.value}
         row["images"] = config.max_images or record.reference_n
@@ -102,15 +104,15 @@ def _row(reading: Reading, metric: str, same: Same) -> dict[str, Any]:
 
 
 def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
-    """A row an experiment.
+    """One row per experiment.
 
     Args:
         runs: From `run_table`.
         sort: Lowest mean first; in the order of `runs` otherwise.
 
     Returns:
-        Indexed by experiment: frozen, seeds (runs with a value), mean, sd (sample standard deviation over seeds; NaN for one), min, max,
-        unfinished (runs without a value), state ("done", or what its runs without a value say).
+        Indexed by experiment: frozen, seeds (runs with a value), mean, sd (sample standard deviation over seeds;
+        NaN for one), min, max, unfinished (runs without a value), state ("done", or why its runs have no value).
     """
     import pandas as pd
 
@@ -131,7 +133,7 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
 
 
 def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = ()) -> pd.DataFrame:
-    """Several scores of the same students side by side: a row an experiment, means over seeds.
+    """Several scores of the same students side by side: one row per experiment, means over seeds.
 
     Args:
         runs: Run directories.
@@ -139,7 +141,7 @@ def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[s
         rows: As for `run_table`.
 
     Returns:
-        Indexed by experiment: a column a score, named with its n where there is one; state.
+        Indexed by experiment: one column per score, named with its n where there is one; state.
 
     Raises:
         GddlabError: As for `run_table`, for each score.
@@ -159,7 +161,7 @@ def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[s
 
 
 def _together(states: dict[str, str]) -> str:
-    """What an experiment has come to, from what it has come to for each score."""
+    """The state of an experiment, from its states for each score."""
     missing = [m for m, s in states.items() if s == f"no {m} at the end"]
     other = dict.fromkeys(s for m, s in states.items() if m not in missing and s != "done")
     return "; ".join([*other, *([f"no {', '.join(missing)} at the end"] if missing else [])]) or "done"
@@ -170,11 +172,11 @@ HEADS = {
     "kimg": "thousand images seen",
     "value": "distance",
     "sd": "sd over seeds",
-    "nfe": "network calls an image",
+    "nfe": "network calls per image",
     "images": "distinct images",
     "trained": "parameters trained",
     "discriminator": "discriminator's, trained",
-    "sec_per_kimg": "seconds a thousand images",
+    "sec_per_kimg": "seconds per thousand images",
     "minutes": "training, minutes",
     "peak_mem_mib": "peak memory, MiB",
     "clip-fid": "CLIP-FID",
@@ -201,7 +203,7 @@ FORMATS = {
     "kid": "{:.4f}",
     "clip-fid": "{:.2f}",
 }
-"""Column, or how its name begins -> how its numbers are written; whole numbers with commas, others with three digits."""
+"""Column, or how its name begins -> format of its numbers; otherwise commas or three digits."""
 STYLES: Any = [
     {"selector": "", "props": "border-collapse:collapse;font-size:.85rem"},
     {"selector": "caption", "props": "caption-side:top;text-align:left;max-width:46rem;padding:0 0 .5rem"},
@@ -224,8 +226,8 @@ def styled(
     """A table to look at; its HTML and its text are the same each time, so that a notebook's output can be compared.
 
     Args:
-        table: Numbers and text. Where it has a column `state`, empty cells of a row that was not run say so; the column itself is shown
-            where there is more to say than that.
+        table: Numbers and text. Where it has a column `state`, empty cells of a row that was not run say so; the column
+            itself is shown where it says more than that.
         caption: What is seen: n, extractor, seeds, unit.
         heads: Column -> head, beside `HEADS`.
         formats: Column, or how its name begins -> format, beside `FORMATS`.
@@ -288,22 +290,22 @@ SETTINGS = {
     "ffhq": "FFHQ 64",
     "imagenet64": "ImageNet 64",
 }
-"""Published settings -> how they are called. ImageNet is conditional, AFHQv2 and FFHQ are not."""
+"""Published settings -> their names. ImageNet is conditional, AFHQv2 and FFHQ are not."""
 OURS = "here"
 """Source of our rows."""
 FIDS = {"fid-min3@50000": "", "fid@50000": ", one block"}
-"""What ours must be to stand in the column of published FIDs, which are the least of three blocks of 50,000 images -> what is said of it."""
+"""Our scores that may stand beside published FIDs, the least of three blocks of 50,000 images -> remark on them."""
 
 
 def published(path: str | Path | None = None) -> pd.DataFrame:
-    """Published results, one value a row.
+    """Published results, one row per value.
 
     Args:
         path: A CSV file; None reads the one that ships with gddlab.
 
     Returns:
-        Columns method, dataset, conditional, nfe (network calls an image), metric ("fid", "clip-fid"; at 50,000 images), value, images (training images
-        seen, NA where the source does not say), source.
+        Columns method, dataset, conditional, nfe (network calls per image), metric ("fid", "clip-fid"; at 50,000
+        images), value, images (training images seen, NA where the source does not say), source.
 
     Raises:
         GddlabError: A column is missing or unknown, a value is not a positive number, or a value has no source.
@@ -371,11 +373,13 @@ def main_table(
         results: From `published`.
         runs_by_setting: A key of `SETTINGS` or "digits" -> runs.
         rows: Experiments to show; "not run" where there are none.
-        teachers: A key as in `runs_by_setting` -> the study `teacher-steps`; without it, the teacher's scores are those on its card.
+        teachers: A key as in `runs_by_setting` -> the study `teacher-steps`; without it, the teacher's scores are those
+            on its card.
 
     Returns:
-        Text, indexed by method and source: network calls an image, digits, then a column a published setting. Published cells are FID, or empty where no value was verified; ours
-        are the mean and range over seeds, "not run", or why there is no value; where only one block of 50,000 was scored, that is said.
+        Text, indexed by method and source: network calls per image, digits, then one column per published setting.
+        Published cells are FID, or empty where no value was verified; ours are the mean and range over seeds, "not
+        run", or why there is no value; a score of only one block of 50,000 is marked.
 
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
@@ -416,7 +420,7 @@ def _family(method: str) -> str:
 def _ours(
     runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str], study: pd.DataFrame | None
 ) -> tuple[dict[str, tuple[str, str]], str]:
-    """Cell and network calls of the teacher and of each experiment in one setting, by the first metric that a run has; and it with its n."""
+    """Cells and network calls of teacher and experiments by the first metric that a run has; and that metric."""
     tables = {metric: run_table(runs, metric, rows=rows) for metric in metrics}
     metric = next((m for m, t in tables.items() if t["value"].notna().any()), metrics[-1])
     table = tables[metric]
@@ -460,72 +464,48 @@ def _number(value: float, metric: str) -> str:
     return f"{value:.{2 if metric.startswith('fid') else 1}f}"
 
 
+@themed
 def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | None = None) -> Axes:
-    """Published scores against the training images seen, both logarithmic; results whose source does not say how many are left out.
+    """Published scores against the training images seen, both logarithmic, where the source says how many.
 
     Args:
         results: From `published`.
         metric: "fid" or "clip-fid".
         ax: Where to draw; None makes a figure.
     """
-    import matplotlib.pyplot as plt
-
-    from gddlab.reporting.training_curves import PALETTE
+    import seaborn as sns
 
     shown = results[(results["metric"] == metric) & results["images"].notna()]
     if not len(shown):
         raise GddlabError(f"no published {metric!r} says how many images were seen: accepted are 'fid', 'clip-fid'")
-    if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 3.4), layout="constrained")
-    dots: list[tuple[float, float, str, str]] = []
-    for color, (dataset, rows) in zip(PALETTE, shown.groupby("dataset", sort=False), strict=False):
-        millions = rows["images"].to_numpy(dtype=float) / 1e6
-        ax.plot(millions, rows["value"], "o", color=color, markersize=5, label=SETTINGS[str(dataset)])
-        dots += [(x, y, name, color) for x, y, name in zip(millions, rows["value"], rows["method"], strict=True)]
+    ax = axes_of(ax, 4.6, 3.4)
+    dots = shown.assign(millions=shown["images"].astype(float) / 1e6, dataset=shown["dataset"].map(SETTINGS))
+    colours = list(PALETTE[: dots["dataset"].nunique()])
+    look: dict[str, Any] = {"hue": "dataset", "style": "method", "palette": colours, "s": 50, "linewidth": 0}
+    sns.scatterplot(dots, x="millions", y="value", ax=ax, **look)
     ax.set(xscale="log", yscale="log", xlabel="training images seen, millions", ylabel=f"{metric.upper()}, published")
-    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10) if shown["value"].min() / 1.3 <= t <= 1.3 * shown["value"].max()]
+    low, high = shown["value"].min() / 1.3, 1.3 * shown["value"].max()
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
     ax.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=7, loc="upper left", handletextpad=0.1)
-    ax.spines[["top", "right"]].set_visible(False)
-    _name_dots(ax, dots)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-
-def _name_dots(ax: Axes, dots: Sequence[tuple[float, float, str, str]], size: float = 7) -> None:
-    """Writes a name beside each dot (x, y, name, colour), on the first side where it covers neither a dot nor another name."""
-    ax.figure.canvas.figure.draw_without_rendering()  # the layout says where the dots lie
-    points = ax.transData.transform([(x, y) for x, y, *_ in dots]) * 72 / ax.figure.dpi
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points]
-    sides = [(4, 0, "left", "center"), (-4, 0, "right", "center"), (0, 4, "center", "bottom"), (0, -4, "center", "top")]
-    for (x, y), (x_data, y_data, name, color) in zip(points, dots, strict=True):
-        w, h = 0.6 * size * len(name), 1.1 * size
-        boxes = []
-        for dx, dy, ha, va in sides:
-            left = x + dx - {"left": 0, "center": w / 2, "right": w}[ha]
-            low = y + dy - {"bottom": 0, "center": h / 2, "top": h}[va]
-            boxes.append((left, low, left + w, low + h))
-        free = [not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken) for a in boxes]
-        best = free.index(True) if True in free else 0
-        dx, dy, ha, va = sides[best]
-        taken.append(boxes[best])
-        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size, "ha": ha, "va": va}
-        ax.annotate(name, (x_data, y_data), (dx, dy), color=color, **style)
 
 
 COST_COLUMNS = ("experiment", "kimg", "sec_per_kimg", "peak_mem_mib", "parameters", "trained", "discriminator", "state")
 
 
 def cost_table(study: pd.DataFrame) -> pd.DataFrame:
-    """A row an experiment: what a step of its training costs. Evaluation is not counted.
+    """One row per experiment: the cost of a step of its training, without evaluation.
 
     Args:
         study: "costs", as `gddlab.load_study` gives it.
 
     Returns:
-        Indexed by experiment: trained (parameters of the student), share (of all), discriminator (its trained parameters), sec_per_kimg (median over iterations,
-        R1's share included), minutes (of the whole training), peak_mem_mib (of the process on a CPU, of the accelerator otherwise), state.
+        Indexed by experiment: trained (parameters of the student), share trained (of all), discriminator (its trained
+        parameters), sec_per_kimg (median over iterations, R1's share included), minutes (of the whole training),
+        peak_mem_mib (of the process on a CPU, of the accelerator otherwise), state.
 
     Raises:
         GddlabError: Another table.

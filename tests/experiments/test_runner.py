@@ -24,7 +24,7 @@ from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
-from gddlab.reporting.run_summary import read
+from gddlab.reporting.run_summary import Summary
 from gddlab.runs import load_run, load_runs, load_study
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
@@ -203,9 +203,9 @@ def test_blocks_of_seeds_are_scored_at_the_end_alone(
     records = [r for r in load_records(run.run_dir) if r.kimg == 0.016 and r.name.startswith("fd-lite2")]
     firsts = {r.seeds[0]: r.value for r in records if r.seeds and r.name == "fd-lite2"}
     assert sorted(firsts) == [0, 48, 96]
-    least = read(run).at_end("fd-lite2-min3")
+    least = Summary(run).at_end("fd-lite2-min3")
     assert least is not None and least.value == min(firsts.values())
-    first = read(run).at_end("fd-lite2")
+    first = Summary(run).at_end("fd-lite2")
     assert first is not None and first.seeds is not None and first.seeds[0] == 0 and first.value == firsts[0]
 
 

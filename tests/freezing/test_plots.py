@@ -6,6 +6,7 @@ from matplotlib.colors import to_hex
 
 from gddlab.freezing import FreezeMask, compare, controls, select_freeze
 from gddlab.freezing.tables import block_of
+from gddlab.theme import FROZEN, TRAINED
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +21,12 @@ def ticks(axis) -> list[str]:
 
 def test_mask(rule):
     ax = rule.plot()
-    assert sum(p.get_height() for p in ax.patches) == pytest.approx(100)
+    total, still = ax.containers
+    assert sum(p.get_height() for p in total) == pytest.approx(100)
+    assert sum(p.get_height() for p in still) == pytest.approx(100 * rule.fraction)
     assert ticks(ax.xaxis)[:4] == ["map_layer0", "map_layer1", "conv", "block0"]
-    assert {t.get_text() for t in ax.texts} == {"", "enc 16", "enc 8", "dec 8", "dec 16"}
-    assert ax.get_legend_handles_labels()[1][0] == f"frozen, {100 * rule.fraction:.1f} %"
+    assert [t.get_text().replace("\n", " ") for t in ax.texts] == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
+    assert ax.get_legend().get_texts()[0].get_text() == f"frozen, {100 * rule.fraction:.1f} %"
     assert ax.get_title("left") == "gdd-i"
     assert rule.plot(ax=ax) is ax
 
@@ -46,7 +49,7 @@ def test_comparison(result, rule):
     share = 100 * frame["size"][frame["frozen"]].sum() / frame["size"].sum()
     assert values[0, ticks(ax.xaxis).index("block0")] == pytest.approx(share)
     colours = ax.collections[0]
-    assert [to_hex(colours.cmap(colours.norm(v))) for v in (0, 100)] == ["#e69f00", "#0072b2"]
+    assert [to_hex(colours.cmap(colours.norm(v))) for v in (0, 100)] == [TRAINED, FROZEN]
     boxes = [t.get_window_extent() for t in ax.xaxis.get_ticklabels()]
     assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     assert compare(masks).plot(ax=ax) is ax
@@ -57,7 +60,7 @@ def test_networks_whose_names_say_nothing():
     mask = FreezeMask(("0.weight",), tuple((f"{n}.weight", (2, 2)) for n in names))
     ax = mask.plot()
     assert ticks(ax.xaxis) == [block_of(n) for n in names]
-    assert [t.get_text() for t in ax.texts] == ["enc", "mid", ""]
+    assert [t.get_text() for t in ax.texts] == ["encoder", "middle"]
     assert compare([mask, mask]).plot() is not ax
 
 

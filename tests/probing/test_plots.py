@@ -11,21 +11,20 @@ import torch
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_hex
 
 from gddlab.errors import GddlabError
-from gddlab.freezing import FreezeMask, plots
+from gddlab.freezing import FreezeMask
 from gddlab.nets import from_edm
 from gddlab.probing.layers import inventory, is_conv
 from gddlab.probing.plots import (
-    draw_course,
     draw_heatmap,
     draw_lines,
+    draw_over_training,
     draw_pair,
     draw_similarities,
     draw_similarity,
     draw_stem,
 )
-from gddlab.probing.plots.bands import FROZEN, HUES, TRAINED
-from gddlab.probing.plots.labels import BandLabel
 from gddlab.probing.plots.scales import plain
+from gddlab.theme import PALETTE
 from tests.probing.networks import tiny
 
 SIGMAS = (80.0, 1.0, 0.1, 0.002)
@@ -100,8 +99,9 @@ def texts(artist):
     return [t.get_text() for t in artist]
 
 
-def bands_of(ax):
-    return [t.get_text() for t in ax.texts + ax.artists if isinstance(t, BandLabel) and t.get_text() and t.fits()]
+def places_of(ax):
+    """Names on the strip beside the layers."""
+    return [t.get_text().replace("\n", " ") for t in ax.texts]
 
 
 def assert_apart(labels, axis):
@@ -136,29 +136,26 @@ def test_heat_map_shows_each_value_where_its_layer_and_sigma_are(small):
     mesh = ax.collections[0]
     table = small.frame[small.frame["stat"] == "rms"].pivot(index="layer", columns="sigma", values="value")
     np.testing.assert_allclose(mesh.get_array(), table.loc[names_of(small)])  # sigma ascends to the right
-    assert ax.get_xscale() == "log"
-    borders = mesh.get_coordinates()[0, :, 0]
-    assert all(a < s < b for s, (a, b) in zip(sorted(SIGMAS), itertools.pairwise(borders), strict=True))
     ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == [n.removeprefix("model.") for n in names_of(small)]
-    assert sorted(texts(ax.get_xticklabels()), key=float) == ["0.002", "0.1", "1", "80"]
-    assert ax.get_title() == "rms: pictures, noised, n = 6"
+    assert texts(ax.get_xticklabels()) == ["0.002", "0.1", "1", "80"]
+    assert ax.get_title("left") == "rms: pictures, noised, n = 6"
+    assert ax.get_xlabel() == "noise level σ" and ax.collections[0].colorbar.ax.get_ylabel() == "rms (activation)"
     _, own = plt.subplots(figsize=(6, 4))
     assert draw_heatmap(small, "rms", own) is own
 
 
-def test_bands_say_stage_and_resolution_of_their_layers(small):
+def test_the_strip_says_stage_and_resolution_of_its_layers(small):
     ax = draw_heatmap(small, "rms")
-    ax.figure.canvas.draw()
-    assert bands_of(ax) == ["16", "8", "8", "16", "encoder", "decoder"]
+    assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
     where = small.frame.drop_duplicates("layer").reset_index(drop=True)
-    said = {"stage": [""] * len(where), "resolution": [""] * len(where)}
-    for band in [t for t in ax.texts + ax.artists if isinstance(t, BandLabel)]:
-        column = "resolution" if band.get_text().isdigit() else "stage"
-        for row in range(*map(int, band.ends)):
-            said[column][row] += band.get_text()
-    assert said["stage"] == list(where["stage"].map({"enc": "encoder", "dec": "decoder"}))
-    assert said["resolution"] == list(where["resolution"].astype(str))
+    said = [""] * len(where)
+    for text, patch in zip(places_of(ax), ax.patches, strict=True):
+        for row in range(round(patch.get_y()), round(patch.get_y() + patch.get_height())):
+            said[row] += text
+    stages = where["stage"].map({"enc": "encoder", "dec": "decoder"})
+    assert said == list(stages + " " + where["resolution"].astype(str))
+    assert [to_hex(p.get_facecolor()) for p in ax.patches] == [PALETTE[i] for i in (0, 1, 1, 0)]
 
 
 def test_networks_without_stages_and_resolutions_have_no_bands(small):
@@ -166,8 +163,8 @@ def test_networks_without_stages_and_resolutions_have_no_bands(small):
     bare = SimpleNamespace(**{**vars(small), "frame": frame})
     for ax in (draw_heatmap(bare, "rms"), draw_stem(bare, "rms"), draw_lines(bare, "rms")):
         ax.figure.canvas.draw()
-        assert bands_of(ax) == []
-    assert draw_similarities(bare, "*conv0").texts[0].get_text() == ""
+        assert places_of(ax) == []
+    assert draw_similarities(bare, "*conv0").axes[0].get_ylabel() == ""
 
 
 def test_102_layers_are_legible(large):
@@ -176,7 +173,9 @@ def test_102_layers_are_legible(large):
     ax.figure.canvas.draw()
     assert len(texts(ax.get_yticklabels())) == 102
     assert_apart(ax.get_yticklabels(), "y")
-    assert bands_of(ax) == ["32", "16", "8", "8", "16", "32", "encoder", "decoder"]
+    assert places_of(ax) == [
+        f"{s} {r}" for s in ("encoder", "decoder") for r in ([32, 16, 8] if s == "encoder" else [8, 16, 32])
+    ]
     for ax in (draw_stem(large, "rms"), draw_lines(large, "rms", over="depth")):
         ax.figure.canvas.draw()
         assert len([t for t in texts(ax.get_xticklabels()) if t]) == 102
@@ -192,7 +191,7 @@ def test_small_axes_name_some_layers_and_hide_what_does_not_fit(large):
     assert 3 < len(labels) < 40
     assert_apart(labels, "y")
     assert "20" in texts(axes[1].get_xticklabels())  # no room for names: depth
-    bar = axes[0].child_axes[0].get_tightbbox()
+    bar = axes[0].collections[0].colorbar.ax.get_tightbbox()
     assert bar.x1 <= axes[1].get_tightbbox().x0
 
 
@@ -209,7 +208,7 @@ def test_small_axes_name_some_layers_and_hide_what_does_not_fit(large):
             "away",
         ),
         (lambda v: np.where(np.arange(len(v)) == 3, np.nan, v), Normalize, None, "grey: no value"),
-        (lambda v: np.where(np.arange(len(v)) < 9, 0, np.geomspace(0.01, 10, len(v))), LogNorm, None, "white: 0"),
+        (lambda v: np.where(np.arange(len(v)) < 9, 0, np.geomspace(0.01, 10, len(v))), SymLogNorm, (0, 10), "away"),
     ],
     ids=["plain", "wide", "signed", "signed and wide", "missing", "zeros"],
 )
@@ -220,14 +219,12 @@ def test_the_colour_scale_suits_the_values(small, change, norm, limits, note):
     assert type(mesh.norm) is norm
     values = result.frame.loc[result.frame["stat"] == "rms", "value"]
     assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx(limits or (values[values > 0].min(), values.max()))
-    assert note in ax.child_axes[0].get_ylabel()
+    assert note in mesh.colorbar.ax.get_ylabel()
     if "signed" in str(change) or values.min() < 0:
-        assert mesh.cmap.name == "PuOr_r"
+        assert mesh.cmap.name == "vlag"
         assert mesh.norm(0.0) == pytest.approx(0.5)
     if values.isna().any():
-        assert to_hex(mesh.to_rgba(mesh.get_array()).reshape(-1, 4)[mesh.get_array().mask.ravel()][0]) == "#bfbfbf"
-    if (values == 0).any():
-        assert to_hex(mesh.to_rgba(mesh.get_array())[0, -1]) == "#ffffff"
+        assert mesh.get_array().mask.sum() == 1 and to_hex(ax.get_facecolor()) == "#cccccc"
 
 
 def test_a_mask_is_drawn_beside_its_layers(small):
@@ -236,19 +233,13 @@ def test_a_mask_is_drawn_beside_its_layers(small):
     frozen = ["model.enc.16x16_conv.weight", "model.enc.16x16_conv.bias", "model.dec.8x8_in0.conv0.weight"]
     mask = FreezeMask(tuple(frozen), parameters)
     ax = draw_heatmap(small, "rms", mask=mask)
-    width = dict.fromkeys(range(len(names_of(small))), 0.0)
-    full = dict(width)
-    for p in ax.patches:
-        if to_hex(p.get_facecolor()) in (FROZEN.lower(), TRAINED.lower()):
-            full[int(p.get_y())] += p.get_width()
-            width[int(p.get_y())] += p.get_width() * (to_hex(p.get_facecolor()) == FROZEN.lower())
-    shares = {name: width[i] / full[i] for i, name in enumerate(names_of(small))}
+    strip = ax.child_axes[0].collections[0].get_array().ravel()
+    shares = dict(zip(names_of(small), strip, strict=True))
     part = net.model.dec["8x8_in0"].conv0
     expected = dict.fromkeys(shares, 0.0) | {"model.enc.16x16_conv": 1.0}
     expected["model.dec.8x8_in0.conv0"] = part.weight.numel() / (part.weight.numel() + part.bias.numel())
     assert shares == pytest.approx(expected)
     assert texts(ax.get_legend().get_texts()) == [f"frozen, {mask.fraction:.1%} of all parameters", "trained"]
-    assert (FROZEN, TRAINED) == (plots.FROZEN, plots.TRAINED)
     with pytest.raises(GddlabError, match=r"no parameters of layer 'model.enc.16x16_conv': give a mask of the network"):
         draw_heatmap(small, "rms", mask=FreezeMask((), (("other.weight", (3,)),)))
 
@@ -258,6 +249,7 @@ def test_few_lines_have_names_and_bands_of_one_standard_error(small):
     ax = draw_lines(small, "rms", chosen)
     assert texts(ax.get_legend().get_texts()) == [n.removeprefix("model.enc.") for n in chosen]
     assert len({line.get_color() for line in ax.lines}) == 3
+    assert ax.get_title("left").endswith("bands: standard error over images")
     np.testing.assert_allclose(ax.lines[1].get_xdata(), sorted(SIGMAS))
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.13, 1.12, 1.11, 1.1])
     band = ax.collections[1].get_paths()[0].vertices
@@ -270,13 +262,18 @@ def test_few_lines_have_names_and_bands_of_one_standard_error(small):
 def test_many_lines_are_coloured_by_resolution_with_medians(small):
     ax = draw_lines(small, "rms")
     table = small.frame[small.frame["stat"] == "rms"]
-    labelled = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
-    assert len(ax.lines) == len(names_of(small)) + 2 * len(labelled)
+    layers = [line for line in ax.lines if line.get_linewidth() == 0.6]
+    assert len(layers) == len(names_of(small))
     part = table[(table["stage"] == "dec") & (table["resolution"] == 8)]
-    line = labelled[f"decoder 8: median of {part['layer'].nunique()}"]
-    np.testing.assert_allclose(line.get_ydata(), part.groupby("sigma")["value"].median())
-    assert (line.get_color(), line.get_linestyle()) == (HUES[1], "--")
-    assert {line.get_color() for line in labelled.values()} == set(HUES[:2])
+    label = f"decoder 8: median of {part['layer'].nunique()}"
+    handles, labels = ax.get_legend_handles_labels()
+    look = handles[labels.index(label)]
+    assert look.get_color() == PALETTE[1]
+    medians = [line for line in ax.lines if line.get_linewidth() == 2 and len(line.get_xdata())]
+    assert len(medians) == len(labels) == 4
+    np.testing.assert_allclose(medians[2].get_ydata(), part.groupby("sigma")["value"].median())
+    assert medians[2].is_dashed() and not medians[0].is_dashed()
+    assert {line.get_color() for line in medians} == set(PALETTE[:2])
 
 
 def test_lines_along_depth(small):
@@ -294,16 +291,16 @@ def test_lines_along_depth(small):
 def test_stem(small):
     ax = draw_stem(small, "rms", at=1.3)
     ax.figure.canvas.draw()
-    assert ax.get_title() == "rms at σ = 1: pictures, noised, n = 6"
+    assert ax.get_title("left") == "rms at σ = 1: pictures, noised, n = 6, bars: standard error over images"
     points = np.concatenate([c.lines[0].get_xydata() for c in ax.containers])
     layers = small.frame.drop_duplicates("layer")
     np.testing.assert_allclose(points, np.stack([layers["depth"], 1.01 + 0.1 * np.arange(len(layers))], 1))
     colours = [c.lines[0].get_color() for c in ax.containers]
-    assert colours == [HUES[0], HUES[1], HUES[1], HUES[0]]  # 16 8 | 8 16
+    assert [k for k, _ in itertools.groupby(colours)] == [PALETTE[0], PALETTE[1], PALETTE[0]]  # 16 8 | 8 16
     ends = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert ends == pytest.approx([0.909, 1.111])
-    assert bands_of(ax) == ["16", "8", "8", "16", "encoder", "decoder"]
-    assert "1 of" in draw_stem(changed(small, lambda v: np.where(v == v[0], np.nan, v)), "rms").get_title()
+    assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
+    assert "1 of" in draw_stem(changed(small, lambda v: np.where(v == v[0], np.nan, v)), "rms").get_title("left")
 
 
 def test_layers_that_share_a_depth_stand_in_order(small):
@@ -333,34 +330,32 @@ def test_pair_shows_both_and_the_range_of_the_teacher(small):
 def test_course(small):
     student = small.frame[small.frame["sigma"] == 80.0]
     frame = pd.concat([student.assign(kimg=k, value=student["value"] + k) for k in (0, 10, 2.5)])
-    ax = draw_course(frame, "rms")
+    ax = draw_over_training(frame, "rms")
     values = student.loc[student["stat"] == "rms", "value"].to_numpy()
     np.testing.assert_allclose(ax.collections[0].get_array(), values[:, None] + np.array([0, 2.5, 10]))
     ax.figure.canvas.draw()
-    assert sorted(texts(ax.get_xticklabels()), key=float) == ["0", "2.5", "10"]
-    assert ax.get_title() == "rms at σ = 80: n = 6"
+    assert texts(ax.get_xticklabels()) == ["0", "2.5", "10"]
+    assert ax.get_title("left") == "rms at σ = 80: n = 6"
     with pytest.raises(GddlabError, match='no column "kimg"'):
-        draw_course(student, "rms")
+        draw_over_training(student, "rms")
     with pytest.raises(GddlabError, match=r"4 noise levels \(80, 1, 0.1, 0.002\): keep one"):
-        draw_course(small.frame.assign(kimg=0), "rms")
+        draw_over_training(small.frame.assign(kimg=0), "rms")
     with pytest.raises(GddlabError, match="twice at kimg 0: keep one run"):
-        draw_course(pd.concat([student, student]).assign(kimg=0), "rms")
+        draw_over_training(pd.concat([student, student]).assign(kimg=0), "rms")
     with pytest.raises(GddlabError, match="did you mean 'rms'"):
-        draw_course(frame, "rsm")
+        draw_over_training(frame, "rsm")
 
 
 def test_similarity_ascends_to_the_right_and_upwards(small):
     layer = names_of(small)[2]
     ax = draw_similarity(small, layer)
     matrix = small.matrices["cosine"][layer]
-    image = ax.images[0]
-    assert image.origin == "lower"
-    np.testing.assert_allclose(image.get_array(), matrix[::-1, ::-1])
-    ax.figure.canvas.draw()
-    found = {t.get_text(): t.get_position()[0] for t in ax.get_xticklabels()}
-    assert found == {"0.002": 0, "0.1": 1, "1": 2, "80": 3}
-    assert ax.get_title() == layer
-    assert (image.norm.vmin, image.norm.vmax) == (0, 1)
+    mesh = ax.collections[0]
+    np.testing.assert_allclose(mesh.get_array(), matrix[::-1, ::-1])
+    assert ax.get_ylim()[0] < ax.get_ylim()[1]
+    assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == ["0.002", "0.1", "1", "80"]
+    assert ax.get_title("left") == f"{layer}\npictures, noised, n = 6"
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
     with pytest.raises(GddlabError, match=f"did you mean '{layer}'"):
         draw_similarity(small, layer[:-1])
     with pytest.raises(GddlabError, match="unknown similarity 'cka': accepted: cosine"):
@@ -371,7 +366,7 @@ def test_similarity_ascends_to_the_right_and_upwards(small):
 
 def test_similarities_are_grouped_and_share_a_scale(large):
     figure = draw_similarities(large)
-    *panels, bar = figure.axes
+    *panels, bar = (ax for ax in figure.axes if ax.images or ax.get_ylabel() == "cosine")
     assert len(panels) == 102
     for ax, name in zip(panels, names_of(large), strict=True):
         np.testing.assert_allclose(ax.images[0].get_array(), large.matrices["cosine"][name][::-1, ::-1])
@@ -380,7 +375,7 @@ def test_similarities_are_grouped_and_share_a_scale(large):
     assert bar.get_ylabel() == "cosine"
     assert panels[1].get_title() == "block0.conv0"
     groups = [f"{s} {r}" for s, r in zip(["encoder"] * 3 + ["decoder"] * 3, [32, 16, 8, 8, 16, 32], strict=True)]
-    assert texts(figure.texts)[:-1] == groups
+    assert [ax.get_ylabel() for ax in panels if ax.get_ylabel()] == groups
     lines = sorted({round(ax.get_position().y0, 6) for ax in panels}, reverse=True)
     where = large.frame.drop_duplicates("layer")
     by_line = {
@@ -397,7 +392,7 @@ def test_similarities_of_some_layers(small):
     figure = draw_similarities(small, "*conv0", columns=1)
     panels = figure.axes[:-1]
     assert len(panels) == sum(n.endswith("conv0") for n in names_of(small))
-    assert len({round(ax.get_position().x0, 6) for ax in panels}) == 1
+    assert len({ax.get_subplotspec().colspan.start for ax in panels}) == 1
     own = plt.figure(figsize=(5, 4))
     assert draw_similarities(small, figure=own) is own
     with pytest.raises(GddlabError, match="columns=0: give a whole number"):

@@ -25,8 +25,8 @@ from gddlab.evaluation import Record, append_records, load_records
 from gddlab.files import data_dir, read_json, write_json
 from gddlab.lock import take
 from gddlab.reporting import report as module
-from gddlab.reporting.run_summary import facts
-from gddlab.runs import load_run
+from gddlab.reporting.run_summary import Summary
+from gddlab.runs import Run, load_run
 from tests.conftest import tiny_config
 
 DIGITS = data_dir() / "runs" / "digits"
@@ -165,7 +165,7 @@ def test_scores_of_another_kind_are_kept_apart_and_said(tmp_path: Path) -> None:
 
 
 def test_no_run_is_dropped(tmp_path: Path, tiny_teacher: Path) -> None:
-    """Not finished, failed, dead, of another version, damaged, never scored: all are on the page, each with what it is."""
+    """Not finished, failed, dead, of another version, damaged, never scored: all are on the page as what they are."""
     stopped(tmp_path / "stopped", tiny_teacher)
     failed = stopped(tmp_path / "failed", tiny_teacher).run_dir
     write_status(failed, "failed", rank=0, error="Traceback: a <b>bad</b> thing", message="RuntimeError: a bad thing")
@@ -197,7 +197,7 @@ def test_no_run_is_dropped(tmp_path: Path, tiny_teacher: Path) -> None:
         "RuntimeError: a bad thing",
         "Traceback: a <b>bad</b> thing",
         "line of the log",
-        "its processes ended without a word",
+        "its processes ended without an error",
         "unknown configuration field 'a_field_of_old'",
         "teacher.json: not there",
         "mask.json: mask.json is not JSON",
@@ -216,9 +216,9 @@ def test_a_run_that_goes_on_is_running(tmp_path: Path, tiny_teacher: Path) -> No
     run_dir = stopped(tmp_path / "run", tiny_teacher).run_dir
     write_status(run_dir, "running", nimg=16, total_nimg=48)
     fd = take(run_dir)
-    assert facts(run_dir, "run").state == "running at 0.016 of 0.048 kimg"
+    assert Summary(Run(run_dir), "run").state == "running at 0.016 of 0.048 kimg"
     os.close(fd)
-    assert facts(run_dir, "run").short_state == "failed"
+    assert Summary(Run(run_dir), "run").short_state == "failed"
 
 
 def test_alarms_best_student_and_a_judge_of_its_own_kin(tmp_path: Path) -> None:
@@ -267,10 +267,10 @@ def test_a_page_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "p.html"
     out.write_text("old")
 
-    def fail(*_: object) -> str:
+    def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.Page, "html", fail)
+    monkeypatch.setattr(module, "render", fail)
     with pytest.raises(OSError, match="disk full"):
         gddlab.report(DIGITS / "gdd" / "seed-0", out)
     monkeypatch.undo()

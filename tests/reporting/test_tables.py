@@ -1,18 +1,20 @@
-"""Runs as tables: nothing unfinished dropped, nothing filled in, nothing mixed."""
+"""Runs as tables: nothing unfinished dropped, nothing filled in, nothing mixed; rounded, escaped, the same each time."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
-from gddlab.reporting.run_summary import read, teacher_levels, teacher_scores
-from gddlab.reporting.tables import experiment_table, run_table, score_table
+from gddlab.reporting.run_summary import Summary, teacher_levels, teacher_scores
+from gddlab.reporting.tables import cost_table, experiment_table, run_table, score_table, styled
 from gddlab.runs import Run, load_runs
 from gddlab.teachers import load_teacher
 from tests.evaluation.test_records import record
@@ -124,6 +126,78 @@ def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Pa
     assert teacher_levels(runs, steps=(18,)) == {"teacher, 18 steps": 50.0}
     assert teacher_levels(runs, "kd-lite2") == {}
     other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"reference_n": 3})
-    assert read(other).state == "done"
+    assert Summary(other).state == "done"
     with pytest.raises(GddlabError, match="differ in reference_n"):
         teacher_levels([other])
+
+
+def cost_study() -> pd.DataFrame:
+    rows = [
+        {"experiment": "gdd", "sec_per_kimg": 6.0, "peak_mem_mib": 1000.0, "trained": 1_000_000, "discriminator": 50},
+        {"experiment": "gdd-i", "sec_per_kimg": 3.0, "peak_mem_mib": 900.0, "trained": 200_000, "discriminator": 50},
+        {"experiment": "lpips", "state": "no weights of VGG16"},
+    ]
+    return pd.DataFrame([{"kimg": 12.0, "parameters": 1_000_000, "state": "done", **r} for r in rows])
+
+
+def test_what_a_step_costs() -> None:
+    table = cost_table(cost_study())
+    assert table.index.tolist() == ["gdd", "gdd-i", "lpips"]
+    assert table["share trained"].tolist()[:2] == [1.0, 0.2]
+    assert table["minutes"].tolist()[:2] == [1.2, 0.6]
+    assert table.loc["lpips"].drop("state").isna().all()
+    text = repr(styled(table, "Cost"))
+    assert "20.0%" in text and "1,000,000" in text and "no weights of VGG16" in text
+
+
+def test_another_table_is_refused() -> None:
+    with pytest.raises(GddlabError, match="no column 'trained': give the study costs"):
+        cost_table(cost_study().drop(columns="trained"))
+
+
+def shown_table(state: str = "not run") -> pd.DataFrame:
+    columns = {
+        "frozen": [0.79965, None],
+        "trained": pd.array([207713, None], dtype="Int64"),
+        "mean": [59.2677, None],
+        "sd": [None, None],
+        "kd-lite2@64": [0.01234567, None],
+        "state": ["done", state],
+    }
+    return pd.DataFrame(columns, index=pd.Index(["gdd-i", "a<b"], name="experiment")).astype({"sd": "float64"})
+
+
+def cells(html: str) -> list[list[str]]:
+    rows = re.findall(r"<tr>(.*?)</tr>", html.split("<tbody>")[1], re.DOTALL)
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
+
+
+def test_numbers_are_rounded_and_empty_cells_say_why() -> None:
+    html = styled(shown_table(), "n = 64 & <b>").to_html()
+    assert cells(html) == [
+        ["gdd-i", "80.0%", "207,713", "59.3", "–", "0.012"],
+        ["a&lt;b", "not run", "not run", "not run", "not run", "not run"],
+    ]
+    assert "n = 64 &amp; &lt;b&gt;" in html and "parameters trained" in html and "state" not in html
+    stopped = cells(styled(shown_table("stopped at 3 of 12 kimg")).to_html())
+    assert stopped[1] == ["a&lt;b", "–", "–", "–", "–", "–", "stopped at 3 of 12 kimg"]
+    assert stopped[0][-1] == "done"
+    own = styled(shown_table(), heads={"mean": "FID"}, formats={"mean": "{:.3f}"}).to_html()
+    assert "59.268" in own and "FID" in own
+
+
+def test_numbers_stand_right_and_text_left() -> None:
+    html = styled(shown_table("failed")).to_html()
+    assert re.search(r"td \{[^}]*text-align: right", html)
+    left = re.findall(r"(\S+) \{\s*text-align: left;\s*\}", html)
+    assert any("col5" in selector for selector in left) and not any("col2" in selector for selector in left)
+
+
+def test_output_does_not_change_between_runs() -> None:
+    first, second = styled(shown_table(), "a caption"), styled(shown_table(), "a caption")
+    assert first.to_html() == second.to_html()
+    assert repr(first) == repr(second) and "59.3" in repr(first) and "0x" not in repr(first)
+
+
+def test_a_table_without_names_shows_no_index() -> None:
+    assert cells(styled(shown_table().reset_index(drop=True)).to_html())[0][0] == "80.0%"

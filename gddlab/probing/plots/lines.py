@@ -1,4 +1,4 @@
-"""One statistic as lines, over noise levels or along depth."""
+"""One statistic as lines over noise levels, or along depth: alone, at one noise level, or of teacher and student."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.bands import LINES, MARKERS, hue
-from gddlab.probing.plots.canvas import axes
-from gddlab.probing.plots.depth import along_depth, depth_axes
-from gddlab.probing.plots.scales import plain, sigma_axis, value_axis
-from gddlab.probing.plots.table import (
-    Rows,
-    about,
-    levels,
-    nearest,
-    pick,
-    rows_of,
-    short_names,
-    stat_label,
-    titled,
-    wide,
-)
+from gddlab.probing.plots.rows import about, nearest, pick, rows_of, short_names, stat_label, titled, wide, x_of
+from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, sigma_axis, value_axis
+from gddlab.theme import BLACK, PALETTE, SEQUENTIAL, axes_of, banded, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,16 +18,19 @@ if TYPE_CHECKING:
 
     from gddlab.probing.result import ProbeResult
 
-__all__ = ["draw_lines"]
+__all__ = ["along_depth", "draw_lines", "draw_pair", "draw_stem"]
 
-NAMED = 8
-"""As many lines have a colour and a name each."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-"""Okabe and Ito's, with a grey for the yellow that white paper swallows."""
+NAMED = len(PALETTE)
+"""Up to this many layers, each has a colour and a name of its own."""
 LEVELS = 5
 """Noise levels along depth where `at` names none."""
+DASHES = {"enc": "-", "mid": ":", "dec": "--"}
+MARKERS = {"enc": "o", "mid": "^", "dec": "s"}
+NAME_SIZE = 6.5
+"""Of layers' names, points."""
 
 
+@themed
 def draw_lines(
     result: ProbeResult,
     stat: str,
@@ -50,7 +40,7 @@ def draw_lines(
     over: str = "sigma",
     at: float | Sequence[float] | None = None,
 ) -> Axes:
-    """One statistic over noise levels, a line a layer; or along depth, a line a noise level.
+    """One statistic over noise levels, one line per layer; or along depth, one line per noise level.
 
     Up to eight layers have a colour each and a band of one standard error over images. More are thin, in the colours of
     resolutions, with the median of each stage and resolution in bold. Encoders are solid, decoders dashed.
@@ -59,7 +49,7 @@ def draw_lines(
         layers: Names or globs; None takes all that have the statistic.
         ax: Where to draw; None makes a figure.
         over: What the x axis is, "sigma" or "depth".
-        at: For "depth": noise levels; the measured ones next to them are drawn. None takes five at equal steps of the grid.
+        at: For "depth": noise levels; the nearest measured ones are drawn. None takes five at equal steps of the grid.
 
     Raises:
         GddlabError: Unknown statistic or layer, `over` is something else, or `at` is no noise level or not used.
@@ -67,83 +57,175 @@ def draw_lines(
     if over not in ("sigma", "depth"):
         raise unknown("over", over, ("sigma", "depth"))
     if over == "sigma" and at is not None:
-        raise GddlabError(f'at={at!r} chooses noise levels of over="depth": leave it away, or give over="depth"')
+        raise GddlabError(f'at={at!r} chooses noise levels of over="depth": omit it, or give over="depth"')
     table, sems = wide(result.frame, stat), wide(result.frame, stat, "sem")
     names = pick(table.index, layers)
     rows = rows_of(result.frame, names)
     table, sems = table.loc[names], sems.loc[names]
+    note = "bands: standard error over images"
     if over == "depth":
-        table = table[_chosen(levels(table), at)]
-        ax = depth_axes(ax, len(rows))
+        table = table[_chosen(table.columns, at)]
+        ax = _depth_axes(ax, len(rows))
         _over_depth(ax, table, sems, rows)
     else:
-        ax = axes(ax, 7.2, 4.0)
-        (_few if len(rows) <= NAMED else _many)(ax, table, sems, rows)
-    ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, table.to_numpy())), fontsize=9)
+        ax = axes_of(ax, 7.2, 4.0)
+        if len(rows) <= NAMED:
+            _few(ax, table, sems, rows)
+        else:
+            _many(ax, table, rows)
+            note = "thin: single layers"
+        sigma_axis(ax, table.columns)
+    ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, table)))
     handles, labels = ax.get_legend_handles_labels()
-    if over == "depth":  # drawn from the lowest level up, named from the top down, as they lie
+    if over == "depth":  # drawn from the lowest level up, named from the top down
         handles, labels = handles[::-1], labels[::-1]
-    ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    title = titled(f"{stat}: {about(result, stat)}", table.to_numpy())
+    ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    title = titled(f"{stat}: {about(result, stat)}, {note}", table.to_numpy())
     if over == "depth":
         return along_depth(ax, rows, title)
-    sigma_axis(ax, levels(table))
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, loc="left")
     return ax
 
 
-def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: Rows) -> None:
-    """A colour and a name a layer."""
-    sigmas = np.array(levels(table))
-    for i, (name, stage) in enumerate(zip(short_names(rows.names), rows.stages, strict=True)):
-        y, e = table.iloc[i].to_numpy(), sems.iloc[i].to_numpy()
-        ax.plot(sigmas, y, label=name, linewidth=1.5, **_look(COLOURS[i], stage))
-        ax.fill_between(sigmas, y - e, y + e, color=COLOURS[i], alpha=0.2, linewidth=0)
+@themed
+def draw_stem(result: ProbeResult, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
+    """One statistic at one noise level along depth, in the colours of resolutions, with standard errors over images.
+
+    Args:
+        at: Noise level; the nearest measured one is drawn, and named in the title.
+        ax: Where to draw; None makes a figure that fits the number of layers.
+
+    Raises:
+        GddlabError: `stat` was not measured, or `at` is no noise level.
+    """
+    table = wide(result.frame, stat)
+    sigma = nearest(table.columns, at)
+    values, errors = table[sigma].to_numpy(), wide(result.frame, stat, "sem")[sigma].to_numpy()
+    rows = rows_of(result.frame, table.index)
+    ax = _depth_axes(ax, len(rows))
+    scale = Scale.of(values)
+    floor = scale.low / 1.5 if scale.kind == "log" else 0.0
+    for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
+        ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
+        ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
+    ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, values)))
+    if scale.kind == "log":
+        ax.set_ylim(bottom=floor)
+    text = f"{stat} at σ = {plain(sigma)}: {about(result, stat)}, bars: standard error over images"
+    return along_depth(ax, rows, titled(text, values))
 
 
-def _many(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: Rows) -> None:
+@themed
+def draw_pair(
+    teacher: ProbeResult, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """A student's values beside its teacher's along depth, and the range of the teacher's over all its noise levels.
+
+    Args:
+        at: Noise level of both; each shows its nearest measured one. None takes the student's largest.
+        ax: Where to draw; None makes a figure that fits the number of layers.
+
+    Raises:
+        GddlabError: `stat` was not measured in both, the layers differ, or `at` is no noise level.
+    """
+    sides = {"teacher": teacher, "student": student}
+    tables = {who: wide(r.frame, stat) for who, r in sides.items()}
+    for who, other in (("teacher", "student"), ("student", "teacher")):
+        if alone := [n for n in tables[who].index if n not in tables[other].index]:
+            count = f" ({len(alone)} such layers)" if len(alone) > 1 else ""
+            raise GddlabError(
+                f"the {who} has {stat} of {alone[0]!r}, the {other} has not{count}: probe both with the same layers="
+            )
+    theirs = tables["teacher"]
+    wanted: Any = tables["student"].columns[-1] if at is None else at
+    sigmas = {who: nearest(t.columns, wanted) for who, t in tables.items()}
+    rows = rows_of(teacher.frame, theirs.index)
+    x, _ = x_of(rows)
+    ax = _depth_axes(ax, len(rows))
+    low, high = theirs.min(axis=1).to_numpy(), theirs.max(axis=1).to_numpy()
+    ax.use_sticky_edges = False  # the bars do not begin at the axis
+    label = f"teacher, σ {plain(theirs.columns[0])} to {plain(theirs.columns[-1])}"
+    ax.bar(x, high - low, 0.6 * min(np.diff(x).min(initial=1.0), 1.0), bottom=low, color="0.85", label=label)
+    looks = {"teacher": ("o", BLACK), "student": ("D", PALETTE[3])}
+    values = []
+    for who, (marker, colour) in looks.items():
+        values.append(tables[who].loc[rows.index, sigmas[who]].to_numpy())
+        sem = wide(sides[who].frame, stat, "sem").loc[rows.index, sigmas[who]]
+        label = f"{who}, σ = {plain(sigmas[who])}"
+        ax.errorbar(x, values[-1], sem, fmt=marker, color=colour, elinewidth=1, zorder=3, label=label)
+    ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
+    ax.set_ylabel(stat_label(teacher.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    text = f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)}); bars: standard error"
+    return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
+
+
+def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """A colour and a name for each layer."""
+    for colour, name, layer in zip(PALETTE, short_names(list(rows.index)), rows.index, strict=False):
+        stage = rows.loc[layer, "stage"]
+        look: dict[str, Any] = {"linestyle": DASHES.get(stage, "-"), "marker": MARKERS.get(stage, "D")}
+        banded(ax, table.columns.to_numpy(), table.loc[layer], sems.loc[layer], label=name, color=colour, **look)
+
+
+def _many(ax: Axes, table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Thin lines, and the median of each stage and resolution."""
-    sigmas = np.array(levels(table))
-    for i, (rank, stage) in enumerate(zip(rows.ranks, rows.stages, strict=True)):
-        ax.plot(sigmas, table.iloc[i], LINES.get(stage, "-"), color=hue(rank), linewidth=0.6, alpha=0.4)
-    kinds: dict[str, list[int]] = {}
-    for g in rows.groups():
-        kinds.setdefault(g.label, []).extend(range(g.start, g.stop))
-    for label, members in kinds.items():
-        median = table.iloc[members].median().to_numpy()
-        text = f"{label}: median of {len(members)}" if label else f"median of {len(members)}"
-        look = _look(hue(rows.ranks[members[0]]), rows.stages[members[0]])
-        ax.plot(sigmas, median, linewidth=2.6, color="white", zorder=3)
-        ax.plot(sigmas, median, linewidth=1.8, label=text, zorder=3, **look)
+    import seaborn as sns
+
+    counts = rows["place"].value_counts()
+    names = {p: f"{p}: median of {counts[p]}".removeprefix(": ") for p in dict.fromkeys(rows["place"])}
+    long = table.melt(ignore_index=False).reset_index()
+    long["place"] = long["layer"].map(rows["place"]).map(names)
+    first = rows.assign(name=rows["place"].map(names)).drop_duplicates("name").set_index("name")
+    look: dict[str, Any] = {"x": "sigma", "y": "value", "hue": "place", "style": "place", "ax": ax}
+    look |= {"palette": dict(first["colour"]), "dashes": {n: _dash(s) for n, s in first["stage"].items()}}
+    sns.lineplot(long, units="layer", estimator=None, linewidth=0.6, alpha=0.4, legend=False, **look)
+    markers = {n: MARKERS.get(s, "D") for n, s in first["stage"].items()}
+    sns.lineplot(
+        long, estimator="median", errorbar=None, linewidth=2, zorder=3, markers=markers, markeredgewidth=0, **look
+    )
 
 
-def _over_depth(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: Rows) -> None:
-    import matplotlib.pyplot as plt
-
-    x, _ = rows.positions()
-    shades = plt.get_cmap("cividis")(np.linspace(0, 0.85, table.shape[1]))  # its last shades are lost on white
-    for i, (sigma, shade) in enumerate(zip(levels(table), shades, strict=True)):
-        y, e = table[sigma].to_numpy(), sems[sigma].to_numpy()
-        marker = "osD^vP*X"[i % 8]
-        ax.plot(x, y, color=shade, linewidth=1.1, marker=marker, markersize=3.5, label=f"σ = {plain(sigma)}")
-        ax.fill_between(x, y - e, y + e, color=shade, alpha=0.2, linewidth=0)
+def _dash(stage: str) -> Any:
+    """As seaborn takes it: lengths of dashes and gaps."""
+    return {"-": "", ":": (1, 1), "--": (4, 1.5)}[DASHES.get(stage, "-")]
 
 
-def _chosen(measured: list[float], at: float | Sequence[float] | None) -> list[float]:
+def _over_depth(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:
+    import seaborn as sns
+
+    shades = sns.color_palette(SEQUENTIAL, table.shape[1] + 1)  # the last shade would be lost on white
+    for sigma, shade, marker in zip(table.columns, shades, "osD^vP*X" * 9, strict=False):
+        look: dict[str, Any] = {"color": shade, "marker": marker, "linewidth": 1.1, "markersize": 3.5}
+        banded(ax, x_of(rows)[0], table[sigma], sems[sigma], label=f"σ = {plain(sigma)}", **look)
+
+
+def _chosen(measured: Iterable[Any], at: float | Sequence[float] | None) -> list[float]:
     """Noise levels to draw, ascending."""
+    measured = list(measured)
     if at is None:
-        steps = np.linspace(0, len(measured) - 1, min(LEVELS, len(measured)))
-        return [measured[i] for i in sorted({round(s) for s in steps})]
-    wanted = list(at) if isinstance(at, Iterable) and not isinstance(at, str) else [at]
+        return [measured[i] for i in sorted({round(s) for s in np.linspace(0, len(measured) - 1, LEVELS)})]
+    wanted: Any = list(at) if isinstance(at, Iterable) and not isinstance(at, str) else [at]
     if not wanted:
-        raise GddlabError("at is an empty list: give noise levels, or leave it away")
+        raise GddlabError("at is an empty list: give noise levels, or omit it")
     return sorted({nearest(measured, a) for a in wanted})
 
 
-def _look(colour: str, stage: str) -> dict[str, Any]:
-    return {
-        "color": colour,
-        "linestyle": LINES.get(stage, "-"),
-        "marker": MARKERS.get(stage, "D"),
-        "markersize": 3.5,
-    }
+def _depth_axes(ax: Axes | None, n: int) -> Axes:
+    """`ax`, or axes wide enough for `n` layers."""
+    return axes_of(ax, min(13.0, max(5.5, 0.13 * n + 2.2)), 4.2)
+
+
+def along_depth(ax: Axes, rows: pd.DataFrame, title: str) -> Axes:
+    """Ends a figure with layers along the x axis: strip, title, and names if there is room, else depth."""
+    x, label = x_of(rows)
+    borders = borders_of(x)
+    ax.set_xlim(borders[0], borders[-1])
+    mark_places(ax, rows, borders, "top")
+    ax.set_title(title, loc="left", pad=32)
+    points = ax.get_window_extent().width / ax.figure.dpi * 72 / (borders[-1] - borders[0])
+    if np.diff(x).min(initial=np.inf) * points >= NAME_SIZE:
+        ax.set_xticks(x, short_names(list(rows.index)), rotation=90, fontsize=NAME_SIZE)
+    else:
+        ax.set_xlabel(label)
+    return ax

@@ -1,26 +1,30 @@
-"""Colours, axes and numbers: which scale suits some values, and how it is labelled."""
+"""Scales for values and noise levels, plain numbers, and the strip that names stage and resolution beside layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
+from gddlab.probing.plots.rows import neighbours
+from gddlab.theme import DIVERGING, SEQUENTIAL
 
-__all__ = ["ColourScale", "Spread", "edges", "plain", "sigma_axis", "value_axis"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = ["Scale", "borders_of", "mark_places", "plain", "sigma_axis", "value_axis"]
 
 SPAN = 10
 """Values that differ by more than this factor get a logarithmic scale."""
+POINTS = 7
+"""Size of the names of stages and resolutions."""
 
 
-def plain(x: float, digits: int = 2) -> str:
-    """A number without an exponent, as far as that is readable: 0.002, 0.59, 13, 80."""
+def plain(x: Any, digits: int = 2) -> str:
+    """A number without an exponent as far as that is readable: 0.002, 0.59, 13, 80."""
     if x == 0:
         return "0"
     if not 1e-4 <= abs(x) < 1e6:
@@ -30,159 +34,167 @@ def plain(x: float, digits: int = 2) -> str:
     return np.format_float_positional(x, precision=digits, fractional=False, trim="-")
 
 
-def _tick(x: float, _: Any) -> str:
+def _tick(x: float, _: Any = None) -> str:
     return plain(x, 6)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How values are spread.
+class Scale:
+    """The scale that suits some values.
 
     Attributes:
         kind: "log" where positive values span more than a factor of 10; "symlog" where 0 is among them, or where values
             of both signs do; else "linear".
         linear: For "symlog", values nearer to 0 than this are on a linear scale.
-        signed: Some are below 0 and some above.
+        note: What a label says about it.
+        missing: Some values are not finite.
     """
 
     kind: Literal["linear", "log", "symlog"]
     low: float
     high: float
-    linear: float = 1.0
-    signed: bool = False
+    linear: float
+    missing: bool
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Spread:
+    def of(cls, values: Any) -> Scale:
+        values = np.asarray(values, dtype=float)
         finite = values[np.isfinite(values)]
-        if finite.size == 0:
-            return cls("linear", 0.0, 1.0)
-        low, high = float(finite.min()), float(finite.max())
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         size = np.abs(finite[finite != 0])
+        linear, kind = 1.0, "linear"
         if low < 0 < high:
-            typical = float(np.median(size))
-            return cls("symlog" if size.max() > SPAN * typical else "linear", low, high, typical, True)
-        if low >= 0 and size.size and high > SPAN * float(size.min()):
-            return cls("log" if low > 0 else "symlog", low, high, float(size.min()))
-        return cls("linear", low, high)
+            linear = float(np.median(size))
+            kind = "symlog" if size.max() > SPAN * linear else "linear"
+        elif low >= 0 and size.size and high > SPAN * size.min():
+            linear, kind = float(size.min()), "log" if low > 0 else "symlog"
+        return cls(kind, low, high, linear, finite.size < values.size)  # type: ignore[arg-type]
 
+    @property
+    def signed(self) -> bool:
+        return self.low < 0 < self.high
 
-@dataclass(frozen=True)
-class ColourScale:
-    """A norm, a colour map that colour-blind people can read (grey: no value), and what to say about it."""
+    @property
+    def note(self) -> str:
+        return {"linear": "", "log": "log scale", "symlog": "log scale away from 0"}[self.kind]
 
-    norm: Normalize
-    colours: Colormap
-    note: str
-    zero: float | None
-    """What 0 is drawn as where a logarithmic scale begins above it."""
-
-    @classmethod
-    def of(cls, values: np.ndarray, *, correlation: bool = False) -> ColourScale:
-        """Logarithmic where values span more than a factor of 10; around 0, in two hues, where they have both signs.
+    def colours(self, *, correlation: bool = False) -> dict[str, Any]:
+        """`norm` and `cmap` for a heat map; around 0, in two hues, where values have both signs.
 
         Args:
-            correlation: Values reach 1 at most: the scale ends there, and begins at 0, or at -1 where some are negative.
+            correlation: Values reach 1 at most: the scale ends there and begins at 0, or at -1 if some are negative.
         """
-        import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 
-        s = Spread.of(values)
-        colours = plt.get_cmap("PuOr_r" if s.signed else "cividis").with_extremes(bad="0.75", under="white")
-        top = max(-s.low, s.high)
-        note, zero = "", None
-        norm: Normalize = Normalize(s.low, s.high if s.high > s.low else s.low + 1)
+        high = self.high if self.high > self.low else self.low + 1
+        top = max(-self.low, high)
+        ends: dict[str, Any] = {"vmin": -top if self.signed else self.low, "vmax": top if self.signed else high}
+        norm: Normalize = Normalize(**ends)
         if correlation:
-            norm = Normalize(-1 if s.signed else 0, 1)
-        elif s.signed and s.kind == "symlog":
-            norm, note = SymLogNorm(s.linear, vmin=-top, vmax=top), "log scale away from 0"
-        elif s.signed:
-            norm = Normalize(-top, top)
-        elif s.kind == "symlog":
-            norm, note, zero = LogNorm(s.linear, s.high), "log scale, white: 0", s.linear / 2
-        elif s.kind == "log":
-            norm, note = LogNorm(s.low, s.high), "log scale"
-        if not np.isfinite(values).all():
-            note = f"{note}, grey: no value".removeprefix(", ")
-        return cls(norm, colours, note, zero)
+            norm = Normalize(-1 if self.signed else 0, 1)
+        elif self.kind == "log":
+            norm = LogNorm(**ends)
+        elif self.kind == "symlog":
+            norm = SymLogNorm(self.linear, **ends)
+        return {"norm": norm, "cmap": DIVERGING if self.signed else SEQUENTIAL}
 
-    def shown(self, values: np.ndarray) -> np.ma.MaskedArray:
-        if self.zero is not None:
-            values = np.where(values == 0, self.zero, values)
-        return np.ma.masked_invalid(values)
+    def bar(self, label: str, **more: Any) -> dict[str, Any]:
+        """Arguments of the colour bar."""
+        ticks = {"ticks": self.decades()} if self.kind == "log" else {}
+        return {"label": label + ", grey: no value" * self.missing, "format": _tick, "pad": 0.02} | ticks | more
 
-    def bar(self, mappable: Any, label: str, *, font: float = 1.0, **where: Any) -> Any:
-        """A colour bar with plain numbers, beside `ax=` or in `cax=`; `font` scales its text."""
-        from matplotlib.colors import LogNorm
+    def decades(self) -> Any:
+        """Ticks of a logarithmic axis, between decades too where there are few of them."""
+        from matplotlib.ticker import LogLocator
 
-        assert self.norm.vmin is not None and self.norm.vmax is not None
-        bar = next(iter(where.values())).figure.colorbar(mappable, **where)
-        bar.set_label(label, fontsize=8 * font)
-        if isinstance(self.norm, LogNorm):
-            bar.ax.yaxis.set_major_locator(_log_locator(self.norm.vmin, self.norm.vmax))
-        bar.ax.yaxis.set_major_formatter(_tick)
-        bar.ax.minorticks_off()
-        bar.ax.tick_params(labelsize=7 * font)
-        return bar
+        return LogLocator(subs=(1, 2, 5) if self.high < 500 * self.low else (1,), numticks=12)
 
 
-def _log_locator(low: float, high: float) -> Any:
-    from matplotlib.ticker import LogLocator
+def value_axis(ax: Axes, values: Any) -> str:
+    """Gives the y axis the scale that suits its values, with a line at 0 if they have both signs; returns its note."""
+    from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
 
-    return LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12)
-
-
-def _around_zero(s: Spread) -> list[float]:
-    """0, and on either side powers of ten beyond the linear part, four at most."""
-    low = math.floor(math.log10(s.linear)) + 1
-    powers = range(low, max(low, math.floor(math.log10(max(-s.low, s.high)))) + 1)
-    ticks = [10.0**p for p in reversed(powers[:: -math.ceil(len(powers) / 4)])]
-    return [*(-t for t in reversed(ticks) if s.low < 0), 0.0, *ticks]
-
-
-def edges(centres: np.ndarray) -> np.ndarray:
-    """Borders of cells around ascending centres, half way between neighbours."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    mid = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - mid[0]], mid, [2 * centres[-1] - mid[-1]]])
-
-
-def sigma_axis(ax: Axes, sigmas: Sequence[float]) -> None:
-    """A logarithmic x axis: labels at the ends and at whole decades, small ticks at the measured noise levels."""
-    from matplotlib.ticker import NullFormatter
-
-    ends = [min(sigmas), max(sigmas)]
-    decades = [10.0**k for k in range(math.ceil(math.log10(ends[0])), math.floor(math.log10(ends[1])) + 1)]
-    ticks = sorted({*ends, *(d for d in decades if min(abs(math.log10(d / e)) for e in ends) > 0.3)})
-    ax.set_xscale("log")
-    ax.set_xticks(ticks, [plain(t) for t in ticks], fontsize=8)
-    ax.set_xticks(list(sigmas), minor=True)
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("noise level σ", fontsize=9)
-
-
-def value_axis(ax: Axes, values: np.ndarray) -> str:
-    """The y axis on the scale that suits its values, a line at 0 where they have both signs; returns what to say about it."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    s = Spread.of(values)
-    note = ""
-    if s.kind == "symlog":
-        ax.set_yscale("symlog", linthresh=s.linear)
-        ax.yaxis.set_major_locator(FixedLocator(_around_zero(s)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        note = "log scale away from 0"
-    elif s.kind == "log":
+    s = Scale.of(values)
+    if s.kind == "log":
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(_log_locator(s.low, s.high))
-        note = "log scale"
+        ax.yaxis.set_major_locator(s.decades())
+    elif s.kind == "symlog":
+        ax.set_yscale("symlog", linthresh=s.linear)
+        locator = SymmetricalLogLocator(base=10, linthresh=s.linear)
+        locator.set_params(numticks=7)
+        ax.yaxis.set_major_locator(locator)
     elif 0 <= s.low < s.high / 2:
         ax.set_ylim(bottom=0)
     if s.signed:
         ax.axhline(0, color="0.4", linewidth=0.8, zorder=1)
     if s.kind != "linear":
         ax.yaxis.set_major_formatter(_tick)
-        ax.yaxis.set_minor_formatter("")
-    ax.tick_params(axis="y", labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    return note
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    return s.note
+
+
+def sigma_axis(ax: Axes, sigmas: Iterable[Any]) -> None:
+    """A logarithmic x axis: labels at the ends and at some decades, small ticks at the measured noise levels."""
+    from matplotlib.ticker import NullFormatter
+
+    sigmas = sorted(float(s) for s in sigmas)
+    low, high = sigmas[0], sigmas[-1]
+    decades = (0.01, 0.1, 1.0, 10.0) if ax.get_window_extent().width / ax.figure.dpi > 3 else (0.1, 1.0, 10.0)
+    ticks = [low, *(d for d in decades if 3 * low < d < high / 3), high]
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [plain(t) for t in ticks])
+    ax.set_xticks(sigmas, minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("noise level σ")
+
+
+def borders_of(centres: Any) -> np.ndarray:
+    """Borders of cells around ascending centres, half way between neighbours."""
+    centres = np.asarray(centres, dtype=float)
+    middle = (centres[1:] + centres[:-1]) / 2
+    first = middle[0] - centres[0] if len(middle) else 0.5
+    last = centres[-1] - middle[-1] if len(middle) else 0.5
+    return np.concatenate([[centres[0] - first], middle, [centres[-1] + last]])
+
+
+def mark_places(
+    ax: Axes,
+    rows: pd.DataFrame,
+    borders: Sequence[float] | np.ndarray,
+    side: Literal["right", "top"],
+    *,
+    at: float = 1.01,
+) -> None:
+    """A strip beside layers in the colours of resolutions, with stage and resolution, and lines where they change.
+
+    Args:
+        rows: Columns place and colour; nothing is drawn where no place is known.
+        borders: Ends of the layers on the axis, one more than layers, in data.
+        at: Where the strip begins, in widths (right) or heights (top) of the axes.
+    """
+    from matplotlib.patches import Rectangle
+
+    if not any(rows["place"]):
+        return
+    right, box = side == "right", ax.get_window_extent()
+    inches = (box.width if right else box.height) / ax.figure.dpi
+    points = (box.height if right else box.width) / ax.figure.dpi * 72 / abs(borders[-1] - borders[0])
+    thick, transform = 0.1 / inches, ax.get_yaxis_transform() if right else ax.get_xaxis_transform()
+    for label, start, stop in neighbours(rows["place"]):
+        if not label:
+            continue
+        a, b = float(borders[start]), float(borders[stop])
+        corner, size = ((at, a), (thick, b - a)) if right else ((a, at), (b - a, thick))
+        style = {"facecolor": rows["colour"].iloc[start], "edgecolor": "white", "linewidth": 1}
+        ax.add_patch(Rectangle(corner, *size, transform=transform, clip_on=False, **style))
+        if start:
+            (ax.axhline if right else ax.axvline)(
+                a, color="white" if right else "0.7", linewidth=1, zorder=3 if right else 0
+            )
+        room = (b - a) * points
+        fits = [s for s in (label, label.replace(" ", "\n")) if 0.6 * POINTS * max(map(len, s.split("\n"))) <= room]
+        if right and room >= POINTS:
+            ax.text(at + 1.5 * thick, (a + b) / 2, label, transform=transform, va="center", fontsize=POINTS)
+        elif not right and fits:
+            where: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 0.9}
+            ax.text((a + b) / 2, at + 1.3 * thick, fits[0], transform=transform, fontsize=POINTS, **where)

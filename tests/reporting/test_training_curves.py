@@ -1,4 +1,4 @@
-"""Courses, dots of seeds, data efficiency: what is drawn is what the tables hold."""
+"""Scores over the training, dots of seeds, data efficiency: what is drawn is what the tables hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.tables import run_table
-from gddlab.reporting.training_curves import course_table, draw_courses, draw_efficiency, draw_runs
+from gddlab.reporting.training_curves import curve_table, draw_curves, draw_efficiency, draw_runs
 from gddlab.runs import Run, load_runs
 from tests.reporting.made import made
 
@@ -32,52 +32,57 @@ def closed() -> Iterator[None]:
     plt.close("all")
 
 
-def dots(ax: plt.Axes) -> list[float]:
-    return sorted(float(y) for line in ax.lines if line.get_marker() == "o" for y in line.get_ydata())
+def names(ax: plt.Axes) -> list[str]:
+    """Entries of the legend."""
+    return ax.get_legend_handles_labels()[1]
+
+
+def lines(ax: plt.Axes) -> list[list[float]]:
+    return [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
 
 
 def test_every_score_on_the_way(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
-    table = course_table(runs, rows=("whole", "few", "never"))
+    table = curve_table(runs, rows=("whole", "few", "never"))
     assert table["experiment"].tolist() == ["whole"] * 3 + ["few"] * 4 + ["never"]
     assert table["kimg"].tolist()[:3] == [0.024, 0.048, 0.024]
     assert table["value"].tolist()[:3] == [75.0, 60.0, 65.0]
     assert table["state"].tolist()[2] == "stopped at 0.024 of 0.048 kimg"
     assert table["state"].tolist()[-1] == "not run" and math.isnan(table["value"].tolist()[-1])
-    assert set(course_table(runs, "kd-lite2")["state"]) == {"no kd-lite2 at the end", "stopped at 0.024 of 0.048 kimg"}
+    assert set(curve_table(runs, "kd-lite2")["state"]) == {"no kd-lite2 at the end", "stopped at 0.024 of 0.048 kimg"}
     other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"n": 3})
     with pytest.raises(GddlabError, match="differ in n"):
-        course_table([*runs, other])
+        curve_table([*runs, other])
 
 
-def test_courses_show_means_and_seeds(runs: list[Run]) -> None:
-    ax = draw_courses(course_table(runs, rows=("whole", "few", "never")), levels={"teacher": 50.0})
-    assert dots(ax) == [60.0, 65.0, 70.0, 75.0, 85.0, 90.0, 95.0]
-    means = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2]
-    assert [70.0, 60.0] in means and [90.0, 80.0] in means
-    texts = [t.get_text() for t in ax.texts]
-    assert {"whole", "few", "teacher: 50"} <= set(texts)
-    assert ax.get_title(loc="left") == "not run: never"
+def test_curves_show_means_and_the_range_of_seeds(runs: list[Run]) -> None:
+    ax = draw_curves(curve_table(runs, rows=("whole", "few", "never")), levels={"teacher": 50.0})
+    assert lines(ax) == [[70.0, 60.0], [90.0, 80.0]]
+    band = ax.collections[1].get_paths()[0].vertices
+    assert {(x, y) for x, y in band.tolist()} >= {(0.024, 85.0), (0.024, 95.0), (0.048, 70.0), (0.048, 90.0)}
+    assert names(ax) == ["whole", "few", "teacher: 50"]
+    assert ax.get_title(loc="left") == "mean, band: range over 1 to 2 seeds\nnot run: never"
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fd-lite2@64"
-    wide = draw_courses(course_table(runs), levels={"teacher": 900.0})
+    wide = draw_curves(curve_table(runs), levels={"teacher": 900.0})
     assert wide.get_yscale() == "log"
-    figure, own = plt.subplots(figsize=(3.2, 2.8), layout="constrained")
-    assert draw_courses(course_table(runs), ax=own) is own
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["few", "whole"]  # no room at the lines
+    _, own = plt.subplots(figsize=(3.2, 2.8), layout="constrained")
+    assert draw_curves(curve_table(runs), ax=own) is own
 
 
 def test_nothing_to_draw_is_drawn_as_such(runs: list[Run]) -> None:
-    ax = draw_courses(course_table([], rows=["never"]))
-    assert ax.get_title(loc="left") == "not run: never" and not dots(ax)
-    figure = draw_efficiency(run_table([], rows=["never"]), course_table([], rows=["never"]))
+    ax = draw_curves(curve_table([], rows=["never"]))
+    assert ax.get_title(loc="left") == "not run: never" and not lines(ax)
+    figure = draw_efficiency(run_table([], rows=["never"]), curve_table([], rows=["never"]))
     assert figure.axes[0].get_title(loc="left") == "not run: never" and not figure.axes[1].axison
 
 
 def test_a_row_an_experiment_a_dot_a_seed(runs: list[Run]) -> None:
     ax = draw_runs(run_table(runs, rows=("few", "whole", "never")), levels={"teacher": 63.0})
     assert [t.get_text() for t in ax.get_yticklabels()] == ["few", "whole", "never"]
-    assert sum(len(line.get_xdata()) for line in ax.lines if line.get_marker() == "o") == 3
+    assert sum(len(dots.get_offsets()) for dots in ax.collections) == 3
+    assert [float(x) for line in ax.lines if line.get_marker() == "|" for x in line.get_xdata()][:2] == [80.0, 60.0]
+    assert ax.get_title(loc="left") == "dots: 1 to 2 seeds, bar: mean"
     assert "fd-lite2@64" in ax.get_xlabel()
-    assert {"not run", "teacher: 63"} <= {t.get_text() for t in ax.texts}
+    assert [t.get_text() for t in ax.texts] == ["not run"] and "teacher: 63" in names(ax)
     by_mean = draw_runs(run_table(runs), sort=True)
     assert [t.get_text() for t in by_mean.get_yticklabels()] == ["whole", "few"]
     _, own = plt.subplots()
@@ -85,11 +90,9 @@ def test_a_row_an_experiment_a_dot_a_seed(runs: list[Run]) -> None:
 
 
 def test_distance_over_distinct_images(runs: list[Run]) -> None:
-    figure = draw_efficiency(run_table(runs), course_table(runs))
+    figure = draw_efficiency(run_table(runs), curve_table(runs))
     left, right = figure.axes
-    assert left.get_xscale() == "log" and dots(left) == [60.0, 70.0, 90.0]
-    line = next(line for line in left.lines if line.get_marker() == "None")
+    assert left.get_xscale() == "log"
+    line = next(line for line in left.lines if line.get_marker() == "o")
     np.testing.assert_allclose(line.get_xydata(), [[20, 80.0], [64, 60.0]])
-    assert {"20 images", "64 images"} <= {t.get_text() for t in right.texts}
-    high = draw_efficiency(run_table(runs), course_table(runs), width=3.2)
-    assert high.axes[0].get_position().y0 > high.axes[1].get_position().y1
+    assert {"20 images", "64 images"} <= set(names(right))
