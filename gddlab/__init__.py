@@ -1,4 +1,4 @@
-"""gddlab: what the layers of a diffusion model do at each noise level, and how that turns it into a one-step generator."""
+"""What the layers of a diffusion model do at each noise level, and how that makes it a one-step generator."""
 
 from __future__ import annotations
 

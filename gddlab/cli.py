@@ -561,7 +561,7 @@ def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
 
     result.save(folder)
     for stat in result.stats:
-        save_figure(result.heatmap(stat).figure, folder / f"{stat}.png")
+        save_figure(result.heatmap(stat), folder / f"{stat}.png")
     for bad in result.meta["nonfinite"][:5]:
         where = f"{bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}"
         sys.stderr.write(f"not finite: {where}, {bad['images']} images\n")

@@ -2,8 +2,11 @@
 
 python tests/benchmarks/evaluate.py [RUNS] [NPROC]
 
-first: a process with an empty cache. cached: a process that finds the features of both sets. Each in a process of its own; "call" is `evaluate` alone, "process" also
-Python's start and the imports, "cpu" the processor time of the whole, which other work on the machine lengthens less than the clock's. parts: where the time of a first evaluation goes, each part by itself: seconds, and processor seconds.
+first: a process with an empty cache. cached: a process that finds the features of both sets. Each in a process of its
+own; "call" is `evaluate` alone, "process" also
+Python's start and the imports, "cpu" the processor time of the whole, which other work on the machine lengthens less
+than the clock's. parts: where the time of a first evaluation goes, each part by itself: seconds, and processor
+seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ nproc = int(sys.argv[1])
 scores = gddlab.evaluate(student, data="digits", nproc=nproc if nproc > 1 else None, progress=False)
 call = time.perf_counter() - loaded
 used = [sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print(json.dumps({"call": call, "cpu": sum(used), "imports": loaded - began, "scores": {r.metric: r.value for r in scores}}))
+found = {r.metric: r.value for r in scores}
+print(json.dumps({"call": call, "cpu": sum(used), "imports": loaded - began, "scores": found}))
 """
 
 

@@ -1,4 +1,5 @@
-"""Loading the CIFAR-10 teacher (56 M parameters) from a pickle and from safetensors, on one core, in pairs: `python tests/benchmarks/load_pickle.py [PAIRS]`.
+"""Loading the CIFAR-10 teacher (56 M parameters) from a pickle and from safetensors, on one core, in pairs: `python
+tests/benchmarks/load_pickle.py [PAIRS]`.
 
 Each load is a fresh process that has imported gddlab; seconds, and the growth of its peak memory, as JSON.
 """

@@ -1,4 +1,5 @@
-"""What hooks cost on a forward pass of the CIFAR-10 NCSN++: bare, probed, captum, clones; interleaved pairs; prints JSON.
+"""What hooks cost on a forward pass of the CIFAR-10 NCSN++: bare, probed, captum, clones; interleaved pairs; prints
+JSON.
 
 python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME]
 """
@@ -96,7 +97,8 @@ def main(rounds: int, images: int, levels: int, name: str) -> None:
     print(
         json.dumps(
             {
-                "what": f"forward pass of {name}, {images} images at {levels} noise levels; medians, ratios from pairs within a round",
+                "what": f"forward pass of {name}, {images} images at {levels} noise levels; medians, "
+                "ratios from pairs within a round",
                 "rounds": rounds,
                 "layers": sum(isinstance(m, nn.Conv2d) for m in net.modules()),
                 "seconds": {k: round(statistics.median(t), 3) for k, t in times.items()},

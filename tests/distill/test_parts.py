@@ -50,7 +50,10 @@ def parts_named(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gddlab.StyleGAN2(channel_maxx=3), "unknown field of StyleGAN2 'channel_maxx': did you mean 'channel_max'"),
+        (
+            lambda: gddlab.StyleGAN2(channel_maxx=3),
+            "unknown field of StyleGAN2 'channel_maxx': did you mean 'channel_max'",
+        ),
         (lambda: gddlab.LPIPS(net="vgg16"), "unknown net 'vgg16': did you mean 'vgg'"),
         (lambda: gddlab.Progressive(steps=12), "power of two"),
         (lambda: TrainConfig(), "run_dir is missing"),

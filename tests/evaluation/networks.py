@@ -9,7 +9,9 @@ from torch import nn
 
 
 def save_inception(path: Path) -> Path:
-    """torch-fidelity's Inception with weights that keep the scale of what passes, so that features differ between images."""
+    """torch-fidelity's Inception with weights that keep the scale of what passes, so that features differ between
+    images.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Bare(FeatureExtractorInceptionV3):

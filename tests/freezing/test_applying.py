@@ -15,7 +15,9 @@ from tests.probing.networks import tiny
 
 
 class Normed(nn.Module):
-    """A user's network: two blocks with BatchNorm, one without weights, and one with a parameter and children of its own."""
+    """A user's network: two blocks with BatchNorm, one without weights, and one with a parameter and children of its
+    own.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,9 @@ Quick = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Quick:
-    """A configuration whose processes import neither timm nor scikit-learn: `quick(run_dir, **fields)`, 16 iterations of 8."""
+    """A configuration whose processes import neither timm nor scikit-learn: `quick(run_dir, **fields)`, 16 iterations
+    of 8.
+    """
     data = tmp_path_factory.mktemp("data")
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (64, 16, 16), dtype=np.uint8)):
         Image.fromarray(pixels).save(data / f"{i:02}.png")
@@ -48,7 +50,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Quick
 
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """A process of two machines would take more threads than one of two on this machine, and round sums in another order."""
+    """A process of two machines would take more threads than one of two on this machine, and round sums in another
+    order.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield

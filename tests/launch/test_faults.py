@@ -42,7 +42,9 @@ def saved(run_dir: Path) -> int:
 
 
 def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, seed: int = 0) -> None:
-    """Ranks of two are killed while they start, train and save; the end is that of a run that nobody touched, to the bit."""
+    """Ranks of two are killed while they start, train and save; the end is that of a run that nobody touched, to the
+    bit.
+    """
     often: dict[str, Any] = {"total_kimg": 0.008 * steps, "checkpoint_kimg": 0.008, "snapshot_kimg": 100}
     whole = tiny_config(tmp_path / "whole", teacher, **often)
     assert train(whole, nproc=2).wait(600).status == "done"
@@ -163,7 +165,9 @@ def test_a_hanging_rank_0_is_named(tmp_path: Path, quick: Quick) -> None:
 
 @pytest.mark.slow
 def test_a_hanging_rank_is_replaced(tmp_path: Path, quick: Quick) -> None:
-    """With restarts left, the ranks that waited start again from the last checkpoint; torchrun kills and replaces the other."""
+    """With restarts left, the ranks that waited start again from the last checkpoint; torchrun kills and replaces the
+    other.
+    """
     run = train(quick(tmp_path / "run", total_kimg=0.32), nproc=2, timeout_s=8, max_restarts=1)
     until(reached(run, 48))
     kill(ranks(run.run_dir)[1], signal.SIGSTOP)

@@ -73,7 +73,9 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "sharded"])
 def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher: Path) -> None:
-    """Each score is one record, and what one process says of the same student; the best one's checkpoint stays beside the newest."""
+    """Each score is one record, and what one process says of the same student; the best one's checkpoint stays beside
+    the newest.
+    """
     fields = {"total_kimg": 0.048, "metric_kimg": 0.016, "metric_n": 16, "keep_checkpoints": 1, "shard": shard}
     run = train(tiny_config(tmp_path / "run", tiny_teacher, **fields), nproc=2).wait(240)
     records = load_records(run.run_dir)

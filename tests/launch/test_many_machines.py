@@ -104,7 +104,9 @@ if [ "$1" = requeue ]; then echo "$2" >> {queue}; else echo 127.0.0.1; fi
 
 @pytest.mark.slow
 def test_a_batch_script(tmp_path: Path, quick: Quick, undisturbed: TrainConfig) -> None:
-    """Two machines through `srun`; the cluster's SIGUSR1 stops the job, which is requeued; the second job ends the run."""
+    """Two machines through `srun`; the cluster's SIGUSR1 stops the job, which is requeued; the second job ends the
+    run.
+    """
     config = quick(tmp_path / "run")
     script = prepared(config, Launch(nnodes=2, rdzv_endpoint=HEAD), "slurm")
     for line in ("#SBATCH --nodes=2", "#SBATCH --signal=USR1@120", "#SBATCH --requeue"):
@@ -150,8 +152,8 @@ def test_the_command_line_prints_both(tmp_path: Path, capsys: pytest.CaptureFixt
     main([*words, "slurm", "--max-restarts", "3"])
     script = capsys.readouterr().out
     assert (
-        'srun --kill-on-bad-exit=1 torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint="$head:29500"'
-        in script
+        "srun --kill-on-bad-exit=1 torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d "
+        '--rdzv-endpoint="$head:29500"' in script
     )
     assert f"--max-restarts=3 --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 -m gddlab.launch.rank '{run_dir}'" in script
     assert "#SBATCH --job-name=a-run" in script and "#SBATCH --gpus-per-node=2" in script

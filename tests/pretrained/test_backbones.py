@@ -1,4 +1,6 @@
-"""Backbones: their levels against independent passes, where weights are found, and what is refused before the first step."""
+"""Backbones: their levels against independent passes, where weights are found, and what is refused before the first
+step.
+"""
 
 from __future__ import annotations
 

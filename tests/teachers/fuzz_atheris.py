@@ -1,6 +1,8 @@
-"""Coverage-guided fuzzing of the reader, by hand: `python -m tests.teachers.fuzz_atheris CORPUS_DIR -max_total_time=600`; no test.
+"""Coverage-guided fuzzing of the reader, by hand: `python -m tests.teachers.fuzz_atheris CORPUS_DIR
+-max_total_time=600`; no test.
 
-It needs `pip install atheris`. Any exception besides a refusal, and any effect besides reading, is a finding: atheris writes the file.
+It needs `pip install atheris`. Any exception besides a refusal, and any effect besides reading, is a finding: atheris
+writes the file.
 """
 
 from __future__ import annotations

@@ -219,8 +219,9 @@ STAND_INS = {
         save_network(net, "net.safetensors")
         net = standing_in(net, 16, 1, use_fp16=False, **{k: v for k, v in net.init_kwargs.items() if "img" not in k})
         net.img_resolution, net.img_channels, net.sigma_max, net.device = 16, 1, float("inf"), torch.device("cpu")
-        extra = {"a": np.float64(0.5), "b": np.arange(3), "c": {1, 2}, "d": frozenset("x"), "e": b"bytes", "f": bytearray(b"x"),
-                 "g": 2**70, "h": torch.float16, "i": torch.Size([1]), "j": (None, True, -1.5, "\\u00e9"), "k": np.float32(2)}
+        extra = {"a": np.float64(0.5), "b": np.arange(3), "c": {1, 2}, "d": frozenset("x"), "e": b"bytes",
+                 "f": bytearray(b"x"), "g": 2**70, "h": torch.float16, "i": torch.Size([1]),
+                 "j": (None, True, -1.5, "\\u00e9"), "k": np.float32(2)}
         for protocol in (2, 3, 4, 5):
             kwargs = EasyDict(class_name="training.dataset.ImageFolderDataset", path="/somewhere/cifar10-32x32.zip")
             content = dict(ema=net, augment_pipe=None, training_set_kwargs=kwargs, extra=extra)

@@ -1,4 +1,6 @@
-"""Random bytes of many kinds: each file gives a network or one refusal, in little time, and nothing happens besides reading."""
+"""Random bytes of many kinds: each file gives a network or one refusal, in little time, and nothing happens besides
+reading.
+"""
 
 from __future__ import annotations
 

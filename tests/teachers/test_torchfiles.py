@@ -57,7 +57,8 @@ MANY = zipped(*(f"{i}.png" for i in range(3)), "dataset.json")
 FILES: dict[str, tuple[bytes, str]] = {
     "a pointer": (
         POINTER,
-        "a Git LFS pointer for a file of 225,766,923 bytes, not the file itself: run `git lfs pull` where it was cloned",
+        "a Git LFS pointer for a file of 225,766,923 bytes, not the file itself: "
+        "run `git lfs pull` where it was cloned",
     ),
     "half a pointer": (POINTER[:40], "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"),
     "HTML": (
