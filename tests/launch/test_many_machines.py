@@ -74,7 +74,7 @@ def test_two_machines(tmp_path: Path, quick: Quick, undisturbed: TrainConfig) ->
 
 
 def test_torchrun_by_hand(tmp_path: Path, quick: Quick, undisturbed: TrainConfig) -> None:
-    """The printed line trains; the directory is locked meanwhile; stop() makes a checkpoint, the same line continues."""
+    """The printed line trains; the directory is locked meanwhile; stop() makes a checkpoint, it continues."""
     config = quick(tmp_path / "run")
     command = prepared(config, Launch(nproc=2), "torchrun")
     assert re.search(r"torchrun --nnodes=1 --nproc-per-node=2 --standalone .* -m gddlab.launch.rank /", command)

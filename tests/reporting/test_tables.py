@@ -1,4 +1,4 @@
-"""Runs as tables: nothing unfinished dropped, nothing filled in, nothing mixed; rounded, escaped, the same each time."""
+"""Runs as tables: nothing unfinished dropped, nothing filled in, nothing mixed; rounded, escaped, stable."""
 
 from __future__ import annotations
 
