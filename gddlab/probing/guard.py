@@ -131,7 +131,8 @@ def check_ran(absent: Collection[str]) -> None:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Keeps TF32 and bfloat16 out of our own matrix products where the user allows them in the network's."""
-    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backend.matmul
     before = matmul.fp32_precision
     if before in ("none", "ieee"):
         yield

@@ -15,9 +15,7 @@ from tests.probing.networks import tiny
 
 
 class Normed(nn.Module):
-    """A user's network: two blocks with BatchNorm, one without weights, and one with a parameter and children of its
-    own.
-    """
+    """A user's network: two blocks with BatchNorm, and in each one without weights."""
 
     def __init__(self) -> None:
         super().__init__()

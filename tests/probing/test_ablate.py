@@ -24,9 +24,7 @@ ATTENTION = "model.enc.8x8_block0"
 
 @pytest.fixture(scope="module")
 def by_hand(pictures):
-    """Loss and change of the output, (n, S), with outputs replaced by what `replace` makes of them, for 4 images in
-    one pass.
-    """
+    """Loss and change of the output, (n, S), with outputs changed by `replace`, for 4 images in one pass."""
     clean = pictures.images(order(12, 0, 0, 4)).repeat_interleave(3, 0)
     sigma = torch.tensor(SIGMAS).repeat(4)
     x = clean + sigma.reshape(-1, 1, 1, 1) * latents(range(4), (1, 16, 16)).repeat_interleave(3, 0)

@@ -162,9 +162,7 @@ def value(result, layer, stat):
 
 
 def watched(probed, *names):
-    """What modules put out, and take in, when the network is called in its own way; float64, (3, 3, ...), images
-    first.
-    """
+    """Outputs and inputs of modules when the network is called in its own way; float64, (3, 3, ...), images first."""
     network, model, sigmas, _ = probed
     modules = named_layers(model)
     inputs, outputs, handles = {}, {}, []

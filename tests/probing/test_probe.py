@@ -316,9 +316,7 @@ def peak_bytes(run):
 
 
 def test_memory_does_not_grow_with_noise_levels_images_or_layers():
-    """A pass of 64 rows holds the same at 4 and at 64 noise levels, for few and for many images, for some layers and
-    for all.
-    """
+    """A pass of 64 rows takes the same memory for few and many noise levels, images and layers."""
     net = tiny(model_channels=32)
     widest = []
     for m in net.modules():

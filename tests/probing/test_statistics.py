@@ -21,9 +21,7 @@ raw = {}
 
 
 def run(net, n=N, seed=0, **kwargs):
-    """A probed pass, and every module's output and first input in float64, (n, S, D); raw keeps the shape of outputs,
-    (n, S, C, H, W).
-    """
+    """A probed pass, and every module's output and first input in float64, (n, S, D); `raw` has (n, S, C, H, W)."""
     seen = {}
     raw.clear()
 
