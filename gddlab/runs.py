@@ -189,10 +189,12 @@ def is_run_dir(folder: Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; others write config.json too."""
     if not (folder / "config.json").is_file():
         return False
+    if any((folder / name).exists() for name in ("status.json", "provenance.json", "lock")):
+        return True
     try:
         fields = read_json(folder / "config.json")
     except GddlabError:
-        return any((folder / name).exists() for name in ("status.json", "provenance.json", "lock"))
+        return False
     return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
