@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,17 +107,20 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     else:
         change, compared = activation_ratio(study, stat, student, teacher=teacher), "log2({1} / {0})".format(*names)
     top = float(np.nanmax(np.abs(change.to_numpy()))) or 1.0
-    size = (7.2, 0.1 * len(rows) + 2.0)
+    size = (6.6, 0.09 * len(rows) + 1.9)
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
     shared = scale.colours(correlation=correlation)
     around_zero = {"cmap": DIVERGING, "vmin": -top, "vmax": top, "norm": None}
     panels = [(names[0], theirs, shared), (names[1], ours, shared), ("difference", change, around_zero)]
+    sigmas = list(theirs.columns)
+    every = math.ceil(len(sigmas) / 9)
+    ticks = [plain(s) if (len(sigmas) - 1 - i) % every == 0 else "" for i, s in enumerate(sigmas)]  # 80 is named
     meshes = []
     for ax, (title, table, colours) in zip(axes, panels, strict=True):
-        shown = table.set_axis(short_names(list(rows.index))).set_axis([plain(s) for s in table.columns], axis=1)
-        ax.tick_params(axis="y", labelsize=6)
+        shown = table.set_axis(short_names(list(rows.index)))
+        ax.tick_params(axis="y", labelsize=5.5)
         ax.tick_params(axis="x", labelsize=6.5)
-        meshes.append(draw_cells(ax, shown, scale, None, **colours))
+        meshes.append(draw_cells(ax, shown, scale, None, xticklabels=ticks, **colours))
         ax.tick_params(axis="y", labelleft=ax is axes[0])
         ax.set_xlabel("noise level σ")
         ax.set_title(title, loc="left")
@@ -158,7 +162,7 @@ def draw_depth(
     every = study[(study["states"] == "student") & (study["stat"] == stat)]["network"]
     names = [teacher, *known([n for n in dict.fromkeys(every) if n != teacher], students)]
     rows = rows_of(frame, dict.fromkeys(frame["layer"]))
-    ax = axes_of(ax, 7.2, 3.6)
+    ax = axes_of(ax, 6.4, 3.3)
     parts = {n: measured_layers(study, n, stat, states="student").set_index("layer").loc[rows.index] for n in names}
     for name, part in parts.items():
         style: dict[str, Any] = {
