@@ -113,19 +113,20 @@ def select_freeze(
     Args:
         source: A probe's result, or a network where nothing measured is needed.
         strategy: One of the above.
-        score: A statistic's name; {statistic: weight}, the weighted mean of ranks among candidates, 0 to 1, reversed by
-            a negative weight; or a function of the probe's result that returns {layer: number}. A block's value counts
-            for its layers that have none. Candidates without a score are trained, and counted as "unscored".
+        score: A statistic's name. In Python also {statistic: weight}, the weighted mean of ranks among candidates, 0 to
+            1, reversed by a negative weight, or a function of the probe's result that returns {layer: number}. A
+            block's value counts for its layers that have none. Candidates without a score are trained, and counted as
+            "unscored".
         at: Sigma at which statistics are read, the nearest one probed (log scale); 80 by default.
         freeze: "low" (the default) or "high" scores first.
         budget: Share to freeze, not exceeded; 0.85 by default: of all parameters, between 0 and 1. For
-            "per-resolution": of the candidates' at each resolution, or {resolution: share}, others trained.
+            "per-resolution": of the candidates' at each resolution. In Python also {resolution: share}, others trained.
         unit: "params" (the default), or "layers": the budget is a share of the number of candidates.
         granularity: What is frozen together: "layer" (the default); "block", its candidates, by the block's own value
             or else their mean weighted by parameters; "tensor", weight and bias separately.
         candidates: Layers that may be frozen, "conv" by default: a preset ("conv", "linear", ...), names, globs,
-            "re:..."; with a network as source also a function of name and module. A block or container includes all
-            that is inside.
+            "re:...". In Python, with a network as source, also a function of name and module. A block or container
+            includes all that is inside.
         always_train: Candidates to omit, "first" and "last" convolution of the network by default; names, globs.
         seed: Of "random"; 0 by default.
         mask: Required by "invert", optional for "random"; its candidates are kept if none are given.

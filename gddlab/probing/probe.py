@@ -58,16 +58,16 @@ def probe(
         model: A denoiser called as `model(x, sigma, class_labels)`: teacher, student, one of yours, or what
             `gddlab.wrap` makes of any other network; also compiled (it runs eagerly here) or in
             DistributedDataParallel.
-        timesteps: A number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
-            network's range; or the levels themselves, standard deviations on the scale of images in [-1, 1].
-        data: Dataset or its name, for "noised" states; None takes the one on the teacher's card.
+        timesteps: Number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
+            network's range. In Python also the levels themselves, standard deviations on the scale of [-1, 1].
+        data: Dataset or its name, for "noised" states; by default the one on the teacher's card.
         states: What the network sees: "noised", image + sigma * noise; "prior", sigma * noise; "trajectory", the states
             of Heun's sampler on its way from noise to image; "student", the one-step generator's input, 80 * noise at
             sigma 80 and nothing else.
-        layers: "conv" (4-d weights), "block" (residual blocks), "attention", "norm", "linear", "all", a glob, "re:...",
-            a list, or a function of name and module.
-        stats: Names of statistics, see `gddlab.probing.STATISTICS`, or your own, see `gddlab.probing.Statistic`.
-        per_channel: Keeps mean and variance of each channel, `ProbeResult.channels`.
+        layers: "conv" (4-d weights), "block" (residual blocks), "attention", "norm", "linear", "all", a glob, or
+            "re:...". In Python also a list, or a function of name and module.
+        stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`.
+        per_channel: Keeps mean and variance of each channel too. In Python: `ProbeResult.channels`.
         n: Images; image i is at position `start` + i of the dataset's order under `seed`, its noise has seed
             `seed` + `start` + i.
         batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels ("cosine",
@@ -76,7 +76,7 @@ def probe(
             the images' labels, or the classes in turn where there are no images.
         seed: Of the images' order and the noise.
         start: Position of the first image; results of other images of the same seed add up with `ProbeResult.merge`.
-        device: Where to run; None means where the network is. The network returns to where it was.
+        device: Where to run, such as cuda; by default where the network is, to which it returns.
         dtype: "bfloat16" or "float16" run the network under autocast; statistics are float32 and float64 all the same.
         progress: Shows a bar at a terminal.
 
