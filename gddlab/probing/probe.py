@@ -198,8 +198,8 @@ class Estimate:
         if self.seconds > 120:
             seconds = f"{self.seconds / 60:.0f} min"
         return (
-            f"about {seconds}, {self.peak_mib:,.0f} MiB more memory: {self.layers} layers at {self.sigmas} noise levels, "
-            f"{self.n_images} images, "
+            f"about {seconds}, {self.peak_mib:,.0f} MiB more memory: {self.layers} layers at {self.sigmas} "
+            f"noise levels, {self.n_images} images, "
             f"{self.passes} pass{'' if self.passes == 1 else 'es'} of {self.rows} rows; "
             f"hooks cost {self.seconds / self.seconds_bare - 1:+.0%}"
         )

@@ -39,7 +39,7 @@ def convs(net: Precond) -> dict[str, Layer]:
 
 
 def with_values(result: ProbeResult, stat: str, values: dict[str, float]) -> ProbeResult:
-    """The result with these values of a statistic, at every sigma, in place of those measured; other layers have none."""
+    """The result with these values of a statistic at every sigma in place of those measured; other rows are dropped."""
     frame = result.frame[(result.frame["stat"] != stat) | result.frame["layer"].isin(list(values))].copy()
     rows = frame["stat"] == stat
     frame.loc[rows, "value"] = frame.loc[rows, "layer"].map(values)
