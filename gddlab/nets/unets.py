@@ -38,8 +38,11 @@ class UNet(nn.Module):
     """The part that both U-Nets share: the embedding of a second, target noise level, which a student may have."""
 
     map_layer0: nn.Linear
-    map_target0: nn.Linear | None = None
-    map_target1: nn.Linear | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map_target0: nn.Linear | None = None
+        self.map_target1: nn.Linear | None = None
 
     def add_target(self) -> None:
         """Adds two layers after the embedding of a target noise level; the last is zero: the output does not change."""
