@@ -1,4 +1,4 @@
-"""Published weights: where they are found, when they are fetched, what is refused; networks with random weights from files."""
+"""Published weights: where they are found, downloads, refusals; extractors with random weights from files."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_vgg16_with_random_weights(tmp_path, monkeypatch):
 
 
 def test_dinov2_with_random_weights(tmp_path, monkeypatch):
-    """The small network in place of the large one, which has 1.2 GB; the file has the authors' names and 37x37 positions."""
+    """A small network instead of the large one (1.2 GB); the file has the authors' names and 37x37 positions."""
     import timm
 
     torch.manual_seed(0)
