@@ -1,6 +1,4 @@
-"""Published weights: where they are found, when they are fetched, what is refused; networks with random weights from
-files.
-"""
+"""Published weights: where they are found, downloads, refusals; extractors with random weights from files."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def nowhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["inception", "clip", "dinov2", "vgg16"])
 def test_missing_weights_are_refused_in_a_line_before_the_first_image(name, some, cache, monkeypatch):
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("gddlab.evaluation.sources.draw", lambda *a, **k: pytest.fail("sampled"))
     with pytest.raises(GddlabError, match="GDDLAB_OFFLINE is set") as e:
         evaluate("digits", data=some, n=4, extractor=name)
     published = EXTRACTORS[name].published
@@ -134,9 +132,7 @@ def test_vgg16_with_random_weights(tmp_path, monkeypatch):
 
 
 def test_dinov2_with_random_weights(tmp_path, monkeypatch):
-    """The small network in place of the large one, which has 1.2 GB; the file has the authors' names and 37x37
-    positions.
-    """
+    """A small network instead of the large one (1.2 GB); the file has the authors' names and 37x37 positions."""
     import timm
 
     torch.manual_seed(0)
@@ -178,7 +174,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, some):
         for content in ({}, {"conv.weight": torch.zeros(2)}, {"x": print}):
             torch.save(content, tmp_path / "bad.pth")
             monkeypatch.setenv(variable, str(tmp_path / "bad.pth"))
-            monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+            monkeypatch.setattr("gddlab.evaluation.sources.draw", lambda *a, **k: pytest.fail("sampled"))
             with pytest.raises(GddlabError, match=r"bad\.pth") as e:
                 evaluate("digits", data=some, n=4, extractor=name)
             assert "\n" not in str(e.value)
@@ -186,5 +182,5 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, some):
         with pytest.raises(GddlabError, match=r"bad\.pth"):
             evaluate("digits", data=some, n=4, extractor=name)
     monkeypatch.setenv("GDDLAB_CLIP", str(save_clip(tmp_path / "clip.pt", embedding=256)))
-    with pytest.raises(GddlabError, match="gives 256 features per image: clip-vit-b-32 has 512"):
+    with pytest.raises(GddlabError, match="gives 256 features an image: clip-vit-b-32 has 512"):
         evaluate("digits", data=some, n=4, steps=1, extractor="clip")

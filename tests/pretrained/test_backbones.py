@@ -1,6 +1,4 @@
-"""Backbones: their levels against independent passes, where weights are found, and what is refused before the first
-step.
-"""
+"""Backbones: their levels against independent passes, where weights are found, and what is refused."""
 
 from __future__ import annotations
 

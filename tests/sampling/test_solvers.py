@@ -25,8 +25,9 @@ SCALINGS = ("none", "vp")
 
 
 class Gaussian(Precond):
-    """The exact denoiser of N(0, sd^2) data; a path of its ODE is z sigma_max sqrt((sd^2 + sigma^2) / (sd^2 +
-    sigma_max^2)).
+    """The exact denoiser of N(0, sd^2) data.
+
+    A path of its ODE is z sigma_max sqrt((sd^2 + sigma^2) / (sd^2 + sigma_max^2)).
     """
 
     sigma_min, sigma_max, sd = 0.0, math.inf, 0.5
@@ -129,9 +130,7 @@ def test_iddpm_network_is_asked_at_its_own_levels() -> None:
 
 
 def test_churn_by_hand() -> None:
-    """One step: sigma grows by min(S_churn / steps, sqrt(2) - 1), the state by that much of its image's own noise
-    (algorithm 2).
-    """
+    """One step raises sigma by min(S_churn / steps, sqrt(2) - 1), and adds that much noise (algorithm 2)."""
     net, seeds, shape = Gaussian(), [3, 8], (1, 4, 4)
     noise = ImageNoise(seeds, shape)
     z = noise(torch.float32)

@@ -624,9 +624,7 @@ def load(path: Path) -> tuple[Precond | None, str]:
 
 
 def measure(paths: list[Path]) -> list[dict[str, Any]]:
-    """Seconds and MiB that loading each file takes at its peak, and how it ends; each in a new process that holds
-    nothing else.
-    """
+    """Seconds, peak MiB and outcome of loading each file, each in a new process."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     command = [sys.executable, "-c", "import sys, tests.teachers.attacks as a; a.measure_here(sys.argv[1:])"]
     done = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,8 +1,6 @@
-"""Coverage-guided fuzzing of the reader, by hand: `python -m tests.teachers.fuzz_atheris CORPUS_DIR
--max_total_time=600`; no test.
+"""Fuzzes the reader guided by coverage; no test: `python -m tests.teachers.fuzz_atheris FOLDER -max_total_time=600`.
 
-It needs `pip install atheris`. Any exception besides a refusal, and any effect besides reading, is a finding: atheris
-writes the file.
+It needs `pip install atheris`, which writes each file that raises anything but a refusal, or does anything but read.
 """
 
 from __future__ import annotations

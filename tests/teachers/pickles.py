@@ -1,6 +1,4 @@
-"""Writes pickles of the form that EDM's `persistence` makes, without any of its code: names are written as opcodes,
-never imported.
-"""
+"""Writes pickles like those of EDM's `persistence`, without its code: names are written as opcodes, never imported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files that attack the reader of pickles: each is refused in one line, nothing happens besides reading, little is
-taken.
+"""Files that attack the reader of pickles: each is refused in one line, with bounded memory and no side effect.
 
 `refusals.txt` holds every reason; `python -m tests.teachers.test_attacks` writes it again, to be read by eye.
 """

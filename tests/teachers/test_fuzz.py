@@ -1,6 +1,4 @@
-"""Random bytes of many kinds: each file gives a network or one refusal, in little time, and nothing happens besides
-reading.
-"""
+"""Random bytes of many kinds: each file gives a network or one refusal, in little time, with no side effect."""
 
 from __future__ import annotations
 
