@@ -24,6 +24,7 @@ from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
+from gddlab.sampling.samplers import heun_step
 from gddlab.sampling.schedules import karras_sigmas
 
 __all__ = [
@@ -184,10 +185,11 @@ class InstanceLoss:
 
     def _heun(self, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
         """The teacher's step from sigma t to u > 0 (Karras et al. 2022, algorithm 1)."""
-        h = _wide(u - t)
-        slope = (x - self.teacher(x, t, labels)) / _wide(t)
-        ahead = x + h * slope
-        return x + h * (slope + (ahead - self.teacher(ahead, u, labels)) / _wide(u)) / 2
+
+        def slope(x: Tensor, sigma: Tensor) -> Tensor:
+            return (x - self.teacher(x, sigma.flatten(), labels)) / sigma
+
+        return heun_step(slope, x, _wide(t), _wide(u))
 
     def _at(self, index: Tensor, like: Tensor) -> Tensor:
         """Noise levels at indices on the CPU, (B,)."""

@@ -29,7 +29,7 @@ from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, resolve, sampler_name, seed_list
-from gddlab.teachers.catalog import is_run, open_model
+from gddlab.teachers.catalog import is_run, load_teacher
 from gddlab.workers import run_workers
 
 __all__ = ["GeneratedImages", "generated_rows", "images_of", "make_part", "open_source"]
@@ -116,7 +116,7 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     """A model or images by name or path.
 
     Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `open_model`: a run directory, a teacher's name, a file of
+    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a teacher's name, a file of
     weights.
     """
     text, path = str(source), Path(source)
@@ -125,7 +125,7 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
-    return open_model(source)
+    return load_teacher(source)
 
 
 def images_of(

@@ -19,7 +19,7 @@ from gddlab.errors import GddlabError
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.samplers import one_hot, seed_list
+from gddlab.sampling.samplers import heun_step, one_hot, seed_list
 
 __all__ = ["Count", "Data", "Inputs", "Labels", "Noised", "Position", "Precision", "Rows", "States", "Timesteps"]
 
@@ -211,9 +211,7 @@ class Inputs:
         for sigma, following in itertools.pairwise(visited):
             if following < min(wanted):
                 break
-            d = slope(x, sigma)
-            euler = x + (following - sigma) * d
-            x = x + (following - sigma) * (d + slope(euler, following)) / 2
+            x = heun_step(slope, x, sigma, following)
             found[following] = x.to(noise.dtype)
         return torch.stack([found[s] for s in wanted], 1)
 

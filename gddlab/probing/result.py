@@ -7,11 +7,9 @@ import copy
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,8 +181,6 @@ class ProbeResult:
         Raises:
             GddlabError: `at` is no sigma; `stat` was not measured.
         """
-        if isinstance(at, bool) or not isinstance(at, Real) or not (math.isfinite(at) and at > 0):
-            raise GddlabError(f"at={at!r}: give a sigma above 0")
         return nearest_level(self.sigmas if stat is None else [float(s) for s in self.pivot(stat).columns], at)
 
     def contrast(self, stat: str, at: float = 80.0) -> pd.DataFrame:

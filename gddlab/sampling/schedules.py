@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from jaxtyping import Float
@@ -70,7 +71,13 @@ def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Float[Tensor, " M"]:
 
 
 def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
-    """The one of `sigmas` that is nearest to `sigma` on a log scale; the first of two."""
+    """The one of `sigmas` that is nearest to `sigma` on a log scale; the first of two.
+
+    Raises:
+        GddlabError: `sigma` is no noise level.
+    """
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not (math.isfinite(sigma) and sigma > 0):
+        raise GddlabError(f"at={sigma!r}: give a noise level above 0, such as 80")
     return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
 
 

@@ -26,7 +26,6 @@ __all__ = [
     "load_student",
     "load_teacher",
     "locate",
-    "open_model",
     "published",
     "snapshots_of",
 ]
@@ -94,10 +93,6 @@ def _find(source: str | Path) -> tuple[str, Path]:
     if len(path.parts) > 1 or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
-
-
-open_model = load_teacher
-"""The same under the name of what students are opened with."""
 
 
 def bundled_teachers() -> list[str]:

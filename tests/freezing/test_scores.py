@@ -116,5 +116,5 @@ def test_scores_that_are_not_finite_are_refused_by_name(net, result):
 
 @pytest.mark.parametrize("at", [0.0, -1.0, math.nan, math.inf, True, "80"])
 def test_bad_sigma(result, at):
-    with pytest.raises(GddlabError, match=r"at=.*: give a sigma above 0"):
+    with pytest.raises(GddlabError, match=r"at=.*: give a noise level above 0"):
         scores_of(result, "rms", at)

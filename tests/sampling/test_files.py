@@ -94,7 +94,7 @@ def test_folder_with_classes(classy, tmp_path: Path) -> None:  # type: ignore[no
 
 @pytest.mark.parametrize("name", ["d", "d.zip"])
 def test_killed_and_continued(name: str, tmp_path: Path) -> None:
-    """After kill -9 in the middle, parts are kept, not made again; the result equals an undisturbed one byte for byte."""
+    """After kill -9 in the middle, parts are kept, not made again; the result equals an undisturbed one."""
     net = make_student(tiny_net())
     save_network(net, tmp_path / "s.safetensors")
     code = f"""

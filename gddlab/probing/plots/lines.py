@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.rows import about, nearest, pick, rows_of, short_names, stat_label, titled, wide, x_of
+from gddlab.probing.plots.rows import about, pick, rows_of, short_names, stat_label, titled, wide, x_of
 from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, sigma_axis, value_axis
+from gddlab.sampling.schedules import nearest_level
 from gddlab.theme import BLACK, PALETTE, SEQUENTIAL, axes_of, banded, themed
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def draw_stem(result: ProbeResult, stat: str, at: float = 80.0, ax: Axes | None 
         GddlabError: `stat` was not measured, or `at` is no noise level.
     """
     table = wide(result.frame, stat)
-    sigma = nearest(table.columns, at)
+    sigma = nearest_level(map(float, table.columns), at)
     values, errors = table[sigma].to_numpy(), wide(result.frame, stat, "sem")[sigma].to_numpy()
     rows = rows_of(result.frame, table.index)
     ax = _depth_axes(ax, len(rows))
@@ -138,7 +139,7 @@ def draw_pair(
             )
     theirs = tables["teacher"]
     wanted: Any = tables["student"].columns[-1] if at is None else at
-    sigmas = {who: nearest(t.columns, wanted) for who, t in tables.items()}
+    sigmas = {who: nearest_level(map(float, t.columns), wanted) for who, t in tables.items()}
     rows = rows_of(teacher.frame, theirs.index)
     x, _ = x_of(rows)
     ax = _depth_axes(ax, len(rows))
@@ -208,7 +209,7 @@ def _chosen(measured: Iterable[Any], at: float | Sequence[float] | None) -> list
     wanted: Any = list(at) if isinstance(at, Iterable) and not isinstance(at, str) else [at]
     if not wanted:
         raise GddlabError("at is an empty list: give noise levels, or omit it")
-    return sorted({nearest(measured, a) for a in wanted})
+    return sorted({nearest_level(measured, a) for a in wanted})
 
 
 def _depth_axes(ax: Axes | None, n: int) -> Axes:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "STAGES",
     "about",
-    "nearest",
     "neighbours",
     "pick",
     "place_name",
@@ -108,17 +105,6 @@ def pick(known: Iterable[str], wanted: str | Iterable[str] | None) -> list[str]:
     if not chosen:
         raise GddlabError("layers is an empty list: give names or globs, or omit it for all")
     return [n for n in known if n in chosen]
-
-
-def nearest(sigmas: Iterable[Any], at: float) -> float:
-    """The measured noise level nearest to `at` on a log scale.
-
-    Raises:
-        GddlabError: `at` is no noise level.
-    """
-    if isinstance(at, bool) or not isinstance(at, Real) or not (math.isfinite(at) and at > 0):
-        raise GddlabError(f"at={at!r}: give a noise level above 0, such as 80")
-    return float(min(sigmas, key=lambda s: abs(math.log(s / at))))
 
 
 def short_names(names: Sequence[str]) -> list[str]:
