@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -171,8 +172,10 @@ def test_what_notebooks_draw_with_is_in_the_reference(pages: dict[str, Reader]) 
     used = set()
     for notebook in PAGES.glob("*.ipynb"):
         for cell in json.loads(notebook.read_text())["cells"]:
-            found = re.findall(r"^from (gddlab\.reporting[\w.]*) import (.+)", "".join(cell["source"]), re.MULTILINE)
-            used |= {(module, name.strip()) for module, names in found for name in names.split(",")}
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            if "gddlab.reporting" in source:
+                imports = [n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)]
+                used |= {(n.module, a.name) for n in imports if "reporting" in str(n.module) for a in n.names}
     assert used
     for module, name in used:
         value = getattr(importlib.import_module(module), name)

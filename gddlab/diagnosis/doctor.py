@@ -24,7 +24,7 @@ from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir
-from gddlab.pretrained.files import SUFFIXES, find_weights
+from gddlab.pretrained.files import SUFFIXES, find_weights, offline
 from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
@@ -282,10 +282,9 @@ def _weight_findings() -> list[Finding]:
     bundled = data_dir() / "teachers"
     out = [_file("weights", f"teacher {n}", bundled / n / "teacher.safetensors", "") for n in bundled_teachers()]
     folders = " or ".join(str(p) for p in _folders("teachers"))
-    offline = os.environ.get("GDDLAB_OFFLINE", "") not in ("", "0")
     for entry in PUBLISHED.values():
         finding = _file("weights", f"teacher {entry.name}", locate(entry.name), f"put {entry.url} into {folders}")
-        finding.details.update(published=True, places=folders, offline=offline)
+        finding.details.update(published=True, places=folders, offline=offline())
         out.append(finding)
     out += [_asked("weights", f"backbone {name}", partial(lite_weights, name)) for name in LITE_WHEELS]
     out += [_backbone(name, f"backbone {name}") for name in ("vgg16_bn", "deit_base_distilled_patch16_224")]

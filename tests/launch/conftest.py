@@ -29,9 +29,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Quick
     settings: dict[str, Any] = {
         "teacher": str(tiny_teacher),
         "data": str(data),
-        "discriminator": "stylegan2",
-        "head_width": 8,
-        "cache_real": False,
+        "discriminator": {"kind": "stylegan2", "channel_max": 8},
         "batch": 8,
         "r1_interval": 2,
         "r1_gamma": 1e-3,
