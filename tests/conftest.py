@@ -9,6 +9,7 @@ from typing import Any
 from urllib.error import URLError
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests share the cores (-n 2 in pyproject.toml)
 
 import pytest
 import torch
