@@ -210,7 +210,7 @@ def test_overviews_import_nothing_heavy() -> None:
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder may be relative; a terminal gets a table."""
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "config.json").write_text("{}")
+    (tmp_path / "a" / "b" / "config.json").write_text('{"teacher": "digits", "mask": null}')
     monkeypatch.chdir(tmp_path)
     main(["runs", "a"])
     assert "b stopped" in " ".join(capsys.readouterr().out.split())

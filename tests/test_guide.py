@@ -46,7 +46,8 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     assert blocks
     names: dict[str, object] = {"__name__": "guide"}
     for block in blocks:
-        exec(compile(block, f"{page.name}: {block[:40]!r}", "exec"), names)
+        code = compile(block, f"{page.name}: {block[:40]!r}", "exec", dont_inherit=True)  # as in a notebook
+        exec(code, names)
 
 
 def test_parts_of_pages_are_as_the_code_is(from_code: Any) -> None:

@@ -205,8 +205,8 @@ def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
         ("narrow.pt", good[:, :300].copy(), r"is \(5, 300\)"),
         ("flat.npz", good[0], r"is \(320,\)"),
         ("two.npz", {"a": good, "b": good}, "holds 2 arrays"),
-        ("whole.npy", good.astype(int), "something else than finite floating point"),
-        ("nan.npy", good + np.nan, "something else than finite floating point"),
+        ("whole.npy", good.astype(int), "not finite floating point"),
+        ("nan.npy", good + np.nan, "not finite floating point"),
     ):
         with pytest.raises(GddlabError, match=match):
             load_embedding(write(tmp_path / name, table), 3)

@@ -306,20 +306,25 @@ def test_the_class_embedding_begins_as_its_file_and_is_learned(tmp_path: Path, t
     cond, table = tmp_path / "cond.safetensors", torch.randn(12, 320)
     save_network(tiny_net(label_dim=10), cond, name="cond", data="digits")
     torch.save(table, tmp_path / "table.pt")
-    t = Trainer(tiny_config(tmp_path / "run", cond, embedding_file=str(tmp_path / "table.pt")), ALONE)
+    t = Trainer(
+        tiny_config(tmp_path / "run", cond, discriminator={"embedding_file": str(tmp_path / "table.pt")}), ALONE
+    )
     embeds = [p for n, p in t.step.d.named_parameters() if n.endswith("embed.weight")]
     assert len(embeds) == 4
     assert all(torch.equal(p, table[:10]) for p in embeds)
     t.iterate()
     assert not any(torch.equal(p, table[:10]) for p in embeds)
     with pytest.raises(NotFound, match=r"class embedding nowhere.npy: no such file"):
-        check(tiny_config(tmp_path / "run", cond, embedding_file="nowhere.npy"))
+        check(tiny_config(tmp_path / "run", cond, discriminator={"embedding_file": "nowhere.npy"}))
     with pytest.raises(GddlabError, match="unconditional teacher"):
-        Trainer(tiny_config(tmp_path / "run", tiny_teacher, embedding_file=str(tmp_path / "table.pt")), ALONE)
+        Trainer(
+            tiny_config(tmp_path / "run", tiny_teacher, discriminator={"embedding_file": str(tmp_path / "table.pt")}),
+            ALONE,
+        )
 
 
 def test_parts_of_a_batch_hold_whole_groups_of_stylegan2s_deviation(tmp_path: Path, tiny_teacher: Path) -> None:
-    fields = {"discriminator": "stylegan2", "head_width": 8}
+    fields = {"discriminator": {"kind": "stylegan2", "channel_max": 8}}
     check(tiny_config(tmp_path / "run", tiny_teacher, batch_per_device=4, **fields))
     check(tiny_config(tmp_path / "run", tiny_teacher, batch=6, batch_per_device=3, **fields))
     with pytest.raises(GddlabError, match=r"2 of 8 images at once .* give a multiple of 4"):
@@ -331,7 +336,7 @@ def test_parts_of_a_batch_hold_whole_groups_of_stylegan2s_deviation(tmp_path: Pa
 def test_a_stylegan2_discriminator_begins_with_weights(tmp_path: Path, tiny_teacher: Path) -> None:
     first = trained(tmp_path / "a", tiny_teacher, 1, discriminator={"kind": "stylegan2"})
     torch.save(first.step.d.state_dict(), tmp_path / "d.pt")
-    fields = {"discriminator": "stylegan2", "discriminator_weights": str(tmp_path / "d.pt")}
+    fields = {"discriminator": {"kind": "stylegan2", "weights": str(tmp_path / "d.pt")}}
     second = Trainer(tiny_config(tmp_path / "b", tiny_teacher, **fields), ALONE)
     theirs = second.step.d.state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in first.step.d.state_dict().items())

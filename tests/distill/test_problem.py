@@ -119,7 +119,7 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path, tiny_teacher: Path, r
     with pytest.raises(NotFound, match="no such file"):
         adversarial_problem(tmp_path)
     tiny_config(tmp_path / "new", tiny_teacher).write()
-    with pytest.raises(NotFound, match="new has no checkpoint: let the run go on"):
+    with pytest.raises(NotFound, match="new has no checkpoint: wait for its first one"):
         adversarial_problem(tmp_path / "new")
     with pytest.raises(GddlabError, match="n=12 images in batches of 8: give a multiple"):
         adversarial_problem(run.config.run_dir, n=12)

@@ -136,7 +136,7 @@ def test_heatmap_of_one_sigma_and_of_many_layers_in_a_small_figure(result):
 
 def test_similarity(result):
     ax = result.similarity("model.enc.16x16_conv")
-    assert ax.get_title() == "model.enc.16x16_conv"
+    assert ax.get_title("left").startswith("model.enc.16x16_conv\n")
     with pytest.raises(GddlabError, match=r"did you mean 'model.enc.16x16_conv'"):
         result.similarity("model.enc.16x16_con")
 
