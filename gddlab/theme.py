@@ -21,6 +21,7 @@ __all__ = [
     "GREY",
     "MISSING",
     "PALETTE",
+    "RESOLUTIONS",
     "SEQUENTIAL",
     "TRAINED",
     "axes_of",
@@ -38,6 +39,8 @@ SEQUENTIAL, DIVERGING = "viridis", "vlag"
 MISSING = "0.8"
 """Colour of cells without a value."""
 FROZEN, TRAINED = PALETTE[0], PALETTE[1]
+RESOLUTIONS = ("#86cfae", "#23907f", "#0f5560", "#0a3442", "#061c28")
+"""One hue, darker from the largest resolution to the smallest, which nothing else in a figure has."""
 """Colours of frozen and of trained parameters."""
 OWN = {
     "axes.titlesize": 9,

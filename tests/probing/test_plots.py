@@ -24,7 +24,7 @@ from gddlab.probing.plots import (
     draw_stem,
 )
 from gddlab.probing.plots.scales import plain
-from gddlab.theme import PALETTE
+from gddlab.theme import RESOLUTIONS
 from tests.probing.networks import tiny
 
 SIGMAS = (80.0, 1.0, 0.1, 0.002)
@@ -155,7 +155,7 @@ def test_the_strip_says_stage_and_resolution_of_its_layers(small):
             said[row] += text
     stages = where["stage"].map({"enc": "encoder", "dec": "decoder"})
     assert said == list(stages + " " + where["resolution"].astype(str))
-    assert [to_hex(p.get_facecolor()) for p in ax.patches] == [PALETTE[i] for i in (0, 1, 1, 0)]
+    assert [to_hex(p.get_facecolor()) for p in ax.patches] == [RESOLUTIONS[i] for i in (0, 1, 1, 0)]
 
 
 def test_networks_without_stages_and_resolutions_have_no_bands(small):
@@ -268,12 +268,12 @@ def test_many_lines_are_coloured_by_resolution_with_medians(small):
     label = f"decoder 8: median of {part['layer'].nunique()}"
     handles, labels = ax.get_legend_handles_labels()
     look = handles[labels.index(label)]
-    assert look.get_color() == PALETTE[1]
+    assert look.get_color() == RESOLUTIONS[1]
     medians = [line for line in ax.lines if line.get_linewidth() == 2 and len(line.get_xdata())]
     assert len(medians) == len(labels) == 4
     np.testing.assert_allclose(medians[2].get_ydata(), part.groupby("sigma")["value"].median())
     assert medians[2].is_dashed() and not medians[0].is_dashed()
-    assert {line.get_color() for line in medians} == set(PALETTE[:2])
+    assert {line.get_color() for line in medians} == set(RESOLUTIONS[:2])
 
 
 def test_lines_along_depth(small):
@@ -296,7 +296,7 @@ def test_stem(small):
     layers = small.frame.drop_duplicates("layer")
     np.testing.assert_allclose(points, np.stack([layers["depth"], 1.01 + 0.1 * np.arange(len(layers))], 1))
     colours = [c.lines[0].get_color() for c in ax.containers]
-    assert [k for k, _ in itertools.groupby(colours)] == [PALETTE[0], PALETTE[1], PALETTE[0]]  # 16 8 | 8 16
+    assert [k for k, _ in itertools.groupby(colours)] == [RESOLUTIONS[0], RESOLUTIONS[1], RESOLUTIONS[0]]  # 16 8 | 8 16
     ends = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert ends == pytest.approx([0.909, 1.111])
     assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.theme import GREY, PALETTE
+from gddlab.theme import GREY, RESOLUTIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ def rows_of(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     known = [int(r) if r > 0 else None for r in where["resolution"].fillna(0)]
     return where.assign(
         place=[place_name(str(s), r) for s, r in zip(where["stage"], known, strict=True)],
-        colour=[GREY if r is None else PALETTE[ranked.index(r) % len(PALETTE)] for r in known],
+        colour=[GREY if r is None else RESOLUTIONS[min(ranked.index(r), len(RESOLUTIONS) - 1)] for r in known],
     )
 
 
