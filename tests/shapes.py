@@ -1,9 +1,6 @@
 """The type checker of jaxtyping's import hook in tests: it checks annotations of arrays, and no others.
 
-Many tests give other arguments of wrong types, to see them refused. The hook comes before the first import of gddlab:
-
-    import tests.shapes
-    jaxtyping.install_import_hook(["gddlab.nets", "gddlab.sampling"], "tests.shapes.check")
+Many tests give other arguments of wrong types, to see them refused. `tests/test_shapes.py` installs the hook.
 """
 
 from __future__ import annotations
