@@ -255,7 +255,8 @@ def test_a_full_disk_leaves_the_parts(photos: Path, tmp_path: Path, monkeypatch:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from gddlab.datasets import prepare
 making = sys.modules["gddlab.datasets.prepare"]
 if {end}:
