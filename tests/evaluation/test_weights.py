@@ -182,5 +182,5 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, some):
         with pytest.raises(GddlabError, match=r"bad\.pth"):
             evaluate("digits", data=some, n=4, extractor=name)
     monkeypatch.setenv("GDDLAB_CLIP", str(save_clip(tmp_path / "clip.pt", embedding=256)))
-    with pytest.raises(GddlabError, match="gives 256 features an image: clip-vit-b-32 has 512"):
+    with pytest.raises(GddlabError, match="gives 256 features per image: clip-vit-b-32 has 512"):
         evaluate("digits", data=some, n=4, steps=1, extractor="clip")
