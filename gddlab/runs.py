@@ -13,13 +13,13 @@ from gddlab.files import last_jsonl, read_json, read_jsonl, thin_jsonl
 from gddlab.freezing import FreezeMask
 from gddlab.lock import held
 from gddlab.nets import OneStepPrecond
-from gddlab.teachers.catalog import load_student, snapshots_of
+from gddlab.teachers.catalog import is_run, load_student, snapshots_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "is_run_dir", "listing", "load_run", "load_runs", "load_study", "read_status"]
+__all__ = ["Run", "listing", "load_run", "load_runs", "load_study", "read_status"]
 
 STALE_S = 120.0
 """A run on another machine whose last heartbeat is older than this counts as dead."""
@@ -185,19 +185,6 @@ class Run:
         return load_student(self.run_dir, snapshot)
 
 
-def is_run_dir(folder: Path) -> bool:
-    """Whether a folder holds a run of `gddlab.train`, even a damaged one; others write config.json too."""
-    if not (folder / "config.json").is_file():
-        return False
-    if any((folder / name).exists() for name in ("status.json", "provenance.json", "lock")):
-        return True
-    try:
-        fields = read_json(folder / "config.json")
-    except GddlabError:
-        return False
-    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
-
-
 def load_run(run_dir: str | Path) -> Run:
     """A run directory to read, running or not.
 
@@ -215,7 +202,7 @@ def load_runs(folder: str | Path) -> list[Run]:
     """
     if not Path(folder).is_dir():
         raise NotFound(f"no such folder: {folder}")
-    found = sorted(p.parent for p in Path(folder).rglob("config.json") if is_run_dir(p.parent))
+    found = sorted(p.parent for p in Path(folder).rglob("config.json") if is_run(p.parent))
     if not found:
         raise NotFound(f"no run below {folder}: give a folder that holds run directories")
     return [Run(path) for path in found]

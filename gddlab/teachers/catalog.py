@@ -104,9 +104,17 @@ def bundled_teachers() -> list[str]:
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run of `gddlab.train`; the folder of a trained teacher has a configuration too."""
+    """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
     path = Path(folder)
-    return (path / "config.json").is_file() and not (path / "teacher.safetensors").exists()
+    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
+        return False
+    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
+        return True
+    try:
+        fields = read_json(path / "config.json")
+    except GddlabError:
+        return False
+    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
 def snapshots_of(run_dir: Path) -> list[Path]:

@@ -114,7 +114,7 @@ def test_bundled_teacher_denoises() -> None:
 def test_a_run_directory_gives_its_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "digits"  # the name of a bundled teacher
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"teacher": "digits", "mask": null}')
     with pytest.raises(NotFound, match="has no student"):
         load_teacher(run)
     student = make_student(tiny_net())
