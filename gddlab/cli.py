@@ -32,8 +32,6 @@ if typing.TYPE_CHECKING:
 
     from gddlab.diagnosis import Doctor
 
-__all__ = ["COMMANDS", "GROUPS", "main"]
-
 COMMANDS: dict[str, Command] = {}
 """By name, in the order of use; a name of two words belongs to a group."""
 GROUPS = {"teacher": "Teachers: train one, show a card, score one.", "mask": "Freeze masks: show one, compare several."}

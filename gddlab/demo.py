@@ -31,8 +31,6 @@ from gddlab.theme import save_figure, themed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["demo"]
-
 SCORE = "rel_update"
 METRIC = "fd-lite2"
 GRID = 64

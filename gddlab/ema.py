@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ema_beta", "ema_update", "local"]
-
 
 def ema_beta(batch: int, halflife_kimg: float, rampup: float | None, nimg: int) -> float:
     """Decay of one step of `batch` images: 0.5^(batch / h), h = min(half-life, rampup * images seen), in images."""

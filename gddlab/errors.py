@@ -9,8 +9,6 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["GddlabError", "NotFound", "refusal_of", "unknown", "validated"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -18,26 +18,6 @@ import torch
 
 from gddlab.errors import GddlabError, NotFound
 
-__all__ = [
-    "append_jsonl",
-    "atomic_path",
-    "cache_dir",
-    "data_dir",
-    "describe_start",
-    "file_sha256",
-    "fsync_dir",
-    "hash_json",
-    "hash_tensors",
-    "last_jsonl",
-    "read_end",
-    "read_json",
-    "read_jsonl",
-    "thin_jsonl",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
-
 
 def data_dir() -> Path:
     """Folder of what ships with gddlab: `data/` in a clone, `gddlab/data/` in an installed wheel."""

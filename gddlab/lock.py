@@ -16,8 +16,6 @@ from pathlib import Path
 
 from gddlab.errors import GddlabError
 
-__all__ = ["Job", "held", "owners", "sign", "take"]
-
 
 @dataclass(frozen=True)
 class Job:

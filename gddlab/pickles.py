@@ -25,25 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "OBJECT",
-    "Array",
-    "Blob",
-    "Budget",
-    "Name",
-    "Node",
-    "PickleReader",
-    "Record",
-    "Refused",
-    "a",
-    "count",
-    "find_plain",
-    "need",
-    "new_dict",
-    "printable",
-    "shape",
-]
-
 BUDGET = 96 * 2**20
 """Bytes that the containers, numbers and texts of one file may take; a network of 300 M parameters needs a fifth."""
 MAX_TEXT, MAX_NAME, MAX_KEY, MAX_LONG, MAX_ARGS = 16 * 2**20, 256, 1000, 256, 64

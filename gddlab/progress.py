@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["duration", "interactive", "progress_bar"]
-
 
 def interactive() -> bool:
     """True at a terminal; False in pipes, logs and notebooks under test, so that outputs stay comparable."""

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["commit", "hardware", "versions"]
-
 
 def versions() -> dict[str, str]:
     """Versions of Python, gddlab and the packages whose numerics matter."""

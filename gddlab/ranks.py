@@ -16,8 +16,6 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError
 
-__all__ = ["ALONE", "Ranks", "joined", "named_ranks", "present_ranks", "share"]
-
 PIECE = 1 << 24
 """Bytes sent at once."""
 WAIT = datetime.timedelta(days=1)

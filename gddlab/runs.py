@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Run", "listing", "load_run", "load_runs", "load_study", "read_status"]
-
 STALE_S = 120.0
 """A run on another machine whose last heartbeat is older than this counts as dead."""
 ACTIVE = ("starting", "running")

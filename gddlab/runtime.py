@@ -12,8 +12,6 @@ import torch
 
 from gddlab.errors import GddlabError
 
-__all__ = ["chosen_device", "fresh_environment", "generator", "peak_memory_mib"]
-
 
 def chosen_device(name: str = "auto") -> torch.device:
     """The device of this process.

@@ -25,8 +25,6 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
 from gddlab.errors import GddlabError
 
-__all__ = ["Command", "settings"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Command:

@@ -14,23 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "BLACK",
-    "DIVERGING",
-    "FROZEN",
-    "GREY",
-    "MISSING",
-    "PALETTE",
-    "RESOLUTIONS",
-    "SEQUENTIAL",
-    "TRAINED",
-    "axes_of",
-    "banded",
-    "columns_over_kimg",
-    "save_figure",
-    "themed",
-]
-
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#56b4e9", "#ca9161", "#949494")
 """seaborn's "colorblind" without its pale pink and its yellow, which white paper swallows."""
 BLACK, GREY = "#000000", "#777777"

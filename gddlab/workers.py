@@ -21,8 +21,6 @@ from typing import IO, Any
 from gddlab.errors import GddlabError
 from gddlab.runtime import fresh_environment
 
-__all__ = ["run_workers", "start"]
-
 SAMPLING = "gddlab.sampling.files:make_share"
 
 

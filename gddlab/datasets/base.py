@@ -16,8 +16,6 @@ from torch import Tensor
 from gddlab.errors import GddlabError
 from gddlab.runtime import generator
 
-__all__ = ["BatchReader", "ContentHash", "ImageDataset", "Manifest", "content_hash", "digits", "order"]
-
 
 @dataclass(frozen=True)
 class Manifest:

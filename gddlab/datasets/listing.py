@@ -17,8 +17,6 @@ from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES
 from gddlab.errors import GddlabError
 from gddlab.runtime import generator
 
-__all__ = ["HINTS", "LABELS", "MANIFEST", "Listing", "Problem", "Reader", "arrange", "choose", "image_files", "refusal"]
-
 LABELS = "dataset.json"
 MANIFEST = "manifest.json"
 MAX_CLASSES = 100_000

@@ -28,8 +28,6 @@ from gddlab.datasets.store import MEMORY, materialise
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import describe_start, hash_json
 
-__all__ = ["ArrayReader", "find_source", "open_dataset"]
-
 
 def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> Listing:
     """The images of a source, given as for `open_dataset`.

@@ -24,8 +24,6 @@ from typing import Any, TypeVar
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, fsync_dir, read_json, write_json
 
-__all__ = ["Entry", "Workers", "assemble", "image_name", "missing_parts", "open_parts", "read_part", "write_part"]
-
 _LABELS = "dataset.json"
 _MANIFEST = "manifest.json"
 _PART = re.compile(r"part-(\d{6,})\.zip")

@@ -13,21 +13,6 @@ from gddlab.files import describe_start
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "ALPHA",
-    "CROPS",
-    "FILTERS",
-    "OTHER_SUFFIXES",
-    "SUFFIXES",
-    "BadImage",
-    "Header",
-    "array",
-    "decode",
-    "fit",
-    "header",
-    "png",
-]
-
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Images too, but not read: skipping them silently would lose data.

@@ -31,8 +31,6 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
 
-__all__ = ["PrepareReport", "Recipe", "check", "count_changes", "make", "plan", "prepare", "scan"]
-
 _SCAN = 256  # headers per task
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
 

@@ -23,21 +23,6 @@ from gddlab.files import cache_dir, hash_json, read_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.files import Published, search_folders
 
-__all__ = [
-    "ARCHIVE",
-    "CLASSES",
-    "FOLDER",
-    "FolderReader",
-    "HuggingFaceReader",
-    "ZipReader",
-    "find_cifar10",
-    "of_folder",
-    "of_huggingface",
-    "of_zip",
-    "read_cifar10",
-    "stamp",
-]
-
 _MAX_FILE = 256 << 20  # bytes of one image file
 _MAX_TABLE = 1 << 30  # bytes of dataset.json or manifest.json
 

@@ -19,8 +19,6 @@ from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
 
-__all__ = ["MEMORY", "cores", "materialise", "problem"]
-
 MEMORY = ("auto", "ram", "mapped")
 _CHUNK = 128
 

@@ -33,17 +33,6 @@ from gddlab.teachers.catalog import locate
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "SECTIONS",
-    "Doctor",
-    "Finding",
-    "device_findings",
-    "doctor",
-    "package_findings",
-    "requirements",
-    "torch_pair",
-]
-
 SECTIONS = ("devices", "versions", "weights", "data", "folders", "able")
 
 

@@ -12,20 +12,6 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = [
-    "CPU",
-    "GIB",
-    "GPU",
-    "Limits",
-    "container_limits",
-    "cpu",
-    "cuda_devices",
-    "device_problems",
-    "driver_without_cuda",
-    "gib",
-    "torch_build",
-]
-
 GIB = 1 << 30
 MIN_MEMORY = 4 * GIB
 """Free memory that training wants, bytes."""

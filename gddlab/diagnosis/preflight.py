@@ -30,8 +30,6 @@ from gddlab.workers import run_workers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Check", "Positive", "Preflight", "in_own_process", "measure", "preflight", "stand_ins", "with_stand_ins"]
-
 Positive = Annotated[int, Field(ge=1)]
 CPU_SECONDS = 10.0
 """On a CPU, where a whole batch can take minutes, a step of the larger batch measured takes about this long at most."""

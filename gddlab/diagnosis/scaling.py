@@ -20,8 +20,6 @@ from gddlab.errors import GddlabError, validated
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["A100", "H100", "Counted", "Counter", "Hardware", "count", "counted", "scaling"]
-
 FLOAT = 4
 """Bytes of a parameter, gradient or moment."""
 

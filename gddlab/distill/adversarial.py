@@ -23,8 +23,6 @@ from gddlab.probing.gradients import Batch
 from gddlab.sampling import latents
 from gddlab.sampling.samplers import positive
 
-__all__ = ["AdversarialProblem", "FreshNoise", "adversarial_problem"]
-
 
 @dataclass(frozen=True)
 class FreshNoise:

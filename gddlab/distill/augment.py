@@ -13,8 +13,6 @@ from gddlab.distill.distributed import World
 from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError, unknown
 
-__all__ = ["OPS", "AdaController", "Augment", "AugmentPipe"]
-
 P = float | Tensor
 """A probability: a number, or a 0-d tensor that is never read on the host."""
 

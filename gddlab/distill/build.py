@@ -17,8 +17,6 @@ from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
 from gddlab.teachers import load_teacher
 
-__all__ = ["Built", "build_step", "build_student", "check", "check_fit", "open_data", "weights_found"]
-
 
 def open_data(config: TrainConfig) -> ImageDataset:
     """The real images of a run."""

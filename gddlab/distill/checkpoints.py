@@ -27,8 +27,6 @@ from gddlab.ema import local
 from gddlab.errors import GddlabError
 from gddlab.files import file_sha256, fsync_dir, read_json, write_json, write_text
 
-__all__ = ["Checkpoints", "Loaded", "checkpoints", "set_training_state", "training_state"]
-
 NAME = re.compile(r"\d+\.\d{3}")
 LATEST, BEST = "latest", "best"
 FULL = 1 << 20

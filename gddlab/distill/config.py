@@ -24,8 +24,6 @@ from gddlab.files import read_json, write_json
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 
-__all__ = ["TrainConfig"]
-
 
 def _mask(value: Any) -> FreezeMask | None:
     if value is None or isinstance(value, FreezeMask):

@@ -13,8 +13,6 @@ from gddlab.pretrained.backbones import Backbone
 from gddlab.pretrained.lite import lite_weights
 from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
 
-__all__ = ["DISTANCES", "Distance", "check_distance", "perceptual_distance"]
-
 DISTANCES = ("lpips", "l2", "lite0")
 LITE0 = "tf_efficientnet_lite0"
 

@@ -22,8 +22,6 @@ from gddlab.nets import OneStepPrecond
 from gddlab.nets.layers import UNetBlock
 from gddlab.runtime import chosen_device
 
-__all__ = ["World", "fill", "shard"]
-
 ROLL_CALL_S = 10.0
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError
 
-__all__ = ["KINDS", "SIDE", "Alarm", "Health", "Thresholds", "distinct_images", "neighbor_distance"]
-
 SIDE = 16
 """Images are averaged down to this side before they are compared: noise in pixels would make copies look different."""
 

@@ -27,21 +27,6 @@ from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 from gddlab.sampling.samplers import heun_step
 from gddlab.sampling.schedules import karras_sigmas
 
-__all__ = [
-    "Consistency",
-    "ConsistencyLoss",
-    "Distance",
-    "FromNoise",
-    "FromNoiseLoss",
-    "Indices",
-    "InstanceLoss",
-    "InstancePart",
-    "Progressive",
-    "ProgressiveLoss",
-    "Trajectory",
-    "TrajectoryLoss",
-]
-
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), each (B, C, H, W), to one distance per image, (B,); differentiable in the prediction."""
 

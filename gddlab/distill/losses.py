@@ -15,8 +15,6 @@ from torch import Tensor
 
 from gddlab.distill.parts import Discriminator
 
-__all__ = ["d_loss_fake", "d_loss_real", "g_loss", "r1_penalty"]
-
 
 def g_loss(logits: Sequence[Tensor], kind: str = "ns") -> Tensor:
     """softplus(-logits), or -logits for "hinge".  [(B, L)] -> ()"""

@@ -16,8 +16,6 @@ from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.nets import Precond
 from gddlab.pretrained.lpips_trunk import LPIPSTrunk, check_trunk, unit
 
-__all__ = ["LPIPS", "LPIPSDiscriminator"]
-
 
 class LPIPSDiscriminator(Discriminator):
     """LPIPS's network with logits in place of a distance.

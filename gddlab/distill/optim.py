@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor
 from gddlab.distill.distributed import World
 from gddlab.ema import local
 
-__all__ = ["adam", "update"]
-
 
 def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
     """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects both for a lazy regulariser (StyleGAN2, appendix B).

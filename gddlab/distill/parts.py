@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, refusal_of, unknown
 from gddlab.nets import Precond
 
-__all__ = ["Discriminator", "DiscriminatorPart", "Settings", "parts_of"]
-
 PLAIN = (str, int, float, bool, type(None), Path, list, tuple, dict)
 
 

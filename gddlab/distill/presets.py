@@ -16,8 +16,6 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.errors import unknown
 
-__all__ = ["PRESETS", "afhqv2", "cifar10", "cifar10_cond", "digits", "ffhq", "imagenet64", "preset"]
-
 PAPER: dict[str, Any] = {
     "seed": 42,
     "loss": "ns",

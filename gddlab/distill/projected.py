@@ -23,21 +23,6 @@ from gddlab.nets import Precond
 from gddlab.nets.layers import autocast_off
 from gddlab.pretrained.backbones import Backbone, backbone_file, check_backbone, level_sizes
 
-__all__ = [
-    "EMBEDDING",
-    "Backbone",
-    "BatchNorm",
-    "Head",
-    "Projected",
-    "ProjectedDiscriminator",
-    "Projection",
-    "SNConv2d",
-    "check_levels",
-    "load_embedding",
-    "logit_sizes",
-    "nominal_resolutions",
-]
-
 EMBEDDING = 320
 """Width of the class embedding."""
 

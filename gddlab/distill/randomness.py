@@ -11,8 +11,6 @@ from gddlab.distill.distributed import World
 from gddlab.distill.instance import Indices, InstanceLoss
 from gddlab.runtime import generator
 
-__all__ = ["Draw", "Drawer", "InstanceBatch"]
-
 SIDE = 2**31
 """Positions of the sequence from which everything but latents is drawn; latents are at 2 * iteration + stream."""
 

@@ -27,8 +27,6 @@ from gddlab.pretrained.backbones import backbone_sha256
 from gddlab.provenance import commit, hardware, versions
 from gddlab.sampling import sample, save_grid
 
-__all__ = ["Meter", "Recorder", "begin", "name_of", "provenance"]
-
 GRID = 64
 BEAT = 2.0
 """Seconds between two heartbeats."""

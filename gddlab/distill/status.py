@@ -8,8 +8,6 @@ from typing import Any
 
 from gddlab.files import write_json
 
-__all__ = ["write_status"]
-
 
 def write_status(run_dir: Path, state: str, **extra: Any) -> None:
     """Writes status.json: the state, the time of the heartbeat (Unix seconds) and more.

@@ -19,8 +19,6 @@ from gddlab.distill.parts import Discriminator
 from gddlab.distill.randomness import Draw, InstanceBatch
 from gddlab.nets import OneStepPrecond
 
-__all__ = ["DTYPES", "GanStep"]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of weights and images by the configuration's precision; bfloat16 is autocast's."""
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float64": None}

@@ -18,8 +18,6 @@ from gddlab.errors import GddlabError
 from gddlab.nets import Precond
 from gddlab.pretrained.files import SUFFIXES, fit_state, read_state
 
-__all__ = ["Conv", "Linear", "StyleGAN2", "StyleGAN2Discriminator", "group_size", "low_pass", "minibatch_std"]
-
 TAPS = (1.0, 3.0, 3.0, 1.0)
 """Low-pass filter before down-sampling, in each direction."""
 

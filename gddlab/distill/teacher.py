@@ -24,8 +24,6 @@ from gddlab.provenance import versions
 from gddlab.runtime import generator
 from gddlab.sampling import sample, save_grid
 
-__all__ = ["TeacherConfig", "train_teacher"]
-
 
 class TeacherConfig(Settings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""

@@ -30,8 +30,6 @@ from gddlab.nets.io import make_student
 from gddlab.probing import DEFAULT, probe, weight_change
 from gddlab.runtime import peak_memory_mib
 
-__all__ = ["Score", "Trainer"]
-
 Score = Callable[[Path], tuple[str, float, float | None]]
 """Scores the student in a file: name of the metric, value (lower is better, nan if diverged), spread if known."""
 

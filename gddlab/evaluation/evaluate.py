@@ -28,8 +28,6 @@ from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
 from gddlab.teachers.catalog import is_run
 
-__all__ = ["evaluate", "real_split"]
-
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -15,8 +15,6 @@ from gddlab.files import file_sha256, hash_json
 from gddlab.pretrained.files import Published, read_state
 from gddlab.pretrained.lite import lite_weights
 
-__all__ = ["EXTRACTORS", "Extractor", "find_extractor", "register"]
-
 _RGB = "RGB, grey repeated; bilinear to {0}x{0}"
 _TF = _RGB + " as TensorFlow 1 resizes; "
 _CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"

@@ -24,20 +24,6 @@ from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device
 
-__all__ = [
-    "Extracted",
-    "Images",
-    "StoredImages",
-    "extract",
-    "extract_part",
-    "image_features",
-    "images_sha256",
-    "real_features",
-    "real_images",
-    "real_rows",
-    "recall",
-]
-
 T = TypeVar("T")
 
 

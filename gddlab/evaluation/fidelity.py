@@ -13,8 +13,6 @@ from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from gddlab.pretrained.files import load_fitting, read_state
 from gddlab.pretrained.lite import LITE_MEAN, LITE_STD, lite_backbone
 
-__all__ = ["LITE_LAYER", "LITE_SIZE", "FeatureExtractorLite0", "FeatureExtractorLite2", "FeatureExtractorTimmDinoV2"]
-
 LITE_SIZE = 96
 """Side that images are resized to, pixels: the digits take 11 s on one core, 23 s at 128."""
 LITE_LAYER = "1280"

@@ -32,8 +32,6 @@ from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared,
 from gddlab.teachers.catalog import is_run, load_teacher
 from gddlab.workers import run_workers
 
-__all__ = ["GeneratedImages", "generated_rows", "images_of", "make_part", "open_source"]
-
 BLOCK = 50_000
 """Number of images scored against statistics that do not say how many they are of: EDM's protocol."""
 FORMAT = 1

@@ -19,23 +19,6 @@ from gddlab.evaluation.features import recall
 from gddlab.files import hash_json, hash_tensors, write_json
 from gddlab.provenance import versions
 
-__all__ = [
-    "DISTANCES",
-    "METRICS",
-    "Statistics",
-    "Value",
-    "check_metrics",
-    "computed",
-    "frechet",
-    "inception_score",
-    "kernel",
-    "metric_of",
-    "mind",
-    "names_of",
-    "precision_recall",
-    "statistics",
-]
-
 KID_SUBSETS = 20  # torch-fidelity's 100 take five times as long, for a smaller error of the mean
 KID_SUBSET_SIZE = 1000
 PRC_NEIGHBORHOOD = 3

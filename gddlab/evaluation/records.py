@@ -21,20 +21,6 @@ from gddlab.teachers import bundled_teachers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "COMPARED",
-    "Comparison",
-    "Record",
-    "Scores",
-    "Trace",
-    "append_records",
-    "compare",
-    "kind_of",
-    "least_name",
-    "load_records",
-    "sampler_settings",
-]
-
 FILE = "evaluation.jsonl"
 
 

@@ -20,8 +20,6 @@ from gddlab.evaluation.metrics import Statistics, statistics
 from gddlab.files import atomic_path, file_sha256
 from gddlab.provenance import versions
 
-__all__ = ["Reference", "open_reference", "reference"]
-
 FORMAT = "gddlab-reference-1"
 _SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
 

@@ -25,8 +25,6 @@ from gddlab.teachers import load_teacher
 if TYPE_CHECKING:
     from gddlab.distill.trainer import Score
 
-__all__ = ["STEPS", "evaluate_end", "evaluate_snapshots", "missing_at_end", "score_teacher", "scorer"]
-
 
 def evaluate_snapshots(
     run: Run,

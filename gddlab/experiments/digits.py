@@ -14,8 +14,6 @@ from gddlab.experiments.masks import Configure, Rows, free, mask_experiments
 from gddlab.experiments.studies import STUDIES
 from gddlab.freezing import FreezeMask
 
-__all__ = ["DIGITS"]
-
 SMALL: dict[str, Any] = {"input_size": 32}
 """Large backbones see images at 32 pixels, so that a run takes minutes on two cores; so does their control, lite0."""
 UNCACHED: dict[str, Any] = {"cache_real": False}

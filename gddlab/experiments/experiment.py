@@ -16,8 +16,6 @@ from gddlab.probing import ProbeResult
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Experiment", "ExperimentList", "Found", "Judge", "Measured", "Study", "Subjects", "feeds_of"]
-
 
 @dataclass(frozen=True)
 class Measured:

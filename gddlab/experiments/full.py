@@ -17,8 +17,6 @@ from gddlab.experiments.masks import Configure, Rows, mask_experiments
 from gddlab.experiments.studies import STUDIES
 from gddlab.freezing import FreezeMask
 
-__all__ = ["FULL"]
-
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
 JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
 HOURS_ON_8_A100 = 6.0

@@ -17,20 +17,6 @@ from gddlab.probing import ProbeResult, ablate, probe
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
-__all__ = [
-    "SCORES",
-    "SCORE_OF",
-    "Chooser",
-    "Configure",
-    "Rows",
-    "free",
-    "mask_experiments",
-    "measure",
-    "measured_mask",
-    "rule",
-    "ruled",
-]
-
 MAIN = ("gdd-i", "gdd")
 CHOOSING, ABLATION = "02_choosing_a_mask", "17_freezing"
 SCORES = {

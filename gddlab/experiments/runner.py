@@ -27,8 +27,6 @@ from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
-__all__ = ["LISTS", "RUN_FILES", "STUDY_FILES", "Planned", "feeding", "plan", "reproduce", "ship"]
-
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 
 

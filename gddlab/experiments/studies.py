@@ -25,8 +25,6 @@ from gddlab.sampling.grid import to_uint8
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["OTHER_NOISE", "STUDIES"]
-
 OTHER_NOISE = "other noise"
 PROBED, SPECTRA = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""

@@ -26,8 +26,6 @@ from gddlab.probing.layers import (
     stage_and_resolution,
 )
 
-__all__ = ["ENDS", "Network", "Unit", "choose", "describe", "fill", "names_of", "recorded", "shuffled", "split"]
-
 ENDS = ("first", "last")
 """First and last convolution of a network: trained unless the call says otherwise."""
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["MaskComparison", "compare", "controls"]
-
 
 @dataclass(frozen=True, eq=False)
 class MaskComparison:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["FORMAT", "FreezeMask", "check_same_network", "share_text"]
-
 FORMAT = "gddlab-mask-1"
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from gddlab.freezing.compare import MaskComparison
     from gddlab.freezing.mask import FreezeMask
 
-__all__ = ["draw_comparison", "draw_mask"]
-
 INCH_PER_BLOCK = 0.2
 
 

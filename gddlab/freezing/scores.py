@@ -12,8 +12,6 @@ from gddlab.freezing.candidates import Network, Unit
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import owner_of
 
-__all__ = ["Score", "is_number", "score_units"]
-
 Score = str | Mapping[str, float] | Callable[[ProbeResult], Any]
 """A statistic's name, {statistic: weight}, or a function that returns {layer: number} or a Series of that."""
 

@@ -29,8 +29,6 @@ from gddlab.freezing.tables import fingerprint
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import LayerSelection
 
-__all__ = ["STRATEGIES", "Score", "select_freeze"]
-
 RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
 """GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
 

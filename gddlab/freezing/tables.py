@@ -14,8 +14,6 @@ from gddlab.probing.layers import kind_of, owner_of, stage_and_resolution
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NOWHERE", "Parameters", "block_of", "fingerprint", "html_table", "numel", "parameter_frame", "shares"]
-
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a network's parameters, in its order, without `map_augment`."""
 

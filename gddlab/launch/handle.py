@@ -24,8 +24,6 @@ from gddlab.theme import columns_over_kimg, themed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RunFailed", "RunHandle", "attach", "audience", "follow", "line"]
-
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
 """What stays in status.json when a run is marked as stopped from outside."""
 

@@ -18,8 +18,6 @@ from gddlab.launch.train import OWNED, TIMEOUT
 from gddlab.lock import Job, sign, take
 from gddlab.runs import read_status
 
-__all__ = ["end_with", "report_failure", "run_rank"]
-
 
 class Silent(GddlabError):
     """A rank kept the others waiting for too long."""

@@ -23,19 +23,6 @@ from gddlab.launch.handle import RunHandle
 from gddlab.lock import Job, sign, take
 from gddlab.workers import start
 
-__all__ = [
-    "HEAD",
-    "OWNED",
-    "SIGNALS",
-    "TIMEOUT",
-    "Launch",
-    "launch_environment",
-    "prepared",
-    "slurm_script",
-    "torchrun_command",
-    "train",
-]
-
 OWNED = "GDDLAB_OWNED"
 """Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
 TIMEOUT = "GDDLAB_TIMEOUT"

@@ -25,8 +25,6 @@ from gddlab.launch.rank import report_failure, run_rank
 from gddlab.launch.train import OWNED, Launch, launch_environment
 from gddlab.runs import ACTIVE, read_status
 
-__all__: list[str] = []
-
 ASKED = {signal.SIGTERM, signal.SIGUSR1}
 """Signals that ask for a checkpoint and the end; they are blocked when this process begins."""
 LEAVE_S = 5.0

@@ -9,8 +9,6 @@ from gddlab.errors import unknown
 from gddlab.nets.io import from_edm
 from gddlab.nets.precond import Precond
 
-__all__ = ["ARCHITECTURES", "NCSNPP", "architectures", "build"]
-
 DDPMPP: dict[str, Any] = {
     "model_type": "SongUNet",
     "embedding_type": "positional",

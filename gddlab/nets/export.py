@@ -23,8 +23,6 @@ from gddlab.nets.precond import Precond
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 
-__all__ = ["Exported", "export"]
-
 TOLERANCE = {".onnx": 1e-4, ".pt2": 1e-6}
 """Largest accepted difference of a pixel, images in [-1, 1]."""
 BATCHES = (1, 3)

@@ -14,8 +14,6 @@ from gddlab.files import atomic_path
 from gddlab.nets.onestep import OneStepPrecond
 from gddlab.nets.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
-__all__ = ["FORMAT", "PRECONDS", "architecture", "from_edm", "load_network", "make_student", "refusal", "save_network"]
-
 COUNTS = {
     "img_resolution": (1, 4096),
     "img_channels": (1, 256),

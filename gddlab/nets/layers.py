@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "FourierEmbedding", "PositionalEmbedding", "Resample", "UNetBlock", "autocast_off", "group_norm"]
-
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Full precision inside autocast; does nothing where autocast is off, so that exported graphs do not show it."""

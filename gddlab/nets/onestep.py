@@ -14,8 +14,6 @@ from torch import Tensor
 from gddlab.errors import GddlabError
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, Coefficients, EDMPrecond, levels_of
 
-__all__ = ["OneStepPrecond"]
-
 
 class OneStepPrecond(EDMPrecond):
     """The one-step student: a consistency model's coefficients, the identity at sigma = eps.

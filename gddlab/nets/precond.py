@@ -12,19 +12,6 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets.unets import UNETS
 
-__all__ = [
-    "SIGMA_DATA",
-    "SIGMA_MAX",
-    "SIGMA_MIN",
-    "EDMPrecond",
-    "Precond",
-    "VEPrecond",
-    "VPPrecond",
-    "edm_loss",
-    "edm_weight",
-    "iDDPMPrecond",
-]
-
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 """EDM's range of noise levels and standard deviation of the data, images in [-1, 1] (Karras et al. 2022, table 1)."""
 

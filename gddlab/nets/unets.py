@@ -22,8 +22,6 @@ from gddlab.nets.layers import (
     xavier_,
 )
 
-__all__ = ["TARGET_LAYERS", "UNETS", "DhariwalUNet", "SongUNet"]
-
 
 def _drop_labels(labels: Tensor, p: float, batch: int) -> Tensor:
     """Zeroes the label of each image with probability `p`.  (B or 1, label_dim) -> (B, label_dim)"""

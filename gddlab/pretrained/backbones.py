@@ -21,8 +21,6 @@ from gddlab.files import file_sha256
 from gddlab.pretrained.files import Published, fit_state, read_state
 from gddlab.pretrained.lite import LITE_WHEELS, LITES, as_timm_names, fold_batchnorm, lite_wheel, probe_image
 
-__all__ = ["DEIT", "VGG", "Backbone", "TokenMaps", "backbone_file", "backbone_sha256", "check_backbone", "level_sizes"]
-
 VGG, DEIT = "vgg16_bn", "deit_base_distilled_patch16_224"
 
 

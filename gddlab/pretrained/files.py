@@ -24,17 +24,6 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, describe_start, file_sha256
 from gddlab.progress import interactive
 
-__all__ = [
-    "SUFFIXES",
-    "Published",
-    "find_weights",
-    "fit_state",
-    "load_fitting",
-    "offline",
-    "read_state",
-    "search_folders",
-]
-
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 TIMEOUT = 60.0
 """Seconds to connect, and between two pieces of data."""

@@ -15,19 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gddlab.errors import GddlabError, unknown
 from gddlab.pretrained.files import Published
 
-__all__ = [
-    "LITES",
-    "LITE_MEAN",
-    "LITE_STD",
-    "LITE_WHEELS",
-    "as_timm_names",
-    "fold_batchnorm",
-    "lite_backbone",
-    "lite_weights",
-    "lite_wheel",
-    "probe_image",
-]
-
 TOLERANCE = 1e-4
 """Largest difference that folding may make to an output, relative to the output's largest value."""
 

@@ -17,8 +17,6 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.pretrained.backbones import init_he
 from gddlab.pretrained.files import Published, fit_state, load_fitting, read_state
 
-__all__ = ["TRUNKS", "LPIPSTrunk", "check_trunk", "unit"]
-
 
 @dataclass(frozen=True)
 class Trunk:

@@ -21,8 +21,6 @@ from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 
-__all__ = ["MODES", "ablate"]
-
 Mode = Literal["mean", "zero", "resample"]
 
 MODES: Mapping[str, str] = {

@@ -20,8 +20,6 @@ from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 
-__all__ = ["METHODS", "attribute"]
-
 Method = Literal["LayerConductance", "LayerIntegratedGradients", "LayerActivation"]
 
 _LOSS = (

@@ -15,17 +15,6 @@ from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.guard import check_ran, check_seen
 from gddlab.probing.layers import denoiser_of, named_layers, named_tensors, unwrap
 
-__all__ = [
-    "Change",
-    "activations_of",
-    "check_architecture",
-    "equal_weights",
-    "spread",
-    "swapped",
-    "tapped",
-    "weights_of",
-]
-
 Change = Callable[[Tensor], Tensor | None] | None
 """Takes a layer's output and returns its replacement, of the same shape or one that expands to it; None keeps it, as an
 answer or in place of the function."""

@@ -18,8 +18,6 @@ from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, PerImage, stacked
 
-__all__ = ["WEIGHT", "Effects", "denoised", "denoising_loss", "weighted_error"]
-
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
 """For definitions of statistics."""
 

@@ -21,8 +21,6 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 from gddlab.progress import progress_bar
 
-__all__ = ["STATISTICS", "Batch", "Loss", "grad_probe"]
-
 STATISTICS = (
     declare(
         Given,

@@ -14,17 +14,6 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.sampling.samplers import precision
 
-__all__ = [
-    "as_it_was",
-    "check_ran",
-    "check_seen",
-    "device_of",
-    "differentiable",
-    "eager",
-    "full_precision",
-    "warn_nonfinite",
-]
-
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of a network's first tensor."""

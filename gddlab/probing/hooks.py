@@ -30,8 +30,6 @@ from gddlab.probing.reductions import (
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
 
-__all__ = ["Probe"]
-
 _LEVELS = (mean_square, mean_magnitude, mean, channel_square)
 """Reductions that are not finite where an activation is not."""
 

@@ -21,8 +21,6 @@ from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import heun_step, one_hot, seed_list
 
-__all__ = ["Count", "Data", "Inputs", "Labels", "Noised", "Position", "Precision", "Rows", "States", "Timesteps"]
-
 # Arguments that all measurements share.
 Timesteps = SkipValidation[int | Sequence[float] | None]
 Data = SkipValidation[str | Path | ImageDataset | None]

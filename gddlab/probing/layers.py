@@ -14,29 +14,6 @@ from torch.nn.utils import parametrize
 
 from gddlab.errors import GddlabError, unknown
 
-__all__ = [
-    "PRESETS",
-    "Anatomy",
-    "Layer",
-    "LayerSelection",
-    "anatomy",
-    "denoiser_of",
-    "inventory",
-    "is_conv",
-    "kind_of",
-    "match_layers",
-    "named_layers",
-    "named_tensors",
-    "owner_of",
-    "parameter_table",
-    "plain_name",
-    "select_layers",
-    "stage_and_resolution",
-    "type_of",
-    "unwrap",
-]
-
-
 # Names: those of the bare network, whatever is wrapped around it or compiled.
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "AveragedModel": "module"}

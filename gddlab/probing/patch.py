@@ -21,8 +21,6 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
 
-__all__ = ["WHAT", "Measure", "patch"]
-
 Measure = SkipValidation[Callable[[nn.Module], float]]
 """A number of a network, such as a distance of its samples to real images."""
 

@@ -24,8 +24,6 @@ from gddlab.progress import progress_bar
 from gddlab.ranks import present_ranks, share
 from gddlab.sampling.samplers import precision
 
-__all__ = ["Estimate", "estimate", "peak_memory", "probe"]
-
 
 @validated
 def probe(

@@ -18,26 +18,6 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError
 
-__all__ = [
-    "BANDS",
-    "GROUP",
-    "Reduction",
-    "Tap",
-    "band_share",
-    "channel_mean",
-    "channel_square",
-    "channel_variance",
-    "gram",
-    "hsic",
-    "mean",
-    "mean_magnitude",
-    "mean_square",
-    "moments",
-    "per_row",
-    "positive_share",
-    "radial_power",
-]
-
 Reduction = Callable[[Tensor, int], Tensor]
 """Takes an activation and the number of images in it."""
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from gddlab.probing.plots.heatmaps import Mask
 
-__all__ = ["COLUMNS", "FORMAT", "ProbeResult", "Statistics", "network_meta"]
-
 FORMAT = "gddlab-probe-2"
 
 COLUMNS = (

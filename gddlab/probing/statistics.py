@@ -32,20 +32,6 @@ from gddlab.probing.reductions import (
     positive_share,
 )
 
-__all__ = [
-    "DEFAULT",
-    "STATISTICS",
-    "ChannelMoments",
-    "Given",
-    "PerImage",
-    "RatioOfMeans",
-    "Statistic",
-    "StatisticSelection",
-    "declare",
-    "stacked",
-    "statistic_classes",
-]
-
 
 class Statistic:
     """A number per layer and noise level, from images that come in batches, with its standard error over images.

@@ -12,8 +12,6 @@ from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, sel
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 
-__all__ = ["weight_change"]
-
 WeightChange = declare(
     Given,
     "weight_change",

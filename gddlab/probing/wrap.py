@@ -16,8 +16,6 @@ from gddlab.errors import GddlabError, unknown, validated
 from gddlab.probing.inputs import Count, Data
 from gddlab.probing.layers import denoiser_of
 
-__all__ = ["Denoise", "Denoiser", "Prediction", "UNet2D", "wrap"]
-
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 

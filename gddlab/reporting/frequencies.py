@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["draw_bands", "draw_denoised", "draw_spectra", "spectrum_table"]
-
 STUDY = "spectra"
 COLUMNS = ("network", "source", "sigma", "frequency", "power", "sem", "n")
 BANDS = ("0 to 1/4 of Nyquist", "1/4 to 1/2", "1/2 to 1", "beyond 1")

@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "activation_ratio",
-    "draw_activations",
-    "draw_depth",
-    "draw_moved",
-    "family",
-    "measured_layers",
-    "moved_layers",
-    "moved_table",
-    "squared_norms",
-]
-
 STUDY = "layers"
 COLUMNS = (
     *("network", "states", "layer", "stage", "resolution", "depth", "n_params"),

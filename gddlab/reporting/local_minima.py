@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["between", "draw_between", "draw_minima", "frechet_name", "minima_table"]
-
 STUDY = "local-minima"
 COLUMNS = ("a", "b", "distance", "value", "sem", "n", "unit")
 OTHER = ", other noise"

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "of_figure", "of_file", "of_pixels", "render"]
-
 SHORT = 36
 """Table cells of at most this many letters are not broken."""
 WIDEST = 640

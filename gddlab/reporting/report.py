@@ -21,8 +21,6 @@ from gddlab.runs import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["report"]
-
 HEAD = ("what", "score", "value", "±", "n", "seeds", "extractor", "reference")
 FAR = 3.0
 """A teacher's score is drawn beside a student's where it is at most this many times as large."""

@@ -22,21 +22,6 @@ from gddlab.runs import Run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "NOT_RUN",
-    "Same",
-    "Summary",
-    "differing",
-    "provenance_rows",
-    "python_of",
-    "runs_folder",
-    "select",
-    "shown",
-    "teacher_levels",
-    "teacher_scores",
-    "trained_rows",
-]
-
 NOT_RUN = "not run"
 T = TypeVar("T")
 

@@ -16,8 +16,6 @@ from gddlab.theme import axes_of, themed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["cut_grid", "draw_same_noise"]
-
 GAP = 1
 """Pixels between the images of a grid, whatever its scale."""
 

@@ -13,8 +13,6 @@ from gddlab.theme import BLACK, GREY, PALETTE
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SORTS", "Look", "checked", "known", "look", "seeds_text"]
-
 BLUE, ORANGE, GREEN, RED, PINK = PALETTE[:5]
 SORTS = {
     "data": BLACK,

@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas.io.formats.style import Styler
 
-__all__ = [
-    "SETTINGS",
-    "cost_table",
-    "draw_published",
-    "experiment_table",
-    "main_table",
-    "published",
-    "run_table",
-    "score_table",
-    "styled",
-]
-
 TYPES = {"seed": "Int64", "nfe": "Int64", "images": "Int64"}
 
 

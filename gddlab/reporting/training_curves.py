@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curve_table", "draw_curves", "draw_efficiency", "draw_images", "draw_metrics", "draw_runs"]
-
 LINES = (*PALETTE, BLACK)
 SPAN = 5
 """Scores that differ by more than this factor get a logarithmic axis."""

@@ -41,8 +41,6 @@ from gddlab.sampling.samplers import (
 )
 from gddlab.teachers import load_teacher
 
-__all__ = ["FolderTarget", "ZipTarget", "encode", "make_share", "sample_files"]
-
 FORMAT = "gddlab-samples-1"
 
 

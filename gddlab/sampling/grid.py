@@ -12,8 +12,6 @@ from torch import Tensor
 
 from gddlab.files import atomic_path
 
-__all__ = ["image_grid", "save_grid", "to_uint8"]
-
 
 def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
     """float [-1, 1] NCHW to uint8 NCHW, rounded."""

@@ -28,30 +28,6 @@ from gddlab.sampling.schedules import (
     schedule,
 )
 
-__all__ = [
-    "ImageNoise",
-    "Method",
-    "Sampler",
-    "check_sigmas",
-    "draw",
-    "heun",
-    "heun_step",
-    "integrate",
-    "latents",
-    "module_of",
-    "multistep",
-    "one_hot",
-    "positive",
-    "precision",
-    "prepared",
-    "resolve",
-    "sample",
-    "sampler_name",
-    "seed_list",
-    "sigma_list",
-    "time_steps",
-]
-
 _CHOICES = {
     "solver": ("heun", "euler"),
     "discretization": ("edm", "vp", "ve", "iddpm"),

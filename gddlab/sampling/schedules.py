@@ -14,18 +14,6 @@ from torch import Tensor
 from gddlab.errors import GddlabError
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN
 
-__all__ = [
-    "SCALINGS",
-    "SCHEDULES",
-    "Schedule",
-    "default_range",
-    "iddpm_sigmas",
-    "karras_sigmas",
-    "nearest_level",
-    "noise_levels",
-    "schedule",
-]
-
 SCHEDULES = ("vp", "ve", "linear")
 SCALINGS = ("vp", "none")
 

@@ -11,8 +11,6 @@ from gddlab.files import hash_tensors
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, Precond
 from gddlab.nets.unets import UNETS
 
-__all__ = ["TeacherCard"]
-
 
 @dataclass(frozen=True)
 class TeacherCard:

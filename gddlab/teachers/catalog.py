@@ -17,19 +17,6 @@ from gddlab.teachers.card import TeacherCard
 from gddlab.teachers.edm import read_edm
 from gddlab.teachers.torchfiles import kind_of
 
-__all__ = [
-    "PUBLISHED",
-    "PublishedTeacher",
-    "bundled_teachers",
-    "fetch",
-    "is_run",
-    "load_student",
-    "load_teacher",
-    "locate",
-    "published",
-    "snapshots_of",
-]
-
 
 def load_teacher(source: str | Path) -> Precond:
     """Loads a teacher, or a student: a network that denoises.

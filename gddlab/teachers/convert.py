@@ -16,8 +16,6 @@ from gddlab.runtime import generator
 from gddlab.teachers.card import TeacherCard
 from gddlab.teachers.catalog import load_teacher
 
-__all__ = ["Converted", "convert"]
-
 SIGMAS = 5
 """Noise levels of the check, over the network's range."""
 

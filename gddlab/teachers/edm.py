@@ -17,8 +17,6 @@ from gddlab.nets.io import refusal
 from gddlab.pickles import Record, Refused, a, printable
 from gddlab.teachers.torchfiles import TensorData, load_pickle
 
-__all__ = ["read_edm", "read_pickle", "tensors_of"]
-
 CLASSES = {
     "EDMPrecond": "EDMPrecond",
     "VPPrecond": "VPPrecond",

@@ -38,8 +38,6 @@ from gddlab.pickles import (
     shape,
 )
 
-__all__ = ["TensorData", "kind_of", "load_pickle"]
-
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 DTYPES = {
     "DoubleStorage": torch.float64,

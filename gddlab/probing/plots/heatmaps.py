@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 
     from gddlab.probing.result import ProbeResult
 
-__all__ = [
-    "Mask",
-    "draw_cells",
-    "draw_heatmap",
-    "draw_over_training",
-    "draw_similarities",
-    "draw_similarity",
-    "frozen_colours",
-]
-
 INCH_PER_LAYER = 0.135
 NAME_SIZE = 6.5
 """Of layers' names, points: each layer has its name where rows are `INCH_PER_LAYER` high."""

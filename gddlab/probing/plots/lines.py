@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from gddlab.probing.result import ProbeResult
 
-__all__ = ["along_depth", "draw_lines", "draw_pair", "draw_stem"]
-
 NAMED = len(PALETTE)
 """Up to this many layers, each has a colour and a name of its own."""
 LEVELS = 5

@@ -17,20 +17,6 @@ if TYPE_CHECKING:
 
     from gddlab.probing.result import ProbeResult
 
-__all__ = [
-    "STAGES",
-    "about",
-    "neighbours",
-    "pick",
-    "place_name",
-    "rows_of",
-    "short_names",
-    "stat_label",
-    "titled",
-    "wide",
-    "x_of",
-]
-
 STAGES = {"enc": "encoder", "mid": "middle", "dec": "decoder"}
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Scale", "borders_of", "mark_places", "plain", "sigma_axis", "value_axis"]
-
 SPAN = 10
 """Values that differ by more than this factor get a logarithmic scale."""
 POINTS = 7
