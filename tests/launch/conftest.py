@@ -20,7 +20,7 @@ Quick = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Quick:
-    """A configuration whose processes import neither timm nor scikit-learn: `quick(run_dir, **fields)`, 16 iterations
+    """A configuration whose processes import neither timm nor scikit-learn: `quick(run_dir, **fields)`, 40 iterations
     of 8.
     """
     data = tmp_path_factory.mktemp("data")
@@ -34,10 +34,10 @@ def quick(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Quick
         "r1_interval": 2,
         "r1_gamma": 1e-3,
         "reuse_fakes": False,
-        "total_kimg": 0.128,
+        "total_kimg": 0.32,
         "tick_kimg": 0.016,
         "checkpoint_kimg": 0.032,
-        "snapshot_kimg": 0.128,
+        "snapshot_kimg": 0.32,
     }
 
     def make(run_dir: Path, **fields: Any) -> TrainConfig:

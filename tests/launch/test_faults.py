@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from torch.testing import assert_close
 
 from gddlab.distill.checkpoints import checkpoints
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.status import write_status
 from gddlab.distill.trainer import Trainer
 from gddlab.files import read_json
@@ -27,7 +27,7 @@ from gddlab.launch import RunFailed, attach, train
 from gddlab.lock import held, take
 from gddlab.runs import listing
 from tests.conftest import tiny_config
-from tests.launch.conftest import Quick
+from tests.launch.conftest import Quick, assert_same
 from tests.launch.faults import ALONE, ended_with, kill, lines, processes, ranks, reached, until
 
 
@@ -41,17 +41,20 @@ def saved(run_dir: Path) -> int:
     return max((round(1000 * float(p.name)) for p in checkpoints(run_dir)), default=0)
 
 
-def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, seed: int = 0) -> None:
+@pytest.mark.parametrize(("kills", "steps"), [(3, 40), pytest.param(24, 400, marks=pytest.mark.slow)])
+def test_ranks_killed_at_random(
+    kills: int, steps: int, tmp_path: Path, quick: Quick, undisturbed: TrainConfig, one_thread: None
+) -> None:
     """Ranks of two are killed while they start, train and save; the end is that of a run that nobody touched, to the
     bit.
     """
-    often: dict[str, Any] = {"total_kimg": 0.008 * steps, "checkpoint_kimg": 0.008, "snapshot_kimg": 100}
-    whole = tiny_config(tmp_path / "whole", teacher, **often)
-    assert train(whole, nproc=2).wait(600).status == "done"
-
-    config = tiny_config(tmp_path / "killed", teacher, **often)
+    whole = undisturbed
+    if steps != 40:
+        whole = quick(tmp_path / "whole", total_kimg=0.008 * steps)
+        assert train(whole, nproc=2).wait(600).status == "done"
+    config = quick(tmp_path / "killed", total_kimg=0.008 * steps, checkpoint_kimg=0.008)
     run = train(config, nproc=2, max_restarts=2 * kills)  # a start that is killed may fail in more than one way
-    rng, seen, told = random.Random(seed), 0, []
+    rng, seen, told = random.Random(kills), 0, []
     for _ in range(kills):
         there = until(lambda: len(found := ranks(run.run_dir)) == 2 and found, 300)
         moment = rng.choice(("starting", "training", "saving"))
@@ -71,19 +74,10 @@ def killed_at_random(tmp_path: Path, teacher: Path, *, kills: int, steps: int, s
         until(lambda pids=there: not set(pids.values()) & set(ranks(run.run_dir).values()), 120)
     assert run.wait(600).status == "done"
     print(f"killed (rank, moment, images seen, saves under way): {told}")  # noqa: T201 (read in the long form)
-    a, b = ended_with(whole), ended_with(config)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert lines(whole.run_dir) == lines(config.run_dir)
+    assert_same(config, whole)
     assert [m["nimg"] for m in lines(config.run_dir)] == [16 * i for i in range(1, steps // 2 + 1)]
     assert len(read_json(config.run_dir / "provenance.json")["starts"]) <= 2 * kills + 1
     assert not processes(config.run_dir)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kills", "steps"), [(3, 40), (24, 400)])
-def test_ranks_killed_at_random(kills: int, steps: int, tmp_path: Path, tiny_teacher: Path) -> None:
-    killed_at_random(tmp_path, tiny_teacher, kills=kills, steps=steps, seed=kills)
 
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "sharded"])
@@ -116,8 +110,10 @@ def test_other_numbers_of_processes(shard: bool, tmp_path: Path, tiny_teacher: P
     assert [m["nimg"] for m in lines(config.run_dir)] == [16 * i for i in range(1, 7)]
 
 
-def test_killed_and_hanging_ranks_are_named_and_none_outlives_its_agent(tmp_path: Path, quick: Quick) -> None:
-    """Each fault ends the whole run; the same call continues it."""
+def test_killed_and_hanging_ranks_are_named_and_none_outlives_its_agent(
+    tmp_path: Path, quick: Quick, undisturbed: TrainConfig, one_thread: None
+) -> None:
+    """Each fault ends the whole run; the same call continues it as if nothing had been."""
     config = quick(tmp_path / "run", total_kimg=100)
     run = train(config, nproc=2)
     until(reached(run, 48))
@@ -139,10 +135,15 @@ def test_killed_and_hanging_ranks_are_named_and_none_outlives_its_agent(tmp_path
     run.process.kill()
     until(lambda: not processes(run.run_dir) and not held(run.run_dir), 30)
     assert attach(run.run_dir).status == "failed"
-    starts = read_json(config.run_dir / "provenance.json")["starts"]
-    assert len(starts) == 3 and 0 < starts[1]["nimg"] <= starts[2]["nimg"]
-    nimg = [m["nimg"] for m in lines(config.run_dir)]
-    assert nimg == [16 * i for i in range(1, len(nimg) + 1)]
+
+    run, seen = train(config, nproc=2), saved(config.run_dir)
+    until(reached(run, seen + 48))
+    assert run.stop(60).status == "stopped"
+    starts = [s["nimg"] for s in read_json(config.run_dir / "provenance.json")["starts"]]
+    assert len(starts) == 4 and 0 < starts[1] <= starts[2] <= starts[3]
+    own, whole = lines(config.run_dir), lines(undisturbed.run_dir)
+    assert own[: len(whole)] == whole[: len(own)]
+    assert 16 * len(own) > starts[3]
 
 
 def hang(run: Any, rank: int) -> None:
