@@ -1,4 +1,4 @@
-"""The process at hand: its device, its memory, its random numbers, and the environment of those that it starts."""
+"""The process at hand: its device, its memory, its random numbers."""
 
 from __future__ import annotations
 
@@ -30,23 +30,6 @@ def chosen_device(name: str = "auto") -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
-# glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
-# takes about a tenth of a step on a CPU.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-
-# The calling process may belong to a cluster's job; what it starts does not.
-JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
-
-
-def fresh_environment(nproc: int) -> dict[str, str]:
-    """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
-    own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
-    root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-    return env
 
 
 def peak_memory_mib(device: torch.device | None = None) -> float:

@@ -10,18 +10,33 @@ import importlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
-from gddlab.runtime import fresh_environment
 
 SAMPLING = "gddlab.sampling.files:make_share"
+# glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
+# takes about a tenth of a step on a CPU.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+# The calling process may belong to a cluster's job; what it starts does not.
+JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+
+
+def fresh_environment(nproc: int) -> dict[str, str]:
+    """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
+    own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
+    root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return env
 
 
 def start(

@@ -25,6 +25,16 @@ def test_import_is_lazy() -> None:
     assert out.stdout.strip() == "[]"
 
 
+def test_runs_are_listed_and_agents_start_without_torch() -> None:
+    """The agent of several ranks imports torch's launcher when it starts them; a list of runs needs none."""
+    code = (
+        "import sys, gddlab.launch.worker; from gddlab.runs import listing; print(len(listing('data/runs')) > 100); "
+        "print(sorted({'torch', 'pydantic', 'timm', 'matplotlib'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[:2] == ["True", "[]"]
+
+
 def test_teachers_come_without_the_rest() -> None:
     """Loading a teacher needs torch, not pandas, matplotlib, timm or scikit-learn."""
     code = (

@@ -1,4 +1,4 @@
-"""The one writer of a run's status.json."""
+"""The status of a run, status.json: written here and nowhere else. Without torch, so that an agent starts fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gddlab.files import write_json
+from gddlab.errors import GddlabError
+from gddlab.files import read_json, write_json
+
+ACTIVE = ("starting", "running")
+PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
+"""What stays when a run is marked as stopped from outside."""
 
 
 def write_status(run_dir: Path, state: str, **extra: Any) -> None:
@@ -18,3 +23,24 @@ def write_status(run_dir: Path, state: str, **extra: Any) -> None:
         **extra: Images seen, world size, error, ...; `heartbeat` in place of the present time.
     """
     write_json(run_dir / "status.json", {"state": state, "heartbeat": time.time(), **extra})
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """status.json of a run: state, heartbeat (Unix seconds) and more; {} before there is one.
+
+    Raises:
+        GddlabError: It is damaged.
+    """
+    path = run_dir / "status.json"
+    if not path.exists():
+        return {}
+    status = read_json(path)
+    if not isinstance(status, dict):
+        raise GddlabError(f"{path} holds no JSON object: it is damaged")
+    return status
+
+
+def mark_stopped(run_dir: Path) -> None:
+    """Writes "stopped" for a run whose processes were ended before they could; its last checkpoint remains valid."""
+    status = read_status(run_dir)
+    write_status(run_dir, "stopped", **{k: status[k] for k in PROGRESS if k in status})

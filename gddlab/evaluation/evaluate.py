@@ -22,11 +22,10 @@ from gddlab.evaluation.images import GeneratedImages, generated_rows, images_of,
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import hash_json, write_json
+from gddlab.files import hash_json, is_run, write_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
-from gddlab.teachers.catalog import is_run
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -20,7 +20,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall
 from gddlab.evaluation.references import Reference
-from gddlab.files import cache_dir, hash_json, hash_tensors
+from gddlab.files import cache_dir, hash_json, hash_tensors, is_run
 from gddlab.nets import Precond, architecture, load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -29,7 +29,7 @@ from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, resolve, sampler_name, seed_list
-from gddlab.teachers.catalog import is_run, load_teacher
+from gddlab.teachers.catalog import load_teacher
 from gddlab.workers import run_workers
 
 BLOCK = 50_000

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gddlab.distill.status import write_status
+from gddlab.distill.status import ACTIVE, mark_stopped
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_end
 from gddlab.lock import held, owners
 from gddlab.progress import duration, interactive
-from gddlab.runs import ACTIVE, Run
+from gddlab.runs import Run
 from gddlab.theme import columns_over_kimg, themed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
-"""What stays in status.json when a run is marked as stopped from outside."""
 
 
 class RunFailed(GddlabError):
@@ -78,7 +75,7 @@ class RunHandle(Run):
             while held(self.run_dir):
                 time.sleep(0.02)
             if self.status == "failed":
-                mark_stopped(self.run_dir, self.written_status)
+                mark_stopped(self.run_dir)
         return self
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:
@@ -119,11 +116,6 @@ class RunHandle(Run):
         s = self.written_status
         share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
         return f"<run {self.run_dir.name}: {self.status}{share}>"
-
-
-def mark_stopped(run_dir: Path, status: dict[str, object]) -> None:
-    """Writes "stopped" for a run whose processes were ended before they could; its last checkpoint remains valid."""
-    write_status(run_dir, "stopped", **{k: status[k] for k in PROGRESS if k in status})
 
 
 def _family(pid: int) -> list[psutil.Process]:

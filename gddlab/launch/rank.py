@@ -12,11 +12,14 @@ import time
 import traceback
 from pathlib import Path
 
-from gddlab.distill.status import write_status
+from gddlab.distill.status import read_status, write_status
 from gddlab.errors import GddlabError
-from gddlab.launch.train import OWNED, TIMEOUT
 from gddlab.lock import Job, sign, take
-from gddlab.runs import read_status
+
+OWNED = "GDDLAB_OWNED"
+"""Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
+TIMEOUT = "GDDLAB_TIMEOUT"
+"""Environment variable: timeout of a collective, seconds."""
 
 
 class Silent(GddlabError):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 import re
 import shlex
@@ -12,86 +9,25 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gddlab.distill.build import check
-from gddlab.distill.config import TrainConfig
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
-from gddlab.lock import Job, sign, take
+from gddlab.launch.worker import Launch, launch_environment
+from gddlab.lock import sign, take
 from gddlab.workers import start
 
-OWNED = "GDDLAB_OWNED"
-"""Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
-TIMEOUT = "GDDLAB_TIMEOUT"
-"""Environment variable: timeout of a collective, seconds."""
+if TYPE_CHECKING:
+    from gddlab.distill.config import TrainConfig
+
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 """Signals that torchrun passes on to the ranks, which then write a checkpoint and end; clusters send SIGUSR1."""
-FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, every restart of the ranks gets a store of its own. In a shared one, restarted ranks find the addresses of
-those that died (pytorch#135712)."""
 HEAD = "$head:29500"
 """Default rendezvous of a SLURM job: its first machine."""
 GRACE = 120
 """How long before the time limit SLURM sends SIGUSR1, seconds."""
-ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Arguments of `gddlab.train` beside the configuration.
-
-    Raises:
-        GddlabError: A number out of range, or several machines without a rendezvous.
-    """
-
-    nproc: int = 1
-    nnodes: int = 1
-    rdzv_endpoint: str | None = None
-    max_restarts: int = 0
-    timeout_s: float = 600
-
-    def __post_init__(self) -> None:
-        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
-            if getattr(self, name) < least:
-                raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise GddlabError(f"timeout_s={self.timeout_s}: give seconds, more than 0")
-        if self.nnodes > 1 and self.rdzv_endpoint is None:
-            raise GddlabError(
-                f"nnodes={self.nnodes} without rdzv_endpoint: give HOST:PORT of one of the machines, the same on all"
-            )
-        if self.rdzv_endpoint is not None:
-            found = ENDPOINT.fullmatch(self.rdzv_endpoint)
-            if not found or not 0 < int(found[2]) < 65536:
-                raise GddlabError(f"rdzv_endpoint={self.rdzv_endpoint!r}: give HOST:PORT, such as node0:29500")
-
-    @property
-    def world_size(self) -> int:
-        return self.nproc * self.nnodes
-
-    @property
-    def job(self) -> Job:
-        return Job(self.rdzv_endpoint or "-", self.nnodes)
-
-    @property
-    def alone(self) -> bool:
-        """Whether one process trains, without torchrun and without a process group."""
-        return self.world_size == 1 and not self.max_restarts
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def of_json(cls, text: str) -> Launch:
-        return cls(**json.loads(text))
-
-
-def launch_environment(launch: Launch) -> dict[str, str]:
-    """Environment variables for torchrun and the ranks."""
-    return {FRESH_STORE: "1", TIMEOUT: f"{launch.timeout_s:g}"}
 
 
 def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -> str:
@@ -151,6 +87,8 @@ def prepared(config: TrainConfig, launch: Launch, kind: str) -> str:
     Raises:
         GddlabError: What `gddlab.train` would refuse.
     """
+    from gddlab.distill.build import check
+
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -190,6 +128,9 @@ def train(
         GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or
             is in use.
     """
+    from gddlab.distill.build import check
+    from gddlab.distill.config import TrainConfig
+
     if type(config) is not TrainConfig:
         kind = type(config)
         raise GddlabError(

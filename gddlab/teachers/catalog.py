@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir, read_json
+from gddlab.files import data_dir, is_run, read_json
 from gddlab.nets import OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.pretrained.files import Published
@@ -88,20 +88,6 @@ def bundled_teachers() -> list[str]:
 
 
 # Students in run directories.
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = Path(folder)
-    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
-        return False
-    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
-        return True
-    try:
-        fields = read_json(path / "config.json")
-    except GddlabError:
-        return False
-    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
 def snapshots_of(run_dir: Path) -> list[Path]:
