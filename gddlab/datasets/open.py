@@ -5,28 +5,30 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import numpy as np
+from pydantic import Field
 
 from gddlab.datasets.base import ImageDataset, digits
-from gddlab.datasets.listing import Listing, Reader, choose
+from gddlab.datasets.listing import Listing, choose
 from gddlab.datasets.readers import (
     ARCHIVE,
     CLASSES,
     FOLDER,
     find_cifar10,
+    numbers,
     of_folder,
     of_huggingface,
     of_zip,
     read_cifar10,
     stamp,
 )
-from gddlab.datasets.store import MEMORY, materialise
-from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.datasets.store import materialise
+from gddlab.errors import GddlabError, NotFound, unknown, validated
 from gddlab.files import describe_start, hash_json
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> Listing:
@@ -67,33 +69,13 @@ def _of_file(path: Path) -> Listing:
     raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
 
 
-@dataclass(frozen=True)
-class ArrayReader(Reader):
-    """Images in memory; names are numbers, and `first` is the number of the first."""
-
-    images: np.ndarray
-    first: int = 0
-
-    def read(self, name: str) -> np.ndarray:
-        image: np.ndarray = self.images[int(name) - self.first]
-        return image
-
-    def part(self, names: Sequence[str]) -> ArrayReader:
-        low, high = int(names[0]) - self.first, int(names[-1]) - self.first
-        return ArrayReader(np.ascontiguousarray(self.images[low : high + 1]), self.first + low)
-
-
-def _numbers(n: int) -> list[str]:
-    return [f"{i:08d}" for i in range(n)]
-
-
 def _of_dataset(data: ImageDataset) -> Listing:
     about = data.manifest.to_dict()
     return Listing(
         name=data.name,
         source=about["source"],
-        names=_numbers(len(data)),
-        reader=ArrayReader(data.uint8),
+        names=numbers(len(data)),
+        open=lambda name: data.uint8[int(name)],
         labels=data.class_ids,
         classes=data.classes,
         class_names=about["extra"].get("class_names"),
@@ -108,8 +90,8 @@ def _of_cifar10(path: Path) -> Listing:
     return Listing(
         name="cifar10",
         source=f"CIFAR-10 training images ({path.name})",
-        names=_numbers(len(images)),
-        reader=ArrayReader(images),
+        names=numbers(len(images)),
+        open=lambda name: images[int(name)],
         labels=labels,
         classes=len(CLASSES),
         class_names=CLASSES,
@@ -118,14 +100,15 @@ def _of_cifar10(path: Path) -> Listing:
     )
 
 
+@validated
 def open_dataset(
     data: str | Path | ImageDataset,
     *,
     classes: Sequence[int] | None = None,
-    max_images: int | None = None,
+    max_images: Positive | None = None,
     seed: int = 0,
     xflip: bool = False,
-    memory: str = "auto",
+    memory: Literal["auto", "ram", "mapped"] = "auto",
     download: bool = False,
     progress: bool = True,
 ) -> ImageDataset:
@@ -160,21 +143,13 @@ def open_dataset(
         NotFound: No such path.
         GddlabError: Unknown name or option, or images that cannot be used, with their names.
     """
-    if memory not in MEMORY:
-        raise unknown("memory", memory, MEMORY)
     if classes is None and max_images is None and not xflip and memory != "mapped":
         if isinstance(data, ImageDataset):
             return data
         if data == "digits":
             return digits()
-    listing = choose(find_source(data, download=download), classes=classes, max_images=max_images, seed=seed)
-    options: dict[str, Any] = {}
-    if classes is not None:
-        options["classes"] = sorted(set(classes))
-    if max_images is not None:
-        options |= {"max_images": max_images, "seed": seed}
-    if xflip:
-        options["xflip"] = True
+    listing = choose(find_source(data, download=download), classes, max_images, seed)
+    options = listing.options | ({"xflip": True} if xflip else {})
     about = dict(listing.about)
     recorded = about.pop("sha256", None)
     extra = dict(about.pop("extra", None) or {})

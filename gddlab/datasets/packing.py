@@ -8,15 +8,12 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
-import types
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -173,62 +170,47 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False).encode()
 
 
+S = TypeVar("S")
 T = TypeVar("T")
+_function: Callable[[Any], Any]
+"""What this worker of `in_processes` calls."""
 
 
-class Workers:
-    """A pool of processes; one worker works in the calling process.
+def in_processes(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
+    """function(task) of each task, in order; only a few tasks are queued at a time.
 
-    Processes come from a fork server that has imported this package once; they do not import the caller's main module,
-    so that scripts need no `if __name__ == "__main__"`.
+    With several processes these are forked, so that they have what the function refers to without a copy of it, and
+    scripts need no `if __name__ == "__main__"`.
+
+    Raises:
+        GddlabError: A process was killed.
     """
-
-    def __init__(self, count: int):
-        self.count = count
-        self._pool: ProcessPoolExecutor | None = None
-        if count > 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["gddlab.datasets.prepare"])
-            self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """function(*task) for each task, in order; only a few tasks are queued at a time.
-
-        Raises:
-            GddlabError: A process was killed.
-        """
-        if self._pool is None:
-            for task in tasks:
-                yield function(*task)
-            return
-        waiting: deque[Future[T]] = deque()
-        try:
-            for task in tasks:
-                with _no_main():
-                    waiting.append(self._pool.submit(function, *task))
-                if len(waiting) > 2 * self.count:  # enough that a slow task leaves no worker idle
-                    yield waiting.popleft().result()
-            while waiting:
+    if count == 1:
+        yield from map(function, tasks)
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_call, task))
+            if len(waiting) > 2 * count:  # enough that a slow task leaves no worker idle
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise GddlabError(
-                f"one of {self.count} worker processes was killed (out of memory?): run the same command again to "
-                "continue; workers=1 needs least memory"
-            ) from None
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise GddlabError(
+            f"one of {count} worker processes was killed (out of memory?): run the same command again to continue; "
+            "workers=1 needs least memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles it, and ends the pool
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _end_with(parent: Any) -> None:
@@ -237,12 +219,5 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-@contextmanager
-def _no_main() -> Iterator[None]:
-    """Hides the caller's main module, which new processes would import; they are started by the first submit."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _call(task: Any) -> Any:
+    return _function(task)

@@ -19,9 +19,6 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 OTHER_SUFFIXES = frozenset(
     {".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".dcm", ".npy"}
 )
-CROPS = ("none", "center")
-FILTERS = ("lanczos", "box", "bicubic", "bilinear", "hamming", "nearest")
-ALPHA = ("refuse", "white", "black")
 
 _GREY = ("1", "L", "LA", "La")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,13 +14,12 @@ import psutil
 from filelock import FileLock
 
 from gddlab.datasets.base import content_hash
-from gddlab.datasets.listing import Listing, Problem, refusal
+from gddlab.datasets.listing import Listing, Problem, attempt, refusal
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
 
-MEMORY = ("auto", "ram", "mapped")
 _CHUNK = 128
 
 
@@ -104,21 +104,25 @@ def _mapped(
     return mapped, labels, str(read_json(about)["sha256"])
 
 
-def _square(listing: Listing, name: str) -> np.ndarray:
-    image = array(decode(listing.reader.read(name)))
-    if image.shape[0] != image.shape[1]:
-        raise BadImage("not square", f"{image.shape[1]}x{image.shape[0]}")
-    return image
+def _squares(listing: Listing, names: Sequence[str]) -> Iterator[np.ndarray | Problem]:
+    """Pixels of square images, or why there are none."""
+
+    def square(name: str) -> np.ndarray:
+        image = array(decode(listing.read(name)))
+        if image.shape[0] != image.shape[1]:
+            raise BadImage("not square", f"{image.shape[1]}x{image.shape[0]}")
+        return image
+
+    return attempt(square, names)
 
 
 def _shape(listing: Listing) -> tuple[int, ...]:
     """Shape of the first usable image; all others must have it."""
     problems = []
-    for name in listing.names:
-        try:
-            return _square(listing, name).shape
-        except (BadImage, OSError) as e:
-            problems.append(problem(name, e))
+    for image in _squares(listing, listing.names):
+        if not isinstance(image, Problem):
+            return image.shape
+        problems.append(image)
     raise refusal(listing, problems)
 
 
@@ -129,14 +133,15 @@ def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
 
     def chunk(start: int) -> list[Problem]:
         problems = []
-        for i in range(start, min(start + _CHUNK, n)):
-            try:
-                image = _square(listing, listing.names[i])
-                if image.shape != shape:
-                    raise BadImage("size differs", f"{_size(image.shape)}, the first has {_size(shape)}")
-                out[i] = image
-            except (BadImage, OSError) as e:
-                problems.append(problem(listing.names[i], e))
+        names = listing.names[start : start + _CHUNK]
+        for i, image in enumerate(_squares(listing, names)):
+            if isinstance(image, Problem):
+                problems.append(image)
+            elif image.shape != shape:
+                detail = f"{_size(image.shape)}, the first has {_size(shape)}"
+                problems.append(Problem(names[i], "size differs", detail))
+            else:
+                out[start + i] = image
         return problems
 
     problems: list[Problem] = []
@@ -164,13 +169,6 @@ def _hash(images: np.ndarray, labels: np.ndarray | None, recorded: str | None, s
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}x{shape[2]}"
-
-
-def problem(name: str, e: BadImage | OSError) -> Problem:
-    """The report of an image that cannot be read."""
-    if isinstance(e, BadImage):
-        return Problem(name, e.kind, e.detail)
-    return Problem(name, "cannot be read", e.strerror or type(e).__name__)
 
 
 def _free_memory() -> int:
