@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,10 +28,10 @@ from gddlab.datasets.packing import (
     write_part,
 )
 from gddlab.datasets.pixels import Header, array, decode, fit, header, png
-from gddlab.datasets.store import cores
 from gddlab.errors import GddlabError, validated
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
+from gddlab.runtime import usable_cores
 
 _MAX_SIDE = 8192
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
@@ -312,7 +313,7 @@ def prepare(
     """
     target = None if dry_run else _target(source, out, overwrite)
     listing = choose(find_source(source, download=download), classes, max_images, seed)
-    pool = Pool(workers or min(cores(), max(1, len(listing) // _ALONE)), progress)
+    pool = Pool(workers or min(ceil(usable_cores()), max(1, len(listing) // _ALONE)), progress)
     headers, found = scan(pool, listing, alpha)
     recipe, more = plan(headers, resolution=resolution, crop=crop, filter=filter, alpha=alpha)
     problems = [*listing.problems, *found, *more]

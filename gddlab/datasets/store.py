@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from math import ceil
 
 import numpy as np
-import psutil
 from filelock import FileLock
 
 from gddlab.datasets.base import content_hash
@@ -19,13 +17,9 @@ from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
+from gddlab.runtime import usable_cores, usable_memory
 
 _CHUNK = 128
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def materialise(
@@ -57,7 +51,7 @@ def materialise(
         labels = np.concatenate([labels, labels])
     if memory == "auto":
         together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        memory = "ram" if size * together <= _free_memory() // 4 else "mapped"
+        memory = "ram" if size * together <= usable_memory()[1] // 4 else "mapped"
     if memory == "ram":
         images = np.empty(shape, dtype=np.uint8)
         _fill(images, listing, progress)
@@ -146,7 +140,7 @@ def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
 
     problems: list[Problem] = []
     bar = progress_bar(total=n, desc=f"reading {listing.name}", unit="img", enabled=progress)
-    with ThreadPoolExecutor(cores()) as pool, bar:
+    with ThreadPoolExecutor(ceil(usable_cores())) as pool, bar:
         for found in pool.map(chunk, range(0, n, _CHUNK)):
             problems += found
             bar.update(_CHUNK)
@@ -169,12 +163,3 @@ def _hash(images: np.ndarray, labels: np.ndarray | None, recorded: str | None, s
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}x{shape[2]}"
-
-
-def _free_memory() -> int:
-    """Available memory in bytes, of the system or of the container if that is less."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, int(free))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gddlab.diagnosis.preflight import Positive, configured, in_own_process, stand_ins
+from gddlab.diagnosis.preflight import Positive, in_own_process, loaded, sizes, stand_ins
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
@@ -90,7 +90,7 @@ def counted(config: TrainConfig, *, batch: Positive = 2, stand_in: bool = True) 
     Raises:
         GddlabError: The iteration failed; the message holds the process's own error.
     """
-    found = in_own_process("gddlab.diagnosis.scaling:count_part", config, batch, stand_in=stand_in)
+    found = in_own_process("gddlab.diagnosis.scaling:count", config, batch, stand_in=stand_in)
     flops = {k: v / batch for k, v in found["flops"].items()}
     names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
     return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})
@@ -207,14 +207,15 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
-    """Counts an iteration without R1, and what R1 adds, of a run of this batch on one process.
+def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
+    """Counts an iteration without R1, and what R1 adds, of the run in a folder, on one process.
 
     Returns:
-        batch; flops without R1: "student" (its images forward, and backward to what is trained) and "rest"
+        flops without R1: "student" (its images forward, and backward to what is trained) and "rest"
         (discriminator, and teacher where it is asked); flops_r1, kernels, kernels_r1; parameters, trained,
         discriminator as in `Counted`.
     """
+    config = loaded(folder, batch)
     world = World.start(config.device)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
     trainer.cache_real()
@@ -237,19 +238,10 @@ def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
     trainer.reader.position = config.batch
     plain = iteration(1)
     lazy = iteration(config.r1_interval) if step.due_r1(config.r1_interval) else plain
-    params = list(step.g.parameters())
     return {
-        "batch": config.batch,
         "flops": {"student": student.flops, "rest": plain.flops - student.flops},
         "flops_r1": lazy.flops - plain.flops,
         "kernels": plain.kernels,
         "kernels_r1": lazy.kernels - plain.kernels,
-        "parameters": sum(p.numel() for p in params),
-        "trained": sum(p.numel() for p in params if p.requires_grad),
-        "discriminator": sum(p.numel() for p in step.d_params),
+        **sizes(trainer),
     }
-
-
-def count_part(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
-    """`count` as `in_own_process` calls it."""
-    return count(configured(folder, batch), stand_in=stand_in)

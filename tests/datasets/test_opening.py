@@ -264,7 +264,7 @@ def test_mapped_images_are_decoded_once_and_shared(
     make_zip: Zip, pictures: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_zip(pictures)
-    monkeypatch.setattr("gddlab.datasets.store._free_memory", lambda: 12 * 8 * 8 * 3 * 4)
+    monkeypatch.setattr("gddlab.datasets.store.usable_memory", lambda: (0, 12 * 8 * 8 * 3 * 4))
     assert not mapped(open_dataset(path))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two copies would not fit
     first = open_dataset(path)
