@@ -43,12 +43,8 @@ def image_name(index: int) -> str:
 def open_parts(out: Path, settings: dict[str, Any]) -> Path:
     """Makes or reopens the folder OUT.parts beside `out`.
 
-    Args:
-        out: The zip to make.
-        settings: Everything that decides what the parts hold; JSON values.
-
     Raises:
-        GddlabError: The folder was made with other settings.
+        GddlabError: It was made with other settings; these are all that decides what parts hold, JSON values.
     """
     folder = out.with_name(out.name + ".parts")
     path = folder / "settings.json"
@@ -81,11 +77,8 @@ def write_part(folder: Path, k: int, entries: Sequence[Entry]) -> None:
     Raises:
         GddlabError: Two entries have one name, or some have a label and others none.
     """
-    labels: dict[str, int | None] = {}
-    with atomic_path(_part(folder, k)) as tmp, zipfile.ZipFile(tmp, "w") as z:
-        for e in entries:
-            _add(z, e, labels)
-        _store(z, _LABELS, _json({"labels": _pairs(labels)}))
+    with atomic_path(_part(folder, k)) as tmp:
+        _write(tmp, entries)
 
 
 def read_part(folder: Path, k: int) -> Iterator[Entry]:
@@ -123,15 +116,10 @@ def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dic
         raise GddlabError(f"{folder} lacks {len(missing)} of {count} parts (first: {missing[0]}): make them first")
     # Inside the folder, so that a process killed here leaves nothing else beside `out`.
     with atomic_path(folder / "whole.zip") as tmp:
-        labels: dict[str, int | None] = {}
-        with zipfile.ZipFile(tmp, "w") as z:
-            for k in range(count):
-                for e in read_part(folder, k):
-                    _add(z, e, labels)
-            _store(z, _LABELS, _json({"labels": _pairs(labels)}))
-        about = _json(manifest(tmp))
+        _write(tmp, (e for k in range(count) for e in read_part(folder, k)))
+        about = manifest(tmp)
         with zipfile.ZipFile(tmp, "a") as z:
-            _store(z, _MANIFEST, about)
+            _store(z, _MANIFEST, _json(about))
     out.parent.mkdir(parents=True, exist_ok=True)
     (folder / "whole.zip").replace(out)
     fsync_dir(out.parent)
@@ -142,20 +130,20 @@ def _part(folder: Path, k: int) -> Path:
     return folder / f"part-{k:06d}.zip"
 
 
-def _add(z: zipfile.ZipFile, e: Entry, labels: dict[str, int | None]) -> None:
-    if e.name in labels or e.name in (_LABELS, _MANIFEST):
-        raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
-    labels[e.name] = e.label
-    _store(z, e.name, e.png)
-
-
-def _pairs(labels: dict[str, int | None]) -> list[tuple[str, int]] | None:
-    """The labels of dataset.json; None where no image has one."""
-    pairs = [(name, label) for name, label in labels.items() if label is not None]
-    if pairs and len(pairs) < len(labels):
-        name = next(name for name, label in labels.items() if label is None)
-        raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
-    return pairs or None
+def _write(path: Path, entries: Iterable[Entry]) -> None:
+    """A zip of images and dataset.json."""
+    labels: dict[str, int | None] = {}
+    with zipfile.ZipFile(path, "w") as z:
+        for e in entries:
+            if e.name in labels or e.name in (_LABELS, _MANIFEST):
+                raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
+            labels[e.name] = e.label
+            _store(z, e.name, e.png)
+        pairs = [(name, label) for name, label in labels.items() if label is not None]
+        if pairs and len(pairs) < len(labels):
+            name = next(name for name, label in labels.items() if label is None)
+            raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
+        _store(z, _LABELS, _json({"labels": pairs or None}))
 
 
 def _store(z: zipfile.ZipFile, name: str, content: bytes) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from gddlab.datasets.base import ContentHash, ImageDataset, Manifest
 from gddlab.datasets.listing import HINTS, Listing, Problem, attempt, choose, refusal
-from gddlab.datasets.open import Positive, find_source
+from gddlab.datasets.open import Positive, find_source, listed
 from gddlab.datasets.packing import (
     Entry,
     assemble,
@@ -312,7 +312,7 @@ def prepare(
         GddlabError: An option or an image cannot be used, OUT is there already, or another process is making it.
     """
     target = None if dry_run else _target(source, out, overwrite)
-    listing = choose(find_source(source, download=download), classes, max_images, seed)
+    listing = choose(listed(find_source(source, download=download)), classes, max_images, seed)
     pool = Pool(workers or min(ceil(usable_cores()), max(1, len(listing) // _ALONE)), progress)
     headers, found = scan(pool, listing, alpha)
     recipe, more = plan(headers, resolution=resolution, crop=crop, filter=filter, alpha=alpha)

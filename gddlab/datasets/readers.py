@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from gddlab.datasets.base import ImageDataset
 from gddlab.datasets.listing import (
     LABELS,
     MANIFEST,
@@ -38,12 +39,6 @@ from gddlab.pretrained.files import Published, search_folders
 _MAX_FILE = 256 << 20  # bytes of one file
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time, which change when a file is replaced."""
-    s = path.stat()
-    return s.st_size, s.st_mtime_ns
-
-
 def _check_size(size: int) -> None:
     if size > _MAX_FILE:
         raise BadImage("too large", f"{size:,} bytes, accepted are {_MAX_FILE:,}")
@@ -56,6 +51,10 @@ def of_folder(root: Path) -> Listing:
         path = top / name
         _check_size(path.stat().st_size)
         return path.open("rb")
+
+    def stamp(name: str) -> tuple[int, int]:
+        s = (top / name).stat()
+        return s.st_size, s.st_mtime_ns
 
     names: list[str] = []
     folders: list[str] = []
@@ -71,7 +70,7 @@ def of_folder(root: Path) -> Listing:
         if inside == ".":
             folders = list(below)
         names += files if inside == "." else [f"{inside}/{f}" for f in files]
-    return _of_files(root, names, open_file, lambda name: stamp(top / name), folders=folders)
+    return _of_files(root, names, open_file, stamp, folders=folders)
 
 
 def of_zip(path: Path) -> Listing:
@@ -323,14 +322,11 @@ def find_cifar10(*, download: bool = False) -> Path:
     return cast(Path, _PUBLISHED.fetch())
 
 
-def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_cifar10(path: Path) -> ImageDataset:
     """The training images, in the order of the five batches.
 
     Args:
         path: cifar-10-python.tar.gz, or the folder cifar-10-batches-py.
-
-    Returns:
-        Images, uint8, (N, 32, 32, 3), and class ids, int64, (N,); N is 50,000 in the published archive.
 
     Raises:
         GddlabError: A batch is missing, too large, or holds anything but images and labels.
@@ -346,7 +342,14 @@ def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise GddlabError(
                 printable(f"{path}: {name} is no batch of CIFAR-10 ({e}): fetch the archive again")
             ) from None
-    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+    return ImageDataset(
+        np.concatenate([x for x, _ in parts]),
+        np.concatenate([y for _, y in parts]),
+        classes=len(CLASSES),
+        name="cifar10",
+        source=f"CIFAR-10 training images ({path.name})",
+        extra={"class_names": CLASSES},
+    )
 
 
 def _from_folder(path: Path) -> dict[str, bytes]:

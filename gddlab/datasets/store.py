@@ -25,18 +25,9 @@ _CHUNK = 128
 def materialise(
     listing: Listing, *, recorded: str | None = None, xflip: bool = False, memory: str = "auto", progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None, str | None]:
-    """All images decoded, their labels, and the hash of the content where it was computed.
+    """All images decoded, uint8 (N, R, R, C); their labels, int64 (N,) or None; the hash of both where it was computed.
 
-    Args:
-        listing: Images of one size and number of channels.
-        recorded: Required hash of the content.
-        xflip: Appends every image mirrored: N + i is image i.
-        memory: "ram"; "mapped", decoded by one process into a file that all map; "auto", in memory if all processes on
-            this machine together take less than a quarter of the free memory.
-        progress: Shows a bar at a terminal.
-
-    Returns:
-        Images, uint8, (N or 2N, R, R, C); labels, int64, (N or 2N,), or None; sha256 or None.
+    Arguments as for `open_dataset`; with `xflip`, N is twice as large. `recorded`: what the hash must be.
 
     Raises:
         GddlabError: Images are missing, damaged, of different sizes or not those recorded; or the cache folder cannot

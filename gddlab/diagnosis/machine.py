@@ -110,13 +110,7 @@ def torch_build() -> str:
 
 
 def device_problems(cpu: CPU, gpus: Sequence[GPU], *, driver_unused: bool = False) -> list[str]:
-    """What slows or prevents training, one line each.
-
-    Args:
-        cpu: The processor.
-        gpus: CUDA devices.
-        driver_unused: An NVIDIA driver is loaded, and torch sees no device.
-    """
+    """What slows or prevents training, one line each; `driver_unused` as from `driver_without_cuda`."""
     out, want = [], f"training wants {gib(MIN_MEMORY)}"
     if driver_unused:
         out.append(

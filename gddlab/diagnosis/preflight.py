@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 
 from gddlab.datasets import ImageDataset
+from gddlab.distill.checkpoints import training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
@@ -234,15 +235,10 @@ def _try(name: str, look: Callable[[], str]) -> Check:
 def in_own_process(
     entry: str, config: TrainConfig, batch: int, *, stand_in: bool, nproc: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """What a function returns about some steps of a run, in a fresh process and a temporary folder.
+    """What MODULE:FUNCTION returns about steps of this batch, in a fresh process and a temporary folder.
 
-    Args:
-        entry: MODULE:FUNCTION, called with folder, batch, stand_in, `more` and report.
-        config: The run.
-        batch: Images per step.
-        stand_in: Random weights and images, without any download.
-        nproc: Processes among which the machine's cores are divided.
-        **more: Further arguments.
+    It is called with folder, batch, stand_in, `more` and report, and gets its trainer from `started`. The machine's
+    cores are divided among `nproc` processes.
 
     Raises:
         GddlabError: A step failed; the message holds the process's own error.
@@ -257,21 +253,6 @@ def in_own_process(
         hint = f"it took steps of batch {batch}"
         found: list[dict[str, Any]] = run_workers(job, entry=entry, hint=hint, cores_for=nproc)
         return found[0]
-
-
-def loaded(folder: str, batch: int) -> TrainConfig:
-    """The configuration that `in_own_process` wrote, with another batch."""
-    return TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
-
-
-def sizes(trainer: Trainer) -> dict[str, int]:
-    """Number of the student's parameters, of those trained, and of the discriminator's trained."""
-    params = list(trainer.step.g.parameters())
-    return {
-        "parameters": sum(p.numel() for p in params),
-        "trained": sum(p.numel() for p in params if p.requires_grad),
-        "discriminator": sum(p.numel() for p in trainer.step.d_params),
-    }
 
 
 def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
@@ -303,48 +284,61 @@ def stand_ins(config: TrainConfig) -> tuple[Precond, ImageDataset]:
     return teacher, ImageDataset(images, labels, classes=classes, name="random", source="numpy, seed 0")
 
 
+def started(folder: str, batch: int, stand_in: bool) -> tuple[Trainer, float]:
+    """The trainer of the run in a folder, with another batch, before its second iteration; memory before it, MiB."""
+    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
+    world = World.start(config.device)
+    before = peak_memory_mib(world.device)
+    trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
+    trainer.cache_real()
+    trainer.reader.position = batch  # the first iteration has no R1
+    return trainer, before
+
+
+def sizes(trainer: Trainer) -> dict[str, int]:
+    """Number of the student's parameters, of those trained, and of the discriminator's trained."""
+    params = list(trainer.step.g.parameters())
+    return {
+        "parameters": sum(p.numel() for p in params),
+        "trained": sum(p.numel() for p in params if p.requires_grad),
+        "discriminator": sum(p.numel() for p in trainer.step.d_params),
+    }
+
+
 def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callable[[int], Any]) -> dict[str, Any]:
     """Seconds per iteration and of R1, memory, and sizes, of the run in a folder, on one process.
 
     The first iteration is not timed. R1 is timed apart, since one iteration in `r1_interval` has it.
     """
-    config = loaded(folder, batch)
-    world = World.start(config.device)
-    base = peak_memory_mib(world.device)
-    trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
-    trainer.cache_real()
-    built = peak_memory_mib(world.device)
-    trainer.reader.position = config.batch  # the first iteration has no R1
+    trainer, base = started(folder, batch, stand_in)
+    config, device = trainer.config, trainer.world.device
+    built = peak_memory_mib(device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        trainer.iterate()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
     trainer.iteration = 1
-    plain, lazy = [_timed(trainer, world) for _ in range(steps + 1)][1:], 0.0
+    plain, lazy = [seconds() for _ in range(steps + 1)][1:], 0.0
     if config.has_r1:
         trainer.iteration = config.r1_interval
-        lazy = max(0.0, _timed(trainer, world) - statistics.median(plain)) / config.r1_interval
+        lazy = max(0.0, seconds() - statistics.median(plain)) / config.r1_interval
+    peak = peak_memory_mib(device)
+    state = training_state(trainer.step, trainer.ema, trainer.ada)
+    tensors = [t for part in state.values() for t in part.values()]
     return {
-        "batch": config.batch,
+        "batch": batch,
         "steps": steps,
         "seconds": statistics.median(plain) + lazy,
-        "peak_mem_mib": peak_memory_mib(world.device),
+        "peak_mem_mib": peak,
         "built_mem_mib": built,
         "base_mem_mib": base,
         **sizes(trainer),
-        "checkpoint_bytes": _checkpoint_bytes(trainer),
+        "checkpoint_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "snapshot_bytes": sum(p.numel() * p.element_size() for p in trainer.step.g.parameters()),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def _timed(trainer: Trainer, world: World) -> float:
-    start = time.perf_counter()
-    trainer.iterate()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _checkpoint_bytes(trainer: Trainer) -> int:
-    from gddlab.distill.checkpoints import training_state
-
-    state = training_state(trainer.step, trainer.ema, trainer.ada)
-    return sum(t.numel() * t.element_size() for part in state.values() for t in part.values())

@@ -11,10 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gddlab.diagnosis.preflight import Positive, in_own_process, loaded, sizes, stand_ins
+from gddlab.diagnosis.preflight import Positive, in_own_process, sizes, started
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World
-from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, validated
 
 if TYPE_CHECKING:
@@ -215,11 +213,8 @@ def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any])
         (discriminator, and teacher where it is asked); flops_r1, kernels, kernels_r1; parameters, trained,
         discriminator as in `Counted`.
     """
-    config = loaded(folder, batch)
-    world = World.start(config.device)
-    trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
-    trainer.cache_real()
-    step, drawer = trainer.step, trainer.drawer
+    trainer, _ = started(folder, batch, stand_in)
+    config, step, drawer = trainer.config, trainer.step, trainer.drawer
 
     def iteration(number: int) -> Counter:
         trainer.iteration = number
@@ -229,13 +224,13 @@ def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any])
 
     labels = None
     if step.g.label_dim:
-        labels = torch.eye(step.g.label_dim, device=world.device)[torch.arange(config.batch) % step.g.label_dim]
+        device = trainer.world.device
+        labels = torch.eye(step.g.label_dim, device=device)[torch.arange(batch) % step.g.label_dim]
     with Counter() as student:
         step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0)).sum().backward()
     if step.adversarial and not config.reuse_fakes:
         with torch.no_grad(), student:
             step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0))
-    trainer.reader.position = config.batch
     plain = iteration(1)
     lazy = iteration(config.r1_interval) if step.due_r1(config.r1_interval) else plain
     return {
