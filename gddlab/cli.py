@@ -421,8 +421,7 @@ def evaluate(
         out: Also writes the records to this file, JSON.
     """
     from gddlab.evaluation import append_records
-    from gddlab.files import write_json
-    from gddlab.teachers.catalog import is_run
+    from gddlab.files import is_run, write_json
 
     if sigmas is not None:
         options["sigmas"] = sigmas

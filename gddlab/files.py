@@ -11,12 +11,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError, NotFound
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 def data_dir() -> Path:
@@ -174,6 +175,9 @@ def hash_json(value: Any) -> str:
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of names."""
+    import numpy as np
+    import torch
+
     h = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name]
@@ -181,6 +185,20 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> str:
         h.update(f"{name}:{a.dtype}:{tuple(a.shape)}".encode())
         h.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
+    path = Path(folder)
+    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
+        return False
+    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
+        return True
+    try:
+        fields = read_json(path / "config.json")
+    except GddlabError:
+        return False
+    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
 MAGIC = (

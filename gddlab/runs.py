@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import last_jsonl, read_json, read_jsonl, thin_jsonl
-from gddlab.freezing import FreezeMask
+from gddlab.files import is_run, last_jsonl, read_json, read_jsonl, thin_jsonl
 from gddlab.lock import held
-from gddlab.nets import OneStepPrecond
-from gddlab.teachers.catalog import is_run, load_student, snapshots_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from gddlab.distill.config import TrainConfig
+    from gddlab.freezing import FreezeMask
+    from gddlab.nets import OneStepPrecond
 
 STALE_S = 120.0
 """A run on another machine whose last heartbeat is older than this counts as dead."""
@@ -50,6 +50,8 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         """The validated configuration."""
+        from gddlab.distill.config import TrainConfig
+
         return TrainConfig.load(self.run_dir)
 
     @property
@@ -164,11 +166,15 @@ class Run:
     @property
     def mask(self) -> FreezeMask | None:
         """The mask that the run trains under, mask.json; None without one."""
+        from gddlab.freezing import FreezeMask
+
         path = self.run_dir / "mask.json"
         return FreezeMask.load(path) if path.exists() else None
 
     def snapshots(self) -> list[Path]:
         """EMA students saved during training, oldest first; the file's name is its kimg."""
+        from gddlab.teachers.catalog import snapshots_of
+
         return snapshots_of(self.run_dir)
 
     def grids(self) -> list[Path]:
@@ -180,6 +186,8 @@ class Run:
 
         "best" is the one with the best score of those made during training (`metric_kimg`); `best` says which.
         """
+        from gddlab.teachers.catalog import load_student
+
         return load_student(self.run_dir, snapshot)
 
 

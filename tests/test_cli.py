@@ -199,9 +199,11 @@ def test_parts_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing is trained" in refused(capsys, "train", "--discriminator.kind", "none")
 
 
-def test_overviews_import_nothing_heavy() -> None:
-    code = "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
-    for words, listed in (["--help"], "preflight"), (["mask", "--help"], "diff"):
+def test_overviews_and_runs_do_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    code = code.replace("finally", "except SystemExit: pass\nfinally")
+    (tmp_path / "config.json").write_text('{"teacher": "digits", "mask": null}')
+    for words, listed in (["--help"], "preflight"), (["mask", "--help"], "diff"), (["runs", str(tmp_path)], "stopped"):
         out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout
         assert listed in out
         assert out.splitlines()[-1] == "False"

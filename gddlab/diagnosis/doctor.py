@@ -199,13 +199,8 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
 
     python, wanted = requirements()
     required = {r.name: r.specifier for r in map(Requirement, wanted)}
-    there = versions()
+    there = versions(*required, *SHOWN)
     own, own_commit = there["gddlab"], commit()
-    for name in {*required, *SHOWN}:
-        try:
-            there[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            there[name] = "not installed"
     text = f"{there['python']}, {platform.python_implementation()} on {platform.system()} {platform.machine()}"
     out = [Finding("versions", "python", True, text, details={"version": there["python"]})]
     text, about = f"{own}, commit {own_commit[:12]}" if own_commit else own, {"version": own, "commit": own_commit}
@@ -213,15 +208,16 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
     missing, unfit = [], []
     if not SpecifierSet(python).contains(there["python"], prereleases=True):
         unfit.append(f"this is Python {there['python']}, gddlab wants {python}: make an environment with one of those")
-    for name in (*SHOWN, *(r for r in required if r not in SHOWN and there[r] == "not installed")):
-        found = there[name] != "not installed"
-        remedy = "" if found else f"pip install {name}" + ("" if name in required else ", if wanted")
-        out.append(Finding("versions", name, found, there[name], remedy, {"required": name in required}))
-    for name, specifier in required.items():
-        version, need = there[name], f"pip install '{name}{specifier}'"
-        if version == "not installed":
+    for name in dict.fromkeys([*SHOWN, *required]):
+        version, specifier = there[name], required.get(name)
+        absent, need = version == "not installed", f"pip install '{name}{specifier}'"
+        if absent or name in SHOWN:
+            remedy = f"pip install {name}" + ("" if name in required else ", if wanted")
+            details = {"required": name in required}
+            out.append(Finding("versions", name, not absent, version, remedy if absent else "", details))
+        if absent and specifier is not None:
             missing.append(f"{name} is not installed: {need}")
-        elif not specifier.contains(version, prereleases=True):
+        elif specifier is not None and not specifier.contains(version, prereleases=True):
             unfit.append(f"{name} {version} is installed, gddlab wants {specifier}: {need}")
     return out, missing, [*unfit, *torch_pair(there["torch"], there["torchvision"])]
 
@@ -272,11 +268,11 @@ LPIPS_LAYERS = Published("LPIPS's linear layers", None, None, wheel=("lpips", "w
 def _weight_findings() -> list[Finding]:
     """Teachers, backbones, LPIPS, feature extractors."""
 
-    def weights(name: str, find: Callable[[], Path | None], remedy: object = "", **details: Any) -> Finding:
-        return _look("weights", name, find, str(remedy), **details)
+    weights = partial(_look, "weights")
 
     def published(name: str, file: Published, **details: Any) -> Finding:
-        return weights(name, file.locate, file.missing("not on this machine"), **details)
+        _, _, remedy = str(file.missing("not on this machine")).partition(": ")
+        return weights(name, file.locate, remedy, **details)
 
     bundled = data_dir() / "teachers"
     return [

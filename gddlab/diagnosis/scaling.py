@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,9 +89,7 @@ def counted(config: TrainConfig, *, batch: Positive = 2, stand_in: bool = True) 
         GddlabError: The iteration failed; the message holds the process's own error.
     """
     found = in_own_process("gddlab.diagnosis.scaling:count", config, batch, stand_in=stand_in)
-    flops = {k: v / batch for k, v in found["flops"].items()}
-    names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
-    return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})
+    return Counted(**found)
 
 
 def scaling(
@@ -206,13 +204,7 @@ class Counter(TorchDispatchMode):
 
 
 def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
-    """Counts an iteration without R1, and what R1 adds, of the run in a folder, on one process.
-
-    Returns:
-        flops without R1: "student" (its images forward, and backward to what is trained) and "rest"
-        (discriminator, and teacher where it is asked); flops_r1, kernels, kernels_r1; parameters, trained,
-        discriminator as in `Counted`.
-    """
+    """`Counted` of the run in a folder, on one process."""
     trainer, _ = started(folder, batch, stand_in)
     config, step, drawer = trainer.config, trainer.step, trainer.drawer
 
@@ -233,10 +225,12 @@ def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any])
             step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0))
     plain = iteration(1)
     lazy = iteration(config.r1_interval) if step.due_r1(config.r1_interval) else plain
-    return {
-        "flops": {"student": student.flops, "rest": plain.flops - student.flops},
-        "flops_r1": lazy.flops - plain.flops,
-        "kernels": plain.kernels,
-        "kernels_r1": lazy.kernels - plain.kernels,
+    counted = Counted(
+        student=student.flops / batch,
+        rest=(plain.flops - student.flops) / batch,
+        r1=(lazy.flops - plain.flops) / batch,
+        kernels=plain.kernels,
+        kernels_r1=lazy.kernels - plain.kernels,
         **sizes(trainer),
-    }
+    )
+    return asdict(counted)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir, read_json
+from gddlab.files import data_dir, is_run, read_json
 from gddlab.nets import OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.pretrained.files import Published
@@ -90,20 +91,6 @@ def bundled_teachers() -> list[str]:
 # Students in run directories.
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = Path(folder)
-    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
-        return False
-    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
-        return True
-    try:
-        fields = read_json(path / "config.json")
-    except GddlabError:
-        return False
-    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
-
-
 def snapshots_of(run_dir: Path) -> list[Path]:
     """Averaged students saved while training, oldest first; the file's name is its kimg."""
     return sorted((run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
@@ -171,7 +158,7 @@ class PublishedTeacher:
         """Class name of the network."""
         return ARCHITECTURES[self.architecture][0]
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(self.architecture).parameters())

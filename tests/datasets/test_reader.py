@@ -64,7 +64,7 @@ def test_states_of_others_are_refused() -> None:
         BatchReader(open_dataset("digits", max_images=9), batch=4, seed=0).load_state_dict(state)
     reader = BatchReader(data, batch=4, seed=0)
     for bad, words in (
-        ({}, "lacks 'position'"),
+        ({}, "is of seed=None"),
         (state | {"position": -1}, "position=-1"),
         (state | {"position": 1.5}, "1.5"),
     ):
