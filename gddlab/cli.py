@@ -91,9 +91,7 @@ def export(model: Positional[str], out: Positional[Path], **options: Any) -> Non
     Args:
         model: Run directory of a student, or a file with one.
     """
-    from gddlab.teachers.catalog import load_teacher
-
-    say(gddlab.export(load_teacher(model), out, **options))
+    say(gddlab.export(gddlab.load_teacher(model), out, **options))
 
 
 @command("prepare", "gddlab.datasets:prepare", "gddlab.datasets:open_dataset")
@@ -125,12 +123,10 @@ def probe(
         sigmas: The noise levels themselves, in place of --timesteps.
         dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
     """
-    from gddlab.teachers.catalog import load_teacher
-
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    model = load_teacher(teacher)
+    model = gddlab.load_teacher(teacher)
     if dry_run:
         say(gddlab.estimate(model, **options))
     else:
@@ -151,12 +147,10 @@ def ablate(
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
     """
-    from gddlab.teachers.catalog import load_teacher
-
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    save_result(gddlab.ablate(load_teacher(teacher), **options), out)
+    save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
 @command("freeze", "gddlab.freezing:select_freeze")
@@ -388,7 +382,6 @@ def sample(
         nproc: Processes on this machine, for a folder or zip. On several machines run the same command under torchrun.
     """
     from gddlab.sampling import save_grid
-    from gddlab.teachers.catalog import load_teacher
 
     options |= given(sampler) | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
     if out.suffix != ".png":
@@ -396,7 +389,7 @@ def sample(
         return
     if nproc != 1:
         raise GddlabError(f"nproc={nproc} for a grid: several processes write a folder or a .zip")
-    save_grid(gddlab.sample(load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
+    save_grid(gddlab.sample(gddlab.load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
     say(out)
 
 

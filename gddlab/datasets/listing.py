@@ -115,11 +115,7 @@ class Listing:
 
 
 def read_all(content: BinaryIO | np.ndarray) -> bytes | np.ndarray:
-    """What an open image holds.
-
-    Raises:
-        BadImage: It stands in a damaged zip.
-    """
+    """What an open image holds."""
     if isinstance(content, np.ndarray):
         return content
     try:
@@ -178,11 +174,7 @@ def classes_by_folder(names: Sequence[str], empty: Sequence[str] = ()) -> Classe
     """The first folder of a name is its class; ids count the folders by number if all are numbers, else by name.
 
     There are no classes if all images are in the source itself or in one folder, or if the folders are shards
-    (00000/img00000000.png, 001000/001234.png).
-
-    Args:
-        names: Images, sorted.
-        empty: Folders without images.
+    (00000/img00000000.png, 001000/001234.png). `empty`: folders without images.
     """
     if all((m := _SHARDED.fullmatch(n)) and int(m[1]) in (int(m[2]) // 1000, int(m[2]) // 1000 * 1000) for n in names):
         return Classes()

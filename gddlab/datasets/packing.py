@@ -72,21 +72,13 @@ def missing_parts(folder: Path, count: int) -> list[int]:
 
 
 def write_part(folder: Path, k: int, entries: Sequence[Entry]) -> None:
-    """Writes part `k` atomically; processes may write at the same time.
-
-    Raises:
-        GddlabError: Two entries have one name, or some have a label and others none.
-    """
+    """Writes part `k` atomically; processes may write at the same time."""
     with atomic_path(_part(folder, k)) as tmp:
         _write(tmp, entries)
 
 
 def read_part(folder: Path, k: int) -> Iterator[Entry]:
-    """The entries of part `k`, in order.
-
-    Raises:
-        GddlabError: It is damaged.
-    """
+    """The entries of part `k`, in order."""
     path = _part(folder, k)
     try:
         with zipfile.ZipFile(path) as z:
@@ -99,15 +91,10 @@ def read_part(folder: Path, k: int) -> Iterator[Entry]:
 
 
 def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dict[str, Any]]) -> None:
-    """Merges the parts 0..count - 1 into `out`, in order, and removes the folder.
+    """Merges the parts 0..count - 1 into `out`, in order, then removes the folder; `out` appears when all is written.
 
-    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json.
-
-    Args:
-        folder: From `open_parts`.
-        count: How many parts there must be.
-        out: Replaced when everything is on the disk.
-        manifest: Makes the manifest from the path of the zip without it.
+    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json,
+    which `manifest` makes from the path of the zip without it.
 
     Raises:
         GddlabError: A part is missing or damaged, two images have one name, or only some have labels.

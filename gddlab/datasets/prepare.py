@@ -141,6 +141,23 @@ def check(pool: Pool, listing: Listing, names: Sequence[str], recipe: Recipe) ->
     return [p for some in pool.run("checking", part, len(names), 64) for p in some]
 
 
+def make_part(
+    listing: Listing, recipe: Recipe, folder: Path, k: int, index: range, done: bool
+) -> np.ndarray | list[Problem]:
+    """Writes part `k`, the images of `index`, or reads a finished one; returns its pixels, or the problems."""
+    if done:
+        return np.stack([array(decode(entry.png)) for entry in read_part(folder, k)])
+    made: list[np.ndarray] = []
+    problems: list[Problem] = []
+    for x in attempt(lambda name: recipe.make(listing.read(name)), listing.names[index.start : index.stop]):
+        problems.append(x) if isinstance(x, Problem) else made.append(x)
+    if problems:
+        return problems
+    labels = [None] * len(made) if listing.labels is None else listing.labels[index].tolist()
+    write_part(folder, k, [Entry(image_name(i), png(x), y) for i, x, y in zip(index, made, labels, strict=True)])
+    return np.stack(made)
+
+
 def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[str, int]) -> str:
     """Makes the zip, or continues with it; returns the hash of its content.
 
@@ -151,31 +168,20 @@ def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[
 
     n, r, c = len(listing), recipe.resolution, recipe.channels
     per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # independent of the number of workers
+    parts = -(-n // per_part)
     files = hash_json([listing.fingerprint, list(listing.names)])[:16]
     settings = {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
-    parts = -(-n // per_part)
-
-    def part(index: range) -> np.ndarray | list[Problem]:
-        """Writes a part, or reads a finished one; returns its pixels for the hash, or the problems."""
-        k = index.start // per_part
-        if k not in missing:
-            return np.stack([array(decode(entry.png)) for entry in read_part(folder, k)])
-        made: list[np.ndarray] = []
-        problems: list[Problem] = []
-        for x in attempt(lambda name: recipe.make(listing.read(name)), listing.names[index.start : index.stop]):
-            problems.append(x) if isinstance(x, Problem) else made.append(x)
-        if problems:
-            return problems
-        labels = [None] * len(made) if listing.labels is None else listing.labels[index].tolist()
-        write_part(folder, k, [Entry(image_name(i), png(x), y) for i, x, y in zip(index, made, labels, strict=True)])
-        return np.stack(made)
-
     content = ContentHash((n, r, r, c))
     problems: list[Problem] = []
     try:
         folder = open_parts(out, settings)
         with FileLock(folder / "lock", timeout=0):
             missing = set(missing_parts(folder, parts))
+
+            def part(index: range) -> np.ndarray | list[Problem]:
+                k = index.start // per_part
+                return make_part(listing, recipe, folder, k, index, k not in missing)
+
             for made in pool.run(f"preparing {out.name}", part, n, per_part):
                 if isinstance(made, list):
                     problems += made

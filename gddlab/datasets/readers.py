@@ -120,14 +120,10 @@ def _of_files(
     problems: Sequence[Problem] = (),
     folders: Sequence[str] = (),
 ) -> Listing:
-    """The images among files, with dataset.json and manifest.json where they are.
+    """The images among the files of a folder or zip, with its dataset.json and manifest.json.
 
     Args:
-        path: Of the folder or zip.
-        names: Of all files that can be read.
-        open_file: Opens one.
         mark: Of a file, JSON that changes when it does.
-        problems: Files that cannot be read.
         folders: Sub-folders of a folder, in order.
     """
     found, unread, ignored = image_files(names)
@@ -304,10 +300,7 @@ _PUBLISHED = Published(
 
 
 def find_cifar10(*, download: bool = False) -> Path:
-    """The archive or its unpacked folder: in the working folder, `$GDDLAB_HOME`, its `datasets` or the cache.
-
-    Args:
-        download: Downloads the archive into the cache if it is not found.
+    """The archive or its unpacked folder, in the working folder, `$GDDLAB_HOME`, the cache; or a download.
 
     Raises:
         NotFound: It is not found, and not to be downloaded.
@@ -323,10 +316,7 @@ def find_cifar10(*, download: bool = False) -> Path:
 
 
 def read_cifar10(path: Path) -> ImageDataset:
-    """The training images, in the order of the five batches.
-
-    Args:
-        path: cifar-10-python.tar.gz, or the folder cifar-10-batches-py.
+    """The training images, in the order of the five batches, from cifar-10-python.tar.gz or cifar-10-batches-py.
 
     Raises:
         GddlabError: A batch is missing, too large, or holds anything but images and labels.

@@ -26,6 +26,11 @@ def test_the_order_depends_on_position_alone(n: int, seed: int, start: int, step
     assert order(n, seed, epoch * n, n).sort().values.tolist() == list(range(n))
 
 
+def test_epochs_and_seeds_differ() -> None:
+    assert not torch.equal(order(10, 3, 0, 10), order(10, 3, 10, 10))
+    assert not torch.equal(order(10, 3, 0, 10), order(10, 4, 0, 10))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_together_read_the_global_order(size: int) -> None:
     data = digits()
