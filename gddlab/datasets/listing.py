@@ -85,9 +85,10 @@ class Listing:
         open: Gives the file of a name, or pixels, uint8 (H, W, C); from any thread, and in a forked process.
         labels: Class ids, int64 (N,), or None.
         classes: Number of classes; 0 without labels.
-        class_names: In the order of ids, where known.
         fingerprint: JSON that changes when the content does.
-        about: `crop`, `filter`, `codec`, `sha256`, `extra` of a manifest, where known.
+        about: `crop`, `filter`, `codec` of the manifest.
+        extra: Of the manifest; `class_names` in the order of ids, where known.
+        sha256: What the manifest records.
         problems: Found without opening an image.
         ignored: Number of skipped files by suffix.
         options: What `choose` was asked for.
@@ -99,9 +100,10 @@ class Listing:
     open: Callable[[str], BinaryIO | np.ndarray]
     labels: np.ndarray | None = None
     classes: int = 0
-    class_names: Sequence[str] | None = None
     fingerprint: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
     problems: Sequence[Problem] = ()
     ignored: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)

@@ -73,9 +73,10 @@ def listed(source: ImageDataset | Listing) -> Listing:
         open=lambda name: source.uint8[int(name)],
         labels=source.class_ids,
         classes=source.classes,
-        class_names=about["extra"].get("class_names"),
         fingerprint=about["sha256"],
-        about={key: about[key] for key in ("crop", "filter", "codec", "sha256", "extra")},
+        about={key: about[key] for key in ("crop", "filter", "codec")},
+        extra=about["extra"],
+        sha256=about["sha256"],
     )
 
 
@@ -127,14 +128,7 @@ def open_dataset(
         return source
     listing = choose(listed(source), classes, max_images, seed)
     options = listing.options | ({"xflip": True} if xflip else {})
-    about = dict(listing.about)
-    recorded = about.pop("sha256", None)
-    extra = dict(about.pop("extra", None) or {})
-    if listing.class_names:
-        extra["class_names"] = list(listing.class_names)
-    if options:
-        extra["options"] = options
-        recorded = None  # the hash of the whole set
+    recorded = None if options else listing.sha256  # which is that of the whole set
     images, labels, sha256 = materialise(listing, recorded=recorded, xflip=xflip, memory=memory, progress=progress)
     return ImageDataset(
         images,
@@ -142,7 +136,7 @@ def open_dataset(
         classes=listing.classes,
         name=listing.name,
         source=listing.source,
-        extra=extra,
+        extra=listing.extra | ({"options": options} if options else {}),
         sha256=sha256,
-        **about,
+        **listing.about,
     )

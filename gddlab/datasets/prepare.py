@@ -191,8 +191,8 @@ def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[
                 shutil.rmtree(folder)
                 raise refusal(listing, problems, preparing=True)
             sha256 = content.digest(listing.labels)
-            extra: dict[str, Any] = {"class_names": list(listing.class_names)} if listing.class_names else {}
-            extra |= {key: value for key, value in (("options", listing.options), ("changed", changes)) if value}
+            names = listing.extra.get("class_names")
+            extra = {"class_names": names, "options": listing.options, "changed": changes}
             resized = changes.keys() & {"reduced", "enlarged"}
             manifest = Manifest(
                 name=out.stem,
@@ -205,7 +205,7 @@ def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[
                 filter=_steps(listing.about["filter"], recipe.filter if resized else None),
                 codec=f"{listing.about['codec']} to png by Pillow {pillow}".removeprefix("none to "),
                 sha256=sha256,
-                extra=extra,
+                extra={key: value for key, value in extra.items() if value},
             )
             assemble(folder, parts, out, lambda _: manifest.to_dict())
     except Timeout:

@@ -21,7 +21,6 @@ from gddlab.datasets.base import ImageDataset
 from gddlab.datasets.listing import (
     LABELS,
     MANIFEST,
-    Classes,
     Listing,
     Problem,
     attempt,
@@ -143,8 +142,10 @@ def _of_files(
         used = {n.split("/", 1)[0] for n in images if "/" in n}
         classes = classes_by_folder(images, [f for f in folders if f not in used] if used else ())
     suffixes = {n.rpartition(".")[2].lower() for n in images}
-    known = {"crop": "unknown", "filter": "unknown", "codec": "+".join(sorted(suffixes)), "sha256": None}
+    known = {"crop": "unknown", "filter": "unknown", "codec": "+".join(sorted(suffixes))}
     extra = dict(about.get("extra") or {}) | ({"from": about["source"]} if "source" in about else {})
+    if classes.names and not extra.get("class_names"):
+        extra["class_names"] = classes.names
     return Listing(
         name=str(about.get("name", path.absolute().name if path.is_dir() else path.stem)),
         source=str(path),
@@ -152,9 +153,10 @@ def _of_files(
         open=open_file,
         labels=classes.ids,
         classes=classes.count,
-        class_names=extra.get("class_names") or classes.names,
         fingerprint=hash_json([[(i, marks[i]) for i in images], table.decode("latin-1"), manifest.decode("latin-1")]),
-        about={key: about.get(key, default) for key, default in known.items()} | {"extra": extra},
+        about={key: about.get(key, default) for key, default in known.items()},
+        extra=extra,
+        sha256=about.get("sha256"),
         problems=[*problems, *classes.problems],
         ignored=ignored,
     )
@@ -205,7 +207,7 @@ def of_huggingface(address: str) -> Listing:
         return io.BytesIO(value["bytes"])
 
     names, problems = numbers(len(table)), []
-    found = Classes()
+    labels, class_names = None, None
     if label is not None:
         values = table.with_format(None)[label][:]
         class_names = getattr(table.features[label], "names", None)
@@ -215,18 +217,17 @@ def of_huggingface(address: str) -> Listing:
                 kind = "no label" if y is None or y == -1 else "class id out of range"
                 problems.append(Problem(name, kind, f"{label}={y}"))
         if not problems:
-            ids = np.array(values, dtype=np.int64)
-            found = Classes(ids, limit or int(ids.max(initial=-1)) + 1, class_names)
+            labels = np.array(values, dtype=np.int64)
     return Listing(
         name=address.removeprefix("hf:").replace("/", "-"),
         source=address,
         names=names,
         open=open_row,
-        labels=found.ids,
-        classes=found.count,
-        class_names=found.names,
+        labels=labels,
+        classes=0 if labels is None else len(class_names or ()) or int(labels.max(initial=-1)) + 1,
         fingerprint=str(table._fingerprint),
         about={"crop": "unknown", "filter": "unknown", "codec": "unknown"},
+        extra={"class_names": class_names} if class_names else {},
         problems=problems,
     )
 
