@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -125,54 +126,53 @@ def scaling(
         peak = hardware.bf16 if precision == "bfloat16" else hardware.tf32
         return hardware.achieved * peak * 1e12
 
+    if wrong := [n for n in gpus if n < 1 or config.batch % n]:
+        raise GddlabError(f"batch={config.batch} on {wrong[0]} GPUs: give numbers that divide it")
     c = counts or counted(config)
     lazy = 1 / config.r1_interval if config.has_r1 else 0.0
-    rows: list[dict[str, Any]] = []
-    for n in gpus:
-        if n < 1 or config.batch % n:
-            raise GddlabError(f"batch={config.batch} on {n} GPUs: give numbers that divide it")
-        part = config.batch // n
-        passes = part // min(part, config.batch_per_device or part)
-        arithmetic = part * (
-            c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
-        )
-        kernels = passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6
-        messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
-        reduce = sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size)
-        step = max(arithmetic, kernels) + reduce
-        parts = {"arithmetic": arithmetic, "kernels": kernels, "all-reduce": reduce}
-        rows.append(
-            {
-                "gpus": n,
-                "images": part,
-                "arithmetic_ms": 1e3 * arithmetic,
-                "kernels_ms": 1e3 * kernels,
-                "all_reduce_ms": 1e3 * reduce,
-                "step_ms": 1e3 * step,
-                "images_s": config.batch / step,
-                "hours": config.total_kimg * 1000 / config.batch * step / 3600,
-                "ddp_gib": _state_bytes(c, 1) / 2**30,
-                "fsdp_gib": _state_bytes(c, n) / 2**30,
-                "limit": max(parts, key=lambda k: parts[k]),
-            }
-        )
-    table = pd.DataFrame(rows)
-    alone = table["images_s"] / table["gpus"]
-    table.insert(7, "efficiency", alone / alone.iloc[0])
+    n = np.array(gpus)
+    part = config.batch // n
+    passes = part // np.minimum(part, config.batch_per_device or part)
+    per_image = c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
+    messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
+    seconds = pd.DataFrame(
+        {
+            "arithmetic": part * per_image,
+            "kernels": passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6,
+            "all-reduce": sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size),
+        }
+    )
+    step = seconds[["arithmetic", "kernels"]].max(axis=1) + seconds["all-reduce"]
+    rate_of_all = config.batch / step
+    alone = rate_of_all / n
+    table = pd.DataFrame(
+        {
+            "gpus": n,
+            "images": part,
+            "arithmetic_ms": 1e3 * seconds["arithmetic"],
+            "kernels_ms": 1e3 * seconds["kernels"],
+            "all_reduce_ms": 1e3 * seconds["all-reduce"],
+            "step_ms": 1e3 * step,
+            "images_s": rate_of_all,
+            "efficiency": alone / alone.iloc[0],
+            "hours": config.total_kimg * 1000 / config.batch * step / 3600,
+            "ddp_gib": _state_bytes(c, 1) / 2**30,
+            "fsdp_gib": _state_bytes(c, n) / 2**30,
+            "limit": seconds.idxmax(axis=1),
+        }
+    )
     table.attrs = {"hardware": hardware.name, "batch": config.batch, "counted": c}
     return table
 
 
-def _all_reduce(size: float, n: int, hardware: Hardware) -> float:
-    """Seconds of an all-reduce of `size` bytes in a ring of n."""
-    if n == 1:
-        return 0.0
-    across = n > hardware.gpus
-    bandwidth = 1e9 * hardware.bus * (min(hardware.network_gb_s, hardware.link_gb_s) if across else hardware.link_gb_s)
+def _all_reduce(size: float, n: np.ndarray, hardware: Hardware) -> np.ndarray:
+    """Seconds of an all-reduce of `size` bytes in rings of n."""
+    between = min(hardware.network_gb_s, hardware.link_gb_s)
+    bandwidth = 1e9 * hardware.bus * np.where(n > hardware.gpus, between, hardware.link_gb_s)
     return 2 * (n - 1) / n * size / bandwidth + 2 * (n - 1) * hardware.latency_us * 1e-6
 
 
-def _state_bytes(c: Counted, shards: int) -> float:
+def _state_bytes(c: Counted, shards: int | np.ndarray) -> Any:
     """Weights, average, gradients and moments; the student's spread over shards, the discriminator's on every GPU."""
     return FLOAT * ((2 * c.parameters + 3 * c.trained) / shards + 4 * c.discriminator)
 
