@@ -133,11 +133,11 @@ def _of_files(
     if not images and not problems:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.items()) or "nothing"
         raise GddlabError(f"{path} has no images (it has {kinds}): accepted are PNG, JPEG, WebP, BMP, GIF, TIFF")
-    table, manifest = (_table(path, open_file, name) if name in names else b"" for name in (LABELS, MANIFEST))
-    about = _manifest(manifest, path) if manifest else {}
-    if table:
+    tables = {name: _table(path, open_file, name) for name in (LABELS, MANIFEST) if name in names}
+    about = _manifest(tables[MANIFEST], path) if MANIFEST in tables else {}
+    if LABELS in tables:
         # 0 classes: made without labels; a dataset.json added later counts
-        classes = classes_of_table(images, table, about.get("classes") or None)
+        classes = classes_of_table(images, tables[LABELS], about.get("classes") or None)
     else:
         used = {n.split("/", 1)[0] for n in images if "/" in n}
         classes = classes_by_folder(images, [f for f in folders if f not in used] if used else ())
@@ -153,7 +153,7 @@ def _of_files(
         open=open_file,
         labels=classes.ids,
         classes=classes.count,
-        fingerprint=hash_json([[(i, marks[i]) for i in images], table.decode("latin-1"), manifest.decode("latin-1")]),
+        fingerprint=hash_json([[(i, marks[i]) for i in images], [t.decode("latin-1") for t in tables.values()]]),
         about={key: about.get(key, default) for key, default in known.items()},
         extra=extra,
         sha256=about.get("sha256"),

@@ -135,7 +135,8 @@ def test_labels_that_do_not_fit_are_refused_by_name(make_zip: Zip, pictures: dic
     refused(make_zip(pictures, labels=[*good, ["x.png", 0]]), "x.png: no such image")
     refused(make_zip(pictures, labels={"a": 0}), "dataset.json: damaged labels")
     refused(make_zip(pictures, labels=[["a"], *good]), "entry 0 is ['a']")
-    refused(make_zip(pictures | {"dataset.json": b"{"}), "dataset.json: damaged labels (no JSON")
+    for content in (b"{", b""):
+        refused(make_zip(pictures | {"dataset.json": content}), "dataset.json: damaged labels (no JSON")
     refused(make_zip(pictures | {"dataset.json": b"[" * 100_000}), "dataset.json: damaged labels (no JSON")
     about = {"crop": "none", "filter": "none", "codec": "png", "sha256": "0" * 64, "classes": 3}
     last = [*good[1:], [names[0], 3]]
