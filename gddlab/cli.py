@@ -14,23 +14,17 @@ import json
 import os
 import re
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 from tyro.conf import Positional
 
 import gddlab
 from gddlab.errors import GddlabError
-from gddlab.signatures import Command, settings
-
-if typing.TYPE_CHECKING:
-    import pandas as pd
-    from rich.console import Console
-
-    from gddlab.diagnosis import Doctor
+from gddlab.signatures import Command
 
 COMMANDS: dict[str, Command] = {}
 """By name, in the order of use; a name of two words belongs to a group."""
@@ -97,9 +91,7 @@ def export(model: Positional[str], out: Positional[Path], **options: Any) -> Non
     Args:
         model: Run directory of a student, or a file with one.
     """
-    from gddlab.teachers.catalog import load_teacher
-
-    say(gddlab.export(load_teacher(model), out, **options))
+    say(gddlab.export(gddlab.load_teacher(model), out, **options))
 
 
 @command("prepare", "gddlab.datasets:prepare", "gddlab.datasets:open_dataset")
@@ -131,12 +123,10 @@ def probe(
         sigmas: The noise levels themselves, in place of --timesteps.
         dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
     """
-    from gddlab.teachers.catalog import load_teacher
-
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    model = load_teacher(teacher)
+    model = gddlab.load_teacher(teacher)
     if dry_run:
         say(gddlab.estimate(model, **options))
     else:
@@ -157,12 +147,10 @@ def ablate(
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
     """
-    from gddlab.teachers.catalog import load_teacher
-
     check_folder(out)
     if sigmas:
         options["timesteps"] = list(sigmas)
-    save_result(gddlab.ablate(load_teacher(teacher), **options), out)
+    save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
 @command("freeze", "gddlab.freezing:select_freeze")
@@ -353,17 +341,19 @@ def runs(folder: Positional[Path] = Path("runs"), state: bool = False, json: boo
         say(to_json(found.to_dict("records")))
     elif state:
         say("\n".join(found["state"]))
-    elif console := terminal():
-        print_table(found, console)
     else:
         say(found.to_string(index=False))
 
 
-def sampler_settings() -> Any:
-    """The settings of EDM's sampler as options; steps is an argument of `sample` and `evaluate`."""
+def sampler_of(words: list[str]) -> Any:
+    """EDM's sampler, whose fields are options of `sample` and `evaluate`."""
     from gddlab.sampling.samplers import Sampler
 
-    return settings(Sampler, omit={"steps"})
+    @dataclasses.dataclass(frozen=True)
+    class Settings(Sampler):
+        steps: Annotated[int, tyro.conf.arg(name="sampler.steps"), tyro.conf.Suppress] = 18  # --steps is their own
+
+    return Settings()
 
 
 @command(
@@ -371,7 +361,7 @@ def sampler_settings() -> Any:
     "gddlab.sampling:sample_files",
     "gddlab.sampling:sample",
     omit="class_labels device timeout_s",
-    sampler=lambda words: sampler_settings(),
+    sampler=sampler_of,
 )
 def sample(
     model: Positional[str],
@@ -392,7 +382,6 @@ def sample(
         nproc: Processes on this machine, for a folder or zip. On several machines run the same command under torchrun.
     """
     from gddlab.sampling import save_grid
-    from gddlab.teachers.catalog import load_teacher
 
     options |= given(sampler) | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
     if out.suffix != ".png":
@@ -400,11 +389,11 @@ def sample(
         return
     if nproc != 1:
         raise GddlabError(f"nproc={nproc} for a grid: several processes write a folder or a .zip")
-    save_grid(gddlab.sample(load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
+    save_grid(gddlab.sample(gddlab.load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
     say(out)
 
 
-@command("evaluate", "gddlab.evaluation:evaluate", sampler=lambda words: sampler_settings())
+@command("evaluate", "gddlab.evaluation:evaluate", sampler=sampler_of)
 def evaluate(
     model: Positional[str],
     snapshot: str | None = None,
@@ -469,6 +458,7 @@ def reproduce(
         ship: Copies the small files of finished runs to this folder, and starts nothing.
     """
     from gddlab import experiments
+    from gddlab.progress import duration
 
     chosen: dict[str, Any] = {"only": only, "seeds": seeds}
     if ship is not None and dry_run:
@@ -483,7 +473,8 @@ def reproduce(
     width = max(len(str(p)) for p in items)
     for p in items:
         feeds = f" ({', '.join(p.item.feeds)})" if p.item.feeds else ""
-        say(f"{p!s:<{width}}  {p.state:<11}  {hours(p.seconds)}  {p.item.what}{feeds}")
+        time = "?" if p.seconds is None else duration(p.seconds)
+        say(f"{p!s:<{width}}  {p.state:<11}  {time:>12}  {p.item.what}{feeds}")
     left = [p for p in items if p.state != "done"]
     minutes = sum(p.seconds or 0 for p in left) / 60
     rest = f"the rest takes about {minutes:.0f} minutes on {experiments.LISTS[name].machine}"
@@ -507,12 +498,7 @@ def doctor(json: bool = False) -> None:
         json: Prints JSON.
     """
     found = gddlab.doctor()
-    if json:
-        say(to_json(found.to_dict()))
-    elif console := terminal():
-        print_findings(found, console)
-    else:
-        say(found)
+    say(to_json(found.to_dict()) if json else found)
     if found.broken:
         sys.exit(2)
 
@@ -521,9 +507,12 @@ def doctor(json: bool = False) -> None:
 
 
 def say(text: object) -> None:
-    """One line on standard output, at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Prints at once; at a terminal with numbers, names and paths in colour."""
+    if sys.stdout.isatty():
+        Console(markup=False, emoji=False, soft_wrap=True).print(str(text))
+    else:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def to_json(value: object) -> str:
@@ -531,25 +520,19 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def hours(seconds: float | None) -> str:
-    """A duration in minutes or hours, of fixed width."""
-    if seconds is None:
-        return "        ?"
-    return f"{seconds / 60:5.1f} min" if seconds < 7200 else f"{seconds / 3600:5.1f} h  "
-
-
 def check_folder(folder: Path) -> None:
     """Refuses a folder that cannot be written, before minutes are spent."""
     if folder.exists() and not folder.is_dir():
         raise GddlabError(f"--out {folder} is a file: give a folder")
-    above = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
-    if above is None or not os.access(above, os.W_OK):
+    from gddlab.files import nearest_existing
+
+    if not os.access(nearest_existing(folder), os.W_OK):
         raise GddlabError(f"--out {folder} cannot be written: give another folder")
 
 
-def given(options: Any) -> dict[str, Any]:
-    """Options that were on the line."""
-    return {name: value for name, value in vars(options).items() if value is not None}
+def given(part: Any) -> dict[str, Any]:
+    """Fields of a part that differ from its defaults."""
+    return {f.name: value for f in dataclasses.fields(part) if (value := getattr(part, f.name)) != f.default}
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
@@ -578,51 +561,6 @@ def configured(
     if rule is not None:
         fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=rule)
     return gddlab.TrainConfig(**(fields | (gddlab.presets.FAST if fast else {})))
-
-
-def terminal() -> Console | None:
-    """A console for tables in colour, if standard output is a terminal."""
-    if not sys.stdout.isatty():
-        return None
-    from rich.console import Console
-
-    return Console()
-
-
-def print_table(table: pd.DataFrame, console: Console) -> None:
-    """A table without frames."""
-    from rich.table import Table
-
-    shown = Table(*table.columns, box=None, pad_edge=False, header_style="bold")
-    for row in table.itertuples(index=False):
-        shown.add_row(*map(str, row))
-    console.print(shown)
-
-
-def print_findings(found: Doctor, console: Console) -> None:
-    """One table per section, then the problems."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from gddlab.diagnosis import SECTIONS
-
-    for section in SECTIONS:
-        table = Table(
-            box=None, show_header=False, pad_edge=False, title=section, title_justify="left", title_style="bold"
-        )
-        table.add_column(width=1)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for f in found.brief(section):
-            text = Text(f.value)
-            if f.remedy:
-                text.append(f"\n{f.remedy}", "dim")
-            table.add_row(Text(f.mark, "green" if f.found else "yellow"), f.name, text)
-        console.print(table)
-        console.print()
-    console.print(Text("problems", "bold"))
-    for problem in found.problems or ("none",):
-        console.print(Text(problem, "red" if found.problems else "green"))
 
 
 # From a line to a call.

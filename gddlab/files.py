@@ -32,6 +32,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GDDLAB_CACHE") or "~/.cache/gddlab").expanduser()
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def fsync_dir(folder: Path) -> None:
     """Makes a rename inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)

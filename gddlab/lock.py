@@ -31,9 +31,7 @@ ALONE = Job()
 def take(run_dir: Path, job: Job = ALONE) -> int:
     """Takes the lock of a run directory; it is held until every copy of the returned file descriptor is closed.
 
-    Args:
-        run_dir: The run.
-        job: With several nodes, the agents of the same job share the lock.
+    With several nodes, the agents of the same job share the lock.
 
     Raises:
         GddlabError: Another process holds it.

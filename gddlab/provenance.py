@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, gddlab and the packages whose numerics matter."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, gddlab, the packages whose numerics matter, and `more`."""
     out = {"python": platform.python_version()}
-    for name in ("gddlab", "torch", "timm", "torch-fidelity", "numpy"):
+    for name in ("gddlab", "torch", "timm", "torch-fidelity", "numpy", *more):
         try:
-            out[name] = version(name)
-        except PackageNotFoundError:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             out[name] = "not installed"
     return out
 

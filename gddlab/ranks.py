@@ -77,10 +77,7 @@ class Ranks:
     def read_in_order(self, kept: IO[bytes], sizes: Sequence[int], read: Callable[[bytes], Any]) -> None:
         """Calls `read` on every rank with the bytes that all ranks kept, in order of rank, one piece at a time.
 
-        Args:
-            kept: This rank's bytes.
-            sizes: Number of bytes of each rank.
-            read: Gets each piece.
+        `kept` holds this rank's bytes, `sizes` says how many each rank kept.
         """
         kept.seek(0)
         for rank, size in enumerate(sizes):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import collections.abc
 import contextlib
 import dataclasses
 import inspect
 import io
-import itertools
 import pkgutil
 import re
 import sys
@@ -92,14 +90,6 @@ def _options_of(command: Command, words: list[str]) -> type:
     return dataclasses.make_dataclass("Options", fields, kw_only=True)
 
 
-def settings(source: type, omit: set[str]) -> Any:
-    """The fields of a dataclass as a part of a command; a field that was not given is None."""
-    fields, helps = _parameters(source, omit), _field_helps(source)
-    options = [_option(n, kind, d, helps, {*fields}, passed=False) for n, (kind, d) in fields.items()]
-    doc = docstring_parser.parse(source.__doc__ or "").short_description
-    return dataclasses.make_dataclass(source.__name__, options, namespace={"__doc__": doc}, frozen=True)()
-
-
 def _option(
     name: str, kind: Any, default: Any, helps: Mapping[str, str], names: set[str], passed: bool = True
 ) -> tuple[str, Any, Any]:
@@ -178,14 +168,3 @@ def _argument_helps(functions: list[Callable[..., Any]]) -> dict[str, str]:
             for name in p.arg_name.split(", "):
                 (pointers if re.match("As (for|in) ", text) else helps).setdefault(name, text)
     return pointers | helps
-
-
-def _field_helps(source: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass, by name."""
-    [node] = ast.parse(inspect.getsource(source)).body
-    assert isinstance(node, ast.ClassDef)
-    helps = {}
-    for field, text in itertools.pairwise(node.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            helps[ast.unparse(field.target)] = str(text.value.value)
-    return helps

@@ -47,14 +47,9 @@ def start(
     environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[bytes]:
-    """Starts `python -m MODULE WORDS` in a fresh environment.
+    """Starts `python -m MODULE WORDS` in a fresh environment, as one of `nproc` processes on this machine.
 
-    Args:
-        module, *words: What to run.
-        log: Gets standard error.
-        nproc: Processes that share the cores of this machine.
-        environment: Further environment variables.
-        **options: Of `subprocess.Popen`.
+    Standard error goes to `log`; `options` are those of `subprocess.Popen`.
     """
     env = fresh_environment(nproc) | dict(environment or {})
     return subprocess.Popen([sys.executable, "-m", module, *words], stderr=log, env=env, **options)

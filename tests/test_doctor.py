@@ -19,8 +19,11 @@ import torch
 import gddlab
 from gddlab.cli import main
 from gddlab.diagnosis import SECTIONS, machine
-from gddlab.diagnosis.doctor import device_findings, package_findings, requirements, torch_pair
-from gddlab.diagnosis.machine import CPU, GPU, container_limits, device_problems
+from gddlab.diagnosis.doctor import NETWORKS, device_findings, package_findings, requirements, torch_pair
+from gddlab.diagnosis.machine import CPU, GPU, device_problems
+from gddlab.pretrained.backbones import DEIT, VGG, backbone_file
+from gddlab.pretrained.lpips_trunk import TRUNKS
+from gddlab.runtime import Limits
 
 packages = examine = sys.modules["gddlab.diagnosis.doctor"]  # the package has a function of that name
 GIB = 1 << 30
@@ -52,45 +55,10 @@ def put(path: Path, size: int = 1 << 20) -> Path:
 # The machine.
 
 
-def write(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text + "\n")
-
-
-def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
-    """The tightest limit on the way up counts; cached files are not in use."""
-    own = tmp_path / "cgroup"
-    own.write_text("0::/pod/box\n")
-    write(tmp_path / "fs" / "pod" / "box", cpu__max="max 100000", memory__max="max")
-    write(
-        tmp_path / "fs" / "pod",
-        cpu__max="150000 100000",
-        memory__max=str(2 * GIB),
-        memory__current=str(GIB),
-        memory__stat=f"anon 5\ninactive_file {GIB // 4}",
-    )
-    limits = container_limits(own, tmp_path / "fs")
-    assert limits == machine.Limits(1.5, 2 * GIB, GIB * 3 // 4)
-
-
-def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
-    """A container sees its own group as the root, under a path that is the host's; a limit near 2^63 is none."""
-    own = tmp_path / "cgroup"
-    own.write_text("9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n")
-    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
-    write(tmp_path / "fs" / "memory", memory__limit_in_bytes=str(3 * GIB), memory__usage_in_bytes=str(GIB))
-    assert container_limits(own, tmp_path / "fs") == machine.Limits(3.0, 3 * GIB, GIB)
-    write(tmp_path / "fs" / "memory", memory__limit_in_bytes="9223372036854771712")
-    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="-1")
-    assert container_limits(own, tmp_path / "fs") == machine.Limits()
-    assert container_limits(tmp_path / "none", tmp_path / "fs") == machine.Limits()
-
-
 def test_cpu_is_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     ram = SimpleNamespace(total=64 * GIB, available=60 * GIB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: ram)
-    monkeypatch.setattr(machine, "container_limits", lambda: machine.Limits(0.5, 2 * GIB, GIB))
+    monkeypatch.setattr("gddlab.runtime.container_limits", lambda: Limits(0.5, 2 * GIB, GIB))
     monkeypatch.setattr(machine, "cpuinfo", lambda: {"model name": "Epyc", "flags": "sse avx512_bf16 amx_bf16"})
     found = machine.cpu()
     assert (found.model, found.usable_cores, found.memory, found.available) == ("Epyc", 0.5, 2 * GIB, GIB)
@@ -104,8 +72,8 @@ def test_cpu_of_this_machine() -> None:
     assert found.logical_cores == os.cpu_count()
     assert 0 < found.usable_cores <= found.logical_cores
     assert found.threads == torch.get_num_threads()
-    assert found.memory is not None and found.memory > GIB // 4
-    assert found.available is None or 0 <= found.available <= found.memory
+    assert found.memory > GIB // 4
+    assert 0 <= found.available <= found.memory
 
 
 @pytest.mark.parametrize(
@@ -141,7 +109,6 @@ def test_devices_and_what_is_wrong_with_them() -> None:
     for cpu, gpus, words in (
         (replace(PROCESSOR, bf16=()), [], "no bfloat16 instructions"),
         (replace(PROCESSOR, available=GIB), [], "1.0 GiB of memory are free, training wants 4.0 GiB"),
-        (replace(PROCESSOR, available=None, memory=2 * GIB), [], "2.0 GiB of memory"),
         (replace(PROCESSOR, threads=8), [], "8 threads on 4 usable cores: set OMP_NUM_THREADS=4"),
         (replace(PROCESSOR, threads=2, usable_cores=0.5), [], "on 0.5 usable cores: set OMP_NUM_THREADS=1"),
         (PROCESSOR, [CARD, replace(CARD, bf16=False)], "cuda:1 has no bfloat16"),
@@ -225,15 +192,19 @@ def test_an_empty_machine(home: Path) -> None:
     assert list(home.iterdir()) == []  # it made nothing
 
 
+def test_networks_are_looked_for_where_they_are_loaded_from() -> None:
+    loaded = {f"backbone {name}": backbone_file(name) for name in (VGG, DEIT)}
+    assert loaded | {"LPIPS network vgg16": TRUNKS["vgg"].file} == NETWORKS
+
+
 def test_what_is_put_where_it_says_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = home / "own"
+    own, hub = home / "own", home / "cache/backbones/models--timm--deit_base_distilled_patch16_224.fb_in1k"
+    put(hub / "refs" / "main").write_text("0")
     monkeypatch.setenv("GDDLAB_HOME", str(own))
     placed = {
         "teacher edm-cifar10-32x32-uncond-ve": put(own / "teachers" / "edm-cifar10-32x32-uncond-ve.pkl"),
         "backbone vgg16_bn": put(home / "hub" / "checkpoints" / "vgg16_bn-6c64b313.pth"),
-        "backbone deit_base_distilled_patch16_224": put(
-            home / "hf/hub/models--timm--deit_base_distilled_patch16_224.fb_in1k/snapshots/0/model.safetensors"
-        ),
+        "backbone deit_base_distilled_patch16_224": put(hub / "snapshots" / "0" / "model.safetensors"),
         "LPIPS network vgg16": put(home / "cache" / "backbones" / "vgg16.pth"),
         "cifar10": put(own / "cifar-10-python.tar.gz"),
         "extractor inception": put(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"),

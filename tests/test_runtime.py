@@ -1,13 +1,17 @@
-"""The device that a process takes, with GPUs that are only pretended, and its random numbers."""
+"""The device that a process takes, with GPUs that are only pretended, its limits, and its random numbers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
-from gddlab.runtime import chosen_device, generator
+from gddlab.runtime import Limits, chosen_device, container_limits, generator
+
+GIB = 1 << 30
 
 
 @pytest.fixture
@@ -44,3 +48,38 @@ def test_seeds_and_positions_differ() -> None:
     draws = {float(torch.rand((), generator=generator(s, p))) for s in range(20) for p in range(20)}
     assert len(draws) == 400
     assert torch.equal(torch.rand(3, generator=generator(7, 5)), torch.rand(3, generator=generator(7, 5)))
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
+    """The tightest limit on the way up counts; cached files are not in use."""
+    own = tmp_path / "cgroup"
+    own.write_text("0::/pod/box\n")
+    write(tmp_path / "fs" / "pod" / "box", cpu__max="max 100000", memory__max="max")
+    write(
+        tmp_path / "fs" / "pod",
+        cpu__max="150000 100000",
+        memory__max=str(2 * GIB),
+        memory__current=str(GIB),
+        memory__stat=f"anon 5\ninactive_file {GIB // 4}",
+    )
+    limits = container_limits(own, tmp_path / "fs")
+    assert limits == Limits(1.5, 2 * GIB, GIB * 3 // 4)
+
+
+def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
+    """A container sees its own group as the root, under a path that is the host's; a limit near 2^63 is none."""
+    own = tmp_path / "cgroup"
+    own.write_text("9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n")
+    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    write(tmp_path / "fs" / "memory", memory__limit_in_bytes=str(3 * GIB), memory__usage_in_bytes=str(GIB))
+    assert container_limits(own, tmp_path / "fs") == Limits(3.0, 3 * GIB, GIB)
+    write(tmp_path / "fs" / "memory", memory__limit_in_bytes="9223372036854771712")
+    write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="-1")
+    assert container_limits(own, tmp_path / "fs") == Limits()
+    assert container_limits(tmp_path / "none", tmp_path / "fs") == Limits()

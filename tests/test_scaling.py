@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gddlab.diagnosis.scaling import A100, Counted, Counter, counted, scaling
+from gddlab.diagnosis.scaling import A100, Counted, Counter, count, counted, scaling
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
@@ -50,10 +50,15 @@ def test_counts_by_hand() -> None:
 def test_counts_of_a_run(tmp_path: Path, tiny_teacher: Path) -> None:
     """They are in proportion to images, and fresh images in the discriminator step cost one more forward pass."""
     fresh = tiny_config(tmp_path / "a", tiny_teacher)
-    one, two = counted(fresh, batch=4, stand_in=False), counted(fresh, batch=8, stand_in=False)
+    reusing = tiny_config(tmp_path / "b", tiny_teacher, reuse_fakes=True)
+    one = counted(fresh, batch=4, stand_in=False)
+    for c in (fresh, reusing):
+        c.write()
+    two, reused = (
+        Counted(**count(str(c.run_dir), batch, False, print)) for c, batch in ((fresh, 8), (reusing, 4))
+    )  # as a fresh process does it
     assert one.student == pytest.approx(two.student) and one.rest == pytest.approx(two.rest, rel=0.01)
     assert one.parameters == one.trained > 0 and one.r1 > 0 and one.kernels_r1 > 0
-    reused = counted(tiny_config(tmp_path / "b", tiny_teacher, reuse_fakes=True), batch=4, stand_in=False)
     assert 0.2 * one.student < one.student - reused.student < 0.3 * one.student  # of four passes' worth: 1 + 2 + 1
     with pytest.raises(GddlabError, match="batch=0"):
         counted(fresh, batch=0)

@@ -233,11 +233,10 @@ class BatchReader:
             GddlabError: The state is of another dataset or seed, or has no position.
         """
         for key, ours in self.state_dict().items():
-            if key not in state:
-                raise GddlabError(f"the data position lacks {key!r}: give what state_dict() returned")
-            if key != "position" and state[key] != ours:
-                raise GddlabError(f"the data position is of {key}={state[key]!r}, here it is {ours!r}: give the same")
-        position = state["position"]
+            if key != "position" and state.get(key) != ours:
+                theirs = state.get(key)
+                raise GddlabError(f"the data position is of {key}={theirs!r}, here it is {ours!r}: give the same")
+        position = state.get("position")
         if type(position) is not int or position < 0:
             raise GddlabError(f"position={position!r}: give the number of images read, from 0 up")
         self.position = position

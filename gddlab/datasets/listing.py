@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
-from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES
+from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES, BadImage
 from gddlab.errors import GddlabError
 from gddlab.runtime import generator
 
@@ -35,38 +36,18 @@ HINTS = {
     "path not accepted": "make the zip anew",
     "name used twice": "make the zip anew",
     "encrypted": "make the zip anew",
-    **dict.fromkeys(
-        (
-            "no label",
-            "labelled twice",
-            "no such image",
-            "class id is no integer",
-            "class id out of range",
-            "damaged labels",
-        ),
-        "correct the labels",
-    ),
+    "no label": "correct the labels",
+    "labelled twice": "correct the labels",
+    "no such image": "correct the labels",
+    "class id is no integer": "correct the labels",
+    "class id out of range": "correct the labels",
+    "damaged labels": "correct the labels",
 }
 
 # 00000/img00000000.png as EDM's dataset tool writes, 001000/001234.png as its samplers do.
 _SHARDED = re.compile(r"(\d{5,})/(?:img)?(\d{5,})\.\w+")
 
-
-class Reader:
-    """Reads images by name; it can be pickled, and used from threads."""
-
-    def read(self, name: str) -> bytes | np.ndarray:
-        """The image file, or pixels, uint8 (H, W, C); raises BadImage or OSError."""
-        raise NotImplementedError
-
-    def open(self, name: str) -> BinaryIO | np.ndarray:
-        """The same, to read only the beginning."""
-        content = self.read(name)
-        return io.BytesIO(content) if isinstance(content, bytes) else content
-
-    def part(self, names: Sequence[str]) -> Reader:
-        """A reader of at least these names, cheap to send to another process."""
-        return self
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +63,17 @@ class Problem:
         return f"{name}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
 
 
+def attempt(make: Callable[[str], T], names: Iterable[str]) -> Iterator[T | Problem]:
+    """make(name) for each image, or why it cannot be used."""
+    for name in names:
+        try:
+            yield make(name)
+        except BadImage as e:
+            yield Problem(name, e.kind, e.detail)
+        except OSError as e:
+            yield Problem(name, "cannot be read", e.strerror or type(e).__name__)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images of a source, in order.
@@ -90,30 +82,49 @@ class Listing:
         name: Of the dataset.
         source: Where it is, for messages and manifests.
         names: Of the images; file names relative to the source, or numbers.
-        reader: Reads them.
+        open: Gives the file of a name, or pixels, uint8 (H, W, C); from any thread, and in a forked process.
         labels: Class ids, int64 (N,), or None.
         classes: Number of classes; 0 without labels.
-        class_names: In the order of ids, where known.
         fingerprint: JSON that changes when the content does.
-        about: `crop`, `filter`, `codec`, `sha256`, `extra` of a manifest, where known.
+        about: `crop`, `filter`, `codec` of the manifest.
+        extra: Of the manifest; `class_names` in the order of ids, where known.
+        sha256: What the manifest records.
         problems: Found without opening an image.
         ignored: Number of skipped files by suffix.
+        options: What `choose` was asked for.
     """
 
     name: str
     source: str
     names: Sequence[str]
-    reader: Reader
+    open: Callable[[str], BinaryIO | np.ndarray]
     labels: np.ndarray | None = None
     classes: int = 0
-    class_names: Sequence[str] | None = None
     fingerprint: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
     problems: Sequence[Problem] = ()
     ignored: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def read(self, name: str) -> bytes | np.ndarray:
+        """The whole of what `open` gives."""
+        return read_all(self.open(name))
+
+
+def read_all(content: BinaryIO | np.ndarray) -> bytes | np.ndarray:
+    """What an open image holds."""
+    if isinstance(content, np.ndarray):
+        return content
+    try:
+        with content as f:
+            return f.read()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise BadImage("damaged", str(e)[:120] or "the zip is cut off") from None
 
 
 def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = False) -> GddlabError:
@@ -121,8 +132,7 @@ def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = 
     shown = problems[:3]
     text = "; ".join(str(p) for p in shown)
     if len(problems) > len(shown):
-        rest = f"{len(problems) - len(shown):,} more (gddlab prepare {listing.source} --dry-run lists all)"
-        text += f"; and {rest}"
+        text += f"; and {len(problems) - len(shown):,} more (gddlab prepare {listing.source} --dry-run lists all)"
     hints = ", or ".join(dict.fromkeys(HINTS.get(p.kind, "replace or remove the file") for p in shown))
     if not preparing:
         hints = hints.replace("give ", "run gddlab.prepare with ")
@@ -152,78 +162,67 @@ def image_files(names: Sequence[str]) -> tuple[list[str], list[Problem], dict[st
     return sorted(images), problems, dict(ignored)
 
 
-def arrange(
-    names: Sequence[str], labels_file: bytes | None, *, empty: Sequence[str] = (), classes: int | None = None
-) -> tuple[np.ndarray | None, list[str] | None, int, list[Problem]]:
-    """Class ids of images, from dataset.json where there is one, else from their folders.
+@dataclass(frozen=True)
+class Classes:
+    """Class ids of images, int64 (N,), or None; the number of classes, their names, and what is wrong with them."""
 
-    Without dataset.json the first folder of a name is its class: ids count the folders in order, by number if all are
-    numbers, by name otherwise. There are no classes if all images are in the source itself or in one
-    folder, or if the folders are shards (00000/img00000000.png, 001000/001234.png).
+    ids: np.ndarray | None = None
+    count: int = 0
+    names: list[str] | None = None
+    problems: Sequence[Problem] = ()
 
-    Args:
-        names: Images, sorted.
-        labels_file: dataset.json.
-        empty: Folders without images.
-        classes: Their number, from the manifest.
 
-    Returns:
-        Labels (N,) or None, names of classes or None, their number, and problems; with problems, labels are None.
+def classes_by_folder(names: Sequence[str], empty: Sequence[str] = ()) -> Classes:
+    """The first folder of a name is its class; ids count the folders by number if all are numbers, else by name.
+
+    There are no classes if all images are in the source itself or in one folder, or if the folders are shards
+    (00000/img00000000.png, 001000/001234.png). `empty`: folders without images.
     """
-    if labels_file is not None:
-        return _from_json(names, labels_file, classes)
     if all((m := _SHARDED.fullmatch(n)) and int(m[1]) in (int(m[2]) // 1000, int(m[2]) // 1000 * 1000) for n in names):
-        return None, None, 0, []
+        return Classes()
     folder = [n.split("/", 1)[0] if "/" in n else "" for n in names]
     found = set(folder) - {""}
     if not found or (len(found) == 1 and "" not in folder and not empty):
-        return None, None, 0, []
+        return Classes()
     problems = [Problem(e, "class folder without images") for e in empty]
-    problems += [
-        Problem(n, "no label", "it is in no class folder") for n, f in zip(names, folder, strict=True) if not f
-    ]
+    lost = [n for n, f in zip(names, folder, strict=True) if not f]
+    problems += [Problem(n, "no label", "it is in no class folder") for n in lost]
+    if problems:
+        return Classes(problems=problems)
     numbers = all(f.isascii() and f.isdigit() for f in found)
     ordered = sorted(found, key=(lambda f: (int(f), f)) if numbers else None)
-    if problems:
-        return None, None, 0, problems
     ids = {f: i for i, f in enumerate(ordered)}
-    return np.array([ids[f] for f in folder], dtype=np.int64), ordered, len(ordered), []
+    return Classes(np.array([ids[f] for f in folder], dtype=np.int64), len(ordered), ordered)
 
 
-def _from_json(
-    names: Sequence[str], content: bytes, classes: int | None
-) -> tuple[np.ndarray | None, list[str] | None, int, list[Problem]]:
-    def bad(why: str) -> tuple[None, None, int, list[Problem]]:
-        return None, None, 0, [Problem(LABELS, "damaged labels", why)]
+def classes_of_table(names: Sequence[str], content: bytes, classes: int | None = None) -> Classes:
+    """Classes from a dataset.json, `{"labels": [[name, class], ...]}` or null; `classes`: their number, if recorded."""
+
+    def damaged(why: str) -> Problem:
+        return Problem(LABELS, "damaged labels", why)
 
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as e:
-        return bad(f"no JSON: {e}")
-    if not isinstance(value, dict) or "labels" not in value:
-        return bad('it is not {"labels": [[name, class], ...]} or {"labels": null}')
-    pairs = value["labels"]
+        return Classes(problems=[damaged(f"no JSON: {e}")])
+    pairs = value.get("labels", 0) if isinstance(value, dict) else 0
     if pairs is None:
-        return None, None, 0, []
+        return Classes()
     if not isinstance(pairs, list):
-        return bad(f"labels is {type(pairs).__name__}, accepted is a list or null")
+        return Classes(problems=[damaged('it is not {"labels": [[name, class], ...]} or {"labels": null}')])
     problems: list[Problem] = []
     label: dict[str, Any] = {}
     limit = MAX_CLASSES if classes is None else classes
     for i, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-            problems.append(
-                Problem(LABELS, "damaged labels", f"entry {i} is {str(pair)[:60]}, accepted is [name, class]")
-            )
+            problems.append(damaged(f"entry {i} is {str(pair)[:60]}, accepted is [name, class]"))
             continue
         name = pair[0].replace("\\", "/").removeprefix("./")
         if name in label:
             problems.append(Problem(name, "labelled twice", f"in {LABELS}"))
         label[name] = pair[1]
     there = set(names)
-    for name in names:
-        if name not in label:
-            problems.append(Problem(name, "no label", f"in {LABELS}"))
+    problems += [Problem(name, "no label", f"in {LABELS}") for name in names if name not in label]
     for name, y in label.items():
         if name not in there:
             problems.append(Problem(name, "no such image", f"it has a label in {LABELS}"))
@@ -232,42 +231,38 @@ def _from_json(
         elif not 0 <= y < limit:
             problems.append(Problem(name, "class id out of range", f"{str(y)[:20]}, accepted are 0..{limit - 1}"))
     if problems:
-        return None, None, 0, problems
-    labels = np.array([label[n] for n in names], dtype=np.int64)
-    return labels, None, classes if classes is not None else int(labels.max(initial=-1)) + 1, []
+        return Classes(problems=problems)
+    ids = np.array([label[n] for n in names], dtype=np.int64)
+    return Classes(ids, int(ids.max(initial=-1)) + 1 if classes is None else classes)
 
 
-def choose(
-    listing: Listing, *, classes: Sequence[int] | None = None, max_images: int | None = None, seed: int = 0
-) -> Listing:
+def choose(listing: Listing, classes: Sequence[int] | None, max_images: int | None, seed: int) -> Listing:
     """Images of some classes, at most `max_images`, chosen by `seed`; order, ids and number of classes do not change.
 
     Raises:
         GddlabError: No labels, unknown ids, or no image of these classes.
     """
-    if max_images is not None and (type(max_images) is not int or max_images < 1):
-        raise GddlabError(f"max_images={max_images!r}: give a whole number from 1 up")
-    if type(seed) is not int:
-        raise GddlabError(f"seed={seed!r}: give a whole number")
-    if isinstance(classes, int | str):
-        raise GddlabError(f"classes={classes!r}: give a list of class ids")
     if (classes is None and max_images is None) or (listing.problems and listing.labels is None):
         return listing  # unreadable labels are reported with the images
+    options: dict[str, Any] = {}
     index = np.arange(len(listing))
     if classes is not None:
+        options["classes"] = sorted(set(classes))
         if listing.labels is None:
             raise GddlabError(f"classes={list(classes)}, but {listing.source} has no labels: omit classes")
-        wrong = [y for y in classes if type(y) is not int or not 0 <= y < listing.classes]
-        if wrong or not classes:
+        if not classes or not all(0 <= y < listing.classes for y in classes):
             raise GddlabError(f"classes={list(classes)}: give some of 0..{listing.classes - 1}")
         index = index[np.isin(listing.labels, list(classes))]
         if not len(index):
             raise GddlabError(f"classes={list(classes)}: {listing.source} has no image of them")
-    if max_images is not None and max_images < len(index):
-        drawn = torch.randperm(len(index), generator=generator(seed, 0))[:max_images]
-        index = index[drawn.sort().values.numpy()]
+    if max_images is not None:
+        options |= {"max_images": max_images, "seed": seed}
+        if max_images < len(index):
+            drawn = torch.randperm(len(index), generator=generator(seed, 0))[:max_images]
+            index = index[drawn.sort().values.numpy()]
     return replace(
         listing,
         names=[listing.names[i] for i in index.tolist()],
         labels=None if listing.labels is None else listing.labels[index],
+        options=options,
     )

@@ -5,127 +5,90 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import numpy as np
+from pydantic import Field
 
 from gddlab.datasets.base import ImageDataset, digits
-from gddlab.datasets.listing import Listing, Reader, choose
+from gddlab.datasets.listing import Listing, choose
 from gddlab.datasets.readers import (
     ARCHIVE,
-    CLASSES,
     FOLDER,
     find_cifar10,
+    numbers,
     of_folder,
     of_huggingface,
     of_zip,
     read_cifar10,
-    stamp,
 )
-from gddlab.datasets.store import MEMORY, materialise
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import describe_start, hash_json
+from gddlab.datasets.store import materialise
+from gddlab.errors import GddlabError, NotFound, unknown, validated
+from gddlab.files import describe_start
+
+Positive = Annotated[int, Field(ge=1)]
 
 
-def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> Listing:
-    """The images of a source, given as for `open_dataset`.
+def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> ImageDataset | Listing:
+    """The images of a source, given as for `open_dataset`; a dataset where they are in memory anyway.
 
     Raises:
         NotFound: No such path.
         GddlabError: An unknown name, or a file of another kind.
     """
     if isinstance(data, ImageDataset):
-        return _of_dataset(data)
+        return data
     text = str(data)
     if text == "digits":
-        return _of_dataset(digits())
-    if text == "cifar10":
-        return _of_cifar10(find_cifar10(download=download))
+        return digits()
     if text.startswith("hf:"):
         return of_huggingface(text)
-    path = Path(data).expanduser()
+    path = find_cifar10(download=download) if text == "cifar10" else Path(data).expanduser()
     if path.is_dir():
         if (path / FOLDER).is_dir():
             path = path / FOLDER
-        return _of_cifar10(path) if (path / "data_batch_1").is_file() else of_folder(path)
+        return read_cifar10(path) if (path / "data_batch_1").is_file() else of_folder(path)
     if path.is_file():
-        return _of_file(path)
+        if zipfile.is_zipfile(path):
+            return of_zip(path)
+        if path.name.endswith((".tar", ".tar.gz", ".tgz")) and tarfile.is_tarfile(path):
+            return read_cifar10(path)
+        with path.open("rb") as f:
+            what = describe_start(f.read(4096))
+        raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
     if len(path.parts) > 1 or path.suffix or isinstance(data, Path):
         raise NotFound(f"no such file or folder: {path}")
     raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
 
 
-def _of_file(path: Path) -> Listing:
-    if zipfile.is_zipfile(path):
-        return of_zip(path)
-    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and tarfile.is_tarfile(path):
-        return _of_cifar10(path)
-    with path.open("rb") as f:
-        what = describe_start(f.read(4096))
-    raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
-
-
-@dataclass(frozen=True)
-class ArrayReader(Reader):
-    """Images in memory; names are numbers, and `first` is the number of the first."""
-
-    images: np.ndarray
-    first: int = 0
-
-    def read(self, name: str) -> np.ndarray:
-        image: np.ndarray = self.images[int(name) - self.first]
-        return image
-
-    def part(self, names: Sequence[str]) -> ArrayReader:
-        low, high = int(names[0]) - self.first, int(names[-1]) - self.first
-        return ArrayReader(np.ascontiguousarray(self.images[low : high + 1]), self.first + low)
-
-
-def _numbers(n: int) -> list[str]:
-    return [f"{i:08d}" for i in range(n)]
-
-
-def _of_dataset(data: ImageDataset) -> Listing:
-    about = data.manifest.to_dict()
+def listed(source: ImageDataset | Listing) -> Listing:
+    """The images of a source by name."""
+    if isinstance(source, Listing):
+        return source
+    about = source.manifest.to_dict()
     return Listing(
-        name=data.name,
+        name=source.name,
         source=about["source"],
-        names=_numbers(len(data)),
-        reader=ArrayReader(data.uint8),
-        labels=data.class_ids,
-        classes=data.classes,
-        class_names=about["extra"].get("class_names"),
+        names=numbers(len(source)),
+        open=lambda name: source.uint8[int(name)],
+        labels=source.class_ids,
+        classes=source.classes,
         fingerprint=about["sha256"],
-        about={key: about[key] for key in ("crop", "filter", "codec", "sha256", "extra")},
+        about={key: about[key] for key in ("crop", "filter", "codec")},
+        extra=about["extra"],
+        sha256=about["sha256"],
     )
 
 
-def _of_cifar10(path: Path) -> Listing:
-    images, labels = read_cifar10(path)
-    file = path if path.is_file() else path / "data_batch_1"
-    return Listing(
-        name="cifar10",
-        source=f"CIFAR-10 training images ({path.name})",
-        names=_numbers(len(images)),
-        reader=ArrayReader(images),
-        labels=labels,
-        classes=len(CLASSES),
-        class_names=CLASSES,
-        fingerprint=hash_json([str(path.absolute()), *stamp(file)]),
-        about={"crop": "none", "filter": "none", "codec": "none"},
-    )
-
-
+@validated
 def open_dataset(
     data: str | Path | ImageDataset,
     *,
     classes: Sequence[int] | None = None,
-    max_images: int | None = None,
+    max_images: Positive | None = None,
     seed: int = 0,
     xflip: bool = False,
-    memory: str = "auto",
+    memory: Literal["auto", "ram", "mapped"] = "auto",
     download: bool = False,
     progress: bool = True,
 ) -> ImageDataset:
@@ -160,29 +123,12 @@ def open_dataset(
         NotFound: No such path.
         GddlabError: Unknown name or option, or images that cannot be used, with their names.
     """
-    if memory not in MEMORY:
-        raise unknown("memory", memory, MEMORY)
-    if classes is None and max_images is None and not xflip and memory != "mapped":
-        if isinstance(data, ImageDataset):
-            return data
-        if data == "digits":
-            return digits()
-    listing = choose(find_source(data, download=download), classes=classes, max_images=max_images, seed=seed)
-    options: dict[str, Any] = {}
-    if classes is not None:
-        options["classes"] = sorted(set(classes))
-    if max_images is not None:
-        options |= {"max_images": max_images, "seed": seed}
-    if xflip:
-        options["xflip"] = True
-    about = dict(listing.about)
-    recorded = about.pop("sha256", None)
-    extra = dict(about.pop("extra", None) or {})
-    if listing.class_names:
-        extra["class_names"] = list(listing.class_names)
-    if options:
-        extra["options"] = options
-        recorded = None  # the hash of the whole set
+    source = find_source(data, download=download)
+    if isinstance(source, ImageDataset) and classes is None and max_images is None and not xflip and memory != "mapped":
+        return source
+    listing = choose(listed(source), classes, max_images, seed)
+    options = listing.options | ({"xflip": True} if xflip else {})
+    recorded = None if options else listing.sha256  # which is that of the whole set
     images, labels, sha256 = materialise(listing, recorded=recorded, xflip=xflip, memory=memory, progress=progress)
     return ImageDataset(
         images,
@@ -190,7 +136,7 @@ def open_dataset(
         classes=listing.classes,
         name=listing.name,
         source=listing.source,
-        extra=extra,
+        extra=listing.extra | ({"options": options} if options else {}),
         sha256=sha256,
-        **about,
+        **listing.about,
     )

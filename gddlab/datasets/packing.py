@@ -10,13 +10,11 @@ import shutil
 import signal
 import sys
 import threading
-import types
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,12 +44,8 @@ def image_name(index: int) -> str:
 def open_parts(out: Path, settings: dict[str, Any]) -> Path:
     """Makes or reopens the folder OUT.parts beside `out`.
 
-    Args:
-        out: The zip to make.
-        settings: Everything that decides what the parts hold; JSON values.
-
     Raises:
-        GddlabError: The folder was made with other settings.
+        GddlabError: It was made with other settings; these are all that decides what parts hold, JSON values.
     """
     folder = out.with_name(out.name + ".parts")
     path = folder / "settings.json"
@@ -79,24 +73,13 @@ def missing_parts(folder: Path, count: int) -> list[int]:
 
 
 def write_part(folder: Path, k: int, entries: Sequence[Entry]) -> None:
-    """Writes part `k` atomically; processes may write at the same time.
-
-    Raises:
-        GddlabError: Two entries have one name, or some have a label and others none.
-    """
-    labels: dict[str, int | None] = {}
-    with atomic_path(_part(folder, k)) as tmp, zipfile.ZipFile(tmp, "w") as z:
-        for e in entries:
-            _add(z, e, labels)
-        _store(z, _LABELS, _json({"labels": _pairs(labels)}))
+    """Writes part `k` atomically; processes may write at the same time."""
+    with atomic_path(_part(folder, k)) as tmp:
+        _write(tmp, entries)
 
 
 def read_part(folder: Path, k: int) -> Iterator[Entry]:
-    """The entries of part `k`, in order.
-
-    Raises:
-        GddlabError: It is damaged.
-    """
+    """The entries of part `k`, in order."""
     path = _part(folder, k)
     try:
         with zipfile.ZipFile(path) as z:
@@ -109,15 +92,10 @@ def read_part(folder: Path, k: int) -> Iterator[Entry]:
 
 
 def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dict[str, Any]]) -> None:
-    """Merges the parts 0..count - 1 into `out`, in order, and removes the folder.
+    """Merges the parts 0..count - 1 into `out`, in order, then removes the folder; `out` appears when all is written.
 
-    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json.
-
-    Args:
-        folder: From `open_parts`.
-        count: How many parts there must be.
-        out: Replaced when everything is on the disk.
-        manifest: Makes the manifest from the path of the zip without it.
+    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json,
+    which `manifest` makes from the path of the zip without it.
 
     Raises:
         GddlabError: A part is missing or damaged, two images have one name, or only some have labels.
@@ -126,15 +104,10 @@ def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dic
         raise GddlabError(f"{folder} lacks {len(missing)} of {count} parts (first: {missing[0]}): make them first")
     # Inside the folder, so that a process killed here leaves nothing else beside `out`.
     with atomic_path(folder / "whole.zip") as tmp:
-        labels: dict[str, int | None] = {}
-        with zipfile.ZipFile(tmp, "w") as z:
-            for k in range(count):
-                for e in read_part(folder, k):
-                    _add(z, e, labels)
-            _store(z, _LABELS, _json({"labels": _pairs(labels)}))
-        about = _json(manifest(tmp))
+        _write(tmp, (e for k in range(count) for e in read_part(folder, k)))
+        about = manifest(tmp)
         with zipfile.ZipFile(tmp, "a") as z:
-            _store(z, _MANIFEST, about)
+            _store(z, _MANIFEST, _json(about))
     out.parent.mkdir(parents=True, exist_ok=True)
     (folder / "whole.zip").replace(out)
     fsync_dir(out.parent)
@@ -145,20 +118,20 @@ def _part(folder: Path, k: int) -> Path:
     return folder / f"part-{k:06d}.zip"
 
 
-def _add(z: zipfile.ZipFile, e: Entry, labels: dict[str, int | None]) -> None:
-    if e.name in labels or e.name in (_LABELS, _MANIFEST):
-        raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
-    labels[e.name] = e.label
-    _store(z, e.name, e.png)
-
-
-def _pairs(labels: dict[str, int | None]) -> list[tuple[str, int]] | None:
-    """The labels of dataset.json; None where no image has one."""
-    pairs = [(name, label) for name, label in labels.items() if label is not None]
-    if pairs and len(pairs) < len(labels):
-        name = next(name for name, label in labels.items() if label is None)
-        raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
-    return pairs or None
+def _write(path: Path, entries: Iterable[Entry]) -> None:
+    """A zip of images and dataset.json."""
+    labels: dict[str, int | None] = {}
+    with zipfile.ZipFile(path, "w") as z:
+        for e in entries:
+            if e.name in labels or e.name in (_LABELS, _MANIFEST):
+                raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
+            labels[e.name] = e.label
+            _store(z, e.name, e.png)
+        pairs = [(name, label) for name, label in labels.items() if label is not None]
+        if pairs and len(pairs) < len(labels):
+            name = next(name for name, label in labels.items() if label is None)
+            raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
+        _store(z, _LABELS, _json({"labels": pairs or None}))
 
 
 def _store(z: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -173,62 +146,47 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False).encode()
 
 
+S = TypeVar("S")
 T = TypeVar("T")
+_function: Callable[[Any], Any]
+"""What this worker of `in_processes` calls."""
 
 
-class Workers:
-    """A pool of processes; one worker works in the calling process.
+def in_processes(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
+    """function(task) of each task, in order; only a few tasks are queued at a time.
 
-    Processes come from a fork server that has imported this package once; they do not import the caller's main module,
-    so that scripts need no `if __name__ == "__main__"`.
+    With several processes these are forked, so that they have what the function refers to without a copy of it, and
+    scripts need no `if __name__ == "__main__"`. Only Linux forks safely: elsewhere one process does it all.
+
+    Raises:
+        GddlabError: A process was killed.
     """
-
-    def __init__(self, count: int):
-        self.count = count
-        self._pool: ProcessPoolExecutor | None = None
-        if count > 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["gddlab.datasets.prepare"])
-            self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """function(*task) for each task, in order; only a few tasks are queued at a time.
-
-        Raises:
-            GddlabError: A process was killed.
-        """
-        if self._pool is None:
-            for task in tasks:
-                yield function(*task)
-            return
-        waiting: deque[Future[T]] = deque()
-        try:
-            for task in tasks:
-                with _no_main():
-                    waiting.append(self._pool.submit(function, *task))
-                if len(waiting) > 2 * self.count:  # enough that a slow task leaves no worker idle
-                    yield waiting.popleft().result()
-            while waiting:
+    if count == 1 or sys.platform != "linux":
+        yield from map(function, tasks)
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_call, task))
+            if len(waiting) > 2 * count:  # enough that a slow task leaves no worker idle
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise GddlabError(
-                f"one of {self.count} worker processes was killed (out of memory?): run the same command again to "
-                "continue; workers=1 needs least memory"
-            ) from None
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise GddlabError(
+            f"one of {count} worker processes was killed (out of memory?): run the same command again to continue; "
+            "workers=1 needs least memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles it, and ends the pool
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _end_with(parent: Any) -> None:
@@ -237,12 +195,5 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-@contextmanager
-def _no_main() -> Iterator[None]:
-    """Hides the caller's main module, which new processes would import; they are started by the first submit."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _call(task: Any) -> Any:
+    return _function(task)

@@ -19,9 +19,6 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 OTHER_SUFFIXES = frozenset(
     {".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".dcm", ".npy"}
 )
-CROPS = ("none", "center")
-FILTERS = ("lanczos", "box", "bicubic", "bilinear", "hamming", "nearest")
-ALPHA = ("refuse", "white", "black")
 
 _GREY = ("1", "L", "LA", "La")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -51,11 +48,7 @@ class Header:
 
 
 def header(file: BinaryIO | np.ndarray, *, alpha: str = "refuse") -> Header:
-    """Reads the header of an image; arguments as for `decode`.
-
-    Raises:
-        BadImage: The image cannot be used, as far as its header tells.
-    """
+    """Reads the header of an image, and refuses what `decode` would, as far as the header tells."""
     if isinstance(file, np.ndarray):
         return Header(file.shape[1], file.shape[0], file.shape[2])
     im = _open(file, alpha)
@@ -65,14 +58,11 @@ def header(file: BinaryIO | np.ndarray, *, alpha: str = "refuse") -> Header:
 
 
 def decode(content: bytes | np.ndarray, *, alpha: str = "refuse") -> Image.Image:
-    """Decodes an image, rotated by its EXIF orientation, as viewers show it.
+    """A Pillow image of mode "L" or "RGB", rotated by its EXIF orientation, as viewers show it.
 
     Args:
         content: A PNG, JPEG, WebP, BMP, GIF or TIFF file; or pixels, uint8, (H, W, 1 or 3).
         alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses alpha channels.
-
-    Returns:
-        A Pillow image of mode "L" or "RGB".
 
     Raises:
         BadImage: Not an image, damaged, animated, too large, or of a kind that 8-bit grey or RGB cannot hold.
@@ -97,11 +87,7 @@ def decode(content: bytes | np.ndarray, *, alpha: str = "refuse") -> Image.Image
 
 
 def fit(im: Image.Image, *, resolution: int, crop: str, filter: str) -> Image.Image:
-    """A square image of side `resolution`: the largest square around the centre if cropped, then resampled once.
-
-    Raises:
-        BadImage: Not square, and crop is "none".
-    """
+    """A square image of side `resolution`: the largest square around the centre if cropped, then resampled once."""
     from PIL import Image
 
     w, h = im.size

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from gddlab.datasets.base import ContentHash, ImageDataset, Manifest
-from gddlab.datasets.listing import HINTS, Listing, Problem, Reader, choose, refusal
-from gddlab.datasets.open import find_source
+from gddlab.datasets.listing import HINTS, Listing, Problem, attempt, choose, refusal
+from gddlab.datasets.open import Positive, find_source, listed
 from gddlab.datasets.packing import (
     Entry,
-    Workers,
     assemble,
     image_name,
+    in_processes,
     missing_parts,
     open_parts,
     read_part,
     write_part,
 )
-from gddlab.datasets.pixels import ALPHA, CROPS, FILTERS, BadImage, Header, array, decode, fit, header, png
-from gddlab.datasets.store import cores, problem
-from gddlab.errors import GddlabError, unknown
+from gddlab.datasets.pixels import Header, array, decode, fit, header, png
+from gddlab.errors import GddlabError, validated
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
+from gddlab.runtime import usable_cores
 
-_SCAN = 256  # headers per task
+_MAX_SIDE = 8192
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
+_ALONE = 128  # images that one process makes in the time that a second one takes to start
+_LISTED = 20  # problems of one kind that a report prints by name
+_NOTES = {
+    "turned": "images turned as their EXIF orientation says",
+    "cropped": "images cropped to the square around their centre",
+    "enlarged": "images smaller than the resolution, enlarged",
+    "grey_to_rgb": "images that are grey among colour, repeated to RGB",
+    "composed": "images with an alpha channel, composed",
+}
 
 
 @dataclass(frozen=True)
@@ -45,33 +56,44 @@ class Recipe:
     filter: str
     alpha: str
 
+    def make(self, content: bytes | np.ndarray) -> np.ndarray:
+        """Pixels, uint8 (R, R, C), of an image; raises BadImage."""
+        im = decode(content, alpha=self.alpha)
+        return array(fit(im, resolution=self.resolution, crop=self.crop, filter=self.filter), self.channels)
 
-def scan(pool: Workers, listing: Listing, *, alpha: str, progress: bool) -> tuple[dict[str, Header], list[Problem]]:
+
+@dataclass(frozen=True)
+class Pool:
+    """Passes over images by several processes, with or without a bar."""
+
+    count: int
+    progress: bool
+
+    def run(self, title: str, function: Callable[[range], Any], n: int, per_task: int) -> Iterator[Any]:
+        """function(range) of consecutive ranges of 0..n - 1, in order."""
+        tasks = [range(i, min(i + per_task, n)) for i in range(0, n, per_task)]
+        with progress_bar(total=n, desc=title, unit="img", enabled=self.progress) as bar:
+            for result in in_processes(function, tasks, self.count):
+                yield result
+                bar.update(per_task)
+
+
+def scan(pool: Pool, listing: Listing, alpha: str) -> tuple[dict[str, Header], list[Problem]]:
     """Reads all headers, to know the sizes and to find most problems before hours of work."""
-    headers: dict[str, Header] = {}
-    problems: list[Problem] = []
-    tasks = ((listing.reader.part(names), names, alpha) for names in _chunks(listing.names, _SCAN))
-    with progress_bar(total=len(listing), desc="scanning", unit="img", enabled=progress) as bar:
-        for good, bad in pool.run(_scan, tasks):
-            headers |= good
-            problems += bad
-            bar.update(len(good) + len(bad))
-    return headers, problems
 
+    def look(name: str) -> Header:
+        file = listing.open(name)
+        if isinstance(file, np.ndarray):
+            return header(file)
+        with file:
+            return header(file, alpha=alpha)
 
-def _scan(reader: Reader, names: Sequence[str], alpha: str) -> tuple[dict[str, Header], list[Problem]]:
-    good, bad = {}, []
-    for name in names:
-        try:
-            file = reader.open(name)
-            try:
-                good[name] = header(file, alpha=alpha)
-            finally:
-                if not isinstance(file, np.ndarray):
-                    file.close()
-        except (BadImage, OSError) as e:
-            bad.append(problem(name, e))
-    return good, bad
+    def part(index: range) -> list[Header | Problem]:
+        return list(attempt(look, listing.names[index.start : index.stop]))
+
+    found = [f for some in pool.run("scanning", part, len(listing), 256) for f in some]
+    headers = {name: f for name, f in zip(listing.names, found, strict=True) if isinstance(f, Header)}
+    return headers, [f for f in found if isinstance(f, Problem)]
 
 
 def plan(
@@ -109,44 +131,34 @@ def count_changes(headers: Iterable[Header], recipe: Recipe) -> dict[str, int]:
     return {key: n for key, n in changes.items() if n}
 
 
-def check(pool: Workers, listing: Listing, names: Sequence[str], recipe: Recipe, *, progress: bool) -> list[Problem]:
+def check(pool: Pool, listing: Listing, names: Sequence[str], recipe: Recipe) -> list[Problem]:
     """Makes all images as `make` does, and keeps none."""
+
+    def part(index: range) -> list[Problem]:
+        made = attempt(lambda name: recipe.make(listing.read(name)), names[index.start : index.stop])
+        return [p for p in made if isinstance(p, Problem)]
+
+    return [p for some in pool.run("checking", part, len(names), 64) for p in some]
+
+
+def make_part(
+    listing: Listing, recipe: Recipe, folder: Path, k: int, index: range, done: bool
+) -> np.ndarray | list[Problem]:
+    """Writes part `k`, the images of `index`, or reads a finished one; returns its pixels, or the problems."""
+    if done:
+        return np.stack([array(decode(entry.png)) for entry in read_part(folder, k)])
+    made: list[np.ndarray] = []
     problems: list[Problem] = []
-    tasks = ((listing.reader.part(some), some, recipe) for some in _chunks(names, 64))
-    with progress_bar(total=len(names), desc="checking", unit="img", enabled=progress) as bar:
-        for n, found in pool.run(_check, tasks):
-            problems += found
-            bar.update(n)
-    return problems
+    for x in attempt(lambda name: recipe.make(listing.read(name)), listing.names[index.start : index.stop]):
+        problems.append(x) if isinstance(x, Problem) else made.append(x)
+    if problems:
+        return problems
+    labels = [None] * len(made) if listing.labels is None else listing.labels[index].tolist()
+    write_part(folder, k, [Entry(image_name(i), png(x), y) for i, x, y in zip(index, made, labels, strict=True)])
+    return np.stack(made)
 
 
-def _check(reader: Reader, names: Sequence[str], recipe: Recipe) -> tuple[int, list[Problem]]:
-    return len(names), [p for p, _ in _images(reader, names, recipe) if p]
-
-
-def _images(
-    reader: Reader, names: Sequence[str], recipe: Recipe
-) -> Iterator[tuple[Problem, None] | tuple[None, np.ndarray]]:
-    for name in names:
-        try:
-            im = decode(reader.read(name), alpha=recipe.alpha)
-            im = fit(im, resolution=recipe.resolution, crop=recipe.crop, filter=recipe.filter)
-        except (BadImage, OSError) as e:
-            yield problem(name, e), None
-        else:
-            yield None, array(im, recipe.channels)
-
-
-def make(
-    pool: Workers,
-    listing: Listing,
-    recipe: Recipe,
-    out: Path,
-    *,
-    changes: dict[str, int],
-    extra: dict[str, Any],
-    progress: bool,
-) -> str:
+def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[str, int]) -> str:
     """Makes the zip, or continues with it; returns the hash of its content.
 
     Raises:
@@ -156,7 +168,7 @@ def make(
 
     n, r, c = len(listing), recipe.resolution, recipe.channels
     per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # independent of the number of workers
-    parts = list(_chunks(range(n), per_part))
+    parts = -(-n // per_part)
     files = hash_json([listing.fingerprint, list(listing.names)])[:16]
     settings = {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
     content = ContentHash((n, r, r, c))
@@ -164,17 +176,24 @@ def make(
     try:
         folder = open_parts(out, settings)
         with FileLock(folder / "lock", timeout=0):
-            done = set(range(len(parts))) - set(missing_parts(folder, len(parts)))
-            tasks = (_task(listing, part, recipe, folder, k, k in done) for k, part in enumerate(parts))
-            with progress_bar(total=n, desc=f"preparing {out.name}", unit="img", enabled=progress) as bar:
-                for images, found in pool.run(_make, tasks):
-                    problems += found
-                    content.add(images)
-                    bar.update(per_part)
+            missing = set(missing_parts(folder, parts))
+
+            def part(index: range) -> np.ndarray | list[Problem]:
+                k = index.start // per_part
+                return make_part(listing, recipe, folder, k, index, k not in missing)
+
+            for made in pool.run(f"preparing {out.name}", part, n, per_part):
+                if isinstance(made, list):
+                    problems += made
+                else:
+                    content.add(made)
             if problems:  # the source has to change, and the parts with it
                 shutil.rmtree(folder)
                 raise refusal(listing, problems, preparing=True)
             sha256 = content.digest(listing.labels)
+            names = listing.extra.get("class_names")
+            extra = {"class_names": names, "options": listing.options, "changed": changes}
+            resized = changes.keys() & {"reduced", "enlarged"}
             manifest = Manifest(
                 name=out.stem,
                 source=listing.source,
@@ -182,15 +201,13 @@ def make(
                 channels=c,
                 count=n,
                 classes=listing.classes,
-                crop=_steps(listing.about["crop"], recipe.crop if changes.get("cropped") else None),
-                filter=_steps(
-                    listing.about["filter"], recipe.filter if changes.keys() & {"reduced", "enlarged"} else None
-                ),
+                crop=_steps(listing.about["crop"], recipe.crop if "cropped" in changes else None),
+                filter=_steps(listing.about["filter"], recipe.filter if resized else None),
                 codec=f"{listing.about['codec']} to png by Pillow {pillow}".removeprefix("none to "),
                 sha256=sha256,
-                extra=extra,
+                extra={key: value for key, value in extra.items() if value},
             )
-            assemble(folder, len(parts), out, lambda _: manifest.to_dict())
+            assemble(folder, parts, out, lambda _: manifest.to_dict())
     except Timeout:
         raise GddlabError(f"{out} is being made by another process: wait for it") from None
     except OSError as e:
@@ -200,65 +217,11 @@ def make(
     return sha256
 
 
-def _task(
-    listing: Listing, part: range, recipe: Recipe, folder: Path, k: int, done: bool
-) -> tuple[Reader, Sequence[str], list[int] | None, int, Recipe, Path, int, bool]:
-    names = listing.names[part.start : part.stop]
-    labels = None if listing.labels is None else listing.labels[part.start : part.stop].tolist()
-    return listing.reader.part(names), names, labels, part.start, recipe, folder, k, done
-
-
-def _make(
-    reader: Reader,
-    names: Sequence[str],
-    labels: list[int] | None,
-    first: int,
-    recipe: Recipe,
-    folder: Path,
-    k: int,
-    done: bool,
-) -> tuple[np.ndarray, list[Problem]]:
-    """Writes one part, or reads a finished one; returns its pixels for the hash."""
-    out = np.zeros((len(names), recipe.resolution, recipe.resolution, recipe.channels), dtype=np.uint8)
-    if done:
-        for i, entry in enumerate(read_part(folder, k)):
-            out[i] = array(decode(entry.png))
-        return out, []
-    problems = []
-    entries = []
-    for i, (wrong, image) in enumerate(_images(reader, names, recipe)):
-        if image is None:
-            problems.append(wrong)
-            continue
-        out[i] = image
-        entries.append(Entry(image_name(first + i), png(image), None if labels is None else labels[i]))
-    if not problems:
-        write_part(folder, k, entries)
-    return out, [p for p in problems if p]
-
-
 def _steps(before: str, now: str | None) -> str:
     """Processing of the images, according to their own manifest and now."""
     if now is None:
         return before
     return now if before in ("none", "unknown") else f"{before}, {now}"
-
-
-def _chunks(items: Sequence[Any], n: int) -> Iterator[Any]:
-    for i in range(0, len(items), n):
-        yield items[i : i + n]
-
-
-_MAX_SIDE = 8192
-_ALONE = 128  # images that one process makes in the time that a second one takes to start
-_LISTED = 20  # problems of one kind that a report prints by name
-_NOTES = {
-    "turned": "images turned as their EXIF orientation says",
-    "cropped": "images cropped to the square around their centre",
-    "enlarged": "images smaller than the resolution, enlarged",
-    "grey_to_rgb": "images that are grey among colour, repeated to RGB",
-    "composed": "images with an alpha channel, composed",
-}
 
 
 @dataclass(frozen=True)
@@ -311,18 +274,19 @@ class PrepareReport:
         return "\n".join(lines)
 
 
+@validated
 def prepare(
     source: str | Path | ImageDataset,
     out: str | Path | None = None,
     *,
-    resolution: int | None = None,
+    resolution: Annotated[int, Field(ge=1, le=_MAX_SIDE)] | None = None,
     crop: Literal["none", "center"] = "none",
     filter: Literal["lanczos", "box", "bicubic", "bilinear", "hamming", "nearest"] = "lanczos",
     alpha: Literal["refuse", "white", "black"] = "refuse",
     classes: Sequence[int] | None = None,
-    max_images: int | None = None,
+    max_images: Positive | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    workers: Positive | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     download: bool = False,
@@ -340,7 +304,7 @@ def prepare(
         filter: Resampling: lanczos, box, bicubic, bilinear, hamming or nearest (Pillow's, on 8-bit values).
         alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses images with an alpha channel.
         classes, max_images, seed: As for `open_dataset`.
-        workers: Number of processes; by default the number of usable cores, or fewer for few images.
+        workers: Number of processes, on Linux; by default the number of usable cores, or fewer for few images.
         overwrite: Replaces OUT if it exists, when the new one is complete.
         dry_run: Reads every image, writes nothing, and reports all problems.
         download: Downloads CIFAR-10 into the cache if it is not found.
@@ -353,41 +317,23 @@ def prepare(
         NotFound: No such source.
         GddlabError: An option or an image cannot be used, OUT is there already, or another process is making it.
     """
-    for name, value, accepted in (("crop", crop, CROPS), ("filter", filter, FILTERS), ("alpha", alpha, ALPHA)):
-        if value not in accepted:
-            raise unknown(name, value, accepted)
-    for name, number in (("resolution", resolution), ("workers", workers)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise GddlabError(f"{name}={number!r}: give a whole number from 1 up")
-    if resolution is not None and resolution > _MAX_SIDE:
-        raise GddlabError(f"resolution={resolution}: give 1..{_MAX_SIDE} pixels")
     target = None if dry_run else _target(source, out, overwrite)
-    listing = choose(find_source(source, download=download), classes=classes, max_images=max_images, seed=seed)
-    with Workers(workers or min(cores(), max(1, len(listing) // _ALONE))) as pool:
-        headers, found = scan(pool, listing, alpha=alpha, progress=progress)
-        recipe, more = plan(headers, resolution=resolution, crop=crop, filter=filter, alpha=alpha)
-        problems = [*listing.problems, *found, *more]
-        bad = {p.name for p in problems}
-        changes = count_changes((h for n, h in headers.items() if n not in bad), recipe) if recipe else {}
-        sha256 = None
-        if target is None:
-            if recipe:
-                seen = {(p.name, p.kind) for p in problems}
-                more = check(pool, listing, list(headers), recipe, progress=progress)
-                problems += [p for p in more if (p.name, p.kind) not in seen]
-        elif problems or recipe is None:
-            raise refusal(listing, problems, preparing=True)
-        else:
-            extra: dict[str, Any] = {}
-            if listing.class_names:
-                extra["class_names"] = list(listing.class_names)
-            if classes is not None:
-                extra["options"] = {"classes": sorted(set(classes))}
-            if max_images is not None:
-                extra["options"] = extra.get("options", {}) | {"max_images": max_images, "seed": seed}
-            if changes:
-                extra["changed"] = changes
-            sha256 = make(pool, listing, recipe, target, changes=changes, extra=extra, progress=progress)
+    listing = choose(listed(find_source(source, download=download)), classes, max_images, seed)
+    pool = Pool(workers or min(ceil(usable_cores()), max(1, len(listing) // _ALONE)), progress)
+    headers, found = scan(pool, listing, alpha)
+    recipe, more = plan(headers, resolution=resolution, crop=crop, filter=filter, alpha=alpha)
+    problems = [*listing.problems, *found, *more]
+    bad = {p.name for p in problems}
+    changes = count_changes((h for n, h in headers.items() if n not in bad), recipe) if recipe else {}
+    sha256 = None
+    if target is None:
+        seen = {(p.name, p.kind) for p in problems}
+        more = check(pool, listing, list(headers), recipe) if recipe else []
+        problems += [p for p in more if (p.name, p.kind) not in seen]
+    elif problems or recipe is None:
+        raise refusal(listing, problems, preparing=True)
+    else:
+        sha256 = make(pool, listing, recipe, target, changes)
     notes = [f"{_NOTES[key]}: {n:,}" for key, n in changes.items() if key in _NOTES]
     notes += [f"files skipped, no images by name ({suffix}): {n:,}" for suffix, n in listing.ignored.items()]
     return PrepareReport(

@@ -4,169 +4,38 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gddlab.datasets.listing import LABELS, MANIFEST, Listing, Problem, Reader, arrange, image_files
+from gddlab.datasets.base import ImageDataset
+from gddlab.datasets.listing import (
+    LABELS,
+    MANIFEST,
+    Listing,
+    Problem,
+    attempt,
+    classes_by_folder,
+    classes_of_table,
+    image_files,
+    read_all,
+)
 from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import cache_dir, hash_json, read_json
+from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.files import Published, search_folders
 
-_MAX_FILE = 256 << 20  # bytes of one image file
-_MAX_TABLE = 1 << 30  # bytes of dataset.json or manifest.json
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time, which change when a file is replaced."""
-    s = path.stat()
-    return s.st_size, s.st_mtime_ns
-
-
-@dataclass(frozen=True)
-class FolderReader(Reader):
-    """Files below a folder."""
-
-    root: str
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as f:
-            return f.read()
-
-    def open(self, name: str) -> BinaryIO:
-        path = os.path.join(self.root, name)
-        _check_size(os.path.getsize(path))
-        return open(path, "rb")
-
-
-def of_folder(root: Path) -> Listing:
-    names: list[str] = []
-    stamps: list[tuple[int, int]] = []
-    folders: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for where, below, files in os.walk(root, followlinks=True):
-        s = os.stat(where)
-        if (s.st_dev, s.st_ino) in seen:  # a link to a folder above
-            below.clear()
-            continue
-        seen.add((s.st_dev, s.st_ino))
-        below[:] = sorted(b for b in below if not b.startswith("."))
-        inside = Path(where).relative_to(root).as_posix()
-        if inside == ".":
-            folders = list(below)
-        names += files if inside == "." else [f"{inside}/{f}" for f in files]
-    found, problems, ignored = image_files(names)
-    images: list[str] = []
-    for name in found:
-        try:
-            stamps.append(stamp(root / name))
-            images.append(name)
-        except OSError as e:
-            problems.append(Problem(name, "cannot be read", e.strerror or str(e)))
-    used = {n.split("/", 1)[0] for n in images if "/" in n}
-    about = _manifest(root / MANIFEST)
-    labels_file = (root / LABELS).read_bytes() if (root / LABELS).is_file() else None
-    # Sub-folders without images matter only where sub-folders are classes.
-    empty = [f for f in folders if f not in used] if used and labels_file is None else []
-    return _listing(
-        root.absolute().name,
-        str(root),
-        images,
-        FolderReader(str(root.absolute())),
-        labels_file,
-        about,
-        problems,
-        ignored,
-        fingerprint=hash_json([images, stamps]),
-        empty=empty,
-    )
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    return _about(read_json(path), str(path)) if path.is_file() else {}
-
-
-def _about(value: Any, where: str) -> dict[str, Any]:
-    """The manifest beside images; {} if the file of that name is something else."""
-    if not isinstance(value, dict) or not {"crop", "filter", "codec", "sha256", "classes"} <= value.keys():
-        return {}
-    extra = value.get("extra")
-    if type(value["classes"]) is not int or not isinstance(extra, dict | None):
-        raise GddlabError(f"{where} is damaged: classes={value['classes']!r}; remove it, or prepare the data again")
-    return {**value, "extra": extra or {}}
-
-
-def _listing(
-    name: str,
-    source: str,
-    images: list[str],
-    reader: FolderReader | ZipReader,
-    labels_file: bytes | None,
-    manifest: dict[str, Any],
-    problems: list[Problem],
-    ignored: dict[str, int],
-    *,
-    fingerprint: str,
-    empty: Sequence[str] = (),
-) -> Listing:
-    recorded = manifest.get("classes") or None  # 0: made without labels; a dataset.json added later counts
-    labels, class_names, classes, wrong = arrange(images, labels_file, empty=empty, classes=recorded)
-    if not images and not problems:
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.items()) or "nothing"
-        raise GddlabError(f"{source} has no images (it has {kinds}): accepted are PNG, JPEG, WebP, BMP, GIF, TIFF")
-    suffixes = {n.rpartition(".")[2].lower() for n in images}
-    codec = "png" if suffixes == {"png"} else "+".join(sorted(suffixes))
-    extra = dict(manifest.get("extra", {}))
-    if "source" in manifest:
-        extra["from"] = manifest["source"]
-    known = {"crop": "unknown", "filter": "unknown", "codec": codec, "sha256": None}
-    return Listing(
-        name=str(manifest.get("name", name)),
-        source=source,
-        names=images,
-        reader=reader,
-        labels=labels,
-        classes=classes,
-        class_names=extra.get("class_names") or class_names,
-        fingerprint=hash_json([fingerprint, (labels_file or b"").decode("latin-1")]),
-        about={key: manifest.get(key, default) for key, default in known.items()} | {"extra": extra},
-        problems=problems + wrong,
-        ignored=ignored,
-    )
-
-
-@dataclass(frozen=True)
-class ZipReader(Reader):
-    """Members of a zip; each process opens its own handle, and a new one when the file was replaced."""
-
-    path: str
-    stamp: tuple[int, int]
-
-    def read(self, name: str) -> bytes:
-        try:
-            with self.open(name) as f:
-                return f.read()
-        except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-            raise BadImage("damaged", str(e)[:120] or "the zip is cut off") from None
-
-    def open(self, name: str) -> BinaryIO:
-        z = _open_zip(self.path, self.stamp, os.getpid())
-        info = z.getinfo(name)
-        _check_size(info.file_size)
-        try:
-            return cast(BinaryIO, z.open(info))
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
-            raise BadImage("damaged", str(e)[:120]) from None
+_MAX_FILE = 256 << 20  # bytes of one file
 
 
 def _check_size(size: int) -> None:
@@ -174,22 +43,58 @@ def _check_size(size: int) -> None:
         raise BadImage("too large", f"{size:,} bytes, accepted are {_MAX_FILE:,}")
 
 
-@functools.lru_cache(maxsize=4)
-def _open_zip(path: str, stamp: tuple[int, int], pid: int) -> zipfile.ZipFile:
-    """One handle per process: after a fork two processes would share one file position."""
-    return zipfile.ZipFile(path)
+def of_folder(root: Path) -> Listing:
+    top = root.absolute()
+
+    def open_file(name: str) -> BinaryIO:
+        path = top / name
+        _check_size(path.stat().st_size)
+        return path.open("rb")
+
+    def stamp(name: str) -> tuple[int, int]:
+        s = (top / name).stat()
+        return s.st_size, s.st_mtime_ns
+
+    names: list[str] = []
+    folders: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for where, below, files in os.walk(top, followlinks=True):
+        s = os.stat(where)
+        if (s.st_dev, s.st_ino) in seen:  # a link to a folder above
+            below.clear()
+            continue
+        seen.add((s.st_dev, s.st_ino))
+        below[:] = sorted(b for b in below if not b.startswith("."))
+        inside = Path(where).relative_to(top).as_posix()
+        if inside == ".":
+            folders = list(below)
+        names += files if inside == "." else [f"{inside}/{f}" for f in files]
+    return _of_files(root, names, open_file, stamp, folders=folders)
 
 
 def of_zip(path: Path) -> Listing:
-    size_time = stamp(path)
+    absolute = str(path.absolute())
+
+    @functools.cache
+    def opened(pid: int) -> zipfile.ZipFile:
+        """One handle per process: after a fork two processes would share one file position."""
+        return zipfile.ZipFile(absolute)
+
+    def open_member(name: str) -> BinaryIO:
+        z = opened(os.getpid())
+        _check_size(z.getinfo(name).file_size)
+        try:
+            return cast(BinaryIO, z.open(name))
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+            raise BadImage("damaged", str(e)[:120]) from None
+
     try:
-        z = _open_zip(str(path.absolute()), size_time, os.getpid())
+        infos = [i for i in opened(os.getpid()).infolist() if not i.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, OSError) as e:
         raise GddlabError(f"{path} is a damaged zip ({e}): download or make it again") from None
-    infos = [i for i in z.infolist() if not i.is_dir()]
     problems: list[Problem] = []
-    seen: set[str] = set()
     names: list[str] = []
+    seen: set[str] = set()
     for info in infos:
         name = info.filename
         if name in seen:
@@ -201,57 +106,83 @@ def of_zip(path: Path) -> Listing:
         else:
             names.append(name)
         seen.add(name)
-    images, unread, ignored = image_files(names)
-    table = {name: _table(z, name, path) for name in (LABELS, MANIFEST) if name in names}
-    about: dict[str, Any] = {}
-    if MANIFEST in table:
-        try:
-            about = _about(json.loads(table[MANIFEST]), f"{path}: {MANIFEST}")
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-            raise GddlabError(f"{path}: {MANIFEST} is damaged ({e}): prepare the data again") from None
-    return _listing(
-        path.stem,
-        str(path),
-        images,
-        ZipReader(str(path.absolute()), size_time),
-        table.get(LABELS),
-        about,
-        problems + unread,
-        ignored,
-        fingerprint=hash_json([[i.filename, i.file_size, i.CRC] for i in infos]),
+    marks = {i.filename: (i.file_size, i.CRC) for i in infos}
+    return _of_files(path, names, open_member, marks.__getitem__, problems=problems)
+
+
+def _of_files(
+    path: Path,
+    names: Sequence[str],
+    open_file: Callable[[str], BinaryIO],
+    mark: Callable[[str], Any],
+    *,
+    problems: Sequence[Problem] = (),
+    folders: Sequence[str] = (),
+) -> Listing:
+    """The images among the files of a folder or zip, with its dataset.json and manifest.json.
+
+    Args:
+        mark: Of a file, JSON that changes when it does.
+        folders: Sub-folders of a folder, in order.
+    """
+    found, unread, ignored = image_files(names)
+    marks = dict(zip(found, attempt(mark, found), strict=True))
+    lost = [m for m in marks.values() if isinstance(m, Problem)]
+    images = [name for name in found if not isinstance(marks[name], Problem)]
+    problems = [*problems, *unread, *lost]
+    if not images and not problems:
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.items()) or "nothing"
+        raise GddlabError(f"{path} has no images (it has {kinds}): accepted are PNG, JPEG, WebP, BMP, GIF, TIFF")
+    tables = {name: _table(path, open_file, name) for name in (LABELS, MANIFEST) if name in names}
+    about = _manifest(tables[MANIFEST], path) if MANIFEST in tables else {}
+    if LABELS in tables:
+        # 0 classes: made without labels; a dataset.json added later counts
+        classes = classes_of_table(images, tables[LABELS], about.get("classes") or None)
+    else:
+        used = {n.split("/", 1)[0] for n in images if "/" in n}
+        classes = classes_by_folder(images, [f for f in folders if f not in used] if used else ())
+    suffixes = {n.rpartition(".")[2].lower() for n in images}
+    known = {"crop": "unknown", "filter": "unknown", "codec": "+".join(sorted(suffixes))}
+    extra = dict(about.get("extra") or {}) | ({"from": about["source"]} if "source" in about else {})
+    if classes.names and not extra.get("class_names"):
+        extra["class_names"] = classes.names
+    return Listing(
+        name=str(about.get("name", path.absolute().name if path.is_dir() else path.stem)),
+        source=str(path),
+        names=images,
+        open=open_file,
+        labels=classes.ids,
+        classes=classes.count,
+        fingerprint=hash_json([[(i, marks[i]) for i in images], [t.decode("latin-1") for t in tables.values()]]),
+        about={key: about.get(key, default) for key, default in known.items()},
+        extra=extra,
+        sha256=about.get("sha256"),
+        problems=[*problems, *classes.problems],
+        ignored=ignored,
     )
 
 
-def _table(z: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if z.getinfo(name).file_size > _MAX_TABLE:
-        raise GddlabError(f"{path}: {name} has {z.getinfo(name).file_size:,} bytes, accepted are {_MAX_TABLE:,}")
+def _table(path: Path, open_file: Callable[[str], BinaryIO], name: str) -> bytes:
     try:
-        return z.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
-        raise GddlabError(f"{path}: {name} is damaged ({e}): download or make the zip again") from None
+        return cast(bytes, read_all(open_file(name)))
+    except BadImage as e:
+        raise GddlabError(f"{path}: {name} is {e.kind} ({e.detail}): download or make the data again") from None
+
+
+def _manifest(content: bytes, path: Path) -> dict[str, Any]:
+    """The manifest beside images; {} if the file of that name is something else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as e:
+        raise GddlabError(f"{path}: {MANIFEST} is damaged ({e}): remove it, or prepare the data again") from None
+    if not isinstance(value, dict) or not {"crop", "filter", "codec", "sha256", "classes"} <= value.keys():
+        return {}
+    if type(value["classes"]) is not int or not isinstance(value.get("extra"), dict | None):
+        raise GddlabError(f"{path}: {MANIFEST} is damaged (classes={value['classes']!r}): remove it, or prepare again")
+    return value
 
 
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "all")
-_IMAGES = ("image", "img")
-_LABELS = ("label", "labels")
-
-
-@dataclass(frozen=True)
-class HuggingFaceReader(Reader):
-    """Rows of a dataset; each process loads it from the local cache."""
-
-    address: str
-
-    def read(self, name: str) -> bytes:
-        table, column = _load(self.address, os.getpid())[:2]
-        value = table[int(name)][column]
-        content = value.get("bytes") if isinstance(value, dict) else None
-        if content is None and isinstance(value, dict) and value.get("path"):
-            with open(value["path"], "rb") as f:
-                content = f.read()
-        if not isinstance(content, bytes):
-            raise BadImage("empty file", "no image in this row")
-        return content
 
 
 def of_huggingface(address: str) -> Listing:
@@ -265,10 +196,18 @@ def of_huggingface(address: str) -> Listing:
     Raises:
         GddlabError: `datasets` is missing, the dataset cannot be loaded, or it has no column of images.
     """
-    absolute = _absolute(address)
-    table, _, label = _load(absolute, os.getpid())
-    names = [f"{i:08d}" for i in range(len(table))]
-    labels, class_names, classes, problems = None, None, 0, []
+    table, column, label = _load(address)
+
+    def open_row(name: str) -> BinaryIO:
+        value = table[int(name)][column] or {}
+        if value.get("bytes") is None and value.get("path"):
+            return open(value["path"], "rb")
+        if not isinstance(value.get("bytes"), bytes):
+            raise BadImage("empty file", "no image in this row")
+        return io.BytesIO(value["bytes"])
+
+    names, problems = numbers(len(table)), []
+    labels, class_names = None, None
     if label is not None:
         values = table.with_format(None)[label][:]
         class_names = getattr(table.features[label], "names", None)
@@ -279,42 +218,34 @@ def of_huggingface(address: str) -> Listing:
                 problems.append(Problem(name, kind, f"{label}={y}"))
         if not problems:
             labels = np.array(values, dtype=np.int64)
-            classes = limit or int(labels.max(initial=-1)) + 1
     return Listing(
         name=address.removeprefix("hf:").replace("/", "-"),
         source=address,
         names=names,
-        reader=HuggingFaceReader(absolute),
+        open=open_row,
         labels=labels,
-        classes=classes,
-        class_names=class_names,
+        classes=0 if labels is None else len(class_names or ()) or int(labels.max(initial=-1)) + 1,
         fingerprint=str(table._fingerprint),
         about={"crop": "unknown", "filter": "unknown", "codec": "unknown"},
+        extra={"class_names": class_names} if class_names else {},
         problems=problems,
     )
 
 
-def _parts(address: str) -> tuple[str, str | None, str]:
+def numbers(n: int) -> list[str]:
+    """Names of images that have none."""
+    return [f"{i:08d}" for i in range(n)]
+
+
+def _load(address: str) -> tuple[Any, str, str | None]:
+    """The rows, the name of the column of images (not decoded), and that of the labels."""
     name, *rest = address.removeprefix("hf:").split(":")
     if not name or len(rest) > 2 or not all(rest):
         raise GddlabError(f"data={address!r}: give hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    if len(rest) == 2:
-        return name, rest[0], rest[1]
-    if rest and (rest[0] in _SPLITS or "[" in rest[0] or "+" in rest[0]):
-        return name, None, rest[0]
-    return name, rest[0] if rest else None, "train"
-
-
-def _absolute(address: str) -> str:
-    """The address with the absolute path of a local folder, which does not depend on the working folder."""
-    name = _parts(address)[0]
-    return address.replace(name, os.path.abspath(name), 1) if os.path.isdir(name) else address
-
-
-@functools.lru_cache(maxsize=2)
-def _load(address: str, pid: int) -> tuple[Any, str, str | None]:
-    """The rows, the name of the column of images (not decoded), and that of the labels."""
-    name, config, split = _parts(address)
+    if len(rest) == 1:
+        named = rest[0] in _SPLITS or re.search(r"[\[+]", rest[0])
+        rest = ["", rest[0]] if named else [rest[0], "train"]
+    config, split = rest or ("", "train")
     try:
         hf = importlib.import_module("datasets")
     except ImportError:
@@ -324,27 +255,25 @@ def _load(address: str, pid: int) -> tuple[Any, str, str | None]:
             table = hf.load_from_disk(name)
             table = table[split] if isinstance(table, dict) else table
         else:
-            table = hf.load_dataset(name, config, split=split)
+            table = hf.load_dataset(name, config or None, split=split)
     except Exception as e:  # its own errors, those of its readers, of the network, of the hub
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise GddlabError(
             f"data={address!r} cannot be loaded ({reason}): check name, configuration, split, network"
         ) from None
-    column = _column(address, table.features, hf)
-    numbers = [key for key, f in table.features.items() if isinstance(f, hf.ClassLabel)]
-    named = [k for k in _LABELS if k in numbers or str(getattr(table.features.get(k), "dtype", "")).startswith("int")]
-    return table.cast_column(column, hf.Image(decode=False)), column, next(iter([*named, *numbers]), None)
-
-
-def _column(address: str, features: Any, hf: Any) -> str:
-    columns = [key for key, f in features.items() if isinstance(f, hf.Image)]
-    named = [key for key in _IMAGES if key in columns]
-    if named or len(columns) == 1:
-        return str((named or columns)[0])
-    raise GddlabError(
-        f"data={address!r} has {len(columns)} columns of images (columns: {', '.join(features)}): "
-        "give a dataset with one, or with one called image"
-    )
+    features = table.features
+    images = [key for key, f in features.items() if isinstance(f, hf.Image)]
+    chosen = [key for key in ("image", "img") if key in images] or images
+    if not chosen or (len(images) > 1 and chosen is images):
+        raise GddlabError(
+            f"data={address!r} has {len(images)} columns of images (columns: {', '.join(features)}): "
+            "give a dataset with one, or with one called image"
+        )
+    ids = [key for key, f in features.items() if isinstance(f, hf.ClassLabel)]
+    labels = [
+        k for k in ("label", "labels") if k in ids or str(getattr(features.get(k), "dtype", "")).startswith("int")
+    ]
+    return table.cast_column(chosen[0], hf.Image(decode=False)), chosen[0], next(iter([*labels, *ids]), None)
 
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -372,10 +301,7 @@ _PUBLISHED = Published(
 
 
 def find_cifar10(*, download: bool = False) -> Path:
-    """The archive or its unpacked folder: in the working folder, `$GDDLAB_HOME`, its `datasets` or the cache.
-
-    Args:
-        download: Downloads the archive into the cache if it is not found.
+    """The archive or its unpacked folder, in the working folder, `$GDDLAB_HOME`, the cache; or a download.
 
     Raises:
         NotFound: It is not found, and not to be downloaded.
@@ -387,37 +313,34 @@ def find_cifar10(*, download: bool = False) -> Path:
                 return folder / name
     if not download:
         raise NotFound(f"{_PUBLISHED.missing('not on this machine')}, or give download=True")
-    path = _PUBLISHED.fetch()
-    assert path is not None
-    return path
+    return cast(Path, _PUBLISHED.fetch())
 
 
-def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The training images, in the order of the five batches.
-
-    Args:
-        path: cifar-10-python.tar.gz, or the folder cifar-10-batches-py.
-
-    Returns:
-        Images, uint8, (N, 32, 32, 3), and class ids, int64, (N,); N is 50,000 in the published archive.
+def read_cifar10(path: Path) -> ImageDataset:
+    """The training images, in the order of the five batches, from cifar-10-python.tar.gz or cifar-10-batches-py.
 
     Raises:
         GddlabError: A batch is missing, too large, or holds anything but images and labels.
     """
-    parts = []
     contents = _from_folder(path) if path.is_dir() else _from_tar(path)
+    parts = []
     for name in _BATCHES:
         if name not in contents:
-            raise GddlabError(
-                f"{path} has no {FOLDER}/{name}: give the whole archive (md5 c58f30108f718f92721af3b95e74349a)"
-            )
+            raise GddlabError(f"{path} has no {FOLDER}/{name}: give the whole archive (md5 {_PUBLISHED.md5})")
         try:
             parts.append(_batch(contents.pop(name)))
         except (Refused, ValueError) as e:
             raise GddlabError(
                 printable(f"{path}: {name} is no batch of CIFAR-10 ({e}): fetch the archive again")
             ) from None
-    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+    return ImageDataset(
+        np.concatenate([x for x, _ in parts]),
+        np.concatenate([y for _, y in parts]),
+        classes=len(CLASSES),
+        name="cifar10",
+        source=f"CIFAR-10 training images ({path.name})",
+        extra={"class_names": CLASSES},
+    )
 
 
 def _from_folder(path: Path) -> dict[str, bytes]:

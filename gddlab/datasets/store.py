@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from math import ceil
 
 import numpy as np
-import psutil
 from filelock import FileLock
 
 from gddlab.datasets.base import content_hash
-from gddlab.datasets.listing import Listing, Problem, refusal
+from gddlab.datasets.listing import Listing, Problem, attempt, refusal
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
 from gddlab.progress import progress_bar
+from gddlab.runtime import usable_cores, usable_memory
 
-MEMORY = ("auto", "ram", "mapped")
 _CHUNK = 128
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def materialise(
     listing: Listing, *, recorded: str | None = None, xflip: bool = False, memory: str = "auto", progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None, str | None]:
-    """All images decoded, their labels, and the hash of the content where it was computed.
+    """All images decoded, uint8 (N, R, R, C); their labels, int64 (N,) or None; the hash of both where it was computed.
 
-    Args:
-        listing: Images of one size and number of channels.
-        recorded: Required hash of the content.
-        xflip: Appends every image mirrored: N + i is image i.
-        memory: "ram"; "mapped", decoded by one process into a file that all map; "auto", in memory if all processes on
-            this machine together take less than a quarter of the free memory.
-        progress: Shows a bar at a terminal.
-
-    Returns:
-        Images, uint8, (N or 2N, R, R, C); labels, int64, (N or 2N,), or None; sha256 or None.
+    Arguments as for `open_dataset`; with `xflip`, N is twice as large. `recorded`: what the hash must be.
 
     Raises:
         GddlabError: Images are missing, damaged, of different sizes or not those recorded; or the cache folder cannot
@@ -57,7 +42,7 @@ def materialise(
         labels = np.concatenate([labels, labels])
     if memory == "auto":
         together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        memory = "ram" if size * together <= _free_memory() // 4 else "mapped"
+        memory = "ram" if size * together <= usable_memory()[1] // 4 else "mapped"
     if memory == "ram":
         images = np.empty(shape, dtype=np.uint8)
         _fill(images, listing, progress)
@@ -104,21 +89,25 @@ def _mapped(
     return mapped, labels, str(read_json(about)["sha256"])
 
 
-def _square(listing: Listing, name: str) -> np.ndarray:
-    image = array(decode(listing.reader.read(name)))
-    if image.shape[0] != image.shape[1]:
-        raise BadImage("not square", f"{image.shape[1]}x{image.shape[0]}")
-    return image
+def _squares(listing: Listing, names: Sequence[str]) -> Iterator[np.ndarray | Problem]:
+    """Pixels of square images, or why there are none."""
+
+    def square(name: str) -> np.ndarray:
+        image = array(decode(listing.read(name)))
+        if image.shape[0] != image.shape[1]:
+            raise BadImage("not square", f"{image.shape[1]}x{image.shape[0]}")
+        return image
+
+    return attempt(square, names)
 
 
 def _shape(listing: Listing) -> tuple[int, ...]:
     """Shape of the first usable image; all others must have it."""
     problems = []
-    for name in listing.names:
-        try:
-            return _square(listing, name).shape
-        except (BadImage, OSError) as e:
-            problems.append(problem(name, e))
+    for image in _squares(listing, listing.names):
+        if not isinstance(image, Problem):
+            return image.shape
+        problems.append(image)
     raise refusal(listing, problems)
 
 
@@ -129,19 +118,20 @@ def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
 
     def chunk(start: int) -> list[Problem]:
         problems = []
-        for i in range(start, min(start + _CHUNK, n)):
-            try:
-                image = _square(listing, listing.names[i])
-                if image.shape != shape:
-                    raise BadImage("size differs", f"{_size(image.shape)}, the first has {_size(shape)}")
-                out[i] = image
-            except (BadImage, OSError) as e:
-                problems.append(problem(listing.names[i], e))
+        names = listing.names[start : start + _CHUNK]
+        for i, image in enumerate(_squares(listing, names)):
+            if isinstance(image, Problem):
+                problems.append(image)
+            elif image.shape != shape:
+                detail = f"{_size(image.shape)}, the first has {_size(shape)}"
+                problems.append(Problem(names[i], "size differs", detail))
+            else:
+                out[start + i] = image
         return problems
 
     problems: list[Problem] = []
     bar = progress_bar(total=n, desc=f"reading {listing.name}", unit="img", enabled=progress)
-    with ThreadPoolExecutor(cores()) as pool, bar:
+    with ThreadPoolExecutor(ceil(usable_cores())) as pool, bar:
         for found in pool.map(chunk, range(0, n, _CHUNK)):
             problems += found
             bar.update(_CHUNK)
@@ -164,19 +154,3 @@ def _hash(images: np.ndarray, labels: np.ndarray | None, recorded: str | None, s
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}x{shape[2]}"
-
-
-def problem(name: str, e: BadImage | OSError) -> Problem:
-    """The report of an image that cannot be read."""
-    if isinstance(e, BadImage):
-        return Problem(name, e.kind, e.detail)
-    return Problem(name, "cannot be read", e.strerror or type(e).__name__)
-
-
-def _free_memory() -> int:
-    """Available memory in bytes, of the system or of the container if that is less."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, int(free))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -23,12 +22,11 @@ from gddlab.diagnosis.machine import CPU, GIB, GPU, device_problems, gib, torch_
 from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
-from gddlab.files import cache_dir, data_dir
-from gddlab.pretrained.files import SUFFIXES, find_weights, offline
+from gddlab.files import cache_dir, data_dir, nearest_existing
+from gddlab.pretrained.files import Published, offline
 from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
-from gddlab.teachers.catalog import locate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,10 +93,11 @@ class Doctor:
         absent = [f for f in rows if f.details.get("published") and not f.found]
         rows = [f for f in rows if f not in absent]
         if absent:
-            folders = absent[0].details["places"]
-            value, remedy = "not here", f"downloaded when asked for by name, or put NAME.pkl into {folders}"
-            if absent[0].details["offline"]:
-                value, remedy = "not here, and GDDLAB_OFFLINE is set", f"put NAME.pkl into {folders}"
+            remedy = f"put NAME.pkl into {cache_dir() / 'teachers'} or $GDDLAB_HOME"
+            if offline():
+                value = "not here, and GDDLAB_OFFLINE is set"
+            else:
+                value, remedy = "not here", f"downloaded when asked for by name, or {remedy}"
             rows.append(Finding(section, f"{len(absent)} published teachers", False, value, remedy))
         return rows
 
@@ -200,13 +199,8 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
 
     python, wanted = requirements()
     required = {r.name: r.specifier for r in map(Requirement, wanted)}
-    there = versions()
+    there = versions(*required, *SHOWN)
     own, own_commit = there["gddlab"], commit()
-    for name in {*required, *SHOWN}:
-        try:
-            there[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            there[name] = "not installed"
     text = f"{there['python']}, {platform.python_implementation()} on {platform.system()} {platform.machine()}"
     out = [Finding("versions", "python", True, text, details={"version": there["python"]})]
     text, about = f"{own}, commit {own_commit[:12]}" if own_commit else own, {"version": own, "commit": own_commit}
@@ -214,15 +208,16 @@ def package_findings() -> tuple[list[Finding], list[str], list[str]]:
     missing, unfit = [], []
     if not SpecifierSet(python).contains(there["python"], prereleases=True):
         unfit.append(f"this is Python {there['python']}, gddlab wants {python}: make an environment with one of those")
-    for name in (*SHOWN, *(r for r in required if r not in SHOWN and there[r] == "not installed")):
-        found = there[name] != "not installed"
-        remedy = "" if found else f"pip install {name}" + ("" if name in required else ", if wanted")
-        out.append(Finding("versions", name, found, there[name], remedy, {"required": name in required}))
-    for name, specifier in required.items():
-        version, need = there[name], f"pip install '{name}{specifier}'"
-        if version == "not installed":
+    for name in dict.fromkeys([*SHOWN, *required]):
+        version, specifier = there[name], required.get(name)
+        absent, need = version == "not installed", f"pip install '{name}{specifier}'"
+        if absent or name in SHOWN:
+            remedy = f"pip install {name}" + ("" if name in required else ", if wanted")
+            details = {"required": name in required}
+            out.append(Finding("versions", name, not absent, version, remedy if absent else "", details))
+        if absent and specifier is not None:
             missing.append(f"{name} is not installed: {need}")
-        elif not specifier.contains(version, prereleases=True):
+        elif specifier is not None and not specifier.contains(version, prereleases=True):
             unfit.append(f"{name} {version} is installed, gddlab wants {specifier}: {need}")
     return out, missing, [*unfit, *torch_pair(there["torch"], there["torchvision"])]
 
@@ -249,42 +244,44 @@ SMALLEST = 1 << 20
 """Bytes; a smaller file of weights is a Git LFS pointer, a web page, or was cut off."""
 MIN_DISK = GIB
 
-# Name, patterns of the copies that torch.hub and Hugging Face keep, address.
-DOWNLOADS = {
-    "vgg16_bn": (
-        ("hub/vgg16_bn-*.pth", "hf/models--timm--vgg16_bn.*/snapshots/*/model.safetensors"),
-        "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth",
+_DEIT = "deit_base_distilled_patch16_224"
+_TORCH = "https://download.pytorch.org/models"
+NETWORKS = {
+    "backbone vgg16_bn": Published(
+        "vgg16_bn", None, f"{_TORCH}/vgg16_bn-6c64b313.pth", name="vgg16_bn", aliases=("vgg16_bn-6c64b313",)
     ),
-    "deit_base_distilled_patch16_224": (
-        (
-            "hub/deit_base_distilled_patch16_224-*.pth",
-            "hf/models--timm--deit_base_distilled_patch16_224.*/snapshots/*/model.safetensors",
-        ),
-        "https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth",
+    f"backbone {_DEIT}": Published(
+        _DEIT,
+        None,
+        f"https://huggingface.co/timm/{_DEIT}.fb_in1k/resolve/main/model.safetensors",
+        name=_DEIT,
+        repository=f"timm/{_DEIT}.fb_in1k",
     ),
-    "vgg16": (("hub/vgg16-*.pth",), "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "LPIPS network vgg16": Published(
+        "vgg16", None, f"{_TORCH}/vgg16-397923af.pth", name="vgg16", aliases=("vgg16-397923af",)
+    ),
 }
+"""As `backbone_file` and `Trunk.file` have them from timm and torchvision, which take seconds to import."""
+LPIPS_LAYERS = Published("LPIPS's linear layers", None, None, wheel=("lpips", "weights/v0.1/vgg.pth"))
 
 
 def _weight_findings() -> list[Finding]:
     """Teachers, backbones, LPIPS, feature extractors."""
+
+    weights = partial(_look, "weights")
+
+    def published(name: str, file: Published, **details: Any) -> Finding:
+        _, _, remedy = str(file.missing("not on this machine")).partition(": ")
+        return weights(name, file.locate, remedy, **details)
+
     bundled = data_dir() / "teachers"
-    out = [_file("weights", f"teacher {n}", bundled / n / "teacher.safetensors", "") for n in bundled_teachers()]
-    folders = " or ".join(str(p) for p in _folders("teachers"))
-    for entry in PUBLISHED.values():
-        finding = _file("weights", f"teacher {entry.name}", locate(entry.name), f"put {entry.url} into {folders}")
-        finding.details.update(published=True, places=folders, offline=offline())
-        out.append(finding)
-    out += [_asked("weights", f"backbone {name}", partial(lite_weights, name)) for name in LITE_WHEELS]
-    out += [_backbone(name, f"backbone {name}") for name in ("vgg16_bn", "deit_base_distilled_patch16_224")]
-    out.append(_backbone("vgg16", "LPIPS network vgg16"))
-    spec = importlib.util.find_spec("lpips")
-    package = next(iter(spec.submodule_search_locations or ()), None) if spec else None
-    linear = None if package is None else Path(package) / "weights" / "v0.1" / "vgg.pth"
-    found = linear if linear is not None and linear.is_file() else None
-    out.append(_file("weights", "LPIPS linear layers", found, "pip install lpips"))
-    return out + [
-        _asked("weights", f"extractor {name}", partial(getattr, e, "weights")) for name, e in EXTRACTORS.items()
+    return [
+        *(weights(f"teacher {n}", partial(Path, bundled, n, "teacher.safetensors")) for n in bundled_teachers()),
+        *(published(f"teacher {n}", teacher.file, published=True) for n, teacher in PUBLISHED.items()),
+        *(weights(f"backbone {n}", partial(lite_weights, n)) for n in LITE_WHEELS),
+        *(published(name, file) for name, file in NETWORKS.items()),
+        weights("LPIPS linear layers", LPIPS_LAYERS.in_wheel, "pip install lpips"),
+        *(weights(f"extractor {n}", partial(getattr, e, "weights")) for n, e in EXTRACTORS.items()),
     ]
 
 
@@ -295,12 +292,12 @@ def _data_findings() -> list[Finding]:
         digits = Finding("data", "digits", True, text)
     except importlib.metadata.PackageNotFoundError:
         digits = Finding("data", "digits", False, "missing", "pip install scikit-learn")
-    out = [digits, _asked("data", "cifar10", find_cifar10)]
+    out = [digits, _look("data", "cifar10", find_cifar10)]
     for name in dict.fromkeys(str(make(run_dir="runs").data) for make in PRESETS.values()):
         if name not in ("digits", "cifar10"):
-            path = Path(name).expanduser()
+            path = Path(name).expanduser().absolute()
             remedy = f"gddlab prepare FOLDER {name} --resolution 64, or give another file as --data"
-            out.append(_file("data", name, path.absolute() if path.exists() else None, remedy))
+            out.append(_look("data", name, lambda p=path: p if p.exists() else None, remedy))  # type: ignore[misc]
     return out
 
 
@@ -338,58 +335,26 @@ def _storage_problems(files: Iterable[Finding]) -> list[str]:
     return out
 
 
-def _folders(kind: str) -> list[Path]:
-    """Where to put files so that they are found from everywhere."""
-    home = os.environ.get("GDDLAB_HOME")
-    return [*([Path(home).expanduser() / kind] if home else []), cache_dir() / kind]
-
-
-def _file(section: str, name: str, path: Path | None, remedy: str) -> Finding:
-    if path is None:
-        return Finding(section, name, False, "missing", remedy)
-    about = {"path": str(path)} | ({"bytes": path.stat().st_size} if path.is_file() else {})
-    return Finding(section, name, True, str(path), details=about)
-
-
-def _asked(section: str, name: str, find: Callable[[], Path]) -> Finding:
-    """What `find` finds; its refusal says what to do."""
+def _look(section: str, name: str, find: Callable[[], Path | None], remedy: str = "", **details: Any) -> Finding:
+    """What `find` finds; if it refuses, its message says what to do."""
     try:
-        return _file(section, name, find(), "")
+        path = find()
     except GddlabError as e:
-        return Finding(section, name, False, "missing", str(e))
-
-
-def _backbone(name: str, title: str) -> Finding:
-    patterns, url = DOWNLOADS[name]
-    targets = " or ".join(str(p / f"{name}{SUFFIXES[1]}") for p in _folders("backbones"))
-    path = find_weights(name, url.rpartition("/")[2].removesuffix(".pth")) or _hub_copy(patterns)
-    return _file("weights", title, path, f"put {url} at {targets}")
-
-
-def _hub_copy(patterns: Sequence[str]) -> Path | None:
-    """A copy in the cache of torch.hub or Hugging Face."""
-    hf = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-    roots = {"hub": Path(torch.hub.get_dir()) / "checkpoints", "hf": Path(hf).expanduser()}
-    for pattern in patterns:
-        kind, _, rest = pattern.partition("/")
-        if found := sorted(roots[kind].glob(rest)):
-            return found[0]
-    return None
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
+        path, remedy = None, str(e)
+    if path is None:
+        return Finding(section, name, False, "missing", remedy, details)
+    about = {"path": str(path)} | ({"bytes": path.stat().st_size} if path.is_file() else {})
+    return Finding(section, name, True, str(path), details=details | about)
 
 
 def _writable(folder: Path) -> bool:
     """Whether files can be put there; nothing is created to find out."""
-    nearest = _existing(folder)
+    nearest = nearest_existing(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def _free(folder: Path) -> int:
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 # What gddlab can do.

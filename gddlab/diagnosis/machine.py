@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
+
+from gddlab.runtime import usable_cores, usable_memory
 
 GIB = 1 << 30
 MIN_MEMORY = 4 * GIB
 """Free memory that training wants, bytes."""
 BF16 = ("amx_bf16", "avx512_bf16", "bf16", "svebf16")
 """Names that Linux and torch give to bfloat16 instructions, x86 and ARM."""
-NO_LIMIT = 1 << 60
-"""Control groups of version 1 write "no limit" as a number near 2^63."""
 
 
-def gib(n: float | None) -> str:
+def gib(n: float) -> str:
     """Bytes for people."""
-    return "unknown" if n is None else f"{n / GIB:.1f} GiB"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What control groups allow: cores (a quota may be a fraction), bytes, bytes in use; None for no limit."""
-
-    cores: float | None = None
-    memory: int | None = None
-    used: int | None = None
+    return f"{n / GIB:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class CPU:
         logical_cores: Cores of the machine.
         usable_cores: Those that this process may use: affinity, and the quota of its container.
         threads: Threads that torch uses in an operation.
-        memory, available: Total bytes, and those free without swapping; within the container's limit. None if unknown.
+        memory, available: Total bytes, and those free without swapping; within the container's limit.
         bf16: Its bfloat16 instructions.
     """
 
@@ -52,8 +41,8 @@ class CPU:
     logical_cores: int
     usable_cores: float
     threads: int
-    memory: int | None
-    available: int | None
+    memory: int
+    available: int
     bf16: tuple[str, ...]
 
 
@@ -71,20 +60,14 @@ class GPU:
 
 def cpu() -> CPU:
     """The processor as this process may use it."""
-    limits, info = container_limits(), cpuinfo()
-    logical = os.cpu_count() or 1
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
-    ram = psutil.virtual_memory()
-    total, available = ram.total, ram.available
-    if limits.memory is not None and limits.memory < total:
-        total = limits.memory
-        if limits.used is not None:
-            available = min(available, max(0, total - limits.used))
-    flags = (info.get("flags") or info.get("Features") or "").split() or _capabilities()
+    info = cpuinfo()
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # where there is no /proc/cpuinfo
+    flags = (info.get("flags") or info.get("Features") or "").split() or [k for k, v in known.items() if v is True]
+    total, available = usable_memory()
     return CPU(
-        model=info.get("model name") or _brand() or platform.processor() or platform.machine(),
-        logical_cores=logical,
-        usable_cores=affinity if limits.cores is None else min(affinity, limits.cores),
+        model=info.get("model name") or str(known.get("cpu_name") or platform.processor() or platform.machine()),
+        logical_cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory=total,
         available=available,
@@ -94,72 +77,9 @@ def cpu() -> CPU:
 
 def cpuinfo() -> dict[str, str]:
     """The first core of /proc/cpuinfo; psutil knows neither its name nor its instructions."""
-    pairs = (line.partition(":") for line in _read(Path("/proc/cpuinfo")).split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _capabilities() -> list[str]:
-    """Instructions that torch knows of, for systems without /proc/cpuinfo."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return [name for name, there in known.items() if there is True]
-
-
-def _brand() -> str:
-    if platform.system() != "Darwin":
-        return ""
-    try:
-        out = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return out.stdout.strip()
-
-
-def container_limits(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Limits:
-    """The tightest limits between this process's control group and the root, versions 1 and 2; none off Linux."""
-    cores: list[float] = []
-    memory: list[tuple[int, int | None]] = []
-    for line in _read(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        for folder in _ancestors(root, path) if not controllers else ():
-            cores += _quota(*_read(folder / "cpu.max").split())
-            memory += _memory(folder, "memory.max", "memory.current", "inactive_file")
-        for folder in _ancestors(root / "cpu", path) if "cpu" in names else ():
-            cores += _quota(_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
-        for folder in _ancestors(root / "memory", path) if "memory" in names else ():
-            memory += _memory(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    limit, used = min(memory, key=lambda m: m[0], default=(None, None))
-    return Limits(min(cores, default=None), limit, used)
-
-
-def _ancestors(root: Path, path: str) -> Iterator[Path]:
-    """A group's folder and those above; inside a container the path may be the host's, then only the root exists."""
-    folder = root / path.lstrip("/")
-    while folder != root and root in folder.parents:
-        yield folder
-        folder = folder.parent
-    yield root
-
-
-def _quota(quota: str = "", period: str = "") -> list[float]:
-    """Cores; none for "max" and -1."""
-    return [int(quota) / int(period)] if quota.isdigit() and period.isdigit() else []
-
-
-def _memory(folder: Path, limit: str, usage: str, cache: str) -> list[tuple[int, int | None]]:
-    """Limit and use, without the file cache that the kernel can free."""
-    value, used = _read(folder / limit), _read(folder / usage)
-    if not value.isdigit() or int(value) >= NO_LIMIT:
-        return []
-    stat = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines() if len(line.split()) == 2)
-    return [(int(value), max(0, int(used) - int(stat.get(cache, 0))) if used.isdigit() else None)]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def cuda_devices() -> list[GPU]:
@@ -190,13 +110,7 @@ def torch_build() -> str:
 
 
 def device_problems(cpu: CPU, gpus: Sequence[GPU], *, driver_unused: bool = False) -> list[str]:
-    """What slows or prevents training, one line each.
-
-    Args:
-        cpu: The processor.
-        gpus: CUDA devices.
-        driver_unused: An NVIDIA driver is loaded, and torch sees no device.
-    """
+    """What slows or prevents training, one line each; `driver_unused` as from `driver_without_cuda`."""
     out, want = [], f"training wants {gib(MIN_MEMORY)}"
     if driver_unused:
         out.append(
@@ -213,9 +127,8 @@ def device_problems(cpu: CPU, gpus: Sequence[GPU], *, driver_unused: bool = Fals
             out.append(f"cuda:{i} has {gib(gpu.free)} free, {want}: end what uses it, or lower batch_per_device")
     if not gpus and not cpu.bf16:
         out.append("the CPU has no bfloat16 instructions: train with precision='float32', which is faster here")
-    free = cpu.memory if cpu.available is None else cpu.available
-    if free is not None and free < MIN_MEMORY:
-        out.append(f"{gib(free)} of memory are free, {want}: end other programs, or lower batch_per_device")
+    if cpu.available < MIN_MEMORY:
+        out.append(f"{gib(cpu.available)} of memory are free, {want}: end other programs, or lower batch_per_device")
     cores = max(1, int(cpu.usable_cores))
     if cpu.threads > cores:
         out.append(

@@ -16,10 +16,12 @@ import torch
 from pydantic import Field
 
 from gddlab.datasets import ImageDataset
+from gddlab.distill.checkpoints import training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, validated
+from gddlab.files import nearest_existing
 from gddlab.nets import Precond, build
 from gddlab.progress import duration
 from gddlab.runtime import peak_memory_mib
@@ -155,10 +157,15 @@ def preflight(
     if not all(c.ok for c in checks):
         return Preflight(tuple(checks), **about)
     large = min(held, measure_batch or held)
-    first = _measure(config, nproc, max(1, min(large // 2, 2)), steps, stand_in)
+
+    def measured_with(batch: int) -> dict[str, Any]:
+        entry = "gddlab.diagnosis.preflight:measure"
+        return in_own_process(entry, config, batch, stand_in=stand_in, nproc=nproc, steps=steps)
+
+    first = measured_with(max(1, min(large // 2, 2)))
     if measure_batch is None and first["device"] == "cpu":
         large = min(large, max(2, int(CPU_SECONDS / first["seconds"] * first["batch"])))
-    measured = (first,) if large == first["batch"] else (first, _measure(config, nproc, large, steps, stand_in))
+    measured = (first,) if large == first["batch"] else (first, measured_with(large))
     last = measured[-1]
     sec_per_kimg = last["seconds"] / last["batch"] * 1000 / nproc
     slope = 0.0
@@ -186,24 +193,23 @@ def _found(config: TrainConfig, nproc: int) -> list[Check]:
     """Everything that is needed, one by one, so that a missing thing does not hide another."""
     from gddlab.distill.build import check_fit, open_data, weights_found
     from gddlab.evaluation import find_extractor
-    from gddlab.teachers import load_teacher
 
-    loaded: dict[str, Any] = {}
+    there: dict[str, Any] = {}
 
     def teacher() -> str:
-        net = loaded["teacher"] = load_teacher(config.teacher)
+        net = there["teacher"] = load_teacher(config.teacher)
         size = f"{net.img_resolution}x{net.img_resolution}"
         return f"{config.teacher}: {type(net.model).__name__}, {size}, {net.label_dim} classes"
 
     def data() -> str:
-        found = loaded["data"] = open_data(config)
+        found = there["data"] = open_data(config)
         return f"{found.name}: {len(found):,} images, {found.resolution}x{found.resolution}, {found.classes} classes"
 
     def losses() -> str:
         return weights_found(config)
 
     def fit() -> str:
-        check_fit(config, loaded["teacher"], loaded["data"], world_size=nproc)
+        check_fit(config, there["teacher"], there["data"], world_size=nproc)
         return "teacher, data, mask and batch fit each other"
 
     def metric() -> str:
@@ -226,52 +232,27 @@ def _try(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, str(e))
 
 
-def _measure(config: TrainConfig, nproc: int, batch: int, steps: int, stand_in: bool) -> dict[str, Any]:
-    entry = "gddlab.diagnosis.preflight:measure_part"
-    return in_own_process(entry, config, batch, stand_in=stand_in, nproc=nproc, steps=steps)
-
-
 def in_own_process(
     entry: str, config: TrainConfig, batch: int, *, stand_in: bool, nproc: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """What a function returns about some steps of a run, in a fresh process and a temporary folder.
+    """What MODULE:FUNCTION returns about steps of this batch, in a fresh process and a temporary folder.
 
-    Args:
-        entry: MODULE:FUNCTION, called with folder, batch, stand_in, `more` and report.
-        config: The run.
-        batch: Images per step.
-        stand_in: Random weights and images, without any download.
-        nproc: Processes among which the machine's cores are divided.
-        **more: Further arguments.
+    It is called with folder, batch, stand_in, `more` and report, and gets its trainer from `started`. The machine's
+    cores are divided among `nproc` processes.
 
     Raises:
         GddlabError: A step failed; the message holds the process's own error.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (with_stand_ins(config, folder) if stand_in else config.model_copy(update={"run_dir": folder})).write()
-        job = {"folder": name, "batch": batch, "stand_in": stand_in, **more}
-        found: dict[str, Any] = run_workers(job, entry=entry, hint=f"it took steps of batch {batch}", cores_for=nproc)[
-            0
-        ]
-        return found
-
-
-def configured(folder: str, batch: int) -> TrainConfig:
-    """The configuration that `in_own_process` wrote, with another batch."""
-    return TrainConfig.load(Path(folder)).model_copy(update={"batch": batch, "batch_per_device": None})
-
-
-def measure_part(folder: str, batch: int, stand_in: bool, steps: int, report: Callable[[int], Any]) -> dict[str, Any]:
-    """`measure` as `in_own_process` calls it."""
-    return measure(configured(folder, batch), steps=steps, stand_in=stand_in)
-
-
-def with_stand_ins(config: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The configuration in another folder, with random weights in place of those that must be found."""
-    parts = {"discriminator": config.discriminator, "instance": config.instance}
-    update = {name: None if part is None else part.stand_in() for name, part in parts.items()}
-    return config.model_copy(update={"run_dir": run_dir, **update})
+    with tempfile.TemporaryDirectory() as folder:
+        update: dict[str, Any] = {"run_dir": Path(folder)}
+        if stand_in:
+            parts = {"discriminator": config.discriminator, "instance": config.instance}
+            update |= {name: part and part.stand_in() for name, part in parts.items()}
+        config.model_copy(update=update).write()
+        job = {"folder": folder, "batch": batch, "stand_in": stand_in, **more}
+        hint = f"it took steps of batch {batch}"
+        found: list[dict[str, Any]] = run_workers(job, entry=entry, hint=hint, cores_for=nproc)
+        return found[0]
 
 
 def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
@@ -285,9 +266,7 @@ def _disk_bytes(config: TrainConfig, measured: dict[str, Any]) -> float:
 
 
 def _room(config: TrainConfig, needed: float) -> Check:
-    folder = config.run_dir.resolve()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(config.run_dir.resolve())
     free = shutil.disk_usage(folder).free
     detail = f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free at {folder}"
     return Check("disk", free > needed, detail)
@@ -305,50 +284,61 @@ def stand_ins(config: TrainConfig) -> tuple[Precond, ImageDataset]:
     return teacher, ImageDataset(images, labels, classes=classes, name="random", source="numpy, seed 0")
 
 
-def measure(config: TrainConfig, *, steps: int, stand_in: bool) -> dict[str, Any]:
-    """Seconds per iteration and of R1, memory, and sizes, of a run of this batch on one process.
-
-    The first iteration is not timed. R1 is timed apart, since one iteration in `r1_interval` has it.
-    """
+def started(folder: str, batch: int, stand_in: bool) -> tuple[Trainer, float]:
+    """The trainer of the run in a folder, with another batch, before its second iteration; memory before it, MiB."""
+    config = TrainConfig.load(folder).model_copy(update={"batch": batch, "batch_per_device": None})
     world = World.start(config.device)
-    base = peak_memory_mib(world.device)
+    before = peak_memory_mib(world.device)
     trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
     trainer.cache_real()
-    built = peak_memory_mib(world.device)
-    trainer.reader.position = config.batch  # the first iteration has no R1
-    trainer.iteration = 1
-    plain, lazy = [_timed(trainer, world) for _ in range(steps + 1)][1:], 0.0
-    if config.has_r1:
-        trainer.iteration = config.r1_interval
-        lazy = max(0.0, _timed(trainer, world) - statistics.median(plain)) / config.r1_interval
+    trainer.reader.position = batch  # the first iteration has no R1
+    return trainer, before
+
+
+def sizes(trainer: Trainer) -> dict[str, int]:
+    """Number of the student's parameters, of those trained, and of the discriminator's trained."""
     params = list(trainer.step.g.parameters())
     return {
-        "batch": config.batch,
-        "steps": steps,
-        "seconds": statistics.median(plain) + lazy,
-        "peak_mem_mib": peak_memory_mib(world.device),
-        "built_mem_mib": built,
-        "base_mem_mib": base,
         "parameters": sum(p.numel() for p in params),
         "trained": sum(p.numel() for p in params if p.requires_grad),
         "discriminator": sum(p.numel() for p in trainer.step.d_params),
-        "checkpoint_bytes": _checkpoint_bytes(trainer),
-        "snapshot_bytes": sum(p.numel() * p.element_size() for p in params),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
     }
 
 
-def _timed(trainer: Trainer, world: World) -> float:
-    start = time.perf_counter()
-    trainer.iterate()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callable[[int], Any]) -> dict[str, Any]:
+    """Seconds per iteration and of R1, memory, and sizes, of the run in a folder, on one process.
 
+    The first iteration is not timed. R1 is timed apart, since one iteration in `r1_interval` has it.
+    """
+    trainer, base = started(folder, batch, stand_in)
+    config, device = trainer.config, trainer.world.device
+    built = peak_memory_mib(device)
 
-def _checkpoint_bytes(trainer: Trainer) -> int:
-    from gddlab.distill.checkpoints import training_state
+    def seconds() -> float:
+        start = time.perf_counter()
+        trainer.iterate()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
+    trainer.iteration = 1
+    plain, lazy = [seconds() for _ in range(steps + 1)][1:], 0.0
+    if config.has_r1:
+        trainer.iteration = config.r1_interval
+        lazy = max(0.0, seconds() - statistics.median(plain)) / config.r1_interval
+    peak = peak_memory_mib(device)
     state = training_state(trainer.step, trainer.ema, trainer.ada)
-    return sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
+    tensors = [t for part in state.values() for t in part.values()]
+    return {
+        "batch": batch,
+        "steps": steps,
+        "seconds": statistics.median(plain) + lazy,
+        "peak_mem_mib": peak,
+        "built_mem_mib": built,
+        "base_mem_mib": base,
+        **sizes(trainer),
+        "checkpoint_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "snapshot_bytes": sum(p.numel() * p.element_size() for p in trainer.step.g.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }

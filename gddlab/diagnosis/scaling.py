@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gddlab.diagnosis.preflight import Positive, configured, in_own_process, stand_ins
+from gddlab.diagnosis.preflight import Positive, in_own_process, sizes, started
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World
-from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, validated
 
 if TYPE_CHECKING:
@@ -90,10 +89,8 @@ def counted(config: TrainConfig, *, batch: Positive = 2, stand_in: bool = True) 
     Raises:
         GddlabError: The iteration failed; the message holds the process's own error.
     """
-    found = in_own_process("gddlab.diagnosis.scaling:count_part", config, batch, stand_in=stand_in)
-    flops = {k: v / batch for k, v in found["flops"].items()}
-    names = ("kernels", "kernels_r1", "parameters", "trained", "discriminator")
-    return Counted(flops["student"], flops["rest"], found["flops_r1"] / batch, **{k: found[k] for k in names})
+    found = in_own_process("gddlab.diagnosis.scaling:count", config, batch, stand_in=stand_in)
+    return Counted(**found)
 
 
 def scaling(
@@ -129,54 +126,53 @@ def scaling(
         peak = hardware.bf16 if precision == "bfloat16" else hardware.tf32
         return hardware.achieved * peak * 1e12
 
+    if wrong := [n for n in gpus if n < 1 or config.batch % n]:
+        raise GddlabError(f"batch={config.batch} on {wrong[0]} GPUs: give numbers that divide it")
     c = counts or counted(config)
     lazy = 1 / config.r1_interval if config.has_r1 else 0.0
-    rows: list[dict[str, Any]] = []
-    for n in gpus:
-        if n < 1 or config.batch % n:
-            raise GddlabError(f"batch={config.batch} on {n} GPUs: give numbers that divide it")
-        part = config.batch // n
-        passes = part // min(part, config.batch_per_device or part)
-        arithmetic = part * (
-            c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
-        )
-        kernels = passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6
-        messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
-        reduce = sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size)
-        step = max(arithmetic, kernels) + reduce
-        parts = {"arithmetic": arithmetic, "kernels": kernels, "all-reduce": reduce}
-        rows.append(
-            {
-                "gpus": n,
-                "images": part,
-                "arithmetic_ms": 1e3 * arithmetic,
-                "kernels_ms": 1e3 * kernels,
-                "all_reduce_ms": 1e3 * reduce,
-                "step_ms": 1e3 * step,
-                "images_s": config.batch / step,
-                "hours": config.total_kimg * 1000 / config.batch * step / 3600,
-                "ddp_gib": _state_bytes(c, 1) / 2**30,
-                "fsdp_gib": _state_bytes(c, n) / 2**30,
-                "limit": max(parts, key=lambda k: parts[k]),
-            }
-        )
-    table = pd.DataFrame(rows)
-    alone = table["images_s"] / table["gpus"]
-    table.insert(7, "efficiency", alone / alone.iloc[0])
+    n = np.array(gpus)
+    part = config.batch // n
+    passes = part // np.minimum(part, config.batch_per_device or part)
+    per_image = c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
+    messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
+    seconds = pd.DataFrame(
+        {
+            "arithmetic": part * per_image,
+            "kernels": passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6,
+            "all-reduce": sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size),
+        }
+    )
+    step = seconds[["arithmetic", "kernels"]].max(axis=1) + seconds["all-reduce"]
+    rate_of_all = config.batch / step
+    alone = rate_of_all / n
+    table = pd.DataFrame(
+        {
+            "gpus": n,
+            "images": part,
+            "arithmetic_ms": 1e3 * seconds["arithmetic"],
+            "kernels_ms": 1e3 * seconds["kernels"],
+            "all_reduce_ms": 1e3 * seconds["all-reduce"],
+            "step_ms": 1e3 * step,
+            "images_s": rate_of_all,
+            "efficiency": alone / alone.iloc[0],
+            "hours": config.total_kimg * 1000 / config.batch * step / 3600,
+            "ddp_gib": _state_bytes(c, 1) / 2**30,
+            "fsdp_gib": _state_bytes(c, n) / 2**30,
+            "limit": seconds.idxmax(axis=1),
+        }
+    )
     table.attrs = {"hardware": hardware.name, "batch": config.batch, "counted": c}
     return table
 
 
-def _all_reduce(size: float, n: int, hardware: Hardware) -> float:
-    """Seconds of an all-reduce of `size` bytes in a ring of n."""
-    if n == 1:
-        return 0.0
-    across = n > hardware.gpus
-    bandwidth = 1e9 * hardware.bus * (min(hardware.network_gb_s, hardware.link_gb_s) if across else hardware.link_gb_s)
+def _all_reduce(size: float, n: np.ndarray, hardware: Hardware) -> np.ndarray:
+    """Seconds of an all-reduce of `size` bytes in rings of n."""
+    between = min(hardware.network_gb_s, hardware.link_gb_s)
+    bandwidth = 1e9 * hardware.bus * np.where(n > hardware.gpus, between, hardware.link_gb_s)
     return 2 * (n - 1) / n * size / bandwidth + 2 * (n - 1) * hardware.latency_us * 1e-6
 
 
-def _state_bytes(c: Counted, shards: int) -> float:
+def _state_bytes(c: Counted, shards: int | np.ndarray) -> Any:
     """Weights, average, gradients and moments; the student's spread over shards, the discriminator's on every GPU."""
     return FLOAT * ((2 * c.parameters + 3 * c.trained) / shards + 4 * c.discriminator)
 
@@ -207,18 +203,10 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
-    """Counts an iteration without R1, and what R1 adds, of a run of this batch on one process.
-
-    Returns:
-        batch; flops without R1: "student" (its images forward, and backward to what is trained) and "rest"
-        (discriminator, and teacher where it is asked); flops_r1, kernels, kernels_r1; parameters, trained,
-        discriminator as in `Counted`.
-    """
-    world = World.start(config.device)
-    trainer = Trainer(config, world, given=stand_ins(config) if stand_in else None)
-    trainer.cache_real()
-    step, drawer = trainer.step, trainer.drawer
+def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
+    """`Counted` of the run in a folder, on one process."""
+    trainer, _ = started(folder, batch, stand_in)
+    config, step, drawer = trainer.config, trainer.step, trainer.drawer
 
     def iteration(number: int) -> Counter:
         trainer.iteration = number
@@ -228,28 +216,21 @@ def count(config: TrainConfig, *, stand_in: bool) -> dict[str, Any]:
 
     labels = None
     if step.g.label_dim:
-        labels = torch.eye(step.g.label_dim, device=world.device)[torch.arange(config.batch) % step.g.label_dim]
+        device = trainer.world.device
+        labels = torch.eye(step.g.label_dim, device=device)[torch.arange(batch) % step.g.label_dim]
     with Counter() as student:
         step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0)).sum().backward()
     if step.adversarial and not config.reuse_fakes:
         with torch.no_grad(), student:
             step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0))
-    trainer.reader.position = config.batch
     plain = iteration(1)
     lazy = iteration(config.r1_interval) if step.due_r1(config.r1_interval) else plain
-    params = list(step.g.parameters())
-    return {
-        "batch": config.batch,
-        "flops": {"student": student.flops, "rest": plain.flops - student.flops},
-        "flops_r1": lazy.flops - plain.flops,
-        "kernels": plain.kernels,
-        "kernels_r1": lazy.kernels - plain.kernels,
-        "parameters": sum(p.numel() for p in params),
-        "trained": sum(p.numel() for p in params if p.requires_grad),
-        "discriminator": sum(p.numel() for p in step.d_params),
-    }
-
-
-def count_part(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any]) -> dict[str, Any]:
-    """`count` as `in_own_process` calls it."""
-    return count(configured(folder, batch), stand_in=stand_in)
+    counted = Counted(
+        student=student.flops / batch,
+        rest=(plain.flops - student.flops) / batch,
+        r1=(lazy.flops - plain.flops) / batch,
+        kernels=plain.kernels,
+        kernels_r1=lazy.kernels - plain.kernels,
+        **sizes(trainer),
+    )
+    return asdict(counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ class PublishedTeacher:
         """Class name of the network."""
         return ARCHITECTURES[self.architecture][0]
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(self.architecture).parameters())

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from gddlab.datasets import prepare
-from gddlab.datasets.store import cores
 from gddlab.provenance import hardware, versions
+from gddlab.runtime import usable_cores
 
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -89,7 +89,7 @@ def measure(source: Path, out: Path, workers: int) -> dict[str, float]:
         "images_per_s": (n1 - n0) * per_part / (t1 - t0),
         "cores_busy": (c1 - c0) / (t1 - t0),
         "cores_busy_by_others": max(0.0, (m1 - m0 - c1 + c0) / (t1 - t0)),
-        "cores_idle": max(0.0, cores() - (m1 - m0) / (t1 - t0)),
+        "cores_idle": max(0.0, usable_cores() - (m1 - m0) / (t1 - t0)),
     }
 
 
@@ -117,7 +117,7 @@ def main(pairs: int, images: int) -> None:
                     ),
                     3,
                 ),
-                "cores": cores(),
+                "cores": usable_cores(),
                 "hardware": hardware(),
                 "versions": versions(),
             },

@@ -1,4 +1,4 @@
-"""The embedded dataset and the order of images."""
+"""The embedded dataset."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab.datasets import ImageDataset, digits, open_dataset, order
+from gddlab.datasets import ImageDataset, digits, open_dataset
 from gddlab.errors import GddlabError
 
 
@@ -33,16 +33,6 @@ def test_parts_equal_the_whole() -> None:
     assert torch.equal(data.images(index), data.images()[index])
     assert torch.equal(data.labels(index), data.labels()[index])
     assert torch.equal(data.images(slice(3, 7)), data.images()[3:7])
-
-
-def test_order_is_a_function_of_seed_and_position() -> None:
-    whole = order(10, 3, 0, 35)
-    parts = torch.cat([order(10, 3, i, 7) for i in range(0, 35, 7)])
-    assert torch.equal(whole, parts)
-    for e in range(3):
-        assert sorted(whole[10 * e : 10 * e + 10].tolist()) == list(range(10))
-    assert not torch.equal(whole[:10], whole[10:20])
-    assert not torch.equal(whole, order(10, 4, 0, 35))
 
 
 def test_refusals() -> None:

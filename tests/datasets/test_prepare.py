@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
-from gddlab.datasets.packing import Entry, Workers
+from gddlab.datasets.packing import Entry, in_processes
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
 
@@ -191,8 +191,8 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
         ({"crop": "centre"}, "unknown crop 'centre': did you mean 'center'"),
         ({"filter": "cubic"}, "unknown filter 'cubic'"),
         ({"alpha": "red"}, "unknown alpha 'red'"),
-        ({"resolution": 0}, "resolution=0: give a whole number"),
-        ({"resolution": 99999}, "resolution=99999: give 1..8192"),
+        ({"resolution": 0}, "resolution=0: input should be greater"),
+        ({"resolution": 99999}, "resolution=99999: input should be less than or equal to 8192"),
         ({"workers": 0}, "workers=0"),
         ({"max_images": 0}, "max_images=0"),
         ({"classes": [2]}, r"classes=\[2\]: give some of 0\.\.1"),
@@ -340,13 +340,12 @@ def test_killed_and_called_again_equals_undisturbed(large: tuple[Path, bytes], t
 
 
 def test_a_killed_worker_is_reported() -> None:
-    with Workers(2) as pool, pytest.raises(GddlabError, match="one of 2 worker processes was killed"):
-        list(pool.run(os._exit, [(1,)]))
+    with pytest.raises(GddlabError, match="one of 2 worker processes was killed"):
+        list(in_processes(os._exit, [1], 2))
 
 
 def test_workers_keep_the_order() -> None:
-    with Workers(2) as pool:
-        assert list(pool.run(divmod, ((i, 7) for i in range(50)))) == [divmod(i, 7) for i in range(50)]
+    assert list(in_processes(lambda i: 7 * i, range(50), 2)) == [7 * i for i in range(50)]
 
 
 def test_a_second_prepare_waits_not(photos: Path, tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ def test_the_order_depends_on_position_alone(n: int, seed: int, start: int, step
     assert order(n, seed, epoch * n, n).sort().values.tolist() == list(range(n))
 
 
+def test_epochs_and_seeds_differ() -> None:
+    assert not torch.equal(order(10, 3, 0, 10), order(10, 3, 10, 10))
+    assert not torch.equal(order(10, 3, 0, 10), order(10, 4, 0, 10))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_together_read_the_global_order(size: int) -> None:
     data = digits()
@@ -64,7 +69,7 @@ def test_states_of_others_are_refused() -> None:
         BatchReader(open_dataset("digits", max_images=9), batch=4, seed=0).load_state_dict(state)
     reader = BatchReader(data, batch=4, seed=0)
     for bad, words in (
-        ({}, "lacks 'position'"),
+        ({}, "is of seed=None"),
         (state | {"position": -1}, "position=-1"),
         (state | {"position": 1.5}, "1.5"),
     ):
