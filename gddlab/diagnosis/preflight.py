@@ -350,5 +350,5 @@ def _timed(trainer: Trainer, world: World) -> float:
 def _checkpoint_bytes(trainer: Trainer) -> int:
     from gddlab.distill.checkpoints import training_state
 
-    state = training_state(trainer.step, trainer.ema, trainer.ada)
+    state = training_state(trainer.step, trainer.ema)
     return sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
