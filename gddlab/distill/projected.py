@@ -49,20 +49,16 @@ def load_embedding(path: str | Path, rows: int) -> Tensor:
         raise GddlabError(f"class embedding {path}: give one of {', '.join(READERS)}")
     if not path.is_file():
         raise NotFound(f"class embedding {path}: no such file")
+    wanted = f"give one array of ({rows}, {EMBEDDING}), or of more rows"
     try:
         loaded = READERS[path.suffix](path)
         tensors = [torch.as_tensor(a) for a in (loaded.values() if isinstance(loaded, Mapping) else [loaded])]
     except Exception as e:  # each reader has its own
-        raise GddlabError(
-            f"class embedding {path} cannot be read ({type(e).__name__}): give an array of ({rows}, {EMBEDDING})"
-        ) from None
-    if len(tensors) != 1:
-        raise GddlabError(f"class embedding {path} holds {len(tensors)} arrays: give one of ({rows}, {EMBEDDING})")
-    (table,) = tensors
-    if table.ndim != 2 or table.shape[1] != EMBEDDING or table.shape[0] < rows:
-        raise GddlabError(
-            f"class embedding {path} is {tuple(table.shape)}: give ({rows}, {EMBEDDING}), or more rows than {rows}"
-        )
+        raise GddlabError(f"class embedding {path} cannot be read ({type(e).__name__}): {wanted}") from None
+    shapes = [tuple(t.shape) for t in tensors]
+    if len(shapes) != 1 or shapes[0][1:] != (EMBEDDING,) or shapes[0][0] < rows:
+        raise GddlabError(f"class embedding {path} holds {', '.join(map(str, shapes))}: {wanted}")
+    table = tensors[0]
     if not table.is_floating_point() or not table[:rows].isfinite().all():
         raise GddlabError(f"class embedding {path} holds values that are not finite floating point numbers")
     return table[:rows]

@@ -153,9 +153,6 @@ class Recorder:
         self.say(f"{kimg:9.2f} kimg  {name} {value:.4g}{'  best so far' if best else ''}")
         return best
 
-    def close(self) -> None:
-        self.writer.close()
-
 
 def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_size: int) -> dict[str, Any]:
     """What ran: versions, commit, hashes of teacher, mask, data and backbones, processes, hardware."""

@@ -286,7 +286,7 @@ class Trainer:
             raise
         ema = self.whole(self.ema) if state == "done" else None
         if self.recorder:
-            self.recorder.close()
+            self.recorder.writer.close()
             if ema is not None:
                 save_network(ema, c.run_dir / "student.safetensors", **self.student_meta())
             why = {} if self.why_stopped is None else {"message": self.why_stopped}

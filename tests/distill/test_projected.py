@@ -201,10 +201,10 @@ def test_an_embedding_from_a_file(suffix: str, tmp_path: Path) -> None:
 def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
     good = np.zeros((5, 320), dtype=np.float32)
     for name, table, match in (
-        ("few.npy", good[:2], r"few\.npy is \(2, 320\): give \(3, 320\)"),
-        ("narrow.pt", good[:, :300].copy(), r"is \(5, 300\)"),
-        ("flat.npz", good[0], r"is \(320,\)"),
-        ("two.npz", {"a": good, "b": good}, "holds 2 arrays"),
+        ("few.npy", good[:2], r"few\.npy holds \(2, 320\): give one array of \(3, 320\)"),
+        ("narrow.pt", good[:, :300].copy(), r"holds \(5, 300\)"),
+        ("flat.npz", good[0], r"holds \(320,\)"),
+        ("two.npz", {"a": good, "b": good}, r"holds \(5, 320\), \(5, 320\)"),
         ("whole.npy", good.astype(int), "not finite floating point"),
         ("nan.npy", good + np.nan, "not finite floating point"),
     ):
