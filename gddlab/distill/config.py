@@ -46,7 +46,6 @@ class RunSettings(Settings):
     """The configuration of a run, which is written to its folder."""
 
     run_dir: Path
-    """Folder of the run."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the folder left out."""
@@ -94,6 +93,8 @@ class TrainConfig(RunSettings):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     noun: ClassVar[str] = "configuration field"
 
+    run_dir: Path
+    """Folder of the run."""
     teacher: str = "digits"
     """Teacher: a name, or the path of a .safetensors or EDM .pkl file."""
     data: str = "digits"

@@ -194,12 +194,12 @@ class InstancePart(Part):
 
 
 class Progressive(InstancePart):
-    """Progressive distillation (Salimans & Ho 2022): one step of the student is to arrive where two steps do.
+    """Progressive distillation: one step of the student is to arrive where two steps do.
 
     A coarse grid of M steps, M a power of two below N drawn for each image; t and s are neighbours on it, u lies in the
     middle. The target of g(x_t; t, s) is the image from which one Euler step t -> s arrives where the two steps
-    t -> u -> s do (their algorithm 2, with alpha = 1). One student learns all M at once, in place of a series of
-    students.
+    t -> u -> s do (Salimans & Ho 2022, algorithm 2, with alpha = 1). One student learns all M at once, in place of a
+    series of students.
     """
 
     kind: Suppress[Literal["pd"]] = "pd"

@@ -29,6 +29,8 @@ from gddlab.sampling import sample, save_grid
 class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
 
+    run_dir: Path
+    """Folder of log, checkpoint, samples and the finished teacher."""
     data: str = "digits"
     """Dataset by name."""
     conditional: bool = False
