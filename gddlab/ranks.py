@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import torch
@@ -34,7 +34,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    group: Any = None
+    group: Any = field(default=None, kw_only=True)
 
     def all(self, flag: bool) -> bool:
         """Whether the flag is set on every rank."""
@@ -135,7 +135,7 @@ def joined(nproc: int | None) -> Iterator[Ranks]:
         return
     group = dist.new_group(backend="gloo", timeout=WAIT)  # for tensors on the CPU
     try:
-        yield Ranks(ranks.rank, ranks.size, group)
+        yield Ranks(ranks.rank, ranks.size, group=group)
     finally:
         dist.destroy_process_group(group)
 

@@ -327,7 +327,7 @@ def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callabl
         trainer.iteration = config.r1_interval
         lazy = max(0.0, seconds() - statistics.median(plain)) / config.r1_interval
     peak = peak_memory_mib(device)
-    state = training_state(trainer.step, trainer.ema, trainer.ada)
+    state = training_state(trainer.step, trainer.ema)
     tensors = [t for part in state.values() for t in part.values()]
     return {
         "batch": batch,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gddlab.datasets import ImageDataset, order
+from gddlab.datasets import order
 from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
@@ -24,48 +23,18 @@ from gddlab.sampling import latents
 from gddlab.sampling.samplers import positive
 
 
-@dataclass(frozen=True)
-class FreshNoise:
-    """Batches of a student's inputs, made again by each iteration: unit noise (B, C, H, W), one-hot labels or None.
-
-    Attributes:
-        student: Whose inputs; on its device, in its precision.
-        data: Where classes come from, in its order under `seed`.
-        n, batch_size: Images in all, and images per batch.
-        seed: Image i has noise of seed `seed` + i.
-    """
-
-    student: OneStepPrecond
-    data: ImageDataset
-    n: int
-    batch_size: int
-    seed: int
-
-    def __len__(self) -> int:
-        return self.n // self.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        net, like = self.student, next(self.student.parameters())
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        for i in range(0, self.n, self.batch_size):
-            z = latents(range(self.seed + i, self.seed + i + self.batch_size), shape).to(like)
-            index = order(len(self.data), self.seed, i, self.batch_size)
-            labels = self.data.labels(index).to(like) if net.label_dim else None
-            yield Batch(net.sigma_g, (z, labels), self.batch_size)
-
-
 class AdversarialProblem(NamedTuple):
     """Arguments of `gddlab.grad_probe`: `grad_probe(*adversarial_problem(run_dir))`.
 
     Attributes:
         student: The generator as it is trained, not its average.
         loss: (student, (z, labels)) -> (), the generator's loss, mean over images, without `adversarial_weight`.
-        batches: Fresh noise at the student's sigma.
+        batches: Unit noise (B, C, H, W) and one-hot labels or None, at the student's sigma.
     """
 
     student: OneStepPrecond
     loss: Callable[[nn.Module, Any], Tensor]
-    batches: FreshNoise
+    batches: list[Batch]
 
 
 def adversarial_problem(
@@ -80,7 +49,7 @@ def adversarial_problem(
         run_dir: A run directory; it is only read.
         n: Images, a multiple of `batch_size`.
         batch_size: Images per batch; None is the run's own, over all its processes.
-        seed: Of noise and classes.
+        seed: Image i has noise of seed `seed` + i; classes come in the order of the data under `seed`.
 
     Raises:
         GddlabError: No run, no discriminator or no checkpoint; teacher or data are missing; `n` is no multiple.
@@ -107,4 +76,11 @@ def adversarial_problem(
         logits = functional_call(d, buffers, (net.generate(z, labels), labels))
         return g_loss(logits, kind)
 
-    return AdversarialProblem(student, loss, FreshNoise(student, trainer.data, n, size, seed))
+    like, shape = next(student.parameters()), (student.img_channels, student.img_resolution, student.img_resolution)
+    batches = []
+    for i in range(0, n, size):
+        z = latents(range(seed + i, seed + i + size), shape).to(like)
+        index = order(len(trainer.data), seed, i, size)
+        labels = trainer.data.labels(index).to(like) if student.label_dim else None
+        batches.append(Batch(student.sigma_g, (z, labels), size))
+    return AdversarialProblem(student, loss, batches)

@@ -17,8 +17,12 @@ P = float | Tensor
 """A probability: a number, or a 0-d tensor that is never read on the host."""
 
 
-class AugmentPipe(nn.Module):
-    """Random operations on images, as a pure function of images, uniform numbers and a probability.
+INTERVAL = 4
+"""Iterations between two steps of ADA's probability."""
+
+
+class Augmentation(nn.Module):
+    """Random operations on images, a function of images, uniform numbers and a probability that ADA may move.
 
     Each image is treated alone, by its own row of numbers: draw those of the global batch once, on the CPU, and give
     every process and micro-batch its rows. Each elementary operation happens with probability `p`, independently; p = 1
@@ -49,49 +53,70 @@ class AugmentPipe(nn.Module):
     ideal warp on photographs at 32 pixels; 85 % with bilinear sampling), the finest detail may alias where an image
     shrinks.
 
-    Args:
-        ops: Names among `OPS`, applied in this order.
+    With a target, p is held where the discriminator overfits to that degree (section 3.2). Overfitting is measured by
+    r_t = E[sign(D(real))], between 0 (none) and 1. Every `INTERVAL` iterations p takes a step up where the mean of r_t
+    is above the target, down where it is below; it stays within [0, 1], and as it is where r_t is not a number. The
+    state is then three buffers on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host reads none
+    of them.
 
-    Raises:
-        GddlabError: An unknown name, or the same operation twice.
+    Args:
+        part: Operations, probability or target.
+        mean: Mean of a tensor over processes (`World.mean`), for signs of one process.
     """
 
-    width: int
-    """Uniform numbers per image."""
+    p: Tensor | float
+    """Probability of each elementary operation now."""
+    sum: Tensor
+    count: Tensor
 
-    def __init__(self, ops: Sequence[str]):
+    def __init__(self, part: Augment, *, mean: Callable[[Tensor], Tensor] = lambda t: t):
         super().__init__()
-        self.ops = _elementary(ops)
+        self.ops, self.target, self.speed_kimg, self.mean = _elementary(part.ops), part.ada_target, part.ada_kimg, mean
         self.width = sum(_OPS[n][1] for n in self.ops)
+        """Uniform numbers per image."""
+        if self.target is None:
+            self.p = part.p
+            return
+        for name in ("p", "sum", "count"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
-    def extra_repr(self) -> str:
-        return ", ".join(self.ops)
-
-    def forward(self, images: Tensor, u: Tensor, p: P = 1.0) -> Tensor:
+    def forward(self, images: Tensor, u: Tensor) -> Tensor:
         """Augmented images.
 
         Args:
             images: (B, C, R, R) in [-1, 1], C = 1 or 3; the result can leave the range.
             u: (B, width) in [0, 1), of the images' dtype and device.
-            p: Probability of each elementary operation, in [0, 1].
-
-        Raises:
-            GddlabError: Images or numbers of another shape or dtype; a number p out of range.
         """
-        if not isinstance(p, Tensor) and not 0 <= p <= 1:
-            raise GddlabError(f"p={p}: an augmentation probability lies in [0, 1]")
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
-            raise GddlabError(
-                f"images of shape {tuple(images.shape)}: augmentation takes square ones, (B, 1 or 3, R, R)"
-            )
-        if u.shape != (len(images), self.width) or u.dtype != images.dtype:
-            raise GddlabError(
-                f"u is {tuple(u.shape)} {u.dtype}: {len(images)} images need {(len(images), self.width)} {images.dtype}"
-            )
+        assert images.shape[1] in (1, 3) and images.shape[2] == images.shape[3]
+        assert u.shape == (len(images), self.width) and u.dtype == images.dtype
         with torch.autocast(images.device.type, enabled=False):
             for name, part in zip(self.ops, u.split([_OPS[n][1] for n in self.ops], dim=1), strict=True):
-                images = _OPS[name][0](images, part.unbind(1), p)
+                images = _OPS[name][0](images, part.unbind(1), self.p)
         return images
+
+    @torch.no_grad()
+    def observe(self, signs: Tensor, batch: int) -> dict[str, Tensor]:
+        """After each iteration: takes the mean sign of the logits of its real images, and steps p where that is due.
+
+        Args:
+            signs: 0-d, in [-1, 1].
+            batch: Images per iteration, over all processes.
+
+        Returns:
+            The probability of the iteration, by name; nothing without a target.
+        """
+        if self.target is None:
+            return {}
+        assert isinstance(self.p, Tensor)
+        was = self.p.clone()
+        self.sum += self.mean(signs)
+        self.count += 1
+        due = self.count >= INTERVAL
+        step = torch.sign(self.sum / self.count - self.target) * self.count * (batch / (self.speed_kimg * 1000))
+        self.p.copy_(torch.where(due, (self.p + step).clamp(0, 1), self.p))
+        self.sum.masked_fill_(due, 0)
+        self.count.masked_fill_(due, 0)
+        return {"ada/p": was}
 
 
 def _elementary(names: Sequence[str]) -> tuple[str, ...]:
@@ -128,6 +153,12 @@ def _integer(u: Tensor, low: int, high: int) -> Tensor:
     return ((u * (high - low + 1)).floor() + low).clamp(max=high)
 
 
+def _pixels(x: Tensor, h: Tensor, v: Tensor) -> Tensor:
+    """Whole pixels to the right and down, up to 1/8 of the size each way.  -> (B, 2)"""
+    far = round(x.shape[-1] / 8)
+    return torch.stack([_integer(h, -far, far), _integer(v, -far, far)], 1)
+
+
 def _color(x: Tensor, u: Uniforms, p: P) -> Tensor:
     on, brightness, saturation, contrast = (_image(t) for t in u)
     y = x + (brightness - 0.5)
@@ -140,10 +171,8 @@ def _color(x: Tensor, u: Uniforms, p: P) -> Tensor:
 
 def _translation(x: Tensor, u: Uniforms, p: P) -> Tensor:
     on, h, v = u
-    far = round(x.shape[-1] / 8)
-    shift = torch.stack([_integer(h, -far, far), _integer(v, -far, far)], 1)  # (B, 2), pixels to the right and down
     eye = torch.eye(2, dtype=x.dtype, device=x.device).expand(len(x), 2, 2)
-    return _warp(x, eye, shift, on < p, mode="nearest", padding="zeros")
+    return _warp(x, eye, _pixels(x, h, v), on < p, mode="nearest", padding="zeros")
 
 
 def _cutout(x: Tensor, u: Uniforms, p: P) -> Tensor:
@@ -164,9 +193,7 @@ def _blit(x: Tensor, u: Uniforms, p: P) -> Tensor:
     on_flip, flip, on_turn, turn, on_shift, h, v = u
     mirrored = (on_flip < p) & (flip < 0.5)
     quarters = torch.where(on_turn < p, _integer(turn, 0, 3), 0.0)
-    far = round(x.shape[-1] / 8)
-    shift = torch.stack([_integer(h, -far, far), _integer(v, -far, far)], 1)  # (B, 2)
-    shift = torch.where((on_shift < p)[:, None], shift, 0.0)
+    shift = torch.where((on_shift < p)[:, None], _pixels(x, h, v), 0.0)
     sign = torch.where(mirrored, -1.0, 1.0).to(x.dtype)
     linear = _rotation(quarters * (math.pi / 2)) @ torch.diag_embed(torch.stack([sign, torch.ones_like(sign)], 1))
     moved = mirrored | (quarters > 0) | (shift != 0).any(1)
@@ -238,70 +265,6 @@ OPS = (*_OPS, "bgc")
 """Names of the operations."""
 
 
-class AdaController(nn.Module):
-    """Holds the augmentation probability `p` at which the discriminator overfits to a set degree (section 3.2).
-
-    Overfitting is measured by r_t = E[sign(D(real))], between 0 (none) and 1. Every `interval` iterations p takes a
-    step up where the mean of r_t is above the target, down where it is below. With these steps p could go from 0 to 1
-    in `speed_kimg` thousand images; it stays within [0, 1]. Where r_t is not a number, p stays as it is.
-
-    The state is three buffers of fixed form on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the
-    host reads none of them.
-
-    Args:
-        target: r_t to hold, in (-1, 1).
-        interval: Iterations between two steps of p.
-        speed_kimg: Thousands of images in which p can go from 0 to 1.
-        mean: Mean of a tensor over processes (`World.mean`), for signs of one process; None for signs of all.
-
-    Raises:
-        GddlabError: A value out of range.
-    """
-
-    p: Tensor
-    """Augmentation probability now."""
-    sum: Tensor
-    count: Tensor
-
-    def __init__(
-        self,
-        target: float = 0.6,
-        *,
-        interval: int = 4,
-        speed_kimg: float = 500.0,
-        mean: Callable[[Tensor], Tensor] | None = None,
-    ):
-        super().__init__()
-        if not -1 < target < 1:
-            raise GddlabError(f"target={target}: ADA's target is a mean of signs, in (-1, 1); the paper's is 0.6")
-        if interval < 1:
-            raise GddlabError(f"interval={interval}: give the iterations between two steps of p, 1 or more")
-        if not speed_kimg > 0:
-            raise GddlabError(f"speed_kimg={speed_kimg}: give thousands of images, more than 0; the paper's is 500")
-        self.target, self.interval, self.speed_kimg, self.mean = target, interval, speed_kimg, mean
-        for name in ("p", "sum", "count"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def observe(self, signs_mean: Tensor) -> None:
-        """Takes the mean sign of the discriminator's logits on this iteration's real images, 0-d, in [-1, 1]."""
-        self.sum += signs_mean if self.mean is None else self.mean(signs_mean)
-        self.count += 1
-
-    @torch.no_grad()
-    def update(self, batch: int) -> None:
-        """Steps p once `interval` iterations were observed since its last step; call it after each iteration.
-
-        Args:
-            batch: Images per iteration, over all processes.
-        """
-        due = self.count >= self.interval
-        step = torch.sign(self.sum / self.count - self.target) * self.count * (batch / (self.speed_kimg * 1000))
-        self.p.copy_(torch.where(due, (self.p + step).clamp(0, 1), self.p))
-        self.sum.masked_fill_(due, 0)
-        self.count.masked_fill_(due, 0)
-
-
 class Augment(Settings):
     """Augments what the discriminator sees, real and generated; R1 sees plain images."""
 
@@ -325,12 +288,8 @@ class Augment(Settings):
             )
         return self
 
-    def build(self, world: World) -> tuple[AugmentPipe, AdaController | None]:
-        """The operations, and ADA's controller where a target is set."""
-        if self.ada_target is None:
-            return AugmentPipe(self.ops), None
-        ada = AdaController(self.ada_target, speed_kimg=self.ada_kimg, mean=world.mean)
-        return AugmentPipe(self.ops), ada.to(world.device)
+    def build(self, world: World) -> Augmentation:
+        return Augmentation(self, mean=world.mean).to(world.device)
 
     def describe(self) -> str:
         """A few words for a report."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.distill.augment import AdaController
-from gddlab.distill.config import TrainConfig
+from gddlab.distill.config import DTYPES, TrainConfig
 from gddlab.distill.distributed import World, shard
-from gddlab.distill.step import DTYPES, GanStep
+from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
@@ -48,24 +46,20 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
 
 def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, world_size: int = 1) -> None:
     """Refuses a teacher, data, mask, batch and discriminator that do not fit each other; nothing is built."""
-    for what, a, b in (
-        ("resolution", teacher.img_resolution, data.resolution),
-        ("channels", teacher.img_channels, data.channels),
-    ):
-        if a != b:
-            raise GddlabError(
-                f"teacher {config.teacher!r} has {what} {a}, data {config.data!r} has {b}: give a pair that fits"
-            )
     if teacher.label_dim and not data.classes:
         raise GddlabError(
             f"teacher {config.teacher!r} is conditional with {teacher.label_dim} classes, data {config.data!r} has no "
             "labels: give labelled data (`gddlab prepare` makes it from class folders)"
         )
-    if teacher.label_dim not in (0, data.classes):
-        raise GddlabError(
-            f"teacher {config.teacher!r} has {teacher.label_dim} classes, data {config.data!r} has {data.classes}: "
-            "give a pair that fits"
-        )
+    for what, a, b in (
+        ("resolution", teacher.img_resolution, data.resolution),
+        ("channels", teacher.img_channels, data.channels),
+        ("classes", teacher.label_dim, data.classes if teacher.label_dim else 0),
+    ):
+        if a != b:
+            raise GddlabError(
+                f"teacher {config.teacher!r} has {what} {a}, data {config.data!r} has {b}: give a pair that fits"
+            )
     if config.batch % world_size:
         raise GddlabError(f"batch={config.batch} on {world_size} processes: give a multiple of {world_size}")
     part = config.batch // world_size
@@ -96,16 +90,11 @@ def build_student(config: TrainConfig, teacher: Precond) -> OneStepPrecond:
     return g
 
 
-class Built(NamedTuple):
-    """What is trained: the step with student and discriminator; the student's average, a copy; ADA's controller."""
+def build_step(config: TrainConfig, teacher: Precond, world: World) -> tuple[GanStep, OneStepPrecond]:
+    """The step with student, discriminator and losses, and the student's average.
 
-    step: GanStep
-    ema: OneStepPrecond
-    ada: AdaController | None
-
-
-def build_step(config: TrainConfig, teacher: Precond, world: World) -> Built:
-    """Student, discriminator and losses on their device, seeded, sharded and compiled as the configuration asks."""
+    On their device, seeded, sharded and compiled as the configuration asks.
+    """
     dtype = DTYPES[config.precision]
     torch.manual_seed(config.seed)
     d = None
@@ -124,8 +113,8 @@ def build_step(config: TrainConfig, teacher: Precond, world: World) -> Built:
     instance = None
     if config.instance is not None:
         instance = config.instance.build(teacher, device=world.device, dtype=dtype)
-    augment, ada = (None, None) if config.augment is None else config.augment.build(world)
-    step = GanStep(config, g, d, world, instance=instance, augment=augment, ada=ada)
+    augment = None if config.augment is None else config.augment.build(world)
+    step = GanStep(config, g, d, world, instance=instance, augment=augment)
     if config.compile:
         g.compile()
-    return Built(step, ema, ada)
+    return step, ema

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from gddlab.distill.augment import AdaController
 from gddlab.distill.distributed import World
 from gddlab.distill.step import GanStep
 from gddlab.ema import local
@@ -33,26 +32,24 @@ FULL = 1 << 20
 """Bytes; a disk with less free space counts as full."""
 
 
-def training_state(step: GanStep, ema: nn.Module, ada: AdaController | None = None) -> dict[str, dict[str, Tensor]]:
+def training_state(step: GanStep, ema: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Every tensor of a checkpoint, by part and name: networks, average, moments of both optimisers, augmentation."""
     state = {"g": step.g.state_dict(), "ema": ema.state_dict(), "opt_g": _optimizer_tensors(step.opt_g, step.g)}
     if step.opt_d is not None:
         state |= {"d": step.d.state_dict(), "opt_d": _optimizer_tensors(step.opt_d, step.d)}
-    if ada is not None:
-        state["ada"] = ada.state_dict()
+    if step.augment is not None and (ada := step.augment.state_dict()):
+        state["ada"] = ada
     return state
 
 
-def set_training_state(
-    state: Mapping[str, Any], step: GanStep, ema: nn.Module, ada: AdaController | None = None
-) -> None:
+def set_training_state(state: Mapping[str, Any], step: GanStep, ema: nn.Module) -> None:
     """Restores what was read into a `training_state`; the optimisers' tensors were read in place."""
     step.g.load_state_dict(state["g"])
     ema.load_state_dict(state["ema"])
     if step.adversarial:
         step.d.load_state_dict(state["d"])
-    if ada is not None:
-        ada.load_state_dict(state["ada"])
+    if "ada" in state and step.augment is not None:
+        step.augment.load_state_dict(state["ada"])
 
 
 def _optimizer_tensors(opt: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -63,9 +60,12 @@ def _optimizer_tensors(opt: torch.optim.Optimizer, module: nn.Module) -> dict[st
 def checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first: those up to the one that the pointer `latest` names."""
     folder = run_dir / "checkpoints"
-    found = sorted((p for p in folder.glob("*") if NAME.fullmatch(p.name)), key=lambda p: float(p.name))
-    latest = _pointer(folder, LATEST)
-    return [p for p in found if (p / "meta.json").exists() and (latest is None or float(p.name) <= float(latest))]
+    latest = float(_pointer(folder, LATEST) or "inf")
+    return [p for p in _named(folder) if (p / "meta.json").exists() and float(p.name) <= latest]
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("*") if NAME.fullmatch(p.name)), key=lambda p: float(p.name))
 
 
 class Loaded(NamedTuple):
@@ -175,7 +175,8 @@ class Checkpoints:
         files = {p.name: [p.stat().st_size, file_sha256(p)] for p in sorted(tmp.iterdir())}
         write_json(tmp / "meta.json", meta | {"files": files})
         fsync_dir(tmp)
-        shutil.rmtree(final, ignore_errors=True)  # beyond `latest`, or damaged
+        listed = checkpoints(self.run_dir)
+        _remove(p for p in _named(self.folder) if p == final or p not in listed)  # beyond `latest`, or damaged
         tmp.replace(final)
         fsync_dir(self.folder)
         if best:
@@ -185,7 +186,6 @@ class Checkpoints:
         for old in checkpoints(self.run_dir)[: -self.keep]:
             if old.name != kept:
                 shutil.rmtree(old)
-        _remove(self.folder.glob("*.damaged"))
 
     def load(self, state: dict[str, Any]) -> Loaded | None:
         """Reads the newest complete checkpoint into `state`; None if there is none. Nothing is written.
@@ -193,53 +193,39 @@ class Checkpoints:
         Raises:
             GddlabError: There are checkpoints, and none is complete.
         """
-        chosen: list[Any] = [None, [], None]
-        if self.world.rank == 0:
-            try:
-                chosen[:2] = self._newest()
-            except GddlabError as e:
-                chosen[2] = str(e)
-        name, damaged, refusal = self.world.broadcast(chosen)
-        if refusal is not None:
-            raise GddlabError(refusal)
-        if name is None:
+        with self.world.together():
+            chosen = self._newest() if self.world.rank == 0 else None
+        chosen = self.world.gather_objects(chosen)[0]
+        if chosen is None:
             return None
+        name, damaged = chosen
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=self.folder / name, process_group=self.world.control)
+            dcp.load(state, checkpoint_id=self.folder / name, process_group=self.world.group)
         return Loaded(read_json(self.folder / name / "meta.json"), name, damaged)
 
     def clean_up(self, loaded: Loaded | None) -> None:
-        """Before a training continues: renames damaged checkpoints to NAME.damaged, removes what was half written."""
+        """Before a training continues: passes over damaged checkpoints, removes what was half written."""
         if self.world.rank:
             return
         _remove(self.folder.glob(".*.tmp"))
-        if loaded is None:
-            return
-        newer = [p for p in self.folder.glob("*") if NAME.fullmatch(p.name) and float(p.name) > float(loaded.name)]
-        _remove(p.with_name(f"{p.name}.damaged") for p in newer)
-        for path in newer:
-            path.replace(path.with_name(f"{path.name}.damaged"))
-        if loaded.damaged:
+        if loaded is not None and loaded.damaged:
             write_text(self.folder / LATEST, loaded.name + "\n")
 
-    def _newest(self) -> tuple[str | None, list[str]]:
-        found = checkpoints(self.run_dir)
-        damaged: dict[str, str] = {}
-        whole: Path | None = None
-        for path in reversed(found):
+    def _newest(self) -> tuple[str, list[str]] | None:
+        """Name of the newest complete checkpoint, and what is wrong with newer ones."""
+        damaged: list[str] = []
+        for path in reversed(checkpoints(self.run_dir)):
             why = _damage(path)
             if why is None:
-                whole = path
-                break
-            damaged[path.name] = why
-        if found and whole is None:
-            what = "; ".join(f"{k}: {v}" for k, v in damaged.items())
+                return path.name, damaged
+            damaged.append(f"{path.name}: {why}")
+        if damaged:
             raise GddlabError(
-                f"{self.run_dir}: no checkpoint is complete ({what}): "
+                f"{self.run_dir}: no checkpoint is complete ({'; '.join(damaged)}): "
                 "restore one, or remove the folder checkpoints to start again"
             )
-        return None if whole is None else whole.name, [f"{k}: {v}" for k, v in damaged.items()]
+        return None
 
 
 def _remove(folders: Iterable[Path]) -> None:

@@ -10,13 +10,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gddlab.distill.augment import Augment
 from gddlab.distill.instance import Consistency, FromNoise, Progressive, Trajectory
 from gddlab.distill.lpips import LPIPS
-from gddlab.distill.parts import PLAIN, Settings, not_plain
+from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
@@ -25,14 +26,8 @@ from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 
 
-def _mask(value: Any) -> FreezeMask | None:
-    if value is None or isinstance(value, FreezeMask):
-        return value
-    if isinstance(value, (str, Path)):
-        return FreezeMask.load(value)
-    if isinstance(value, PLAIN):
-        raise GddlabError(f"mask={value!r}: give a FreezeMask, the path of a saved one, or None")
-    raise GddlabError(not_plain("mask", value))
+def _mask(value: Any) -> Any:
+    return FreezeMask.load(value) if isinstance(value, (str, Path)) else value
 
 
 Discriminators = Annotated[
@@ -43,7 +38,56 @@ InstanceLosses = Annotated[
 ]
 
 
-class TrainConfig(Settings):
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""Of weights and images by `precision`; bfloat16 is autocast's."""
+
+
+class RunSettings(Settings):
+    """The configuration of a run, which is written to its folder."""
+
+    run_dir: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that determines the result; the folder left out."""
+        return self.model_dump(mode="json", exclude={"run_dir"})
+
+    def first_difference(self, other: dict[str, Any]) -> str | None:
+        """The first field in which a written configuration differs from this one, with both values; None if equal.
+
+        A field that did not exist when the other was written had its default.
+        """
+        defaults = type(self).model_construct(run_dir=Path()).to_json()
+        for name, here in self.to_json().items():
+            there = other.get(name, defaults.get(name))
+            if not isinstance(here, dict) or not isinstance(there, dict) or here.get("kind") != there.get("kind"):
+                if there != here:
+                    return f"{name} is {_short(there)} there, {_short(here)} here"
+                continue
+            there = type(getattr(self, name)).model_construct().model_dump(mode="json") | there
+            for field, value in here.items():
+                if there[field] != value:
+                    return f"{name}.{field} is {there[field]!r} there, {value!r} here"
+        return None
+
+    def write(self) -> None:
+        """Writes config.json; the same configuration again is accepted.
+
+        Raises:
+            GddlabError: The folder holds a run of another configuration; nothing is written.
+        """
+        path = self.run_dir / "config.json"
+        if not path.exists():
+            write_json(path, self.to_json())
+        elif difference := self.first_difference(read_json(path)):
+            raise GddlabError(f"{self.run_dir} holds another run: {difference}; use a new run_dir")
+
+
+def _short(value: Any) -> str:
+    """A value of a field; a part that comes in kinds by its kind."""
+    return repr(value["kind"] if isinstance(value, dict) and "kind" in value else value)
+
+
+class TrainConfig(RunSettings):
     """A GDD run (without a mask), a GDD-I run (with one), or an instance-based baseline; presets make it."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -190,64 +234,24 @@ class TrainConfig(Settings):
         out = self.model_dump(mode="json", exclude={"run_dir", "mask"})
         return out | {"mask": None if self.mask is None else self.mask.hash}
 
-    def first_difference(self, other: dict[str, Any]) -> str | None:
-        """The first field in which a written configuration differs from this one, with both values; None if equal.
-
-        A field that did not exist when the other was written had its default.
-        """
-        defaults = TrainConfig.model_construct(run_dir=Path()).model_dump(mode="json", exclude={"run_dir", "mask"})
-        for name, here in self.to_json().items():
-            there = other.get(name, defaults.get(name))
-            if not isinstance(here, dict) or not isinstance(there, dict) or here.get("kind") != there.get("kind"):
-                if there != here:
-                    return f"{name} is {_short(there)} there, {_short(here)} here"
-                continue
-            there = type(getattr(self, name)).model_construct().model_dump(mode="json") | there
-            for field, value in here.items():
-                if there[field] != value:
-                    return f"{name}.{field} is {there[field]!r} there, {value!r} here"
-        return None
-
     def write(self) -> None:
         """Writes config.json and mask.json; the same configuration again is accepted.
 
         Raises:
             GddlabError: The folder holds a run of another configuration; nothing is written.
         """
-        path = self.run_dir / "config.json"
-        if path.exists():
-            difference = self.first_difference(_written(self.run_dir))
-            if difference:
-                raise GddlabError(f"{self.run_dir} holds another run: {difference}; use a new run_dir")
-            return
-        if self.mask is not None:
+        if self.mask is not None and not (self.run_dir / "config.json").exists():
             self.mask.save(self.run_dir / "mask.json")
-        write_json(path, self.to_json())
+        super().write()
 
     @classmethod
     def load(cls, run_dir: str | Path) -> TrainConfig:
         """The configuration of a run directory."""
         run_dir = Path(run_dir)
-        values = _written(run_dir)
+        values: dict[str, Any] = read_json(run_dir / "config.json")
         if "mask" not in values:
             raise GddlabError(f"{run_dir / 'config.json'} does not say which mask, or none: it is damaged")
         mask = FreezeMask.load(run_dir / "mask.json") if values["mask"] else None
         if mask is not None and mask.hash != values["mask"]:
             raise GddlabError(f"{run_dir / 'mask.json'} is not the mask of this run: restore it or use a new run_dir")
         return cls(**(values | {"run_dir": run_dir, "mask": mask}))
-
-
-def _written(run_dir: Path) -> dict[str, Any]:
-    """config.json of a run."""
-    values: dict[str, Any] = read_json(run_dir / "config.json")
-    if "backbones" in values:
-        raise GddlabError(
-            f"{run_dir / 'config.json'} is of an older version, whose fields were not yet in parts: "
-            "use the version in its provenance.json, or train it again in a new run_dir"
-        )
-    return values
-
-
-def _short(value: Any) -> str:
-    """A value of a field; a part that comes in kinds by its kind."""
-    return repr(value["kind"] if isinstance(value, dict) and "kind" in value else value)

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.layers import UNetBlock
+from gddlab.ranks import Ranks
 from gddlab.runtime import chosen_device
 
 ROLL_CALL_S = 10.0
+CPU = torch.device("cpu")
 
 
 def _timed_out(error: BaseException | None) -> bool:
@@ -35,20 +36,16 @@ def _timed_out(error: BaseException | None) -> bool:
 
 
 @dataclass(frozen=True)
-class World:
-    """One process of a run.
+class World(Ranks):
+    """One process of a run; `group` is of gloo, so that what the ranks decide never waits for an accelerator.
 
     Attributes:
-        rank, size, device: Which process, of how many, and where it computes.
-        control: A gloo group for decisions, so that they never wait for an accelerator.
+        device: Where it computes.
         saving: A group for checkpoints, which are written beside the training.
         store: Where ranks can meet when a group fails; in rank 0 or in torchrun.
     """
 
-    rank: int
-    size: int
-    device: torch.device
-    control: Any = None
+    device: torch.device = CPU
     saving: Any = None
     store: Any = None
 
@@ -82,7 +79,7 @@ class World:
             is_master=False,
             timeout=datetime.timedelta(seconds=ROLL_CALL_S),
         )
-        return cls(rank, size, where, control, saving, store)
+        return cls(rank, size, where, saving, store, group=control)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -96,7 +93,7 @@ class World:
         if self.store is None or not _timed_out(error):
             return None
         missing = [0]  # rank 0 may hold the store, and a store that hangs answers nobody
-        call = threading.Thread(target=lambda: missing.__setitem__(slice(None), self._roll_call()), daemon=True)
+        call = threading.Thread(target=self._roll_call, args=(missing,), daemon=True)
         call.start()
         call.join(2 * ROLL_CALL_S)
         if not missing:
@@ -104,34 +101,28 @@ class World:
         names, many = ", ".join(map(str, missing)), len(missing) > 1
         return f"ranks {names} have not answered" if many else f"rank {names} has not answered"
 
-    def _roll_call(self) -> list[int]:
-        """Ranks that do not answer within some seconds."""
+    def _roll_call(self, missing: list[int]) -> None:
+        """Puts the ranks that do not answer within some seconds into `missing`."""
         keys = [f"gddlab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/answers/{r}" for r in range(self.size)]
         self.store.set(keys[self.rank], "yes")
         end = time.monotonic() + ROLL_CALL_S
-        while missing := [r for r, key in enumerate(keys) if not self.store.check([key])]:
+        while silent := [r for r, key in enumerate(keys) if not self.store.check([key])]:
             if time.monotonic() > end:
                 break
             time.sleep(0.1)
-        return missing
+        missing[:] = silent
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""
         if self.size == 1:
             return flag
         t = torch.tensor(int(flag))
-        dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.group)
         return bool(t)
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.control)
-
-    def broadcast(self, values: list[Any]) -> list[Any]:
-        """Objects of rank 0, on all ranks."""
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0, group=self.control, device=torch.device("cpu"))
-        return values
+            dist.barrier(group=self.group)
 
     def shard(self, batch: Tensor) -> Tensor:
         """This rank's equal part of a global batch, by the first dimension."""
@@ -140,11 +131,11 @@ class World:
 
     def mean(self, t: Tensor) -> Tensor:
         """Mean of a tensor over ranks."""
-        if self.size > 1:
-            t = t.clone()
-            dist.all_reduce(t)
-            t /= self.size
-        return t
+        if self.size == 1:
+            return t
+        t = t.clone()
+        dist.all_reduce(t)
+        return t / self.size
 
     def greatest(self, t: Tensor) -> Tensor:
         """Elementwise maximum over ranks."""
@@ -185,12 +176,3 @@ def shard(net: OneStepPrecond, world: World) -> None:
             fully_shard(module, mesh=mesh)
     # also at the root, which FSDP would leave whole for a backward pass that the discriminator's step does not have
     fully_shard(net.model, mesh=mesh, reshard_after_forward=True)
-
-
-@torch.no_grad()
-def fill(whole: nn.Module, net: nn.Module) -> None:
-    """Copies a network that may be sharded into one that is not; all processes make this call."""
-    mine = net.state_dict()
-    for name, x in whole.state_dict().items():
-        source = mine[name]
-        x.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

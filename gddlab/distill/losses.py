@@ -6,12 +6,13 @@ a device is the caller's `adversarial_weight`, so that a result does not depend 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gddlab.distill.parts import Discriminator
 
@@ -51,26 +52,18 @@ def r1_penalty(
     Returns:
         The penalty, (), without a graph; and a surrogate, (), whose gradient by the heads' parameters is the penalty's.
     """
-    images = images.detach()
-    x = [images[s].requires_grad_(True) for s in parts]
-    with torch.enable_grad():
-        made = [d.features(x[0])] if len(x) == 1 else None
-    if made is None:
-        with torch.no_grad():
-            plain = [d.features(p) for p in x]
-    features = [torch.cat([f.detach() for f in level]) for level in zip(*(made or plain), strict=True)]
-    leaves = [f.requires_grad_(True) for f in features]
+    x = [images.detach()[s].requires_grad_(True) for s in parts]
+    once = len(x) == 1  # then the graph of the first pass serves
+    with torch.set_grad_enabled(once):
+        made = [d.features(p) for p in x]
+    leaves = [torch.cat([f.detach() for f in level]).requires_grad_(True) for level in zip(*made, strict=True)]
+    grads, tangents = [], []
     with torch.enable_grad():
         total = torch.stack([y.sum() for y in d.logits(leaves, labels)]).sum()
         slopes = torch.autograd.grad(total, leaves, create_graph=True)
-        at = 0
-        grads, tangents = [], []
-        for i, p in enumerate(x):
-            rows = slice(at, at + len(p))
-            at += len(p)
-            f = made[i] if made else d.features(p)
-            (grad,) = torch.autograd.grad(f, p, [s.detach()[rows] for s in slopes])
-            del f
+        split = zip(*(s.detach().split([len(p) for p in x]) for s in slopes), strict=True)
+        for p, f, slope in zip(x, made, split, strict=True):
+            (grad,) = torch.autograd.grad(f if once else d.features(p), p, slope)
             with torch.no_grad(), fwAD.dual_level():
                 moved = d.features(fwAD.make_dual(p.detach(), 2 / len(images) * grad))
                 tangents.append([fwAD.unpack_dual(m).tangent for m in moved])
@@ -78,3 +71,16 @@ def r1_penalty(
     pushed = [torch.cat(level) for level in zip(*tangents, strict=True)]
     surrogate = torch.stack([(t * s).sum() for t, s in zip(pushed, slopes, strict=True)]).sum()
     return torch.cat(grads).square().sum((1, 2, 3)).mean(), surrogate
+
+
+@contextlib.contextmanager
+def constant(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients pass through a network to its input, and none reaches these parameters of its."""
+    trained = [p for p in params if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,18 +28,16 @@ class LPIPSDiscriminator(Discriminator):
     however large their maps are.
 
     Args:
-        net: "vgg", "alex" or "squeeze".
-        input_size: Images are resized to this many pixels.
+        part: Trunk, its weights and size.
         classes: Number of classes; 0 for an unconditional discriminator.
-        weights: Of the trunk: a path, "random", or None to look for them, as `LPIPSTrunk` does.
 
     Raises:
         GddlabError: As `LPIPSTrunk`.
     """
 
-    def __init__(self, *, net: str = "vgg", input_size: int = 224, classes: int = 0, weights: str | Path | None = None):
+    def __init__(self, part: LPIPS, *, classes: int = 0):
         super().__init__()
-        self.trunk = LPIPSTrunk(net, input_size=input_size, weights=weights)
+        self.trunk = LPIPSTrunk(part.net, input_size=part.input_size, weights=part.weights)
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in self.trunk.channels)
         self.embeds = nn.ModuleList(nn.Embedding(classes, c) for c in self.trunk.channels) if classes else None
         for embed in self.embeds or ():
@@ -73,9 +70,7 @@ class LPIPS(DiscriminatorPart):
     """Size to which images are resized, pixels."""
 
     def build(self, teacher: Precond, *, exact: bool = False) -> LPIPSDiscriminator:
-        return LPIPSDiscriminator(
-            net=self.net, input_size=self.input_size, classes=teacher.label_dim, weights=self.weights
-        )
+        return LPIPSDiscriminator(self, classes=teacher.label_dim)
 
     def find(self) -> str:
         check_trunk(self.net, self.weights, input_size=self.input_size)

@@ -123,14 +123,10 @@ class Discriminator(nn.Module):
         return self.logits(self.features(images), labels)
 
 
-class DiscriminatorPart(Settings):
-    """The part of a configuration that chooses a discriminator; a subclass per kind, in the file of its network."""
+class Part(Settings):
+    """A part of a configuration that comes in kinds; a subclass per kind, in the file of what it configures."""
 
     kind: str
-
-    def build(self, teacher: Precond, *, exact: bool = False) -> Discriminator:
-        """The discriminator of a teacher's images and classes; `exact` omits what changes the rounding."""
-        raise NotImplementedError
 
     def find(self) -> str:
         """Says which weights are used and where they are.
@@ -138,14 +134,26 @@ class DiscriminatorPart(Settings):
         Raises:
             GddlabError: They are not there, or do not fit.
         """
-        return f"{self.kind} discriminator"
-
-    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
-        """Refuses what does not fit the teacher, the batch, or the `held` images that a process takes at once."""
+        return self.kind
 
     def describe(self) -> str:
         """A few words for a report."""
         return self.kind
+
+    def stand_in(self) -> Part:
+        """The same with random weights wherever some would have to be found, for measurements without a download."""
+        return self
+
+
+class DiscriminatorPart(Part):
+    """The part of a configuration that chooses a discriminator."""
+
+    def build(self, teacher: Precond, *, exact: bool = False) -> Discriminator:
+        """The discriminator of a teacher's images and classes; `exact` omits what changes the rounding."""
+        raise NotImplementedError
+
+    def check(self, teacher: Precond, *, batch: int, held: int) -> None:
+        """Refuses what does not fit the teacher, the batch, or the `held` images that a process takes at once."""
 
     def networks(self) -> dict[str, str]:
         """Frozen feature networks by name, each with where its weights are looked for."""
@@ -158,7 +166,3 @@ class DiscriminatorPart(Settings):
     def world_size_matters(self) -> str:
         """What depends on how many processes share a batch, beyond rounding; empty if nothing does."""
         return ""
-
-    def stand_in(self) -> DiscriminatorPart:
-        """The same with random weights wherever some would have to be found, for measurements without a download."""
-        return self

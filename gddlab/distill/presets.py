@@ -101,8 +101,7 @@ def cifar10(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Launch: `gddlab train cifar10 --mask mask.json --run-dir runs/cifar10 --nproc 4`.
     Expected, published: FID 1.54 with the rule's mask after 5 million images.
     """
-    settings = CIFAR | {"teacher": "edm-cifar10-32x32-uncond-ve"}
-    return _made(settings, run_dir, fields)
+    return _made(CIFAR | {"teacher": "edm-cifar10-32x32-uncond-ve"}, run_dir, fields)
 
 
 def cifar10_cond(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -113,8 +112,7 @@ def cifar10_cond(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Launch: `gddlab train cifar10_cond --mask mask.json --run-dir runs/cifar10-cond --nproc 4`.
     Expected: no published number of GDD-I was verified for it.
     """
-    settings = CIFAR | {"teacher": "edm-cifar10-32x32-cond-ve"}
-    return _made(settings, run_dir, fields)
+    return _made(CIFAR | {"teacher": "edm-cifar10-32x32-cond-ve"}, run_dir, fields)
 
 
 def afhqv2(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -125,8 +123,7 @@ def afhqv2(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Launch: `gddlab train afhqv2 --run-dir runs/afhqv2 --nproc 4`.
     Expected, published: FID 1.23 (GDD), 1.24 (GDD-I), 10 million images.
     """
-    settings = DEIT | {"teacher": "edm-afhqv2-64x64-uncond-ve", "data": "afhqv2-64x64.zip"}
-    return _made(settings, run_dir, fields)
+    return _made(DEIT | {"teacher": "edm-afhqv2-64x64-uncond-ve", "data": "afhqv2-64x64.zip"}, run_dir, fields)
 
 
 def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -137,8 +134,7 @@ def ffhq(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Launch: `gddlab train ffhq --mask mask.json --run-dir runs/ffhq --nproc 4`.
     Expected, published: FID 0.85 with the rule's mask, 10 million images.
     """
-    settings = DEIT | {"teacher": "edm-ffhq-64x64-uncond-ve", "data": "ffhq-64x64.zip"}
-    return _made(settings, run_dir, fields)
+    return _made(DEIT | {"teacher": "edm-ffhq-64x64-uncond-ve", "data": "ffhq-64x64.zip"}, run_dir, fields)
 
 
 def imagenet64(*, run_dir: str | Path, **fields: Any) -> TrainConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_reduce
@@ -25,65 +27,58 @@ from gddlab.pretrained.backbones import Backbone, backbone_file, check_backbone,
 
 EMBEDDING = 320
 """Width of the class embedding."""
+_tensors = functools.partial(torch.load, map_location="cpu", weights_only=True)
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": np.load,
+    ".npz": np.load,
+    ".safetensors": load_file,
+    ".pt": _tensors,
+    ".pth": _tensors,
+}
+"""By the end of a file's name; none of them runs what is in the file."""
 
 
 def load_embedding(path: str | Path, rows: int) -> Tensor:
-    """A class embedding from a file that holds one two-dimensional array, (rows or more, 320).
-
-    Args:
-        path: A .npy, .npz, .safetensors, .pt or .pth file; nothing in it is run.
-        rows: Rows wanted, the first of the file.
-
-    Returns:
-        (rows, 320).
+    """A class embedding, the first rows of a file that holds one array of (`rows` or more, 320).  -> (rows, 320)
 
     Raises:
         GddlabError: Another kind of file, another shape, or values that are not finite.
     """
-    path, accepted = Path(path), (".npy", ".npz", ".safetensors", ".pt", ".pth")
-    if path.suffix not in accepted:
-        raise GddlabError(f"class embedding {path}: give one of {', '.join(accepted)}")
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise GddlabError(f"class embedding {path}: give one of {', '.join(READERS)}")
     if not path.is_file():
         raise NotFound(f"class embedding {path}: no such file")
+    wanted = f"give one array of ({rows}, {EMBEDDING}), or of more rows"
     try:
-        if path.suffix in (".npy", ".npz"):
-            loaded = np.load(path, allow_pickle=False)
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        found = list(loaded.values()) if hasattr(loaded, "values") and not torch.is_tensor(loaded) else [loaded]
-        tensors = [torch.as_tensor(a) for a in found]
-    except Exception as e:  # readers of four formats each have their own
-        raise GddlabError(
-            f"class embedding {path} cannot be read ({type(e).__name__}): give an array of ({rows}, {EMBEDDING})"
-        ) from None
-    if len(tensors) != 1:
-        raise GddlabError(f"class embedding {path} holds {len(tensors)} arrays: give one of ({rows}, {EMBEDDING})")
-    (table,) = tensors
-    if table.ndim != 2 or table.shape[1] != EMBEDDING or table.shape[0] < rows:
-        raise GddlabError(
-            f"class embedding {path} is {tuple(table.shape)}: give ({rows}, {EMBEDDING}), or more rows than {rows}"
-        )
+        loaded = READERS[path.suffix](path)
+        tensors = [torch.as_tensor(a) for a in (loaded.values() if isinstance(loaded, Mapping) else [loaded])]
+    except Exception as e:  # each reader has its own
+        raise GddlabError(f"class embedding {path} cannot be read ({type(e).__name__}): {wanted}") from None
+    shapes = [tuple(t.shape) for t in tensors]
+    if len(shapes) != 1 or shapes[0][1:] != (EMBEDDING,) or shapes[0][0] < rows:
+        raise GddlabError(f"class embedding {path} holds {', '.join(map(str, shapes))}: {wanted}")
+    table = tensors[0]
     if not table.is_floating_point() or not table[:rows].isfinite().all():
         raise GddlabError(f"class embedding {path} holds values that are not finite floating point numbers")
     return table[:rows]
 
 
-def nominal_resolutions(input_size: int) -> tuple[int, ...]:
-    """Resolutions of the four levels by which head depths are chosen, for every backbone: 2R/4 to 2R/32.
+def head_plan(input_size: int) -> tuple[list[list[int]], int]:
+    """The nominal resolutions that each level's head reaches by halving, and the kernel of its last convolution.
 
-    R is the input size, but 256 for images resized to 224.
+    They are the same for every backbone: from 2R/4, 2R/8, 2R/16, 2R/32 down to 8, or to 2R/32 where that is less. R is
+    the input size, but 256 for images resized to 224.
     """
     resolution = 256 if input_size == 224 else input_size
-    return tuple(2 * resolution // stride for stride in (4, 8, 16, 32))
-
-
-def last_resolution(input_size: int) -> int:
-    """The nominal resolution at which the heads of all levels end."""
-    return min(8, nominal_resolutions(input_size)[-1])
+    starts = [2 * resolution // stride for stride in (4, 8, 16, 32)]
+    end = min(8, starts[-1])
+    levels: list[list[int]] = [[] for _ in starts]
+    for start, reached in zip(starts, levels, strict=True):
+        while start > end:
+            start //= 2
+            reached.append(start)
+    return levels, 4 if end >= 8 else max(1, end // 2)
 
 
 def width(resolution: int) -> int:
@@ -94,28 +89,19 @@ def width(resolution: int) -> int:
     return min(512, max(64, 4096 >> (resolution.bit_length() - 1)))
 
 
-def last_kernel(end: int) -> int:
-    return 4 if end >= 8 else max(1, end // 2)
+def check_levels(backbone: str, input_size: int) -> None:
+    """Refuses a backbone whose levels, which the projection doubles, are too small for the heads.
 
-
-def logit_sizes(sizes: tuple[int, ...], input_size: int) -> tuple[int, ...]:
-    """Sides of the four maps of logits.
-
-    Args:
-        sizes: Sides of the backbone's four levels, which the projection doubles.
-        input_size: Size to which images are resized.
-
-    Returns:
-        One number per level; below 1 if the level is too small for its head.
+    Raises:
+        GddlabError: With the sides of the levels.
     """
-    end = last_resolution(input_size)
-    out = []
-    for size, start in zip(sizes, nominal_resolutions(input_size), strict=True):
-        side, res = 2 * size, start
-        while res > end:
-            side, res = side // 2, res // 2
-        out.append(side - last_kernel(end) + 1)
-    return tuple(out)
+    sizes = level_sizes(backbone, input_size)
+    levels, kernel = head_plan(input_size)
+    if any(2 * size >> len(reached) < kernel for size, reached in zip(sizes, levels, strict=True)):
+        raise GddlabError(
+            f"{backbone} at input_size={input_size} gives maps of {sizes} pixels, too small for the heads: "
+            "give a larger size"
+        )
 
 
 class _Normalise(torch.autograd.Function):
@@ -200,18 +186,13 @@ class BatchNorm(nn.BatchNorm2d):
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
-class DownBlock(nn.Module):
+class DownBlock(nn.Sequential):
     """Spectral-norm convolution 4x4 stride 2, BatchNorm, LeakyReLU 0.2."""
 
     def __init__(self, cin: int, cout: int):
         super().__init__()
-        self.main = nn.Sequential(
-            SNConv2d(cin, cout, 4, stride=2, padding=1), BatchNorm(cout), nn.LeakyReLU(0.2, inplace=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.main(x)
-        return out
+        conv = SNConv2d(cin, cout, 4, stride=2, padding=1)
+        self.main = nn.Sequential(conv, BatchNorm(cout), nn.LeakyReLU(0.2, inplace=True))
 
 
 class EqualLinear(nn.Module):
@@ -228,34 +209,23 @@ class EqualLinear(nn.Module):
 
 
 class Head(nn.Module):
-    """Discriminator of one feature level: DownBlocks from `start` to `end` nominal pixels, a convolution to logits.
+    """Discriminator of one feature level: a DownBlock to each nominal resolution, a convolution to logits.
 
-    Args:
-        channels: Of the feature map.
-        start, end: Nominal resolutions.
-        classes: Number of classes; with classes, logits are inner products with a projected class embedding (Miyato &
-            Koyama 2018).
-        max_width: Bound of the widths.
-        embeddings: Rows of the class embedding (at least `classes`).
+    With classes, logits are inner products with a projected class embedding (Miyato & Koyama 2018).
     """
 
-    def __init__(
-        self, channels: int, start: int, end: int, *, classes: int = 0, max_width: int = 512, embeddings: int = 0
-    ):
+    def __init__(self, channels: int, resolutions: Sequence[int], kernel: int, *, classes: int, max_width: int):
         super().__init__()
         blocks: list[nn.Module] = []
-        res = start
-        while res > end:
-            res //= 2
-            cout = min(width(res), max_width)
+        for resolution in resolutions:
+            cout = min(width(resolution), max_width)
             blocks.append(DownBlock(channels, cout))
             channels = cout
-        kernel = last_kernel(end)
         self.classes = classes
         if classes:
             self.main = nn.Sequential(*blocks)
             self.cls = SNConv2d(channels, 64, kernel, bias=False)
-            self.embed = nn.Embedding(embeddings or classes, EMBEDDING)
+            self.embed = nn.Embedding(classes, EMBEDDING)
             self.embed_proj = EqualLinear(EMBEDDING, 64)
         else:
             self.main = nn.Sequential(*blocks, SNConv2d(channels, 1, kernel, bias=False))
@@ -270,12 +240,6 @@ class Head(nn.Module):
         return h.flatten(1)
 
 
-class _Level(nn.Module):
-    def __init__(self, cin: int, cout: int):
-        super().__init__()
-        self.out_conv = nn.Conv2d(cin, cout, 1)
-
-
 class Projection(nn.Module):
     """Frozen random cross-channel and cross-scale mixing, CCM and CSM (Sauer et al. 2021, section 3.2)."""
 
@@ -285,7 +249,9 @@ class Projection(nn.Module):
         self.channels = [cout, cout, 2 * cout, 4 * cout]
         for i in range(4):
             self.add_module(f"layer{i}_ccm", nn.Conv2d(channels[i], wide[i], 1))
-            self.add_module(f"layer{i}_csm", _Level(wide[i], self.channels[i]))
+            csm = nn.Sequential()
+            csm.add_module("out_conv", nn.Conv2d(wide[i], self.channels[i], 1))
+            self.add_module(f"layer{i}_csm", csm)
         self.requires_grad_(False)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -295,38 +261,9 @@ class Projection(nn.Module):
             h = self.get_submodule(f"layer{i}_ccm")(features[i])
             h = h + out[0] if out else h
             # A 1x1 convolution and a bilinear upsampling commute; this order works on a quarter of the pixels.
-            h = self.get_submodule(f"layer{i}_csm.out_conv")(h)
+            h = self.get_submodule(f"layer{i}_csm")(h)
             out.insert(0, F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=True))
         return out
-
-
-class _Heads(nn.Module):
-    """The heads of one backbone, one per level."""
-
-    def __init__(self, channels: Sequence[int], input_size: int, *, classes: int, max_width: int, embeddings: int):
-        super().__init__()
-        end = last_resolution(input_size)
-        self.mini_discs = nn.ModuleList(
-            Head(c, start, end, classes=classes, max_width=max_width, embeddings=embeddings)
-            for c, start in zip(channels, nominal_resolutions(input_size), strict=True)
-        )
-
-    def forward(self, features: Sequence[Tensor], labels: Tensor | None) -> Tensor:
-        return torch.cat([head(f, labels) for head, f in zip(self.mini_discs, features, strict=True)], dim=1)
-
-
-def check_levels(backbone: str, input_size: int) -> None:
-    """Refuses a backbone whose levels are too small for the heads.
-
-    Raises:
-        GddlabError: With the sides of the levels.
-    """
-    sizes = level_sizes(backbone, input_size)
-    if min(logit_sizes(sizes, input_size)) < 1:
-        raise GddlabError(
-            f"{backbone} at input_size={input_size} gives maps of {sizes} pixels, too small for the heads: "
-            "give a larger size"
-        )
 
 
 class ProjectedDiscriminator(Discriminator):
@@ -335,17 +272,9 @@ class ProjectedDiscriminator(Discriminator):
     The state dict holds all that is random (heads, projections and a ViT's adapters), not the backbones.
 
     Args:
-        backbones: Names, as `gddlab.pretrained.backbones.Backbone` takes them, each once.
-        input_size: Size to which images are resized, pixels; 224 counts as 256 where head depths are chosen.
-        cout: Base width of the projection.
+        part: Backbones, sizes and weights.
         classes: Number of classes; 0 for an unconditional discriminator.
-        max_width: Bound of the heads' widths.
-        embeddings: Rows of the class embedding; `classes` if 0.
-        sync_batchnorm: BatchNorm statistics over all ranks.
         fold: Folds the backbones' BatchNorm into their convolutions: equal up to float32 rounding, and faster.
-        weights: By backbone "auto", "random" or a path; "auto" for those not named.
-        embedding_file: Initial class embedding of every head, (rows or more, 320), as `load_embedding` reads it; it is
-            trained.
 
     Raises:
         GddlabError: A backbone, its size or its weights are refused, or the embedding does not fit.
@@ -354,51 +283,30 @@ class ProjectedDiscriminator(Discriminator):
     coupled = True
     """BatchNorm: the logits of an image depend on the others of its batch."""
 
-    def __init__(
-        self,
-        backbones: Sequence[str] = ("tf_efficientnet_lite0",),
-        *,
-        input_size: int = 224,
-        cout: int = 64,
-        classes: int = 0,
-        max_width: int = 512,
-        embeddings: int = 0,
-        sync_batchnorm: bool = False,
-        fold: bool = True,
-        weights: Mapping[str, str] | None = None,
-        embedding_file: str | Path | None = None,
-    ):
+    def __init__(self, part: Projected, *, classes: int = 0, fold: bool = True):
         super().__init__()
-        keys = [name.replace(".", "_") for name in backbones]  # a module's name has no dots
-        if not keys or len(set(keys)) < len(keys):
-            raise GddlabError(f"backbones={tuple(backbones)}: give at least one, each once")
-        for name in weights or {}:
-            if name not in backbones:
-                raise unknown("backbone in weights", name, backbones)
-        if embedding_file is not None and not classes:
-            raise GddlabError(f"embedding_file={str(embedding_file)!r} without classes: omit it")
-        table = None if embedding_file is None else load_embedding(embedding_file, embeddings or classes)
-        for name in backbones:
-            check_levels(name, input_size)
+        for name in part.backbones:
+            check_levels(name, part.input_size)
         nets = {
-            key: Backbone(name, input_size, fold=fold, weights=(weights or {}).get(name, "auto"))
-            for key, name in zip(keys, backbones, strict=True)
-        }
+            name.replace(".", "_"): Backbone(name, part.input_size, fold=fold, weights=weights)
+            for name, weights in part.networks().items()
+        }  # a module's name has no dots
         self._backbones = [nets]  # in a list: not submodules, so not in the state dict
         self.adapters = nn.ModuleDict({key: net.adapter for key, net in nets.items() if net.adapter is not None})
-        projections = {key: Projection(net.channels, cout) for key, net in nets.items()}
+        projections = {key: Projection(net.channels, part.cout) for key, net in nets.items()}
         self.projections = nn.ModuleDict(projections)
-        self.discriminators = nn.ModuleDict(
-            {
-                key: _Heads(
-                    projection.channels, input_size, classes=classes, max_width=max_width, embeddings=embeddings
-                )
-                for key, projection in projections.items()
-            }
-        )
+        self.discriminators = nn.ModuleDict()
+        levels, kernel = head_plan(part.input_size)
+        for key, projection in projections.items():
+            heads = [
+                Head(c, reached, kernel, classes=classes, max_width=part.head_width)
+                for c, reached in zip(projection.channels, levels, strict=True)
+            ]
+            self.discriminators[key] = nn.ModuleDict({"mini_discs": nn.ModuleList(heads)})
+        table = None if part.embedding_file is None else load_embedding(part.embedding_file, classes)
         for m in self.modules():
             if isinstance(m, BatchNorm):
-                m.sync = sync_batchnorm
+                m.sync = part.sync_batchnorm
             elif isinstance(m, Head) and table is not None:
                 with torch.no_grad():
                     m.embed.weight.copy_(table)
@@ -420,8 +328,10 @@ class ProjectedDiscriminator(Discriminator):
         return out
 
     def logits(self, features: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
-        """Logits of projected features, one tensor (B, L) per backbone."""
-        return [heads(features[4 * i : 4 * i + 4], labels) for i, heads in enumerate(self.discriminators.values())]
+        """Logits of projected features, one tensor (B, L) per backbone; labels are one-hot, (B, classes)."""
+        heads = [m for m in self.discriminators.modules() if isinstance(m, Head)]
+        maps = [head(f, labels) for head, f in zip(heads, features, strict=True)]
+        return [torch.cat(maps[i : i + 4], 1) for i in range(0, len(maps), 4)]
 
 
 class Projected(DiscriminatorPart):
@@ -459,17 +369,7 @@ class Projected(DiscriminatorPart):
         return self
 
     def build(self, teacher: Precond, *, exact: bool = False) -> ProjectedDiscriminator:
-        return ProjectedDiscriminator(
-            self.backbones,
-            input_size=self.input_size,
-            cout=self.cout,
-            classes=teacher.label_dim,
-            max_width=self.head_width,
-            sync_batchnorm=self.sync_batchnorm,
-            fold=not exact,
-            weights=self.weights,
-            embedding_file=self.embedding_file,
-        )
+        return ProjectedDiscriminator(self, classes=teacher.label_dim, fold=not exact)
 
     def find(self) -> str:
         found = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gddlab.distill.config import DTYPES, TrainConfig
 from gddlab.distill.distributed import World
-from gddlab.distill.instance import Indices, InstanceLoss
+from gddlab.distill.instance import InstanceLoss
+from gddlab.nets import OneStepPrecond
 from gddlab.runtime import generator
 
 SIDE = 2**31
@@ -33,43 +36,29 @@ class Draw:
         return Draw(tuple(x[s] for x in self.noise), self.exit, None if self.u is None else self.u[s])
 
 
-@dataclass(frozen=True)
-class InstanceBatch:
+class InstanceBatch(NamedTuple):
     """What the instance loss takes in an iteration, this rank's part: real images, noise, indices of noise levels."""
 
     images: Tensor
     noise: Tensor
-    at: Indices
+    at: Tensor
 
 
 class Drawer:
     """Latents and all other random numbers of a rank; neither processes nor micro-batches change them.
 
     Args:
-        shape: (C, H, W) of an image.
-        batch: Images per step over all ranks.
-        seed: Of the run.
-        world, dtype: Where and in what precision they are used.
-        steps: Steps of the student.
+        config: Batch, seed, steps of the student, memory format.
+        net: The student, for the shape of its images and its precision.
+        world: Where they are used.
         width: Uniforms that the augmentation takes per image.
-        channels_last: Memory format of images and noise.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        batch: int,
-        seed: int,
-        world: World,
-        dtype: torch.dtype,
-        steps: int = 1,
-        width: int = 0,
-        channels_last: bool = False,
-    ):
-        self.shape, self.batch, self.seed, self.world = shape, batch, seed, world
-        self.dtype, self.steps, self.width = dtype, steps, width
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, config: TrainConfig, net: OneStepPrecond, world: World, *, width: int = 0):
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.dtype, self.world, self.width = DTYPES[config.precision], world, width
+        self.batch, self.seed, self.steps = config.batch, config.seed, 1 + len(config.mid_sigmas)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def place(self, images: Tensor) -> Tensor:
         """Images or noise where and how the networks take them."""
@@ -108,6 +97,4 @@ class Drawer:
         """Noise and noise levels of the instance loss, with this rank's real images."""
         g = generator(self.seed, SIDE + 4 * iteration + 3)
         noise = self._noise(g)
-        at = loss.draw(self.batch, g)
-        n = self.batch // self.world.size
-        return InstanceBatch(images, noise, at[self.world.rank * n : (self.world.rank + 1) * n])
+        return InstanceBatch(images, noise, self.world.shard(loss.draw(self.batch, g).T).T)

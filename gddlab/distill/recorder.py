@@ -38,37 +38,59 @@ def name_of(nimg: int) -> str:
 
 
 class Recorder:
-    """Writes a run directory; lines from after the moment where a run continues are removed.
+    """Writes a run directory, on rank 0; lines from after the moment where a run continues are removed.
+
+    A new run records what it is made from, a continued one what has changed since.
 
     Args:
-        run_dir: The folder.
-        nimg: Images seen where the run begins or continues.
-        total_nimg: Images of the whole run.
-        world_size: For the status.
+        config, teacher, data: Of the run.
+        world_size: Processes of this start.
+        loaded: The checkpoint that the run continues from; None for a new run.
     """
 
-    def __init__(self, run_dir: Path, *, nimg: int, total_nimg: int, world_size: int):
+    def __init__(
+        self, config: TrainConfig, teacher: Precond, data: ImageDataset, *, world_size: int, loaded: Loaded | None
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.total_nimg, self.world_size = run_dir, total_nimg, world_size
+        run = self.run_dir = config.run_dir
+        nimg: int = 0 if loaded is None else loaded.meta["nimg"]
+        self.total_nimg, self.world_size = round(config.end_kimg * 1000), world_size
         for name in ("metrics.jsonl", "alarms.jsonl"):
-            lines = [m for m in read_jsonl(run_dir / name) if m["kimg"] * 1000 <= nimg + 0.5]
+            lines = [m for m in read_jsonl(run / name) if m["kimg"] * 1000 <= nimg + 0.5]
             if lines or name == "metrics.jsonl":
-                write_text(run_dir / name, "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
-        self.writer: Any = SummaryWriter(str(run_dir / "events"), purge_step=nimg if nimg else None)
-        self.alarms = [str(a["message"]) for a in read_jsonl(run_dir / "alarms.jsonl")]
+                write_text(run / name, "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
+        self.writer: Any = SummaryWriter(str(run / "events"), purge_step=nimg if nimg else None)
+        self.alarms = [str(a["message"]) for a in read_jsonl(run / "alarms.jsonl")]
         self._beat = 0.0
+        if not (run / "provenance.json").exists():
+            card = getattr(teacher, "card", None)
+            write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": config.teacher})
+            write_json(run / "provenance.json", provenance(config, teacher, data, world_size))
+        known = read_json(run / "provenance.json")
+        start = {"nimg": nimg, "world_size": world_size, "commit": commit(), "hardware": hardware()}
+        write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), start]})
+        if loaded is not None:
+            self._continue(config, loaded)
+
+    def _continue(self, config: TrainConfig, loaded: Loaded) -> None:
+        kimg, before = loaded.meta["nimg"] / 1000, loaded.meta["world_size"]
+        for damage in loaded.damaged:
+            text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
+            self.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
+        self.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
+        if before != self.world_size:
+            more = "" if config.discriminator is None else config.discriminator.world_size_matters()
+            self.say(
+                f"on {self.world_size} processes, before {before}: the same images and noise, but sums are rounded in "
+                f"another order, so that numbers are not identical to the bit{f'; and {more}' if more else ''}"
+            )
 
     def status(self, state: str, nimg: int, **extra: Any) -> None:
         if self.alarms:
             extra["alarm"] = self.alarms[-1]
-        about = {
-            "nimg": nimg,
-            "total_nimg": self.total_nimg,
-            "world_size": self.world_size,
-            "host": socket.gethostname(),
-        }
-        write_status(self.run_dir, state, **about, **extra)
+        about = {"total_nimg": self.total_nimg, "world_size": self.world_size, "host": socket.gethostname()}
+        write_status(self.run_dir, state, nimg=nimg, **about, **extra)
 
     def beat(self, nimg: int) -> None:
         """A heartbeat every `BEAT` seconds.
@@ -103,66 +125,33 @@ class Recorder:
             self.alarms.append(a.message)
             self.say(f"alarm: {a.message}")
 
-    def snapshot(self, ema: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> torch.Tensor:
-        """Writes a grid of fixed noise and the averaged student; returns the grid, (64, C, H, W) in [-1, 1]."""
-        images = sample(ema, GRID, seed=0)
+    def snapshot(
+        self, ema: OneStepPrecond, nimg: int, meta: dict[str, Any], *, raw: OneStepPrecond | None = None
+    ) -> Tensor:
+        """Writes a grid of fixed noise and the averaged student, and the one that is trained where `raw` is given.
+
+        Returns:
+            The grid, (64, C, H, W) in [-1, 1].
+        """
+        images, folder = sample(ema, GRID, seed=0), self.run_dir / "snapshots"
         save_grid(images, self.run_dir / "samples" / f"{name_of(nimg)}.png", columns=8)
-        save_network(ema, self.run_dir / "snapshots" / f"{name_of(nimg)}.safetensors", **meta)
+        save_network(ema, folder / f"{name_of(nimg)}.safetensors", **meta)
+        if raw is not None:
+            save_network(raw, folder / "raw" / f"{name_of(nimg)}.safetensors", **meta)
         return images
 
-    def raw(self, g: OneStepPrecond, nimg: int, meta: dict[str, Any]) -> None:
-        """The student that is trained, not averaged."""
-        save_network(g, self.run_dir / "snapshots" / "raw" / f"{name_of(nimg)}.safetensors", **meta)
-
-    def best(self, candidate: Path, name: str, value: float, kimg: float) -> bool:
-        """Keeps a candidate, a file in the run directory, if it is the best so far; returns whether it is."""
-        path = self.run_dir / "best.json"
-        if not math.isfinite(value) or (path.exists() and read_json(path)["value"] <= value):
+    def score(self, candidate: Path, name: str, value: float, nimg: int) -> bool:
+        """Writes a score; returns whether it is the best so far, and keeps its student, a file in the run directory."""
+        path, kimg = self.run_dir / "best.json", nimg / 1000
+        best = math.isfinite(value) and not (path.exists() and read_json(path)["value"] <= value)
+        if best:
+            candidate.replace(self.run_dir / "best.safetensors")
+            write_json(path, {"metric": name, "value": value, "kimg": kimg})
+        else:
             candidate.unlink()
-            return False
-        candidate.replace(self.run_dir / "best.safetensors")
-        write_json(path, {"metric": name, "value": value, "kimg": kimg})
-        return True
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def begin(
-    config: TrainConfig, teacher: Precond, data: ImageDataset, *, nimg: int, world_size: int, loaded: Loaded | None
-) -> Recorder:
-    """Opens what rank 0 writes. A new run records what it is made from, a continued one what has changed since.
-
-    Args:
-        config, teacher, data: Of the run.
-        nimg: Images seen.
-        world_size: Processes of this start.
-        loaded: The checkpoint that the run continues from; None for a new run.
-    """
-    run = config.run_dir
-    recorder = Recorder(run, nimg=nimg, total_nimg=round(config.end_kimg * 1000), world_size=world_size)
-    if not (run / "provenance.json").exists():
-        card = getattr(teacher, "card", None)
-        write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": config.teacher})
-        write_json(run / "provenance.json", provenance(config, teacher, data, world_size))
-    known = read_json(run / "provenance.json")
-    start = {"nimg": nimg, "world_size": world_size, "commit": commit(), "hardware": hardware()}
-    write_json(run / "provenance.json", known | {"starts": [*known.get("starts", []), start]})
-    if loaded is None:
-        return recorder
-    kimg = nimg / 1000
-    for damage in loaded.damaged:
-        text = f"checkpoint {damage}; the one of {kimg:g} kimg is used instead"
-        recorder.alarm([Alarm("checkpoint", kimg, text, 1.0, 0.0)])
-    recorder.say(f"{kimg:9.2f} kimg  continued from its checkpoint")
-    before = loaded.meta["world_size"]
-    if before != world_size:
-        more = "" if config.discriminator is None else config.discriminator.world_size_matters()
-        recorder.say(
-            f"on {world_size} processes, before {before}: the same images and noise, but sums are rounded in another "
-            f"order, so that numbers are not identical to the bit{f'; and {more}' if more else ''}"
-        )
-    return recorder
+        self.writer.add_scalar(f"metric/{name}", value, nimg)
+        self.say(f"{kimg:9.2f} kimg  {name} {value:.4g}{'  best so far' if best else ''}")
+        return best
 
 
 def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_size: int) -> dict[str, Any]:
@@ -209,12 +198,18 @@ class Meter:
             self.sums[name] = self.sums.get(name, zero) + torch.where(known, value, 0.0)
             self.counts[name] = self.counts.get(name, zero) + known
 
+    def _reduced(self, world: World) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and counts by name, means over ranks."""
+        names = sorted(self.sums)
+        if not names:
+            return {}, {}
+        flat = world.mean(torch.stack([*(self.sums[k] for k in names), *(self.counts[k] for k in names)])).tolist()
+        return dict(zip(names, flat, strict=False)), dict(zip(names, flat[len(names) :], strict=True))
+
     def means(self, world: World) -> dict[str, float]:
         """Means over iterations and ranks since the last `reset`; a name without any finite value is left out."""
-        names = sorted(self.sums)
-        flat = world.mean(torch.stack([*(self.sums[k] for k in names), *(self.counts[k] for k in names)])).tolist()
-        pairs = zip(names, flat, flat[len(names) :], strict=False)
-        return {k: total / count for k, total, count in pairs if count}
+        sums, counts = self._reduced(world)
+        return {k: total / counts[k] for k, total in sums.items() if counts[k]}
 
     def reset(self) -> None:
         self.sums.clear()
@@ -223,8 +218,7 @@ class Meter:
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """Sums and counts, means over ranks, as JSON."""
-        sums = {k: world.mean(v).item() for k, v in sorted(self.sums.items())}
-        counts = {k: world.mean(v).item() for k, v in sorted(self.counts.items())}
+        sums, counts = self._reduced(world)
         return {"sums": sums, "counts": counts, "streak": self.streak.item(), "longest": self.longest.item()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

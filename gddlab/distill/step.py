@@ -7,24 +7,55 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from gddlab.distill.augment import AdaController, AugmentPipe
+from gddlab.distill.augment import Augmentation
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.instance import InstanceLoss
-from gddlab.distill.losses import d_loss_fake, d_loss_real, g_loss, r1_penalty
-from gddlab.distill.optim import adam, update
+from gddlab.distill.losses import constant, d_loss_fake, d_loss_real, g_loss, r1_penalty
 from gddlab.distill.parts import Discriminator
 from gddlab.distill.randomness import Draw, InstanceBatch
+from gddlab.ema import local
 from gddlab.nets import OneStepPrecond
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-"""Of weights and images by the configuration's precision; bfloat16 is autocast's."""
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float64": None}
 
 Stats = dict[str, Tensor]
 PLAIN = Draw()
+
+
+def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
+    """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects both for a lazy regulariser (StyleGAN2, appendix B).
+
+    One kernel makes the whole step. The state exists from the start, so that a checkpoint always has the same form.
+    """
+    c = interval / (interval + 1) if interval else 1.0
+    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
+    for p in params:
+        step = torch.zeros((), device=p.device)  # the kernel counts it there
+        opt.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return opt
+
+
+def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: World) -> Tensor:
+    """Averages gradients over ranks, replaces values that are not finite (nan by 0, +-inf by +-1e5), steps.
+
+    Returns:
+        The number of gradient tensors that were not finite, (), without waiting for the device.
+    """
+    # a sharded network's backward pass averages its gradients itself
+    world.average_gradients([p for p in params if not isinstance(p, DTensor)])
+    own = [p.grad for p in params if p.grad is not None]
+    grads = [local(g) for g in own]
+    bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()
+    if any(isinstance(g, DTensor) for g in own):
+        bad = world.greatest(bad)  # a shard does not see the others
+    for g in grads:
+        torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
+    opt.step()
+    return bad
 
 
 class GanStep:
@@ -42,7 +73,6 @@ class GanStep:
         world: The processes of the run.
         instance: The instance loss.
         augment: What images go through before the discriminator, not for R1.
-        ada: Controls the probability of the augmentation; None keeps that of the configuration.
     """
 
     def __init__(
@@ -53,21 +83,19 @@ class GanStep:
         world: World,
         *,
         instance: InstanceLoss | None = None,
-        augment: AugmentPipe | None = None,
-        ada: AdaController | None = None,
+        augment: Augmentation | None = None,
     ):
         assert d is not None or instance is not None
         self.g, self.world, self.loss, self.weight = g, world, config.loss, config.adversarial_weight
         self.autocast, self.autocast_d = AUTOCAST[config.precision], AUTOCAST[config.precision_d]
-        self.r1_gamma, self.r1_interval, self.micro = config.r1_gamma, config.r1_interval, config.batch_per_device
+        self.r1_gamma, self.r1_interval = config.r1_gamma, config.r1_interval
+        self.batch, self.micro = config.batch, config.batch_per_device
         self.augment, self.instance = augment, instance
-        fixed = 1.0 if config.augment is None else config.augment.p
-        self.augment_p: Tensor | float = fixed if ada is None else ada.p
         self.instance_weight = 1.0 if config.instance is None else config.instance.weight
         self.g_params = [p for p in g.parameters() if p.requires_grad]
         self.opt_g = adam(self.g_params, config.lr_g)
         self._d = d
-        self.d_params: list[torch.nn.Parameter] = []
+        self.d_params: list[nn.Parameter] = []
         self.opt_d: torch.optim.Adam | None = None
         if d is not None:
             self.d_params = [p for p in d.parameters() if p.requires_grad]
@@ -93,6 +121,10 @@ class GanStep:
         micro = self.micro or n
         return [slice(i, min(i + micro, n)) for i in range(0, n, micro)]
 
+    def _judged(self, n: int) -> list[slice]:
+        """What the heads get at once: the whole batch where its images depend on each other."""
+        return [slice(0, n)] if self.d.coupled else self._parts(n)
+
     def generate(self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN) -> Tensor:
         with self._cast(self.autocast, z):
             if draw.exit:
@@ -103,7 +135,7 @@ class GanStep:
         """Projected features of images in [-1, 1], augmented where the run augments."""
         if self.augment is not None:
             assert u is not None
-            images = self.augment(images, u, self.augment_p)
+            images = self.augment(images, u)
         with self._cast(self.autocast_d, images):
             return self._features(images)
 
@@ -120,8 +152,11 @@ class GanStep:
     @torch.no_grad()
     def fake_features(self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN) -> list[Tensor]:
         """Features of generated images, a part at a time."""
-        parts = self._parts(len(z))
-        return _cat([self.features(self.generate(z[s], _at(labels, s), draw.part(s)), _at(draw.u, s)) for s in parts])
+        return _cat([self._fakes(z, labels, draw, s) for s in self._parts(len(z))])
+
+    def _fakes(self, z: Tensor, labels: Tensor | None, draw: Draw, s: slice) -> list[Tensor]:
+        """Features of a part of the generated images."""
+        return self.features(self.generate(z[s], _at(labels, s), draw.part(s)), _at(draw.u, s))
 
     def g_step(
         self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN, instance: InstanceBatch | None = None
@@ -131,11 +166,8 @@ class GanStep:
         stats: Stats = {}
         features: list[Tensor] = []
         if self.adversarial:
-            for p in self.d_params:
-                p.requires_grad_(False)
-            stats, features = self._adversarial(z, labels, draw)
-            for p in self.d_params:
-                p.requires_grad_(True)
+            with constant(self.d_params):
+                stats, features = self._adversarial(z, labels, draw)
         if instance is not None:
             stats["loss/instance"] = self._instance(instance, labels)
         return stats | {"nonfinite/g": update(self.opt_g, self.g_params, self.world)}, features
@@ -148,15 +180,13 @@ class GanStep:
             loss = g_loss(logits, self.loss)
             slopes = torch.autograd.grad(self.weight * loss, leaves)
             for s in parts:
-                images = self.generate(z[s], _at(labels, s), draw.part(s))
-                features = self.features(images, _at(draw.u, s))
+                features = self._fakes(z, labels, draw, s)
                 torch.autograd.backward(features, [g[s].to(f.dtype) for f, g in zip(features, slopes, strict=True)])
             kept, total, mean = [f.detach() for f in leaves], loss.detach(), _mean(logits)
         else:
             total, mean, made = torch.zeros((), device=z.device, dtype=z.dtype), torch.zeros_like(z[0, 0, 0, 0]), []
             for s in parts:
-                images = self.generate(z[s], _at(labels, s), draw.part(s))
-                features = self.features(images, _at(draw.u, s))
+                features = self._fakes(z, labels, draw, s)
                 logits = self.logits(features, _at(labels, s))
                 share = len(z[s]) / n
                 loss = share * g_loss(logits, self.loss)
@@ -172,49 +202,22 @@ class GanStep:
         total = torch.zeros((), device=batch.images.device, dtype=batch.images.dtype)
         for s in self._parts(n):
             with self._cast(self.autocast, batch.images):
-                losses = self.instance.loss(self.g, batch.images[s], _at(labels, s), batch.noise[s], batch.at[s])
+                losses = self.instance.loss(self.g, batch.images[s], _at(labels, s), batch.noise[s], batch.at[:, s])
             loss = losses.sum() / n
             (self.instance_weight * loss).backward()
             total = total + loss.detach()
         return total
 
-    def d_step(
-        self,
-        images: Tensor,
-        labels: Tensor | None,
-        *,
-        z: Tensor | None = None,
-        draw: Draw = PLAIN,
-        u: Tensor | None = None,
-        fake_features: Sequence[Tensor] | None = None,
-        real_features: Sequence[Tensor] | None = None,
-    ) -> Stats:
-        """Discriminator step.
-
-        Args:
-            images, labels: Real ones.
-            z, draw: Of fresh generated images, where `fake_features` are not given.
-            u: The augmentation's uniforms of the real images.
-            fake_features: Features of images that were generated before.
-            real_features: Features of the real images, which saves the backbone's pass.
-        """
+    def d_step(self, fakes: Sequence[Tensor], reals: Sequence[Tensor], labels: Tensor | None) -> Stats:
+        """Discriminator step on features of generated and of real images, which share their labels."""
         assert self.opt_d is not None
         self.opt_d.zero_grad(set_to_none=True)
-        if fake_features is None:
-            assert z is not None
-            fake_features = self.fake_features(z, labels, draw)
-        if real_features is None:
-            real_features = self.real_features(images, u)
-        loss_fake, fake, _ = self._judge(fake_features, labels, d_loss_fake)
-        loss_real, real, signs = self._judge(real_features, labels, d_loss_real)
+        loss_fake, fake, _ = self._judge(fakes, labels, d_loss_fake)
+        loss_real, real, signs = self._judge(reals, labels, d_loss_real)
         bad = update(self.opt_d, self.d_params, self.world)
-        return {
-            "loss/d": loss_fake + loss_real,
-            "logits/fake": fake,
-            "logits/real": real,
-            "signs/real": signs,
-            "nonfinite/d": bad,
-        }
+        stats = {"loss/d": loss_fake + loss_real, "logits/fake": fake, "logits/real": real, "signs/real": signs}
+        ada = {} if self.augment is None else self.augment.observe(signs, self.batch)
+        return stats | ada | {"nonfinite/d": bad}
 
     def _judge(
         self, features: Sequence[Tensor], labels: Tensor | None, loss_of: Callable[[Sequence[Tensor], str], Tensor]
@@ -222,7 +225,7 @@ class GanStep:
         """Backward pass of one of the discriminator's losses; its value, and the means of logits and of their signs."""
         n = len(features[0])
         sums = [torch.zeros((), device=features[0].device, dtype=torch.float64) for _ in range(3)]
-        for s in [slice(0, n)] if self.d.coupled else self._parts(n):
+        for s in self._judged(n):
             logits = self.logits([f[s] for f in features], _at(labels, s))
             share = len(features[0][s]) / n
             loss = loss_of(logits, self.loss)
@@ -236,18 +239,12 @@ class GanStep:
         """Lazy R1 on real images: gamma / 2 * |grad|^2 times the interval, its own backward pass and optimiser step."""
         assert self.opt_d is not None
         self.opt_d.zero_grad(set_to_none=True)
-        n, parts = len(images), self._parts(len(images))
-        factor = self.r1_gamma / 2 * self.r1_interval
-        if self.d.coupled:
-            penalty, surrogate = r1_penalty(self.d, images, labels, parts=parts)
-            (factor * surrogate).backward()
-        else:
-            penalty = torch.zeros((), device=images.device, dtype=images.dtype)
-            for s in parts:
-                share = len(images[s]) / n
-                part, surrogate = r1_penalty(self.d, images[s], _at(labels, s))
-                (factor * share * surrogate).backward()
-                penalty = penalty + share * part
+        n, penalty = len(images), torch.zeros((), device=images.device, dtype=images.dtype)
+        for s in self._judged(n):
+            share, parts = len(images[s]) / n, self._parts(len(images[s]))
+            part, surrogate = r1_penalty(self.d, images[s], _at(labels, s), parts=parts)
+            (self.r1_gamma / 2 * self.r1_interval * share * surrogate).backward()
+            penalty = penalty + share * part
         bad = update(self.opt_d, self.d_params, self.world)
         return {"r1": penalty, "loss/r1": self.r1_gamma / 2 * penalty, "nonfinite/d": bad}
 

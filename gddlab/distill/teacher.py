@@ -6,17 +6,18 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gddlab.datasets import BatchReader, open_dataset
-from gddlab.distill.parts import Settings
+from gddlab.datasets import BatchReader, ImageDataset, open_dataset
+from gddlab.distill.config import RunSettings
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path, hash_tensors, read_json, read_jsonl, write_json, write_text
-from gddlab.nets import from_edm, save_network
+from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_text
+from gddlab.nets import Precond, from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
 from gddlab.progress import progress_bar
@@ -25,7 +26,7 @@ from gddlab.runtime import generator
 from gddlab.sampling import sample, save_grid
 
 
-class TeacherConfig(Settings):
+class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
 
     run_dir: Path
@@ -85,44 +86,22 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     data = open_dataset(config.data)
     if config.conditional and not data.classes:
         raise GddlabError(f"conditional=True, but {data.name} has no classes: use conditional=False")
-    settings = config.model_dump(mode="json", exclude={"run_dir"})
-    if (run / "config.json").exists():
-        old = read_json(run / "config.json")
-        for key, value in settings.items():
-            if old.get(key) != value:
-                raise GddlabError(
-                    f"{run} holds another run: {key} is {old.get(key)!r} there, {value!r} here; use a new run_dir"
-                )
-    else:
-        write_json(run / "config.json", settings)
+    config.write()
     done = run / "teacher.safetensors"
     if done.exists():
         return done
 
-    torch.manual_seed(config.seed)
-    net = from_edm(
-        "EDMPrecond",
-        img_resolution=data.resolution,
-        img_channels=data.channels,
-        label_dim=data.classes if config.conditional else 0,
-        model_channels=config.model_channels,
-        channel_mult=list(config.channel_mult),
-        num_blocks=config.num_blocks,
-        attn_resolutions=list(config.attn_resolutions),
-        dropout=config.dropout,
-        **NCSNPP,
-    ).train()
+    net = _network(config, data).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     reader = BatchReader(data, batch=config.batch, seed=config.seed)
     step, seconds = 0, 0.0
+    saved: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "data": reader}
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, part in saved.items():
+            part.load_state_dict(state[name])
         step, seconds = state["step"], state["seconds"]
-        reader.load_state_dict(state["data"])
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
 
     total = -(-round(config.total_kimg * 1000) // config.batch)
@@ -134,14 +113,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     with bar:
         while step < total:
             nimg = reader.position
-            g = generator(config.seed, step)
-            x, labels = reader.next()
-            c = labels if config.conditional else None
-            sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
-            noise = torch.randn(x.shape, generator=g)
-            torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
-            denoised = net(x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, c)
-            loss = edm_loss(denoised, x, sigma).mean()
+            loss = _loss(config, net, reader, step)
             if not torch.isfinite(loss):
                 raise GddlabError(f"loss is {loss.item()} at {nimg} images: lower lr={config.lr} in a new run_dir")
             for group in optimizer.param_groups:
@@ -160,17 +132,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
                 lines.append({"kimg": step * config.batch / 1000, "loss": mean, "seconds": round(spent, 1)})
                 losses.clear()
                 with atomic_path(run / "checkpoint.pt") as tmp:
-                    torch.save(
-                        {
-                            "net": net.state_dict(),
-                            "ema": ema.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "step": step,
-                            "data": reader.state_dict(),
-                            "seconds": spent,
-                        },
-                        tmp,
-                    )
+                    parts = {name: part.state_dict() for name, part in saved.items()}
+                    torch.save(parts | {"step": step, "seconds": spent}, tmp)
                 write_text(run / "metrics.jsonl", "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
     save_grid(sample(ema, 100, seed=0), run / "samples.png", columns=10)
     save_network(
@@ -181,12 +144,36 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         manifest=data.manifest.to_dict(),
         sigma_min=SIGMA_MIN,
         sigma_max=SIGMA_MAX,
-        training=settings,
+        training=config.to_json(),
         kimg=step * config.batch / 1000,
         versions=versions(),
         weights_sha256=hash_tensors(dict(ema.state_dict())),
     )
     return done
+
+
+def _network(config: TeacherConfig, data: ImageDataset) -> Precond:
+    torch.manual_seed(config.seed)
+    sizes = {"model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout"}
+    return from_edm(
+        "EDMPrecond",
+        img_resolution=data.resolution,
+        img_channels=data.channels,
+        label_dim=data.classes if config.conditional else 0,
+        **config.model_dump(mode="json", include=sizes),
+        **NCSNPP,
+    )
+
+
+def _loss(config: TeacherConfig, net: Precond, reader: BatchReader, step: int) -> Tensor:
+    """EDM's loss of the next batch; what is random in it is a function of seed and step."""
+    g = generator(config.seed, step)
+    x, labels = reader.next()
+    sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
+    noise = torch.randn(x.shape, generator=g)
+    torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
+    denoised = net(x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels if config.conditional else None)
+    return edm_loss(denoised, x, sigma).mean()
 
 
 def _lr_factor(config: TeacherConfig, share: float, nimg: int) -> float:

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gddlab.datasets import BatchReader, ImageDataset, order
 from gddlab.distill.build import build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World, fill
-from gddlab.distill.health import Alarm, Health, Thresholds, neighbor_distance
+from gddlab.distill.distributed import World
+from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.randomness import Drawer
-from gddlab.distill.recorder import GRID, Meter, Recorder, begin, name_of
-from gddlab.distill.step import DTYPES
+from gddlab.distill.recorder import GRID, Meter, Recorder, name_of
 from gddlab.ema import ema_beta, ema_update, local
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
@@ -57,33 +57,24 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, *, given: tuple[Precond, ImageDataset] | None = None):
         self.config, self.world = config, world
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
-        self.step, self.ema, self.ada = build_step(config, self.teacher, world)
+        self.step, self.ema = build_step(config, self.teacher, world)
         g = self.step.g
         self.frozen = {n: local(p) for n, p in g.named_parameters() if not p.requires_grad} | dict(g.named_buffers())
         self.frozen_hash = hash_tensors(self.frozen)
         self.reader = BatchReader(
             self.data, batch=config.batch, seed=config.seed, rank=world.rank, world_size=world.size
         )
-        self.drawer = Drawer(
-            (g.img_channels, g.img_resolution, g.img_resolution),
-            batch=config.batch,
-            seed=config.seed,
-            world=world,
-            dtype=DTYPES[config.precision],
-            steps=1 + len(config.mid_sigmas),
-            width=0 if self.step.augment is None else self.step.augment.width,
-            channels_last=config.channels_last,
-        )
+        width = 0 if self.step.augment is None else self.step.augment.width
+        self.drawer = Drawer(config, g, world, width=width)
         self.meter = Meter(world.device)
         real = self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data))))
-        self.health = Health(
-            real if len(real) > 1 and neighbor_distance(real) > 0 else None,  # copies give no scale
-            Thresholds(grace_kimg=min(Thresholds.grace_kimg, config.total_kimg / 2)),
-        )
+        grace = min(Thresholds().grace_kimg, config.total_kimg / 2)
+        self.health = Health(real, Thresholds(grace_kimg=grace))
         self.checkpoints = Checkpoints(config.run_dir, world, keep=config.keep_checkpoints)
         self.iteration = 0
         self.seconds = 0.0
         self.real: list[Tensor] | None = None
+        self.recorder: Recorder | None = None
         self.stop_asked = False
         self.why_stopped: str | None = None
 
@@ -116,17 +107,18 @@ class Trainer:
         images = drawer.place(self.data.images(index)) if needed else torch.empty(0)
         labels = None
         if step.g.label_dim:
-            labels = self.data.labels(index).to(self.world.device, DTYPES[c.precision])
+            labels = self.data.labels(index).to(self.world.device, drawer.dtype)
         instance = None if step.instance is None else drawer.instance(it, images, step.instance)
         stats, features = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
         if step.adversarial:
-            real = None if self.real is None else [f[index.to(self.world.device)] for f in self.real]
-            u = drawer.real(it)
-            if c.reuse_fakes:
-                stats |= step.d_step(images, labels, u=u, fake_features=features, real_features=real)
+            if not c.reuse_fakes:
+                del features
+                features = step.fake_features(drawer.latents(it, 1), labels, drawer.draw(it, 1))
+            if self.real is None:
+                reals = step.real_features(images, drawer.real(it))
             else:
-                z, draw = drawer.latents(it, 1), drawer.draw(it, 1)
-                stats |= step.d_step(images, labels, z=z, draw=draw, u=u, real_features=real)
+                reals = [f[index.to(self.world.device)] for f in self.real]
+            stats |= step.d_step(features, reals, labels)
         if due:
             bad = stats.pop("nonfinite/d")
             stats |= step.r1_step(images, labels)
@@ -134,10 +126,6 @@ class Trainer:
         self.iteration += 1
         self.reader.position += c.batch
         ema_update(self.ema, step.g, ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg))
-        if self.ada is not None:
-            stats["ada/p"] = self.ada.p.clone()
-            self.ada.observe(stats["signs/real"])
-            self.ada.update(c.batch)
         self.meter.add(stats)
 
     def every(self, kimg: float | None) -> bool:
@@ -194,15 +182,15 @@ class Trainer:
             "meter": self.meter.state_dict(self.world),
             "health": self.health.state_dict(),
         }
-        self.checkpoints.save(training_state(self.step, self.ema, self.ada), meta, best=best)
+        self.checkpoints.save(training_state(self.step, self.ema), meta, best=best)
 
     def restore(self) -> Loaded | None:
         """Continues from the newest checkpoint that is complete; None if there is none."""
-        state: dict[str, Any] = dict(training_state(self.step, self.ema, self.ada))
+        state: dict[str, Any] = dict(training_state(self.step, self.ema))
         loaded = self.checkpoints.load(state)
         if loaded is None:
             return None
-        set_training_state(state, self.step, self.ema, self.ada)
+        set_training_state(state, self.step, self.ema)
         meta = loaded.meta
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
         self.reader.load_state_dict(meta["data"])
@@ -226,41 +214,36 @@ class Trainer:
         if not (self.config.shard and self.world.size > 1):
             return net
         out = make_student(self.teacher, mid_sigmas=self.config.mid_sigmas).eval().requires_grad_(False)
-        out.to(self.world.device, DTYPES[self.config.precision])
-        fill(out, net)
+        out.to(self.world.device, self.drawer.dtype)
+        out.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
         return out
 
-    def snapshot(self, recorder: Recorder | None) -> None:
+    def snapshot(self) -> None:
         """Sample grid of fixed noise and the EMA student of this moment."""
         ema = self.whole(self.ema)
         raw = self.whole(self.step.g) if self.config.snapshot_raw else None
-        if recorder is None:
-            return
-        images = recorder.snapshot(ema, self.nimg, self.student_meta())
-        if raw is not None:
-            recorder.raw(raw, self.nimg, self.student_meta())
-        self._alarm(recorder, self.health.observe_images(images, self.nimg / 1000))
+        if self.recorder:
+            images = self.recorder.snapshot(ema, self.nimg, self.student_meta(), raw=raw)
+            self._alarm(self.health.observe_images(images, self.nimg / 1000))
 
-    def score(self, recorder: Recorder | None, score: Score) -> bool:
+    def score(self, score: Score) -> bool:
         """Scores the averaged student, all ranks together; returns whether it is the best so far, which is kept."""
         candidate = self.config.run_dir / f".candidate-{name_of(self.nimg)}.safetensors"
         ema = self.whole(self.ema)
-        if recorder:
+        if self.recorder:
             save_network(ema, candidate, **self.student_meta())
         self.world.barrier()
         name, value, std = score(candidate)
         self.world.barrier()  # all have read it
         best = False
-        if recorder:
-            kimg = self.nimg / 1000
-            best = recorder.best(candidate, name, value, kimg)
-            recorder.writer.add_scalar(f"metric/{name}", value, self.nimg)
-            recorder.say(f"{kimg:9.2f} kimg  {name} {value:.4g}{'  best so far' if best else ''}")
-            self._alarm(recorder, self.health.observe_metric(name, value, kimg, std=std))
+        if self.recorder:
+            best = self.recorder.score(candidate, name, value, self.nimg)
+            self._alarm(self.health.observe_metric(name, value, self.nimg / 1000, std=std))
         return self.world.any(best)
 
-    def _alarm(self, recorder: Recorder, alarms: list[Alarm]) -> None:
-        recorder.alarm(alarms)
+    def _alarm(self, alarms: list[Alarm]) -> None:
+        assert self.recorder is not None
+        self.recorder.alarm(alarms)
         for a in alarms:
             if a.kind in self.config.stop_on:
                 self.stop_asked, self.why_stopped = True, a.message
@@ -289,32 +272,31 @@ class Trainer:
         loaded = self.restore()
         self.checkpoints.clean_up(loaded)
         self.cache_real()
-        recorder = None
         if world.rank == 0:
-            recorder = begin(c, self.teacher, self.data, nimg=self.nimg, world_size=world.size, loaded=loaded)
+            self.recorder = Recorder(c, self.teacher, self.data, world_size=world.size, loaded=loaded)
         if loaded is None:
-            self.snapshot(recorder)
-        if c.probe_kimg and loaded is None:
-            self.probe()
+            self.snapshot()
+            if c.probe_kimg:
+                self.probe()
         try:
-            state = self._loop(recorder, score)
+            state = self._loop(score)
             self.checkpoints.close()
         except BaseException:
             self.checkpoints.abandon()
             raise
         ema = self.whole(self.ema) if state == "done" else None
-        if recorder:
-            recorder.close()
+        if self.recorder:
+            self.recorder.writer.close()
             if ema is not None:
                 save_network(ema, c.run_dir / "student.safetensors", **self.student_meta())
             why = {} if self.why_stopped is None else {"message": self.why_stopped}
-            recorder.status(state, self.nimg, **why)
+            self.recorder.status(state, self.nimg, **why)
         world.barrier()
         return state
 
-    def _loop(self, recorder: Recorder | None, score: Score | None) -> str:
+    def _loop(self, score: Score | None) -> str:
         """The remaining iterations, and what is due after each."""
-        c, world = self.config, self.world
+        c, recorder = self.config, self.recorder
         while self.iteration < self.total:
             began = time.perf_counter()
             if recorder:
@@ -326,16 +308,13 @@ class Trainer:
                 line = self.tick()
                 if recorder:
                     recorder.tick(line)
-                    self._alarm(recorder, self.health.observe_tick(line))
+                    self._alarm(self.health.observe_tick(line))
             if self.every(c.snapshot_kimg):
-                self.snapshot(recorder)
+                self.snapshot()
             if self.every(c.probe_kimg):
                 self.probe()
-            best = False
-            if self.every(c.metric_kimg):
-                assert score is not None
-                best = self.score(recorder, score)
-            stop = world.any(self.stop_asked)
+            best = score is not None and self.every(c.metric_kimg) and self.score(score)
+            stop = self.world.any(self.stop_asked)
             if stop or best or self.every(c.checkpoint_kimg):
                 self.checkpoint(best=best)
             if stop and self.iteration < self.total:

@@ -14,7 +14,7 @@ import torch
 
 from gddlab.datasets import digits
 from gddlab.distill.losses import r1_penalty
-from gddlab.distill.projected import ProjectedDiscriminator
+from gddlab.distill.projected import Projected, ProjectedDiscriminator
 from gddlab.provenance import hardware, versions
 
 
@@ -34,7 +34,7 @@ def seconds(d: ProjectedDiscriminator, images: torch.Tensor, forward_mode: bool)
 
 def main(pairs: int) -> None:
     torch.manual_seed(0)
-    d = ProjectedDiscriminator(input_size=64, cout=16, max_width=64).train()
+    d = ProjectedDiscriminator(Projected(input_size=64, cout=16, head_width=64)).train()
     images = digits().images(slice(0, 16))
     times: dict[bool, list[float]] = {True: [], False: []}
     for i in range(pairs + 1):

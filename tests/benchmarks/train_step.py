@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gddlab.distill.build import build_step
 from gddlab.distill.distributed import World
 from gddlab.distill.presets import FAST, cifar10
-from gddlab.distill.projected import ProjectedDiscriminator
+from gddlab.distill.projected import Projected, ProjectedDiscriminator
 from gddlab.ema import ema_beta, ema_update
 from gddlab.freezing import select_freeze
 from gddlab.nets import build
@@ -53,9 +53,8 @@ class PlainDiscriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        ours = ProjectedDiscriminator(
-            ("vgg16_bn", "tf_efficientnet_lite0"), input_size=224, cout=64, fold=False, weights=BACKBONES
-        )
+        part = Projected(backbones=("vgg16_bn", "tf_efficientnet_lite0"), weights=BACKBONES)
+        ours = ProjectedDiscriminator(part, fold=False)
         self.frozen = [(n, b.net.eval(), ours.projections[n]) for n, b in ours.backbones.items()]
         self.heads = nn.ModuleList(
             nn.ModuleList(self.head(c, start) for c, start in zip((64, 64, 128, 256), (128, 64, 32, 16), strict=True))
@@ -166,18 +165,17 @@ class Ours:
             discriminator={"weights": BACKBONES},
             **MODES[mode],
         )
-        self.step, _, _ = build_step(self.config, teacher, World(0, 1, torch.device("cpu")))
+        self.step, _ = build_step(self.config, teacher, World(0, 1, torch.device("cpu")))
         self.g_params, self.d_params = self.step.g_params, self.step.d_params
         self.ema, self.nimg = copy.deepcopy(self.step.g), 0
 
     def iteration(self, batch: Batch) -> dict[str, Tensor]:
         real, z_g, z_d = batch
         stats, features = self.step.g_step(z_g, None)
-        if self.config.reuse_fakes:
-            stats |= self.step.d_step(real, None, fake_features=features)
-        else:
+        if not self.config.reuse_fakes:
             del features
-            stats |= self.step.d_step(real, None, z=z_d)
+            features = self.step.fake_features(z_d, None)
+        stats |= self.step.d_step(features, self.step.real_features(real), None)
         self.nimg += len(real)
         ema_update(self.ema, self.step.g, ema_beta(len(real), 500, 0.05, self.nimg))
         return stats

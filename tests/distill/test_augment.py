@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gddlab.distill.augment import OPS, AugmentPipe
+from gddlab.distill.augment import OPS, Augment, Augmentation
 from gddlab.errors import GddlabError
 
 ALL = ("color", "translation", "cutout", "bgc")
+
+
+def made(*ops: str) -> Augmentation:
+    return Augmentation(Augment(ops=ops))
+
+
+def at(a: Augmentation, p: float | Tensor) -> Augmentation:
+    b = copy.copy(a)
+    b.p = p
+    return b
 
 
 def images(n: int, channels: int = 3, size: int = 16, *, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(n, channels, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def numbers(a: AugmentPipe, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def numbers(a: Augmentation, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(n, a.width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -37,10 +49,10 @@ def normal(u: float) -> float:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identity_at_zero_and_change_at_one(name: str, channels: int, dtype: torch.dtype) -> None:
-    a = AugmentPipe([name])
+    a = made(name)
     x, u = images(32, channels, dtype=dtype), numbers(a, 32, dtype=dtype)
     for p in (0.0, torch.tensor(0.0, dtype=torch.float64)):
-        assert torch.equal(a(x, u, p), x)
+        assert torch.equal(at(a, p)(x, u), x)
     y = a(x, u)
     assert y.dtype == dtype and y.shape == x.shape and y.isfinite().all()
     assert (y - x).abs().flatten(1).amax(1).count_nonzero() > 16
@@ -49,24 +61,24 @@ def test_identity_at_zero_and_change_at_one(name: str, channels: int, dtype: tor
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_images_are_treated_alone(name: str, p: float) -> None:
-    a = AugmentPipe([name])
+    a = made(name)
     x, u = images(12), numbers(a, 12)
-    whole = a(x, u, p)
+    whole = at(a, p)(x, u)
     for cut in (1, 6):
-        assert_close(torch.cat([a(x[:cut], u[:cut], p), a(x[cut:], u[cut:], p)]), whole, rtol=0, atol=1e-12)
+        assert_close(torch.cat([at(a, p)(x[:cut], u[:cut]), at(a, p)(x[cut:], u[cut:])]), whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients(name: str, channels: int) -> None:
-    a = AugmentPipe([name])
+    a = made(name)
     x, u = images(4, channels, 8).requires_grad_(True), numbers(a, 4, 2)
-    assert torch.autograd.gradcheck(lambda x: a(x, u, 0.8), (x,))
+    assert torch.autograd.gradcheck(lambda x: at(a, 0.8)(x, u), (x,))
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-24, 1.0])
 def test_extreme_numbers_give_finite_images_and_gradients(edge: float) -> None:
-    a = AugmentPipe(ALL)
+    a = made(*ALL)
     x = images(2, dtype=torch.float32).requires_grad_(True)
     y = a(x, torch.full((2, a.width), edge))
     y.sum().backward()
@@ -74,7 +86,7 @@ def test_extreme_numbers_give_finite_images_and_gradients(edge: float) -> None:
 
 
 def test_color() -> None:
-    a = AugmentPipe(["color"])
+    a = made("color")
     x, u = images(8), numbers(a, 8)
     for image, (_, b, s, c), found in zip(x, u.tolist(), a(x, u), strict=True):
         y = image + b - 0.5
@@ -84,7 +96,7 @@ def test_color() -> None:
 
 
 def test_color_does_not_saturate_grey_images() -> None:
-    a = AugmentPipe(["color"])
+    a = made("color")
     x, u = images(4, 1), numbers(a, 4)
     other = u.clone()
     other[:, 2] = 1 - other[:, 2]
@@ -92,7 +104,7 @@ def test_color_does_not_saturate_grey_images() -> None:
 
 
 def test_translation_shifts_by_whole_pixels_with_zeros_behind() -> None:
-    a = AugmentPipe(["translation"])
+    a = made("translation")
     x, u = images(400), numbers(a, 400)
     seen = set()
     for image, (_, h, v), found in zip(x, u.tolist(), a(x, u), strict=True):
@@ -104,13 +116,13 @@ def test_translation_shifts_by_whole_pixels_with_zeros_behind() -> None:
 
 def test_numbers_rounded_to_one_stay_in_range() -> None:
     for name in ("translation", "cutout"):
-        a = AugmentPipe([name])
+        a = made(name)
         assert torch.equal(a(images(1), row(0, 1, 1)), a(images(1), row(0, 0.999, 0.999)))
 
 
 @pytest.mark.parametrize("size", [16, 14])
 def test_cutout_removes_a_square_of_half_the_size(size: int) -> None:
-    a = AugmentPipe(["cutout"])
+    a = made("cutout")
     x, u = images(600, size=size), numbers(a, 600)
     hole = (a(x, u) == 0).all(1)  # (B, R, R)
     assert torch.equal(a(x, u), x.masked_fill(hole[:, None], 0))
@@ -125,7 +137,7 @@ def test_cutout_removes_a_square_of_half_the_size(size: int) -> None:
 
 
 def test_blit_copies_pixels() -> None:
-    a = AugmentPipe(["blit"])
+    a = made("blit")
     x, u = images(200), numbers(a, 200)
     for image, (_, flip, _, turn, _, h, v), found in zip(x, u.tolist(), a(x, u), strict=True):
         y = image.flip(2) if flip < 0.5 else image
@@ -137,14 +149,14 @@ def test_blit_copies_pixels() -> None:
 
 @pytest.mark.parametrize("size", [32, 256])
 def test_blit_copies_pixels_in_float32(size: int) -> None:
-    a = AugmentPipe(["blit"])
+    a = made("blit")
     x, u = images(4, 1, size, dtype=torch.float32), numbers(a, 4)
     assert torch.equal(a(x, u.float()).double(), a(x.double(), u.float().double()))
 
 
 def test_geom_is_one_affine_map_in_the_papers_order() -> None:
     """On a linear ramp the warp must give the ramp at the place each pixel comes from, if that is well inside."""
-    a = AugmentPipe(["geom"])
+    a = made("geom")
     size, k = 64, 31.5
     x = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy")).double()  # x, y of pixels
     ramp = torch.stack([x[0], x[1], x[1]])[None]
@@ -169,27 +181,27 @@ def test_geom_is_one_affine_map_in_the_papers_order() -> None:
 
 
 def test_geom_reflects_about_the_border_pixels() -> None:
-    a = AugmentPipe(["geom"])
+    a = made("geom")
     x = images(1)
     two = (
         torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([1.0, -0.5], dtype=torch.float64)).tolist()
     )  # 2, -1 pixels
-    y = a(x, row(1, 0, 1, 0, 1, 0, 1, 0, 0, *two), 0.5)
+    y = at(a, 0.5)(x, row(1, 0, 1, 0, 1, 0, 1, 0, 0, *two))
     assert_close(y, F.pad(x, (2, 2, 2, 2), mode="reflect")[..., 3:19, 0:16], rtol=0, atol=1e-9)
 
 
 def test_each_operation_has_its_own_probability() -> None:
     x = images(1)
     for name, gates in {"blit": (0, 2, 4), "geom": (0, 2, 4, 6, 8), "ada-color": (0, 2, 4, 6, 8)}.items():
-        a = AugmentPipe([name])
+        a = made(name)
         for gate in gates:
             u = torch.full((1, a.width), 0.3, dtype=torch.float64)
             u[:, list(gates)] = 0.9
-            assert torch.equal(a(x, u, 0.75), x)
+            assert torch.equal(at(a, 0.75)(x, u), x)
             u[:, gate] = 0.6  # rotations: 1 - sqrt(1 - 0.75) = 0.5
-            assert torch.equal(a(x, u, 0.75), x) == (name == "geom" and gate in (2, 6))
+            assert torch.equal(at(a, 0.75)(x, u), x) == (name == "geom" and gate in (2, 6))
             u[:, gate] = 0.45
-            assert not torch.equal(a(x, u, 0.75), x)
+            assert not torch.equal(at(a, 0.75)(x, u), x)
 
 
 def matrices(b: float, c: float, f: float, h: float, s: float) -> np.ndarray:
@@ -211,7 +223,7 @@ def matrices(b: float, c: float, f: float, h: float, s: float) -> np.ndarray:
 
 
 def test_ada_color_is_the_product_of_the_papers_matrices() -> None:
-    a = AugmentPipe(["ada-color"])
+    a = made("ada-color")
     x, u = images(8), numbers(a, 8)
     for image, values, found in zip(x, u[:, 1::2].tolist(), a(x, u), strict=True):
         m = matrices(*values)
@@ -220,25 +232,25 @@ def test_ada_color_is_the_product_of_the_papers_matrices() -> None:
 
 
 def test_grey_images_are_treated_as_equal_channels() -> None:
-    a = AugmentPipe(["bgc"])
+    a = made("bgc")
     x, u = images(8, 1), numbers(a, 8)
     assert_close(a(x, u).expand(-1, 3, -1, -1), a(x.expand(-1, 3, -1, -1).contiguous(), u))
 
 
 def test_operations_follow_the_given_order() -> None:
     x = images(8)
-    first, second = AugmentPipe(["cutout"]), AugmentPipe(["color"])
-    both, other = AugmentPipe(["cutout", "color"]), AugmentPipe(["color", "cutout"])
+    first, second = made("cutout"), made("color")
+    both, other = made("cutout", "color"), made("color", "cutout")
     u = numbers(both, 8)
     assert both.width == first.width + second.width
     chained = second(first(x, u[:, : first.width]), u[:, first.width :])
     assert torch.equal(both(x, u), chained)
     assert not torch.equal(other(x, u.roll(second.width, 1)), chained)
-    assert AugmentPipe(["bgc"]).ops == ("blit", "geom", "ada-color")
+    assert made("bgc").ops == ("blit", "geom", "ada-color")
 
 
 def test_autocast_does_not_reach_in() -> None:
-    a = AugmentPipe(ALL)
+    a = made(*ALL)
     x, u = images(4, dtype=torch.float32), numbers(a, 4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = a(x, u)
@@ -250,24 +262,91 @@ def test_the_host_never_waits() -> None:
     import kornia.geometry.transform  # noqa: F401 - outside, or its constants would be fake too
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    a = AugmentPipe(ALL)
+    a = made(*ALL)
     with FakeTensorMode():
         x, u = torch.empty(4, 3, 16, 16), torch.empty(4, a.width)
-        assert a(x, u, torch.empty((), dtype=torch.float64)).shape == x.shape
+        assert at(a, torch.empty((), dtype=torch.float64))(x, u).shape == x.shape
+        controlled(0.6).observe(torch.empty(()), 64)
 
 
 def test_bad_input_is_refused() -> None:
-    a = AugmentPipe(["color"])
-    x, u = images(2), numbers(a, 2)
     with pytest.raises(GddlabError, match="unknown augmentation 'colour': did you mean 'color'"):
-        AugmentPipe(["colour"])
+        Augment(ops=("colour",))
     with pytest.raises(GddlabError, match="'blit' is there twice"):
-        AugmentPipe(["blit", "bgc"])
-    with pytest.raises(GddlabError, match=r"\(2, 3, 16, 8\).*square"):
-        a(x[..., :8], u)
-    with pytest.raises(GddlabError, match=r"2 images need \(2, 4\)"):
-        a(x, u[:, :3])
-    with pytest.raises(GddlabError, match="float64"):
-        a(x, u.float())
-    with pytest.raises(GddlabError, match=r"p=1\.5"):
-        a(x, u, 1.5)
+        Augment(ops=("blit", "bgc"))
+    with pytest.raises(GddlabError, match="give at least one operation"):
+        Augment(ops=())
+
+
+# ADA's controller: its speed, its bounds, where it settles, and its state.
+
+
+def controlled(target: float, kimg: float = 500, **how: Any) -> Augmentation:
+    return Augmentation(Augment(ada_target=target, ada_kimg=kimg), **how)
+
+
+def run(c: Augmentation, values: list[float], batch: int = 256) -> list[float]:
+    """Probabilities after each iteration with these mean signs."""
+    seen = []
+    for v in values:
+        c.observe(torch.tensor(v, dtype=torch.float32), batch)
+        seen.append(float(c.p))
+    return seen
+
+
+def test_p_goes_from_zero_to_one_in_the_given_number_of_images_and_back() -> None:
+    c = controlled(0.6)
+    up = run(c, [1.0] * 500, batch=1000)
+    assert_close(up[3::4], [(i + 1) * 0.008 for i in range(125)])
+    assert_close(up[249], 0.496)  # 248 of the 250 iterations were counted by a step
+    assert up[498] < 1 and up[499] == 1
+    assert run(c, [1.0] * 8, batch=1000)[-1] == 1
+    down = run(c, [0.0] * 504, batch=1000)
+    assert down[0] == 1 and down[3] == pytest.approx(0.992) and down[-1] == 0
+
+
+def test_a_step_every_interval_by_the_mean_of_the_signs() -> None:
+    c = controlled(0.6, 1.024)
+    assert run(c, [1.0, 1.0, 0.3, 0.2], 64) == [0, 0, 0, 0.25]  # mean 0.625
+    assert run(c, [1.0, 1.0, 0.3, 0.0], 64) == [0.25, 0.25, 0.25, 0]  # mean 0.575: the last interval is forgotten
+    assert run(controlled(0.5), [0.5] * 8) == [0] * 8
+
+
+def test_p_settles_where_the_signs_meet_the_target() -> None:
+    c = controlled(0.6)
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.05
+    seen = []
+    for n in noise:
+        c.observe(0.9 - 0.75 * c.p + n, 1000)  # meets 0.6 at p = 0.4
+        seen.append(float(c.p))
+    assert all(abs(p - 0.4) < 0.06 for p in seen[400:])
+    assert sum(seen[400:]) / 1600 == pytest.approx(0.4, abs=0.01)
+
+
+def test_state_in_mid_interval_continues_bit_for_bit() -> None:
+    values = torch.rand(203, generator=torch.Generator().manual_seed(1)).tolist()
+    whole, first, second = (controlled(0.5, 20) for _ in range(3))
+    p = second.p
+    expected = run(whole, values)
+    run(first, values[:102])
+    assert first.count.item() == 2
+    state = {k: v.clone() for k, v in first.state_dict().items()}
+    assert sorted(state) == ["count", "p", "sum"]
+    second.load_state_dict(state)
+    assert run(second, values[102:]) == expected[102:]
+    assert second.p is p  # the same tensor throughout
+    assert len(set(expected)) > 5
+    for k, v in controlled(0.5).state_dict().items():  # the same form at every step
+        assert v.shape == state[k].shape == () and v.dtype == state[k].dtype == torch.float64
+    assert not made("color").state_dict()
+
+
+def test_means_over_processes_are_taken_by_the_given_function() -> None:
+    for target, p in ((0.6, 0.0), (0.4, 0.4)):
+        c = controlled(target, 1, mean=lambda t: (t + 0.0) / 2)  # the other process saw zeros
+        assert run(c, [1.0] * 4, 100)[-1] == p
+
+
+def test_signs_that_are_no_number_leave_p_as_it_stands() -> None:
+    c = controlled(0.6, 1)
+    assert run(c, [1.0] * 4 + [float("nan")] * 4 + [1.0] * 4, 100)[3::4] == [0.4, 0.4, 0.8]

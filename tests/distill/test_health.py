@@ -185,6 +185,13 @@ def test_collapse_of_a_student_that_never_was_diverse(real: Tensor) -> None:
     assert alarm.kind == "collapse" and "the last checkpoint stands" in alarm.message
 
 
+def test_copies_give_no_scale(real: Tensor) -> None:
+    for alike in (real[:1], real[:1].repeat(4, 1, 1, 1)):
+        health = Health(alike, Thresholds(grace_kimg=0))
+        assert health.observe_images(alike, 1) == []
+        assert [a.kind for a in health.observe_images(alike * math.nan, 2)] == ["nan"]
+
+
 def test_images_that_are_not_finite(real: Tensor) -> None:
     health, lost = Health(real), real.clone()
     lost[3, 0, 0, 0] = math.nan
@@ -331,12 +338,10 @@ def test_a_continued_run_raises_the_same_alarms(real: Tensor) -> None:
 
 
 def test_refusals(real: Tensor) -> None:
-    with pytest.raises(GddlabError, match="all alike"):
-        Health(torch.zeros(4, 1, 8, 8))
     with pytest.raises(GddlabError, match="at least 2"):
-        Health(real[:1])
+        neighbor_distance(real[:1])
     with pytest.raises(GddlabError, match="63 images to compare with 64"):
         Health(real).observe_images(real[:63], 1)
     for bad in ({"patience": 0}, {"collapse": 1.5}, {"diverse": 0.1}, {"jump": 0.9}, {"loss_d": math.nan}):
         with pytest.raises(GddlabError, match=next(iter(bad))):
-            Thresholds(**bad)  # type: ignore[arg-type]
+            Thresholds(**bad)

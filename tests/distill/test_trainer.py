@@ -1,4 +1,4 @@
-"""The trainer: continuing is bit-identical, frozen is frozen, fast paths equal plain ones."""
+"""The trainer: continuing is bit-identical, a run directory is whole, bad losses, the best snapshot, alarms, probes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from gddlab.datasets import ImageDataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError
+from gddlab.evaluation import scorer
 from gddlab.files import read_json, read_jsonl
 from gddlab.freezing import select_freeze
-from gddlab.nets import load_network
+from gddlab.nets import load_network, save_network
 from gddlab.probing import probe
 from gddlab.runs import load_run
+from gddlab.sampling import sample
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+def by(kind: str) -> dict[str, Any]:
+    """An instance loss."""
+    return {"kind": kind, "distance": "l2", "steps": 4}
+
+
+def trained(path: Path, teacher: Path, iterations: int, **fields: Any) -> Trainer:
+    t = Trainer(tiny_config(path, teacher, **fields), ALONE)
+    for _ in range(iterations):
+        t.iterate()
+    return t
 
 
 def tensors(t: Trainer) -> dict[str, torch.Tensor]:
@@ -30,8 +43,8 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
     out |= {f"ema/{k}": v for k, v in t.ema.state_dict().items()}
     if t.step.adversarial:
         out |= {f"d/{k}": v for k, v in t.step.d.state_dict().items()}
-    if t.ada is not None:
-        out |= {f"ada/{k}": v for k, v in t.ada.state_dict().items()}
+    if t.step.augment is not None:
+        out |= {f"ada/{k}": v for k, v in t.step.augment.state_dict().items()}
     for name, opt in (("opt_g", t.step.opt_g), ("opt_d", t.step.opt_d)):
         if opt is None:
             continue
@@ -87,69 +100,7 @@ def test_a_run_does_not_continue_on_other_data(tmp_path: Path, tiny_teacher: Pat
         second.restore()
 
 
-def test_frozen_parameters_are_the_teachers_and_in_no_optimiser(tmp_path: Path, tiny_teacher: Path) -> None:
-    teacher = load_teacher(tiny_teacher)
-    mask = select_freeze(teacher, strategy="gdd-i")
-    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, mask=mask), ALONE)
-    t.train()
-    for net in (t.step.g, t.ema, load_network(tmp_path / "run" / "student.safetensors")[0]):
-        mask.verify(net, teacher)
-    by_tensor = {p: n for n, p in t.step.g.named_parameters()}
-    optimised = {by_tensor[p] for group in t.step.opt_g.param_groups for p in group["params"]}
-    assert optimised == {n for n, _ in t.step.g.named_parameters()} - set(mask.frozen)
-    start = teacher.state_dict()
-    moved = [n for n in optimised if not torch.equal(start[n], t.step.g.state_dict()[n])]
-    assert len(moved) == len(optimised)
-
-
-def test_without_mask_everything_moves(tmp_path: Path, tiny_teacher: Path) -> None:
-    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
-    start = {n: p.detach().clone() for n, p in t.step.g.named_parameters()}
-    t.iterate()
-    assert all(not torch.equal(start[n], p) for n, p in t.step.g.named_parameters())
-
-
-def test_cached_real_features_change_nothing(tmp_path: Path, tiny_teacher: Path) -> None:
-    states = []
-    for cached in (False, True):
-        config = tiny_config(
-            tmp_path / str(cached), tiny_teacher, discriminator={"cache_real": cached}, precision="float64"
-        )
-        t = Trainer(config, ALONE)
-        few = t.data.uint8[:24]
-        t.data = t.reader.dataset = ImageDataset(few, name="few", source="test")
-        if cached:
-            t.cache_real()
-        for _ in range(3):
-            t.iterate()
-        states.append(tensors(t))
-    for name in states[0]:
-        # Adam with beta1 = 0 turns rounding noise into steps where the true gradient is 0: a bias before BatchNorm.
-        if ".main.0.bias" not in name and "opt_" not in name:
-            assert_close(states[0][name], states[1][name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_reused_fakes_are_those_of_the_generator_step(tmp_path: Path, tiny_teacher: Path) -> None:
-    """The first D step on reused fakes equals one on fresh fakes of the same noise and the previous generator."""
-    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, precision="float64"), ALONE)
-    z, images = t.drawer.latents(0, 0), t.data.images(slice(0, 8)).double()
-    with torch.no_grad():
-        expected = t.step.d.features(t.step.g.generate(z))
-    _, features = t.step.g_step(z, None)
-    assert_close(features, expected)
-    a = t.step.d_step(images, None, fake_features=features)
-    assert torch.isfinite(a["loss/d"])
-
-
-def test_bfloat16_student_trains(tmp_path: Path, tiny_teacher: Path) -> None:
-    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, precision="bfloat16"), ALONE)
-    t.iterate()
-    assert all(torch.isfinite(v).all() for v in t.meter.sums.values())
-    assert all(p.dtype == torch.float32 for p in t.step.g.parameters())
-
-
 def test_conditional_student_trains(tmp_path: Path) -> None:
-    from gddlab.nets import save_network
 
     path = tmp_path / "cond.safetensors"
     save_network(tiny_net(label_dim=10), path, name="cond", data="digits")
@@ -191,41 +142,6 @@ def test_run_directory_is_whole(tmp_path: Path, tiny_teacher: Path) -> None:
     assert TrainConfig.load(run).to_json() == config.to_json()
 
 
-def test_another_configuration_is_refused_and_nothing_touched(tmp_path: Path, tiny_teacher: Path) -> None:
-    config = tiny_config(tmp_path / "run", tiny_teacher)
-    config.write()
-    before = (tmp_path / "run" / "config.json").read_bytes()
-    other = tiny_config(tmp_path / "run", tiny_teacher, lr_g=1e-3)
-    with pytest.raises(GddlabError, match=r"lr_g is 0\.0004 there, 0\.001 here"):
-        other.write()
-    assert (tmp_path / "run" / "config.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch": 0}, "batch=0"),
-        ({"loss": "wgan"}, "unknown loss 'wgan': accepted: ns, hinge"),
-        ({"total_kmg": 3}, "did you mean 'total_kimg'"),
-        ({"discriminator": {"input_size": 8}}, "discriminator.input_size=8"),
-    ],
-)
-def test_bad_configurations_are_refused(tmp_path: Path, fields: dict[str, object], message: str) -> None:
-    with pytest.raises(GddlabError, match=message):
-        tiny_config(tmp_path, tmp_path / "teacher.safetensors", **fields)
-
-
-def test_mask_of_another_network_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
-    from gddlab.launch import train
-    from gddlab.nets import from_edm
-    from tests.conftest import TINY
-
-    mask = select_freeze(from_edm("EDMPrecond", **(TINY | {"num_blocks": 2})), strategy="gdd-i")
-    with pytest.raises(GddlabError, match="another network"):
-        train(tiny_config(tmp_path / "run", tiny_teacher, mask=mask))
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_student_is_probed_while_it_trains(tmp_path: Path, tiny_teacher: Path) -> None:
     teacher = load_teacher(tiny_teacher)
     mask = select_freeze(teacher, strategy="gdd-i")
@@ -249,3 +165,143 @@ def test_the_student_is_probed_while_it_trains(tmp_path: Path, tiny_teacher: Pat
     plain.train()
     assert all(torch.equal(a, b) for a, b in zip(plain.ema.parameters(), trainer.ema.parameters(), strict=True))
     assert len(load_run(tmp_path / "plain").probes) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"augment": {"ops": ("bgc",), "ada_target": 0.6, "ada_kimg": 0.1}},
+        {"mid_sigmas": (0.8,)},
+        {"instance": by("pd"), "discriminator": None},
+        {"instance": by("cd")},
+        {"discriminator": {"kind": "stylegan2"}},
+        {"student": "scratch"},
+    ],
+    ids=["ada", "two steps", "pd alone", "gan and cd", "stylegan2", "scratch"],
+)
+def test_every_kind_of_run_continues_bit_identically(
+    tmp_path: Path, tiny_teacher: Path, fields: dict[str, Any]
+) -> None:
+    assert_continued(tmp_path, tiny_teacher, **fields)
+
+
+def test_a_two_step_student_trains_both_steps_and_samples_with_them(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, mid_sigmas=(0.8,), total_kimg=0.064)
+    config.write()
+    t = Trainer(config, ALONE)
+    exits = {t.drawer.draw(i, s).exit for i in range(8) for s in range(2)}
+    assert exits == {0, 1}
+    t.train()
+    student = load_run(tmp_path / "run").student()
+    assert student.sigmas == (80.0, 0.8)
+    own, one = sample(student, 4, seed=3), sample(student, 4, seed=3, steps=1)
+    assert torch.equal(own, sample(student, 4, seed=3, sigmas=(80.0, 0.8)))
+    assert not torch.equal(own, one)
+
+
+@pytest.mark.parametrize("kind", ["pd", "cd", "ctm", "rcd"])
+def test_a_baseline_trains_without_a_discriminator(tmp_path: Path, tiny_teacher: Path, kind: str) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, instance=by(kind), discriminator=None)
+    config.write()
+    t = Trainer(config, ALONE)
+    assert t.train() == "done"
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert line["loss/instance"] > 0
+    assert not {"loss/g", "loss/d", "lr/d", "r1"} & set(line)
+    student = load_run(tmp_path / "run").student()
+    assert student.target_time == (kind != "cd")
+    assert torch.isfinite(sample(student, 2)).all()
+
+
+def poisoned(t: Trainer, iterations: set[int]) -> None:
+    """Makes the generator's loss not a number in some iterations."""
+    g_step = t.step.g_step
+
+    def step(*args: Any, **kwargs: Any) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        stats, features = g_step(*args, **kwargs)
+        if t.iteration in iterations:
+            stats["loss/g"] = torch.tensor(float("nan"))
+        return stats, features
+
+    t.step.g_step = step  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_is_counted_and_three_in_a_row_end_the_run(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    t = Trainer(tiny_config(tmp_path / "a", tiny_teacher, tick_kimg=0.048), ALONE)
+    poisoned(t, {1, 2, 4})
+    assert t.train() == "done"
+    line = read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]
+    assert line["nonfinite/loss"] == pytest.approx(0.5)
+    assert 0 < line["loss/g"] < 10
+
+    t = Trainer(tiny_config(tmp_path / "b", tiny_teacher, checkpoint_kimg=0.016, tick_kimg=0.048), ALONE)
+    poisoned(t, {3, 4, 5})
+    with pytest.raises(GddlabError, match="not finite 3 times in a row"):
+        t.train()
+    again = Trainer(tiny_config(tmp_path / "b", tiny_teacher, checkpoint_kimg=0.016, tick_kimg=0.048), ALONE)
+    assert again.restore()
+    assert again.nimg == 32
+    assert all(torch.isfinite(p).all() for p in again.step.g.parameters())
+
+
+def test_a_checkpoint_with_parameters_that_are_not_finite_is_not_written(tmp_path: Path, tiny_teacher: Path) -> None:
+    t = trained(tmp_path / "a", tiny_teacher, 1)
+    with torch.no_grad():
+        t.step.g_params[0].fill_(float("nan"))
+    with pytest.raises(GddlabError, match="not finite"):
+        t.checkpoint()
+    assert not list((tmp_path / "a").rglob("*.distcp"))
+
+
+def test_the_best_student_is_kept(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, metric_kimg=0.016, metric_n=16)
+    config.write()
+    t = Trainer(config, ALONE)
+    values = iter([5.0, 3.0, 9.0])
+    hashes = {}
+
+    def score(file: Path) -> tuple[str, float, None]:
+        net, meta = load_network(file)
+        hashes[meta["kimg"]] = net.state_dict()
+        return "fd@16", next(values), None
+
+    t.train(score)
+    run = load_run(tmp_path / "run")
+    assert run.best == {"metric": "fd@16", "value": 3.0, "kimg": 0.032}
+    best = run.student("best").state_dict()
+    assert all(torch.equal(best[k], v) for k, v in hashes[0.032].items())
+    (message,) = run.alarms.loc[run.alarms["kind"] == "jump", "message"]
+    assert "fd@16 jumped to 9" in message
+    assert not list((tmp_path / "run").glob(".candidate*"))
+
+
+def test_scores_of_students_are_records(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    fields = {"metric_kimg": 0.048, "metric_n": 8, "classes": (3,), "max_images": 16}
+    config = tiny_config(tmp_path / "run", tiny_teacher, **fields)
+    config.write()
+    Trainer(config, ALONE).train(scorer(config, ALONE))
+    records = read_jsonl(tmp_path / "run" / "evaluation.jsonl")
+    assert [(r["metric"], r["kimg"], r["reference_n"]) for r in records] == [("fd-lite2@8", 0.048, 183)]
+    assert load_run(tmp_path / "run").best["value"] == records[0]["value"]
+
+
+def test_an_alarm_stops_the_run_when_asked(tmp_path: Path, tiny_teacher: Path) -> None:
+    fields = {"metric_kimg": 0.016, "stop_on": ("jump",)}
+    config = tiny_config(tmp_path / "run", tiny_teacher, **fields)
+    config.write()
+    values = iter([1.0, 7.0])
+    assert Trainer(config, ALONE).train(lambda file: ("fd", next(values), None)) == "stopped"
+    status = read_json(tmp_path / "run" / "status.json")
+    assert status["state"] == "stopped"
+    assert status["nimg"] == 32
+    assert "jumped to 7" in status["message"] == status["alarm"]
+
+
+def test_the_trained_student_can_be_kept_beside_its_average(tmp_path: Path, tiny_teacher: Path) -> None:
+    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, snapshot_raw=True), ALONE)
+    t.train()
+    net, _ = load_network(tmp_path / "run" / "snapshots" / "raw" / "000000.048.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), t.step.g.parameters(), strict=True))

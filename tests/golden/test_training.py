@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
-from gddlab.distill.projected import ProjectedDiscriminator
+from gddlab.distill.projected import Projected, ProjectedDiscriminator
 from gddlab.distill.step import GanStep
 from gddlab.nets import OneStepPrecond, from_edm
 from tests.golden.conftest import Case, fill
@@ -29,9 +29,8 @@ def build(case: Case) -> GanStep:
     assert isinstance(g, OneStepPrecond)
     params = {k: fill(m["seed_g"], k, tuple(s)).double() for k, s in m["shapes"]["g"].items()}
     g.load_state_dict(params | case.prefixed("g_buffer/"), strict=True)
-    classes = g.label_dim if m["cond"] else 0
-    embeddings = 1000 if classes else 0  # the reference's class embedding is ImageNet's
-    d = ProjectedDiscriminator([BACKBONE], cout=m["cout"], classes=classes, embeddings=embeddings, fold=False).double()
+    classes = 1000 if m["cond"] else 0  # the reference's class embedding is ImageNet's
+    d = ProjectedDiscriminator(Projected(cout=m["cout"]), classes=classes, fold=False).double()
     state = {}
     for k, s in m["shapes"]["d"].items():
         if "running" not in k and "num_batches" not in k:
@@ -74,7 +73,7 @@ def test_training(case: Case) -> None:
         images, labels = case[f"img{it}"], case[f"lab{it}"] if m["cond"] else None
         out, _ = s.g_step(case[f"z{it}_0"], labels)
         check(out, {"Loss/logits/fake": "logits/g"}, s.g)
-        out = s.d_step(images, labels, z=case[f"z{it}_1"])
+        out = s.d_step(s.fake_features(case[f"z{it}_1"], labels), s.real_features(images), labels)
         check(out, {"Loss/logits/real": "logits/real", "Loss/signs/real": "signs/real"}, s.d)
         if it == 1:
             out = s.r1_step(images, labels)

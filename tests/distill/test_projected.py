@@ -15,15 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from gddlab.distill.losses import d_loss_real, r1_penalty
-from gddlab.distill.projected import Head, ProjectedDiscriminator, load_embedding
+from gddlab.distill.projected import Head, Projected, ProjectedDiscriminator, SNConv2d, load_embedding
 from gddlab.errors import GddlabError, NotFound
 
 LITE, VIT = "tf_efficientnet_lite0", "deit_tiny_distilled_patch16_224"
 
 
-def small(*names: str, size: int = 32, **how: Any) -> ProjectedDiscriminator:
-    given = {"cout": 4, "max_width": 8, "weights": dict.fromkeys(names, "random"), **how}
-    return ProjectedDiscriminator(names, input_size=size, **given)
+def small(*names: str, size: int = 32, classes: int = 0, fold: bool = True, **fields: Any) -> ProjectedDiscriminator:
+    given = {"cout": 4, "head_width": 8, "weights": dict.fromkeys(names, "random"), **fields}
+    return ProjectedDiscriminator(Projected(backbones=names, input_size=size, **given), classes=classes, fold=fold)
 
 
 def images(n: int = 3, channels: int = 3, size: int = 12) -> Tensor:
@@ -88,7 +88,7 @@ def test_logits_of_every_size(name: str, size: int, logits: int) -> None:
 
 
 def test_the_published_width_and_depth() -> None:
-    d = small(LITE, size=224, cout=2, max_width=512)
+    d = small(LITE, size=224, cout=2, head_width=512)
     widths = [[m.weight_orig.shape[0] for m in h.modules() if hasattr(m, "weight_orig")] for h in heads(d)]
     assert widths == [[64, 128, 256, 512, 1], [128, 256, 512, 1], [256, 512, 1], [512, 1]]
 
@@ -104,7 +104,10 @@ def test_several_backbones_are_each_by_itself() -> None:
         assert len(features) == 12
         for i, (name, net) in enumerate(d.backbones.items()):
             assert_close(features[4 * i], d.projections[name](net(x))[0])
-            assert_close(d.discriminators[name](features[4 * i : 4 * i + 4], None), both[i])
+            alone = [
+                h(f) for h, f in zip(d.discriminators[name]["mini_discs"], features[4 * i : 4 * i + 4], strict=True)
+            ]
+            assert_close(torch.cat(alone, 1), both[i])
     d.train()
     assert not any(m.training for net in d.backbones.values() for m in net.modules())
     d_loss_real(d(x)).backward()
@@ -188,23 +191,20 @@ def write(path: Path, table: np.ndarray | dict[str, np.ndarray]) -> Path:
 def test_an_embedding_from_a_file(suffix: str, tmp_path: Path) -> None:
     table = np.random.default_rng(0).normal(size=(5, 320)).astype(np.float32)
     path = write(tmp_path / f"e{suffix}", table)
-    d = small(LITE, classes=3, embedding_file=path)
+    d = small(LITE, classes=3, embedding_file=str(path))
     assert len(heads(d)) == 4
     for head in heads(d):
         assert torch.equal(head.embed.weight, torch.from_numpy(table[:3]))
         assert head.embed.weight.requires_grad
-    assert torch.equal(
-        heads(small(LITE, classes=3, embeddings=5, embedding_file=path))[0].embed.weight, torch.from_numpy(table)
-    )
 
 
 def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
     good = np.zeros((5, 320), dtype=np.float32)
     for name, table, match in (
-        ("few.npy", good[:2], r"few\.npy is \(2, 320\): give \(3, 320\)"),
-        ("narrow.pt", good[:, :300].copy(), r"is \(5, 300\)"),
-        ("flat.npz", good[0], r"is \(320,\)"),
-        ("two.npz", {"a": good, "b": good}, "holds 2 arrays"),
+        ("few.npy", good[:2], r"few\.npy holds \(2, 320\): give one array of \(3, 320\)"),
+        ("narrow.pt", good[:, :300].copy(), r"holds \(5, 300\)"),
+        ("flat.npz", good[0], r"holds \(320,\)"),
+        ("two.npz", {"a": good, "b": good}, r"holds \(5, 320\), \(5, 320\)"),
         ("whole.npy", good.astype(int), "not finite floating point"),
         ("nan.npy", good + np.nan, "not finite floating point"),
     ):
@@ -217,16 +217,44 @@ def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
         load_embedding(tmp_path / "absent.npy", 3)
     with pytest.raises(GddlabError, match=r"give one of \.npy"):
         load_embedding(tmp_path / "e.csv", 3)
-    with pytest.raises(GddlabError, match="without classes"):
-        small(LITE, embedding_file=tmp_path / "few.npy")
 
 
 def test_arguments() -> None:
-    with pytest.raises(GddlabError, match=r"backbones=\(\): give at least one"):
-        ProjectedDiscriminator(())
-    with pytest.raises(GddlabError, match="each once"):
-        ProjectedDiscriminator((LITE, LITE))
-    with pytest.raises(GddlabError, match="unknown backbone in weights 'vgg16_bn'"):
-        ProjectedDiscriminator((LITE,), weights={"vgg16_bn": "random"})
     with pytest.raises(GddlabError, match="takes multiples of 32"):
-        ProjectedDiscriminator((LITE,), input_size=40)
+        small(LITE, size=40)
+
+
+# Spectral normalisation under autocast, in both memory formats, against autograd's own rule.
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_normalisation_is_the_formula(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv = SNConv2d(6, 8, 4).double().to(memory_format=layout)
+    w, u, v = (t.detach().clone().contiguous() for t in (conv.weight_orig, conv.weight_u, conv.weight_v))
+    rows = w.flatten(1).requires_grad_(True)
+    with torch.no_grad():
+        v = F.normalize(rows.t() @ u, dim=0)
+        u = F.normalize(rows @ v, dim=0)
+    expected = (rows / torch.dot(u, rows @ v)).view(8, 6, 4, 4)
+    slope = torch.randn(8, 6, 4, 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(expected, rows, slope)
+    got = conv.weight()
+    got.backward(slope)
+    assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert_close(conv.weight_orig.grad, grad.view(8, 6, 4, 4), rtol=1e-12, atol=1e-12)
+    assert_close((conv.weight_u, conv.weight_v), (u, v), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vectors_stay_float32_under_autocast(layout: torch.memory_format) -> None:
+    """So that R1's pass without autocast can follow one with it, and a checkpoint's buffers keep their dtype."""
+    torch.manual_seed(0)
+    conv = SNConv2d(6, 8, 4).to(memory_format=layout)
+    x = torch.randn(2, 6, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    assert conv.weight_u.dtype == conv.weight_v.dtype == torch.float32
+    assert conv(x).dtype == torch.float32
