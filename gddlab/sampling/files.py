@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
-from gddlab.datasets.pixels import array, decode
+from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
@@ -37,7 +37,6 @@ from gddlab.sampling.samplers import (
     resolve,
     sampler_name,
     seed_list,
-    sigma_list,
 )
 from gddlab.teachers import load_teacher
 
@@ -92,8 +91,7 @@ def sample_files(
             be written; a process died. What is written is kept, and the same call continues.
     """
     total = len(seed_list(n, seed, seeds))
-    ranks = named_ranks()
-    rank, world = ranks.rank, ranks.size
+    rank, world = named_ranks().rank, named_ranks().size
     job: dict[str, Any] = {
         "out": str(out),
         "n": n,
@@ -101,7 +99,7 @@ def sample_files(
         "seeds": None if seeds is None else list(seed_list(n, seed, seeds)),
         "class_labels": class_labels,
         "steps": steps,
-        "sigmas": None if sigmas is None else sigma_list(sigmas),
+        "sigmas": sigmas,
         "batch_size": positive("batch_size", batch_size),
         "dtype": precision(dtype),
         "channels_last": channels_last,
@@ -114,8 +112,7 @@ def sample_files(
         raise GddlabError(f"nproc={nproc} with a network: give its name, file or run directory, or nproc=1")
     if nproc > 1 and world > 1:
         raise GddlabError(f"nproc={nproc} under torchrun: omit nproc, its processes share the work")
-    parts = range(rank * batch_size, total, world * batch_size)
-    share = sum(min(batch_size, total - i) for i in parts)
+    share = sum(min(batch_size, total - i) for i in range(rank * batch_size, total, world * batch_size))
     with progress_bar(total=share, desc="sampling", unit="img", enabled=progress and rank == 0) as bar:
         if nproc == 1:
             make_share(model, **job, report=bar.update)
@@ -147,8 +144,7 @@ def make_share(
 ) -> None:
     """The part of one process in `sample_files`: the missing parts of its rank; the first process also completes `out`.
 
-    Args:
-        report: Called with the number of images of each part, when it is written.
+    `report` is called with the number of images of each part, when it is written.
     """
     net = load_teacher(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
     how = resolve(net, **method)
@@ -173,8 +169,7 @@ def make_share(
         "channels_last": channels_last,
         "batch_size": batch_size,
     }
-    ranks = named_ranks()
-    rank, world = ranks.rank, ranks.size
+    rank, world = named_ranks().rank, named_ranks().size
     try:
         kind = ZipTarget if Path(out).suffix == ".zip" else FolderTarget
         target = kind(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
@@ -184,8 +179,9 @@ def make_share(
                 began = time.monotonic()
                 part = pairs[k * batch_size : (k + 1) * batch_size]
                 if not target.has(k):
-                    labels = one_hot(net.label_dim, len(part), 0, [c for _, c in part if c is not None] or None)
-                    images = draw(net, how, [s for s, _ in part], labels, channels_last=channels_last)
+                    part_seeds = [s for s, _ in part]
+                    labels = one_hot(net.label_dim, part_seeds, [c for _, c in part if c is not None] or None)
+                    images = draw(net, how, part_seeds, labels, channels_last=channels_last)
                     target.write(k, encode(images, part, target.name))
                     slowest = max(slowest, time.monotonic() - began)
                 report(len(part))
@@ -203,7 +199,7 @@ def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int 
     """The class of each image; None for an unconditional network."""
     if net.label_dim and labels is None:
         return [s % net.label_dim for s in seeds]
-    dense = one_hot(net.label_dim, len(seeds), 0, labels)
+    dense = one_hot(net.label_dim, seeds, labels)
     if dense is None:
         return [None] * len(seeds)
     ids = dense.argmax(1)
@@ -347,13 +343,7 @@ class ZipTarget:
 
 
 def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callable[[int], str]) -> list[Entry]:
-    """PNG files of a batch.
-
-    Raises:
-        GddlabError: An image is not finite.
-    """
-    from PIL import Image
-
+    """PNG files of a batch; an image that is not finite is refused."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not finite.all():
         seed = pairs[int((~finite).nonzero()[0])][0]
@@ -363,20 +353,16 @@ def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callab
     entries = []
     for pixels, (seed, label) in zip(to_uint8(images).permute(0, 2, 3, 1).numpy(), pairs, strict=True):
         f = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(f, format="PNG")
+        decode(pixels).save(f, format="PNG")
         entries.append(Entry(name(seed), f.getvalue(), label))
     return entries
 
 
 def _is_png(path: Path, side: int) -> bool:
     """Whether the file is a complete image of that size; a crash may have left an incomplete one."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            return image.size == (side, side)
-    except (OSError, ValueError, SyntaxError):
+        return decode(path.read_bytes()).size == (side, side)
+    except (OSError, BadImage):
         return False
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
+from gddlab.nets.precond import descending
 from gddlab.progress import progress_bar
 from gddlab.sampling.schedules import (
     SCALINGS,
@@ -28,12 +29,19 @@ from gddlab.sampling.schedules import (
     schedule,
 )
 
-_CHOICES = {
-    "solver": ("heun", "euler"),
-    "discretization": ("edm", "vp", "ve", "iddpm"),
-    "schedule": SCHEDULES,
-    "scaling": SCALINGS,
-}
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise GddlabError(f"{name}={value!r}: give an integer") from None
+
+
+def positive(name: str, value: Any, what: str = "") -> int:
+    """`value` as an integer of at least 1; `name` and `what` are for the message."""
+    if _integer(name, value) < 1:
+        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,33 +88,34 @@ class Sampler:
     """Standard deviation of the added noise; slightly above 1 counteracts a loss of detail."""
 
     def __post_init__(self) -> None:
-        for name, accepted in _CHOICES.items():
+        for name, accepted in (
+            ("solver", ("heun", "euler")),
+            ("discretization", ("edm", "vp", "ve", "iddpm")),
+            ("schedule", SCHEDULES),
+            ("scaling", SCALINGS),
+        ):
             if getattr(self, name) not in accepted:
                 raise unknown(name, getattr(self, name), accepted)
-        for name in ("steps", "M"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GddlabError(f"{name}={value!r}: give an integer, at least 1")
-        for name in ("sigma_min", "sigma_max", "rho", "C_2", "C_1", "S_noise"):
-            self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
-        for name in ("alpha", "epsilon_s"):
-            self._check(name, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        for name in ("S_churn", "S_min"):
-            self._check(name, lambda x: 0 <= x < math.inf, "a number, at least 0")
-        self._check("S_max", lambda x: x >= self.S_min, f"a number, at least S_min={self.S_min:g}")
-        if self.epsilon_s == 1:
-            raise GddlabError("epsilon_s=1: give a number above 0, below 1")
+        positive("steps", self.steps)
+        positive("M", self.M)
+        ranges: list[tuple[str, Callable[[float], bool], str]] = [
+            ("sigma_min sigma_max rho C_1 C_2 S_noise", lambda x: 0 < x < math.inf, "a number above 0"),
+            ("alpha", lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+            ("epsilon_s", lambda x: 0 < x < 1, "a number above 0, below 1"),
+            ("S_churn S_min", lambda x: 0 <= x < math.inf, "a number, at least 0"),
+            ("S_max", lambda x: x >= self.S_min, f"a number, at least S_min={self.S_min}"),
+        ]
+        for names, fits, wanted in ranges:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is None and name in ("sigma_min", "sigma_max"):
+                    continue
+                if not isinstance(value, int | float) or not fits(value):
+                    raise GddlabError(f"{name}={value!r}: give {wanted}")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min > self.sigma_max:
             raise GddlabError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: give 0 < sigma_min <= sigma_max"
             )
-
-    def _check(self, name: str, ok: Callable[[float], bool], accepted: str) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("sigma_min", "sigma_max"):
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float) or not ok(value):
-            raise GddlabError(f"{name}={value!r}: give {accepted}")
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
@@ -260,20 +269,18 @@ def multistep(
     Raises:
         GddlabError: Noise levels that do not descend, or not above eps.
     """
-    check_sigmas(net, sigmas)
+    sigmas = _student_levels(net, sigmas)
     x: Tensor = net(sigmas[0] * z, sigmas[0], class_labels)
     for sigma in sigmas[1:]:
         x = net(x + math.sqrt(sigma**2 - net.eps**2) * noise().to(x), sigma, class_labels)
     return x
 
 
-def check_sigmas(net: OneStepPrecond, sigmas: Sequence[float]) -> None:
-    """Refuses noise levels that a student cannot be run at."""
-    levels = [*sigmas, net.eps]
-    if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise(levels)) or not math.isfinite(levels[0]):
-        raise GddlabError(
-            f"sigmas={tuple(sigmas)}: give descending noise levels above {net.eps:g}, such as ({net.sigma_g:g}, 0.8)"
-        )
+def _student_levels(net: OneStepPrecond, sigmas: Any) -> tuple[float, ...]:
+    levels = descending("sigmas", sigmas, low=net.eps)
+    if not levels:
+        raise GddlabError("sigmas=(): give descending noise levels, at least one, such as (80.0, 0.8)")
+    return levels
 
 
 class ImageNoise:
@@ -297,7 +304,6 @@ def latents(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator takes 32 bits
 
 
@@ -330,22 +336,15 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
     return listed
 
 
-def sigma_list(sigmas: Any) -> list[float]:
-    """Noise levels as numbers."""
-    try:
-        return [float(s) for s in sigmas]
-    except (TypeError, ValueError):
-        raise GddlabError(f"sigmas={sigmas!r}: give noise levels, such as (80.0, 0.8)") from None
-
-
-def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
-    """Class labels of `n` images, one-hot float32; None for an unconditional network; `labels` as in `sample`."""
+def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
+    """Class labels of images, one-hot float32; None for an unconditional network; `labels` as in `sample`."""
+    n = len(seeds)
     if not label_dim:
         if labels is not None:
             raise GddlabError("class_labels given to an unconditional network: omit them")
         return None
     if labels is None:
-        ids = (torch.arange(n) + seed) % label_dim
+        ids = torch.tensor(list(seeds)) % label_dim
     else:
         try:
             ids = torch.as_tensor(labels)
@@ -369,20 +368,6 @@ def module_of(net: Any) -> Precond:
             f"{type(net).__name__} is no network: give gddlab.load_teacher(...) or load_run(...).student()"
         )
     return module
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise GddlabError(f"{name}={value!r}: give an integer") from None
-
-
-def positive(name: str, value: Any, what: str = "") -> int:
-    """`value` as an integer of at least 1; `name` and `what` are for the message."""
-    if _integer(name, value) < 1:
-        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
-    return int(value)
 
 
 Method = Sampler | tuple[float, ...]
@@ -439,9 +424,7 @@ def sample(
     image_seeds = seed_list(n, seed, seeds)
     n = len(image_seeds)
     batch_size = positive("batch_size", batch_size)
-    if class_labels is None and net.label_dim:
-        class_labels = [s % net.label_dim for s in image_seeds]
-    labels = one_hot(net.label_dim, n, seed, class_labels)
+    labels = one_hot(net.label_dim, image_seeds, class_labels)
     out = torch.empty(n, net.img_channels, net.img_resolution, net.img_resolution)
     bar = progress_bar(total=n, desc="sampling", unit="img", enabled=progress)
     with bar, prepared(net, dtype=dtype, channels_last=channels_last):
@@ -464,9 +447,7 @@ def resolve(
         if sigmas is not None:
             if steps is not None:
                 raise GddlabError(f"steps={steps} and sigmas={sigmas}: give one of them")
-            levels = sigma_list(sigmas)
-            check_sigmas(module, levels)
-            return tuple(levels)
+            return _student_levels(module, sigmas)
         if steps is None:
             return module.sigmas
         k = positive("steps", steps)

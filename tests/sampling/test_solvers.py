@@ -199,7 +199,7 @@ def test_multistep_by_hand() -> None:
         ({"S_churn": math.nan}, "S_churn=nan"),
         ({"S_min": 2.0, "S_max": 1.0}, "S_max=1.0"),
         ({"S_noise": 0}, "S_noise=0"),
-        ({"M": True}, "M=True"),
+        ({"M": -1}, "M=-1"),
     ],
 )
 def test_sampler_refusals(options: dict[str, object], message: str) -> None:
