@@ -24,11 +24,10 @@ from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir
+from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
 from gddlab.pretrained.files import SUFFIXES, find_weights, offline
-from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
-from gddlab.teachers.catalog import locate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -272,7 +271,7 @@ def _weight_findings() -> list[Finding]:
     out = [_file("weights", f"teacher {n}", bundled / n / "teacher.safetensors", "") for n in bundled_teachers()]
     folders = " or ".join(str(p) for p in _folders("teachers"))
     for entry in PUBLISHED.values():
-        finding = _file("weights", f"teacher {entry.name}", locate(entry.name), f"put {entry.url} into {folders}")
+        finding = _file("weights", f"teacher {entry.name}", entry.file.locate(), f"put {entry.url} into {folders}")
         finding.details.update(published=True, places=folders, offline=offline())
         out.append(finding)
     out += [_asked("weights", f"backbone {name}", partial(lite_weights, name)) for name in LITE_WHEELS]

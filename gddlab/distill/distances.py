@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.pretrained.backbones import Backbone
-from gddlab.pretrained.lite import lite_weights
-from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
+from gddlab.pretrained.backbones import Backbone, lite_weights
+from gddlab.pretrained.trunks import TRUNKS, LPIPSTrunk, check_trunk, unit
 
 DISTANCES = ("lpips", "l2", "lite0")
 LITE0 = "tf_efficientnet_lite0"

@@ -12,9 +12,9 @@ from gddlab.nets import SIGMA_MAX, SIGMA_MIN, Precond
 from gddlab.nets.unets import UNETS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TeacherCard:
-    """Facts about a teacher; `str()` of it is a small table.
+    """Facts about a teacher; printed, it is a small table.
 
     `sigma_min` and `sigma_max` are the noise levels it was trained for; `scores` holds the evaluation records that were
     made with the teacher (distance, sample count, seeds, extractor and reference of each).
@@ -71,17 +71,14 @@ class TeacherCard:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def rows(self) -> list[tuple[str, str]]:
+    def __repr__(self) -> str:
         kw = {k: p.default for k, p in inspect.signature(UNETS[self.unet]).parameters.items()} | self.init_kwargs
         levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
         rows = [
             ("teacher", self.name),
             ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),
             ("preconditioning", self.precond),
-            (
-                "images",
-                f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' if self.channels > 1 else ''}",
-            ),
+            ("images", f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' * (self.channels > 1)}"),
             ("classes", str(self.classes) if self.classes else "none (unconditional)"),
             ("parameters", f"{self.parameters:,}"),
             ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
@@ -98,18 +95,5 @@ class TeacherCard:
             rows.append(("trained on", f"{self.kimg:g} thousand images"))
         rows += [("sha256", self.sha256[:16]), ("file", self.source)]
         rows += [(s["metric"], f"{s['value']:.4g}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
-        return rows
-
-    def __str__(self) -> str:
-        rows = self.rows()
         width = max(len(k) for k, _ in rows)
         return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        body = "".join(
-            f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>"
-            for k, v in self.rows()
-        )
-        return f"<table>{body}</table>"

@@ -76,7 +76,9 @@ def _find(source: str | Path) -> tuple[str, Path]:
     if path.exists():
         return "", path
     if name in PUBLISHED:
-        return name, fetch(name)
+        fetched = PUBLISHED[name].file.fetch()
+        assert fetched is not None
+        return name, fetched
     if len(path.parts) > 1 or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
@@ -146,13 +148,32 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
 
 ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LICENCE = "CC BY-NC-SA 4.0, non-commercial"
+_ARCHITECTURES = {
+    "edm-afhqv2-64x64-uncond-ve": "ncsnpp-afhqv2-64",
+    "edm-afhqv2-64x64-uncond-vp": "ddpmpp-afhqv2-64",
+    "edm-cifar10-32x32-cond-ve": "ncsnpp-cifar10-cond",
+    "edm-cifar10-32x32-cond-vp": "ddpmpp-cifar10-cond",
+    "edm-cifar10-32x32-uncond-ve": "ncsnpp-cifar10",
+    "edm-cifar10-32x32-uncond-vp": "ddpmpp-cifar10",
+    "edm-ffhq-64x64-uncond-ve": "ncsnpp-ffhq-64",
+    "edm-ffhq-64x64-uncond-vp": "ddpmpp-ffhq-64",
+    "edm-imagenet-64x64-cond-adm": "adm-imagenet-64",
+    "baseline-afhqv2-64x64-uncond-ve": "ve-ncsnpp-64",
+    "baseline-afhqv2-64x64-uncond-vp": "vp-ddpmpp-64",
+    "baseline-cifar10-32x32-cond-ve": "ve-ncsnpp-cifar10-cond",
+    "baseline-cifar10-32x32-cond-vp": "vp-ddpmpp-cifar10-cond",
+    "baseline-cifar10-32x32-uncond-ve": "ve-ncsnpp-cifar10",
+    "baseline-cifar10-32x32-uncond-vp": "vp-ddpmpp-cifar10",
+    "baseline-ffhq-64x64-uncond-ve": "ve-ncsnpp-64",
+    "baseline-ffhq-64x64-uncond-vp": "vp-ddpmpp-64",
+    "baseline-imagenet-64x64-cond-adm": "iddpm-adm-imagenet-64",
+}
 
 
 @dataclass(frozen=True)
 class PublishedTeacher:
     """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
 
-    `size` (bytes) and `sha256` are None where no public record of that file was found; `megabytes` is then an estimate.
     `verified`: its authors published the training options that fix the architecture. For the baselines it is an
     estimate (configuration A); what the file itself says counts.
     """
@@ -161,27 +182,12 @@ class PublishedTeacher:
     url: str
     architecture: str
     data: str
-    verified: bool = False
-    licence: str = LICENCE
-    size: int | None = None
-    sha256: str | None = None
-
-    @property
-    def precond(self) -> str:
-        """Class name of the network."""
-        return ARCHITECTURES[self.architecture][0]
+    verified: bool
 
     @property
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(self.architecture).parameters())
-
-    @property
-    def megabytes(self) -> str:
-        """Size of the file for people: "226 MB", or "about 226 MB" from four bytes per parameter."""
-        if self.size is not None:
-            return f"{self.size / 1e6:.0f} MB"
-        return f"about {self.parameters * 4 / 1e6:.0f} MB"
 
     @property
     def file(self) -> Published:
@@ -193,83 +199,28 @@ class PublishedTeacher:
             name=self.name,
             suffixes=(".safetensors", ".pkl"),
             folder="teachers",
-            sha256=self.sha256,
-            size=self.size,
-            about=f"{self.megabytes}, {self.licence}",
+            about=f"about {self.parameters * 4 / 1e6:.0f} MB, {LICENCE}",
             noun="teacher",
         )
 
     def check(self, net: Precond, path: Path) -> dict[str, Any]:
         """Refuses a file that holds another network; returns what the card is to say besides the file."""
+        precond, parameters = ARCHITECTURES[self.architecture][0], self.parameters
         found = type(net).__name__, sum(p.numel() for p in net.parameters())
-        if self.verified and found != (self.precond, self.parameters):
+        if self.verified and found != (precond, parameters):
             raise GddlabError(
                 f"{path} is another network than {self.name}: {found[0]} with {found[1]:,} parameters, "
-                f"not {self.precond} with {self.parameters:,}; rename or remove it"
+                f"not {precond} with {parameters:,}; rename or remove it"
             )
-        return {"data": self.data, "licence": self.licence}
+        return {"data": self.data, "licence": LICENCE}
 
 
-def _catalog() -> dict[str, PublishedTeacher]:
-    rows = []
-    for kind, unet in (("vp", "ddpmpp"), ("ve", "ncsnpp")):
-        rows += [
-            (f"edm-cifar10-32x32-uncond-{kind}", f"{unet}-cifar10", "cifar10"),
-            (f"edm-cifar10-32x32-cond-{kind}", f"{unet}-cifar10-cond", "cifar10"),
-            (f"edm-ffhq-64x64-uncond-{kind}", f"{unet}-ffhq-64", "ffhq-64"),
-            (f"edm-afhqv2-64x64-uncond-{kind}", f"{unet}-afhqv2-64", "afhqv2-64"),
-            (f"baseline-cifar10-32x32-uncond-{kind}", f"{kind}-{unet}-cifar10", "cifar10"),
-            (f"baseline-cifar10-32x32-cond-{kind}", f"{kind}-{unet}-cifar10-cond", "cifar10"),
-            (f"baseline-ffhq-64x64-uncond-{kind}", f"{kind}-{unet}-64", "ffhq-64"),
-            (f"baseline-afhqv2-64x64-uncond-{kind}", f"{kind}-{unet}-64", "afhqv2-64"),
-        ]
-    rows += [
-        ("edm-imagenet-64x64-cond-adm", "adm-imagenet-64", "imagenet-64"),
-        ("baseline-imagenet-64x64-cond-adm", "iddpm-adm-imagenet-64", "imagenet-64"),
-    ]
-    out = {}
-    for name, architecture, data in sorted(rows, key=lambda r: (not r[0].startswith("edm"), r[0])):
-        edm = name.startswith("edm")
-        url = f"{ROOT if edm else f'{ROOT}/baseline'}/{name}.pkl"
-        out[name] = PublishedTeacher(name, url, architecture, data, verified=edm)
-    return out
+def _published(name: str, architecture: str) -> PublishedTeacher:
+    kind, data, resolution = name.split("-")[:3]
+    url = f"{ROOT}{'' if kind == 'edm' else '/baseline'}/{name}.pkl"
+    data = data if resolution == "32x32" else f"{data}-64"
+    return PublishedTeacher(name, url, architecture, data, verified=kind == "edm")
 
 
-PUBLISHED: dict[str, PublishedTeacher] = _catalog()
+PUBLISHED = {name: _published(name, architecture) for name, architecture in _ARCHITECTURES.items()}
 """By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""
-
-
-def published(name: str) -> PublishedTeacher:
-    """The entry of `name`.
-
-    Raises:
-        GddlabError: Unknown name; near matches are given.
-    """
-    if name not in PUBLISHED:
-        raise unknown("published teacher", name, PUBLISHED)
-    return PUBLISHED[name]
-
-
-def locate(name: str) -> Path | None:
-    """A copy of a published teacher on this machine, `NAME.safetensors` or `NAME.pkl`, else None.
-
-    Raises:
-        GddlabError: Unknown name.
-    """
-    return published(name).file.locate()
-
-
-def fetch(name: str, *, progress: bool = True) -> Path:
-    """Path of a published teacher: a copy on this machine, else a download into the cache.
-
-    Args:
-        name: One of `PUBLISHED`.
-        progress: Shows a bar at a terminal.
-
-    Raises:
-        GddlabError: Unknown name; no network, a refusal by the server, no space, or another file than the one
-            catalogued. The message says the address, the size and where to put the file.
-    """
-    path = published(name).file.fetch(progress=progress)
-    assert path is not None
-    return path

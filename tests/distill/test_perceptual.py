@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from gddlab.distill.distances import DISTANCES, Distance, check_distance, perceptual_distance
 from gddlab.errors import GddlabError
-from gddlab.pretrained.lite import lite_backbone
-from gddlab.pretrained.lpips_trunk import LPIPSTrunk
+from gddlab.pretrained.backbones import lite_backbone
+from gddlab.pretrained.trunks import LPIPSTrunk
 
 
 def build(name: str) -> Distance:
