@@ -20,13 +20,12 @@ from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 from gddlab.nets.precond import descending
 from gddlab.progress import progress_bar
 from gddlab.sampling.schedules import (
-    SCALINGS,
-    SCHEDULES,
     Schedule,
-    default_range,
+    fit_vp,
+    iddpm_sigmas,
     karras_sigmas,
-    noise_levels,
     schedule,
+    vp_schedule,
 )
 
 
@@ -91,8 +90,8 @@ class Sampler:
         for name, accepted in (
             ("solver", ("heun", "euler")),
             ("discretization", ("edm", "vp", "ve", "iddpm")),
-            ("schedule", SCHEDULES),
-            ("scaling", SCALINGS),
+            ("schedule", ("vp", "ve", "linear")),
+            ("scaling", ("vp", "none")),
         ):
             if getattr(self, name) not in accepted:
                 raise unknown(name, getattr(self, name), accepted)
@@ -119,7 +118,13 @@ class Sampler:
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
-        lo, hi = default_range(self.discretization, epsilon_s=self.epsilon_s)
+        vp = vp_schedule()
+        lo, hi = {
+            "vp": (vp.sigma(self.epsilon_s), vp.sigma(1.0)),
+            "ve": (0.02, 100.0),
+            "iddpm": (SIGMA_MIN, 81.0),
+            "edm": (SIGMA_MIN, SIGMA_MAX),
+        }[self.discretization]
         lo = max(lo if self.sigma_min is None else self.sigma_min, net.sigma_min)
         hi = min(hi if self.sigma_max is None else self.sigma_max, net.sigma_max)
         if lo > hi:
@@ -128,6 +133,37 @@ class Sampler:
                 "give sigma_min and sigma_max inside that range"
             )
         return lo, hi
+
+    def noise_levels(self, lo: float, hi: float) -> Float[Tensor, " steps"]:
+        """Descending noise levels in lo..hi, float64; a single one is the highest.
+
+        For "edm" equation 5; for "vp" equal steps of VP's time; for "ve" equal ratios; for "iddpm" equally spaced among
+        iDDPM's own levels in that range.
+        """
+        if self.discretization == "edm":
+            return karras_sigmas(self.steps, sigma_min=lo, sigma_max=hi, rho=self.rho)
+        ramp = torch.arange(self.steps, dtype=torch.float64) / max(self.steps - 1, 1)
+        if self.discretization == "vp":
+            sigma = fit_vp(lo, hi, self.epsilon_s).sigma
+            return torch.tensor([sigma(1 + r * (self.epsilon_s - 1)) for r in ramp.tolist()], dtype=torch.float64)
+        if self.discretization == "ve":
+            return (hi**2 * (lo**2 / hi**2) ** ramp).sqrt()
+        u = iddpm_sigmas(C_1=self.C_1, C_2=self.C_2, M=self.M)
+        u = u[(u >= lo) & (u <= hi)]
+        if not len(u):
+            raise GddlabError(f"no iDDPM noise level in {lo:g}..{hi:g}: widen sigma_min and sigma_max")
+        return u[((len(u) - 1) * ramp).round().long()]
+
+    def time_steps(self, net: Precond) -> tuple[Schedule, list[float]]:
+        """sigma(t), and the times t_0 > ... > t_N = 0 of the steps with a network.
+
+        Raises:
+            GddlabError: The noise levels do not fit the network or each other.
+        """
+        lo, hi = self.sigma_range(net)
+        process = schedule(self.schedule, lo, hi, epsilon_s=self.epsilon_s)
+        sigmas = self.noise_levels(lo, hi).tolist()
+        return process, [process.time(_rounded(net, sigma)) for sigma in sigmas] + [0.0]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as strict JSON knows them; an infinite S_max is None."""
@@ -181,28 +217,28 @@ def integrate(
     """
     if sampler.S_churn and noise is None:
         raise GddlabError(f"S_churn={sampler.S_churn:g} needs noise: give noise=ImageNoise(seeds, shape)")
-    course, times = time_steps(net, sampler)
+    process, times = sampler.time_steps(net)
     dtype = next(net.parameters()).dtype
 
     def scale(t: float) -> float:
-        return 1.0 if sampler.scaling == "none" else 1 / math.sqrt(1 + course.sigma(t) ** 2)
+        return 1.0 if sampler.scaling == "none" else 1 / math.sqrt(1 + process.sigma(t) ** 2)
 
     def slope(x: Tensor, t: float) -> Tensor:
         """dx/dt (equation 4, with the score as (D - x) / sigma^2)."""
-        sigma, dsigma, s = course.sigma(t), course.slope(t), scale(t)
+        sigma, dsigma, s = process.sigma(t), process.slope(t), scale(t)
         ds_s = 0.0 if sampler.scaling == "none" else -sigma * dsigma * s**2
         image = x / s
         denoised = net(image.to(dtype), torch.tensor(sigma, dtype=dtype), class_labels).double()
         return ds_s * x + dsigma * s * ((image - denoised) / sigma)
 
-    x = z.double() * (course.sigma(times[0]) * scale(times[0]))
+    x = z.double() * (process.sigma(times[0]) * scale(times[0]))
     for t, t_next in itertools.pairwise(times):
-        sigma = course.sigma(t)
+        sigma = process.sigma(t)
         if noise is not None and sampler.S_churn:
             fresh = noise().to(x)  # drawn at every step, so that S_min and S_max do not change which noise a step gets
             if sampler.S_min <= sigma <= sampler.S_max:
                 raised = _rounded(net, sigma * (1 + min(sampler.S_churn / sampler.steps, math.sqrt(2) - 1)))
-                t_hat = course.time(raised)
+                t_hat = process.time(raised)
                 added = sampler.S_noise * math.sqrt(max(raised**2 - sigma**2, 0))
                 x = scale(t_hat) / scale(t) * x + scale(t_hat) * added * fresh
                 t = t_hat
@@ -211,21 +247,6 @@ def integrate(
         else:
             x = heun_step(slope, x, t, t_next, alpha=sampler.alpha)
     return x
-
-
-def time_steps(net: Precond, sampler: Sampler) -> tuple[Schedule, list[float]]:
-    """sigma(t), and the times t_0 > ... > t_N = 0 of a sampler's steps with a network.
-
-    Raises:
-        GddlabError: The sampler's noise levels do not fit the network or each other.
-    """
-    s = sampler
-    lo, hi = s.sigma_range(net)
-    course = schedule(s.schedule, lo, hi, epsilon_s=s.epsilon_s)
-    sigmas = noise_levels(
-        s.discretization, s.steps, lo, hi, rho=s.rho, epsilon_s=s.epsilon_s, C_1=s.C_1, C_2=s.C_2, M=s.M
-    )
-    return course, [course.time(_rounded(net, sigma)) for sigma in sigmas.tolist()] + [0.0]
 
 
 def _rounded(net: Precond, sigma: float) -> float:
@@ -463,7 +484,7 @@ def resolve(
         if name not in fields:
             raise unknown("option of sample", name, fields)
     sampler = Sampler(**settings if steps is None else {"steps": steps, **settings})
-    time_steps(module, sampler)
+    sampler.time_steps(module)
     return sampler
 
 
