@@ -15,11 +15,11 @@ from gddlab.errors import GddlabError, unknown
 from gddlab.nets.layers import (
     Conv2d,
     FourierEmbedding,
+    GroupNorm,
     PositionalEmbedding,
     Resample,
     UNetBlock,
     autocast_off,
-    group_norm,
     xavier_,
 )
 
@@ -101,7 +101,7 @@ class UNet(nn.Module):
             if self.decoder_type == "skip" or (self.decoder_type == "standard" and level == 0):
                 if self.decoder_type == "skip" and level < last:
                     self.dec[f"{r}x{r}_aux_up"] = Resample(self.out_channels, up=True, taps=self.taps)
-                self.dec[f"{r}x{r}_aux_norm"] = group_norm(cout, 1e-6)
+                self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(cout, 1e-6)
                 self.dec[f"{r}x{r}_aux_conv"] = Conv2d(cout, self.out_channels, 3)
 
     def _waves(self, noise_labels: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ class DhariwalUNet(UNet):
             num_blocks=num_blocks,
             attn_resolutions=attn_resolutions,
         )
-        self.out_norm = group_norm(widths[0], 1e-5)
+        self.out_norm = GroupNorm(widths[0], 1e-5)
         self.out_conv = Conv2d(widths[0], out_channels, 3)
         self._init()
 
