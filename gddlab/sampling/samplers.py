@@ -111,10 +111,6 @@ class Sampler:
                     continue
                 if not isinstance(value, int | float) or not fits(value):
                     raise GddlabError(f"{name}={value!r}: give {wanted}")
-        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min > self.sigma_max:
-            raise GddlabError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: give 0 < sigma_min <= sigma_max"
-            )
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
