@@ -41,6 +41,8 @@ from gddlab.sampling.samplers import (
 from gddlab.teachers import load_teacher
 
 FORMAT = "gddlab-samples-1"
+Pairs = Sequence[tuple[int, int | None]]
+"""Seed and class of each image."""
 
 
 def sample_files(
@@ -152,19 +154,14 @@ def make_share(
         raise GddlabError(
             f"images of {net.img_channels} channels: PNG files take 1 or 3, use gddlab.sample for a tensor"
         )
-    image_seeds = seed_list(n, seed, seeds)
-    if len(set(image_seeds)) < len(image_seeds):
-        twice = next(s for i, s in enumerate(image_seeds) if s in image_seeds[:i])
-        raise GddlabError(f"seed {twice} is given twice: files are named by seed, give each once")
-    classes = _class_ids(net, image_seeds, class_labels)
-    pairs = list(zip(image_seeds, classes, strict=True))
+    pairs = _pairs(net, seed_list(n, seed, seeds), class_labels)
     about = {
         "format": FORMAT,
         "model": hash_tensors(module_of(net).state_dict()),
         "sampler": sampler_name(how),
         "settings": {"sigmas": list(how)} if isinstance(how, tuple) else how.to_dict(),
-        "seeds": _short(image_seeds),
-        "class_labels": _short(classes) if net.label_dim else None,
+        "seeds": _short([s for s, _ in pairs]),
+        "class_labels": _short([c for _, c in pairs]) if net.label_dim else None,
         "dtype": dtype,
         "channels_last": channels_last,
         "batch_size": batch_size,
@@ -172,7 +169,7 @@ def make_share(
     rank, world = named_ranks().rank, named_ranks().size
     try:
         kind = ZipTarget if Path(out).suffix == ".zip" else FolderTarget
-        target = kind(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
+        target = kind(Path(out), _manifest(net, Path(out), about, len(pairs)), pairs)
         slowest = 0.0
         with prepared(net, dtype=dtype, channels_last=channels_last):
             for k in range(rank, target.count, world):
@@ -195,17 +192,20 @@ def make_share(
         ) from None
 
 
-def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int | None]:
-    """The class of each image; None for an unconditional network."""
+def _pairs(net: Precond, seeds: Sequence[int], labels: Any) -> Pairs:
+    """The images by seed and class, which is None for an unconditional network; no seed twice."""
+    if len(set(seeds)) < len(seeds):
+        twice = next(s for i, s in enumerate(seeds) if s in seeds[:i])
+        raise GddlabError(f"seed {twice} is given twice: files are named by seed, give each once")
     if net.label_dim and labels is None:
-        return [s % net.label_dim for s in seeds]
+        return [(s, s % net.label_dim) for s in seeds]
     dense = one_hot(net.label_dim, seeds, labels)
     if dense is None:
-        return [None] * len(seeds)
+        return [(s, None) for s in seeds]
     ids = dense.argmax(1)
     if not torch.equal(torch.nn.functional.one_hot(ids, net.label_dim).float(), dense):
         raise GddlabError("class_labels mix classes: files take one class per image, give class ids")
-    return list(ids.tolist())
+    return list(zip(seeds, ids.tolist(), strict=True))
 
 
 def _short(numbers: Sequence[int | None]) -> str:
@@ -244,17 +244,16 @@ _MANIFEST = "manifest.json"
 class FolderTarget:
     """SEED.png, dataset.json with classes, manifest.json; a part is complete when all its files are."""
 
-    def __init__(
-        self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
-    ):
-        self.out, self.pairs, self.size, self.side = out, pairs, about["batch_size"], manifest["resolution"]
+    def __init__(self, out: Path, manifest: dict[str, Any], pairs: Pairs):
+        self.out, self.pairs, self.side = out, pairs, manifest["resolution"]
+        self.size = manifest["extra"]["batch_size"]
         self.count = math.ceil(len(pairs) / self.size)
         if out.is_file():
             raise GddlabError(f"{out} is a file: give a folder, or a name that ends in .zip")
         # Listed before the manifest is looked for: another process may be writing it.
         others = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
         if (out / _MANIFEST).exists():
-            _same(read_json(out / _MANIFEST), about, out)
+            _same(read_json(out / _MANIFEST), manifest, out)
         elif others:
             raise GddlabError(
                 f"{out} holds {others[0]!r} and no samples: give an empty or new folder, or a name that ends in .zip"
@@ -284,18 +283,16 @@ class FolderTarget:
 class ZipTarget:
     """An EDM zip; until it is complete, its parts are in a folder beside it."""
 
-    def __init__(
-        self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
-    ):
+    def __init__(self, out: Path, manifest: dict[str, Any], pairs: Pairs):
         self.out, self.manifest, self.pairs = out, manifest, pairs
-        self.count = math.ceil(len(pairs) / about["batch_size"])
+        self.count = math.ceil(len(pairs) / manifest["extra"]["batch_size"])
         self.missing: set[int] = set()
         self.folder: Path | None = None
         if out.exists():
-            _same(_zip_manifest(out), about, out)
+            _same(_zip_manifest(out), manifest, out)
             return
         try:
-            self.folder = open_parts(out, about)
+            self.folder = open_parts(out, _settings(manifest))
             self.missing = set(missing_parts(self.folder, self.count))
         except (OSError, GddlabError):
             if not out.exists():  # else the first process has put the zip there and is removing the parts
@@ -342,7 +339,7 @@ class ZipTarget:
         return self.manifest | {"sha256": h.digest(None if ids[0] is None else np.array(ids))}
 
 
-def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callable[[int], str]) -> list[Entry]:
+def encode(images: Tensor, pairs: Pairs, name: Callable[[int], str]) -> list[Entry]:
     """PNG files of a batch; an image that is not finite is refused."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not finite.all():
@@ -374,11 +371,16 @@ def _zip_manifest(path: Path) -> Any:
         return None
 
 
-def _same(manifest: Any, about: dict[str, Any], out: Path) -> None:
-    old = manifest.get("extra") if isinstance(manifest, dict) else None
-    if not isinstance(old, dict) or old.get("format") != about["format"]:
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What decides what the images are."""
+    return {k: v for k, v in manifest["extra"].items() if k not in ("architecture", "versions")}
+
+
+def _same(there: Any, manifest: dict[str, Any], out: Path) -> None:
+    old = there.get("extra") if isinstance(there, dict) else None
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
         raise GddlabError(f"{out} exists and holds no samples of gddlab: give another name")
-    for key, value in json.loads(json.dumps(about)).items():
+    for key, value in json.loads(json.dumps(_settings(manifest))).items():
         if old.get(key) != value:
             raise GddlabError(
                 f"{out} was made with {key}={old.get(key)!r}, not {value!r}: give another name, or delete it"
