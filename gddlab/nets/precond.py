@@ -43,8 +43,8 @@ class Precond(nn.Module):
     """
 
     default_unet = "SongUNet"
-    target_time = False
-    """Whether the network takes a target noise level."""
+    default_target: float | None = None
+    """The target noise level of a student that takes one, where none is given."""
     sigma_min: float
     sigma_max: float
     card: Any
@@ -98,7 +98,7 @@ class Precond(nn.Module):
             sigma: Scalar, (1,) or (B,), > 0.
             class_labels: (B, label_dim) or (1, label_dim) one-hot; None for no class; ignored if unconditional.
             augment_labels: (B, augment_dim).
-            target: Of a student with `target_time`: the target noise level, scalar, (1,) or (B,), > 0.
+            target: Of a student with `target_time`: the target noise level, scalar, (1,) or (B,), > 0; by default eps.
 
         Returns:
             (B, C, H, W), the denoised image.
@@ -110,7 +110,9 @@ class Precond(nn.Module):
             GddlabError: Class labels of another shape; weights of less than 32 bits, which autocast serves better; a
                 target for a network that takes none.
         """
-        if target is not None and not self.target_time:
+        if target is None:
+            target = self.default_target
+        elif self.default_target is None:
             raise GddlabError("this network takes no target: omit it, or make it with target_time=True")
         weight = next(self.model.parameters()).dtype
         if weight.itemsize < 4:
@@ -285,6 +287,7 @@ class OneStepPrecond(EDMPrecond):
         self.eps, self.sigma_g, self.target_time = eps, sigma_g, target_time
         self.mid_sigmas = descending("mid_sigmas", mid_sigmas, low=eps, high=sigma_g)
         if target_time:
+            self.default_target = eps
             self.model.add_target()
 
     @property
@@ -296,19 +299,6 @@ class OneStepPrecond(EDMPrecond):
         sd, s = self.sigma_data, sigma - self.eps
         c = super().coefficients(sigma)
         return c._replace(c_skip=sd**2 / (s**2 + sd**2), c_out=s * sd / (sigma**2 + sd**2).sqrt())
-
-    def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        augment_labels: Float[Tensor, "b k"] | None = None,
-        target: Tensor | float | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """As `Precond.forward`; the target is eps by default."""
-        if self.target_time and target is None:
-            target = self.eps
-        return super().forward(x, sigma, class_labels, augment_labels, target)
 
     def jump(
         self,

@@ -39,6 +39,7 @@ from gddlab.sampling.samplers import (
     seed_list,
 )
 from gddlab.teachers import load_teacher
+from gddlab.workers import run_workers
 
 FORMAT = "gddlab-samples-1"
 Pairs = Sequence[tuple[int, int | None]]
@@ -119,8 +120,6 @@ def sample_files(
         if nproc == 1:
             make_share(model, **job, report=bar.update)
         else:
-            from gddlab.workers import run_workers
-
             run_workers({"model": str(model), **job}, nproc, bar.update)
     if world == 1:
         for leftover in Path(out).glob(".*.tmp"):  # of a process that was killed
