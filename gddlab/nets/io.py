@@ -16,7 +16,6 @@ from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, 
 COUNTS = {
     "img_resolution": (1, 4096),
     "img_channels": (1, 256),
-    "out_channels": (1, 512),
     "label_dim": (0, 100_000),
     "augment_dim": (0, 4096),
     "model_channels": (1, 8192),

@@ -43,6 +43,7 @@ class Precond(nn.Module):
     """
 
     default_unet = "SongUNet"
+    outputs_per_channel = 1
     default_target: float | None = None
     """The target noise level of a student that takes one, where none is given."""
     sigma_min: float
@@ -57,7 +58,6 @@ class Precond(nn.Module):
         label_dim: int = 0,
         *,
         model_type: str | None = None,
-        out_channels: int | None = None,
         **model_kwargs: Any,
     ):
         super().__init__()
@@ -68,7 +68,7 @@ class Precond(nn.Module):
         self.model = UNETS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
-            out_channels=out_channels or img_channels,
+            out_channels=self.outputs_per_channel * img_channels,
             label_dim=label_dim,
             **model_kwargs,
         )
@@ -155,16 +155,13 @@ class EDMPrecond(Precond):
 
     def __init__(
         self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        *,
+        *args: Any,
         sigma_min: float = 0.0,
         sigma_max: float = math.inf,
         sigma_data: float = 0.5,
         **kwargs: Any,
     ):
-        super().__init__(img_resolution, img_channels, label_dim, **kwargs)
+        super().__init__(*args, **kwargs)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -216,19 +213,10 @@ class iDDPMPrecond(Precond):
     """Improved DDPM (Nichol & Dhariwal 2021), EDM's table 1, third column; sigma is rounded to M noise levels."""
 
     default_unet = "DhariwalUNet"
+    outputs_per_channel = 2  # the second half is the variance
 
-    def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        *,
-        C_1: float = 0.001,
-        C_2: float = 0.008,
-        M: int = 1000,
-        **kwargs: Any,
-    ):
-        super().__init__(img_resolution, img_channels, label_dim, out_channels=img_channels * 2, **kwargs)
+    def __init__(self, *args: Any, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.C_1, self.C_2, self.M = C_1, C_2, M
         j = torch.arange(M + 1, device="cpu")  # all in float32, as the published networks hold it
         alpha_bar = (0.5 * math.pi * j / M / (C_2 + 1)).sin() ** 2
