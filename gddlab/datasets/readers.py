@@ -365,7 +365,6 @@ _PUBLISHED = Published(
     suffixes=(".tar.gz",),
     folder="datasets",
     known_hash="md5:c58f30108f718f92721af3b95e74349a",
-    size=170_498_071,
     about="170 MB",
     noun="archive of",
 )

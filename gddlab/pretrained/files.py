@@ -62,7 +62,6 @@ class Published:
         suffixes: Accepted endings, the preferred one first.
         folder: Sub-folder of `$GDDLAB_HOME` and of the cache.
         known_hash: Of the published file, where known, as "sha256:..." or "md5:...".
-        size: In bytes, where known.
         about: Size and licence for messages.
         noun: For messages, before the title.
         wheel: Package of a wheel that holds the file, and the path of the file in it.
@@ -77,7 +76,6 @@ class Published:
     suffixes: tuple[str, ...] = SUFFIXES
     folder: str = "backbones"
     known_hash: str | None = None
-    size: int | None = None
     about: str = ""
     noun: str = "weights of"
     wheel: tuple[str, str] | None = None
@@ -218,14 +216,12 @@ class Published:
         return target
 
     def _check_download(self, path: Path) -> None:
-        """Removes and refuses a file of the wrong size or hash, and a web page in its place."""
+        """Removes and refuses a file of another hash than its address says, and a web page in its place."""
         with path.open("rb") as f:
             start = f.read(512)
         wanted = HASHED.search(self.url or "")
         if (path.suffix == ".pkl" and start[:1] != b"\x80") or not start or start.lstrip()[:1] == b"<":
             why = f"the server sent {describe_start(start)}"
-        elif self.size not in (None, path.stat().st_size):
-            why = f"{path.stat().st_size:,} bytes were sent, the published file has {self.size:,}"
         elif wanted and not file_sha256(path).startswith(wanted[1]):
             why = "the server sent another file: its sha256 is not the one in its name"
         else:
