@@ -120,25 +120,25 @@ class Conv2d(nn.Conv2d):
 class PositionalEmbedding(nn.Module):
     """Cosines and sines of geometrically spaced frequencies (Vaswani et al. 2017).  (B,) -> (B, C)"""
 
-    def __init__(self, channels: int, *, max_positions: int = 10000, endpoint: bool = False):
+    def __init__(self, channels: int, *, endpoint: bool = False):
         super().__init__()
-        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+        self.channels, self.endpoint = channels, endpoint
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.channels // 2
         k = torch.arange(half, dtype=x.dtype, device=x.device) / (half - (1 if self.endpoint else 0))
-        x = x.outer(self.max_positions**-k)
+        x = x.outer(10_000**-k)
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
 class FourierEmbedding(nn.Module):
     """Cosines and sines of random frequencies (Tancik et al. 2020).  (B,) -> (B, C)"""
 
-    def __init__(self, channels: int, *, scale: float = 16):
+    def __init__(self, channels: int):
         super().__init__()
         freqs = torch.empty(channels // 2)
         if not freqs.is_meta:  # drawing there imports torch's compiler, more than a second of every load
-            freqs = torch.randn(channels // 2) * scale
+            freqs = torch.randn(channels // 2) * 16
         self.register_buffer("freqs", freqs)
         self.freqs: Tensor
 
