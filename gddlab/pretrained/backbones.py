@@ -285,40 +285,37 @@ def level_sizes(name: str, input_size: int) -> tuple[int, ...]:
 def _plan(name: str, input_size: int) -> Plan:
     """Structure by the meta device: nothing is drawn, computed or allocated."""
     _check_name(name)
-    refused = f"{name} at input_size={input_size}"
     if name == VGG:
         _multiple(name, input_size, 32)
         sizes = tuple(input_size // s for s in (2, 4, 8, 16))
-        plan = Plan(VGG16_BN.channels, sizes, IMAGENET_MEAN, IMAGENET_STD)
+        return Plan(VGG16_BN.channels, sizes, IMAGENET_MEAN, IMAGENET_STD)
+    refused = f"{name} at input_size={input_size}"
+    try:
+        with torch.device("meta"):
+            net = _create(name, _timm().get_pretrained_cfg(name).input_size[-1])
+        reductions = [info["reduction"] for info in net.feature_info]
+    except Exception as e:  # whatever a network of another shape raises
+        raise GddlabError(f"{name} cannot be a backbone ({_reason(e)}): give another") from None
+    n = len(reductions)
+    if n < 4:
+        raise GddlabError(f"{name} gives {n} levels of features: give a backbone with four")
+    plain = hasattr(net, "blocks") and hasattr(net, "patch_embed") and len(set(reductions)) == 1
+    _multiple(name, input_size, 2 * int(reductions[0]) if plain else 32)
+    take = tuple((n * i + 3) // 4 - 1 for i in (1, 2, 3, 4)) if plain else tuple(range(n - 4, n))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net = _create(name, input_size).eval()
+            x = torch.zeros(1, 3, input_size, input_size)
+            maps = net.forward_intermediates(x, indices=list(take), output_fmt="NCHW", intermediates_only=True)
+        channels, sizes, _ = zip(*(m.shape[1:] for m in maps), strict=True)
+    except Exception as e:
+        raise GddlabError(f"{refused} cannot be a backbone ({_reason(e)}): give another size or network") from None
+    mean, std = (tuple(net.pretrained_cfg[k]) for k in ("mean", "std"))
+    if plain:
+        grid, tokens = sizes[0], channels[0]
+        plan = Plan(TokenMaps.channels, (4 * grid, 2 * grid, grid, grid // 2), mean, std, take, tokens)
     else:
-        try:
-            with torch.device("meta"):
-                net = _create(name, _timm().get_pretrained_cfg(name).input_size[-1])
-            reductions = [info["reduction"] for info in net.feature_info]
-        except Exception as e:  # whatever a network of another shape raises
-            raise GddlabError(f"{name} cannot be a backbone ({_reason(e)}): give another") from None
-        n = len(reductions)
-        if n < 4:
-            raise GddlabError(f"{name} gives {n} levels of features: give a backbone with four")
-        plain = hasattr(net, "blocks") and hasattr(net, "patch_embed") and len(set(reductions)) == 1
-        _multiple(name, input_size, 2 * int(reductions[0]) if plain else 32)
-        take = tuple((n * i + 3) // 4 - 1 for i in (1, 2, 3, 4)) if plain else tuple(range(n - 4, n))
-        try:
-            with torch.device("meta"), torch.no_grad():
-                net = _create(name, input_size).eval()
-                x = torch.zeros(1, 3, input_size, input_size)
-                maps = net.forward_intermediates(x, indices=list(take), output_fmt="NCHW", intermediates_only=True)
-            shapes = [tuple(m.shape) for m in maps]
-        except Exception as e:
-            raise GddlabError(f"{refused} cannot be a backbone ({_reason(e)}): give another size or network") from None
-        cfg = net.pretrained_cfg
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        channels, sizes = tuple(s[1] for s in shapes), tuple(s[2] for s in shapes)
-        if plain:
-            grid = sizes[0]
-            plan = Plan(TokenMaps.channels, (4 * grid, 2 * grid, grid, grid // 2), mean, std, take, channels[0])
-        else:
-            plan = Plan(channels, sizes, mean, std, take)
+        plan = Plan(channels, sizes, mean, std, take)
     if any(a != 2 * b for a, b in zip(plan.sizes, plan.sizes[1:], strict=False)):
         raise GddlabError(f"{refused} gives maps of {plan.sizes} pixels: give a backbone whose levels halve")
     return plan
