@@ -64,17 +64,8 @@ class Name:
         return f"{self.module}.{self.name}"[:80]
 
 
-class Node:
-    """Something that takes the state of a BUILD opcode."""
-
-    __slots__ = ()
-
-    def build(self, state: Any) -> None:
-        raise AssertionError("a node defines what its state does")
-
-
 @dataclass(slots=True, eq=False)
-class Record(Node):
+class Record:
     """An object that was not made: name of its class, constructor arguments, attributes, and the opcode's position."""
 
     cls: str
@@ -173,11 +164,9 @@ class PickleReader:
 
     def take(self, n: int) -> memoryview:
         """The next n bytes."""
-        left = len(self.view) - self.pos
-        if n > left:
-            raise Refused(
-                self.offset, f"it ends too early (an incomplete download?): bytes needed {n:,}, left {left:,}"
-            )
+        if n > (left := len(self.view) - self.pos):
+            why = f"it ends too early (an incomplete download?): bytes needed {n:,}, left {left:,}"
+            raise Refused(self.offset, why)
         self.pos += n
         return self.view[self.pos - n : self.pos]
 
@@ -191,19 +180,17 @@ class PickleReader:
             Refused: What is wrong, and at which byte.
         """
         self.stack, self.marks, self.memo = [], [], {}
-        first = True
+        start = self.pos
         while True:
             self.at = self.offset
             code = self.take(1)[0]
-            if first and code != 0x80:
+            if self.pos == start + 1 and code != 0x80:
                 raise Refused(self.at, f"no pickle of protocol 2 to 5 starts with the byte {code:#04x}")
-            first = False
             if code == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.marks:
                     raise Refused(self.at, f"it stops with {len(self.stack):,} values on the stack in place of one")
                 return self.stack.pop()
-            op = OPS.get(code)
-            if op is None:
+            if (op := OPS.get(code)) is None:
                 raise Refused(self.at, f"the opcode {code:#04x} is not accepted; nothing was run")
             self.budget.charge(op.cost, self.at)
             try:
@@ -366,7 +353,7 @@ class PickleReader:
         if isinstance(top, dict):  # attributes of a dict, such as a state dict's _metadata: not needed
             if not isinstance(state, dict):
                 raise ValueError(f"the state of a dict is {a(state)}")
-        elif isinstance(top, Node):
+        elif isinstance(top, (Record, DType, Array)):
             top.build(state)
         else:
             raise ValueError(f"{a(top)} has no state")
@@ -444,7 +431,7 @@ OPS: dict[int, Op] = {
 
 
 @dataclass(slots=True, eq=False)
-class DType(Node):
+class DType:
     """A plain numpy dtype."""
 
     kind: str
@@ -458,7 +445,7 @@ class DType(Node):
 
 
 @dataclass(slots=True, eq=False)
-class Array(Node):
+class Array:
     """A numpy array over the file's bytes; None until its state is read."""
 
     value: np.ndarray[Any, Any] | None = None
@@ -485,15 +472,11 @@ def make_dtype(reader: PickleReader, kind: Any, *rest: Any) -> DType:
     return DType("b1" if kind == "bool" else kind)
 
 
-def make_dict(reader: PickleReader, *args: Any) -> dict[Any, Any]:
+def new_dict(reader: PickleReader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
     """An empty dict; pickling does not write one with arguments."""
-    if args:
+    if args or kwargs:
         raise ValueError("a dict with arguments")
     return {}
-
-
-def new_dict(reader: PickleReader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    return make_dict(reader, *args, *kwargs)
 
 
 def make_set(reader: PickleReader, items: Any = ()) -> set[Any]:
@@ -511,7 +494,7 @@ def make_bytes(reader: PickleReader, content: Any = "", encoding: Any = "latin1"
 
 
 PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): make_dict,
+    ("collections", "OrderedDict"): lambda reader, *args: new_dict(reader, args, {}),
     ("numpy", "dtype"): make_dtype,
     ("numpy._core.multiarray", "_reconstruct"): lambda reader, *args: Array(),
     ("numpy._core.multiarray", "scalar"): lambda reader, dtype, data: frombuffer(data, dtype, (), "C").item(),

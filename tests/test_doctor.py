@@ -22,7 +22,7 @@ from gddlab.diagnosis import SECTIONS, machine
 from gddlab.diagnosis.doctor import NETWORKS, device_findings, package_findings, requirements, torch_pair
 from gddlab.diagnosis.machine import CPU, GPU, device_problems
 from gddlab.pretrained.backbones import DEIT, VGG, backbone_file
-from gddlab.pretrained.lpips_trunk import TRUNKS
+from gddlab.pretrained.trunks import TRUNKS
 from gddlab.runtime import Limits
 
 packages = examine = sys.modules["gddlab.diagnosis.doctor"]  # the package has a function of that name

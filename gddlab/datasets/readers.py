@@ -293,8 +293,7 @@ _PUBLISHED = Published(
     url=f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
     suffixes=(".tar.gz",),
     folder="datasets",
-    md5="c58f30108f718f92721af3b95e74349a",
-    size=170_498_071,
+    known_hash="md5:c58f30108f718f92721af3b95e74349a",
     about="170 MB",
     noun="archive of",
 )
@@ -326,7 +325,7 @@ def read_cifar10(path: Path) -> ImageDataset:
     parts = []
     for name in _BATCHES:
         if name not in contents:
-            raise GddlabError(f"{path} has no {FOLDER}/{name}: give the whole archive (md5 {_PUBLISHED.md5})")
+            raise GddlabError(f"{path} has no {FOLDER}/{name}: give the whole archive ({_PUBLISHED.known_hash})")
         try:
             parts.append(_batch(contents.pop(name)))
         except (Refused, ValueError) as e:

@@ -23,8 +23,8 @@ from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir, nearest_existing
+from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
 from gddlab.pretrained.files import Published, offline
-from gddlab.pretrained.lite import LITE_WHEELS, lite_weights
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
 

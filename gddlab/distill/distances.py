@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.pretrained.backbones import Backbone
-from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, unit
+from gddlab.pretrained.trunks import TRUNKS, LPIPSTrunk, unit
 
 LITE0 = "tf_efficientnet_lite0"
 

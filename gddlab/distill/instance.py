@@ -26,8 +26,8 @@ from gddlab.distill.losses import constant
 from gddlab.distill.parts import Part
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
-from gddlab.pretrained.lite import lite_weights
-from gddlab.pretrained.lpips_trunk import check_trunk
+from gddlab.pretrained.backbones import lite_weights
+from gddlab.pretrained.trunks import check_trunk
 from gddlab.sampling.samplers import heun_step
 from gddlab.sampling.schedules import karras_sigmas
 

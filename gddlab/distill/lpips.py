@@ -13,7 +13,7 @@ from tyro.conf import Suppress
 
 from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.nets import Precond
-from gddlab.pretrained.lpips_trunk import LPIPSTrunk, check_trunk, unit
+from gddlab.pretrained.trunks import LPIPSTrunk, check_trunk, unit
 
 
 class LPIPSDiscriminator(Discriminator):

@@ -12,8 +12,8 @@ from typing import Any
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import file_sha256, hash_json
+from gddlab.pretrained.backbones import lite_weights
 from gddlab.pretrained.files import Published, read_state
-from gddlab.pretrained.lite import lite_weights
 
 _RGB = "RGB, grey repeated; bilinear to {0}x{0}"
 _TF = _RGB + " as TensorFlow 1 resizes; "
@@ -141,7 +141,7 @@ EXTRACTORS = {
             "CLIP ViT-B/32",
             "GDDLAB_CLIP",
             f"https://openaipublic.azureedge.net/clip/models/{_CLIP}/ViT-B-32.pt",
-            sha256=_CLIP,
+            known_hash=f"sha256:{_CLIP}",
             aliases=(f"clip-vit-b-32-{_CLIP}",),
         ),
     ),

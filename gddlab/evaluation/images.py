@@ -103,7 +103,7 @@ class GeneratedImages:
             GddlabError: An image is not finite.
         """
         chosen = None if self.labels is None else self.labels[start:stop]
-        labels = one_hot(self.net.label_dim, stop - start, self.seed + start, chosen)
+        labels = one_hot(self.net.label_dim, range(self.seed + start, self.seed + stop), chosen)
         with prepared(self.net):
             x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
         _check_values(x)

@@ -2,8 +2,7 @@
 
 from gddlab.nets.architectures import architectures, build
 from gddlab.nets.io import architecture, from_edm, load_network, save_network
-from gddlab.nets.onestep import OneStepPrecond
-from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, Precond
+from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 
 __all__ = [
     "SIGMA_MAX",

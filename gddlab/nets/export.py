@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, hash_tensors
 from gddlab.nets.io import architecture, from_edm
-from gddlab.nets.onestep import OneStepPrecond
-from gddlab.nets.precond import Precond
+from gddlab.nets.precond import OneStepPrecond, Precond
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 
@@ -36,17 +35,19 @@ class Exported:
 
     path: Path
     format: str
-    size: int
     max_difference: float
-    batches: tuple[int, ...]
     metadata: dict[str, str]
+    batches: tuple[int, ...] = BATCHES
+
+    @property
+    def size(self) -> int:
+        """Of the file, bytes."""
+        return self.path.stat().st_size
 
     def __str__(self) -> str:
         sizes = " and ".join(map(str, self.batches))
-        return (
-            f"{self.path}: {self.format}, {self.size / 1e6:.1f} MB; "
-            f"pixels differ by at most {self.max_difference:.1e} at batch sizes {sizes}"
-        )
+        difference = f"pixels differ by at most {self.max_difference:.1e} at batch sizes {sizes}"
+        return f"{self.path}: {self.format}, {self.size / 1e6:.1f} MB; {difference}"
 
 
 class OneStep(nn.Module):
@@ -90,17 +91,8 @@ def export(
         raise GddlabError(f"out={str(out)!r}: its suffix decides the format, give .onnx or .pt2")
     if not isinstance(student, Precond):
         raise GddlabError(f"a {type(student).__name__} cannot be exported: give a network of gddlab, as run.student()")
-    if sigma is None and isinstance(student, OneStepPrecond):
-        if student.mid_sigmas:
-            raise GddlabError(
-                f"this student takes {len(student.sigmas)} steps, an exported one takes one: "
-                f"give sigma={student.sigma_g:g} for its first"
-            )
-        sigma = student.sigma_g
     if sigma is None:
-        raise GddlabError(
-            f"a {type(student).__name__} is no one-step student: give sigma=, the noise level of its step"
-        )
+        sigma = _own_sigma(student)
     if not (sigma > 0 and student.sigma_min <= sigma <= student.sigma_max):
         raise GddlabError(f"sigma={sigma}: give one in {student.sigma_min:g} to {student.sigma_max:g}, above 0")
     if opset not in OPSETS:
@@ -128,10 +120,11 @@ def export(
                 bar.update()
                 if out.suffix == ".onnx":
                     _save_onnx(program, tmp, metadata, opset)
+                    run = _open_onnx(tmp)
                 else:
                     torch.export.save(program, tmp, extra_files={"gddlab.json": json.dumps(metadata)})
+                    run = _open_pt2(tmp)
                 bar.update()
-                run = _open_onnx(tmp) if out.suffix == ".onnx" else _open_pt2(tmp)
                 difference = _difference(model, run)
             except Exception as e:  # three packages raise errors of their own
                 words = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -141,10 +134,23 @@ def export(
                 f"{out} is not written: its images differ by {difference:.1e} from the student's, accepted is at most "
                 f"{TOLERANCE[out.suffix]:g}; give another opset=, or the other format"
             )
-        size = tmp.stat().st_size
         bar.update()
     kind = f"ONNX (opset {opset})" if out.suffix == ".onnx" else "torch.export program"
-    return Exported(out, kind, size, difference, BATCHES, metadata)
+    return Exported(out, kind, difference, metadata)
+
+
+def _own_sigma(student: Precond) -> float:
+    """Noise level of a student's only step."""
+    if not isinstance(student, OneStepPrecond):
+        raise GddlabError(
+            f"a {type(student).__name__} is no one-step student: give sigma=, the noise level of its step"
+        )
+    if student.mid_sigmas:
+        raise GddlabError(
+            f"this student takes {len(student.sigmas)} steps, an exported one takes one: "
+            f"give sigma={student.sigma_g:g} for its first"
+        )
+    return student.sigma_g
 
 
 def _plain(student: Precond) -> Precond:
@@ -187,8 +193,7 @@ def _open_pt2(path: Path) -> Callable[..., Tensor]:
 def _need_onnx() -> None:
     import importlib.util
 
-    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
-    if missing:
+    if missing := [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]:
         raise GddlabError(
             f"export to ONNX needs {', '.join(missing)}: pip install 'gddlab[export]', or give a .pt2 file"
         )
@@ -217,15 +222,14 @@ def _open_onnx(path: Path) -> Callable[..., Tensor]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences exporters, which print, warn and log."""
-    before = logging.root.manager.disable
+    before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
         with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
         ):
-            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)

@@ -11,13 +11,11 @@ import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import atomic_path
-from gddlab.nets.onestep import OneStepPrecond
-from gddlab.nets.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
+from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
 COUNTS = {
     "img_resolution": (1, 4096),
     "img_channels": (1, 256),
-    "out_channels": (1, 512),
     "label_dim": (0, 100_000),
     "augment_dim": (0, 4096),
     "model_channels": (1, 8192),
@@ -153,9 +151,7 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     try:
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e:
-        raise GddlabError(
-            f"{path}: weights do not fit {header['precond']}: {str(e).splitlines()[-1].strip()}"
-        ) from None
+        raise GddlabError(f"{path}: weights do not fit {precond}: {str(e).splitlines()[-1].strip()}") from None
     return net.eval(), meta
 
 
@@ -167,13 +163,9 @@ def make_student(
 ) -> OneStepPrecond:
     """A one-step generator with the teacher's weights (method of GDD, section 2 of its paper).
 
-    The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits.
-
-    Args:
-        teacher: An EDM network.
-        target_time: The student takes a second, target noise level, which changes nothing at first.
-        mid_sigmas: Noise levels of further steps, descending between `SIGMA_MAX` and `SIGMA_MIN`.
-        init: "teacher", or as a control "scratch", new weights from torch's global generator.
+    The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits. With `target_time` and
+    `mid_sigmas` as in `OneStepPrecond`, the former changes nothing at first. As a control, `init` "scratch" gives new
+    weights from torch's global generator.
 
     Raises:
         GddlabError: The teacher's preconditioning is not EDM's, so that a student could not use its noise embedding;
@@ -194,10 +186,7 @@ def make_student(
     assert isinstance(student, OneStepPrecond)
     if init == "teacher":
         own = {k: v for k, v in student.state_dict().items() if k.startswith("model.map_target")}
-        given = {
-            k: v
-            for k, v in teacher.state_dict().items()
-            if not k.startswith(("model.map_augment.", "model.map_target"))
-        }
+        dropped_weights = ("model.map_augment.", "model.map_target")
+        given = {k: v for k, v in teacher.state_dict().items() if not k.startswith(dropped_weights)}
         student.load_state_dict(own | given, strict=True)
     return student

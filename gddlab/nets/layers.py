@@ -21,15 +21,14 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm`, in float32 where PyTorch's CPU kernel is slow: bfloat16, small maps, groups below 16 channels."""
 
+    def __init__(self, channels: int, eps: float):
+        super().__init__(min(32, channels // 4), channels, eps=eps)
+
     def forward(self, x: Tensor) -> Tensor:
         slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.num_channels < 16 * self.num_groups
         if slow and x.shape[-2] * x.shape[-1] < 1024:
             return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
-
-
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
@@ -121,25 +120,25 @@ class Conv2d(nn.Conv2d):
 class PositionalEmbedding(nn.Module):
     """Cosines and sines of geometrically spaced frequencies (Vaswani et al. 2017).  (B,) -> (B, C)"""
 
-    def __init__(self, channels: int, *, max_positions: int = 10000, endpoint: bool = False):
+    def __init__(self, channels: int, *, endpoint: bool = False):
         super().__init__()
-        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+        self.channels, self.endpoint = channels, endpoint
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.channels // 2
         k = torch.arange(half, dtype=x.dtype, device=x.device) / (half - (1 if self.endpoint else 0))
-        x = x.outer(self.max_positions**-k)
+        x = x.outer(10_000**-k)
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
 class FourierEmbedding(nn.Module):
     """Cosines and sines of random frequencies (Tancik et al. 2020).  (B,) -> (B, C)"""
 
-    def __init__(self, channels: int, *, scale: float = 16):
+    def __init__(self, channels: int):
         super().__init__()
         freqs = torch.empty(channels // 2)
         if not freqs.is_meta:  # drawing there imports torch's compiler, more than a second of every load
-            freqs = torch.randn(channels // 2) * scale
+            freqs = torch.randn(channels // 2) * 16
         self.register_buffer("freqs", freqs)
         self.freqs: Tensor
 
@@ -176,10 +175,10 @@ class UNetBlock(nn.Module):
         self.num_heads = (out_channels // channels_per_head if channels_per_head else 1) if attention else 0
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
-        self.norm0 = group_norm(in_channels, eps)
+        self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, taps=taps)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
-        self.norm1 = group_norm(out_channels, eps)
+        self.norm1 = GroupNorm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip: nn.Module | None = None
         if out_channels != in_channels or ((up or down) and resample_proj):
@@ -187,7 +186,7 @@ class UNetBlock(nn.Module):
         elif up or down:
             self.skip = Resample(in_channels, up=up, down=down, taps=taps)
         if self.num_heads:
-            self.norm2 = group_norm(out_channels, eps)
+            self.norm2 = GroupNorm(out_channels, eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1)
             self.proj = Conv2d(out_channels, out_channels, 1)
 

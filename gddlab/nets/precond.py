@@ -1,8 +1,13 @@
-"""Preconditioned denoisers D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, table 1)."""
+"""Preconditioned denoisers D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, table 1).
+
+EDM's, those that it compares with, and the student's, with its steps.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +43,9 @@ class Precond(nn.Module):
     """
 
     default_unet = "SongUNet"
+    outputs_per_channel = 1
+    default_target: float | None = None
+    """The target noise level of a student that takes one, where none is given."""
     sigma_min: float
     sigma_max: float
     card: Any
@@ -50,7 +58,6 @@ class Precond(nn.Module):
         label_dim: int = 0,
         *,
         model_type: str | None = None,
-        out_channels: int | None = None,
         **model_kwargs: Any,
     ):
         super().__init__()
@@ -58,16 +65,13 @@ class Precond(nn.Module):
         model_type = model_type or self.default_unet
         if model_type not in UNETS:
             raise unknown("model_type", model_type, UNETS)
-        try:
-            self.model = UNETS[model_type](
-                img_resolution=img_resolution,
-                in_channels=img_channels,
-                out_channels=out_channels or img_channels,
-                label_dim=label_dim,
-                **model_kwargs,
-            )
-        except TypeError as e:
-            raise GddlabError(f"{model_type} cannot be built from {sorted(model_kwargs)}: {e}") from None
+        self.model = UNETS[model_type](
+            img_resolution=img_resolution,
+            in_channels=img_channels,
+            out_channels=self.outputs_per_channel * img_channels,
+            label_dim=label_dim,
+            **model_kwargs,
+        )
         self.init_kwargs: dict[str, Any] = {}
         self.card = None
 
@@ -85,6 +89,7 @@ class Precond(nn.Module):
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
         augment_labels: Float[Tensor, "b k"] | None = None,
+        target: Tensor | float | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Denoises.
 
@@ -93,6 +98,7 @@ class Precond(nn.Module):
             sigma: Scalar, (1,) or (B,), > 0.
             class_labels: (B, label_dim) or (1, label_dim) one-hot; None for no class; ignored if unconditional.
             augment_labels: (B, augment_dim).
+            target: Of a student with `target_time`: the target noise level, scalar, (1,) or (B,), > 0; by default eps.
 
         Returns:
             (B, C, H, W), the denoised image.
@@ -101,19 +107,13 @@ class Precond(nn.Module):
         the sum.
 
         Raises:
-            GddlabError: Class labels of another shape; weights of less than 32 bits, which autocast serves better.
+            GddlabError: Class labels of another shape; weights of less than 32 bits, which autocast serves better; a
+                target for a network that takes none.
         """
-        return self._denoise(x, sigma, class_labels, augment_labels, None)
-
-    def _denoise(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None,
-        augment_labels: Tensor | None,
-        target: Tensor | float | None,
-    ) -> Tensor:
-        """`forward`, with the target noise level of a network that has one."""
+        if target is None:
+            target = self.default_target
+        elif self.default_target is None:
+            raise GddlabError("this network takes no target: omit it, or make it with target_time=True")
         weight = next(self.model.parameters()).dtype
         if weight.itemsize < 4:
             raise GddlabError(
@@ -136,11 +136,8 @@ class Precond(nn.Module):
         if augment_labels is not None:
             augment_labels = augment_labels.to(x.dtype)
         c = self.coefficients(sigma)
-        if target is None:
-            f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels)
-        else:
-            c_target = self.coefficients(levels_of(target, x)).c_noise
-            f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels, c_target)
+        c_target = None if target is None else self.coefficients(levels_of(target, x)).c_noise
+        f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels, c_target)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
 
 
@@ -158,16 +155,13 @@ class EDMPrecond(Precond):
 
     def __init__(
         self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        *,
+        *args: Any,
         sigma_min: float = 0.0,
         sigma_max: float = math.inf,
         sigma_data: float = 0.5,
         **kwargs: Any,
     ):
-        super().__init__(img_resolution, img_channels, label_dim, **kwargs)
+        super().__init__(*args, **kwargs)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -219,19 +213,10 @@ class iDDPMPrecond(Precond):
     """Improved DDPM (Nichol & Dhariwal 2021), EDM's table 1, third column; sigma is rounded to M noise levels."""
 
     default_unet = "DhariwalUNet"
+    outputs_per_channel = 2  # the second half is the variance
 
-    def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        *,
-        C_1: float = 0.001,
-        C_2: float = 0.008,
-        M: int = 1000,
-        **kwargs: Any,
-    ):
-        super().__init__(img_resolution, img_channels, label_dim, out_channels=img_channels * 2, **kwargs)
+    def __init__(self, *args: Any, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.C_1, self.C_2, self.M = C_1, C_2, M
         j = torch.arange(M + 1, device="cpu")  # all in float32, as the published networks hold it
         alpha_bar = (0.5 * math.pi * j / M / (C_2 + 1)).sin() ** 2
@@ -255,26 +240,122 @@ class iDDPMPrecond(Precond):
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
 
 
-def edm_weight(sigma: Float[Tensor, "*shape"], sigma_data: float = SIGMA_DATA) -> Float[Tensor, "*shape"]:
+class OneStepPrecond(EDMPrecond):
+    """The one-step student: a consistency model's coefficients, the identity at sigma = eps.
+
+    Method of GDD; Song et al. 2023, appendix C:
+    c_skip = sd^2 / ((sigma - eps)^2 + sd^2); c_out = (sigma - eps) sd / sqrt(sigma^2 + sd^2); the rest as EDM.
+
+    With a target time the network is g(x; sigma, s), the image at the end of the straight line from x at sigma via
+    the state at noise level s (Kim et al. 2023). Its U-Net also sees c_noise of s (`map_target0`, `map_target1`, zero
+    at first). `jump` gives the state at s.
+
+    Args:
+        eps: Lowest noise level.
+        sigma_g: Noise level that images are made from.
+        target_time: Whether the network takes a target noise level.
+        mid_sigmas: Further noise levels of a few-step student, descending between `sigma_g` and `eps`; () for one step.
+
+    Raises:
+        GddlabError: `mid_sigmas` do not descend between `sigma_g` and `eps`.
+    """
+
+    default_unet = "SongUNet"
+
+    def __init__(
+        self,
+        *args: Any,
+        eps: float = SIGMA_MIN,
+        sigma_g: float = SIGMA_MAX,
+        target_time: bool = False,
+        mid_sigmas: Sequence[float] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.eps, self.sigma_g, self.target_time = eps, sigma_g, target_time
+        self.mid_sigmas = descending("mid_sigmas", mid_sigmas, low=eps, high=sigma_g)
+        if target_time:
+            self.default_target = eps
+            self.model.add_target()
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the student's steps: the one it starts from, and `mid_sigmas`."""
+        return (self.sigma_g, *self.mid_sigmas)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        sd, s = self.sigma_data, sigma - self.eps
+        c = super().coefficients(sigma)
+        return c._replace(c_skip=sd**2 / (s**2 + sd**2), c_out=s * sd / (sigma**2 + sd**2).sqrt())
+
+    def jump(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Tensor | float,
+        target: Tensor | float,
+        class_labels: Tensor | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """From noise level t = sigma to s = target on a straight line: (s / t) x + (1 - s / t) g(x; t, s).
+
+        Kim et al. 2023, "Consistency trajectory models", section 3. Arguments and errors as of `Precond.forward`.
+        """
+        image = self(x, sigma, class_labels, target=target)
+        share = levels_of(target, image) / levels_of(sigma, image)
+        return share * x.to(image.dtype) + (1 - share) * image
+
+    def generate(self, z: Float[Tensor, "b c h w"], class_labels: Tensor | None = None) -> Float[Tensor, "b c h w"]:
+        """One step from noise to image: G(z) = D(80 z; 80), z ~ N(0, I)."""
+        out: Tensor = self(self.sigma_g * z, self.sigma_g, class_labels)
+        return out
+
+    def generate_steps(
+        self, z: Float[Tensor, "b c h w"], class_labels: Tensor | None, noise: Sequence[Tensor], exit: int
+    ) -> Float[Tensor, "b c h w"]:
+        """The image after step `exit` of `sigmas`, from the student's own earlier steps, which get no gradient.
+
+        Training at random exits gives each step the inputs it has in sampling (backward simulation; Yin et al. 2024,
+        "Improved distribution matching distillation", section 4.5). The steps are those of `multistep` (Song et al.
+        2023, algorithm 1). `noise` holds standard normal noise of the later steps, (B, C, H, W); `exit` are used.
+
+        Raises:
+            GddlabError: No such step, or too little noise.
+        """
+        if not 0 <= exit < len(self.sigmas):
+            raise GddlabError(
+                f"exit={exit} of a student with {len(self.sigmas)} steps: give 0 to {len(self.mid_sigmas)}"
+            )
+        if len(noise) < exit:
+            raise GddlabError(f"exit={exit} with {len(noise)} noise tensors: give one for each step but the first")
+        x = self.sigma_g * z
+        with torch.no_grad():
+            for fresh, (sigma, lower) in zip(noise[:exit], itertools.pairwise(self.sigmas), strict=False):
+                x = self(x, sigma, class_labels) + math.sqrt(lower**2 - self.eps**2) * fresh
+        out: Tensor = self(x, self.sigmas[exit], class_labels)
+        return out
+
+
+def descending(name: str, sigmas: Any, *, low: float, high: float = math.inf) -> tuple[float, ...]:
+    """Noise levels as numbers; refused, under this name, where they do not descend below `high` and above `low`."""
+    try:
+        levels = tuple(float(s) for s in sigmas)
+    except (TypeError, ValueError):
+        raise GddlabError(f"{name}={sigmas!r}: give a list of noise levels, such as (80.0, 0.8)") from None
+    if not all(a > b for a, b in itertools.pairwise((high, *levels, low))):
+        below = "" if high == math.inf else f"below {high:g} and "
+        raise GddlabError(f"{name}={levels}: give descending noise levels {below}above {low:g}")
+    return levels
+
+
+def edm_weight(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Weight of the denoising loss at each noise level (Karras et al. 2022, table 1, lambda)."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
 
 
 def edm_loss(
-    denoised: Float[Tensor, "b c h w"],
-    images: Float[Tensor, "b c h w"],
-    sigma: Float[Tensor, " b"],
-    sigma_data: float = SIGMA_DATA,
+    denoised: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:
     """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
 
-    Args:
-        denoised: D(images + sigma noise; sigma), (B, C, H, W).
-        images: In [-1, 1], (B, C, H, W).
-        sigma: (B,).
-        sigma_data: Standard deviation of the data.
-
-    Returns:
-        (B,), the mean over channels and pixels of edm_weight(sigma) (D - images)^2.
+    The mean over channels and pixels of edm_weight(sigma) (D(images + sigma noise; sigma) - images)^2.
     """
-    return edm_weight(sigma, sigma_data) * (denoised - images).square().mean((1, 2, 3))
+    return edm_weight(sigma) * (denoised - images).square().mean((1, 2, 3))

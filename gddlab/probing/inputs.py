@@ -104,7 +104,7 @@ class Inputs:
                     "this network does not say img_channels and img_resolution: set them, or probe noised data"
                 )
             self.shape: tuple[int, ...] = shape  # type: ignore[assignment]
-            self.labels = one_hot(label_dim, n, seed + start, class_labels)
+            self.labels = one_hot(label_dim, range(seed + start, seed + start + n), class_labels)
         else:
             self.shape = (self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
             self._index = self._images(shape)
@@ -116,7 +116,7 @@ class Inputs:
                     )
                 self.labels = self.dataset.labels(self._index)
             else:
-                self.labels = one_hot(label_dim, n, seed, class_labels)
+                self.labels = one_hot(label_dim, range(seed, seed + n), class_labels)
         self._labels_of: str | None = "given"
         if self.labels is None:
             self._labels_of = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
-from gddlab.datasets.pixels import array, decode
+from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
@@ -37,11 +37,13 @@ from gddlab.sampling.samplers import (
     resolve,
     sampler_name,
     seed_list,
-    sigma_list,
 )
 from gddlab.teachers import load_teacher
+from gddlab.workers import run_workers
 
 FORMAT = "gddlab-samples-1"
+Pairs = Sequence[tuple[int, int | None]]
+"""Seed and class of each image."""
 
 
 def sample_files(
@@ -92,8 +94,7 @@ def sample_files(
             be written; a process died. What is written is kept, and the same call continues.
     """
     total = len(seed_list(n, seed, seeds))
-    ranks = named_ranks()
-    rank, world = ranks.rank, ranks.size
+    rank, world = named_ranks().rank, named_ranks().size
     job: dict[str, Any] = {
         "out": str(out),
         "n": n,
@@ -101,7 +102,7 @@ def sample_files(
         "seeds": None if seeds is None else list(seed_list(n, seed, seeds)),
         "class_labels": class_labels,
         "steps": steps,
-        "sigmas": None if sigmas is None else sigma_list(sigmas),
+        "sigmas": sigmas,
         "batch_size": positive("batch_size", batch_size),
         "dtype": precision(dtype),
         "channels_last": channels_last,
@@ -114,14 +115,11 @@ def sample_files(
         raise GddlabError(f"nproc={nproc} with a network: give its name, file or run directory, or nproc=1")
     if nproc > 1 and world > 1:
         raise GddlabError(f"nproc={nproc} under torchrun: omit nproc, its processes share the work")
-    parts = range(rank * batch_size, total, world * batch_size)
-    share = sum(min(batch_size, total - i) for i in parts)
+    share = sum(min(batch_size, total - i) for i in range(rank * batch_size, total, world * batch_size))
     with progress_bar(total=share, desc="sampling", unit="img", enabled=progress and rank == 0) as bar:
         if nproc == 1:
             make_share(model, **job, report=bar.update)
         else:
-            from gddlab.workers import run_workers
-
             run_workers({"model": str(model), **job}, nproc, bar.update)
     if world == 1:
         for leftover in Path(out).glob(".*.tmp"):  # of a process that was killed
@@ -147,8 +145,7 @@ def make_share(
 ) -> None:
     """The part of one process in `sample_files`: the missing parts of its rank; the first process also completes `out`.
 
-    Args:
-        report: Called with the number of images of each part, when it is written.
+    `report` is called with the number of images of each part, when it is written.
     """
     net = load_teacher(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
     how = resolve(net, **method)
@@ -156,36 +153,31 @@ def make_share(
         raise GddlabError(
             f"images of {net.img_channels} channels: PNG files take 1 or 3, use gddlab.sample for a tensor"
         )
-    image_seeds = seed_list(n, seed, seeds)
-    if len(set(image_seeds)) < len(image_seeds):
-        twice = next(s for i, s in enumerate(image_seeds) if s in image_seeds[:i])
-        raise GddlabError(f"seed {twice} is given twice: files are named by seed, give each once")
-    classes = _class_ids(net, image_seeds, class_labels)
-    pairs = list(zip(image_seeds, classes, strict=True))
+    pairs = _pairs(net, seed_list(n, seed, seeds), class_labels)
     about = {
         "format": FORMAT,
         "model": hash_tensors(module_of(net).state_dict()),
         "sampler": sampler_name(how),
         "settings": {"sigmas": list(how)} if isinstance(how, tuple) else how.to_dict(),
-        "seeds": _short(image_seeds),
-        "class_labels": _short(classes) if net.label_dim else None,
+        "seeds": _short([s for s, _ in pairs]),
+        "class_labels": _short([c for _, c in pairs]) if net.label_dim else None,
         "dtype": dtype,
         "channels_last": channels_last,
         "batch_size": batch_size,
     }
-    ranks = named_ranks()
-    rank, world = ranks.rank, ranks.size
+    rank, world = named_ranks().rank, named_ranks().size
     try:
         kind = ZipTarget if Path(out).suffix == ".zip" else FolderTarget
-        target = kind(Path(out), about, _manifest(net, Path(out), about, len(pairs)), pairs)
+        target = kind(Path(out), _manifest(net, Path(out), about, len(pairs)), pairs)
         slowest = 0.0
         with prepared(net, dtype=dtype, channels_last=channels_last):
             for k in range(rank, target.count, world):
                 began = time.monotonic()
                 part = pairs[k * batch_size : (k + 1) * batch_size]
                 if not target.has(k):
-                    labels = one_hot(net.label_dim, len(part), 0, [c for _, c in part if c is not None] or None)
-                    images = draw(net, how, [s for s, _ in part], labels, channels_last=channels_last)
+                    part_seeds = [s for s, _ in part]
+                    labels = one_hot(net.label_dim, part_seeds, [c for _, c in part if c is not None] or None)
+                    images = draw(net, how, part_seeds, labels, channels_last=channels_last)
                     target.write(k, encode(images, part, target.name))
                     slowest = max(slowest, time.monotonic() - began)
                 report(len(part))
@@ -199,17 +191,20 @@ def make_share(
         ) from None
 
 
-def _class_ids(net: Precond, seeds: Sequence[int], labels: Any) -> Sequence[int | None]:
-    """The class of each image; None for an unconditional network."""
+def _pairs(net: Precond, seeds: Sequence[int], labels: Any) -> Pairs:
+    """The images by seed and class, which is None for an unconditional network; no seed twice."""
+    if len(set(seeds)) < len(seeds):
+        twice = next(s for i, s in enumerate(seeds) if s in seeds[:i])
+        raise GddlabError(f"seed {twice} is given twice: files are named by seed, give each once")
     if net.label_dim and labels is None:
-        return [s % net.label_dim for s in seeds]
-    dense = one_hot(net.label_dim, len(seeds), 0, labels)
+        return [(s, s % net.label_dim) for s in seeds]
+    dense = one_hot(net.label_dim, seeds, labels)
     if dense is None:
-        return [None] * len(seeds)
+        return [(s, None) for s in seeds]
     ids = dense.argmax(1)
     if not torch.equal(torch.nn.functional.one_hot(ids, net.label_dim).float(), dense):
         raise GddlabError("class_labels mix classes: files take one class per image, give class ids")
-    return list(ids.tolist())
+    return list(zip(seeds, ids.tolist(), strict=True))
 
 
 def _short(numbers: Sequence[int | None]) -> str:
@@ -248,17 +243,16 @@ _MANIFEST = "manifest.json"
 class FolderTarget:
     """SEED.png, dataset.json with classes, manifest.json; a part is complete when all its files are."""
 
-    def __init__(
-        self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
-    ):
-        self.out, self.pairs, self.size, self.side = out, pairs, about["batch_size"], manifest["resolution"]
+    def __init__(self, out: Path, manifest: dict[str, Any], pairs: Pairs):
+        self.out, self.pairs, self.side = out, pairs, manifest["resolution"]
+        self.size = manifest["extra"]["batch_size"]
         self.count = math.ceil(len(pairs) / self.size)
         if out.is_file():
             raise GddlabError(f"{out} is a file: give a folder, or a name that ends in .zip")
         # Listed before the manifest is looked for: another process may be writing it.
         others = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
         if (out / _MANIFEST).exists():
-            _same(read_json(out / _MANIFEST), about, out)
+            _same(read_json(out / _MANIFEST), manifest, out)
         elif others:
             raise GddlabError(
                 f"{out} holds {others[0]!r} and no samples: give an empty or new folder, or a name that ends in .zip"
@@ -288,18 +282,16 @@ class FolderTarget:
 class ZipTarget:
     """An EDM zip; until it is complete, its parts are in a folder beside it."""
 
-    def __init__(
-        self, out: Path, about: dict[str, Any], manifest: dict[str, Any], pairs: Sequence[tuple[int, int | None]]
-    ):
+    def __init__(self, out: Path, manifest: dict[str, Any], pairs: Pairs):
         self.out, self.manifest, self.pairs = out, manifest, pairs
-        self.count = math.ceil(len(pairs) / about["batch_size"])
+        self.count = math.ceil(len(pairs) / manifest["extra"]["batch_size"])
         self.missing: set[int] = set()
         self.folder: Path | None = None
         if out.exists():
-            _same(_zip_manifest(out), about, out)
+            _same(_zip_manifest(out), manifest, out)
             return
         try:
-            self.folder = open_parts(out, about)
+            self.folder = open_parts(out, _settings(manifest))
             self.missing = set(missing_parts(self.folder, self.count))
         except (OSError, GddlabError):
             if not out.exists():  # else the first process has put the zip there and is removing the parts
@@ -346,14 +338,8 @@ class ZipTarget:
         return self.manifest | {"sha256": h.digest(None if ids[0] is None else np.array(ids))}
 
 
-def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callable[[int], str]) -> list[Entry]:
-    """PNG files of a batch.
-
-    Raises:
-        GddlabError: An image is not finite.
-    """
-    from PIL import Image
-
+def encode(images: Tensor, pairs: Pairs, name: Callable[[int], str]) -> list[Entry]:
+    """PNG files of a batch; an image that is not finite is refused."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not finite.all():
         seed = pairs[int((~finite).nonzero()[0])][0]
@@ -363,20 +349,16 @@ def encode(images: Tensor, pairs: Sequence[tuple[int, int | None]], name: Callab
     entries = []
     for pixels, (seed, label) in zip(to_uint8(images).permute(0, 2, 3, 1).numpy(), pairs, strict=True):
         f = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(f, format="PNG")
+        decode(pixels).save(f, format="PNG")
         entries.append(Entry(name(seed), f.getvalue(), label))
     return entries
 
 
 def _is_png(path: Path, side: int) -> bool:
     """Whether the file is a complete image of that size; a crash may have left an incomplete one."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            return image.size == (side, side)
-    except (OSError, ValueError, SyntaxError):
+        return decode(path.read_bytes()).size == (side, side)
+    except (OSError, BadImage):
         return False
 
 
@@ -388,11 +370,16 @@ def _zip_manifest(path: Path) -> Any:
         return None
 
 
-def _same(manifest: Any, about: dict[str, Any], out: Path) -> None:
-    old = manifest.get("extra") if isinstance(manifest, dict) else None
-    if not isinstance(old, dict) or old.get("format") != about["format"]:
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What decides what the images are."""
+    return {k: v for k, v in manifest["extra"].items() if k not in ("architecture", "versions")}
+
+
+def _same(there: Any, manifest: dict[str, Any], out: Path) -> None:
+    old = there.get("extra") if isinstance(there, dict) else None
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
         raise GddlabError(f"{out} exists and holds no samples of gddlab: give another name")
-    for key, value in json.loads(json.dumps(about)).items():
+    for key, value in json.loads(json.dumps(_settings(manifest))).items():
         if old.get(key) != value:
             raise GddlabError(
                 f"{out} was made with {key}={old.get(key)!r}, not {value!r}: give another name, or delete it"

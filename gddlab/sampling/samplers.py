@@ -17,23 +17,30 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
+from gddlab.nets.precond import descending
 from gddlab.progress import progress_bar
 from gddlab.sampling.schedules import (
-    SCALINGS,
-    SCHEDULES,
     Schedule,
-    default_range,
+    fit_vp,
+    iddpm_sigmas,
     karras_sigmas,
-    noise_levels,
     schedule,
+    vp_schedule,
 )
 
-_CHOICES = {
-    "solver": ("heun", "euler"),
-    "discretization": ("edm", "vp", "ve", "iddpm"),
-    "schedule": SCHEDULES,
-    "scaling": SCALINGS,
-}
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise GddlabError(f"{name}={value!r}: give an integer") from None
+
+
+def positive(name: str, value: Any, what: str = "") -> int:
+    """`value` as an integer of at least 1; `name` and `what` are for the message."""
+    if _integer(name, value) < 1:
+        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,37 +87,40 @@ class Sampler:
     """Standard deviation of the added noise; slightly above 1 counteracts a loss of detail."""
 
     def __post_init__(self) -> None:
-        for name, accepted in _CHOICES.items():
+        for name, accepted in (
+            ("solver", ("heun", "euler")),
+            ("discretization", ("edm", "vp", "ve", "iddpm")),
+            ("schedule", ("vp", "ve", "linear")),
+            ("scaling", ("vp", "none")),
+        ):
             if getattr(self, name) not in accepted:
                 raise unknown(name, getattr(self, name), accepted)
-        for name in ("steps", "M"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GddlabError(f"{name}={value!r}: give an integer, at least 1")
-        for name in ("sigma_min", "sigma_max", "rho", "C_2", "C_1", "S_noise"):
-            self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
-        for name in ("alpha", "epsilon_s"):
-            self._check(name, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        for name in ("S_churn", "S_min"):
-            self._check(name, lambda x: 0 <= x < math.inf, "a number, at least 0")
-        self._check("S_max", lambda x: x >= self.S_min, f"a number, at least S_min={self.S_min:g}")
-        if self.epsilon_s == 1:
-            raise GddlabError("epsilon_s=1: give a number above 0, below 1")
-        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min > self.sigma_max:
-            raise GddlabError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: give 0 < sigma_min <= sigma_max"
-            )
-
-    def _check(self, name: str, ok: Callable[[float], bool], accepted: str) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("sigma_min", "sigma_max"):
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float) or not ok(value):
-            raise GddlabError(f"{name}={value!r}: give {accepted}")
+        positive("steps", self.steps)
+        positive("M", self.M)
+        ranges: list[tuple[str, Callable[[float], bool], str]] = [
+            ("sigma_min sigma_max rho C_1 C_2 S_noise", lambda x: 0 < x < math.inf, "a number above 0"),
+            ("alpha", lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+            ("epsilon_s", lambda x: 0 < x < 1, "a number above 0, below 1"),
+            ("S_churn S_min", lambda x: 0 <= x < math.inf, "a number, at least 0"),
+            ("S_max", lambda x: x >= self.S_min, f"a number, at least S_min={self.S_min}"),
+        ]
+        for names, fits, wanted in ranges:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is None and name in ("sigma_min", "sigma_max"):
+                    continue
+                if not isinstance(value, int | float) or not fits(value):
+                    raise GddlabError(f"{name}={value!r}: give {wanted}")
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
-        lo, hi = default_range(self.discretization, epsilon_s=self.epsilon_s)
+        vp = vp_schedule()
+        lo, hi = {
+            "vp": (vp.sigma(self.epsilon_s), vp.sigma(1.0)),
+            "ve": (0.02, 100.0),
+            "iddpm": (SIGMA_MIN, 81.0),
+            "edm": (SIGMA_MIN, SIGMA_MAX),
+        }[self.discretization]
         lo = max(lo if self.sigma_min is None else self.sigma_min, net.sigma_min)
         hi = min(hi if self.sigma_max is None else self.sigma_max, net.sigma_max)
         if lo > hi:
@@ -119,6 +129,37 @@ class Sampler:
                 "give sigma_min and sigma_max inside that range"
             )
         return lo, hi
+
+    def noise_levels(self, lo: float, hi: float) -> Float[Tensor, " steps"]:
+        """Descending noise levels in lo..hi, float64; a single one is the highest.
+
+        For "edm" equation 5; for "vp" equal steps of VP's time; for "ve" equal ratios; for "iddpm" equally spaced among
+        iDDPM's own levels in that range.
+        """
+        if self.discretization == "edm":
+            return karras_sigmas(self.steps, sigma_min=lo, sigma_max=hi, rho=self.rho)
+        ramp = torch.arange(self.steps, dtype=torch.float64) / max(self.steps - 1, 1)
+        if self.discretization == "vp":
+            sigma = fit_vp(lo, hi, self.epsilon_s).sigma
+            return torch.tensor([sigma(1 + r * (self.epsilon_s - 1)) for r in ramp.tolist()], dtype=torch.float64)
+        if self.discretization == "ve":
+            return (hi**2 * (lo**2 / hi**2) ** ramp).sqrt()
+        u = iddpm_sigmas(C_1=self.C_1, C_2=self.C_2, M=self.M)
+        u = u[(u >= lo) & (u <= hi)]
+        if not len(u):
+            raise GddlabError(f"no iDDPM noise level in {lo:g}..{hi:g}: widen sigma_min and sigma_max")
+        return u[((len(u) - 1) * ramp).round().long()]
+
+    def time_steps(self, net: Precond) -> tuple[Schedule, list[float]]:
+        """sigma(t), and the times t_0 > ... > t_N = 0 of the steps with a network.
+
+        Raises:
+            GddlabError: The noise levels do not fit the network or each other.
+        """
+        lo, hi = self.sigma_range(net)
+        process = schedule(self.schedule, lo, hi, epsilon_s=self.epsilon_s)
+        sigmas = self.noise_levels(lo, hi).tolist()
+        return process, [process.time(_rounded(net, sigma)) for sigma in sigmas] + [0.0]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as strict JSON knows them; an infinite S_max is None."""
@@ -172,28 +213,28 @@ def integrate(
     """
     if sampler.S_churn and noise is None:
         raise GddlabError(f"S_churn={sampler.S_churn:g} needs noise: give noise=ImageNoise(seeds, shape)")
-    course, times = time_steps(net, sampler)
+    process, times = sampler.time_steps(net)
     dtype = next(net.parameters()).dtype
 
     def scale(t: float) -> float:
-        return 1.0 if sampler.scaling == "none" else 1 / math.sqrt(1 + course.sigma(t) ** 2)
+        return 1.0 if sampler.scaling == "none" else 1 / math.sqrt(1 + process.sigma(t) ** 2)
 
     def slope(x: Tensor, t: float) -> Tensor:
         """dx/dt (equation 4, with the score as (D - x) / sigma^2)."""
-        sigma, dsigma, s = course.sigma(t), course.slope(t), scale(t)
+        sigma, dsigma, s = process.sigma(t), process.slope(t), scale(t)
         ds_s = 0.0 if sampler.scaling == "none" else -sigma * dsigma * s**2
         image = x / s
         denoised = net(image.to(dtype), torch.tensor(sigma, dtype=dtype), class_labels).double()
         return ds_s * x + dsigma * s * ((image - denoised) / sigma)
 
-    x = z.double() * (course.sigma(times[0]) * scale(times[0]))
+    x = z.double() * (process.sigma(times[0]) * scale(times[0]))
     for t, t_next in itertools.pairwise(times):
-        sigma = course.sigma(t)
+        sigma = process.sigma(t)
         if noise is not None and sampler.S_churn:
             fresh = noise().to(x)  # drawn at every step, so that S_min and S_max do not change which noise a step gets
             if sampler.S_min <= sigma <= sampler.S_max:
                 raised = _rounded(net, sigma * (1 + min(sampler.S_churn / sampler.steps, math.sqrt(2) - 1)))
-                t_hat = course.time(raised)
+                t_hat = process.time(raised)
                 added = sampler.S_noise * math.sqrt(max(raised**2 - sigma**2, 0))
                 x = scale(t_hat) / scale(t) * x + scale(t_hat) * added * fresh
                 t = t_hat
@@ -202,21 +243,6 @@ def integrate(
         else:
             x = heun_step(slope, x, t, t_next, alpha=sampler.alpha)
     return x
-
-
-def time_steps(net: Precond, sampler: Sampler) -> tuple[Schedule, list[float]]:
-    """sigma(t), and the times t_0 > ... > t_N = 0 of a sampler's steps with a network.
-
-    Raises:
-        GddlabError: The sampler's noise levels do not fit the network or each other.
-    """
-    s = sampler
-    lo, hi = s.sigma_range(net)
-    course = schedule(s.schedule, lo, hi, epsilon_s=s.epsilon_s)
-    sigmas = noise_levels(
-        s.discretization, s.steps, lo, hi, rho=s.rho, epsilon_s=s.epsilon_s, C_1=s.C_1, C_2=s.C_2, M=s.M
-    )
-    return course, [course.time(_rounded(net, sigma)) for sigma in sigmas.tolist()] + [0.0]
 
 
 def _rounded(net: Precond, sigma: float) -> float:
@@ -260,20 +286,18 @@ def multistep(
     Raises:
         GddlabError: Noise levels that do not descend, or not above eps.
     """
-    check_sigmas(net, sigmas)
+    sigmas = _student_levels(net, sigmas)
     x: Tensor = net(sigmas[0] * z, sigmas[0], class_labels)
     for sigma in sigmas[1:]:
         x = net(x + math.sqrt(sigma**2 - net.eps**2) * noise().to(x), sigma, class_labels)
     return x
 
 
-def check_sigmas(net: OneStepPrecond, sigmas: Sequence[float]) -> None:
-    """Refuses noise levels that a student cannot be run at."""
-    levels = [*sigmas, net.eps]
-    if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise(levels)) or not math.isfinite(levels[0]):
-        raise GddlabError(
-            f"sigmas={tuple(sigmas)}: give descending noise levels above {net.eps:g}, such as ({net.sigma_g:g}, 0.8)"
-        )
+def _student_levels(net: OneStepPrecond, sigmas: Any) -> tuple[float, ...]:
+    levels = descending("sigmas", sigmas, low=net.eps)
+    if not levels:
+        raise GddlabError("sigmas=(): give descending noise levels, at least one, such as (80.0, 0.8)")
+    return levels
 
 
 class ImageNoise:
@@ -297,7 +321,6 @@ def latents(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator takes 32 bits
 
 
@@ -330,22 +353,15 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
     return listed
 
 
-def sigma_list(sigmas: Any) -> list[float]:
-    """Noise levels as numbers."""
-    try:
-        return [float(s) for s in sigmas]
-    except (TypeError, ValueError):
-        raise GddlabError(f"sigmas={sigmas!r}: give noise levels, such as (80.0, 0.8)") from None
-
-
-def one_hot(label_dim: int, n: int, seed: int, labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
-    """Class labels of `n` images, one-hot float32; None for an unconditional network; `labels` as in `sample`."""
+def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int] | int | None) -> Tensor | None:
+    """Class labels of images, one-hot float32; None for an unconditional network; `labels` as in `sample`."""
+    n = len(seeds)
     if not label_dim:
         if labels is not None:
             raise GddlabError("class_labels given to an unconditional network: omit them")
         return None
     if labels is None:
-        ids = (torch.arange(n) + seed) % label_dim
+        ids = torch.tensor(list(seeds)) % label_dim
     else:
         try:
             ids = torch.as_tensor(labels)
@@ -369,20 +385,6 @@ def module_of(net: Any) -> Precond:
             f"{type(net).__name__} is no network: give gddlab.load_teacher(...) or load_run(...).student()"
         )
     return module
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise GddlabError(f"{name}={value!r}: give an integer") from None
-
-
-def positive(name: str, value: Any, what: str = "") -> int:
-    """`value` as an integer of at least 1; `name` and `what` are for the message."""
-    if _integer(name, value) < 1:
-        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
-    return int(value)
 
 
 Method = Sampler | tuple[float, ...]
@@ -439,9 +441,7 @@ def sample(
     image_seeds = seed_list(n, seed, seeds)
     n = len(image_seeds)
     batch_size = positive("batch_size", batch_size)
-    if class_labels is None and net.label_dim:
-        class_labels = [s % net.label_dim for s in image_seeds]
-    labels = one_hot(net.label_dim, n, seed, class_labels)
+    labels = one_hot(net.label_dim, image_seeds, class_labels)
     out = torch.empty(n, net.img_channels, net.img_resolution, net.img_resolution)
     bar = progress_bar(total=n, desc="sampling", unit="img", enabled=progress)
     with bar, prepared(net, dtype=dtype, channels_last=channels_last):
@@ -464,9 +464,7 @@ def resolve(
         if sigmas is not None:
             if steps is not None:
                 raise GddlabError(f"steps={steps} and sigmas={sigmas}: give one of them")
-            levels = sigma_list(sigmas)
-            check_sigmas(module, levels)
-            return tuple(levels)
+            return _student_levels(module, sigmas)
         if steps is None:
             return module.sigmas
         k = positive("steps", steps)
@@ -482,7 +480,7 @@ def resolve(
         if name not in fields:
             raise unknown("option of sample", name, fields)
     sampler = Sampler(**settings if steps is None else {"steps": steps, **settings})
-    time_steps(module, sampler)
+    sampler.time_steps(module)
     return sampler
 
 

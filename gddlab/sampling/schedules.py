@@ -1,4 +1,4 @@
-"""Noise levels as functions of time: discretisations and schedules of Karras et al. 2022, table 1."""
+"""Noise levels, and noise levels as functions of time (Karras et al. 2022, table 1)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from torch import Tensor
 
 from gddlab.errors import GddlabError
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN
-
-SCHEDULES = ("vp", "ve", "linear")
-SCALINGS = ("vp", "none")
-
-# The VP process whose end points are the default range of discretisation "vp".
-_BETA_D, _BETA_MIN = 19.9, 0.1
 
 
 @dataclass(frozen=True)
@@ -69,51 +63,6 @@ def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
     return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
 
 
-def default_range(discretization: str, *, epsilon_s: float) -> tuple[float, float]:
-    """sigma_min and sigma_max of a discretisation; that of VP runs from t = epsilon_s to 1."""
-    vp = _vp(_BETA_D, _BETA_MIN)
-    return {
-        "vp": (vp.sigma(epsilon_s), vp.sigma(1.0)),
-        "ve": (0.02, 100.0),
-        "iddpm": (SIGMA_MIN, 81.0),
-        "edm": (SIGMA_MIN, SIGMA_MAX),
-    }[discretization]
-
-
-def noise_levels(
-    discretization: str,
-    n: int,
-    sigma_min: float,
-    sigma_max: float,
-    *,
-    rho: float = 7.0,
-    epsilon_s: float = 1e-3,
-    C_1: float = 0.001,
-    C_2: float = 0.008,
-    M: int = 1000,
-) -> Float[Tensor, " n"]:
-    """`n` descending noise levels in sigma_min..sigma_max, float64, (n,); one level is the highest.
-
-    Args:
-        discretization: "edm": equation 5 with exponent `rho`; "vp": equal steps of VP's time from 1 to `epsilon_s`;
-            "ve": geometric; "iddpm": equally spaced among those of the M levels of iDDPM (`C_1`, `C_2`) in the range.
-    """
-    if discretization == "edm":
-        return karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    if discretization == "vp":
-        sigma = _fit_vp(sigma_min, sigma_max, epsilon_s).sigma
-        return torch.tensor([sigma(1 + r * (epsilon_s - 1)) for r in ramp.tolist()], dtype=torch.float64)
-    if discretization == "ve":
-        return (sigma_max**2 * (sigma_min**2 / sigma_max**2) ** ramp).sqrt()
-    assert discretization == "iddpm"
-    u = iddpm_sigmas(C_1=C_1, C_2=C_2, M=M)
-    u = u[(u >= sigma_min) & (u <= sigma_max)]
-    if not len(u):
-        raise GddlabError(f"no iDDPM noise level in {sigma_min:g}..{sigma_max:g}: widen sigma_min and sigma_max")
-    return u[((len(u) - 1) * ramp).round().long()]
-
-
 def schedule(name: str, sigma_min: float, sigma_max: float, *, epsilon_s: float = 1e-3) -> Schedule:
     """sigma(t): "linear" is t, "ve" sqrt(t), "vp" the VP process with sigma_min at t = epsilon_s and sigma_max at 1."""
     if name == "linear":
@@ -121,10 +70,10 @@ def schedule(name: str, sigma_min: float, sigma_max: float, *, epsilon_s: float 
     if name == "ve":
         return Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda sigma: sigma**2)
     assert name == "vp"
-    return _fit_vp(sigma_min, sigma_max, epsilon_s)
+    return fit_vp(sigma_min, sigma_max, epsilon_s)
 
 
-def _vp(beta_d: float, beta_min: float) -> Schedule:
+def vp_schedule(beta_d: float = 19.9, beta_min: float = 0.1) -> Schedule:
     def sigma(t: float) -> float:
         return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
 
@@ -137,7 +86,7 @@ def _vp(beta_d: float, beta_min: float) -> Schedule:
     return Schedule(sigma, slope, time)
 
 
-def _fit_vp(sigma_min: float, sigma_max: float, epsilon_s: float) -> Schedule:
+def fit_vp(sigma_min: float, sigma_max: float, epsilon_s: float) -> Schedule:
     lo, hi = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (lo / epsilon_s - hi) / (epsilon_s - 1)
     beta_min = hi - 0.5 * beta_d
@@ -146,4 +95,4 @@ def _fit_vp(sigma_min: float, sigma_max: float, epsilon_s: float) -> Schedule:
             f"no VP process has sigma {sigma_min:g} at t={epsilon_s:g} and {sigma_max:g} at t=1: "
             "lower sigma_min, raise epsilon_s, or use another schedule and discretization"
         )
-    return _vp(beta_d, beta_min)
+    return vp_schedule(beta_d, beta_min)

@@ -1,7 +1,6 @@
 """Teachers: load them, convert them, say what they are."""
 
-from gddlab.teachers.card import TeacherCard
-from gddlab.teachers.catalog import PUBLISHED, bundled_teachers, load_teacher
+from gddlab.teachers.catalog import PUBLISHED, TeacherCard, bundled_teachers, load_teacher
 from gddlab.teachers.convert import Converted, convert
 
 __all__ = [

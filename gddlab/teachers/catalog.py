@@ -1,8 +1,10 @@
-"""Networks by name, file or run directory, and the EDM teachers that their authors publish."""
+"""Networks by name, file or run directory, their cards, and the EDM teachers that their authors publish."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import math
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,100 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir, is_run, read_json
-from gddlab.nets import OneStepPrecond, Precond, load_network
+from gddlab.files import data_dir, hash_tensors, is_run, read_json
+from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
+from gddlab.nets.unets import UNETS
 from gddlab.pretrained.files import Published
-from gddlab.teachers.card import TeacherCard
 from gddlab.teachers.edm import read_edm
 from gddlab.teachers.torchfiles import kind_of
+
+
+@dataclass(frozen=True, repr=False)
+class TeacherCard:
+    """Facts about a teacher; printed, it is a small table.
+
+    `sigma_min` and `sigma_max` are the noise levels it was trained for; `scores` holds the evaluation records that were
+    made with the teacher (distance, sample count, seeds, extractor and reference of each).
+    """
+
+    name: str
+    precond: str
+    unet: str
+    init_kwargs: dict[str, Any]
+    resolution: int
+    channels: int
+    classes: int
+    parameters: int
+    sigma_min: float
+    sigma_max: float
+    data: str | None
+    sha256: str
+    source: str
+    kimg: float | None = None
+    original: dict[str, Any] | None = None
+    """For a network read from a pickle: file, its sha256, class, key, and the data set that it names."""
+    licence: str | None = None
+    scores: tuple[dict[str, Any], ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls, net: Precond, *, name: str, source: str, meta: dict[str, Any], scores: list[dict[str, Any]]
+    ) -> TeacherCard:
+        return cls(
+            name=name,
+            precond=type(net).__name__,
+            unet=type(net.model).__name__,
+            init_kwargs=net.init_kwargs,
+            resolution=net.img_resolution,
+            channels=net.img_channels,
+            classes=net.label_dim,
+            parameters=sum(p.numel() for p in net.parameters()),
+            sigma_min=float(meta.get("sigma_min", net.sigma_min or SIGMA_MIN)),
+            sigma_max=float(meta.get("sigma_max", net.sigma_max if math.isfinite(net.sigma_max) else SIGMA_MAX)),
+            data=meta.get("data"),
+            sha256=hash_tensors(net.state_dict()),
+            source=source,
+            kimg=meta.get("kimg"),
+            original=meta.get("original"),
+            licence=meta.get("licence"),
+            scores=tuple(scores),
+        )
+
+    def to_meta(self) -> dict[str, Any]:
+        """What a weights file keeps of the card: all that cannot be derived from the network."""
+        keep = ("name", "data", "sigma_min", "sigma_max", "kimg", "original", "licence")
+        return {k: v for k in keep if (v := getattr(self, k)) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        kw = {k: p.default for k, p in inspect.signature(UNETS[self.unet]).parameters.items()} | self.init_kwargs
+        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
+        rows = [
+            ("teacher", self.name),
+            ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),
+            ("preconditioning", self.precond),
+            ("images", f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' * (self.channels > 1)}"),
+            ("classes", str(self.classes) if self.classes else "none (unconditional)"),
+            ("parameters", f"{self.parameters:,}"),
+            ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
+            ("data", self.data or "not known"),
+        ]
+        if self.original is not None:
+            o = self.original
+            rows.append(("original", f"{o['class']} in {o['file']}, sha256 {o['sha256'][:16]}"))
+            if "data" in o:
+                rows.append(("data, it says", o["data"]))
+        if self.licence is not None:
+            rows.append(("licence", self.licence))
+        if self.kimg is not None:
+            rows.append(("trained on", f"{self.kimg:g} thousand images"))
+        rows += [("sha256", self.sha256[:16]), ("file", self.source)]
+        rows += [(s["metric"], f"{s['value']:.4g}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
+        width = max(len(k) for k, _ in rows)
+        return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
 
 
 def load_teacher(source: str | Path) -> Precond:
@@ -77,7 +166,9 @@ def _find(source: str | Path) -> tuple[str, Path]:
     if path.exists():
         return "", path
     if name in PUBLISHED:
-        return name, fetch(name)
+        fetched = PUBLISHED[name].file.fetch()
+        assert fetched is not None
+        return name, fetched
     if len(path.parts) > 1 or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
@@ -133,13 +224,32 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
 
 ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LICENCE = "CC BY-NC-SA 4.0, non-commercial"
+_ARCHITECTURES = {
+    "edm-afhqv2-64x64-uncond-ve": "ncsnpp-afhqv2-64",
+    "edm-afhqv2-64x64-uncond-vp": "ddpmpp-afhqv2-64",
+    "edm-cifar10-32x32-cond-ve": "ncsnpp-cifar10-cond",
+    "edm-cifar10-32x32-cond-vp": "ddpmpp-cifar10-cond",
+    "edm-cifar10-32x32-uncond-ve": "ncsnpp-cifar10",
+    "edm-cifar10-32x32-uncond-vp": "ddpmpp-cifar10",
+    "edm-ffhq-64x64-uncond-ve": "ncsnpp-ffhq-64",
+    "edm-ffhq-64x64-uncond-vp": "ddpmpp-ffhq-64",
+    "edm-imagenet-64x64-cond-adm": "adm-imagenet-64",
+    "baseline-afhqv2-64x64-uncond-ve": "ve-ncsnpp-64",
+    "baseline-afhqv2-64x64-uncond-vp": "vp-ddpmpp-64",
+    "baseline-cifar10-32x32-cond-ve": "ve-ncsnpp-cifar10-cond",
+    "baseline-cifar10-32x32-cond-vp": "vp-ddpmpp-cifar10-cond",
+    "baseline-cifar10-32x32-uncond-ve": "ve-ncsnpp-cifar10",
+    "baseline-cifar10-32x32-uncond-vp": "vp-ddpmpp-cifar10",
+    "baseline-ffhq-64x64-uncond-ve": "ve-ncsnpp-64",
+    "baseline-ffhq-64x64-uncond-vp": "vp-ddpmpp-64",
+    "baseline-imagenet-64x64-cond-adm": "iddpm-adm-imagenet-64",
+}
 
 
 @dataclass(frozen=True)
 class PublishedTeacher:
     """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
 
-    `size` (bytes) and `sha256` are None where no public record of that file was found; `megabytes` is then an estimate.
     `verified`: its authors published the training options that fix the architecture. For the baselines it is an
     estimate (configuration A); what the file itself says counts.
     """
@@ -148,27 +258,12 @@ class PublishedTeacher:
     url: str
     architecture: str
     data: str
-    verified: bool = False
-    licence: str = LICENCE
-    size: int | None = None
-    sha256: str | None = None
-
-    @property
-    def precond(self) -> str:
-        """Class name of the network."""
-        return ARCHITECTURES[self.architecture][0]
+    verified: bool
 
     @cached_property
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(self.architecture).parameters())
-
-    @property
-    def megabytes(self) -> str:
-        """Size of the file for people: "226 MB", or "about 226 MB" from four bytes per parameter."""
-        if self.size is not None:
-            return f"{self.size / 1e6:.0f} MB"
-        return f"about {self.parameters * 4 / 1e6:.0f} MB"
 
     @property
     def file(self) -> Published:
@@ -180,83 +275,28 @@ class PublishedTeacher:
             name=self.name,
             suffixes=(".safetensors", ".pkl"),
             folder="teachers",
-            sha256=self.sha256,
-            size=self.size,
-            about=f"{self.megabytes}, {self.licence}",
+            about=f"about {self.parameters * 4 / 1e6:.0f} MB, {LICENCE}",
             noun="teacher",
         )
 
     def check(self, net: Precond, path: Path) -> dict[str, Any]:
         """Refuses a file that holds another network; returns what the card is to say besides the file."""
+        precond, parameters = ARCHITECTURES[self.architecture][0], self.parameters
         found = type(net).__name__, sum(p.numel() for p in net.parameters())
-        if self.verified and found != (self.precond, self.parameters):
+        if self.verified and found != (precond, parameters):
             raise GddlabError(
                 f"{path} is another network than {self.name}: {found[0]} with {found[1]:,} parameters, "
-                f"not {self.precond} with {self.parameters:,}; rename or remove it"
+                f"not {precond} with {parameters:,}; rename or remove it"
             )
-        return {"data": self.data, "licence": self.licence}
+        return {"data": self.data, "licence": LICENCE}
 
 
-def _catalog() -> dict[str, PublishedTeacher]:
-    rows = []
-    for kind, unet in (("vp", "ddpmpp"), ("ve", "ncsnpp")):
-        rows += [
-            (f"edm-cifar10-32x32-uncond-{kind}", f"{unet}-cifar10", "cifar10"),
-            (f"edm-cifar10-32x32-cond-{kind}", f"{unet}-cifar10-cond", "cifar10"),
-            (f"edm-ffhq-64x64-uncond-{kind}", f"{unet}-ffhq-64", "ffhq-64"),
-            (f"edm-afhqv2-64x64-uncond-{kind}", f"{unet}-afhqv2-64", "afhqv2-64"),
-            (f"baseline-cifar10-32x32-uncond-{kind}", f"{kind}-{unet}-cifar10", "cifar10"),
-            (f"baseline-cifar10-32x32-cond-{kind}", f"{kind}-{unet}-cifar10-cond", "cifar10"),
-            (f"baseline-ffhq-64x64-uncond-{kind}", f"{kind}-{unet}-64", "ffhq-64"),
-            (f"baseline-afhqv2-64x64-uncond-{kind}", f"{kind}-{unet}-64", "afhqv2-64"),
-        ]
-    rows += [
-        ("edm-imagenet-64x64-cond-adm", "adm-imagenet-64", "imagenet-64"),
-        ("baseline-imagenet-64x64-cond-adm", "iddpm-adm-imagenet-64", "imagenet-64"),
-    ]
-    out = {}
-    for name, architecture, data in sorted(rows, key=lambda r: (not r[0].startswith("edm"), r[0])):
-        edm = name.startswith("edm")
-        url = f"{ROOT if edm else f'{ROOT}/baseline'}/{name}.pkl"
-        out[name] = PublishedTeacher(name, url, architecture, data, verified=edm)
-    return out
+def _published(name: str, architecture: str) -> PublishedTeacher:
+    kind, data, resolution = name.split("-")[:3]
+    url = f"{ROOT}{'' if kind == 'edm' else '/baseline'}/{name}.pkl"
+    data = data if resolution == "32x32" else f"{data}-64"
+    return PublishedTeacher(name, url, architecture, data, verified=kind == "edm")
 
 
-PUBLISHED: dict[str, PublishedTeacher] = _catalog()
+PUBLISHED = {name: _published(name, architecture) for name, architecture in _ARCHITECTURES.items()}
 """By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""
-
-
-def published(name: str) -> PublishedTeacher:
-    """The entry of `name`.
-
-    Raises:
-        GddlabError: Unknown name; near matches are given.
-    """
-    if name not in PUBLISHED:
-        raise unknown("published teacher", name, PUBLISHED)
-    return PUBLISHED[name]
-
-
-def locate(name: str) -> Path | None:
-    """A copy of a published teacher on this machine, `NAME.safetensors` or `NAME.pkl`, else None.
-
-    Raises:
-        GddlabError: Unknown name.
-    """
-    return published(name).file.locate()
-
-
-def fetch(name: str, *, progress: bool = True) -> Path:
-    """Path of a published teacher: a copy on this machine, else a download into the cache.
-
-    Args:
-        name: One of `PUBLISHED`.
-        progress: Shows a bar at a terminal.
-
-    Raises:
-        GddlabError: Unknown name; no network, a refusal by the server, no space, or another file than the one
-            catalogued. The message says the address, the size and where to put the file.
-    """
-    path = published(name).file.fetch(progress=progress)
-    assert path is not None
-    return path

@@ -13,8 +13,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import atomic_path
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.runtime import generator
-from gddlab.teachers.card import TeacherCard
-from gddlab.teachers.catalog import load_teacher
+from gddlab.teachers.catalog import TeacherCard, load_teacher
 
 SIGMAS = 5
 """Noise levels of the check, over the network's range."""

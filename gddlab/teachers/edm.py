@@ -43,10 +43,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
-    """A network from a pickle.
-
-    Args:
-        path: A `network-snapshot-*.pkl` with `ema`, or another pickle or torch file with a network of these classes.
+    """A network from a `network-snapshot-*.pkl`, or another pickle or torch file with a network of these classes.
 
     Returns:
         The network on the CPU, float32, eval mode; and what the file says: class, key, data, sha256 of the file.
@@ -94,10 +91,8 @@ def _arguments(record: Record) -> dict[str, Any]:
     if record.cls not in CLASSES:
         raise Refused(record.at, f"a network of class {record.cls[:60]!r}; accepted are {', '.join(CLASSES)}")
     if len(record.args) > len(POSITIONAL):
-        raise Refused(
-            record.at,
-            f"{record.cls} with {len(record.args)} positional arguments; accepted are {', '.join(POSITIONAL)}",
-        )
+        accepted = ", ".join(POSITIONAL)
+        raise Refused(record.at, f"{record.cls} with {len(record.args)} positional arguments; accepted are {accepted}")
     kwargs = dict(zip(POSITIONAL, record.args, strict=False)) | record.kwargs
     for name in ("img_resolution", "img_channels", "label_dim", "sigma_data"):  # attributes say what defaults were
         if name in record.state and name not in kwargs:
@@ -165,9 +160,8 @@ def _build(record: Record, kwargs: dict[str, Any], tensors: dict[str, TensorData
     if missing := sorted(expected.keys() - tensors.keys()):
         raise Refused(at, f"{cls} lacks {len(missing)} of its tensors, {missing[0]} the first")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise Refused(
-            at, f"{len(extra)} tensors that {cls} of these arguments does not have, {extra[0][:80]} the first"
-        )
+        what = f"{len(extra)} tensors that {cls} of these arguments does not have"
+        raise Refused(at, f"{what}, {extra[0][:80]} the first")
     for name, t in expected.items():
         if tuple(t.shape) != tensors[name].size:
             raise Refused(tensors[name].at, f"{name} is {tensors[name].size}, where {cls} has {tuple(t.shape)}")

@@ -55,12 +55,7 @@ DTYPES = {
 
 
 def kind_of(path: Path) -> str:
-    """ "pickle", "torch" (a zip that torch.save wrote) or "safetensors", by the file's first bytes.
-
-    Raises:
-        NotFound: No such file.
-        GddlabError: The file is something else, which the message names.
-    """
+    """ "pickle", "torch" (a zip that torch.save wrote) or "safetensors", by the first bytes; refuses any other file."""
     try:
         if not path.exists():
             raise NotFound(printable(f"no such file: {path}"))
@@ -92,9 +87,7 @@ def kind_of(path: Path) -> str:
 
 def _describe_zip(view: memoryview) -> str:
     try:
-        names = [
-            entry.name for entry in itertools.islice(zip_directory(view), 1000)
-        ]  # torch.save writes data.pkl first
+        names = [e.name for e in itertools.islice(zip_directory(view), 1000)]  # torch.save writes data.pkl first
     except ValueError as e:
         return f"a damaged zip ({e})"
     if any(n.endswith("data.pkl") for n in names):
@@ -108,23 +101,14 @@ def _describe_zip(view: memoryview) -> str:
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a pickle or torch file: plain containers, `Record`s, and `TensorData` over the file's own bytes.
-
-    Raises:
-        Refused: What is wrong, and at which byte.
-        OSError: The file cannot be read.
-    """
+    """The content of a pickle or torch file: plain containers, `Record`s, and `TensorData` over the file's bytes."""
     if not path.is_file():
         raise GddlabError(printable(f"{path} is no regular file, or does not exist"))  # opening a pipe would block
     if not path.stat().st_size:
         raise Refused(0, "the file is empty")
     with path.open("rb") as f:  # a private mapping: writable, as torch wants it, and never written back
         view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
-    blob, budget = Blob(view, 0), Budget()
-    if bytes(view[:2]) == b"PK":
-        return read_torch(blob, budget, find=find_edm)
-    value = PickleReader(blob, find=find_edm, budget=budget).read()
-    return read_torch(blob, budget, find=find_edm) if value == LEGACY_MAGIC else value
+    return read_blob(Blob(view, 0), Budget(), find=find_edm)
 
 
 # Tensors and their storages.
@@ -187,18 +171,16 @@ class Storages:
         storage.data = data
 
 
-def read_torch(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) -> Any:
-    """The value of a torch file, of either format; storages stay where they are.
-
-    Raises:
-        Refused: What is wrong, and at which byte.
-    """
-    if bytes(blob.view[:4]) == b"PK\x03\x04":
+def read_blob(blob: Blob, budget: Budget, *, find: Callable[[str, str], Name]) -> Any:
+    """The value of a pickle, or of a torch file of either format; storages stay where they are."""
+    if bytes(blob.view[:2]) == b"PK":
         return _read_torch_zip(blob, budget, find=find)
-    storages = Storages()
-    reader = PickleReader(blob, find=find, persistent=storages, budget=budget)
+    reader = PickleReader(blob, find=find, budget=budget)
+    if (value := reader.read()) != LEGACY_MAGIC:
+        return value
+    storages = reader.persistent = Storages()
     try:
-        if reader.read() != LEGACY_MAGIC or reader.read() != 1001:
+        if reader.read() != 1001:
             raise ValueError("bytes that are no torch file")
         if need(reader.read(), dict, "the header of a torch file").get("little_endian") is not True:
             raise ValueError("a torch file of a big-endian machine")
@@ -260,11 +242,7 @@ class Entry(NamedTuple):
 
 
 def zip_directory(view: memoryview) -> Iterator[Entry]:
-    """The first 65,535 entries of a zip, one by one: a directory may be as large as the file; `zipfile` reads it whole.
-
-    Raises:
-        ValueError: There is no directory, or it is damaged.
-    """
+    """The first 65,535 entries of a zip, one by one: `zipfile` reads all of a directory, which may fill the file."""
     tail = bytes(view[-(2**16 + 22) :])
     end = tail.rfind(b"PK\x05\x06")
     if not 0 <= end <= len(tail) - 22:
@@ -301,7 +279,7 @@ def rebuild_parameter(reader: PickleReader, data: Any, *rest: Any) -> TensorData
 
 def load_from_bytes(reader: PickleReader, blob: Any) -> Storage:
     """`torch.storage._load_from_bytes`: a storage as a torch file of its own."""
-    value = read_torch(need(blob, Blob, "a storage"), reader.budget, find=find_storage)
+    value = read_blob(need(blob, Blob, "a storage"), reader.budget, find=find_storage)
     return need(value, Storage, "the content of a storage")
 
 

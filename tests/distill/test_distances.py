@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from gddlab.distill.distances import Lite0Distance, LPIPSDistance, SquaredDistance
 from gddlab.distill.instance import Consistency
 from gddlab.errors import GddlabError
-from gddlab.pretrained.lite import lite_backbone
-from gddlab.pretrained.lpips_trunk import LPIPSTrunk
+from gddlab.pretrained.backbones import lite_backbone
+from gddlab.pretrained.trunks import LPIPSTrunk
 
 DISTANCES: dict[str, Callable[[], nn.Module]] = {
     "lpips": lambda: LPIPSDistance("random", input_size=32),

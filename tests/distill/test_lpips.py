@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from gddlab.distill.losses import d_loss_real, r1_penalty
 from gddlab.distill.lpips import LPIPS, LPIPSDiscriminator
-from gddlab.pretrained.lpips_trunk import TRUNKS
+from gddlab.pretrained.trunks import TRUNKS
 
 SMALL = {"vgg": 16, "alex": 31, "squeeze": 17}
 THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}

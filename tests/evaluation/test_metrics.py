@@ -66,7 +66,7 @@ def test_equal_to_calculate_metrics(some, others):
 
 @pytest.mark.parametrize("name", ["lite2", "lite0"])
 def test_extractor_is_the_unfolded_network_on_a_resized_image(name, some):
-    from gddlab.pretrained.lite import lite_backbone
+    from gddlab.pretrained.backbones import lite_backbone
 
     x = real_images(some)[:3]
     got = image_features(x, find_extractor(name))

@@ -38,7 +38,7 @@ def test_missing_weights_are_refused_in_a_line_before_the_first_image(name, some
     with pytest.raises(GddlabError, match="GDDLAB_OFFLINE is set") as e:
         evaluate("digits", data=some, n=4, extractor=name)
     published = EXTRACTORS[name].published
-    for part in (published.url, str(cache / "backbones" / published.file), published.variable):
+    for part in (published.url, str(cache / "backbones" / published.target.name), published.variable):
         assert part in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -97,7 +97,7 @@ def test_downloads_are_checked(server, cache, monkeypatch):
         published(f"{address}/thing-00000000.pth").fetch()
     (folder / "plain.pth").write_bytes(content)
     with pytest.raises(GddlabError, match="the server sent another file"):
-        published(f"{address}/plain.pth", sha256="0" * 64).fetch()
+        published(f"{address}/plain.pth", known_hash="sha256:" + "0" * 64).fetch()
     with pytest.raises(GddlabError, match=r"no weights of Thing \(the server answers 404 File not found\)"):
         published(f"{address}/absent.pth").fetch()
     assert [p.name for p in (cache / "backbones").iterdir() if p.suffix != ".lock"] == [name]

@@ -22,6 +22,7 @@ from gddlab.nets.export import export
 from gddlab.nets.io import make_student
 from tests.conftest import tiny_net
 from tests.nets.test_unets import NETS, SMALL, shaken
+from tests.teachers.attacks import small_net
 
 FRESH = """
 import json, sys
@@ -115,10 +116,8 @@ def test_refusals(student: Precond, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_fails_the_check_is_not_left(
-    student: Precond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "student.pt2"
+def test_a_file_that_fails_the_check_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, out = make_student(small_net(label_dim=2)), tmp_path / "student.pt2"
     out.write_bytes(b"older")
     monkeypatch.setattr(module, "_open_pt2", lambda _: lambda z, labels: torch.zeros_like(z))
     with pytest.raises(GddlabError, match=r"is not written: its images differ by \d"):

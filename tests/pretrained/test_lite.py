@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
-from gddlab.pretrained.lite import lite_backbone, lite_weights
+from gddlab.pretrained.backbones import lite_backbone, lite_weights
 
 
 def test_weights_classify_the_sample_photographs() -> None:

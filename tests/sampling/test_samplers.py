@@ -185,7 +185,7 @@ def test_grid_pixels() -> None:
         (lambda s, t: sample(s, seeds=[0.5]), "seeds=0.5"),
         (lambda s, t: sample(s, 2, steps=0), "steps=0"),
         (lambda s, t: sample(s, 2, S_churn=3), "S_churn=3 with a one-step student"),
-        (lambda s, t: sample(s, 2, sigmas=80.0), "sigmas=80.0: give noise levels"),
+        (lambda s, t: sample(s, 2, sigmas=80.0), "sigmas=80.0: give a list of noise levels"),
         (lambda s, t: sample(s, 2, sigmas=(0.8, 80)), "give descending noise levels above 0.002"),
         (lambda s, t: sample(s, 2, steps=2, sigmas=(80, 1)), "give one of them"),
         (lambda s, t: sample(t, 2, steps=0), "steps=0"),

@@ -20,7 +20,7 @@ from torchvision import models
 
 from gddlab.distill.lpips import LPIPS, LPIPSDiscriminator
 from gddlab.errors import GddlabError, NotFound
-from gddlab.pretrained.lpips_trunk import TRUNKS, LPIPSTrunk, check_trunk, unit
+from gddlab.pretrained.trunks import TRUNKS, LPIPSTrunk, check_trunk, unit
 
 SMALL = {"vgg": 16, "alex": 31, "squeeze": 17}
 THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.pretrained.lite import fold_batchnorm, probe_image
+from gddlab.pretrained.folding import fold_batchnorm, probe_image
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

