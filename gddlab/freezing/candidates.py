@@ -6,14 +6,14 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.freezing.mask import FreezeMask
-from gddlab.freezing.tables import Parameters, numel
+from gddlab.freezing.mask import FreezeMask, Parameters
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
     LayerSelection,
@@ -58,13 +58,13 @@ class Network:
         names: dict[str, None] = {}
         for parameter, shape in self.parameters:
             layer = owner_of(parameter)
-            self.own.setdefault(layer, {})[parameter] = numel(shape)
+            self.own.setdefault(layer, {})[parameter] = prod(shape)
             names |= dict.fromkeys(reversed([*_around(layer)]))
         self.names = list(names)
 
     @property
     def n_params(self) -> int:
-        return sum(numel(shape) for _, shape in self.parameters)
+        return sum(prod(shape) for _, shape in self.parameters)
 
     def type(self, name: str) -> str:
         """ "block", "conv", "linear", "norm", or ""; a parameter table alone shows convolutions only."""
@@ -85,11 +85,7 @@ class Network:
         return int(known["resolution"])
 
     def select(self, selection: LayerSelection, what: str) -> list[str]:
-        """Names that a selection of layers means; `what` is the argument's name.
-
-        Raises:
-            GddlabError: Nothing matches, or one item of a list does not; a function without a network to call it on.
-        """
+        """Names that a selection of layers means; `what` is the argument's name."""
         types = {n: self.type(n) for n in self.names}
         if callable(selection):
             if self.model is None:
@@ -149,11 +145,7 @@ class Unit:
 def choose(
     network: Network, candidates: LayerSelection, always_train: str | Iterable[str], granularity: str
 ) -> list[Unit]:
-    """Units of the selected layers in the order of the network; a parameter goes to the innermost selected layer.
-
-    Raises:
-        GddlabError: A selection matches nothing; nothing is left.
-    """
+    """Units of the selected layers in the order of the network; a parameter goes to the innermost selected layer."""
     selected = set(network.select(candidates, "candidates"))
     trained = network.ends(always_train)
     groups: dict[str, list[str]] = {}
