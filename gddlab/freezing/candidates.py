@@ -16,6 +16,7 @@ from gddlab.errors import GddlabError
 from gddlab.freezing.mask import FreezeMask, Parameters
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
+    Layer,
     LayerSelection,
     inventory,
     match_layers,
@@ -44,13 +45,12 @@ class Network:
     def __init__(self, source: ProbeResult | nn.Module | Parameters):
         self.model = source if isinstance(source, nn.Module) else None
         self.parameters: Parameters
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Layer] = {}
         if isinstance(source, nn.Module):
-            self.parameters = parameter_table(source)
-            self._known = {name: layer.to_dict() for name, layer in inventory(source).items()}
+            self.parameters, self._known = parameter_table(source), inventory(source)
         elif isinstance(source, ProbeResult):
             self.parameters = tuple((name, tuple(shape)) for name, shape in source.meta["parameters"])
-            self._known = {plain_name(layer["name"]): layer for layer in source.meta["layers"]}
+            self._known = {plain_name(layer["name"]): Layer(**layer) for layer in source.meta["layers"]}
         else:
             self.parameters = source
         self._shapes = dict(self.parameters)
@@ -69,20 +69,17 @@ class Network:
     def type(self, name: str) -> str:
         """ "block", "conv", "linear", "norm", or ""; a parameter table alone shows convolutions only."""
         if self._known:
-            return str(self._known[name]["type"]) if name in self._known else ""
+            return self._known[name].type if name in self._known else ""
         weights = (p for p in self.own.get(name, ()) if _WEIGHT.match(p[len(name) + 1 :]))
         return "conv" if any(len(self._shapes[p]) == 4 for p in weights) else ""
 
     def block(self, name: str) -> str:
         """The residual block around a layer; "" outside of blocks."""
-        known = next((self._known[n] for n in _around(name) if n in self._known), None)
-        return "" if known is None else str(known["block"])
+        return next((self._known[n].block for n in _around(name) if n in self._known), "")
 
     def resolution(self, name: str) -> int | None:
-        known = self._known.get(name)
-        if known is None or known["resolution"] is None:
-            return stage_and_resolution(name)[1]
-        return int(known["resolution"])
+        known = self._known[name].resolution if name in self._known else None
+        return stage_and_resolution(name)[1] if known is None else known
 
     def select(self, selection: LayerSelection, what: str) -> list[str]:
         """Names that a selection of layers means; `what` is the argument's name."""

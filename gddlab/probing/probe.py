@@ -210,24 +210,24 @@ def estimate(
         rows = inputs.rows(i, j, device=target, sigmas=measure.sigmas)
         made = time.perf_counter() - began
 
-        def run(hooked: bool) -> float:
-            with contextlib.ExitStack() as stack:
-                if hooked:
-                    stack.enter_context(measure)
-                    stack.enter_context(measure.images(j - i))
-                _wait(target)
-                began = time.perf_counter()
-                inputs.denoiser(*rows)
-                _wait(target)
-                return time.perf_counter() - began
+        def bare() -> float:
+            _wait(target)
+            began = time.perf_counter()
+            inputs.denoiser(*rows)
+            _wait(target)
+            return time.perf_counter() - began
+
+        def hooked() -> float:
+            with measure, measure.images(j - i):
+                return bare()
 
         with peak_memory(target) as peak:
-            run(hooked=True)  # also fills caches and chooses kernels, so that the next passes can be timed
-        bare, hooked = run(hooked=False), run(hooked=True)
+            hooked()  # also fills caches and chooses kernels, so that the next passes can be timed
+        seconds_bare, seconds = bare(), hooked()
     total = len(passes) * len(measures)
     return Estimate(
-        seconds=(hooked + made) * total,
-        seconds_bare=(bare + made) * total,
+        seconds=(seconds + made) * total,
+        seconds_bare=(seconds_bare + made) * total,
         peak_mib=peak[0],
         passes=total,
         rows=len(rows[0]),

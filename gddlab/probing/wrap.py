@@ -14,6 +14,7 @@ from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
+from gddlab.nets.precond import levels_of
 from gddlab.probing.inputs import Count, Data
 from gddlab.probing.layers import denoiser_of
 
@@ -148,22 +149,13 @@ class Denoiser(nn.Module):
     gddlab_bare: nn.Module
 
     def __init__(
-        self,
-        model: nn.Module,
-        denoise: Denoise,
-        *,
-        img_channels: int | None,
-        img_resolution: int | None,
-        label_dim: int,
-        sigma_min: float,
-        sigma_max: float,
-        data: Data,
+        self, model: nn.Module, denoise: Denoise, shape: tuple[Any, Any, int], sigmas: tuple[float, float], data: Data
     ):
         super().__init__()
         self.gddlab_bare = model
         self.denoise = denoise
-        self.img_channels, self.img_resolution, self.label_dim = img_channels, img_resolution, label_dim
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.img_channels, self.img_resolution, self.label_dim = shape
+        self.sigma_min, self.sigma_max = sigmas
         self.card = None if data is None else SimpleNamespace(data=data)
 
     def forward(
@@ -184,9 +176,7 @@ class Denoiser(nn.Module):
         """
         x = x if x.dtype == torch.float64 else x.float()
         b = len(x)
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)
-        if len(sigma) not in (1, b):
-            raise GddlabError(f"sigma is ({len(sigma)},) for {b} images: give one number, or one per image")
+        sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
         if not self.label_dim:
             class_labels = None
@@ -195,7 +185,7 @@ class Denoiser(nn.Module):
                 shape = tuple(class_labels.shape)
                 raise GddlabError(f"class_labels are {shape}: give one-hot rows, ({b}, {self.label_dim})")
             class_labels = class_labels.to(x.device, x.dtype).expand(b, -1)
-        out = self.denoise(self.gddlab_bare, x, sigma.expand(b), class_labels)
+        out = self.denoise(self.gddlab_bare, x, sigma, class_labels)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise GddlabError(f"denoise= gave {found}: return the denoised images, {tuple(x.shape)}")
@@ -272,13 +262,5 @@ def wrap(
     if not low <= sigma_min < sigma_max <= high:
         within = f"{low:g} to {high:g}" if high < math.inf else "0 and above"
         raise GddlabError(f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: give a range within {within}")
-    return Denoiser(
-        model,
-        denoise,
-        img_channels=img_channels,
-        img_resolution=img_resolution,
-        label_dim=label_dim,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        data=data,
-    )
+    shape = (img_channels, img_resolution, label_dim)
+    return Denoiser(model, denoise, shape, (sigma_min, sigma_max), data)
