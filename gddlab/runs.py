@@ -127,7 +127,7 @@ class Run:
         Raises:
             GddlabError: No probe was made while training, or it has no such statistic.
         """
-        from gddlab.probing.plots import draw_over_training
+        from gddlab.probing.plots.heatmaps import draw_over_training
 
         frame = self.probes
         if not len(frame):

@@ -20,7 +20,7 @@ sys.exit(pytest.main(["-q", "-x", "-n0", "-p", "no:cacheprovider", "-k", "not re
 FILES = (
     "tests/golden/test_samplers.py",
     "tests/sampling/test_solvers.py",
-    "tests/probing/test_edits.py",
+    "tests/probing/test_effects.py",
     "tests/evaluation/test_metrics.py",
 )
 

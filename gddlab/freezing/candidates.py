@@ -6,16 +6,17 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
 from gddlab.errors import GddlabError
-from gddlab.freezing.mask import FreezeMask
-from gddlab.freezing.tables import Parameters, numel
+from gddlab.freezing.mask import FreezeMask, Parameters
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
+    Layer,
     LayerSelection,
     inventory,
     match_layers,
@@ -44,13 +45,12 @@ class Network:
     def __init__(self, source: ProbeResult | nn.Module | Parameters):
         self.model = source if isinstance(source, nn.Module) else None
         self.parameters: Parameters
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Layer] = {}
         if isinstance(source, nn.Module):
-            self.parameters = parameter_table(source)
-            self._known = {name: layer.to_dict() for name, layer in inventory(source).items()}
+            self.parameters, self._known = parameter_table(source), inventory(source)
         elif isinstance(source, ProbeResult):
             self.parameters = tuple((name, tuple(shape)) for name, shape in source.meta["parameters"])
-            self._known = {plain_name(layer["name"]): layer for layer in source.meta["layers"]}
+            self._known = {plain_name(layer["name"]): Layer(**layer) for layer in source.meta["layers"]}
         else:
             self.parameters = source
         self._shapes = dict(self.parameters)
@@ -58,38 +58,31 @@ class Network:
         names: dict[str, None] = {}
         for parameter, shape in self.parameters:
             layer = owner_of(parameter)
-            self.own.setdefault(layer, {})[parameter] = numel(shape)
+            self.own.setdefault(layer, {})[parameter] = prod(shape)
             names |= dict.fromkeys(reversed([*_around(layer)]))
         self.names = list(names)
 
     @property
     def n_params(self) -> int:
-        return sum(numel(shape) for _, shape in self.parameters)
+        return sum(prod(shape) for _, shape in self.parameters)
 
     def type(self, name: str) -> str:
         """ "block", "conv", "linear", "norm", or ""; a parameter table alone shows convolutions only."""
         if self._known:
-            return str(self._known[name]["type"]) if name in self._known else ""
+            return self._known[name].type if name in self._known else ""
         weights = (p for p in self.own.get(name, ()) if _WEIGHT.match(p[len(name) + 1 :]))
         return "conv" if any(len(self._shapes[p]) == 4 for p in weights) else ""
 
     def block(self, name: str) -> str:
         """The residual block around a layer; "" outside of blocks."""
-        known = next((self._known[n] for n in _around(name) if n in self._known), None)
-        return "" if known is None else str(known["block"])
+        return next((self._known[n].block for n in _around(name) if n in self._known), "")
 
     def resolution(self, name: str) -> int | None:
-        known = self._known.get(name)
-        if known is None or known["resolution"] is None:
-            return stage_and_resolution(name)[1]
-        return int(known["resolution"])
+        known = self._known[name].resolution if name in self._known else None
+        return stage_and_resolution(name)[1] if known is None else known
 
     def select(self, selection: LayerSelection, what: str) -> list[str]:
-        """Names that a selection of layers means; `what` is the argument's name.
-
-        Raises:
-            GddlabError: Nothing matches, or one item of a list does not; a function without a network to call it on.
-        """
+        """Names that a selection of layers means; `what` is the argument's name."""
         types = {n: self.type(n) for n in self.names}
         if callable(selection):
             if self.model is None:
@@ -149,11 +142,7 @@ class Unit:
 def choose(
     network: Network, candidates: LayerSelection, always_train: str | Iterable[str], granularity: str
 ) -> list[Unit]:
-    """Units of the selected layers in the order of the network; a parameter goes to the innermost selected layer.
-
-    Raises:
-        GddlabError: A selection matches nothing; nothing is left.
-    """
+    """Units of the selected layers in the order of the network; a parameter goes to the innermost selected layer."""
     selected = set(network.select(candidates, "candidates"))
     trained = network.ends(always_train)
     groups: dict[str, list[str]] = {}

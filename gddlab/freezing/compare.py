@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.errors import GddlabError
 from gddlab.freezing.candidates import Unit, fill, names_of, recorded, shuffled, split
-from gddlab.freezing.mask import FreezeMask, check_same_network, share_text
-from gddlab.freezing.tables import NOWHERE, shares
+from gddlab.freezing.mask import (
+    INCH_PER_BLOCK,
+    NOWHERE,
+    FreezeMask,
+    check_same_network,
+    label_blocks,
+    share_text,
+    shares,
+)
+from gddlab.probing.plots.heatmaps import frozen_colours
+from gddlab.theme import axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +57,22 @@ class MaskComparison:
         columns = ["strategy", "score", "freeze", "budget", "reached", "tensors", "share"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("mask")
 
+    @themed
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws masks down, blocks along depth across; colour is the frozen share of a block's parameters."""
-        from gddlab.freezing.plots import draw_comparison
+        import pandas as pd
+        import seaborn as sns
 
-        return draw_comparison(self, ax)
+        frames = {f"{name}  {100 * mask.fraction:.1f} %": mask.to_frame() for name, mask in self.masks.items()}
+        table = 100 * pd.DataFrame({name: shares(frame, "block") for name, frame in frames.items()}).T
+        ax = axes_of(ax, max(6.0, INCH_PER_BLOCK * table.shape[1] + 3.0), 0.3 * table.shape[0] + 1.9)
+        look = {"cmap": frozen_colours(), "vmin": 0, "vmax": 100, "linewidths": 0.6, "yticklabels": True}
+        bar = {"label": "frozen, % of\nthe block", "ticks": [0, 50, 100], "pad": 0.02, "aspect": 12}
+        sns.heatmap(table, ax=ax, cbar_kws=bar, **look)
+        label_blocks(ax, next(iter(frames.values())), 0)
+        ax.tick_params(length=0)
+        ax.set_ylabel("")
+        return ax
 
     def _repr_html_(self) -> str:
         table = self.to_frame()
@@ -131,7 +151,9 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
     """
     if not isinstance(mask, FreezeMask):
         raise GddlabError(f"mask is a {type(mask).__name__}: give a FreezeMask")
-    if not isinstance(seeds, Iterable) or not _distinct(seeds := [*seeds]):
+    listed: list[Any] = [*seeds] if isinstance(seeds, Iterable) else [seeds, seeds]
+    whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in listed)
+    if not whole or len({*listed}) < len(listed):
         raise GddlabError(f"seeds={seeds!r}: give whole numbers, each once")
     units = recorded(mask)
     candidates = {u.name: u.layers for u in units}
@@ -145,23 +167,14 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
 
     def of_equal_budget(ordered: Sequence[Unit], name: str, **arguments: Any) -> FreezeMask:
         chosen = names_of(fill(ordered, mask.n_frozen))
-        about = {
-            "mask": mask.hash,
-            "of": mask.strategy,
-            "granularity": granularity,
-            **arguments,
-            "budget": mask.fraction,
-        }
+        about = {"mask": mask.hash, "of": mask.strategy, "granularity": granularity, **arguments}
+        about["budget"] = mask.fraction
         return FreezeMask(tuple(chosen), mask.parameters, name, about, candidates=candidates).with_reached()
 
     later = {id(u) for u in parts} - {id(u) for u in trained}
     order, about = _opposite(mask, parts)
     out = {"inverse": of_equal_budget(sorted(order, key=lambda u: id(u) in later), "inverse", **about)}
-    return out | {f"random-{s}": of_equal_budget(shuffled(parts, s), "random", seed=int(s)) for s in seeds}
-
-
-def _distinct(seeds: Sequence[object]) -> bool:
-    return all(isinstance(s, Integral) and not isinstance(s, bool) for s in seeds) and len({*seeds}) == len(seeds)
+    return out | {f"random-{s}": of_equal_budget(shuffled(parts, s), "random", seed=int(s)) for s in listed}
 
 
 def _opposite(mask: FreezeMask, parts: Sequence[Unit]) -> tuple[list[Unit], dict[str, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,9 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import hash_json, read_json, write_json
-from gddlab.freezing.tables import NOWHERE, Parameters, fingerprint, html_table, numel, parameter_frame, shares
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
+    difference,
     kind_of,
     named_layers,
     named_tensors,
@@ -26,12 +29,29 @@ from gddlab.probing.layers import (
     stage_and_resolution,
     unwrap,
 )
+from gddlab.probing.plots.axes import mark_places, rows_of
+from gddlab.probing.result import html_table
+from gddlab.theme import FROZEN, TRAINED, axes_of, themed
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 FORMAT = "gddlab-mask-1"
+
+Parameters = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of a network's parameters, in its order, without `map_augment`."""
+
+NOWHERE = "-"
+"""Stage or resolution of what has none: embeddings, layers whose names do not say."""
+
+INCH_PER_BLOCK = 0.2
+"""In figures."""
+
+
+def fingerprint(parameters: Parameters) -> str:
+    """sha256 over sorted names and shapes: teacher and student of one architecture have the same."""
+    return hash_json(sorted([name, list(shape)] for name, shape in parameters))
 
 
 @dataclass(frozen=True)
@@ -93,13 +113,13 @@ class FreezeMask:
     @property
     def n_params(self) -> int:
         """Numbers in all parameters."""
-        return sum(numel(shape) for _, shape in self.parameters)
+        return sum(prod(shape) for _, shape in self.parameters)
 
     @property
     def n_frozen(self) -> int:
         """Numbers in frozen parameters."""
         frozen = set(self.frozen)
-        return sum(numel(shape) for name, shape in self.parameters if name in frozen)
+        return sum(prod(shape) for name, shape in self.parameters if name in frozen)
 
     @property
     def fraction(self) -> float:
@@ -163,9 +183,7 @@ class FreezeMask:
             )
 
     def _check(self, model: nn.Module) -> None:
-        table = self._table(model)
-        if fingerprint(table) != self.fingerprint:
-            where = _difference(dict(self.parameters), dict(table))
+        if where := difference(dict(self.parameters), dict(self._table(model)), ("mask", "network")):
             raise GddlabError(
                 f"this mask is for another network ({self.n_params:,} parameters; {where}): select one for this network"
             )
@@ -201,7 +219,7 @@ class FreezeMask:
         parameters = parameter_table(_network(model))
         theirs, ours = _groups(self.parameters, by), _groups(parameters, by)
         kinds = {key[:3] for key in theirs}
-        decided, sizes = set(self.frozen), {name: numel(shape) for name, shape in parameters}
+        decided, sizes = set(self.frozen), {name: prod(shape) for name, shape in parameters}
         frozen: list[str] = []
         unmapped: list[str] = []
         lost: list[str] = []
@@ -218,14 +236,8 @@ class FreezeMask:
             raise GddlabError(
                 f"no parameter of this network has a counterpart by {by} in the mask's: select a mask for it"
             )
-        arguments = {
-            "strategy": self.strategy,
-            "mask": self.hash,
-            "by": by,
-            "mapped": mapped,
-            "n_unmapped": len(lost),
-            "unmapped": list(dict.fromkeys(unmapped)),
-        }
+        arguments = {"strategy": self.strategy, "mask": self.hash, "by": by, "mapped": mapped}
+        arguments |= {"n_unmapped": len(lost), "unmapped": list(dict.fromkeys(unmapped))}
         return FreezeMask(tuple(frozen), parameters, "transfer", arguments).with_reached()
 
     # In tables and words.
@@ -237,13 +249,21 @@ class FreezeMask:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per parameter: columns parameter, block, stage, resolution (pixels), kind, size (numbers), frozen."""
-        return parameter_frame(self.parameters, self.frozen)
+        import pandas as pd
+
+        frozen = set(self.frozen)
+        rows = []
+        for name, shape in self.parameters:
+            layer = owner_of(name)
+            stage, resolution = stage_and_resolution(layer)
+            where = (block_of(layer), stage or NOWHERE, resolution, kind_of(layer))
+            rows.append((name, *where, prod(shape), name in frozen))
+        columns = ["parameter", "block", "stage", "resolution", "kind", "size", "frozen"]
+        return pd.DataFrame(rows, columns=columns).astype({"resolution": "Int64"})
 
     def summary(self) -> pd.DataFrame:
         """Parameters, frozen parameters and their share, by stage of the network and kind of layer, with a total."""
-        frame = self.to_frame().rename(columns={"size": "parameters", "frozen": "still"})
-        frame["frozen"] = frame["parameters"].where(frame["still"], 0)
-        table = frame.groupby(["stage", "kind"], sort=False)[["parameters", "frozen"]].sum()
+        table = sizes(self.to_frame(), ["stage", "kind"]).rename(columns={"size": "parameters", "still": "frozen"})
         table.loc[("total", ""), :] = table.sum()
         table = table.astype("int64")
         table["share"] = table["frozen"] / table["parameters"]
@@ -262,11 +282,33 @@ class FreezeMask:
             frame[name] = frame["parameter"].isin(mask.frozen).map(words)
         return frame[frame["self"] != frame["other"]].reset_index(drop=True)
 
+    @themed
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws each block's share of all parameters along depth, frozen and trained."""
-        from gddlab.freezing.plots import draw_mask
+        import seaborn as sns
 
-        return draw_mask(self, ax)
+        frame = self.to_frame()
+        table = 100 * sizes(frame, "block") / self.n_params
+        ax = axes_of(ax, max(5.0, INCH_PER_BLOCK * len(table) + 1.5), 3.6)
+        still, total = table["still"].sum(), table["size"].sum()
+        look: dict[str, Any] = {"ax": ax, "saturation": 1, "width": 0.8, "linewidth": 0}
+        sns.barplot(x=table.index, y=table["size"], color=TRAINED, label=f"trained, {total - still:.1f} %", **look)
+        sns.barplot(x=table.index, y=table["still"], color=FROZEN, label=f"frozen, {still:.1f} %", **look)
+        ax.set_xlim(-0.6, len(table) - 0.4)
+        label_blocks(ax, frame, -0.5)
+        ax.set_ylabel("share of all parameters, %")
+        ax.set_title(self._title(), loc="left", pad=30)
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], labels[::-1], ncols=2, loc="lower right", bbox_to_anchor=(1, 1.13), borderaxespad=0.2)
+        return ax
+
+    def _title(self) -> str:
+        score, freeze = self.arguments.get("score"), self.arguments.get("freeze")
+        if score is None:
+            return self.strategy
+        if isinstance(score, dict):
+            score = " ".join(f"{weight:+g} {stat}" for stat, weight in score.items())
+        return f"{self.strategy}: {score}, {freeze} first"
 
     def __str__(self) -> str:
         details = [f"{len(self.frozen)} of {len(self.parameters)} tensors"]
@@ -301,36 +343,19 @@ class FreezeMask:
     # On disk.
 
     def to_dict(self) -> dict[str, Any]:
-        candidates = self.candidates
-        return {
-            "format": FORMAT,
-            "strategy": self.strategy,
-            "arguments": self.arguments,
-            "fraction": self.fraction,
-            "hash": self.hash,
-            "fingerprint": self.fingerprint,
-            "probe_hash": self.probe_hash,
-            "frozen": list(self.frozen),
-            "scores": self.scores,
-            "candidates": None if candidates is None else {name: list(layers) for name, layers in candidates.items()},
-            "parameters": [[name, list(shape)] for name, shape in self.parameters],
-        }
+        names = ("strategy", "arguments", "fraction", "hash", "fingerprint", "probe_hash", "frozen", "scores")
+        written = {name: getattr(self, name) for name in (*names, "candidates", "parameters")}
+        return {"format": FORMAT, **json.loads(json.dumps(written))}  # lists for tuples, as in a file
 
     @classmethod
     def from_dict(cls, value: Any) -> FreezeMask:
         """Raises GddlabError where `value` is no mask, or was edited so that its hash no longer fits."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise GddlabError("this is no freeze mask: give what FreezeMask.save wrote")
+        own = ("frozen", "parameters", "strategy", "arguments", "scores", "probe_hash")
         try:
-            mask = cls(
-                frozen=tuple(value["frozen"]),
-                parameters=tuple((name, tuple(shape)) for name, shape in value["parameters"]),
-                strategy=value["strategy"],
-                arguments=value["arguments"],
-                scores=value["scores"],
-                probe_hash=value["probe_hash"],
-                candidates=value.get("candidates"),  # files of older versions have none
-            )
+            # files of older versions have no candidates
+            mask = cls(**{name: value[name] for name in own}, candidates=value.get("candidates"))
             fits = (mask.hash, mask.fingerprint) == (value["hash"], value["fingerprint"])
         except GddlabError:
             raise
@@ -376,11 +401,49 @@ def share_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+# Blocks, in tables and figures.
+
+
+def block_of(layer: str) -> str:
+    """The module along depth that a layer belongs to.
+
+    Up to the part of its name with a resolution (EDM), else up to the last number (diffusers, `nn.Sequential`), else
+    itself.
+    """
+    found = re.match(r"(.*?\d+x\d+_[^.]+)(?:\.|$)", layer) or re.match(r"(.*\.\d+)\.[^.]+", layer)
+    return found[1] if found else layer
+
+
+def sizes(frame: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
+    """Numbers, and frozen ones, in each group of a mask's frame, in the order of the network: columns size, still."""
+    groups = frame.assign(still=frame["size"].where(frame["frozen"], 0)).groupby(by, sort=False, dropna=False)
+    return groups[["size", "still"]].sum()
+
+
+def shares(frame: pd.DataFrame, by: str | list[str]) -> pd.Series:
+    """Frozen share of the numbers in each group."""
+    table = sizes(frame, by)
+    return table["still"] / table["size"]
+
+
+def label_blocks(ax: Axes, frame: pd.DataFrame, first: float) -> None:
+    """Names of blocks below, their stage and resolution above; blocks begin at `first` and are 1 wide."""
+    blocks = frame.drop_duplicates("block").assign(layer=lambda f: f["block"], depth=0, n_params=0)
+    blocks["stage"] = blocks["stage"].replace(NOWHERE, "")
+    rows = rows_of(blocks, blocks["layer"])
+    prefix = "model." if all(n.startswith("model.") for n in rows.index) else ""
+    known = rows["resolution"].notna()
+    names = [kind_of(n) if inside else n.removeprefix(prefix) for n, inside in zip(rows.index, known, strict=True)]
+    ax.set_xticks([i + first + 0.5 for i in range(len(rows))], names, rotation=90, fontsize=7)
+    ax.set_xlabel("")
+    mark_places(ax, rows, [i + first for i in range(len(rows) + 1)], "top", at=1.02)
+
+
 # How a network is frozen.
 
 
 class _EvalMode:
-    """Replaces the `train` method of a frozen module: the module stays in eval mode, its children follow.
+    """Replaces `train` of a frozen module, which stays in eval mode while its children follow.
 
     An object, no function, so that a copied or unpickled network holds its own modules.
     """
@@ -410,10 +473,9 @@ def _freeze(model: nn.Module, frozen: Collection[str]) -> None:
 
 
 def _frozen_modules(model: nn.Module, frozen: Collection[str]) -> set[str]:
-    """Names of modules with buffers and nothing to train.
+    """Names of modules with buffers and nothing to train: all their parameters are frozen.
 
-    All parameters of such a module are frozen. Where it has none, like a BatchNorm without weights, all parameters in
-    the nearest module around it that has some are frozen.
+    Where it has none, like a BatchNorm without weights, those in the nearest module around it that has some.
     """
     net = unwrap(model)
     still = {id(p) for name, p in net.named_parameters() if plain_name(name) in frozen}
@@ -446,16 +508,6 @@ def _network(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise GddlabError(f"model is a {type(model).__name__}: give a network, an nn.Module")
     return model
-
-
-def _difference(mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]) -> str:
-    """The first difference between the mask's parameters and another network's, given that there is one."""
-    if (name := next((n for n in mine if n not in other), None)) is not None:
-        return f"it has no {name}"
-    if (name := next((n for n in other if n not in mine), None)) is not None:
-        return f"the mask does not know its {name}"
-    name = next(n for n in mine if mine[n] != other[n])
-    return f"{name} is {other[name]}, not {mine[name]}"
 
 
 def _unmatched(mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]) -> tuple[str, ...]:

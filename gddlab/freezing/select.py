@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from numbers import Real
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, SkipValidation
 from torch import nn
 
 from gddlab.errors import GddlabError, unknown, validated
-from gddlab.freezing.candidates import (
-    ENDS,
-    Network,
-    Unit,
-    choose,
-    describe,
-    fill,
-    names_of,
-    recorded,
-    shuffled,
-    split,
-)
-from gddlab.freezing.mask import FreezeMask
-from gddlab.freezing.scores import Score, is_number, score_units
-from gddlab.freezing.tables import fingerprint
+from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
+from gddlab.freezing.mask import FreezeMask, fingerprint
 from gddlab.probing import ProbeResult
-from gddlab.probing.layers import LayerSelection
+from gddlab.probing.layers import LayerSelection, owner_of
 
 RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
 """GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
@@ -52,6 +40,9 @@ USES: dict[str, tuple[str, ...]] = {
 """Options of each strategy."""
 
 STRATEGIES = tuple(USES)
+
+Score = str | Mapping[str, float] | Callable[[ProbeResult], Any]
+"""A statistic's name, {statistic: weight}, or a function that returns {layer: number} or a Series of that."""
 
 
 @dataclass(frozen=True)
@@ -137,38 +128,30 @@ def select_freeze(
         GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; an option that
             the strategy needs is missing, or one is given that it does not use.
     """
-    options = {
-        "score": score,
-        "at": at,
-        "freeze": freeze,
-        "budget": budget,
-        "unit": unit,
-        "granularity": granularity,
-        "candidates": _kept(candidates),
-        "always_train": _kept(always_train),
-        "seed": seed,
-        "mask": mask,
-        "threshold": threshold,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in locals().items() if name in Options.__annotations__}
+    # a generator would be empty when it is read again
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, Iterator) else v for k, v in options.items() if v is not None}
     _check(source, strategy, given)
     network = Network(source)
     if mask is not None and mask.fingerprint != fingerprint(network.parameters):
         raise GddlabError(f"mask= ({mask.n_params:,} parameters) is for another network than source")
-
-    # A rule names parameters.
     if not isinstance(strategy, str):
         return _mask(network, _by_function(network, source, strategy), describe(strategy))
     if strategy in RULES:
-        return _mask(network, _published(network, strategy), strategy)
+        names = [name for name, _ in network.parameters]
+        frozen = [n for n in names if any(w in n for w in PLACES) and any(w in n for w in RULES[strategy])]
+        return _mask(network, frozen, strategy)
     if strategy == "norms-only":
         return _mask(network, _norms_only(network), strategy)
     if strategy == "none":
         return _mask(network, (), strategy)
+    return _among_candidates(source, network, strategy, Options(**given), "candidates" in given)
 
-    # All others choose among candidates.
-    o = Options(**given)
-    if mask is not None and candidates is None:
+
+def _among_candidates(source: Any, network: Network, strategy: str, o: Options, chosen_anew: bool) -> FreezeMask:
+    """The mask of a strategy that orders candidates; those of `o.mask` are kept unless they are `chosen_anew`."""
+    mask = o.mask
+    if mask is not None and not chosen_anew:
         units, together = recorded(mask), mask.arguments.get("granularity", "layer")
         among: dict[str, Any] = dict.fromkeys(_AMONG)
     else:
@@ -176,7 +159,7 @@ def select_freeze(
         among = {"candidates": o.candidates, "always_train": o.always_train}
     parts = split(units, together)
     values = vars(o) | among | {"granularity": together, "mask": mask.hash if mask else None}
-    values["at"] = None if callable(score) else o.at
+    values["at"] = None if callable(o.score) else o.at
     arguments = {name: describe(values[name]) for name in USES[strategy] if values[name] is not None}
     scores: dict[str, float] | None = None
     if strategy == "all-conv":
@@ -209,11 +192,6 @@ def select_freeze(
         frozen = names_of(chosen)
     probe_hash = None if scores is None else source.hash
     return _mask(network, frozen, strategy, arguments, scores, probe_hash, {u.name: u.layers for u in units})
-
-
-def _kept(selection: Any) -> Any:
-    """A generator would be empty when it is read again."""
-    return selection if isinstance(selection, str) or not isinstance(selection, Iterable) else tuple(selection)
 
 
 def _mask(network: Network, frozen: Iterable[str], strategy: str, arguments: Any = None, *rest: Any) -> FreezeMask:
@@ -261,11 +239,6 @@ def _check_mask(given: dict[str, Any]) -> None:
 # Rules.
 
 
-def _published(network: Network, rule: str) -> list[str]:
-    names = [name for name, _ in network.parameters]
-    return [n for n in names if any(w in n for w in PLACES) and any(w in n for w in RULES[rule])]
-
-
 def _norms_only(network: Network) -> list[str]:
     norms = {n for n in network.own if network.type(n) == "norm"}
     if not norms:
@@ -296,30 +269,122 @@ def _by_function(network: Network, source: Any, function: Callable[[Any], Iterab
     return out
 
 
+# Scores.
+
+
+def score_units(
+    result: ProbeResult, network: Network, units: Sequence[Unit], score: Score, at: float
+) -> tuple[dict[str, float], float | None]:
+    """Scores of the units that have one, and the sigma at which they were read (None for a function of the probe).
+
+    A unit takes its own value; else the mean of its layers' weighted by their parameters; else that of the block around
+    it.
+    """
+    if isinstance(score, str):
+        return _of_statistic(result, units, score, at)
+    if isinstance(score, Mapping):
+        return _combined(result, units, score, at)
+    if callable(score):
+        return _of_units(units, _called(result, network, score), "the function's score"), None
+    raise GddlabError(
+        f"score={score!r}: give a statistic's name, {{statistic: weight}}, or a function of the ProbeResult"
+    )
+
+
+def _of_statistic(result: ProbeResult, units: Sequence[Unit], stat: str, at: float) -> tuple[dict[str, float], float]:
+    sigma = result.nearest(at, stat)
+    what = f"score {stat!r} at sigma {sigma:g}"
+    column = result.frame[(result.frame["stat"] == stat) & (result.frame["sigma"] == sigma)]
+    scores = _of_units(units, dict(zip(column["layer"], column["value"].astype(float), strict=True)), what)
+    low, high = min(scores.values()), max(scores.values())
+    if len(scores) > 1 and high - low <= 1e-9 * max(abs(low), abs(high)):  # as the cosine with the noise level itself
+        raise GddlabError(f"{what} is {low:g} for every layer: give another score or at=")
+    return scores, sigma
+
+
+def _combined(
+    result: ProbeResult, units: Sequence[Unit], weights: Mapping[str, float], at: float
+) -> tuple[dict[str, float], float]:
+    import pandas as pd
+
+    if not weights:
+        raise GddlabError(f"score is an empty mapping: give weights of {', '.join(result.stats)}")
+    sigma = math.nan
+    terms = {}
+    for stat, weight in weights.items():
+        values, sigma = _of_statistic(result, units, stat, at)
+        if not is_number(weight) or weight == 0:
+            raise GddlabError(f"weight {weight!r} of score {stat!r}: give a number other than 0, negative reverses it")
+        terms[stat] = pd.Series(values)
+    common = [name for name in next(iter(terms.values())).index if all(name in values for values in terms.values())]
+    if not common:
+        raise GddlabError(
+            f"no layer that may be frozen has all of {', '.join(weights)}: take statistics of the same layers"
+        )
+    total = sum(abs(weight) for weight in weights.values())
+    mean = pd.Series(0.0, index=common)
+    for stat, column in terms.items():
+        rank = (column[common].rank() - 1) / max(1, len(common) - 1)
+        mean += abs(weights[stat]) / total * (rank if weights[stat] > 0 else 1 - rank)
+    return {str(name): float(value) for name, value in mean.round(12).items()}, sigma  # equal ranks stay ties
+
+
+def _called(result: ProbeResult, network: Network, score: Callable[[ProbeResult], Any]) -> dict[str, float]:
+    values = score(result)
+    if not hasattr(values, "items"):
+        raise GddlabError(f"the score function returned a {type(values).__name__}: return {{layer: number}}")
+    known = dict.fromkeys((*network.names, *result.frame["layer"]))
+    for name, value in values.items():
+        if name not in known:
+            raise unknown("layer of the score function", name, known)
+        if not isinstance(value, Real):
+            raise GddlabError(f"the score function returned {value!r} for {name}: return a number")
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def _of_units(units: Sequence[Unit], column: Mapping[str, float], what: str) -> dict[str, float]:
+    found = {u.name: _of_unit(u, column) for u in units}
+    scores = {name: value for name, value in found.items() if value is not None}
+    if not scores:
+        raise GddlabError(
+            f"{what} says nothing of the {len(found)} layers that may be frozen: probe these, or take others"
+        )
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise GddlabError(f"{what} is {value} for {name}: give another score, or put it into always_train=")
+    return scores
+
+
+def _of_unit(unit: Unit, column: Mapping[str, float]) -> float | None:
+    if unit.name in column:
+        return column[unit.name]
+    measured = [layer for layer in unit.layers if layer in column]
+    if measured:
+        sizes = [sum(n for p, n in unit.parameters.items() if owner_of(p) == layer) for layer in measured]
+        return sum(column[layer] * n for layer, n in zip(measured, sizes, strict=True)) / sum(sizes)
+    return column.get(unit.block)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite number, no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 # Budgets.
 
 
 def _fill_share(ordered: Sequence[Unit], budget: object, *, whole: int, unit: str) -> tuple[list[Unit], float]:
-    """Fills a share of `whole`, all parameters or the number of candidates; the units, and the share they hold.
-
-    Raises:
-        GddlabError: A budget that is no share, or cannot be reached.
-    """
+    """Fills a share of `whole`, all parameters or the number of candidates; the units, and the share they hold."""
     what = "all parameters" if unit == "params" else "all candidates"
     if not is_number(budget) or not 0 < budget < 1:
         raise GddlabError(f"budget={budget!r}: give a share of {what} above 0 and below 1")
-    chosen = fill(ordered, _room(ordered, float(budget), whole, unit, what), unit)
-    return chosen, sum(u.cost(unit) for u in chosen) / whole
+    return _filled(ordered, float(budget), whole, unit, what)
 
 
 def _fill_resolutions(
     ordered: Sequence[Unit], budget: object, *, units: Sequence[Unit], unit: str
 ) -> tuple[list[Unit], dict[str, float]]:
-    """Fills a share of the candidates at each resolution; the units, and the share they hold of each resolution.
-
-    Raises:
-        GddlabError: A budget that is no share, or cannot be reached; an unknown resolution; no candidate has one.
-    """
+    """Fills a share of the candidates at each resolution; the units, and the share they hold of each resolution."""
     known = sorted({u.resolution for u in units if u.resolution is not None}, reverse=True)
     if not known:
         raise GddlabError('no candidate has a resolution, in its name or from its probe: take strategy="budget"')
@@ -337,17 +402,19 @@ def _fill_resolutions(
         whole = sum(u.cost(unit) for u in units if u.resolution == resolution)
         here = [u for u in ordered if u.resolution == resolution]
         what = f"the candidates at resolution {resolution}"
-        taken = fill(here, _room(here, float(share), whole, unit, what), unit)
-        reached[str(resolution)] = sum(u.cost(unit) for u in taken) / whole
+        taken, reached[str(resolution)] = _filled(here, float(share), whole, unit, what)
         chosen += taken
     return chosen, reached
 
 
-def _room(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what: str) -> int:
+def _filled(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what: str) -> tuple[list[Unit], float]:
+    """Whole units in order up to a share of `whole`, and the share that they hold."""
     reachable = sum(u.cost(unit) for u in ordered) / whole
     if budget > reachable:
         raise GddlabError(
             f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of {what}, "
             f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
         )
-    return math.floor(budget * whole + 1e-3)  # a share taken from another mask gives the whole number again
+    room = math.floor(budget * whole + 1e-3)  # a share taken from another mask gives the whole number again
+    chosen = fill(ordered, room, unit)
+    return chosen, sum(u.cost(unit) for u in chosen) / whole

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
-from gddlab.probing.edits import Change, spread, swapped, tapped
-from gddlab.probing.effects import WEIGHT, Effects, denoised, weighted_error
+from gddlab.probing.effects import Change, Effects, change_statistics, denoised, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, Rows, States, Timesteps
@@ -34,32 +34,15 @@ MODES: Mapping[str, str] = {
 def _statistics(mode: str) -> tuple[type[PerImage], ...]:
     """Change of the output; increase of the loss; the losses with and without the layer, as a ratio."""
     replaced = f"the layer's output (of a block: its branch's and its attention's) is replaced by {MODES[mode]}"
-    return (
-        declare(
-            PerImage,
-            f"ablation_output_{mode}",
-            "root of lambda(sigma) |D'(x; sigma) - D(x; sigma)|^2, mean over pixels, where in D' "
-            f"{replaced}; {WEIGHT}; mean over images",
-            axes="root mean square over channels, pixels; mean over images",
-            unit="c_out",  # the scale of what an EDM network adds at this sigma: at small sigma small changes count
-        ),
-        declare(
-            PerImage,
-            f"ablation_loss_{mode}",
-            f"increase of the denoising loss lambda(sigma) |D(x; sigma) - y|^2, mean over pixels, when {replaced}; "
-            f"{WEIGHT}; mean over images, paired",
-            axes="channels, pixels; mean over images",
-            unit="EDM loss",
-        ),
-        declare(
-            RatioOfMeans,
-            f"ablation_loss_ratio_{mode}",
-            "mean denoising loss with the layer ablated over the intact network's; see "
-            f"ablation_loss_{mode}; sem by the delta method",
-            axes="channels, pixels, images; ratio of means",
-            unit="ratio",
-        ),
+    ratio = declare(
+        RatioOfMeans,
+        f"ablation_loss_ratio_{mode}",
+        "mean denoising loss with the layer ablated over the intact network's; see "
+        f"ablation_loss_{mode}; sem by the delta method",
+        axes="channels, pixels, images; ratio of means",
+        unit="ratio",
     )
+    return *change_statistics("ablation", mode, replaced), ratio
 
 
 STATISTICS = {mode: _statistics(mode) for mode in MODES}
@@ -119,7 +102,7 @@ def ablate(
     net, selected, modules = inputs.denoiser, select_layers(model, layers), named_layers(model)
     outputs = {layer.name: _outputs(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
-    effects = Effects(selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
+    effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
     levels, passes = inputs.split(batch_size, group)
     total = len(levels) * len(passes) * (len(selected) + (mode == "mean"))
     shapes: dict[str, torch.Size] = {}
@@ -155,10 +138,10 @@ def ablate(
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()
-    sized = [_sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
+    effects.layers = [_sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
     settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
-    result = effects.result(model, sized, inputs, side="ablated", settings=settings)
+    result = effects.result(side="ablated", settings=settings)
     # the means are of these images: to add others would mix two measurements, and merge refuses a result without sums
     return result.copy(statistics={}) if mode == "mean" else result
 
@@ -184,18 +167,24 @@ def _changes(
     kept: dict[str, Tensor] = {}  # of an intact pass: an output after an ablated one is no longer its own
     with tapped(model, {part: functools.partial(_keep, kept, part) for part in parts}):
         net(*rows)
-    return {part: functools.partial(_instead, swapped(n, kept[part])) for part in parts}
+    return {part: swapped(n, output) for part, output in kept.items()}
 
 
 def _keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
     kept[part] = output.clone()
 
 
-def _instead(value: Tensor, output: Tensor) -> Tensor:
-    return value
-
-
 def _sized(layer: Layer, shape: torch.Size) -> Layer:
     """With the resolution of its output, where its name does not say one."""
     known = layer.resolution is not None or len(shape) != 4
     return layer if known else dataclasses.replace(layer, resolution=shape[-2])
+
+
+def spread(mean: Float[Tensor, "rows c"], output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+    """Means of channels in the shape that expands over the pixels of `output`, or over the tokens of (B, T, C)."""
+    return mean[:, None] if output.ndim == 3 else mean.reshape(*mean.shape, *[1] * (output.ndim - 2))
+
+
+def swapped(n: int, output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+    """Exchanges the rows of images 2k and 2k + 1; `n` images."""
+    return output.unflatten(0, (n // 2, 2, -1)).flip(1).flatten(0, 2)

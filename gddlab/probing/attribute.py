@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -134,24 +135,21 @@ def attribute(
     levels, passes = inputs.split(max(1, batch_size // points))
     piece = None if points <= batch_size else max(2, batch_size)  # conductance takes differences of two points
     net, modules = inputs.denoiser, named_layers(model)
-
-    def loss(x: Tensor, sigma: Tensor, labels: Tensor | None, clean: Tensor | None) -> Tensor:
-        if clean is None:
-            return denoised(net, (x, sigma, labels)).square().mean((1, 2, 3))
-        return denoising_loss(net, x, sigma, labels, clean)
-
+    loss = functools.partial(denoising_loss, net)
     with as_it_was(net, device=device) as target, eager(model), differentiable(net):
         check = Probe(model, levels[0], layers=layers, stats="mean_abs")
         first = inputs.rows(0, 1, sigmas=levels[0], device=target)
         with check, check.images(1), torch.no_grad():  # refuses layers that captum would misread
             denoised(net, first)
-        effects = Effects(check.layers, METHODS[method])
+        effects = Effects(model, inputs, check.layers, METHODS[method])
         total = len(levels) * len(passes) * len(check.layers)
         with progress_bar(total=total, desc="attributing", unit="layer", enabled=progress) as bar:
             for sigmas in levels:
                 for i, j in passes:
                     rows = inputs.noised(i, j, sigmas=sigmas, device=target)
-                    change = _change(loss, rows).reshape(j - i, -1)
+                    rest = (rows.sigma, rows.labels, rows.clean)
+                    with torch.no_grad():
+                        change = (loss(rows.x, *rest) - loss(rows.origin, *rest)).cpu().double().reshape(j - i, -1)
                     for layer in check.layers:
                         found = _attributions(method, loss, modules[layer.name], rows, steps, piece)
                         found = found if found.dtype == torch.float64 else found.float()
@@ -161,7 +159,7 @@ def attribute(
                         effects.add(layer.name, sigmas, *numbers[: len(METHODS[method])])
                         bar.update()
     settings = {"tier": "attribution", "method": method, "steps": steps}
-    return effects.result(model, check.layers, inputs, side="attribution", settings=settings)
+    return effects.result(side="attribution", settings=settings)
 
 
 def _attributions(
@@ -179,10 +177,3 @@ def _attributions(
         there = captum.attribute(rows.x, rows.origin, method="riemann_trapezoid", **path).detach()
         found = (there - captum.attribute(rows.origin, rows.x, method="riemann_trapezoid", **path)) / 2
     return found.detach()
-
-
-@torch.no_grad()
-def _change(loss: Callable[..., Tensor], rows: Noised) -> Tensor:
-    """How the loss of each row changes along the path, (B,), float64, on the CPU."""
-    rest = (rows.sigma, rows.labels, rows.clean)
-    return (loss(rows.x, *rest) - loss(rows.origin, *rest)).cpu().double()

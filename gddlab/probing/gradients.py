@@ -141,12 +141,13 @@ def grad_probe(
         if given := [name for name, value in ours.items() if value is not None]:
             raise GddlabError(f"{given[0]}= has no use with a loss of your own: omit it")
 
-    net, chosen = denoiser_of(model), {layer.name: filters for layer, filters in layers_of.items()}
-    wanted = {p: name for name, filters in chosen.items() for group in filters for p in group}
-    levels: dict[float, _Moments] = {}
+    net, name = denoiser_of(model), getattr(loss, "__qualname__", type(loss).__name__)
+    wanted = {p: layer.name for layer, filters in layers_of.items() for group in filters for p in group}
+    levels: dict[float, _Level] = {}
     with as_it_was(net, device=device) as target, eager(model), differentiable(net, wanted):
         if inputs is not None:
-            loss, batches, total = _mean_loss, _noised(inputs, batch_size, target), n // batch_size * len(inputs.sigmas)
+            loss, batches, name = _mean_loss, _noised(inputs, batch_size, target), "denoising"
+            total = n // batch_size * len(inputs.sigmas)
         else:
             total = len(batches) if isinstance(batches, Sized) else 0
         assert callable(loss) and batches is not None
@@ -156,35 +157,48 @@ def grad_probe(
                     raise GddlabError(
                         f"the batches of sigma {sigma:g} are not in succession: give those of one sigma together"
                     )
-                levels[sigma] = _Moments(chosen)
+                moments = _Moments(layers_of)
                 for batch in level:
-                    levels[sigma].add(_gradients(loss(net, batch.inputs), wanted), batch.n)
+                    moments.add(_gradients(loss(net, batch.inputs), wanted), batch.n)
                     bar.update()
-                levels[sigma].close()
+                levels[sigma] = moments.result()
     if not levels:
         raise GddlabError("batches is empty: give at least one Batch(sigma, inputs, n)")
+    about = {"data": None, "states": "given", "seed": None, "images": []} if inputs is None else inputs.describe()
+    about["settings"] = {"loss": name, "batches": [len(levels[s].images) for s in sorted(levels, reverse=True)]}
+    return _table(model, list(layers_of), levels, about)
 
+
+class _Level(NamedTuple):
+    """Images of each batch of one noise level; by layer, value and standard error of each of `STATISTICS`, (4, 2), and
+    images of batches whose gradient is not finite."""
+
+    images: list[int]
+    values: dict[str, Tensor]
+    nonfinite: dict[str, int]
+
+
+def _table(
+    model: nn.Module, layers: Sequence[Layer], levels: Mapping[float, _Level], about: dict[str, Any]
+) -> ProbeResult:
     sigmas = sorted(levels, reverse=True)
     images = {s: sum(levels[s].images) for s in sigmas}
     most = max(images.values())
     statistics: dict[str, dict[str, Statistic]] = {}
-    for name in chosen:
-        pairs = torch.tensor([levels[s].values[name] for s in sigmas], dtype=torch.float64).unbind(1)  # (S, 2) each
-        statistics[name] = {
-            kind.name: kind(pair[:, 0].tolist(), pair[:, 1].tolist(), most)
-            for kind, pair in zip(STATISTICS, pairs, strict=True)
+    for layer in layers:
+        values = torch.stack([levels[s].values[layer.name] for s in sigmas])  # (S, 4, 2)
+        statistics[layer.name] = {
+            kind.name: kind(x[:, 0], x[:, 1], most) for kind, x in zip(STATISTICS, values.unbind(1), strict=True)
         }
-    about = {"data": None, "states": "given", "seed": None, "images": []} if inputs is None else inputs.describe()
-    meta = network_meta(model, layers_of) | about | {"n_images": most}
-    name = "denoising" if inputs is not None else getattr(loss, "__qualname__", type(loss).__name__)
-    meta["settings"] = {"loss": name, "batches": [len(levels[s].images) for s in sigmas]}
+    meta = network_meta(model, layers) | about | {"n_images": most}
     meta["nonfinite"] = [
         {"layer": layer, "side": "gradient", "sigma": s, "images": count}
         for s in sigmas
         for layer, count in levels[s].nonfinite.items()
+        if count
     ]
     warn_nonfinite(meta["nonfinite"])
-    result = ProbeResult.of(layers_of, sigmas, statistics, meta).copy(statistics={})
+    result = ProbeResult.of(layers, sigmas, statistics, meta)
     result.frame["n_images"] = result.frame["sigma"].map(images)
     return result
 
@@ -217,29 +231,21 @@ def _filters(layer: nn.Module) -> Filters:
 
 
 class _Moments:
-    """One noise level: the sum of each layer's gradients, float64, and two numbers of each batch.
+    """One noise level: the sum of each layer's gradients, float64, and two numbers of each batch."""
 
-    Attributes:
-        images: Images of each batch.
-        values: By layer, value and standard error of each of `STATISTICS`, once closed.
-        nonfinite: By layer, images of batches whose gradient is not finite, where there are any, once closed.
-    """
-
-    def __init__(self, layers: Mapping[str, Filters]):
-        self.layers = layers
-        self.images: list[int] = []
-        self.values: dict[str, list[tuple[float, float]]] = {}
-        self.nonfinite: dict[str, int] = {}
+    def __init__(self, layers: Mapping[Layer, Filters]):
+        self._layers = {layer.name: filters for layer, filters in layers.items()}
+        self._images: list[int] = []
         self._sums = {p: double(torch.zeros_like(p)) for f in layers.values() for group in f for p in group}
-        self._squares: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self._effects: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._squares: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        self._effects: dict[str, list[Tensor]] = {name: [] for name in self._layers}
 
     def add(self, gradients: Mapping[Tensor, Tensor], n: int) -> None:
         """Adds a batch of `n` images, given the gradient of each parameter."""
-        self.images.append(n)
+        self._images.append(n)
         for p, total in self._sums.items():
             total += gradients[p]
-        for name, filters in self.layers.items():
+        for name, filters in self._layers.items():
             square, effects = [], []
             for group in filters:
                 rows = [(double(gradients[p]).reshape(len(p) if p.ndim else 1, -1), p.detach()) for p in group]
@@ -248,9 +254,9 @@ class _Moments:
             self._squares[name].append(torch.stack(square).sum())
             self._effects[name].append(torch.cat(effects).square().mean())
 
-    def close(self) -> None:
-        """Computes the values and releases the sums."""
-        for name, filters in self.layers.items():
+    def result(self) -> _Level:
+        values, nonfinite = {}, {}
+        for name, filters in self._layers.items():
             params = [p for group in filters for p in group]
             squares, effects = (torch.stack(x[name]).cpu().double() for x in (self._squares, self._effects))
             b = len(squares)
@@ -258,18 +264,15 @@ class _Moments:
             norm = _square([double(p.detach()) for p in params]).sqrt()
             spread = (squares.sum() - b * mean).clamp(min=0) / (b - 1)  # trace of Cov g; NaN for one batch
             found = [
-                (mean.sqrt() / norm, (spread / b).sqrt() / norm),
-                ((mean - spread / b) / spread, mean.new_tensor(torch.nan)),
-                _mean(squares / sum(p.numel() for p in params)),
-                _mean(effects),
+                *(mean.sqrt() / norm, (spread / b).sqrt() / norm),
+                *((mean - spread / b) / spread, mean.new_tensor(torch.nan)),
+                *_mean(squares / sum(p.numel() for p in params)),
+                *_mean(effects),
             ]
             bad = ~(squares.isfinite() & effects.isfinite())
-            if bad.any():
-                self.nonfinite[name] = int((bad * torch.tensor(self.images)).sum())
-                self.values[name] = [(torch.nan, torch.nan)] * len(STATISTICS)
-            else:
-                self.values[name] = [(value.item(), sem.item()) for value, sem in found]
-        self._sums, self._squares, self._effects = {}, {}, {}
+            nonfinite[name] = int((bad * torch.tensor(self._images)).sum())
+            values[name] = torch.where(bad.any(), torch.nan, torch.stack(found)).reshape(-1, 2)
+        return _Level(self._images, values, nonfinite)
 
 
 def _square(vectors: Sequence[Tensor]) -> Tensor:
@@ -279,7 +282,7 @@ def _square(vectors: Sequence[Tensor]) -> Tensor:
 
 def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard error over batches, NaN for one.  (B,) -> (), ()"""
-    error = x.std() / len(x) ** 0.5 if len(x) > 1 else torch.tensor(torch.nan)
+    error = x.std() / len(x) ** 0.5 if len(x) > 1 else x.new_tensor(torch.nan)
     return x.mean(), error
 
 

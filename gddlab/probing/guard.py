@@ -15,26 +15,15 @@ from gddlab.errors import GddlabError
 from gddlab.sampling.samplers import precision
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a network's first tensor."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 @contextlib.contextmanager
 def as_it_was(
     model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
 ) -> Iterator[torch.device]:
     """Eval mode, autocast to `dtype`, on `device`, which is yielded; afterwards modes and device are as before.
 
-    Args:
-        model: The network that is run.
-        device: None leaves it where it is.
-        dtype: "bfloat16" or "float16", or their torch dtypes, for autocast; None runs it in its own precision.
-
-    Raises:
-        GddlabError: A device that cannot be used here; an unknown dtype.
+    None as device or dtype leaves the network where it is, in its own precision.
     """
-    origin = device_of(model)
+    origin = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     target = origin if device is None else _device(device)
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}
@@ -80,8 +69,7 @@ def differentiable(model: nn.Module, wanted: Collection[Tensor] = ()) -> Iterato
 def eager(model: nn.Module) -> Iterator[None]:
     """Runs a compiled network, or its compiled parts, as Python: compiled code does not call hooks added later.
 
-    Nothing is recompiled afterwards, and the compiler's earlier stance is restored. The stance belongs to the process:
-    other compiled networks run as Python inside, too. Where nothing in `model` is compiled, nothing changes.
+    The compiler's stance belongs to the process, so other compiled networks run as Python inside, too.
     """
     if not any(_is_compiled(m) for m in model.modules()):
         yield
@@ -91,10 +79,7 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, `module.compile()`, or `torch.compile` of its forward or denoise function.
-
-    Found without importing the compiler, which takes a second.
-    """
+    """By `torch.compile` of it or of its functions; found without importing the compiler, which takes a second."""
     if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
         return True
     functions = (module.forward, getattr(module, "denoise", None))

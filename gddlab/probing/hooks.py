@@ -148,13 +148,9 @@ class Probe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(eager(self.model))
             for name, side in self._reductions:
-                module = self._modules[name]
-                if side == "output":
-                    handle = module.register_forward_hook(functools.partial(self._on_output, name))
-                else:
-                    hook = functools.partial(self._on_input, name)
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                hook, module = functools.partial(self._reduce, name, side), self._modules[name]
+                register = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
+                stack.callback(register(hook, with_kwargs=True).remove)
             self._hooks = stack.pop_all()
         return self
 
@@ -164,16 +160,13 @@ class Probe:
         self._hooks = None
         self._reduced.clear()
 
-    def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._reduce(name, "output", output)
-
-    def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._reduce(name, "input", args[0] if args else next(iter(kwargs.values()), None))
-
-    def _reduce(self, name: str, side: str, x: Any) -> None:
+    def _reduce(
+        self, name: str, side: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None
+    ) -> None:
         """Computes at once: later in-place operations would change an activation kept by reference."""
         if not self._n:
             return
+        x: Any = output if side == "output" else next(iter((*args, *kwargs.values())), None)
         rows = self._n * len(self.sigmas)
         why = f"{self._n} images at {len(self.sigmas)} noise levels are {rows} rows: give one per image and noise level"
         check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -117,13 +117,10 @@ class Inputs:
                 self.labels = self.dataset.labels(self._index)
             else:
                 self.labels = one_hot(label_dim, range(seed, seed + n), class_labels)
-        self._labels_of: str | None = "given"
-        if self.labels is None:
-            self._labels_of = None
-        elif isinstance(class_labels, int):
-            self._labels_of = f"class {class_labels}"
-        elif class_labels is None:
-            self._labels_of = "in turn" if self.dataset is None else "images"
+        labels_of = f"class {class_labels}" if isinstance(class_labels, int) else "given"
+        if class_labels is None:
+            labels_of = "in turn" if self.dataset is None else "images"
+        self._labels_of = None if self.labels is None else labels_of
 
     def _images(self, shape: tuple[int | None, ...]) -> Tensor:
         """Indices of the images in the dataset, whose shape is checked against the network's."""
@@ -144,11 +141,7 @@ class Inputs:
     ) -> tuple[list[list[float]], list[tuple[int, int]]]:
         """Parts of the noise levels, and first and last image of each pass, of at most `batch_size` rows if possible.
 
-        Args:
-            batch_size: Rows of a pass.
-            group: Images that one pass must hold together.
-            together: One pass must hold all noise levels.
-            images: First and last image; None for all.
+        A pass holds groups of `group` images, among `images` (first, last) or all, and with `together` all levels.
         """
         first, last = (0, self.n) if images is None else images
         width = len(self.sigmas) if together else min(len(self.sigmas), max(1, batch_size // group))
@@ -193,10 +186,7 @@ class Inputs:
 
     @torch.no_grad()
     def _trajectory(self, noise: Tensor, labels: Tensor | None, wanted: list[float]) -> Float[Tensor, "n s c h w"]:
-        """States at `wanted` of Heun's method through EDM's 18 noise levels and all of `sigmas`.
-
-        Karras et al. 2022, algorithm 1.
-        """
+        """States at `wanted` of Heun's method (Karras et al. 2022, algorithm 1) on EDM's 18 levels and all `sigmas`."""
         grid = _noise_levels(self.denoiser, TRAJECTORY_STEPS, "noised")
         visited = sorted({*grid, *self.sigmas}, reverse=True)
         x = (noise * visited[0]).double()
@@ -232,20 +222,14 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
         if timesteps is not None and not (isinstance(timesteps, Integral) and timesteps == 18):
             raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, omit timesteps (or --sigmas)")
         return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
-    refusal = GddlabError(f"timesteps={timesteps!r}: give a whole number, or a list of sigmas")
-    listed = list(timesteps) if isinstance(timesteps, Iterable) else [timesteps]
-    if any(isinstance(s, bool) for s in listed):
-        raise refusal
-    if timesteps is None or isinstance(timesteps, Integral):
-        count = 18 if timesteps is None else int(timesteps)
-        grid = karras_sigmas(count, sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
+    steps: Any = 18 if timesteps is None else timesteps
+    if isinstance(steps, Integral) and not isinstance(steps, bool):
+        grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
-        if not isinstance(timesteps, Iterable):
-            raise refusal
         try:
-            grid = [float(s) for s in listed]  # type: ignore[arg-type]
+            grid = [float(s) for s in steps]
         except (TypeError, ValueError):
-            raise refusal from None
+            raise GddlabError(f"timesteps={steps!r}: give a whole number, or a list of sigmas") from None
         wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low <= s <= high)]
         if wrong:
             accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
 
@@ -55,11 +56,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the bare network by plain name, in its order; the root is "".
-
-    Raises:
-        GddlabError: Two modules have one plain name.
-    """
+    """Modules of the bare network by plain name, in its order; the root is ""."""
     out: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
         if type(module).__name__ != "OptimizedModule":  # its `_orig_mod` follows under the same plain name
@@ -79,6 +76,29 @@ def parameter_table(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]
     """Names and shapes of all parameters in the order of the network, without `map_augment`, which a student drops."""
     named: list[tuple[str, Tensor]] = [(plain_name(name), p) for name, p in unwrap(model).named_parameters()]
     return tuple((name, tuple(p.shape)) for name, p in named if "map_augment" not in name.split("."))
+
+
+def difference(ours: Mapping[str, object], theirs: Mapping[str, object], words: tuple[str, str]) -> str:
+    """The first tensor that two tables of names and shapes do not share; `words` are what these are of. "" if equal."""
+    for name in (*ours, *theirs):
+        a, b = (str(table.get(name, "missing")) for table in (ours, theirs))
+        if a != b:
+            return f"{name!r} is {a} in the {words[0]}, {b} in the {words[1]}"
+    return ""
+
+
+def check_architecture(student: nn.Module, teacher: nn.Module, words: tuple[str, str] = ("student", "teacher")) -> None:
+    """Refuses networks whose parameters or buffers differ in name or shape; `words` are what they are called.
+
+    What students drop (`map_augment`) or add (`map_target0`, `map_target1`) does not count.
+    """
+    own = {"map_augment", *TARGET_LAYERS}
+    ours, theirs = (
+        {k: tuple(t.shape) for k, t in named_tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
+        for net in (student, teacher)
+    )
+    if where := difference(ours, theirs, words):
+        raise GddlabError(f"{where}: give two networks of the same architecture")
 
 
 # What a module is.
@@ -236,7 +256,8 @@ def inventory(model: nn.Module) -> dict[str, Layer]:
 
     The middle of a diffusers network precedes its decoder, as it runs, although `named_modules()` lists it last.
     """
-    modules = _middle_first(_modules(model))
+    modules = {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
+    modules = _middle_first(modules)
     blocks = [n for n, m in modules.items() if anatomy(m) is not None]
     out: dict[str, Layer] = {}
     depth = 0
@@ -257,10 +278,6 @@ def inventory(model: nn.Module) -> dict[str, Layer]:
             )
         depth += is_conv(module)
     return out
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
 
 
 def _middle_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -303,26 +320,20 @@ def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
     Raises:
         GddlabError: Nothing matches, or one name or glob of a list does not.
     """
-    modules = {n: m for n, m in _modules(model).items() if n}
+    known, modules = inventory(model), named_layers(model)
     if callable(layers):
-        chosen = {n for n, m in modules.items() if layers(n, m)}
+        chosen = {n for n in known if layers(n, modules[n])}
         if not chosen:
-            raise GddlabError(f"layers={layers!r} accepts none of {len(modules)} modules: return True for some")
+            raise GddlabError(f"layers={layers!r} accepts none of {len(known)} modules: return True for some")
     else:
-        chosen = match_layers(layers, {n: type_of(m) for n, m in modules.items()})
-    return [layer for name, layer in inventory(model).items() if name in chosen]
+        chosen = match_layers(layers, {n: layer.type for n, layer in known.items()})
+    return [layer for name, layer in known.items() if name in chosen]
 
 
 def match_layers(selection: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
-    """The names that a preset, name, glob, "re:..." or a list of these means.
+    """The names in `types`, which has each `Layer.type`, that a preset, name, glob, "re:..." or a list of these means.
 
-    Args:
-        selection: What the user gave.
-        types: `Layer.type` of every name in the network.
-        what: The user's argument, for errors.
-
-    Raises:
-        GddlabError: Nothing matches an item (near matches are given); an empty list, or no string.
+    `what` is the argument's name. An item that matches nothing is refused, with near matches.
     """
     if not isinstance(selection, Iterable):
         raise GddlabError(
@@ -357,9 +368,9 @@ def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
 
 
 def _preset(name: str, types: Mapping[str, str]) -> set[str]:
-    """ "attention": the projections of self-attention; "all": every convolution, linear layer, norm and block.
+    """All of a type; "attention": the projections of self-attention; "all": convolutions, linear layers, norms, blocks.
 
-    No preset contains the embedding of EDM's augmentation labels, which runs only while a teacher is trained.
+    Without the embedding of EDM's augmentation labels, which runs only while a teacher is trained.
     """
     if name != "attention":
         chosen = {n for n, kind in types.items() if kind and name in (kind, "all")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,18 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
-from gddlab.probing.edits import activations_of, check_architecture, equal_weights, weights_of
-from gddlab.probing.effects import WEIGHT, Effects, denoised, weighted_error
+from gddlab.probing.effects import Effects, change_statistics, denoised, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, Timesteps
-from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
+from gddlab.probing.layers import (
+    LayerSelection,
+    check_architecture,
+    denoiser_of,
+    named_layers,
+    named_tensors,
+    select_layers,
+    unwrap,
+)
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
@@ -43,33 +50,17 @@ class Recovered(PerImage):
 
 def _statistics(what: str) -> dict[str, type[PerImage]]:
     patched = f"the layer {WHAT[what]}"
-    return {
-        "output": declare(
-            PerImage,
-            f"patch_output_{what}",
-            f"root of lambda(sigma) |D'(x; sigma) - D(x; sigma)|^2, mean over pixels, where in D' {patched}, and D is "
-            f"the intact network; {WEIGHT}; mean over images",
-            axes="root mean square over channels, pixels; mean over images",
-            unit="c_out",  # at a student's sigma of 80, the standard deviation of the data, 0.5
-        ),
-        "student": declare(
-            Recovered,
-            f"patch_recovered_{what}",
-            f"1 - |G' - D| / |G - D|, where in G' {patched}, G is the intact student and D the teacher, which sees the "
-            "same input; Euclidean distances, means over images; 1 is the teacher's image, 0 as far from it as before; "
-            "sem by the delta method",
-            axes="channels, pixels, images; ratio of means",
-            unit="share",
-        ),
-        "teacher": declare(
-            PerImage,
-            f"patch_loss_{what}",
-            "increase of the denoising loss lambda(sigma) |D(x; sigma) - y|^2, mean over pixels, of a network in which "
-            f"{patched}; {WEIGHT}; mean over images, paired",
-            axes="channels, pixels; mean over images",
-            unit="EDM loss",
-        ),
-    }
+    output, loss = change_statistics("patch", what, patched)
+    recovered = declare(
+        Recovered,
+        f"patch_recovered_{what}",
+        f"1 - |G' - D| / |G - D|, where in G' {patched}, G is the intact student and D the teacher, which sees the "
+        "same input; Euclidean distances, means over images; 1 is the teacher's image, 0 as far from it as before; "
+        "sem by the delta method",
+        axes="channels, pixels, images; ratio of means",
+        unit="share",
+    )
+    return {"output": output, "student": recovered, "teacher": loss}
 
 
 STATISTICS = {what: _statistics(what) for what in WHAT}
@@ -140,6 +131,8 @@ def patch(
     """
     if into == "student" and data is not None:
         raise GddlabError('data= is for into="teacher": a student starts from noise alone, omit it')
+    if unwrap(student) is unwrap(teacher):
+        raise GddlabError("student and teacher are the same network: give two")
     check_architecture(student, teacher)
     model, donor = (student, teacher) if into == "student" else (teacher, student)
     states: Any = "student" if into == "student" else "noised"
@@ -148,7 +141,7 @@ def patch(
     if strange := [a.name for a in selected if a.name not in named_layers(donor)]:
         raise GddlabError(f"layer {strange[0]!r} is in the {into} alone: leave it out of layers=")
     patched = weights_of if what == "weights" else activations_of
-    effects = Effects(selected, [STATISTICS[what]["output"], STATISTICS[what][into]])
+    effects = Effects(model, inputs, selected, [STATISTICS[what]["output"], STATISTICS[what][into]])
     measured: dict[str, float] = {}
     levels, passes = inputs.split(batch_size)
     with contextlib.ExitStack() as stack:
@@ -184,16 +177,8 @@ def patch(
     settings = {"tier": "patch", "what": what, "into": into, "donor": network_meta(donor)["model"]["fingerprint"]}
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     finite = {name: x if math.isfinite(x) else math.nan for name, x in measured.items()}
-    bad = [
-        {"layer": name, "side": "measure", "sigma": s, "images": 1}
-        for name in measured
-        for s in inputs.sigmas
-        if math.isnan(finite[name])
-    ]
     given = {name: MEASURES[what]([x] * len(inputs.sigmas)) for name, x in finite.items()}
-    return effects.result(
-        model, selected, inputs, side="patched", settings=settings, given=given or None, nonfinite=bad
-    )
+    return effects.result(side="patched", settings=settings, given=given)
 
 
 def _number(measure: Measure, model: nn.Module) -> float:
@@ -202,3 +187,48 @@ def _number(measure: Measure, model: nn.Module) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError):
         raise GddlabError(f"measure= gave a {type(found).__name__}, no number: return a float") from None
+
+
+@contextlib.contextmanager
+def weights_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, layer `name` of `model` has the parameters and buffers of `donor`'s; its own return bit for bit."""
+    ours, theirs = (named_tensors(named_layers(net)[name]) for net in (model, donor))
+    before = {k: t.detach().clone() for k, t in ours.items()}
+    try:
+        _write(ours, theirs)
+        yield
+    finally:
+        _write(ours, before)
+
+
+def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for k, t in tensors.items():
+        t.data.copy_(values[k])  # by .data: a graph that the user holds stays valid once the values are restored
+    torch.clear_autocast_cache()  # it holds low-precision copies of the old values
+
+
+def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
+    """Whether layer `name` has the same bits in both, on one device; refuses a layer without weights."""
+    ours, theirs = (named_tensors(named_layers(net)[name]) for net in (model, donor))
+    if not ours:
+        raise GddlabError(f'layer {name!r} has no weights: leave it out of layers=, or give what="activations"')
+    return all(t.dtype == theirs[k].dtype and torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+@contextlib.contextmanager
+def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, layer `name` of `model` returns what `donor`'s, which is run first, returns for the same arguments."""
+    kept: list[Tensor] = []
+    with tapped(model, {name: lambda _: kept[0]}) as ran:
+
+        def run_donor(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            ran.clear()
+            kept.clear()
+            with tapped(donor, {name: lambda output: kept.append(output.clone())}):
+                denoiser_of(donor)(*args, **kwargs)
+
+        handle = denoiser_of(model).register_forward_pre_hook(run_donor, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, States, Timesteps
 from gddlab.probing.layers import LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
+from gddlab.probing.statistics import DEFAULT, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.ranks import present_ranks, share
 from gddlab.sampling.samplers import precision
@@ -106,7 +106,7 @@ def probe(
     meta["nonfinite"] = [b for m in measures for b in m.nonfinite()]
     meta["settings"] = {"dtype": precision(dtype)}
     warn_nonfinite(meta["nonfinite"], "activations")
-    return ProbeResult.of(measures[0].layers, inputs.sigmas, _stacked(measures), meta)
+    return ProbeResult.of(measures[0].layers, inputs.sigmas, stacked([m.statistics for m in measures]), meta)
 
 
 def _plan(
@@ -132,16 +132,6 @@ def _plan(
     )
     wanted: StatisticSelection = DEFAULT if stats == DEFAULT else chosen
     return [Probe(model, part, layers=layers, stats=wanted, per_channel=per_channel) for part in levels], passes
-
-
-def _stacked(measures: Sequence[Probe]) -> dict[str, dict[str, Statistic]]:
-    """Statistics over all noise levels, from probes of a part of them each."""
-    if len(measures) == 1:
-        return measures[0].statistics
-    return {
-        layer: {name: stacked([m.statistics[layer][name] for m in measures]) for name in by}
-        for layer, by in measures[0].statistics.items()
-    }
 
 
 def _add_ranks(measure: Probe) -> None:
@@ -220,24 +210,24 @@ def estimate(
         rows = inputs.rows(i, j, device=target, sigmas=measure.sigmas)
         made = time.perf_counter() - began
 
-        def run(hooked: bool) -> float:
-            with contextlib.ExitStack() as stack:
-                if hooked:
-                    stack.enter_context(measure)
-                    stack.enter_context(measure.images(j - i))
-                _wait(target)
-                began = time.perf_counter()
-                inputs.denoiser(*rows)
-                _wait(target)
-                return time.perf_counter() - began
+        def bare() -> float:
+            _wait(target)
+            began = time.perf_counter()
+            inputs.denoiser(*rows)
+            _wait(target)
+            return time.perf_counter() - began
+
+        def hooked() -> float:
+            with measure, measure.images(j - i):
+                return bare()
 
         with peak_memory(target) as peak:
-            run(hooked=True)  # also fills caches and chooses kernels, so that the next passes can be timed
-        bare, hooked = run(hooked=False), run(hooked=True)
+            hooked()  # also fills caches and chooses kernels, so that the next passes can be timed
+        seconds_bare, seconds = bare(), hooked()
     total = len(passes) * len(measures)
     return Estimate(
-        seconds=(hooked + made) * total,
-        seconds_bare=(bare + made) * total,
+        seconds=(seconds + made) * total,
+        seconds_bare=(seconds_bare + made) * total,
         peak_mib=peak[0],
         passes=total,
         rows=len(rows[0]),

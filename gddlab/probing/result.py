@@ -6,7 +6,9 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -21,16 +23,15 @@ from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import atomic_path, hash_tensors, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
-from gddlab.probing.statistics import Statistic
+from gddlab.probing.plots.axes import wide
+from gddlab.probing.plots.heatmaps import Heatmaps
+from gddlab.probing.plots.lines import Lines
+from gddlab.probing.statistics import Given, Statistic
 from gddlab.provenance import versions
 from gddlab.sampling.schedules import nearest_level
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from gddlab.probing.plots.heatmaps import Mask
 
 FORMAT = "gddlab-probe-2"
 
@@ -58,10 +59,11 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult:
+class ProbeResult(Heatmaps, Lines):
     """Statistics of layers over noise levels.
 
-    Methods that draw take `ax` and return it; without one they make a figure that fits.
+    Methods that draw take `ax` and return it; without one they make a figure that fits. `stat` is always the name of a
+    statistic in the frame.
 
     Attributes:
         frame: One row per layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network,
@@ -118,7 +120,8 @@ class ProbeResult:
                     ]
         frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"resolution": "Int64"})
         full = {**meta, "sigmas": list(sigmas), "stats": about, "versions": versions()}
-        return cls(frame, {"nonfinite": [], **full}, matrices, channels, statistics)
+        sums = {n: {k: s for k, s in by.items() if not isinstance(s, Given)} for n, by in statistics.items()}
+        return cls(frame, {"nonfinite": [], **full}, matrices, channels, sums)
 
     def copy(self, **changes: Any) -> ProbeResult:
         """This result with other fields; meta data are copied."""
@@ -156,22 +159,14 @@ class ProbeResult:
         return self.frame
 
     def pivot(self, stat: str, values: str = "value") -> pd.DataFrame:
-        """One statistic: layers in the order of the network down, noise levels across, descending.
-
-        Args:
-            stat: A statistic of the frame.
-            values: "value" or "sem".
+        """One statistic, "value" or "sem": layers in the order of the network down, noise levels across, descending.
 
         Raises:
             GddlabError: `stat` was not measured.
         """
-        if stat not in self.stats:
-            raise unknown("statistic", stat, self.stats)
         if values not in ("value", "sem"):
             raise unknown("column", values, ("value", "sem"))
-        part = self.frame[self.frame["stat"] == stat]
-        wide = part.pivot(index="layer", columns="sigma", values=values)
-        return wide.loc[list(dict.fromkeys(part["layer"])), sorted(wide.columns, reverse=True)]
+        return wide(self.frame, stat, values).iloc[:, ::-1]
 
     def nearest(self, at: float, stat: str | None = None) -> float:
         """The measured noise level nearest to `at` on a log scale; with `stat`, of those at which it was measured.
@@ -185,7 +180,6 @@ class ProbeResult:
         """How much a statistic at one noise level differs from the others; at 80, the default, the student works.
 
         Args:
-            stat: A statistic of the frame.
             at: A sigma; the nearest one measured is taken.
 
         Returns:
@@ -220,77 +214,10 @@ class ProbeResult:
         }
         if bad := self.meta["nonfinite"]:
             rows["not finite"] = f"{bad[0]['layer']} at sigma {bad[0]['sigma']:g}, {len(bad)} places in all"
-        cells = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
         top = self.sigmas[0]
         table = self.frame.groupby("stat", sort=False)["value"].agg(["count", "min", "median", "max"])
         table[f"median at {top:g}"] = self.frame[self.frame["sigma"] == top].groupby("stat")["value"].median()
-        shown = table.to_html(float_format="{:.3g}".format)
-        return f"<table><caption>ProbeResult</caption>{cells}</table>{shown}"
-
-    # Pictures.
-
-    def heatmap(self, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
-        """Draws one statistic, layers down, noise levels across (log scale), with bands of stage and resolution.
-
-        Args:
-            stat: A statistic of the frame.
-            ax: Where to draw; None makes a figure that fits the number of layers.
-            mask: A `FreezeMask`: marks what it freezes.
-
-        Raises:
-            GddlabError: `stat` was not measured.
-        """
-        from gddlab.probing.plots import draw_heatmap
-
-        return draw_heatmap(self, stat, ax, mask=mask)
-
-    def lines(
-        self,
-        stat: str,
-        layers: Sequence[str] | None = None,
-        ax: Axes | None = None,
-        *,
-        over: str = "sigma",
-        at: float | Sequence[float] | None = None,
-    ) -> Axes:
-        """Draws one statistic over "sigma", one line per layer, or over "depth", one line per noise level."""
-        from gddlab.probing.plots import draw_lines
-
-        return draw_lines(self, stat, layers, ax, over=over, at=at)
-
-    def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
-        """Draws one statistic at one noise level, layers by depth and resolution, with standard errors."""
-        from gddlab.probing.plots import draw_stem
-
-        return draw_stem(self, stat, at, ax)
-
-    def against(self, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
-        """Draws one statistic of this network, a teacher, and of its student: each layer at one noise level.
-
-        The teacher's range over all noise levels is shown behind.
-
-        Raises:
-            GddlabError: They share no layer with this statistic.
-        """
-        from gddlab.probing.plots import draw_pair
-
-        return draw_pair(self, student, stat, at, ax)
-
-    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
-        """Draws the cosines (or "cka") of one layer's outputs between all pairs of noise levels.
-
-        Raises:
-            GddlabError: No such matrix of `layer`.
-        """
-        from gddlab.probing.plots import draw_similarity
-
-        return draw_similarity(self, layer, ax, kind=kind)
-
-    def similarities(self, layers: Sequence[str] | None = None, *, kind: str = "cosine") -> Figure:
-        """Draws `similarity` of all layers, or some, as small multiples."""
-        from gddlab.probing.plots import draw_similarities
-
-        return draw_similarities(self, layers, kind=kind)
+        return html_table("ProbeResult", rows) + table.to_html(float_format="{:.3g}".format)
 
     # Together with other results.
 
@@ -305,7 +232,7 @@ class ProbeResult:
         for other in others:
             _check_same_network(self, other)
         for r in (self, *others):
-            if not r.statistics or {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
+            if {*r.meta["stats"]} != {name for s in r.statistics.values() for name in s}:
                 raise GddlabError(
                     "a result without its sums over images does not merge: measure it with all images at once"
                 )
@@ -446,6 +373,12 @@ class ProbeResult:
         return cls(pd.read_parquet(io.BytesIO(content["frame.parquet"])), meta, matrices, channels, statistics)
 
 
+def html_table(caption: str, rows: Mapping[str, str]) -> str:
+    """Two columns; rows without text are omitted."""
+    cells = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items() if v)
+    return f"<table><caption>{escape(caption)}</caption>{cells}</table>"
+
+
 def _statistic(name: str, identity: str) -> type[Statistic] | None:
     """The class of saved sums; older files give module and class for gddlab's own, too."""
     return Statistic.registry.get(name if identity.startswith("gddlab.") else identity)
@@ -487,8 +420,7 @@ def _check_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
 
 def _counted(*lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of `meta["nonfinite"]`, those of one layer, side and sigma added up."""
-    counts: dict[tuple[str, str, float], int] = {}
-    for b in (b for bad in lists for b in bad):
-        key = (b["layer"], b["side"], b["sigma"])
-        counts[key] = counts.get(key, 0) + b["images"]
+    counts: Counter[tuple[str, str, float]] = Counter()
+    for b in itertools.chain(*lists):
+        counts[b["layer"], b["side"], b["sigma"]] += b["images"]
     return [{"layer": n, "side": side, "sigma": s, "images": c} for (n, side, s), c in counts.items()]

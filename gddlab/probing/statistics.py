@@ -179,10 +179,14 @@ class Statistic:
 S = TypeVar("S", bound=Statistic)
 
 
-def stacked(levels: Sequence[S]) -> S:
-    """One instance from several that saw the same images at different noise levels."""
-    out = copy.copy(levels[0])
-    out.sums = {k: torch.cat([x.sums[k] for x in levels]) for k in levels[0].sums}
+def stacked(levels: Sequence[dict[str, dict[str, Statistic]]]) -> dict[str, dict[str, Statistic]]:
+    """Statistics by layer and name from those that saw the same images at a part of the noise levels each."""
+    if len(levels) == 1:  # matrices between noise levels do not stack
+        return levels[0]
+    out = {layer: {name: copy.copy(stat) for name, stat in by.items()} for layer, by in levels[0].items()}
+    for layer, by in out.items():
+        for name, stat in by.items():
+            stat.sums = {k: torch.cat([part[layer][name].sums[k] for part in levels]) for k in stat.sums}
     return out
 
 
@@ -203,11 +207,11 @@ class RatioOfMeans(PerImage):
 class Given(Statistic):
     """Values computed elsewhere that are no means over images: such results join, but do not merge."""
 
-    def __init__(self, values: Sequence[float] = (), sems: Sequence[float] | None = None, n: int = 0) -> None:
+    def __init__(self, values: Any = (), sems: Any = None, n: int = 0) -> None:
         super().__init__()
         self.samples = n
-        self.values = torch.tensor(values, dtype=torch.float64)
-        self.sems = torch.full_like(self.values, torch.nan) if sems is None else torch.tensor(sems, dtype=torch.float64)
+        self.values = torch.as_tensor(values, dtype=torch.float64)
+        self.sems = torch.full_like(self.values, torch.nan) if sems is None else sems
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.values, self.sems
@@ -222,39 +226,36 @@ def declare(base: type[S], name: str, definition: str, *, axes: str, unit: str) 
 # Statistics that hooks read.
 
 
-class RootMeanSquare(Statistic):
-    name = "rms"
-    definition = "square root of the mean over images of the mean square of the layer's output; sem by the delta method"
+class _Activation(Statistic):
     axes = "images, channels, pixels"
     unit = "activation"
-    reduction = staticmethod(mean_square)
+
+
+class RootMeanSquare(_Activation):
+    name = "rms"
+    definition = "square root of the mean over images of the mean square of the layer's output; sem by the delta method"
+    reduction = mean_square
 
     def value(self, means: Tensor) -> Tensor:
         return means[:, 0].sqrt()
 
 
-class MeanAbsolute(Statistic):
+class MeanAbsolute(_Activation):
     name = "mean_abs"
     definition = "mean absolute value of the layer's output"
-    axes = "images, channels, pixels"
-    unit = "activation"
-    reduction = staticmethod(mean_magnitude)
+    reduction = mean_magnitude
 
 
-class Mean(Statistic):
+class Mean(_Activation):
     name = "mean"
     definition = "mean of the layer's output"
-    axes = "images, channels, pixels"
-    unit = "activation"
-    reduction = staticmethod(mean)
+    reduction = mean
 
 
-class StandardDeviation(Statistic):
+class StandardDeviation(_Activation):
     name = "std"
     definition = "standard deviation of the layer's output over images, channels and pixels; sem by the delta method"
-    axes = "images, channels, pixels"
-    unit = "activation"
-    reduction = staticmethod(moments)
+    reduction = moments
 
     def quantities(self, x: Tensor) -> Tensor:
         mean, within, _ = x.unbind(-1)
@@ -276,14 +277,10 @@ class StandardDeviation(Statistic):
         return (self.sums["within"] / n + between).sqrt(), sem
 
 
-class ActiveFraction(Statistic):
+class _Activated(Statistic):
     """Of layers whose input is known to follow an activation, see `Layer.activated_input`."""
 
-    name = "active_fraction"
-    definition = "share of the layer's input above 0, for layers whose input is the output of SiLU"
-    axes = "images, channels, pixels"
     unit = "share"
-    reduction = staticmethod(positive_share)
     side = "input"
 
     @classmethod
@@ -291,26 +288,24 @@ class ActiveFraction(Statistic):
         return layer.activated_input
 
 
-class DeadChannels(Statistic):
-    """Of the same layers as `ActiveFraction`."""
+class ActiveFraction(_Activated):
+    name = "active_fraction"
+    definition = "share of the layer's input above 0, for layers whose input is the output of SiLU"
+    axes = "images, channels, pixels"
+    reduction = positive_share
 
+
+class DeadChannels(_Activated):
     name = "dead_channels"
     definition = (
         "share of the channels of the layer's input that stay near 0: root mean square over an image's pixels below "
         "0.01 of that over all channels; mean over images; for layers whose input is the output of SiLU"
     )
     axes = "root mean square over pixels; share over channels; mean over images"
-    unit = "share"
-    threshold: ClassVar[float] = 0.01
-    reduction = staticmethod(channel_square)
-    side = "input"
-
-    @classmethod
-    def applies(cls, layer: Layer) -> bool:
-        return layer.activated_input
+    reduction = channel_square
 
     def quantities(self, x: Tensor) -> Tensor:
-        near = x < self.threshold**2 * x.mean(-1, keepdim=True)
+        near = x < 0.01**2 * x.mean(-1, keepdim=True)
         share = near.to(x.dtype).mean(-1)
         return torch.where(x.isfinite().all(-1), share, torch.nan)
 
@@ -361,6 +356,7 @@ class RelativeAttentionUpdate(RelativeUpdate):
 class _Likeness(Statistic):
     """m(s, t) / sqrt(m(s, s) m(t, t)) for a matrix m summed over images; in `result` t is the largest sigma."""
 
+    axes = "images, channels, pixels"
     unit = "similarity"
     across = True
 
@@ -397,8 +393,7 @@ class Cosine(_Likeness):
         "cosine between the layer's outputs at this sigma and at the largest one, for the same images and noise: "
         "G[s, t] / sqrt(G[s, s] G[t, t]), G[s, t] = sum over images of <a_s, a_t>; sem by the delta method"
     )
-    axes = "images, channels, pixels"
-    reduction = staticmethod(gram)
+    reduction = gram
 
 
 class CenteredKernelAlignment(_Likeness):
@@ -409,9 +404,8 @@ class CenteredKernelAlignment(_Likeness):
         f"unbiased HSIC within groups of {GROUP} images, averaged over whole groups (Nguyen et al. 2021, equation 3); "
         "sem over groups by the delta method; can be misled (arXiv:2210.16156)"
     )
-    axes = "images, channels, pixels"
     group = GROUP
-    reduction = staticmethod(hsic)
+    reduction = hsic
 
 
 class SpectralShare(Statistic):
@@ -425,7 +419,7 @@ class SpectralShare(Statistic):
     axes = "power over channels, frequencies; mean over images"
     unit = "share"
     parts = ("0", "1", "2", "3")
-    reduction = staticmethod(band_share)
+    reduction = band_share
 
     @classmethod
     def applies(cls, layer: Layer) -> bool:
@@ -482,41 +476,37 @@ StatisticSelection = SkipValidation[str | type[Statistic] | Iterable[str | type[
 
 
 def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
-    """What `stats` names, each once.
-
-    Raises:
-        GddlabError: An unknown name; a class that is no statistic, or does not say what it means; nothing.
-    """
-    if not isinstance(stats, str | type | Iterable):
-        raise GddlabError(f"stats={stats!r}: give names ({', '.join(STATISTICS)}), subclasses of Statistic, or a list")
-    listed: list[Any] = [stats] if isinstance(stats, str | type) else list(stats)
-    out: list[type[Statistic]] = []
+    """What `stats` names, each once."""
+    several = not isinstance(stats, str | type) and isinstance(stats, Iterable)
+    listed: list[Any] = list(stats) if several else [stats]  # type: ignore[arg-type]
+    out: dict[str, type[Statistic]] = {}
     for item in listed:
-        if isinstance(item, str):
-            if item not in STATISTICS:
-                raise unknown("statistic", item, STATISTICS)
-            found = STATISTICS[item]
-        elif isinstance(item, type) and issubclass(item, Statistic):
-            found = item
-        else:
+        if isinstance(item, str) and item not in STATISTICS:
+            raise unknown("statistic", item, STATISTICS)
+        found = STATISTICS[item] if isinstance(item, str) else item
+        if not (isinstance(found, type) and issubclass(found, Statistic)):
             raise GddlabError(f"statistic {item!r}: give names ({', '.join(STATISTICS)}) or subclasses of Statistic")
-        missing = [a for a in ("name", "definition", "axes", "unit") if not isinstance(getattr(found, a, None), str)]
-        if missing:
-            raise GddlabError(f"statistic {found.__name__} does not say its {missing[0]}: set it as a class attribute")
-        if "/" in found.name or not found.name:
-            raise GddlabError(f"a statistic is called {found.name!r}: give a name without a slash")
-        if found.target not in ("layer", "block") or found.side not in ("input", "output"):
-            raise GddlabError(
-                f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or "
-                "block, input or output"
-            )
-        own_taps = found.taps.__func__ is not Statistic.taps.__func__  # type: ignore[attr-defined]
-        if not (own_taps or found.reduction or hasattr(found, "reduce")):
-            raise GddlabError(f"statistic {found.name!r} reads nothing: define reduce(x), or taps")
-        if found not in out:
-            if clash := [c for c in out if c.name == found.name]:
-                raise GddlabError(f"two statistics are called {found.name!r}: {clash[0].__name__} and {found.__name__}")
-            out.append(found)
+        _check_declaration(found)
+        if out.setdefault(found.name, found) is not found:
+            other = out[found.name].__name__
+            raise GddlabError(f"two statistics are called {found.name!r}: {other} and {found.__name__}")
     if not out:
         raise GddlabError(f"stats is empty: accepted are {', '.join(STATISTICS)}")
-    return out
+    return [*out.values()]
+
+
+def _check_declaration(found: type[Statistic]) -> None:
+    """Refuses a class that does not say what it means, or reads nothing."""
+    for attribute in ("name", "definition", "axes", "unit"):
+        if not isinstance(getattr(found, attribute, None), str):
+            raise GddlabError(f"statistic {found.__name__} does not say its {attribute}: set it as a class attribute")
+    if "/" in found.name or not found.name:
+        raise GddlabError(f"a statistic is called {found.name!r}: give a name without a slash")
+    if found.target not in ("layer", "block") or found.side not in ("input", "output"):
+        raise GddlabError(
+            f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or "
+            "block, input or output"
+        )
+    own_taps = found.taps.__func__ is not Statistic.taps.__func__  # type: ignore[attr-defined]
+    if not (own_taps or found.reduction or hasattr(found, "reduce")):
+        raise GddlabError(f"statistic {found.name!r} reads nothing: define reduce(x), or taps")

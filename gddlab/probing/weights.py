@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, validated
-from gddlab.nets.unets import TARGET_LAYERS
-from gddlab.probing.layers import LayerSelection, denoiser_of, named_layers, select_layers
+from gddlab.probing.layers import LayerSelection, check_architecture, denoiser_of, named_layers, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 
@@ -40,32 +39,22 @@ def weight_change(
         all 0. `sem` is NaN: there are no images.
 
     Raises:
-        GddlabError: The networks differ in a parameter's name or shape; no layer has parameters.
+        GddlabError: Networks of different architecture; no layer has parameters.
     """
+    check_architecture(model, reference, ("network", "reference"))
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
-    added = {n for n in ours if n not in theirs and n.rpartition(".")[2] in TARGET_LAYERS}
-    chosen = [layer for layer in select_layers(model, layers) if layer.n_params and layer.name not in added]
+    chosen = [layer for layer in select_layers(model, layers) if layer.n_params and layer.name in theirs]
     if not chosen:
         raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
     found: dict[str, dict[str, Statistic]] = {}
     for layer in chosen:
-        if layer.name not in theirs:
-            raise GddlabError(f"the reference has no layer {layer.name}: give a network of the same architecture")
-        w, other = (dict(m[layer.name].named_parameters()) for m in (ours, theirs))
-        for name in w.keys() ^ other.keys():
-            raise GddlabError(f"{layer.name}.{name} is in one network alone: give a network of the same architecture")
         moved = size = 0.0
-        for name, p in w.items():
-            if p.shape != other[name].shape:
-                raise GddlabError(
-                    f"{layer.name}.{name} is {tuple(p.shape)} and {tuple(other[name].shape)}: give a network of the "
-                    "same architecture"
-                )
-            q = other[name].to(p.device).double()
+        for p, other in zip(ours[layer.name].parameters(), theirs[layer.name].parameters(), strict=True):
+            q = other.to(p.device).double()
             moved += float((p.double() - q).square().sum())
             size += float(q.square().sum())
         ratio = (moved / size) ** 0.5 if size else (0.0 if not moved else float("nan"))
         found[layer.name] = {"weight_change": WeightChange([ratio])}
     meta = network_meta(model, chosen) | {"data": None, "states": "weights", "n_images": 0, "seed": None, "images": []}
-    return ProbeResult.of(chosen, [level], found, meta).copy(statistics={})
+    return ProbeResult.of(chosen, [level], found, meta)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
+from gddlab.nets.precond import levels_of
 from gddlab.probing.inputs import Count, Data
 from gddlab.probing.layers import denoiser_of
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
-@dataclass(frozen=True, eq=False)
 class UNet2D:
     """Calls a diffusers `UNet2DModel` as a denoiser D(x; sigma).
 
@@ -28,28 +29,23 @@ class UNet2D:
     sigma; fractional timesteps are meaningful since their embedding is sinusoidal. Learned variances are ignored;
     clipping and thresholding of a scheduler are not done.
 
-    Attributes:
+    Args:
+        network: The `UNet2DModel` itself.
         prediction: "epsilon", the noise; "v_prediction", alpha noise - sqrt(1 - abar) image, alpha = sqrt(abar)
             (Salimans & Ho 2022); "sample", the image.
+        alphas_cumprod, scheduler: As for `wrap`.
+
+    Attributes:
         log_sigma: log sigma of each step, (T,) float64, rising, on the CPU. No buffer: `.to(torch.bfloat16)` would
             round it.
         channels, resolution, classes: From the network's configuration; resolution is None where it does not say,
             classes 0 where there are none.
+
+    Raises:
+        GddlabError: No prediction or schedule, or wrong ones; a configuration that must be called in another way.
     """
 
-    prediction: str
-    log_sigma: Tensor
-    channels: int
-    resolution: int | None
-    classes: int
-
-    @classmethod
-    def of(cls, network: nn.Module, *, prediction: str | None, alphas_cumprod: Any, scheduler: Any) -> UNet2D:
-        """Arguments as for `wrap`; `network` is the `UNet2DModel` itself.
-
-        Raises:
-            GddlabError: No prediction or schedule, or wrong ones; a configuration that must be called in another way.
-        """
+    def __init__(self, network: nn.Module, *, prediction: str | None, alphas_cumprod: Any, scheduler: Any):
         if prediction is None:
             prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
         if alphas_cumprod is None:
@@ -64,33 +60,26 @@ class UNet2D:
         if prediction not in get_args(Prediction):  # a scheduler may name another
             raise unknown("prediction", prediction, get_args(Prediction))
         config: Any = network.config
-        channels = config.in_channels
+        self.prediction, self.channels, self.classes = prediction, config.in_channels, config.num_class_embeds or 0
         if config.time_embedding_type != "positional":
             raise GddlabError(
                 f"time_embedding_type={config.time_embedding_type!r} takes no fractional timesteps: give denoise="
             )
         if config.class_embed_type is not None:
             raise GddlabError(f"class_embed_type={config.class_embed_type!r} takes no class ids: give denoise=")
-        if config.out_channels not in (channels, 2 * channels):
+        if config.out_channels not in (self.channels, 2 * self.channels):
             raise GddlabError(
-                f"out_channels={config.out_channels} with in_channels={channels}: neither an image nor an image and a "
-                "variance, give denoise="
+                f"out_channels={config.out_channels} with in_channels={self.channels}: neither an image nor an image "
+                "and a variance, give denoise="
             )
-        return cls(
-            prediction=prediction,
-            log_sigma=_log_sigma(alphas_cumprod),
-            channels=channels,
-            resolution=_side(config.sample_size),
-            classes=config.num_class_embeds or 0,
-        )
-
-    @property
-    def sigma_min(self) -> float:
-        return float(self.log_sigma[0].exp())
-
-    @property
-    def sigma_max(self) -> float:
-        return float(self.log_sigma[-1].exp())
+        sides = np.unique(config.sample_size).tolist() if config.sample_size else [None]
+        if len(sides) > 1:
+            raise GddlabError(
+                f"sample_size={tuple(config.sample_size)}: images here are square, give denoise= and img_resolution="
+            )
+        self.resolution: int | None = sides[0]
+        self.log_sigma = _log_sigma(alphas_cumprod)
+        self.sigma_min, self.sigma_max = (float(self.log_sigma[i].exp()) for i in (0, -1))
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Fractional steps of the schedule, float32, on the device of `sigma`.  (B,) -> (B,)"""
@@ -125,16 +114,6 @@ class UNet2D:
         return ids
 
 
-def _side(sample_size: Any) -> int | None:
-    """Pixels of a side."""
-    sides = {int(s) for s in sample_size} if isinstance(sample_size, list | tuple) else {sample_size}
-    if len(sides) > 1:
-        raise GddlabError(
-            f"sample_size={tuple(sample_size)}: images here are square, give denoise= and img_resolution="
-        )
-    return sides.pop()
-
-
 def _log_sigma(alphas_cumprod: Any) -> Tensor:
     """log sqrt((1 - abar) / abar), rising, (T,) float64; a last step with abar = 0 has no sigma and is dropped."""
     try:
@@ -156,13 +135,6 @@ Denoise = SkipValidation[Callable[[nn.Module, Tensor, Tensor, Tensor | None], Te
 """(network, x (B, C, H, W), sigma (B,), one-hot labels (B, label_dim) or None) -> denoised images (B, C, H, W)."""
 
 
-@dataclass(frozen=True)
-class _Card:
-    """What a denoiser's card says about its data: a dataset or its name."""
-
-    data: Data
-
-
 class Denoiser(nn.Module):
     """A network that is called as `denoiser(x, sigma, class_labels)`, whatever its own signature; made by `wrap`.
 
@@ -177,23 +149,14 @@ class Denoiser(nn.Module):
     gddlab_bare: nn.Module
 
     def __init__(
-        self,
-        model: nn.Module,
-        denoise: Denoise,
-        *,
-        img_channels: int | None,
-        img_resolution: int | None,
-        label_dim: int,
-        sigma_min: float,
-        sigma_max: float,
-        data: Data,
+        self, model: nn.Module, denoise: Denoise, shape: tuple[Any, Any, int], sigmas: tuple[float, float], data: Data
     ):
         super().__init__()
         self.gddlab_bare = model
         self.denoise = denoise
-        self.img_channels, self.img_resolution, self.label_dim = img_channels, img_resolution, label_dim
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.card = None if data is None else _Card(data)
+        self.img_channels, self.img_resolution, self.label_dim = shape
+        self.sigma_min, self.sigma_max = sigmas
+        self.card = None if data is None else SimpleNamespace(data=data)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], sigma: Tensor | float, class_labels: Tensor | None = None
@@ -213,9 +176,7 @@ class Denoiser(nn.Module):
         """
         x = x if x.dtype == torch.float64 else x.float()
         b = len(x)
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)
-        if len(sigma) not in (1, b):
-            raise GddlabError(f"sigma is ({len(sigma)},) for {b} images: give one number, or one per image")
+        sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
         if not self.label_dim:
             class_labels = None
@@ -224,7 +185,7 @@ class Denoiser(nn.Module):
                 shape = tuple(class_labels.shape)
                 raise GddlabError(f"class_labels are {shape}: give one-hot rows, ({b}, {self.label_dim})")
             class_labels = class_labels.to(x.device, x.dtype).expand(b, -1)
-        out = self.denoise(self.gddlab_bare, x, sigma.expand(b), class_labels)
+        out = self.denoise(self.gddlab_bare, x, sigma, class_labels)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise GddlabError(f"denoise= gave {found}: return the denoised images, {tuple(x.shape)}")
@@ -291,7 +252,7 @@ def wrap(
                 f"how a {type(network).__name__} is called is not known: give denoise=, a function of "
                 "(model, x, sigma, class_labels) that returns the denoised image"
             )
-        denoise = UNet2D.of(network, prediction=prediction, alphas_cumprod=alphas_cumprod, scheduler=scheduler)
+        denoise = UNet2D(network, prediction=prediction, alphas_cumprod=alphas_cumprod, scheduler=scheduler)
         low, high = denoise.sigma_min, denoise.sigma_max
         img_channels = img_channels or denoise.channels
         img_resolution = img_resolution or denoise.resolution
@@ -301,13 +262,5 @@ def wrap(
     if not low <= sigma_min < sigma_max <= high:
         within = f"{low:g} to {high:g}" if high < math.inf else "0 and above"
         raise GddlabError(f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: give a range within {within}")
-    return Denoiser(
-        model,
-        denoise,
-        img_channels=img_channels,
-        img_resolution=img_resolution,
-        label_dim=label_dim,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        data=data,
-    )
+    shape = (img_channels, img_resolution, label_dim)
+    return Denoiser(model, denoise, shape, (sigma_min, sigma_max), data)

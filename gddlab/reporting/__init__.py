@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gddlab.probing.plots.rows import STAGES
+    from gddlab.probing.plots.axes import STAGES
     from gddlab.reporting.frequencies import draw_bands, draw_denoised, draw_spectra, spectrum_table
     from gddlab.reporting.layers import (
         activation_ratio,
@@ -85,7 +85,7 @@ __all__ = [
 # Where each name is; a module is imported when one of its names is first used.
 _HOME = {
     "SETTINGS": "gddlab.reporting.tables",
-    "STAGES": "gddlab.probing.plots.rows",
+    "STAGES": "gddlab.probing.plots.axes",
     "activation_ratio": "gddlab.reporting.layers",
     "between": "gddlab.reporting.local_minima",
     "cost_table": "gddlab.reporting.tables",

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.rows import place_name
-from gddlab.probing.plots.scales import plain, sigma_axis
+from gddlab.probing.plots.axes import place_name, plain, sigma_axis
 from gddlab.reporting.layers import measured_layers
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, GREY, PALETTE, banded, themed

@@ -12,10 +12,21 @@ from torch import nn
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import named_layers
+from gddlab.probing.plots.axes import (
+    Scale,
+    borders_of,
+    mark_places,
+    neighbours,
+    plain,
+    rows_of,
+    short_names,
+    stat_label,
+    value_axis,
+    wide,
+    x_of,
+)
 from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.probing.plots.lines import along_depth
-from gddlab.probing.plots.rows import neighbours, rows_of, short_names, stat_label, wide, x_of
-from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, value_axis
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, DIVERGING, GREY, PALETTE, axes_of, banded, themed
 

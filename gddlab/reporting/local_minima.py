@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
+from gddlab.probing.plots.axes import Scale
 from gddlab.probing.plots.heatmaps import draw_cells
-from gddlab.probing.plots.scales import Scale
 from gddlab.reporting.style import SORTS, checked, known, look
 from gddlab.theme import GREY, SEQUENTIAL, axes_of, themed
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from gddlab.freezing import FreezeMask, compare, controls, select_freeze
-from gddlab.freezing.tables import block_of
+from gddlab.freezing.mask import block_of
 from gddlab.theme import FROZEN, TRAINED
 
 

@@ -7,7 +7,7 @@ import pytest
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
 from gddlab.freezing.candidates import Network, choose
-from gddlab.freezing.scores import score_units
+from gddlab.freezing.select import score_units
 from tests.freezing.conftest import convs, with_values
 
 

@@ -136,7 +136,7 @@ def test_a_students_own_mask_stays_its_own() -> None:
     student = make_student(tiny_net(), target_time=True)
     mask = select_freeze(student, strategy="gdd-i")
     mask.apply(student)
-    with pytest.raises(GddlabError, match=r"it has no model\.map_target0\.weight"):
+    with pytest.raises(GddlabError, match=r"'model\.map_target0\.weight' is .* in the mask, missing in the network"):
         mask.apply(make_student(tiny_net()))
 
 

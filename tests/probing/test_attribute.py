@@ -139,7 +139,7 @@ def test_numbers_do_not_depend_on_the_batch_size(pictures, method):
     settings = {"method": method, "data": pictures, "n": 3, "steps": 4}
     whole = attribute(net, SIGMAS, [CONV], batch_size=1000, **settings)
     assert max(seen) == {"LayerConductance": 30, "LayerIntegratedGradients": 24, "LayerActivation": 6}[method]
-    for batch_size in (3, 5, 12):
+    for batch_size in (3, 12):
         seen.clear()
         part = attribute(net, SIGMAS, [CONV], batch_size=batch_size, **settings)
         assert max(seen) <= batch_size

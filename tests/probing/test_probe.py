@@ -137,7 +137,6 @@ def test_the_card_names_the_data(net):
         ({"seed": 1.5}, "seed"),
         ({"seed": -1}, "seeds are 0"),
         ({"seed": 2**32}, "seeds are 0"),
-        ({"timesteps": [True]}, "timesteps="),
         ({"device": "nope"}, "device='nope' cannot be used here"),
         ({"data": 5}, "data=5: give a dataset"),
         ({"layers": 5}, "layers=5: give a name"),
@@ -316,7 +315,7 @@ def peak_bytes(run):
 
 
 def test_memory_does_not_grow_with_noise_levels_images_or_layers():
-    """A pass of 64 rows takes the same memory for few and many noise levels, images and layers."""
+    """A pass of 32 rows takes the same memory for few and many noise levels, images and layers."""
     net = tiny(model_channels=32)
     widest = []
     for m in net.modules():
@@ -324,14 +323,14 @@ def test_memory_does_not_grow_with_noise_levels_images_or_layers():
             m.register_forward_pre_hook(lambda m, a: widest.append(a[0].nbytes))
 
     def used(sigmas, n, **options):
-        return peak_bytes(lambda: probe(net, sigmas, states="prior", n=n, batch_size=64, **options))
+        return peak_bytes(lambda: probe(net, sigmas, states="prior", n=n, batch_size=32, **options))
 
     with torch.no_grad():
-        bare = peak_bytes(lambda: net(torch.zeros(64, 1, 16, 16), torch.ones(64)))
+        bare = peak_bytes(lambda: net(torch.zeros(32, 1, 16, 16), torch.ones(32)))
     assert bare > max(widest)  # the count counts
-    few = used(4, 16, layers="model.enc.*")
+    few = used(4, 8, layers="model.enc.*")
     assert few < bare + max(widest)
-    for many in (used(64, 1), used(64, 3), used(4, 48), used(4, 16, layers="all")):
+    for many in (used(32, 1), used(32, 3), used(4, 24), used(4, 8, layers="all")):
         assert abs(many - few) < max(widest)
 
 

@@ -140,7 +140,6 @@ def test_a_function_is_no_network():
 @pytest.mark.parametrize(
     ("sigma", "labels", "says"),
     [
-        (torch.ones(3), None, "sigma is (3,) for 2 images"),
         (81.0, None, "sigma 81: this network accepts 0.1 to 80"),
         (torch.tensor([1.0, 0.01]), None, "sigma 0.01: this network accepts 0.1 to 80"),
         (1.0, torch.eye(4)[:2], "class_labels are (2, 4): give one-hot rows, (2, 3)"),

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.rows import about, neighbours, pick, rows_of, short_names, stat_label, wide
-from gddlab.probing.plots.scales import Scale, mark_places, plain
+from gddlab.probing.layers import LayerSelection
+from gddlab.probing.plots.axes import (
+    Probed,
+    Scale,
+    mark_places,
+    neighbours,
+    plain,
+    rows_of,
+    short_names,
+    stat_label,
+    wide,
+)
 from gddlab.theme import FROZEN, MISSING, TRAINED, axes_of, themed
 
 if TYPE_CHECKING:
@@ -21,47 +29,108 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-    from gddlab.probing.result import ProbeResult
-
 INCH_PER_LAYER = 0.135
 NAME_SIZE = 6.5
 """Of layers' names, points: each layer has its name where rows are `INCH_PER_LAYER` high."""
 CORRELATIONS = ("cosine", "cka")
 WIDEST = 13
-"""Small multiples in a line, unless told otherwise."""
+"""Small multiples in a line."""
 
 
 class Mask(Protocol):
     """What is read of a `FreezeMask`, whose package comes after this one."""
 
-    @property
-    def frozen(self) -> Sequence[str]: ...
-
-    @property
-    def parameters(self) -> Sequence[tuple[str, Sequence[int]]]: ...
+    def to_frame(self) -> pd.DataFrame: ...
 
 
-@themed
-def draw_heatmap(result: ProbeResult, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
-    """One statistic, layers down, one column per noise level, with resolution and stage at the right.
+class Heatmaps(Probed):
+    """Heat maps of a `ProbeResult`."""
 
-    The colour scale is logarithmic where values span more than a factor of 10, and has two hues around 0 where they
-    have both signs. Cells without a value are grey.
+    @themed
+    def heatmap(self, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
+        """Draws one statistic, layers down, noise levels across, with resolution and stage at the right.
 
-    Args:
-        ax: Where to draw; None makes a figure that fits the number of layers.
-        mask: A `FreezeMask`: adds a strip with the frozen share of each row's parameters.
+        The colour scale is logarithmic where values span more than a factor of 10, and has two hues around 0 where they
+        have both signs. Cells without a value are grey.
 
-    Raises:
-        GddlabError: `stat` was not measured, or `mask` is for another network.
-    """
-    table = wide(result.frame, stat)
-    rows = rows_of(result.frame, table.index)
-    shares = None if mask is None else _frozen_shares(mask, rows)
-    ax = _layers_down(ax, result.frame, stat, table, rows, shares)
-    ax.set_xlabel("noise level σ")
-    ax.set_title(f"{stat}: {about(result, stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
-    return ax
+        Args:
+            mask: A `FreezeMask`: adds a strip with the frozen share of each row's parameters.
+
+        Raises:
+            GddlabError: `stat` was not measured, or `mask` is for another network.
+        """
+        table = wide(self.frame, stat)
+        rows = rows_of(self.frame, table.index)
+        shares = None if mask is None else _frozen_shares(mask, rows)
+        ax = _layers_down(ax, self.frame, stat, table, rows, shares)
+        ax.set_xlabel("noise level σ")
+        ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
+        return ax
+
+    @themed
+    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
+        """Draws the cosines (or "cka") of one layer's outputs between all noise levels, ascending to the right and up.
+
+        Raises:
+            GddlabError: `kind` was not measured, or not of `layer`, or not at all noise levels of a joined result.
+        """
+        import pandas as pd
+
+        matrices = _matrices(self, kind)
+        if layer not in matrices:
+            raise unknown(f"layer with {kind} between noise levels", layer, matrices)
+        names = [plain(s) for s in _sigmas(self, kind, layer)]
+        ax = axes_of(ax, 4.8, 4.2)
+        ax.tick_params(labelsize=7)
+        table = pd.DataFrame(matrices[layer][::-1, ::-1], names, names)
+        draw_cells(ax, table, Scale.of(table), kind, correlation=True, square=True)
+        ax.invert_yaxis()
+        ax.set(xlabel="noise level σ", ylabel="noise level σ")
+        ax.set_title(f"{layer}\n{self._about(kind)}", loc="left", fontsize=8)
+        return ax
+
+    @themed
+    def similarities(self, layers: LayerSelection | None = None, *, kind: str = "cosine") -> Figure:
+        """Draws `similarity` of many layers along depth, on one colour scale; each stage and resolution in a new line.
+
+        Args:
+            layers: Presets, names, globs, as in `probe`; None takes all that have the matrix.
+            kind: "cosine" or "cka".
+
+        Raises:
+            GddlabError: `kind` was not measured, or a layer has no matrix.
+        """
+        import matplotlib.pyplot as plt
+
+        matrices = _matrices(self, kind)
+        names = self._pick(matrices, layers)
+        groups = neighbours(rows_of(self.frame, names)["place"])
+        columns = min(WIDEST, max(stop - start for _, start, stop in groups))
+        ends = {(plain(s[0]), plain(s[-1])) for s in (_sigmas(self, kind, n) for n in names)}
+        lines = [math.ceil((stop - start) / columns) for _, start, stop in groups]
+        width, height = max(0.9 * columns + 1.3, 4.5), 1.02 * sum(lines) + 0.6
+        figure, grid = plt.subplots(sum(lines), columns, squeeze=False, figsize=(width, height), layout="constrained")
+        for ax in grid.flat:
+            ax.set_axis_off()
+        scale = Scale.of(np.concatenate([matrices[n].ravel() for n in names]))
+        colours = scale.colours(correlation=True)
+        size = min(6.0, 0.9 * 72 * width / (columns + 1.3) / 9)
+        mesh: Any = None
+        line = 0
+        for (place, start, stop), count in zip(groups, lines, strict=True):
+            for ax, name, title in zip(grid[line:].flat, names[start:stop], _titles(names[start:stop]), strict=False):
+                ax.set_axis_on()
+                # sns.heatmap draws the figure each time
+                mesh = ax.imshow(matrices[name][::-1, ::-1], origin="lower", **colours)
+                ax.set(xticks=[], yticks=[])
+                ax.set_title(title, fontsize=size, pad=2)
+            grid[line, 0].set_ylabel(place, fontsize=7)
+            line += count
+        figure.colorbar(mesh, ax=grid, shrink=min(1, 3 / height), aspect=18, anchor=(0, 1), label=kind)
+        levels = "ascends" if len(ends) > 1 else "= {} (left, bottom) to {} (right, top)".format(*ends.pop())
+        title = f"{kind} between noise levels: {self._about(kind)}; in each panel σ {levels}"
+        figure.suptitle(title, x=0.01, ha="left")
+        return figure
 
 
 @themed
@@ -105,13 +174,7 @@ def draw_cells(
     bar: dict[str, Any] | None = None,
     **more: Any,
 ) -> Any:
-    """A seaborn heat map on `scale`, grey without a value; returns its mesh.
-
-    Args:
-        label: Of the colour bar; None draws none.
-        correlation: See `Scale.colours`.
-        bar: Further arguments of the colour bar.
-    """
+    """A seaborn heat map on `scale`, grey without a value; returns its mesh. The colour bar is drawn with a `label`."""
     import seaborn as sns
 
     ax.set_facecolor(MISSING)
@@ -169,110 +232,21 @@ def _layers_down(
 
 
 def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
-    """Frozen share of each layer's own and its children's parameters, NaN for a layer without; and of all parameters.
-
-    Raises:
-        GddlabError: The mask does not know a layer's parameters.
-    """
-    frozen, sizes = set(mask.frozen), {name: prod(shape) for name, shape in mask.parameters}
+    """Frozen share of each layer's parameters, its children's too, NaN for a layer without; and of all parameters."""
+    table = mask.to_frame()
+    sizes = table[["size"]].assign(still=table["size"].where(table["frozen"], 0))
     out = []
     for name, count in rows["n_params"].items():
-        mine = [n for n in sizes if n.startswith(f"{name}.")]
-        if count and not mine:
+        mine = sizes[table["parameter"].str.startswith(f"{name}.")].sum()
+        if count and not mine["size"]:
             raise GddlabError(
                 f"this mask has no parameters of layer {name!r}: give a mask of the network that was probed"
             )
-        total = sum(sizes[n] for n in mine)
-        out.append(sum(sizes[n] for n in mine if n in frozen) / total if total else np.nan)
-    return np.array(out), sum(sizes[n] for n in frozen) / sum(sizes.values())
+        out.append(mine["still"] / mine["size"] if mine["size"] else np.nan)
+    return np.array(out), sizes["still"].sum() / sizes["size"].sum()
 
 
-@themed
-def draw_similarity(result: ProbeResult, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
-    """Similarities of one layer's outputs between all pairs of noise levels, ascending to the right and upwards.
-
-    Args:
-        ax: Where to draw; None makes a figure.
-        kind: "cosine" or "cka".
-
-    Raises:
-        GddlabError: `kind` was not measured, or not of `layer`, or not at all noise levels of a joined result.
-    """
-    import pandas as pd
-
-    matrices = _matrices(result, kind)
-    if layer not in matrices:
-        raise unknown(f"layer with {kind} between noise levels", layer, matrices)
-    names = [plain(s) for s in _sigmas(result, kind, layer)]
-    ax = axes_of(ax, 4.8, 4.2)
-    ax.tick_params(labelsize=7)
-    table = pd.DataFrame(matrices[layer][::-1, ::-1], names, names)
-    draw_cells(ax, table, Scale.of(table), kind, correlation=True, square=True)
-    ax.invert_yaxis()
-    ax.set(xlabel="noise level σ", ylabel="noise level σ")
-    ax.set_title(f"{layer}\n{about(result, kind)}", loc="left", fontsize=8)
-    return ax
-
-
-@themed
-def draw_similarities(
-    result: ProbeResult,
-    layers: str | Iterable[str] | None = None,
-    *,
-    kind: str = "cosine",
-    columns: int | None = None,
-    figure: Figure | None = None,
-) -> Figure:
-    """Similarities between noise levels of many layers, along depth, a new line for each stage and resolution.
-
-    In each panel noise levels ascend to the right and upwards; all share one colour scale.
-
-    Args:
-        layers: Names or globs; None takes all that have the matrix.
-        kind: "cosine" or "cka".
-        columns: Panels in a line; None takes as many as the largest group has layers, 13 at most.
-        figure: Where to draw; None makes one that fits.
-
-    Raises:
-        GddlabError: `kind` was not measured, a layer has no matrix, or `columns` is below 1.
-    """
-    import matplotlib.pyplot as plt
-
-    matrices = _matrices(result, kind)
-    names = pick(matrices, layers)
-    groups = neighbours(rows_of(result.frame, names)["place"])
-    columns = min(WIDEST, max(stop - start for _, start, stop in groups)) if columns is None else columns
-    if columns < 1:
-        raise GddlabError(f"columns={columns!r}: give a whole number of at least 1")
-    ends = {(plain(s[0]), plain(s[-1])) for s in (_sigmas(result, kind, n) for n in names)}
-    lines = [math.ceil((stop - start) / columns) for _, start, stop in groups]
-    if figure is None:
-        figure = plt.figure(figsize=(max(0.9 * columns + 1.3, 4.5), 1.02 * sum(lines) + 0.6), layout="constrained")
-    grid = figure.subplots(sum(lines), columns, squeeze=False)
-    for ax in grid.flat:
-        ax.set_axis_off()
-    scale = Scale.of(np.concatenate([matrices[n].ravel() for n in names]))
-    colours = scale.colours(correlation=True)
-    size = min(6.0, 0.9 * 72 * figure.get_size_inches()[0] / (columns + 1.3) / 9)
-    mesh: Any = None
-    line = 0
-    for (place, start, stop), count in zip(groups, lines, strict=True):
-        for ax, name, title in zip(grid[line:].flat, names[start:stop], _titles(names[start:stop]), strict=False):
-            ax.set_axis_on()
-            mesh = ax.imshow(
-                matrices[name][::-1, ::-1], origin="lower", **colours
-            )  # sns.heatmap draws the figure each time
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(title, fontsize=size, pad=2)
-        grid[line, 0].set_ylabel(place, fontsize=7)
-        line += count
-    figure.colorbar(mesh, ax=grid, shrink=min(1, 3 / figure.get_size_inches()[1]), aspect=18, anchor=(0, 1), label=kind)
-    levels = "ascends" if len(ends) > 1 else "= {} (left, bottom) to {} (right, top)".format(*ends.pop())
-    figure.suptitle(f"{kind} between noise levels: {about(result, kind)}; in each panel σ {levels}", x=0.01, ha="left")
-    return figure
-
-
-def _matrices(result: ProbeResult, kind: str) -> dict[str, np.ndarray]:
+def _matrices(result: Probed, kind: str) -> dict[str, np.ndarray]:
     if kind in result.matrices:
         return result.matrices[kind]
     if not result.matrices:
@@ -280,7 +254,7 @@ def _matrices(result: ProbeResult, kind: str) -> dict[str, np.ndarray]:
     raise unknown("similarity", kind, result.matrices)
 
 
-def _sigmas(result: ProbeResult, kind: str, layer: str) -> list[float]:
+def _sigmas(result: Probed, kind: str, layer: str) -> list[float]:
     """Noise levels of a matrix, ascending; a joined result also has others."""
     frame, size = result.frame, len(result.matrices[kind][layer])
     found = sorted(float(s) for s in frame.loc[(frame["stat"] == kind) & (frame["layer"] == layer), "sigma"])

@@ -8,16 +8,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.rows import about, pick, rows_of, short_names, stat_label, titled, wide, x_of
-from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, sigma_axis, value_axis
+from gddlab.probing.layers import LayerSelection
+from gddlab.probing.plots.axes import (
+    Probed,
+    Scale,
+    borders_of,
+    mark_places,
+    plain,
+    rows_of,
+    short_names,
+    sigma_axis,
+    stat_label,
+    titled,
+    value_axis,
+    wide,
+    x_of,
+)
 from gddlab.sampling.schedules import nearest_level
 from gddlab.theme import BLACK, PALETTE, SEQUENTIAL, axes_of, banded, themed
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-    from gddlab.probing.result import ProbeResult
 
 NAMED = len(PALETTE)
 """Up to this many layers, each has a colour and a name of its own."""
@@ -29,134 +41,130 @@ NAME_SIZE = 6.5
 """Of layers' names, points."""
 
 
-@themed
-def draw_lines(
-    result: ProbeResult,
-    stat: str,
-    layers: str | Iterable[str] | None = None,
-    ax: Axes | None = None,
-    *,
-    over: str = "sigma",
-    at: float | Sequence[float] | None = None,
-) -> Axes:
-    """One statistic over noise levels, one line per layer; or along depth, one line per noise level.
+class Lines(Probed):
+    """Figures of a `ProbeResult` with a line or a point per layer."""
 
-    Up to eight layers have a colour each and a band of one standard error over images. More are thin, in the colours of
-    resolutions, with the median of each stage and resolution in bold. Encoders are solid, decoders dashed.
+    @themed
+    def lines(
+        self,
+        stat: str,
+        layers: LayerSelection | None = None,
+        ax: Axes | None = None,
+        *,
+        over: str = "sigma",
+        at: float | Sequence[float] | None = None,
+    ) -> Axes:
+        """Draws one statistic over noise levels, one line per layer; or along depth, one line per noise level.
 
-    Args:
-        layers: Names or globs; None takes all that have the statistic.
-        ax: Where to draw; None makes a figure.
-        over: What the x axis is, "sigma" or "depth".
-        at: For "depth": noise levels; the nearest measured ones are drawn. None takes five at equal steps of the grid.
+        Up to eight layers have a colour each and a band of one standard error over images. More are thin, in the
+        colours of resolutions, with the median of each stage and resolution in bold. Encoders are solid, decoders
+        dashed.
 
-    Raises:
-        GddlabError: Unknown statistic or layer, `over` is something else, or `at` is no noise level or not used.
-    """
-    if over not in ("sigma", "depth"):
-        raise unknown("over", over, ("sigma", "depth"))
-    if over == "sigma" and at is not None:
-        raise GddlabError(f'at={at!r} chooses noise levels of over="depth": omit it, or give over="depth"')
-    table, sems = wide(result.frame, stat), wide(result.frame, stat, "sem")
-    names = pick(table.index, layers)
-    rows = rows_of(result.frame, names)
-    table, sems = table.loc[names], sems.loc[names]
-    note = "bands: standard error over images"
-    if over == "depth":
-        table = table[_chosen(table.columns, at)]
-        ax = _depth_axes(ax, len(rows))
-        _over_depth(ax, table, sems, rows)
-    else:
-        ax = axes_of(ax, 7.2, 4.0)
-        if len(rows) <= NAMED:
-            _few(ax, table, sems, rows)
+        Args:
+            layers: Presets, names, globs, as in `probe`; None takes all that have the statistic.
+            over: What the x axis is, "sigma" or "depth".
+            at: For "depth": the nearest measured noise levels are drawn; None takes five at equal steps of the grid.
+
+        Raises:
+            GddlabError: Unknown statistic or layer, `over` is something else, or `at` is no noise level or not used.
+        """
+        if over not in ("sigma", "depth"):
+            raise unknown("over", over, ("sigma", "depth"))
+        if over == "sigma" and at is not None:
+            raise GddlabError(f'at={at!r} chooses noise levels of over="depth": omit it, or give over="depth"')
+        table, sems = wide(self.frame, stat), wide(self.frame, stat, "sem")
+        names = self._pick(table.index, layers)
+        rows = rows_of(self.frame, names)
+        table, sems = table.loc[names], sems.loc[names]
+        note = "bands: standard error over images"
+        if over == "depth":
+            table = table[_chosen(table.columns, at)]
+            ax = _depth_axes(ax, len(rows))
+            _over_depth(ax, table, sems, rows)
         else:
-            _many(ax, table, rows)
-            note = "thin: single layers"
-        sigma_axis(ax, table.columns)
-    ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, table)))
-    handles, labels = ax.get_legend_handles_labels()
-    if over == "depth":  # drawn from the lowest level up, named from the top down
-        handles, labels = handles[::-1], labels[::-1]
-    ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    title = titled(f"{stat}: {about(result, stat)}, {note}", table.to_numpy())
-    if over == "depth":
-        return along_depth(ax, rows, title)
-    ax.set_title(title, loc="left")
-    return ax
+            ax = axes_of(ax, 7.2, 4.0)
+            if len(rows) <= NAMED:
+                _few(ax, table, sems, rows)
+            else:
+                _many(ax, table, rows)
+                note = "thin: single layers"
+            sigma_axis(ax, table.columns)
+        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table)))
+        handles, labels = ax.get_legend_handles_labels()
+        if over == "depth":  # drawn from the lowest level up, named from the top down
+            handles, labels = handles[::-1], labels[::-1]
+        ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        title = titled(f"{stat}: {self._about(stat)}, {note}", table.to_numpy())
+        if over == "depth":
+            return along_depth(ax, rows, title)
+        ax.set_title(title, loc="left")
+        return ax
 
+    @themed
+    def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
+        """Draws one statistic at one noise level, the nearest measured one to `at`, along depth with standard errors.
 
-@themed
-def draw_stem(result: ProbeResult, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
-    """One statistic at one noise level along depth, in the colours of resolutions, with standard errors over images.
+        Raises:
+            GddlabError: `stat` was not measured, or `at` is no noise level.
+        """
+        table = wide(self.frame, stat)
+        sigma = nearest_level(map(float, table.columns), at)
+        values, errors = table[sigma].to_numpy(), wide(self.frame, stat, "sem")[sigma].to_numpy()
+        rows = rows_of(self.frame, table.index)
+        ax = _depth_axes(ax, len(rows))
+        scale = Scale.of(values)
+        floor = scale.low / 1.5 if scale.kind == "log" else 0.0
+        for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
+            ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
+            ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
+        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, values)))
+        if scale.kind == "log":
+            ax.set_ylim(bottom=floor)
+        text = f"{stat} at σ = {plain(sigma)}: {self._about(stat)}, bars: standard error over images"
+        return along_depth(ax, rows, titled(text, values))
 
-    Args:
-        at: Noise level; the nearest measured one is drawn, and named in the title.
-        ax: Where to draw; None makes a figure that fits the number of layers.
+    @themed
+    def against(self, student: Probed, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
+        """Draws one statistic of this network, a teacher, and of its student, along depth.
 
-    Raises:
-        GddlabError: `stat` was not measured, or `at` is no noise level.
-    """
-    table = wide(result.frame, stat)
-    sigma = nearest_level(map(float, table.columns), at)
-    values, errors = table[sigma].to_numpy(), wide(result.frame, stat, "sem")[sigma].to_numpy()
-    rows = rows_of(result.frame, table.index)
-    ax = _depth_axes(ax, len(rows))
-    scale = Scale.of(values)
-    floor = scale.low / 1.5 if scale.kind == "log" else 0.0
-    for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
-        ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
-        ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
-    ax.set_ylabel(stat_label(result.frame, stat, value_axis(ax, values)))
-    if scale.kind == "log":
-        ax.set_ylim(bottom=floor)
-    text = f"{stat} at σ = {plain(sigma)}: {about(result, stat)}, bars: standard error over images"
-    return along_depth(ax, rows, titled(text, values))
+        The teacher's range over all its noise levels is shown behind.
 
+        Args:
+            student: Result with the same layers.
+            at: Noise level of both; each shows its nearest measured one. None takes the student's largest.
 
-@themed
-def draw_pair(
-    teacher: ProbeResult, student: ProbeResult, stat: str, at: float | None = None, ax: Axes | None = None
-) -> Axes:
-    """A student's values beside its teacher's along depth, and the range of the teacher's over all its noise levels.
-
-    Args:
-        at: Noise level of both; each shows its nearest measured one. None takes the student's largest.
-        ax: Where to draw; None makes a figure that fits the number of layers.
-
-    Raises:
-        GddlabError: `stat` was not measured in both, the layers differ, or `at` is no noise level.
-    """
-    sides = {"teacher": teacher, "student": student}
-    tables = {who: wide(r.frame, stat) for who, r in sides.items()}
-    for who, other in (("teacher", "student"), ("student", "teacher")):
-        if alone := [n for n in tables[who].index if n not in tables[other].index]:
-            count = f" ({len(alone)} such layers)" if len(alone) > 1 else ""
-            raise GddlabError(
-                f"the {who} has {stat} of {alone[0]!r}, the {other} has not{count}: probe both with the same layers="
-            )
-    theirs = tables["teacher"]
-    wanted: Any = tables["student"].columns[-1] if at is None else at
-    sigmas = {who: nearest_level(map(float, t.columns), wanted) for who, t in tables.items()}
-    rows = rows_of(teacher.frame, theirs.index)
-    x, _ = x_of(rows)
-    ax = _depth_axes(ax, len(rows))
-    low, high = theirs.min(axis=1).to_numpy(), theirs.max(axis=1).to_numpy()
-    ax.use_sticky_edges = False  # the bars do not begin at the axis
-    label = f"teacher, σ {plain(theirs.columns[0])} to {plain(theirs.columns[-1])}"
-    ax.bar(x, high - low, 0.6 * min(np.diff(x).min(initial=1.0), 1.0), bottom=low, color="0.85", label=label)
-    looks = {"teacher": ("o", BLACK), "student": ("D", PALETTE[3])}
-    values = []
-    for who, (marker, colour) in looks.items():
-        values.append(tables[who].loc[rows.index, sigmas[who]].to_numpy())
-        sem = wide(sides[who].frame, stat, "sem").loc[rows.index, sigmas[who]]
-        label = f"{who}, σ = {plain(sigmas[who])}"
-        ax.errorbar(x, values[-1], sem, fmt=marker, color=colour, elinewidth=1, zorder=3, label=label)
-    ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
-    ax.set_ylabel(stat_label(teacher.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    text = f"{stat}: teacher ({about(teacher, stat)}), student ({about(student, stat)}); bars: standard error"
-    return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
+        Raises:
+            GddlabError: `stat` was not measured in both, the layers differ, or `at` is no noise level.
+        """
+        sides = {"teacher": self, "student": student}
+        tables = {who: wide(r.frame, stat) for who, r in sides.items()}
+        for who, other in (("teacher", "student"), ("student", "teacher")):
+            if alone := [n for n in tables[who].index if n not in tables[other].index]:
+                count = f" ({len(alone)} such layers)" if len(alone) > 1 else ""
+                found = f"the {who} has {stat} of {alone[0]!r}, the {other} has not{count}"
+                raise GddlabError(f"{found}: probe both with the same layers=")
+        theirs = tables["teacher"]
+        wanted: Any = tables["student"].columns[-1] if at is None else at
+        sigmas = {who: nearest_level(map(float, t.columns), wanted) for who, t in tables.items()}
+        rows = rows_of(self.frame, theirs.index)
+        x, _ = x_of(rows)
+        ax = _depth_axes(ax, len(rows))
+        low, high = theirs.min(axis=1).to_numpy(), theirs.max(axis=1).to_numpy()
+        ax.use_sticky_edges = False  # the bars do not begin at the axis
+        label = f"teacher, σ {plain(theirs.columns[0])} to {plain(theirs.columns[-1])}"
+        ax.bar(x, high - low, 0.6 * min(np.diff(x).min(initial=1.0), 1.0), bottom=low, color="0.85", label=label)
+        looks = {"teacher": ("o", BLACK), "student": ("D", PALETTE[3])}
+        values = []
+        for who, (marker, colour) in looks.items():
+            values.append(tables[who].loc[rows.index, sigmas[who]].to_numpy())
+            sem = wide(sides[who].frame, stat, "sem").loc[rows.index, sigmas[who]]
+            label = f"{who}, σ = {plain(sigmas[who])}"
+            ax.errorbar(x, values[-1], sem, fmt=marker, color=colour, elinewidth=1, zorder=3, label=label)
+        ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
+        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        text = f"{stat}: teacher ({self._about(stat)}), student ({student._about(stat)}); bars: standard error"
+        return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
 
 
 def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:

@@ -1,24 +1,120 @@
-"""Scales for values and noise levels, plain numbers, and the strip that names stage and resolution beside layers."""
+"""Axes of figures: layers and noise levels on them, scales of values, and the strip of stages and resolutions."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gddlab.probing.plots.rows import neighbours
-from gddlab.theme import DIVERGING, SEQUENTIAL
+from gddlab.errors import unknown
+from gddlab.probing.layers import LayerSelection, match_layers
+from gddlab.theme import DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+STAGES = {"enc": "encoder", "mid": "middle", "dec": "decoder"}
 SPAN = 10
 """Values that differ by more than this factor get a logarithmic scale."""
 POINTS = 7
 """Size of the names of stages and resolutions."""
+
+
+class Probed:
+    """What the figures read of a `ProbeResult`."""
+
+    frame: pd.DataFrame
+    meta: dict[str, Any]
+    matrices: dict[str, dict[str, np.ndarray]]
+
+    def _pick(self, known: Iterable[str], layers: LayerSelection | None) -> list[str]:
+        """The layers among `known` that a selection means, in their order; all for None."""
+        types = {layer["name"]: layer["type"] for layer in self.meta["layers"]}
+        types = {name: types.get(name, "") for name in known}
+        chosen = types if layers is None else match_layers(layers, types)
+        return [name for name in types if name in chosen]
+
+    def _about(self, stat: str) -> str:
+        """What was probed: "digits, noised, n = 256"; n is that of this statistic, since joined results differ."""
+        known = [self.meta["data"]["name"]] if self.meta.get("data") else []
+        images = self.frame.loc[self.frame["stat"] == stat, "n_images"]
+        n = int(images.max()) if len(images) else self.meta["n_images"]
+        return ", ".join([*known, self.meta["states"], f"n = {n}"])
+
+
+def wide(frame: pd.DataFrame, stat: str, values: str = "value", across: str = "sigma") -> pd.DataFrame:
+    """One statistic: layers in the order of the network down, `across` ascending."""
+    part = frame[frame["stat"] == stat]
+    if part.empty:
+        raise unknown("statistic", stat, frame["stat"])
+    table = part.pivot(index="layer", columns=across, values=values)
+    return table.loc[list(dict.fromkeys(part["layer"]))].sort_index(axis=1).astype(float)
+
+
+def place_name(stage: str, resolution: int | None) -> str:
+    """ "encoder 16", or as much of it as is known."""
+    return " ".join(filter(None, [STAGES.get(stage, stage), "" if resolution is None else str(resolution)]))
+
+
+def rows_of(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """stage, resolution, depth, n_params, place ("encoder 16", "" where unknown) and colour of layers, by name.
+
+    Colours go by the rank of the resolution in the whole frame, the largest first.
+    """
+    where = frame.drop_duplicates("layer").set_index("layer")
+    ranked = sorted({int(r) for r in where["resolution"].dropna() if r > 0}, reverse=True)
+    where = where.loc[list(names), ["stage", "resolution", "depth", "n_params"]]
+    known = [int(r) if r > 0 else None for r in where["resolution"].fillna(0)]
+    return where.assign(
+        place=[place_name(str(s), r) for s, r in zip(where["stage"], known, strict=True)],
+        colour=[GREY if r is None else RESOLUTIONS[min(ranked.index(r), len(RESOLUTIONS) - 1)] for r in known],
+    )
+
+
+def neighbours(labels: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Label, start and stop of each stretch of equal labels."""
+    out, start = [], 0
+    for label, same in itertools.groupby(labels):
+        stop = start + sum(1 for _ in same)
+        out.append((label, start, stop))
+        start = stop
+    return out
+
+
+def x_of(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
+    """Positions of layers on an axis, and its label: their depth, or their order where some share a depth."""
+    depth = rows["depth"].to_numpy(dtype=float)
+    if (np.diff(depth) > 0).all():
+        return depth, "depth: number of convolutions before the layer"
+    return np.arange(len(rows), dtype=float), "layer, in the order of the network"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the whole path components that all of them begin with."""
+    parts = [n.split(".")[:-1] for n in names]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    prefix = sum(len(column[0]) + 1 for column in shared)
+    return [n[prefix:] for n in names]
+
+
+def stat_label(frame: pd.DataFrame, stat: str, note: str = "") -> str:
+    """The statistic with its unit and a note about the scale in brackets."""
+    unit = str(frame.loc[frame["stat"] == stat, "unit"].iloc[0])
+    inside = ", ".join(filter(None, ["" if unit in (stat, "1") else unit, note]))
+    return f"{stat} ({inside})" if inside else stat
+
+
+def titled(text: str, values: np.ndarray) -> str:
+    """A title that says how many of the layers, (layers, ...), lack a value somewhere."""
+    missing = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
+    return f"{text}; {missing} of {len(values)} layers without a value" if missing else text
+
+
+# Scales.
 
 
 def plain(x: Any, digits: int = 2) -> str:
@@ -79,8 +175,7 @@ class Scale:
     def colours(self, *, correlation: bool = False) -> dict[str, Any]:
         """`norm` and `cmap` for a heat map; around 0, in two hues, where values have both signs.
 
-        Args:
-            correlation: Values reach 1 at most: the scale ends there and begins at 0, or at -1 if some are negative.
+        A `correlation` reaches 1 at most: its scale ends there and begins at 0, or at -1 if some values are negative.
         """
         from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 
@@ -165,10 +260,7 @@ def mark_places(
 ) -> None:
     """A strip beside layers in the colours of resolutions, with stage and resolution, and lines where they change.
 
-    Args:
-        rows: Columns place and colour; nothing is drawn where no place is known.
-        borders: Ends of the layers on the axis, one more than layers, in data.
-        at: Where the strip begins, in widths (right) or heights (top) of the axes.
+    `borders` are the ends of the layers on the axis, in data; the strip begins `at` widths (right) or heights (top).
     """
     from matplotlib.patches import Rectangle
 
