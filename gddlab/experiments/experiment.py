@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from gddlab.distill.config import TrainConfig
 from gddlab.evaluation import Record
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)

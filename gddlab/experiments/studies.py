@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -22,9 +23,6 @@ from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 OTHER_NOISE = "other noise"
 PROBED, SPECTRA = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""
@@ -36,7 +34,6 @@ SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 
 def teacher_steps(s: Subjects) -> Found:
     """Scores of the teacher at each number of Heun steps, and of two halves of the real images."""
-    import pandas as pd
 
     rows, records = [], []
     for steps in s.steps:
@@ -70,7 +67,6 @@ def _flat(record: Any) -> dict[str, Any]:
 
 def local_minima(s: Subjects) -> Found:
     """Distances of networks to the data and to each other: as sets, and image by image for the same noise."""
-    import pandas as pd
 
     real = open_dataset(s.data)
     spec = find_extractor(s.judge.extractor)
@@ -125,7 +121,6 @@ def _uint8(net: Precond, n: int, *, steps: int | None, classes: Tensor | None) -
 
 def layers(s: Subjects) -> Found:
     """Activation of layers over noise levels, teacher and students; and how far each layer's weights moved."""
-    import pandas as pd
 
     kinds = ("conv", "block")
     stats = ("rms", "active_fraction", "rel_update", "cosine", "spectral_share")
@@ -147,7 +142,6 @@ def layers(s: Subjects) -> Found:
 
 def spectra(s: Subjects) -> Found:
     """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
-    import pandas as pd
 
     real = open_dataset(s.data)
     n = s.judge.pairs or s.judge.n or len(real)
@@ -174,7 +168,6 @@ def spectra(s: Subjects) -> Found:
 
 def costs(s: Subjects) -> Found:
     """Time and memory of a training step of each configuration, one after the other."""
-    import pandas as pd
 
     rows: list[dict[str, Any]] = []
     for name, config in s.configs.items():

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.rows import place_name
@@ -13,10 +18,6 @@ from gddlab.probing.plots.scales import plain, sigma_axis
 from gddlab.reporting.layers import measured_layers
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, GREY, PALETTE, banded, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 STUDY = "spectra"
 COLUMNS = ("network", "source", "sigma", "frequency", "power", "sem", "n")
@@ -58,7 +59,6 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
     Raises:
         GddlabError: The table is another one, or a network was not sampled.
     """
-    import matplotlib.pyplot as plt
 
     study = checked(study, COLUMNS, STUDY)
     names = list(spectrum_table(study, networks).index)
@@ -89,8 +89,6 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     Raises:
         GddlabError: The table is another one, or has no denoised images.
     """
-    import pandas as pd
-    import seaborn as sns
 
     study = checked(study, COLUMNS, STUDY)
     part = study[study["source"] == "denoised"]
@@ -140,8 +138,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -
     Raises:
         GddlabError: The table is another one, or has no such network or statistic.
     """
-    import pandas as pd
-    import seaborn as sns
 
     parts = [
         measured_layers(study, name, f"spectral_share_{i}").assign(frequencies=band, network=look(name).label)
@@ -180,7 +176,6 @@ def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.Dat
 
 def _frequencies(ax: Any, frequencies: np.ndarray) -> None:
     """A logarithmic x axis of whole frequencies, powers of two named."""
-    from matplotlib.ticker import NullLocator
 
     ax.set_xscale("log")
     ticks = [2**k for k in range(12) if 2**k <= frequencies.max()]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 from gddlab.errors import GddlabError, unknown
@@ -18,11 +23,6 @@ from gddlab.probing.plots.rows import neighbours, rows_of, short_names, stat_lab
 from gddlab.probing.plots.scales import Scale, borders_of, mark_places, plain, value_axis
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, DIVERGING, GREY, PALETTE, axes_of, banded, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STUDY = "layers"
 COLUMNS = (
@@ -82,7 +82,6 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     Raises:
         GddlabError: The table is another one, or has no such network or statistic.
     """
-    import matplotlib.pyplot as plt
 
     frames = {n: measured_layers(study, n, stat) for n in (teacher, student)}
     frame, theirs = frames[teacher], wide(frames[teacher], stat)
@@ -254,7 +253,6 @@ def moved_table(
     Raises:
         GddlabError: The table is another one; a layer has no norm.
     """
-    import pandas as pd
 
     layers = moved_layers(study, students)
     layers = layers.sort_values("family", key=lambda f: f.map(list(FAMILIES).index), kind="stable")
@@ -288,8 +286,6 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
     Raises:
         GddlabError: The table is another one, or has no weight_change of a student.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
 
     layers = moved_layers(study, students)
     values = layers[list(students)].to_numpy(dtype=float)

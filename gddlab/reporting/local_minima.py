@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.probing.plots.scales import Scale
 from gddlab.reporting.style import SORTS, checked, known, look
 from gddlab.theme import GREY, SEQUENTIAL, axes_of, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STUDY = "local-minima"
 COLUMNS = ("a", "b", "distance", "value", "sem", "n", "unit")
@@ -45,7 +47,6 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one, or has no such distance.
     """
-    import pandas as pd
 
     study = checked(study, COLUMNS, STUDY)
     distance = distance or frechet_name(study)
@@ -88,7 +89,6 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one.
     """
-    import pandas as pd
 
     study = checked(study, COLUMNS, STUDY)
     teacher, metric = _teacher(study), frechet_name(study)
@@ -120,9 +120,6 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     Raises:
         GddlabError: The table is another one, or a network is not in it.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from matplotlib.ticker import LogLocator, NullLocator
 
     study = checked(study, COLUMNS, STUDY)
     table, teacher, metric = minima_table(study), _teacher(study), frechet_name(study)
@@ -191,7 +188,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     Raises:
         GddlabError: The table is not square, or has no value.
     """
-    from matplotlib.colors import LogNorm
 
     values = table.to_numpy(dtype=float)
     if list(table.index) != list(table.columns) or not np.isfinite(values).any():
@@ -219,7 +215,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
 
 def _networks(study: pd.DataFrame) -> list[str]:
     """The data first, then the teachers, then the others in the order of the study."""
-    import pandas as pd
 
     names = [n for n in dict.fromkeys(pd.concat([study["a"], study["b"]])) if not n.endswith(OTHER)]
     return sorted(names, key=lambda n: (n != "data", look(n).sort != "teacher"))

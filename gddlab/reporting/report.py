@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, compare
@@ -17,9 +20,6 @@ from gddlab.reporting.run_summary import Summary, differing, provenance_rows, py
 from gddlab.reporting.style import look
 from gddlab.reporting.training_curves import draw_curves, draw_metrics
 from gddlab.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 HEAD = ("what", "score", "value", "±", "n", "seeds", "extractor", "reference")
 FAR = 3.0
@@ -300,7 +300,6 @@ def _best(f: Summary) -> str:
 
 def _chart(runs: Sequence[Summary], group: Sequence[Record], label: str) -> Axes:
     """Distances of runs over the training, one line per experiment."""
-    import pandas as pd
 
     rows: list[dict[str, Any]] = []
     for f in runs:

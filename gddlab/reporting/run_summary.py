@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pandas as pd
 
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound, unknown
@@ -18,9 +20,6 @@ from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
 from gddlab.runs import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NOT_RUN = "not run"
 T = TypeVar("T")
@@ -96,14 +95,12 @@ class Summary:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per tick."""
-        import pandas as pd
 
         return self._read("metrics.jsonl", lambda: self.run.metrics, pd.DataFrame())
 
     @cached_property
     def alarms(self) -> pd.DataFrame:
         """One row per alarm."""
-        import pandas as pd
 
         return self._read("alarms.jsonl", lambda: self.run.alarms, pd.DataFrame())
 
@@ -178,39 +175,49 @@ class Summary:
         return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
 
 
-def select(runs: Sequence[Run], rows: Sequence[str] = ()) -> dict[str, list[Run]]:
-    """Runs by experiment: those named by `rows`, in that order and also where there is no run; all for ().
+NUMBERS = {
+    "seed": "Int64",
+    "nfe": "Int64",
+    "images": "Int64",
+    "frozen": "float64",
+    "kimg": "float64",
+    "value": "float64",
+}
+
+
+def table_of(
+    runs: Sequence[Run],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    tell: Callable[[Summary], Iterable[dict[str, Any]]],
+) -> pd.DataFrame:
+    """What `tell` says of each run, by experiment; an experiment of `rows` without a run is one row, "not run".
+
+    Args:
+        runs: Run directories.
+        rows: Experiments to show, in this order; all that have runs for ().
+        columns: Of the table, after `experiment`.
+        tell: Rows of a run; a `record` in one gives it `metric` and `value`.
 
     Raises:
-        GddlabError: Neither runs nor rows.
+        GddlabError: Records differ in n, extractor, reference or a setting; or there are neither runs nor rows.
     """
     if isinstance(rows, str):
         raise GddlabError(f"rows={rows!r}: give a list of experiments")
     if not runs and not rows:
         raise GddlabError("no runs given: load them with gddlab.load_runs(folder)")
-    out: dict[str, list[Run]] = {name: [] for name in rows}
+    told: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for run in runs:
         name = run.run_dir.parent.name
-        if name in out or not rows:
-            out.setdefault(name, []).append(run)
-    return out
-
-
-class Same:
-    """Lets scores through that can be compared with the first one.
-
-    Raises:
-        GddlabError: n, extractor, reference or a setting differs.
-    """
-
-    def __init__(self) -> None:
-        self.first: Record | None = None
-
-    def __call__(self, record: Record) -> Record:
-        if self.first is not None:
-            compare(record, self.first)
-        self.first = self.first or record
-        return record
+        if name in told or not rows:
+            told.setdefault(name, []).extend(tell(Summary(run)))
+    out = [{"experiment": name} | row for name, some in told.items() for row in some or [{"state": NOT_RUN}]]
+    scored = [row for row in out if "record" in row]
+    for row in scored:
+        compare(row["record"], scored[0]["record"])
+        row |= {"metric": row["record"].metric, "value": row["record"].value}
+    types = {name: kind for name, kind in NUMBERS.items() if name in columns}
+    return pd.DataFrame(out, columns=["experiment", *columns]).astype(types)
 
 
 def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, float]:

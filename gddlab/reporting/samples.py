@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from gddlab.errors import GddlabError
 from gddlab.sampling import image_grid
 from gddlab.theme import axes_of, themed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 GAP = 1
 """Pixels between the images of a grid, whatever its scale."""

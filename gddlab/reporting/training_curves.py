@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from gddlab.reporting.run_summary import NOT_RUN, Same, Summary, select
+from gddlab.reporting.run_summary import Summary, table_of
 from gddlab.reporting.style import seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
 from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LINES = (*PALETTE, BLACK)
 SPAN = 5
@@ -66,24 +67,17 @@ def curve_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-    import pandas as pd
 
-    same = Same()
-    out: list[dict[str, Any]] = []
-    for experiment, found in select(runs, rows).items():
-        for run in found:
-            summary = Summary(run)
-            about = {"experiment": experiment, "seed": summary.config.seed if summary.config else None}
-            scores = {r.kimg: same(r) for r in summary.records if r.name == metric and r.kimg}
-            for kimg, record in sorted((k, r) for k, r in scores.items() if k is not None):
-                score = {"kimg": kimg, "metric": record.metric, "value": record.value, "state": summary.state}
-                out.append(about | score)
-            if not scores:
-                out.append(about | {"state": summary.state_of(metric)})
-        if not found:
-            out.append({"experiment": experiment, "state": NOT_RUN})
-    table = pd.DataFrame(out, columns=["experiment", "seed", "kimg", "metric", "value", "state"])
-    return table.astype({"seed": "Int64", "kimg": "float64", "value": "float64"})
+    return table_of(runs, rows, ("seed", "kimg", "metric", "value", "state"), lambda run: _scores(run, metric))
+
+
+def _scores(summary: Summary, metric: str) -> list[dict[str, Any]]:
+    """One row per score of a run, or one that says why there is none."""
+    seed = summary.config.seed if summary.config else None
+    scores = {float(r.kimg): r for r in summary.records if r.name == metric and r.kimg}
+    if not scores:
+        return [{"seed": seed, "state": summary.state_of(metric)}]
+    return [{"seed": seed, "kimg": k, "record": scores[k], "state": summary.state} for k in sorted(scores)]
 
 
 @themed
@@ -104,7 +98,6 @@ def draw_curves(
         labels: Experiment -> its name in the figure.
         ax: Where to draw; None makes a figure.
     """
-    import seaborn as sns
 
     ax = axes_of(ax, 6.4, 3.6)
     named = curves.assign(label=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
@@ -137,8 +130,6 @@ def draw_efficiency(
         levels: Label -> value to compare with.
         width: Of the figure, inches.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(width, 3.4), layout="constrained")
     shown = runs.dropna(subset=["value", "images"]).astype({"images": float})
@@ -185,7 +176,6 @@ def draw_runs(
         sort: Lowest mean first; in the order of `runs` otherwise.
         ax: Where to draw; None makes a figure.
     """
-    import seaborn as sns
 
     table = experiment_table(runs, sort=sort)
     order = list(table.index)
@@ -212,7 +202,6 @@ def draw_runs(
 
 def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = True) -> None:
     """Makes an axis logarithmic where its values span more than a factor of five; else it begins at 0, if asked for."""
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     values = list(values)
     if values and min(values) > 0 and max(values) > SPAN * min(values):
