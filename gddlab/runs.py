@@ -30,13 +30,15 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         GddlabError: It is damaged.
     """
-    path = run_dir / "status.json"
-    if not path.exists():
-        return {}
-    status = read_json(path)
-    if not isinstance(status, dict):
+    return _object(run_dir / "status.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A file of one JSON object; {} before there is one."""
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
         raise GddlabError(f"{path} holds no JSON object: it is damaged")
-    return status
+    return found
 
 
 class Run:
@@ -55,8 +57,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Versions, commit, hashes, number of processes, hardware, and every start; {} before the first one."""
-        path = self.run_dir / "provenance.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return _object(self.run_dir / "provenance.json")
 
     @property
     def written_status(self) -> dict[str, Any]:
@@ -147,19 +148,17 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """Metric, value and kimg of the best student scored during training; None where `metric_kimg` was not set."""
-        path = self.run_dir / "best.json"
-        return read_json(path) if path.exists() else None
+        return _object(self.run_dir / "best.json") or None
 
     @property
     def written_config(self) -> dict[str, Any]:
         """config.json as it is, also where this version cannot read it."""
-        return dict(read_json(self.run_dir / "config.json"))
+        return _object(self.run_dir / "config.json")
 
     @property
     def card(self) -> dict[str, Any]:
         """The teacher's card, teacher.json; {} before there is one."""
-        path = self.run_dir / "teacher.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return _object(self.run_dir / "teacher.json")
 
     @property
     def mask(self) -> FreezeMask | None:

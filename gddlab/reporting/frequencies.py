@@ -51,13 +51,7 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
     """Power over radial frequency of the data and of sampled images, and their ratio to the data.
 
     Both axes are logarithmic, so the constant, frequency 0, is omitted. Bands are one standard error over images.
-
-    Args:
-        study: Columns network, source, sigma, frequency, power, sem, n.
-        networks: Sampled networks; all if None.
-
-    Raises:
-        GddlabError: The table is another one, or a network was not sampled.
+    Arguments and errors are those of `spectrum_table`.
     """
 
     study = checked(study, COLUMNS, STUDY)
@@ -84,7 +78,7 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     """What denoising keeps at each noise level: power of noised and denoised images over frequency, and of the data.
 
     Args:
-        study: Columns network, source, sigma, frequency, power, sem, n; source "noised" and "denoised".
+        study: As for `spectrum_table`, with the sources "noised" and "denoised".
 
     Raises:
         GddlabError: The table is another one, or has no denoised images.
@@ -104,12 +98,8 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(long["of"]))
     colours = dict(zip(names, [BLACK, GREY, *PALETTE], strict=False))
     shape: dict[str, Any] = {"col": "sigma", "col_order": sigmas, "col_wrap": min(3, len(sigmas)), "height": 2.2}
-    lines: dict[str, Any] = {
-        "hue": "of",
-        "style": "of",
-        "palette": colours,
-        "dashes": ["", (1, 1), *[""] * 9][: len(names)],
-    }
+    dashes = ["", (1, 1), *[""] * 9][: len(names)]
+    lines: dict[str, Any] = {"hue": "of", "style": "of", "palette": colours, "dashes": dashes}
     grid = sns.relplot(long, x="frequency", y="power", kind="line", errorbar=None, **shape, **lines)
     shown = long.loc[long["of"] != "data with noise", "power"]
     grid.set(yscale="log", ylim=(shown.min() / 2, 5 * shown.max()))  # much of the noise lies above
@@ -127,16 +117,8 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
 def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -> Figure:
     """Shares of a layer's power in four bands of frequency over noise levels, means over the layers of a place.
 
-    A panel is a stage and resolution; the teacher is solid, the student dashed.
-
-    Args:
-        study: The study "layers": columns of `ProbeResult.frame`, network, states, with the statistics
-            `spectral_share_0` to `spectral_share_3`.
-        student: A network of the study.
-        teacher: Another one.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
+    A panel is a stage and resolution; the teacher is solid, the student dashed. Arguments and errors are those of
+    `draw_activations`; the statistics are `spectral_share_0` to `spectral_share_3`.
     """
 
     parts = [

@@ -74,13 +74,8 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     """Teacher, student, and how they differ: three heat maps, layers down, noise levels across.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network, states.
-        stat: A statistic, such as "rms".
-        student: A network of the study.
-        teacher: Another one.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
+        study, stat: As for `measured_layers`, which also says what is refused.
+        student, teacher: Networks of the study.
     """
 
     frames = {n: measured_layers(study, n, stat) for n in (teacher, student)}
@@ -136,14 +131,10 @@ def draw_depth(
     Bands are one standard error over images.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network, states.
-        stat: A statistic, such as "rms".
+        study, stat: As for `measured_layers`, which also says what is refused.
         students: Networks of the study; all but the teacher if None.
         teacher: Drawn in black.
         ax: Where to draw; None makes a figure.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
     """
     frame = measured_layers(study, teacher, stat, states="student")
     every = study[(study["states"] == "student") & (study["stat"] == stat)]["network"]
@@ -152,11 +143,8 @@ def draw_depth(
     ax = axes_of(ax, 6.4, 3.3)
     parts = {n: measured_layers(study, n, stat, states="student").set_index("layer").loc[rows.index] for n in names}
     for name, part in parts.items():
-        style: dict[str, Any] = {
-            "color": BLACK if name == teacher else look(name).colour,
-            "marker": "o",
-            "markersize": 2.5,
-        }
+        colour = BLACK if name == teacher else look(name).colour
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 2.5}
         banded(ax, x_of(rows)[0], part["value"], part["sem"].fillna(0), label=look(name).label, **style)
     ax.set_ylabel(stat_label(frame, stat, value_axis(ax, [part["value"] for part in parts.values()])))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -207,9 +195,7 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
     Raises:
         GddlabError: The table is another one, or has no weight_change of a student.
     """
-    study = checked(
-        study, ("network", "layer", "kind", "stage", "resolution", "depth", "n_params", "stat", "value"), STUDY
-    )
+    study = checked(study, ("network", "kind", "stat", "value", *(c for c in PLACE if c != "family")), STUDY)
     part = study[study["stat"] == "weight_change"]
     if not len(part):
         raise GddlabError(f"the table has no weight_change: give that of the study {STUDY!r}")
@@ -240,9 +226,8 @@ def moved_table(
     """How far whole groups of layers have moved, and how much of all movement is theirs.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network.
+        study, students: As for `moved_layers`.
         norms: `squared_norms(teacher)`.
-        students: Which; all if None.
         by: Columns of `moved_layers` to group by.
 
     Returns:
@@ -259,17 +244,17 @@ def moved_table(
     for name in layers["layer"]:
         if name not in norms:
             raise GddlabError(f"no norm of layer {name!r}: give squared_norms of the teacher that was measured")
-    names = [str(c) for c in layers.columns[len(PLACE) :]]
-    size = layers["layer"].map(dict(norms))
-    groups = [layers[c].replace("", "-") for c in by]
-    out = pd.DataFrame({"layers": layers.groupby(groups, sort=False)["layer"].count()})
-    out["parameters"] = layers["n_params"].groupby(groups, sort=False).sum()
-    for name in names:
+    groups, size = [layers[c].replace("", "-") for c in by], layers["layer"].map(dict(norms))
+
+    def total(values: pd.Series) -> pd.Series:
+        return values.groupby(groups, sort=False).sum()
+
+    out = pd.DataFrame({"layers": total(layers["layer"].notna()), "parameters": total(layers["n_params"])})
+    for name in map(str, layers.columns[len(PLACE) :]):
         moved = (layers[name] ** 2 * size).fillna(0.0)
-        out[name] = np.sqrt(moved.groupby(groups, sort=False).sum() / size.groupby(groups, sort=False).sum())
-        out[f"{name} share"] = moved.groupby(groups, sort=False).sum() / moved.sum()
-        still = layers["n_params"].where(layers[name] == 0, 0)
-        out[f"{name} still"] = still.groupby(groups, sort=False).sum() / out["parameters"]
+        out[name] = np.sqrt(total(moved) / total(size))
+        out[f"{name} share"] = total(moved) / moved.sum()
+        out[f"{name} still"] = total(layers["n_params"].where(layers[name] == 0, 0)) / out["parameters"]
     return out
 
 
@@ -280,11 +265,8 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
     Crosses at the foot are layers that have not moved.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network.
+        study: As for `moved_layers`, which also says what is refused.
         students: From top to bottom.
-
-    Raises:
-        GddlabError: The table is another one, or has no weight_change of a student.
     """
 
     layers = moved_layers(study, students)
@@ -300,14 +282,8 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
         colours = shown["family"].map(FAMILIES)
         ax.vlines(shown["order"], floor, shown["moved"], color=colours, linewidth=0.8, alpha=0.5)
         dots: dict[str, Any] = {"hue": "family", "palette": FAMILIES, "hue_order": list(FAMILIES), "style": "still"}
-        marks: dict[str, Any] = {
-            "markers": {False: "o", True: "X"},
-            "s": 22,
-            "linewidth": 0,
-            "zorder": 3,
-            "clip_on": False,
-        }
-        sns.scatterplot(shown, x="order", y="moved", legend=False, ax=ax, **dots, **marks)
+        marks: dict[str, Any] = {"markers": {False: "o", True: "X"}, "s": 22, "linewidth": 0, "zorder": 3}
+        sns.scatterplot(shown, x="order", y="moved", legend=False, clip_on=False, ax=ax, **dots, **marks)
         count = int(shown["still"].sum())
         text = f"{count} of {len(layers)} layers unmoved" if count else "all layers moved"
         ax.set_title(f"{look(name).label}: {text}", loc="left", pad=26 if ax is axes[0, 0] else None)

@@ -78,7 +78,7 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     """One row per network: how far from the data, and how far from the teacher with its full number of steps.
 
     Args:
-        study: Columns a, b, distance, value, sem, n, unit.
+        study: As for `between`.
 
     Returns:
         Indexed by network, by sort (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data
@@ -95,8 +95,8 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     names = [n for n in _networks(study) if n != "data"]
     names.sort(key=lambda n: list(SORTS).index(look(n).sort))  # stable: the order of the study within a sort
     columns: dict[str, Any] = {"sort": [look(n).sort for n in names]}
-    columns["data"] = [_value(study, n, "data", metric)[0] for n in names]
-    columns["teacher"] = [_value(study, n, teacher, metric)[0] for n in names]
+    for column, to in (("data", "data"), ("teacher", teacher)):
+        columns[column] = [_value(study, n, to, metric)[0] for n in names]
     for distance in IMAGES:
         yardstick = _value(study, teacher, teacher + OTHER, distance)[0]
         found = [_value(study, n, teacher, distance) for n in names]
@@ -114,7 +114,7 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     between its images of different noise: a network whose dot is there shares no image with it.
 
     Args:
-        study: Columns a, b, distance, value, sem, n, unit.
+        study: As for `between`.
         networks: Which to show; all if None.
 
     Raises:
@@ -133,27 +133,17 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     for ax, (column, title) in zip(axes, PANELS.items(), strict=True):
         log = f"{column}_sem" not in table
         shown = table[table[column] > 0] if log else table  # the teacher's distance to itself is 0
-        dots: dict[str, Any] = {
-            "hue": "sort",
-            "palette": SORTS,
-            "s": 24,
-            "clip_on": False,
-            "zorder": 3,
-            "legend": ax is axes[0],
-            "ax": ax,
-        }
+        dots: dict[str, Any] = {"s": 24, "clip_on": False, "zorder": 3, "legend": ax is axes[0], "ax": ax}
         if not log:
-            ax.errorbar(
-                table[column], table["label"], xerr=table[f"{column}_sem"], fmt="none", ecolor=GREY, elinewidth=1
-            )
+            bars: dict[str, Any] = {"fmt": "none", "ecolor": GREY, "elinewidth": 1}
+            ax.errorbar(table[column], table["label"], xerr=table[f"{column}_sem"], **bars)
         if len(shown):
-            sns.scatterplot(shown, x=column, y="label", **dots)
+            sns.scatterplot(shown, x=column, y="label", hue="sort", palette=SORTS, **dots)
         at, text = lines.get(column, (np.nan, ""))
         if text:
             ax.axvline(at, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-            ax.annotate(
-                text, (at, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7, color=GREY
-            )
+            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+            ax.annotate(text, (at, 1), fontsize=7, color=GREY, **place)
         if log:
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
@@ -191,9 +181,7 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
 
     values = table.to_numpy(dtype=float)
     if list(table.index) != list(table.columns) or not np.isfinite(values).any():
-        raise GddlabError(
-            f"a table of {values.shape[0]} rows and {values.shape[1]} columns: give one from between(study)"
-        )
+        raise GddlabError(f"a table of {len(table)} rows, {len(table.columns)} columns: give one from between(study)")
     ax = axes_of(ax, 6.6, 6.0)
     names = [look(n).label for n in table.index]
     room = ax.get_window_extent().width / ax.figure.dpi * 72 / len(names) >= 14  # points, for four digits of 6
@@ -201,13 +189,9 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     written: dict[str, Any] = {"annot": np.array(text), "fmt": "", "annot_kws": {"fontsize": 6}} if room else {}
     low, high = np.nanmin(values), np.nanmax(values)
     scale = Scale("log", low, max(high, 2 * low), low, missing=False)
-    given: dict[str, Any] = {
-        "norm": LogNorm(scale.low, scale.high),
-        "cmap": f"{SEQUENTIAL}_r",
-        "square": True,
-    } | written
+    colours: dict[str, Any] = {"norm": LogNorm(scale.low, scale.high), "cmap": f"{SEQUENTIAL}_r"}
     shown = table.set_axis(names).set_axis(names, axis=1)
-    draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, **given)
+    draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, square=True, **colours, **written)
     if "n" in table.attrs:
         ax.set_title(f"n = {table.attrs['n']} images", loc="left")
     return ax

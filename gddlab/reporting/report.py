@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from gddlab.errors import GddlabError, NotFound
+from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, compare
 from gddlab.evaluation.metrics import DISTANCES
 from gddlab.evaluation.records import COMPARED, kind_of
@@ -19,7 +19,7 @@ from gddlab.reporting.pages import Picture, of_figure, of_file, render
 from gddlab.reporting.run_summary import Summary, differing, provenance_rows, python_of, shown, trained_rows
 from gddlab.reporting.style import look
 from gddlab.reporting.training_curves import draw_curves, draw_metrics
-from gddlab.runs import Run
+from gddlab.runs import Run, load_runs
 
 HEAD = ("what", "score", "value", "±", "n", "seeds", "extractor", "reference")
 FAR = 3.0
@@ -53,29 +53,17 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
         NotFound: No such folder, or no run in it.
         GddlabError: No runs, or `out` is a folder.
     """
-    folders = _folders([runs] if isinstance(runs, (str, Path, Run)) else runs)
+    given = [runs] if isinstance(runs, (str, Path, Run)) else runs
+    found = [run for each in given for run in ([each] if isinstance(each, Run) else load_runs(each))]
+    folders = list(dict.fromkeys(run.run_dir for run in found))
+    if not folders:
+        raise GddlabError("no runs given: give run directories, or a folder that holds some")
     out = Path(out)
     if out.is_dir():
         raise GddlabError(f"out={str(out)!r} is a folder: give the name of an HTML file")
     seen = [Summary(Run(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
     write_text(out, _one(seen[0]) if len(seen) == 1 else _several(seen))
     return out
-
-
-def _folders(runs: Iterable[str | Path | Run]) -> list[Path]:
-    found: list[Path] = []
-    for run in runs:
-        folder = run.run_dir if isinstance(run, Run) else Path(run)
-        if not folder.is_dir():
-            raise NotFound(f"no such run directory: {run}")
-        whole = (folder / "config.json").is_file()
-        inside = [folder] if whole else sorted(p.parent for p in folder.rglob("config.json"))
-        if not inside:
-            raise NotFound(f"no run in {run}: it holds no config.json, at any depth")
-        found += [p.resolve() for p in inside]
-    if not found:
-        raise GddlabError("no runs given: give run directories, or a folder that holds some")
-    return list(dict.fromkeys(found))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

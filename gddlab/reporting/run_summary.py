@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
@@ -25,111 +25,87 @@ NOT_RUN = "not run"
 T = TypeVar("T")
 
 
+class Part(Generic[T]):
+    """An attribute of `Summary` that is read once, when asked.
+
+    Args:
+        what: Its name in `Summary.problems`.
+        read: Reads it.
+        otherwise: Its value where it is missing or damaged.
+        needed: Whether one that is empty is a problem too.
+    """
+
+    def __init__(self, what: str, read: Callable[[Summary], T], otherwise: T, *, needed: bool = False) -> None:
+        self.what, self.read, self.otherwise, self.needed = what, read, otherwise, needed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, summary: Summary, owner: type) -> T:
+        found = self.otherwise
+        try:
+            found = self.read(summary)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:  # a GddlabError is a ValueError
+            why = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{summary.run.run_dir}/", "")
+            summary.problem_of[self.what] = why
+        if self.needed and not found:
+            summary.problem_of.setdefault(self.what, "not there")
+        vars(summary)[self.name] = found  # the next look finds it there
+        return found
+
+
 class Summary:
     """A run directory, read when asked: what is missing or damaged has a neutral value, and `problems` says why.
 
     Attributes:
         run: The run.
         name: Its name on a page.
+        written: config.json as it is.
+        card, provenance: teacher.json, provenance.json.
+        records, teacher: Scores of the run, oldest first; those of its teacher, on the card.
+        mask: What is frozen; None where nothing is.
+        metrics, alarms: One row per tick, per alarm.
+        problem_of: What could not be read -> why.
     """
 
-    PARTS = (
-        "fields",
-        "card",
-        "status",
-        "config",
-        "state",
-        "mask",
-        "metrics",
-        "records",
-        "teacher",
-        "provenance",
-        "alarms",
+    run: RunHandle
+    written: Part[dict[str, Any]] = Part("config.json", lambda s: s.run.written_config, {})
+    card: Part[dict[str, Any]] = Part("teacher.json", lambda s: s.run.card, {}, needed=True)
+    status: Part[dict[str, Any]] = Part("status.json", lambda s: s.run.written_status, {})
+    config: Part[TrainConfig | None] = Part("configuration", lambda s: s.run.config, None)
+    records: Part[tuple[Record, ...]] = Part("evaluation.jsonl", lambda s: tuple(load_records(s.run.run_dir)), ())
+    mask: Part[FreezeMask | None] = Part("mask.json", lambda s: s.run.mask if s.fields["mask"] else None, None)
+    metrics: Part[pd.DataFrame] = Part("metrics.jsonl", lambda s: s.run.metrics, pd.DataFrame())
+    teacher: Part[tuple[Record, ...]] = Part(
+        "scores in teacher.json", lambda s: tuple(map(Record.from_dict, s.card.get("scores") or ())), ()
     )
+    provenance: Part[dict[str, Any]] = Part("provenance.json", lambda s: s.run.provenance, {}, needed=True)
+    alarms: Part[pd.DataFrame] = Part("alarms.jsonl", lambda s: s.run.alarms, pd.DataFrame())
 
     def __init__(self, run: Run, name: str = "") -> None:
         self.run, self.name = RunHandle(run.run_dir), name
-        self._problems: dict[str, str] = {}
-
-    def _read(self, what: str, get: Callable[[], T], otherwise: T) -> T:
-        try:
-            return get()
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:  # a GddlabError is a ValueError
-            self._problems[what] = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{self.run.run_dir}/", "")
-            return otherwise
-
-    def _present(self, what: str, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        nothing: dict[str, Any] = {}
-        found = self._read(what, get, nothing)
-        if not found:
-            self._problems.setdefault(what, "not there")
-        return found
+        self.problem_of: dict[str, str] = {}
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be read and why, one line each."""
-        for part in self.PARTS:
-            getattr(self, part)
-        return tuple(f"{what}: {why}" for what, why in self._problems.items())
-
-    @cached_property
-    def config(self) -> TrainConfig | None:
-        return self._read("configuration", lambda: self.run.config, None)
+        for name, part in vars(Summary).items():
+            if isinstance(part, Part):
+                getattr(self, name)
+        return tuple(f"{what}: {why}" for what, why in self.problem_of.items())
 
     @cached_property
     def fields(self) -> dict[str, Any]:
         """The configuration as it was written, with the defaults of fields that did not exist then."""
-        nothing: dict[str, Any] = {}
-        return _defaults() | self._read("config.json", lambda: self.run.written_config, nothing)
-
-    @cached_property
-    def status(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {}
-        return self._read("status.json", lambda: self.run.written_status, nothing)
-
-    @cached_property
-    def records(self) -> tuple[Record, ...]:
-        """Its scores, oldest first."""
-        return self._read("evaluation.jsonl", lambda: tuple(load_records(self.run.run_dir)), ())
-
-    @cached_property
-    def metrics(self) -> pd.DataFrame:
-        """One row per tick."""
-
-        return self._read("metrics.jsonl", lambda: self.run.metrics, pd.DataFrame())
-
-    @cached_property
-    def alarms(self) -> pd.DataFrame:
-        """One row per alarm."""
-
-        return self._read("alarms.jsonl", lambda: self.run.alarms, pd.DataFrame())
-
-    @cached_property
-    def mask(self) -> FreezeMask | None:
-        """What is frozen; None where nothing is."""
-        return self._read("mask.json", lambda: self.run.mask, None) if self.fields["mask"] else None
-
-    @cached_property
-    def card(self) -> dict[str, Any]:
-        return self._present("teacher.json", lambda: self.run.card)
-
-    @cached_property
-    def teacher(self) -> tuple[Record, ...]:
-        """The teacher's scores on its card."""
-        scores = self.card.get("scores") or ()
-        return self._read("scores in teacher.json", lambda: tuple(map(Record.from_dict, scores)), ())
-
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        return self._present("provenance.json", lambda: self.run.provenance)
+        return _defaults() | self.written
 
     @cached_property
     def state(self) -> str:
         """ "done", or what keeps it from being so, such as "stopped at 3 of 12 kimg" or "older format: ..."."""
         config, status, _ = self.config, self.status, self.records
         for what in ("configuration", "status.json", "evaluation.jsonl"):
-            if what in self._problems:
-                return f"older format: {self._problems[what]}"
+            if what in self.problem_of:
+                return f"older format: {self.problem_of[what]}"
         assert config is not None
         state = str(status.get("state", "not started"))
         if state in ("starting", "running") and self.run.status == "failed":
