@@ -62,7 +62,7 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
     if out.is_dir():
         raise GddlabError(f"out={str(out)!r} is a folder: give the name of an HTML file")
     seen = [Summary(Run(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
-    write_text(out, _one(seen[0]) if len(seen) == 1 else _several(seen))
+    write_text(out, run_page(seen[0]) if len(seen) == 1 else _several(seen))
     return out
 
 
@@ -74,7 +74,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f.relative_to(common).as_posix() for f in folders]
 
 
-def _one(f: Summary) -> str:
+def run_page(f: Summary, template: str = "run.html.j2", **more: Any) -> str:
+    """The page of one run; `more` is what another template needs, or shows in place of what is here."""
     charts = [
         of_figure(_chart([f], group, group[0].metric), f"{group[0].metric} over the training")
         for group in _drawable(f.records)
@@ -84,19 +85,19 @@ def _one(f: Summary) -> str:
         if drawn := {k: v for k, v in names.items() if k in f.metrics and f.metrics[k].notna().any()}:
             curves.append(of_figure(draw_metrics(f.metrics, drawn, ylabel=ylabel), ylabel))
     three = dict.fromkeys([grids[0], grids[(len(grids) - 1) // 2], grids[-1]] if grids else [])
-    return render(
-        "run.html.j2",
-        title=f"Run {f.name}",
-        run=_told(f),
-        headline=_headline(f),
-        charts=charts,
-        scores=_score_rows(f),
-        head=HEAD,
-        notes=[*_apart(_comparable([*f.records, *f.teacher])), *_partial_judges(f)],
-        curves=curves,
-        grids=[_grid(path, "", GRID) for path in three],
-        code=python_of(f),
-    )
+    context = {
+        "title": f"Run {f.name}",
+        "run": _told(f),
+        "headline": _headline(f),
+        "charts": charts,
+        "scores": _score_rows(f),
+        "head": HEAD,
+        "notes": [*_apart(_comparable([*f.records, *f.teacher])), *_partial_judges(f)],
+        "curves": curves,
+        "grids": [_grid(path, "", GRID) for path in three],
+        "code": python_of(f),
+    }
+    return render(template, **context | more)
 
 
 def _several(runs: Sequence[Summary]) -> str:
