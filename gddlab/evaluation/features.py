@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sized
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
-from gddlab.files import atomic_path, cache_dir, hash_json
+from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors, write_json
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device
@@ -100,16 +103,14 @@ def extract(
     images: Images,
     extractor: Extractor,
     *,
-    device: torch.device | None = None,
     ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> Extracted:
     """Reads or makes images and extracts their features; only one batch of images is held at a time.
 
     Args:
-        images: The images.
+        images: The images; the extractor runs on their device, or else on CUDA where there is one.
         extractor: From `find_extractor`.
-        device: Where the extractor runs; None takes the images' own, or else CUDA where there is one.
         ranks: Processes that make this call together, each for a part of the images; all get the whole result.
         progress: Shows a bar at a terminal.
     """
@@ -121,7 +122,7 @@ def extract(
     with tempfile.TemporaryFile() as kept, bar:
         keep = digest.update if ranks.size == 1 else kept.write
         with ranks.together():
-            rows = extract_part(images, extractor, start, stop, device=device, keep=keep, report=bar.update)
+            rows = extract_part(images, extractor, start, stop, keep=keep, report=bar.update)
         if ranks.size > 1:
             pixels = int(np.prod(images.shape))
             rows = ranks.gather(rows, [b - a for a, b in parts])
@@ -135,20 +136,19 @@ def extract_part(
     start: int,
     stop: int,
     *,
-    device: torch.device | None = None,
     keep: Callable[[memoryview], Any],
     report: Callable[[int], Any],
 ) -> Float[Tensor, "n width"]:
     """Features of the images from `start` to `stop`, (stop - start, extractor.width).
 
     Args:
-        images, extractor, device: As for `extract`.
+        images, extractor: As for `extract`.
         start, stop: First image, and the one after the last.
         keep: Gets the bytes of the images, batch by batch.
         report: Gets the number of images of each batch.
     """
     net = extractor.build()  # before the first image
-    where = device or images.device or chosen_device()
+    where = images.device or chosen_device()
     net = net.to(where)
     out = torch.empty(stop - start, extractor.width)
     for i in range(start, stop, images.batch_size):
@@ -199,11 +199,6 @@ def image_features(
     return extract(stored, extractor, progress=progress).rows[:, : extractor.dims]
 
 
-def real_images(data: ImageDataset) -> UInt8[Tensor, "n c r r"]:
-    """Images of a data set, uint8, (N, C, R, R)."""
-    return torch.from_numpy(data.uint8).permute(0, 3, 1, 2)
-
-
 def recall(
     name: str,
     compute: Callable[[], T],
@@ -214,12 +209,12 @@ def recall(
 ) -> T:
     """The value in the cache file `name`, or computed and written there.
 
-    A file that `read` refuses (ValueError, OSError, EOFError, KeyError) is computed again and replaced. Where one of
-    the ranks lacks the file, all compute. A cache that cannot be written costs time at the next call, nothing else.
+    A file that `read` refuses is computed again and replaced. Where one of the ranks lacks the file, all compute. A
+    cache that cannot be written costs time at the next call, nothing else.
     """
     path = cache_dir() / name
     found: list[T] = []
-    with suppress(ValueError, OSError, EOFError, KeyError):
+    with suppress(ValueError, OSError, EOFError, KeyError, TypeError, SafetensorError):
         found.append(read(path))
     if not ranks.all(bool(found)):
         found = [compute()]
@@ -229,7 +224,38 @@ def recall(
     return found[0]
 
 
-_kept: dict[str, Tensor] = {}
+def recall_list(name: str, compute: Callable[[], list[T]], of: Callable[[Any], T], to: Callable[[T], Any]) -> list[T]:
+    """As `recall`, of a list; `to` makes JSON of a value, and `of` the value of it."""
+
+    def read(path: Path) -> list[T]:
+        return [of(value) for value in json.loads(path.read_text())]
+
+    return recall(name, compute, read=read, write=lambda path, found: write_json(path, [to(value) for value in found]))
+
+
+def recall_rows(
+    name: str, count: int, extractor: Extractor, compute: Callable[[], Extracted], ranks: Ranks = ALONE
+) -> Extracted:
+    """As `recall`, of the features of `count` images."""
+
+    def read(path: Path) -> Extracted:
+        with safe_open(path, framework="pt") as f:
+            about, rows = f.metadata() or {}, f.get_tensor("rows")
+        intact = rows.shape == (count, extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
+        if not intact or not torch.isfinite(rows).all():
+            raise ValueError(path)
+        os.utime(path)
+        return Extracted(rows, about["images_sha256"])
+
+    def write(path: Path, value: Extracted) -> None:
+        rows = value.rows.contiguous()
+        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
+        save_file({"rows": rows}, path, metadata=about)
+
+    return recall(name, compute, read=read, write=write, ranks=ranks)
+
+
+_kept: dict[str, Extracted] = {}
 KEEP, KEEP_BYTES = 4, 1 << 28
 """How many sets of real features, of which size at most, stay in memory."""
 
@@ -239,7 +265,7 @@ def real_features(
 ) -> Float[Tensor, "n d"]:
     """Features of a whole data set, (N, extractor.dims), cached by the hashes of its manifest and the extractor."""
     where = None if device is None else torch.device(device)
-    return real_rows(data, extractor, device=where, progress=progress)[:, : extractor.dims]
+    return real_rows(data, extractor, device=where, progress=progress).rows[:, : extractor.dims]
 
 
 def real_rows(
@@ -249,29 +275,21 @@ def real_rows(
     device: torch.device | None = None,
     ranks: Ranks = ALONE,
     progress: bool = False,
-) -> Float[Tensor, "n width"]:
-    """Features and logits of a whole data set, (N, extractor.width); arguments as for `extract`, cache as above."""
+) -> Extracted:
+    """Features and logits of a whole data set; arguments as for `extract`, cache as above."""
     key = hash_json([data.manifest.sha256, extractor.identity])
     if ranks.all(key in _kept):
         return _kept[key]
-
-    def read(path: Path) -> Tensor:
-        rows = np.load(path, allow_pickle=False)
-        if rows.shape != (len(data), extractor.width) or rows.dtype != np.float32 or not np.isfinite(rows).all():
-            raise ValueError(path)
-        return torch.from_numpy(rows)
-
-    def write(path: Path, value: Tensor) -> None:
-        with path.open("wb") as f:
-            np.save(f, value.numpy())
-
-    def compute() -> Tensor:
-        images = StoredImages(data.uint8, "data")
-        return extract(images, extractor, device=device, ranks=ranks, progress=progress).rows
-
-    rows = recall(f"features-{extractor.name}-{key[:16]}.npy", compute, read=read, write=write, ranks=ranks)
-    if rows.nbytes <= KEEP_BYTES:
+    images = StoredImages(data.uint8, "data", device=device)
+    found = recall_rows(
+        f"features-{extractor.name}-{key[:16]}.safetensors",
+        len(data),
+        extractor,
+        lambda: extract(images, extractor, ranks=ranks, progress=progress),
+        ranks,
+    )
+    if found.rows.nbytes <= KEEP_BYTES:
         while len(_kept) >= KEEP:
             _kept.pop(next(iter(_kept)))
-        _kept[key] = rows
-    return rows
+        _kept[key] = found
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall
+from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall_rows
 from gddlab.evaluation.references import Reference
 from gddlab.files import cache_dir, hash_json, hash_tensors
 from gddlab.nets import Precond, architecture, load_network, save_network
@@ -214,7 +213,7 @@ def generated_rows(
     nproc: int = 1,
     progress: bool = False,
 ) -> Extracted:
-    """Features of generated images, from the cache if they are there, complete and undamaged.
+    """Features of generated images, from the cache if they are there.
 
     Args:
         images: What is generated.
@@ -222,25 +221,6 @@ def generated_rows(
         ranks, progress: As for `extract`.
         nproc: Fresh processes on this machine that share the work.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
-    def read(path: Path) -> Extracted:
-        try:
-            with safe_open(path, framework="pt") as f:
-                about, rows = f.metadata() or {}, f.get_tensor("rows")
-        except SafetensorError as e:
-            raise ValueError(path) from e
-        intact = rows.shape == (len(images), extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
-        if not intact or not torch.isfinite(rows).all():
-            raise ValueError(path)
-        os.utime(path)
-        return Extracted(rows, about["images_sha256"])
-
-    def write(path: Path, value: Extracted) -> None:
-        rows = value.rows.contiguous()
-        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
-        save_file({"rows": rows}, path, metadata=about)
 
     def compute() -> Extracted:
         if nproc > 1:
@@ -248,7 +228,7 @@ def generated_rows(
         return extract(images, extractor, ranks=ranks, progress=progress)
 
     key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
-    found = recall(f"generated/{extractor.name}-{key}.safetensors", compute, read=read, write=write, ranks=ranks)
+    found = recall_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
     _prune(cache_dir() / "generated")
     return found
 

@@ -5,9 +5,7 @@ Each is computed by torch-fidelity's own function, except MIND, which torch-fide
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.features import recall
-from gddlab.files import hash_json, hash_tensors, write_json
+from gddlab.evaluation.features import recall_list
+from gddlab.files import hash_json, hash_tensors
 from gddlab.provenance import versions
 
 KID_SUBSETS = 20  # torch-fidelity's 100 take five times as long, for a smaller error of the mean
@@ -167,16 +165,9 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
     key = hash_json([metric, digest, settings, versions()])[:32]
 
-    def read(path: Path) -> list[Value]:
-        try:
-            return [Value(**v) for v in json.loads(path.read_text())]
-        except TypeError as e:  # JSON of something else
-            raise ValueError(path) from e
-
-    def write(path: Path, values: list[Value]) -> None:
-        write_json(path, [v._asdict() for v in values])
-
-    return recall(f"scores/{metric}-{key}.json", lambda: METRICS[metric](*inputs), read=read, write=write)
+    return recall_list(
+        f"scores/{metric}-{key}.json", lambda: METRICS[metric](*inputs), lambda d: Value(**d), Value._asdict
+    )
 
 
 def names_of(metric: str) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class Reference:
         if self.features is not None:
             return self.features
         if self.data is not None:
-            return real_rows(self.data, extractor, **where)[:, : extractor.dims]
+            return real_rows(self.data, extractor, **where).rows[:, : extractor.dims]
         assert self.known is not None
         return self.known
 
