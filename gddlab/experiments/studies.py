@@ -15,7 +15,7 @@ from gddlab.diagnosis.preflight import preflight
 from gddlab.evaluation import evaluate, find_extractor, real_split
 from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.metrics import frechet
-from gddlab.experiments.experiment import Found, Study, Subjects
+from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
 from gddlab.nets import Precond
 from gddlab.probing import probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -24,7 +24,7 @@ from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 
 OTHER_NOISE = "other noise"
-PROBED, SPECTRA = 64, 512
+PROBED, DENOISED = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""
 TIMED = 24
 """Iterations timed of each configuration; the median counts."""
@@ -158,7 +158,7 @@ def spectra(s: Subjects) -> Found:
     for name, net, steps in _networks(s):
         x = sample(net, n, steps=steps, seed=0, class_labels=_classes(net, real, n))
         add(name, "sampled", None, x)
-    inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(SPECTRA, len(real)), seed=0)
+    inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(DENOISED, len(real)), seed=0)
     x, y = _denoised(s.teacher, inputs)  # (n, S, C, H, W)
     for i, sigma in enumerate(inputs.sigmas):
         add("data", "noised", sigma, x[:, i])
@@ -194,40 +194,16 @@ def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.cat(xs).reshape(shape), torch.cat(ys).reshape(shape)
 
 
-STUDIES: tuple[Study, ...] = (
-    Study(
-        "teacher-steps",
-        "the teacher at 1 to its full number of Heun steps, by both extractors",
-        ("12_main_results", "13_second_extractor", "14_local_minima", "10_fid_over_images"),
-        (),
-        teacher_steps,
-        900.0,
-    ),
-    Study(
-        "local-minima",
-        "distances of teacher and students to the data and to each other",
-        ("14_local_minima",),
-        ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd"),
-        local_minima,
-        500.0,
-    ),
-    Study(
-        "layers",
-        "activation over noise levels and moved weights, teacher and students",
-        ("15_activations", "16_moved_parameters", "22_frequencies"),
-        ("gdd", "gdd-i", "cd"),
-        layers,
-        60.0,
-    ),
-    Study(
-        "spectra",
-        "power spectra of images: data, noised, denoised, sampled",
-        ("22_frequencies",),
-        ("gdd", "gdd-i", "cd"),
-        spectra,
-        300.0,
-    ),
-    Study(
-        "costs", "time and memory of a training step of each configuration", ("23_cost",), (), costs, 600.0, timed=True
-    ),
+STUDENTS = ("gdd", "gdd-i", "cd")
+MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
+BOTH = "the teacher at 1 to its full number of Heun steps, by both extractors"
+STUDIES: tuple[Study, ...] = tuple(
+    Study(name, what, feeds_of(name), needs, measure, seconds, timed=measure is costs)
+    for name, what, needs, measure, seconds in (
+        ("teacher-steps", BOTH, (), teacher_steps, 900.0),
+        ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
+        ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
+        ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
+        ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
+    )
 )
