@@ -53,7 +53,6 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
     Both axes are logarithmic, so the constant, frequency 0, is omitted. Bands are one standard error over images.
     Arguments and errors are those of `spectrum_table`.
     """
-
     study = checked(study, COLUMNS, STUDY)
     names = list(spectrum_table(study, networks).index)
     data = _spectrum(study, "data")
@@ -83,7 +82,6 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     Raises:
         GddlabError: The table is another one, or has no denoised images.
     """
-
     study = checked(study, COLUMNS, STUDY)
     part = study[study["source"] == "denoised"]
     if not len(part):
@@ -120,7 +118,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -
     A panel is a stage and resolution; the teacher is solid, the student dashed. Arguments and errors are those of
     `draw_activations`; the statistics are `spectral_share_0` to `spectral_share_3`.
     """
-
     parts = [
         measured_layers(study, name, f"spectral_share_{i}").assign(frequencies=band, network=look(name).label)
         for name in (teacher, student)
@@ -158,7 +155,6 @@ def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.Dat
 
 def _frequencies(ax: Any, frequencies: np.ndarray) -> None:
     """A logarithmic x axis of whole frequencies, powers of two named."""
-
     ax.set_xscale("log")
     ticks = [2**k for k in range(12) if 2**k <= frequencies.max()]
     ax.set_xticks(ticks, [str(t) for t in ticks])

@@ -77,7 +77,6 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
         study, stat: As for `measured_layers`, which also says what is refused.
         student, teacher: Networks of the study.
     """
-
     frames = {n: measured_layers(study, n, stat) for n in (teacher, student)}
     frame, theirs = frames[teacher], wide(frames[teacher], stat)
     ours = wide(frames[student], stat).reindex(index=theirs.index, columns=theirs.columns)
@@ -238,7 +237,6 @@ def moved_table(
     Raises:
         GddlabError: The table is another one; a layer has no norm.
     """
-
     layers = moved_layers(study, students)
     layers = layers.sort_values("family", key=lambda f: f.map(list(FAMILIES).index), kind="stable")
     for name in layers["layer"]:
@@ -268,7 +266,6 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
         study: As for `moved_layers`, which also says what is refused.
         students: From top to bottom.
     """
-
     layers = moved_layers(study, students)
     values = layers[list(students)].to_numpy(dtype=float)
     if not (values > 0).any():

@@ -47,7 +47,6 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one, or has no such distance.
     """
-
     study = checked(study, COLUMNS, STUDY)
     distance = distance or frechet_name(study)
     if distance not in set(study["distance"]):
@@ -89,7 +88,6 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one.
     """
-
     study = checked(study, COLUMNS, STUDY)
     teacher, metric = _teacher(study), frechet_name(study)
     names = [n for n in _networks(study) if n != "data"]
@@ -120,7 +118,6 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     Raises:
         GddlabError: The table is another one, or a network is not in it.
     """
-
     study = checked(study, COLUMNS, STUDY)
     table, teacher, metric = minima_table(study), _teacher(study), frechet_name(study)
     names = known(list(table.index), networks)
@@ -178,7 +175,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     Raises:
         GddlabError: The table is not square, or has no value.
     """
-
     values = table.to_numpy(dtype=float)
     if list(table.index) != list(table.columns) or not np.isfinite(values).any():
         raise GddlabError(f"a table of {len(table)} rows, {len(table.columns)} columns: give one from between(study)")
@@ -199,7 +195,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
 
 def _networks(study: pd.DataFrame) -> list[str]:
     """The data first, then the teachers, then the others in the order of the study."""
-
     names = [n for n in dict.fromkeys(pd.concat([study["a"], study["b"]])) if not n.endswith(OTHER)]
     return sorted(names, key=lambda n: (n != "data", look(n).sort != "teacher"))
 

@@ -289,7 +289,6 @@ def _best(f: Summary) -> str:
 
 def _chart(runs: Sequence[Summary], group: Sequence[Record], label: str) -> Axes:
     """Distances of runs over the training, one line per experiment."""
-
     rows: list[dict[str, Any]] = []
     for f in runs:
         own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}

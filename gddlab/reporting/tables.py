@@ -41,7 +41,6 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-
     return table_of(runs, rows, RUN_COLUMNS, lambda summary: [_row(summary, metric)])
 
 
@@ -78,7 +77,6 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
         Indexed by experiment: frozen, seeds (runs with a value), mean, sd (sample standard deviation over seeds;
         NaN for one), min, max, unfinished (runs without a value), state ("done", or why its runs have no value).
     """
-
     groups = runs.groupby("experiment", sort=False)
     out = pd.DataFrame(
         {
@@ -109,7 +107,6 @@ def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[s
     Raises:
         GddlabError: As for `run_table`, for each score.
     """
-
     parts: dict[str, pd.Series] = {}
     states: dict[str, pd.Series] = {}
     for metric in metrics:
@@ -194,7 +191,6 @@ def styled(
         heads: Column -> head, beside `HEADS`.
         formats: Column, or how its name begins -> format, beside `FORMATS`.
     """
-
     state = table.get("state")
     told = state is None or not state.isin(["done", NOT_RUN]).all()
     shown = table if told else table.drop(columns="state")
@@ -285,7 +281,6 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
         GddlabError: A column is missing or unknown, a value is not a positive number, or has no source.
         NotFound: No such file.
     """
-
     path = data_dir() / "published.csv" if path is None else Path(path)
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
@@ -330,7 +325,6 @@ def main_table(
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
     """
-
     studies = teachers or {}
     for name in (*runs_by_setting, *studies):
         if name not in (*SETTINGS, "digits"):
@@ -410,7 +404,6 @@ def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | Non
         metric: "fid" or "clip-fid".
         ax: Where to draw; None makes a figure.
     """
-
     shown = results[(results["metric"] == metric) & results["images"].notna()]
     if not len(shown):
         raise GddlabError(f"no published {metric!r} says how many images were seen: accepted are 'fid', 'clip-fid'")
@@ -446,7 +439,6 @@ def cost_table(study: pd.DataFrame) -> pd.DataFrame:
     Raises:
         GddlabError: Another table.
     """
-
     study = checked(study, COST_COLUMNS, "costs")
     out = pd.DataFrame(
         {

@@ -67,7 +67,6 @@ def curve_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-
     return table_of(runs, rows, ("seed", "kimg", "metric", "value", "state"), lambda run: _scores(run, metric))
 
 
@@ -98,7 +97,6 @@ def draw_curves(
         labels: Experiment -> its name in the figure.
         ax: Where to draw; None makes a figure.
     """
-
     ax = axes_of(ax, 6.4, 3.6)
     named = curves.assign(label=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
     shown = named.dropna(subset=["value"])
@@ -130,7 +128,6 @@ def draw_efficiency(
         levels: Label -> value to compare with.
         width: Of the figure, inches.
     """
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(width, 3.4), layout="constrained")
     shown = runs.dropna(subset=["value", "images"]).astype({"images": float})
     if len(shown):
@@ -176,7 +173,6 @@ def draw_runs(
         sort: Lowest mean first; in the order of `runs` otherwise.
         ax: Where to draw; None makes a figure.
     """
-
     table = experiment_table(runs, sort=sort)
     order = list(table.index)
     ax = axes_of(ax, 6.4, 0.27 * len(order) + 1.3)
@@ -202,7 +198,6 @@ def draw_runs(
 
 def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = True) -> None:
     """Makes an axis logarithmic where its values span more than a factor of five; else it begins at 0, if asked for."""
-
     values = list(values)
     if values and min(values) > 0 and max(values) > SPAN * min(values):
         ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.8 * min(values), 1.25 * max(values))})
