@@ -108,11 +108,8 @@ def extract(
 ) -> Extracted:
     """Reads or makes images and extracts their features; only one batch of images is held at a time.
 
-    Args:
-        images: The images; the extractor runs on their device, or else on CUDA where there is one.
-        extractor: From `find_extractor`.
-        ranks: Processes that make this call together, each for a part of the images; all get the whole result.
-        progress: Shows a bar at a terminal.
+    The extractor runs where the images are, or else on CUDA where there is one. `ranks` make this call together, each
+    for a part of the images; all get the whole result.
     """
     parts = [share(len(images), images.batch_size, rank, ranks.size) for rank in range(ranks.size)]
     start, stop = parts[ranks.rank]
@@ -139,13 +136,9 @@ def extract_part(
     keep: Callable[[memoryview], Any],
     report: Callable[[int], Any],
 ) -> Float[Tensor, "n width"]:
-    """Features of the images from `start` to `stop`, (stop - start, extractor.width).
+    """Features of the images from `start` to `stop`, exclusive.
 
-    Args:
-        images, extractor: As for `extract`.
-        start, stop: First image, and the one after the last.
-        keep: Gets the bytes of the images, batch by batch.
-        report: Gets the number of images of each batch.
+    `keep` gets the bytes of each batch of images, `report` their number.
     """
     net = extractor.build()  # before the first image
     where = images.device or chosen_device()
@@ -164,7 +157,8 @@ def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) 
     """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        rows = torch.cat([torch.cat(net(x.to(device).expand(-1, 3, -1, -1)), 1).cpu() for x in images.split(batch)])
+        rgb = (part.to(device).expand(-1, 3, -1, -1) for part in images.split(batch))  # grey is repeated
+        rows = torch.cat([torch.cat(net(x), 1).cpu() for x in rgb])
     if rows.shape[1] != extractor.width:
         raise GddlabError(
             f"{extractor.weights} gives {rows.shape[1]} features per image: {extractor.name} has {extractor.width}"
@@ -179,22 +173,7 @@ def image_features(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Float[Tensor, "n d"]:
-    """Features of images, float32, without TF32.
-
-    Args:
-        images: uint8, (N, 1 or 3, H, W); grey is repeated to RGB.
-        extractor: From `find_extractor`.
-        device: Where the extractor runs.
-        progress: Shows a bar at a terminal.
-
-    Returns:
-        (N, extractor.dims), on the CPU.
-
-    Raises:
-        GddlabError: Not uint8, or neither grey nor RGB.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise GddlabError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (N, 1 or 3, H, W)")
+    """Features of images, uint8, (N, 1 or 3, H, W), -> (N, extractor.dims), float32 on the CPU."""
     stored = StoredImages(images.cpu(), "images", device=torch.device(device))
     return extract(stored, extractor, progress=progress).rows[:, : extractor.dims]
 

@@ -146,15 +146,16 @@ def images_of(
         how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
         count = n or real.n or BLOCK
         seed_list(count, seed, None)
-        return GeneratedImages(source, how, count, seed, _classes(source, real, count, seed), batch_size)
+        return GeneratedImages(source, how, count, seed, classes_of(source, real, count, seed), batch_size)
     for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
         if value is not None:
             raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
+    if n is not None and isinstance(source, ImageDataset | Tensor) and n > len(source):
+        raise GddlabError(f"n={n} images: only {len(source)} were given")
     if isinstance(source, ImageDataset):
         _check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
         if n is None or n == len(source):
             return StoredImages(source.uint8, "data", whole=source)
-        _check_count(n, len(source))
         some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
         return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
     if not isinstance(source, Tensor):
@@ -162,12 +163,12 @@ def images_of(
     if source.ndim != 4 or not source.is_floating_point():
         raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
-    _check_count(n or 0, len(source))
     _check_values(source[:n])
     return StoredImages(to_uint8(source[:n]), "images")
 
 
-def _classes(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+def classes_of(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+    """Image i of a conditional model has the class of real image i mod N; without those, classes take turns."""
     if not net.label_dim:
         return None
     if real.class_ids is None:
@@ -186,11 +187,6 @@ def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
     if (c, h, w) != (real.channels, r, r):
         expected = f"{r}x{r} with {real.channels} channels"
         raise GddlabError(f"{what}: {h}x{w} with {c} channels, but {real.name!r} has {expected}")
-
-
-def _check_count(n: int, available: int) -> None:
-    if n > available:
-        raise GddlabError(f"n={n} images: only {available} were given")
 
 
 def _check_values(x: Tensor) -> None:
@@ -213,14 +209,7 @@ def generated_rows(
     nproc: int = 1,
     progress: bool = False,
 ) -> Extracted:
-    """Features of generated images, from the cache if they are there.
-
-    Args:
-        images: What is generated.
-        extractor: From `find_extractor`.
-        ranks, progress: As for `extract`.
-        nproc: Fresh processes on this machine that share the work.
-    """
+    """Features of generated images, from the cache if they are there; `nproc` fresh processes share the work."""
 
     def compute() -> Extracted:
         if nproc > 1:

@@ -10,11 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gddlab.datasets import open_dataset
+from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.diagnosis.preflight import preflight
 from gddlab.evaluation import evaluate, find_extractor, real_split
 from gddlab.evaluation.features import image_features, real_features
+from gddlab.evaluation.images import classes_of
 from gddlab.evaluation.metrics import frechet
+from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
 from gddlab.nets import Precond
 from gddlab.probing import probe, weight_change
@@ -69,7 +71,7 @@ def local_minima(s: Subjects) -> Found:
     real = open_dataset(s.data)
     spec = find_extractor(s.judge.extractor)
     n = s.judge.pairs or s.judge.n or len(real)
-    images = {name: _uint8(net, n, steps=steps, classes=_classes(net, real, n)) for name, net, steps in _networks(s)}
+    images = {name: to_uint8(_sampled(net, real, n, steps)) for name, net, steps in _networks(s)}
     device = next(s.teacher.parameters()).device
     features = {name: image_features(x, spec, device=device) for name, x in images.items()}
     metric = f"{spec.metric_name('fid')}"
@@ -106,15 +108,8 @@ def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
         yield name, student, None
 
 
-def _classes(net: Precond, real: Any, n: int) -> Tensor | None:
-    """Image i has the class of real image i mod N, as in `evaluate`."""
-    if not net.label_dim or real.class_ids is None:
-        return None
-    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real)]
-
-
-def _uint8(net: Precond, n: int, *, steps: int | None, classes: Tensor | None) -> Tensor:
-    return to_uint8(sample(net, n, steps=steps, seed=0, class_labels=classes))
+def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Tensor:
+    return sample(net, n, steps=steps, seed=0, class_labels=classes_of(net, Reference.of(real), n, 0))
 
 
 def layers(s: Subjects) -> Found:
@@ -152,8 +147,7 @@ def spectra(s: Subjects) -> Found:
 
     add("data", "data", None, real.images(slice(0, n)))
     for name, net, steps in _networks(s):
-        x = sample(net, n, steps=steps, seed=0, class_labels=_classes(net, real, n))
-        add(name, "sampled", None, x)
+        add(name, "sampled", None, _sampled(net, real, n, steps))
     inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(DENOISED, len(real)), seed=0)
     x, y = _denoised(s.teacher, inputs)  # (n, S, C, H, W)
     for i, sigma in enumerate(inputs.sigmas):

@@ -232,5 +232,3 @@ def test_refusals():
         check_metrics(())
     with pytest.raises(GddlabError, match="at least 4"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
-    with pytest.raises(GddlabError, match="give uint8"):
-        image_features(torch.zeros(2, 1, 16, 16), find_extractor("lite2"))
