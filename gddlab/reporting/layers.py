@@ -219,18 +219,15 @@ def moved_table(
     study: pd.DataFrame,
     norms: Mapping[str, float],
     students: Sequence[str] | None = None,
-    *,
-    by: Sequence[str] = ("family", "stage"),
 ) -> pd.DataFrame:
     """How far whole groups of layers have moved, and how much of all movement is theirs.
 
     Args:
         study, students: As for `moved_layers`.
         norms: `squared_norms(teacher)`.
-        by: Columns of `moved_layers` to group by.
 
     Returns:
-        Indexed by group: layers, parameters, and for each student S three columns: "S" (root of the sum of
+        Indexed by family and stage: layers, parameters, and for each student S three columns: "S" (root of the sum of
         |w - teacher's|^2 over that of |teacher's|^2, over all parameters of the group), "S share" (of the student's
         whole |w - teacher's|^2), "S still" (share of the group's parameters in layers that have not moved).
 
@@ -242,7 +239,7 @@ def moved_table(
     for name in layers["layer"]:
         if name not in norms:
             raise GddlabError(f"no norm of layer {name!r}: give squared_norms of the teacher that was measured")
-    groups, size = [layers[c].replace("", "-") for c in by], layers["layer"].map(dict(norms))
+    groups, size = [layers["family"], layers["stage"].replace("", "-")], layers["layer"].map(dict(norms))
 
     def total(values: pd.Series) -> pd.Series:
         return values.groupby(groups, sort=False).sum()

@@ -151,14 +151,7 @@ class Summary:
         return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
 
 
-NUMBERS = {
-    "seed": "Int64",
-    "nfe": "Int64",
-    "images": "Int64",
-    "frozen": "float64",
-    "kimg": "float64",
-    "value": "float64",
-}
+NUMBERS = dict.fromkeys(("seed", "nfe", "images"), "Int64") | dict.fromkeys(("frozen", "kimg", "value"), "float64")
 
 
 def table_of(

@@ -117,18 +117,15 @@ def draw_curves(
 
 
 @themed
-def draw_efficiency(
-    runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None, width: float = 8.4
-) -> Figure:
+def draw_efficiency(runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None) -> Figure:
     """How few images are enough: distance against the number of distinct images, and over images seen for each number.
 
     Args:
         runs: From `run_table`; its column `images` is drawn.
         curves: From `curve_table`, of the same runs.
         levels: Label -> value to compare with.
-        width: Of the figure, inches.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(width, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
     shown = runs.dropna(subset=["value", "images"]).astype({"images": float})
     if len(shown):
         shown["trained"] = shown["kimg"].map("{:g} thousand images seen".format)
