@@ -98,22 +98,36 @@ def draw_curves(
         ax: Where to draw; None makes a figure.
     """
     ax = axes_of(ax, 6.4, 3.6)
-    named = curves.assign(label=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
-    shown = named.dropna(subset=["value"])
-    if len(shown):
-        colours = dict(zip(dict.fromkeys(shown["label"]), LINES * 9, strict=False))
-        look: dict[str, Any] = {"hue": "label", "palette": colours, "marker": "o", "markeredgewidth": 0, "ax": ax}
-        sns.lineplot(shown, x="kimg", y="value", errorbar=("pi", 100), **look)
-        _fit_scale(ax, shown["kimg"], "x")
-    _fit_scale(ax, [*shown["value"], *(levels or {}).values()], "y")
-    _draw_levels(ax, levels or {}, "y")
-    ax.set(xlabel=KIMG, ylabel=next(iter(curves["metric"].dropna()), "distance"))
-    seeds = seeds_text(shown.groupby(["label", "kimg"]).size())
-    missing = named.groupby("label", sort=False).filter(lambda rows: rows["value"].isna().all())
-    _say(ax, f"mean, band: range over {seeds}" if seeds not in ("", "1 seed") else seeds, missing, "label")
+    named = curves.assign(experiment=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
+    missing = named.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
+    shown = _draw_lines(ax, named, "kimg", "experiment", levels or {}, missing)
+    _fit_scale(ax, shown["kimg"], "x")
+    ax.set(xlabel=KIMG)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**BESIDE)
     return ax
+
+
+def _draw_lines(
+    ax: Axes, table: pd.DataFrame, x: str, hue: str, levels: Mapping[str, float], missing: pd.DataFrame
+) -> pd.DataFrame:
+    """Mean distances over a column with their range over seeds, and levels; returns what is drawn.
+
+    The title says over how many seeds, and what is `missing`, by what became of it.
+    """
+    shown = table.dropna(subset=["value", x]).astype({x: float})
+    if len(shown):
+        colours = dict(zip(dict.fromkeys(shown[hue]), LINES * 9, strict=False))
+        look: dict[str, Any] = {"palette": colours, "marker": "o", "markeredgewidth": 0, "ax": ax}
+        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=("pi", 100), **look)
+    _draw_levels(ax, levels, "y", shown["value"])
+    ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
+    seeds = seeds_text(shown.groupby([hue, x]).size())
+    text = f"mean, band: range over {seeds}" if seeds not in ("", "1 seed") else seeds
+    states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
+    absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
+    ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
+    return shown
 
 
 @themed
@@ -126,23 +140,16 @@ def draw_efficiency(runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping
         levels: Label -> value to compare with.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
-    shown = runs.dropna(subset=["value", "images"]).astype({"images": float})
+    named = runs.assign(trained=runs["kimg"].map("{:g} thousand images seen".format))
+    shown = _draw_lines(left, named, "images", "trained", levels or {}, runs[runs["value"].isna()])
     if len(shown):
-        shown["trained"] = shown["kimg"].map("{:g} thousand images seen".format)
-        look: dict[str, Any] = {"hue": "trained", "marker": "o", "markeredgewidth": 0, "ax": left}
-        colours = list(PALETTE[: shown["trained"].nunique()])
-        sns.lineplot(shown, x="images", y="value", errorbar=("pi", 100), palette=colours, **look)
         left.set_xscale("log")
         counts = sorted({int(n) for n in shown["images"]})
         left.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45)
         left.minorticks_off()
-    _fit_scale(left, [*shown["value"], *(levels or {}).values()], "y")
-    _draw_levels(left, levels or {}, "y")
-    left.set(xlabel="distinct real images", ylabel=next(iter(runs["metric"].dropna()), "distance"))
+    left.set(xlabel="distinct real images")
     if left.get_legend_handles_labels()[0]:
         left.legend(loc="upper right")
-    seeds = seeds_text(shown.groupby(["images", "kimg"]).size())
-    _say(left, f"mean, band: range over {seeds}" if seeds else "", runs[runs["value"].isna()], "experiment")
     images = runs.dropna(subset=["images"]).groupby("experiment", sort=False)["images"].first()
     shared = images.duplicated(keep=False)
     labels = {}
@@ -177,8 +184,7 @@ def draw_runs(
     sns.stripplot(runs, jitter=False, size=5, alpha=0.8, color=PALETTE[0], linewidth=0, **look)
     bar: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": PALETTE[1]}
     sns.pointplot(runs, errorbar=None, linestyle="none", **bar, **look)
-    _fit_scale(ax, [*runs["value"].dropna(), *(levels or {}).values()], "x", zero=False)
-    _draw_levels(ax, levels or {}, "x")
+    _draw_levels(ax, levels or {}, "x", runs["value"].dropna(), zero=False)
     for i, name in enumerate(order):
         if not table.loc[name, "seeds"]:
             place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
@@ -206,15 +212,11 @@ def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = T
         ax.set(**{f"{axis}lim": (min(0, *values), 1.05 * max(values))})
 
 
-def _draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"]) -> None:
-    """Grey lines, named with their values in the legend."""
+def _draw_levels(
+    ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], values: pd.Series, *, zero: bool = True
+) -> None:
+    """Grey lines, named with their values in the legend, on an axis that fits them and `values`."""
+    _fit_scale(ax, [*values, *levels.values()], axis, zero=zero)
     for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
         look: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": style}
         (ax.axhline if axis == "y" else ax.axvline)(value, label=f"{label}: {value:.0f}", **look)
-
-
-def _say(ax: Axes, text: str, missing: pd.DataFrame, name: str) -> None:
-    """The title: what is drawn, and which experiments are not, by what became of them."""
-    states = missing.drop_duplicates([name, "state"]).groupby("state", sort=False)[name].agg(", ".join)
-    absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
-    ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
