@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, compare
@@ -76,10 +75,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def run_page(f: Summary, template: str = "run.html.j2", **more: Any) -> str:
     """The page of one run; `more` is what another template needs, or shows in place of what is here."""
-    charts = [
-        of_figure(_chart([f], group, group[0].metric), f"{group[0].metric} over the training")
-        for group in _drawable(f.records)
-    ]
     curves, grids = [], f.run.grids()
     for ylabel, names in CURVES if "kimg" in f.metrics else ():
         if drawn := {k: v for k, v in names.items() if k in f.metrics and f.metrics[k].notna().any()}:
@@ -89,7 +84,7 @@ def run_page(f: Summary, template: str = "run.html.j2", **more: Any) -> str:
         "title": f"Run {f.name}",
         "run": _told(f),
         "headline": _headline(f),
-        "charts": charts,
+        "charts": [picture for _, picture, _ in _charts([f])],
         "scores": _score_rows(f),
         "head": HEAD,
         "notes": [*_apart(_comparable([*f.records, *f.teacher])), *_partial_judges(f)],
@@ -107,18 +102,13 @@ def _several(runs: Sequence[Summary]) -> str:
     for i, f in enumerate(runs):
         values = [column[i] for column in fields.values()]
         rows.append([f.name, f.short_state, f"{f.kimg:g}", *values, *(_score_cell(f, group) for group in groups)])
-    charts = []
-    for group in _drawable(r for f in runs for r in f.records):
-        name = names[groups.index(group)]
-        chart = of_figure(_chart(runs, group, name), f"{name} over the training")
-        charts.append((name, chart, [f.name for f in runs if f.last(group) is None]))
     return render(
         "runs.html.j2",
         title=f"{len(runs)} runs",
         rows=rows,
         head=["run", "state", "kimg", *fields, *names],
         notes=_apart(groups),
-        charts=charts,
+        charts=_charts(runs),
         grids=[_grid(path, f"{f.name}, ", SMALL_GRID) for f in runs for path in f.run.grids()[-1:]],
         without_grids=[f.name for f in runs if not f.run.grids()],
         runs=[_told(f) for f in runs],
@@ -127,13 +117,8 @@ def _several(runs: Sequence[Summary]) -> str:
 
 def _told(f: Summary) -> dict[str, Any]:
     """What both kinds of pages say of a run."""
-    failed = f.state.startswith("failed")
     return {
         "summary": f,
-        "failed": failed,
-        "message": f.status.get("message") or f.state,
-        "error": str(f.status.get("error") or "").strip(),
-        "log": f.run.tail() if failed else "",
         "alarms": [[f"{a['kimg']:g}", a["kind"], a["message"]] for _, a in f.alarms.iterrows()],
         "trained": trained_rows(f),
         "costs": _costs(f),
@@ -287,12 +272,20 @@ def _best(f: Summary) -> str:
     return ""
 
 
-def _chart(runs: Sequence[Summary], group: Sequence[Record], label: str) -> Axes:
-    """Distances of runs over the training, one line per experiment."""
-    rows: list[dict[str, Any]] = []
-    for f in runs:
-        own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}
-        about = {"experiment": f.experiment, "metric": label, "state": f.state}
-        rows += [about | {"kimg": kimg, "value": v} for kimg, v in own.items()]
-    lines = next((found for f in runs if (found := _levels(f, group))), {})
-    return draw_curves(pd.DataFrame(rows).sort_values("kimg", kind="stable"), levels=lines)
+def _charts(runs: Sequence[Summary]) -> list[tuple[str, Picture, list[str]]]:
+    """Distances of runs over the training, one line per experiment: name, picture, runs without such a score."""
+    charts, groups = [], _comparable(r for f in runs for r in f.records)
+    drawable = _drawable(r for f in runs for r in f.records)
+    for group, name in zip(groups, _labels(groups), strict=True):
+        if group not in drawable:
+            continue
+        rows: list[dict[str, Any]] = []
+        for f in runs:
+            own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}
+            about = {"experiment": f.experiment, "metric": name, "state": f.state}
+            rows += [about | {"kimg": kimg, "value": v} for kimg, v in own.items()]
+        levels = next((found for f in runs if (found := _levels(f, group))), {})
+        drawn = draw_curves(pd.DataFrame(rows).sort_values("kimg", kind="stable"), levels=levels)
+        absent = [f.name for f in runs if f.last(group) is None]
+        charts.append((name, of_figure(drawn, f"{name} over the training"), absent))
+    return charts

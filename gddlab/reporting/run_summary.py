@@ -195,16 +195,13 @@ def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, f
     Raises:
         GddlabError: They cannot be compared with the runs' scores.
     """
-    card = next((card for run in runs if (card := run.card)), {})
-    records = [Record.from_dict(s) for s in card.get("scores", ())]
-    own = next((r for run in runs for r in Summary(run).records if r.name == metric), None)
-    out: dict[int, float] = {}
-    for record in records:
-        if record.name == metric and record.sampler.startswith("heun-"):
-            if own is not None:
-                compare(record, own)
-            out[int(record.sampler.removeprefix("heun-"))] = record.value
-    return dict(sorted(out.items()))
+    told = [Summary(run) for run in runs]
+    scores = next((s.teacher for s in told if s.card), ())
+    found = {int(r.sampler[5:]): r for r in scores if r.name == metric and r.sampler.startswith("heun-")}
+    for own in [r for s in told for r in s.records if r.name == metric][:1]:
+        for record in found.values():
+            compare(record, own)
+    return {steps: found[steps].value for steps in sorted(found)}
 
 
 def teacher_levels(
