@@ -142,26 +142,13 @@ HEADS = {
     "fid": "FID",
 }
 """Column -> head with its unit; a column that is not here is its own head."""
-FORMATS = {
-    "frozen": "{:.1%}",
-    "mean": "{:.1f}",
-    "sd": "{:.1f}",
-    "min": "{:.1f}",
-    "max": "{:.1f}",
-    "value": "{:.1f}",
-    "kimg": "{:g}",
-    "share trained": "{:.1%}",
-    "sec_per_kimg": "{:.1f}",
-    "minutes": "{:.1f}",
-    "peak_mem_mib": "{:,.0f}",
-    "fd-": "{:.1f}",
-    "kd-": "{:.3f}",
-    "precision": "{:.3f}",
-    "recall": "{:.3f}",
-    "fid": "{:.2f}",
-    "kid": "{:.4f}",
-    "clip-fid": "{:.2f}",
-}
+FORMATS = (
+    dict.fromkeys(("mean", "sd", "min", "max", "value", "sec_per_kimg", "minutes", "fd-"), "{:.1f}")
+    | dict.fromkeys(("frozen", "share trained"), "{:.1%}")
+    | dict.fromkeys(("kd-", "precision", "recall"), "{:.3f}")
+    | dict.fromkeys(("fid", "clip-fid"), "{:.2f}")
+    | {"kid": "{:.4f}", "kimg": "{:g}", "peak_mem_mib": "{:,.0f}"}
+)
 """Column, or how its name begins -> format of its numbers; otherwise commas or three digits."""
 STYLES: Any = [
     {"selector": "", "props": "border-collapse:collapse;font-size:.85rem"},
@@ -227,7 +214,6 @@ def _format(name: str, known: Mapping[str, str]) -> str:
 
 
 def _written(value: Any, form: str, state: str) -> str:
-
     if isinstance(value, str):
         return value
     if pd.isna(value):

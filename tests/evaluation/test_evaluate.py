@@ -18,7 +18,7 @@ from gddlab.files import hash_tensors
 from gddlab.nets import from_edm, save_network
 from gddlab.sampling import sample, sample_files
 from gddlab.sampling.grid import to_uint8
-from tests.evaluation.conftest import as_float, subset
+from tests.evaluation.conftest import WIDTH, as_float, subset
 
 UNET = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 
@@ -28,7 +28,7 @@ def network(kind: str = "OneStepPrecond", label_dim: int = 10, resolution: int =
     return from_edm(kind, img_resolution=resolution, img_channels=1, label_dim=label_dim, **UNET)
 
 
-def test_a_dataset_against_itself_is_nothing(some):
+def test_a_dataset_against_itself_is_nothing(some, counter):
     scores = evaluate(some, data=some, metrics=("fid", "prc"))
     assert abs(scores["fd-lite2"]) < 1e-3
     assert scores["precision-lite2"] == scores["recall-lite2"] == 1
@@ -66,7 +66,7 @@ def test_a_damaged_cache_file_is_replaced(some, counter, cache):
         file.write_bytes(content)
         features._kept.clear()
         assert evaluate(some, data=some, metrics="kid")["kd-lite2"] == want
-        assert load_file(file)["rows"].shape == (64, 1280)
+        assert load_file(file)["rows"].shape == (64, WIDTH)
 
 
 def test_no_writable_cache_is_no_error(some, counter, cache, monkeypatch):

@@ -18,8 +18,15 @@ from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
+from tests.evaluation.conftest import small_features
 
 N = 24
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    small_features(monkeypatch)
 
 
 @pytest.fixture(scope="module")
