@@ -16,8 +16,8 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, StoredImages, extract, real_rows, recall_list
-from gddlab.evaluation.images import GeneratedImages, generated_rows, images_of, open_source
+from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows, recall_list
+from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
@@ -185,9 +185,7 @@ def real_split(
     return Scores(tuple(dataclasses.replace(r, data=named) for r in out))
 
 
-def _extracted(
-    images: GeneratedImages | StoredImages, spec: Extractor, ranks: Ranks, nproc: int, progress: bool
-) -> Extracted:
+def _extracted(images: Images, spec: Extractor, ranks: Ranks, nproc: int, progress: bool) -> Extracted:
     if isinstance(images, GeneratedImages):
         return generated_rows(images, spec, ranks=ranks, nproc=nproc, progress=progress)
     if images.whole is not None:
@@ -212,7 +210,7 @@ def _score(
     kind: str,
     ours: Extracted,
     theirs: Tensor | Statistics,
-    images: GeneratedImages | StoredImages,
+    images: Images,
     spec: Extractor,
     about: dict[str, Any],
     shared: float,

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,30 +24,14 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
 from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors, write_json
+from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device
+from gddlab.sampling.grid import to_uint8
+from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, sampler_name
 
 T = TypeVar("T")
-
-
-class Images(Sized, Protocol):
-    """Images that features are extracted from, read or made one batch at a time."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many are read or made at once."""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the images are made and their features extracted; None has no preference."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, R, R)."""
-
-    def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +70,91 @@ class StoredImages:
         for i in range(0, len(self), self.batch_size):
             digest.update(self.batch(i, min(i + self.batch_size, len(self))).contiguous().numpy().reshape(-1))
         return str(digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images that a network makes, image i from seed + i; they are never held together."""
+
+    net: Precond
+    how: Method
+    count: int
+    seed: int
+    labels: Tensor | None
+    """Class of each image, (count,), or None."""
+    batch_size: int
+    whole: None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
+        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+
+    @property
+    def sampler(self) -> str:
+        return sampler_name(self.how)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return (self.seed, self.seed + self.count - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return hash_tensors(module_of(self.net).state_dict())
+
+    @property
+    def settings(self) -> dict[str, Any] | list[float]:
+        """The sampler as JSON."""
+        return list(self.how) if isinstance(self.how, tuple) else self.how.to_dict()
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the images depend on, up to rounding."""
+        about = [
+            self.model_sha256,
+            architecture(module_of(self.net)),
+            self.settings,
+            [self.seed, self.count],
+            None if self.labels is None else hash_json(self.labels.tolist()),
+            str(next(self.net.parameters()).dtype),
+            self.device.type,
+        ]
+        return hash_json(about)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R).
+
+        Raises:
+            GddlabError: An image is not finite.
+        """
+        chosen = None if self.labels is None else self.labels[start:stop]
+        labels = one_hot(self.net.label_dim, stop - start, self.seed + start, chosen)
+        with prepared(self.net):
+            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
+        check_values(x)
+        return to_uint8(x)
+
+
+Images = StoredImages | GeneratedImages
+
+
+def check_values(x: Tensor) -> None:
+    """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise GddlabError(
+            f"{bad} of {len(x)} images are not finite: the model may have diverged, or its weights are damaged"
+        )
+    low, high = x.min().item(), x.max().item()
+    if low < -2 or high > 2:  # a raw network output may overshoot a little; 0..255 does not
+        raise GddlabError(f"images span {low:.3g}..{high:.3g}: give values in [-1, 1]")
 
 
 def images_sha256(images: Images) -> Any:

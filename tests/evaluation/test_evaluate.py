@@ -113,7 +113,7 @@ def test_classes_follow_the_real_labels(some, counter, monkeypatch):
         asked.append(labels.argmax(1))
         return torch.zeros(len(seeds), 1, 16, 16)
 
-    monkeypatch.setattr("gddlab.evaluation.images.draw", fake)
+    monkeypatch.setattr("gddlab.evaluation.features.draw", fake)
     evaluate(network(), data=some, metrics="kid", n=70, batch_size=32)
     assert torch.cat(asked).tolist() == [*some.class_ids, *some.class_ids[:6]]
     assert [len(a) for a in asked] == [32, 32, 6]

@@ -15,7 +15,7 @@ import torch
 
 from gddlab.evaluation import evaluate, features
 from gddlab.evaluation import images as generated
-from gddlab.evaluation.images import GeneratedImages
+from gddlab.evaluation.features import GeneratedImages
 from gddlab.nets import save_network
 from gddlab.ranks import share
 from gddlab.sampling import Sampler, sample_files
@@ -28,7 +28,7 @@ def test_a_second_evaluation_neither_samples_nor_extracts(some, counter, monkeyp
     net = network()
     first = evaluate(net, data=some, metrics="kid").records[0]
     assert counter == [64, 64]
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled again"))
     again = evaluate(net, data=some, metrics=("kid", "mind")).records[0]
     assert counter == [64, 64]
     assert (again.value, again.images_sha256) == (first.value, first.images_sha256)
@@ -124,7 +124,7 @@ def test_fresh_processes_give_the_same_bits(one_thread, monkeypatch, cache):
     alone = evaluate(net, **about)
     for file in (cache / "generated").iterdir():
         file.unlink()
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled in this process"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled in this process"))
     both = evaluate(net, nproc=2, **about)
     assert [r.value for r in both] == [r.value for r in alone]
     assert both.records[0].images_sha256 == alone.records[0].images_sha256

@@ -34,7 +34,7 @@ def nowhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["inception", "clip", "dinov2", "vgg16"])
 def test_missing_weights_are_refused_in_a_line_before_the_first_image(name, some, cache, monkeypatch):
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled"))
     with pytest.raises(GddlabError, match="GDDLAB_OFFLINE is set") as e:
         evaluate("digits", data=some, n=4, extractor=name)
     published = EXTRACTORS[name].published
@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, some):
         for content in ({}, {"conv.weight": torch.zeros(2)}, {"x": print}):
             torch.save(content, tmp_path / "bad.pth")
             monkeypatch.setenv(variable, str(tmp_path / "bad.pth"))
-            monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+            monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled"))
             with pytest.raises(GddlabError, match=r"bad\.pth") as e:
                 evaluate("digits", data=some, n=4, extractor=name)
             assert "\n" not in str(e.value)
