@@ -1,4 +1,7 @@
-"""Tables and figures of runs and studies, and pages of runs; all that a notebook draws with, in one namespace."""
+"""Tables and figures of runs and studies, and pages of runs; all that a notebook draws with, in one namespace.
+
+Where a figure takes `ax`, it is drawn there; None makes a figure.
+"""
 
 from gddlab.probing.plots.rows import STAGES
 from gddlab.reporting.frequencies import draw_bands, draw_denoised, draw_spectra, spectrum_table

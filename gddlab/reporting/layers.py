@@ -133,7 +133,6 @@ def draw_depth(
         study, stat: As for `measured_layers`, which also says what is refused.
         students: Networks of the study; all but the teacher if None.
         teacher: Drawn in black.
-        ax: Where to draw; None makes a figure.
     """
     frame = measured_layers(study, teacher, stat, states="student")
     every = study[(study["states"] == "student") & (study["stat"] == stat)]["network"]

@@ -170,7 +170,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     Args:
         table: From `between`.
         label: What the distance is.
-        ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: The table is not square, or has no value.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -359,9 +359,10 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         GddlabError: A parameter has another name, or `runs` is the folder of one list.
         NotFound: There is no such folder.
     """
-    for name in _injected(names):
-        if name != "runs":
-            raise unknown("parameter", name, ["runs"])
+    for cell in names.get("In", ()):  # what IPython has run; papermill's own begins with its comment
+        for name in re.findall(r"^(\w+) = ", cell, re.MULTILINE) if cell.startswith("# Parameters\n") else ():
+            if name != "runs":
+                raise unknown("parameter", name, ["runs"])
     given = names.get("runs") or ""
     folder = Path(given) if given else data_dir() / "runs"
     if not folder.is_dir():
@@ -371,12 +372,3 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
     if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
         raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
     return folder
-
-
-def _injected(names: Mapping[str, Any]) -> Iterator[str]:
-    """Names assigned in papermill's cell, which begins with its comment; `In` holds the cells that IPython has run."""
-    for source in names.get("In", ()):
-        if source.startswith("# Parameters\n"):
-            for statement in ast.parse(source).body:
-                if isinstance(statement, ast.Assign):
-                    yield from (t.id for t in statement.targets if isinstance(t, ast.Name))

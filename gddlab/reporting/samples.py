@@ -58,7 +58,6 @@ def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(1
     Args:
         images: Label -> images of seeds 0, 1, 2, ..., float [-1, 1], (N, C, H, W); grey or RGB.
         seeds: Which to show.
-        ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: No images or seeds; a network has no image of a seed; images differ in size.

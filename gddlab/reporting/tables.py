@@ -388,7 +388,6 @@ def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | Non
     Args:
         results: From `published`.
         metric: "fid" or "clip-fid".
-        ax: Where to draw; None makes a figure.
     """
     shown = results[(results["metric"] == metric) & results["images"].notna()]
     if not len(shown):

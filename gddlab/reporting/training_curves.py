@@ -95,7 +95,6 @@ def draw_curves(
         curves: From `curve_table`.
         levels: Label -> value to compare with, such as the teacher's distances.
         labels: Experiment -> its name in the figure.
-        ax: Where to draw; None makes a figure.
     """
     ax = axes_of(ax, 6.4, 3.6)
     named = curves.assign(experiment=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
@@ -175,7 +174,6 @@ def draw_runs(
         runs: From `run_table`.
         levels: Label -> value to compare with, such as the teacher's distance.
         sort: Lowest mean first; in the order of `runs` otherwise.
-        ax: Where to draw; None makes a figure.
     """
     table = experiment_table(runs, sort=sort)
     order = list(table.index)
