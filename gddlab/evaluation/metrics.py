@@ -154,12 +154,7 @@ DISTANCES = ("fid", "kid", "mind")
 
 
 def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
-    """The values of a metric for features, logits or statistics; cached by content, since large sets take minutes.
-
-    Args:
-        metric: A key of `METRICS`.
-        *inputs: Its arguments.
-    """
+    """The values of a metric, cached by the content of its inputs, since large sets take minutes."""
     tensors = [t for x in inputs for t in (x if isinstance(x, Statistics) else (x,))]
     settings = [KID_SUBSETS, KID_SUBSET_SIZE, PRC_NEIGHBORHOOD, IS_SPLITS, MIND_PROJECTIONS, SEED]
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})

@@ -65,12 +65,7 @@ class Reference:
                 )
 
     def against(self, extractor: Extractor, **where: Any) -> Tensor | Statistics:
-        """The real side of a metric: features, (N, D), or mean and covariance alone.
-
-        Args:
-            extractor: The feature network.
-            **where: As for `real_rows`.
-        """
+        """The real side of a metric: features, (N, D), or mean and covariance alone; `where` as for `real_rows`."""
         if self.features is not None:
             return self.features
         if self.data is not None:
@@ -80,13 +75,9 @@ class Reference:
 
 
 def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, progress: bool = True) -> Reference:
-    """Real images to score against.
+    """Real images to score against: a data set, by name or path too, or a .npz of statistics of this extractor.
 
-    Args:
-        data: A data set or its name or path; or a .npz file: EDM's (arrays `mu`, `sigma` of Inception's features), or
-            one that `reference` wrote.
-        extractor: The feature network; statistics of another one are refused.
-        progress: Shows a bar at a terminal.
+    The file is EDM's (arrays `mu`, `sigma` of Inception's features), or one that `reference` wrote.
 
     Raises:
         GddlabError: No such data; a file that is no reference, or of another extractor.

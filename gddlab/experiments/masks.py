@@ -120,9 +120,7 @@ class Rows:
     def masks(self, *, seconds: float | None = None, **others: Any) -> tuple[Experiment, ...]:
         """GDD-I, GDD, the rule's other options, norms alone, measured masks with their inverses, random ones.
 
-        Args:
-            seconds: One run, roughly.
-            **others: Fields of all but GDD-I and GDD.
+        `others` are fields of all but GDD-I and GDD.
         """
 
         def row(name: str, what: str, mask: Chooser, feeds: tuple[str, ...] = (CHOOSING, ABLATION)) -> Experiment:
@@ -159,12 +157,7 @@ class Rows:
         )
 
     def augmented(self, *, ada_kimg: float, **fields: Any) -> tuple[Experiment, ...]:
-        """With augmentation, fixed and adaptive.
-
-        Args:
-            ada_kimg: Images in which ADA's probability can go from 0 to 1, thousands.
-            **fields: Further fields of both.
-        """
+        """With augmentation, fixed and adaptive; ADA's probability can go from 0 to 1 in `ada_kimg` thousand images."""
         fixed, adaptive = Augment(ops=("color", "translation", "cutout")), Augment(ada_target=0.6, ada_kimg=ada_kimg)
         what = f"GDD-I with ADA, target 0.6, at most from 0 to 1 in {ada_kimg:g} kimg"
         return (
@@ -180,13 +173,7 @@ class Rows:
         seconds: Mapping[str, float] | None = None,
         **alone: Any,
     ) -> tuple[Experiment, ...]:
-        """The instance-based losses alone, and consistency distillation with the GAN loss.
-
-        Args:
-            distance, steps: Of every instance loss.
-            seconds: Of those that take longer than others.
-            **alone: Fields of those that train on the instance loss alone.
-        """
+        """The instance-based losses alone, with the fields `alone`, and consistency distillation with the GAN loss."""
 
         def row(name: str, what: str, part: Callable[..., InstancePart], **fields: Any) -> Experiment:
             instance, longer = part(steps=steps, distance=distance), (seconds or {}).get(name)

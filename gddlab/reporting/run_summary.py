@@ -26,13 +26,9 @@ T = TypeVar("T")
 
 
 class Part(Generic[T]):
-    """An attribute of `Summary` that is read once, when asked.
+    """An attribute of `Summary` that is read once, when asked; `otherwise` where it is missing or damaged.
 
-    Args:
-        what: Its name in `Summary.problems`.
-        read: Reads it.
-        otherwise: Its value where it is missing or damaged.
-        needed: Whether one that is empty is a problem too.
+    `what` is its name in `Summary.problems`; one that is `needed` is a problem also where it is empty.
     """
 
     def __init__(self, what: str, read: Callable[[Summary], T], otherwise: T, *, needed: bool = False) -> None:
@@ -160,16 +156,9 @@ def table_of(
     columns: Sequence[str],
     tell: Callable[[Summary], Iterable[dict[str, Any]]],
 ) -> pd.DataFrame:
-    """What `tell` says of each run, by experiment; an experiment of `rows` without a run is one row, "not run".
+    """The rows that `tell` gives for each run, by experiment; an experiment of `rows` without a run is one, "not run".
 
-    Args:
-        runs: Run directories.
-        rows: Experiments to show, in this order; all that have runs for ().
-        columns: Of the table, after `experiment`.
-        tell: Rows of a run; a `record` in one gives it `metric` and `value`.
-
-    Raises:
-        GddlabError: Records differ in n, extractor, reference or a setting; or there are neither runs nor rows.
+    A row's `record` gives it `metric` and `value`; records that cannot be compared with the first are refused.
     """
     if isinstance(rows, str):
         raise GddlabError(f"rows={rows!r}: give a list of experiments")
