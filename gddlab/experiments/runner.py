@@ -216,7 +216,7 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
     device = chosen_device()
     inputs = _inputs(study, folder)
-    students = {name: load_run(folder / name / "seed-0").student().to(device) for name in inputs}
+    students = {e: load_run(folder / e / "seed-0").student().to(device) for e in inputs}
     began = time.perf_counter()
     teacher = load_teacher(chosen.teacher).to(device)
     configs = {}
