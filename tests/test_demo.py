@@ -10,6 +10,7 @@ import pytest
 from gddlab import demo as demo_module
 from gddlab.distill import presets
 from gddlab.files import read_json
+from tests.evaluation.conftest import small_features
 
 
 def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,8 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gddlab.evaluation.run_scores.evaluate", few)
     monkeypatch.setattr(demo_module, "evaluate", few)
     monkeypatch.setattr(demo_module, "PROBED", 2)
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    small_features(monkeypatch)
     numbers = demo_module.demo(tmp_path, seed=3, recompute=True)
     asked = {"fd_teacher_1", "fd_teacher_18", "fd_student", "fd_real_split", "frozen_fraction", "kimg", "seconds"}
     assert asked <= set(numbers)

@@ -12,9 +12,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from pandas.io.formats.style import Styler
-from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from gddlab.errors import GddlabError, NotFound, refusal_of, unknown
+from gddlab.distill.parts import Settings
+from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import data_dir
 from gddlab.reporting.run_summary import NOT_RUN, Summary, table_of, teacher_scores
 from gddlab.reporting.style import checked, look
@@ -226,15 +227,15 @@ def _written(value: Any, form: str, state: str) -> str:
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Published(BaseModel):
+class Published(Settings):
     """A row of published.csv."""
 
     method: Text
     dataset: Literal["cifar10", "afhqv2", "ffhq", "imagenet64"]
-    conditional: Annotated[bool, BeforeValidator({"true": True, "false": False}.get)]
+    conditional: Literal["true", "false"]
     nfe: PositiveInt
     metric: Text
-    value: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+    value: PositiveFloat
     images: Annotated[PositiveInt | None, BeforeValidator(lambda text: text or None)]
     source: Text
 
@@ -274,15 +275,13 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
     if list(text.columns) != list(columns):
         raise GddlabError(f"{path.name} has the columns {list(text.columns)}: they must be {list(columns)}")
     rows = []
-    for line, row in enumerate(text.to_dict("records"), start=2):
+    for line, row in enumerate(text.itertuples(index=False), start=2):
         try:
-            rows.append(Published.model_validate(row).model_dump())
-        except ValidationError as e:
-            error = e.errors()[0]
-            name = str(error["loc"][0])
-            why = refusal_of(name, row[name], error["msg"], columns[name].annotation)
-            raise GddlabError(f"{path.name}, line {line}: {why}") from None
-    return pd.DataFrame(rows).astype({"images": "Int64"})
+            rows.append(Published(**dict(zip(columns, row, strict=True))).model_dump())
+        except GddlabError as e:
+            raise GddlabError(f"{path.name}, line {line}: {e}") from None
+    table = pd.DataFrame(rows).astype({"images": "Int64"})
+    return table.assign(conditional=table["conditional"] == "true")
 
 
 def main_table(

@@ -80,7 +80,8 @@ def test_local_minima(subjects: Subjects) -> None:
     assert yardstick > 2 / 255
 
 
-def test_layers(subjects: Subjects) -> None:
+def test_layers(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.experiments.studies.PROBED", 8)
     f = found("layers", subjects).frame
     assert set(f["network"]) == {"teacher", "gdd", "gdd-i"}
     assert set(f["states"]) == {"noised", "student", "weights"}

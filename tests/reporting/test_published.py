@@ -85,7 +85,7 @@ def test_the_file_holds_what_the_sources_say() -> None:
         ("1.54", "-1", "value='-1'"),
         ("5000000,", "5e6,", "images='5e6': .*integer"),
         ("GDD-I,cifar10", "GDD-I,cifar", "did you mean 'cifar10'"),
-        ("GDD-I,cifar10,false", "GDD-I,cifar10,no", "conditional='no'"),
+        ("GDD-I,cifar10,false", "GDD-I,cifar10,no", "unknown conditional 'no'"),
         ("method,dataset", "method,data", "has the columns"),
     ],
 )
