@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +15,11 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows, recall_list
+from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows
 from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import hash_json
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
@@ -151,7 +149,7 @@ def real_split(
         progress: Shows bars at a terminal.
 
     Returns:
-        Scores, from the cache if the same split was scored before; `reference` is "NAME, other half".
+        Scores; `reference` is "NAME, other half".
 
     Raises:
         GddlabError: An unknown name, or an n that does not fit twice into the data set.
@@ -167,22 +165,13 @@ def real_split(
     size = len(real) // 2 if n is None else n
     first, second = order[:size], order[size:] if n is None else order[size : 2 * size]
 
-    def scored(kind: str) -> list[Record]:
-        rows = real_rows(real, spec, progress=progress).rows
-        shared = time.perf_counter() - start
-        images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
-        about = _about(spec, Reference.of(real))
-        about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
-        ours = Extracted(rows[first], images.sha256)
-        return _score(kind, ours, rows[second, : spec.dims], images, spec, about, shared)
-
-    out: list[Record] = []
-    for kind in kinds:
-        key = hash_json([2, real.manifest.sha256, spec.identity, kind, len(first), len(second), seed, versions()])[:16]
-        file = f"split-{spec.name}-{kind}-{key}.json"
-        out += recall_list(file, partial(scored, kind), Record.from_dict, Record.to_dict)
-    named = str(data) if isinstance(data, str | Path) else None
-    return Scores(tuple(dataclasses.replace(r, data=named) for r in out))
+    rows = real_rows(real, spec, progress=progress).rows
+    shared = time.perf_counter() - start
+    images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
+    about = _about(spec, Reference.of(real)) | {"data": str(data) if isinstance(data, str | Path) else None}
+    about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
+    ours, theirs = Extracted(rows[first], images.sha256), rows[second, : spec.dims]
+    return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))
 
 
 def _extracted(images: Images, spec: Extractor, ranks: Ranks, nproc: int, progress: bool) -> Extracted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
-from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors, write_json
+from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
@@ -271,15 +270,6 @@ def recall(
             with suppress(OSError), atomic_path(path) as tmp:
                 write(tmp, found[0])
     return found[0]
-
-
-def recall_list(name: str, compute: Callable[[], list[T]], of: Callable[[Any], T], to: Callable[[T], Any]) -> list[T]:
-    """As `recall`, of a list; `to` makes JSON of a value, and `of` the value of it."""
-
-    def read(path: Path) -> list[T]:
-        return [of(value) for value in json.loads(path.read_text())]
-
-    return recall(name, compute, read=read, write=lambda path, found: write_json(path, [to(value) for value in found]))
 
 
 def recall_rows(

@@ -5,6 +5,7 @@ Each is computed by torch-fidelity's own function, except MIND, which torch-fide
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.features import recall_list
-from gddlab.files import hash_json, hash_tensors
+from gddlab.evaluation.features import recall
+from gddlab.files import hash_json, hash_tensors, write_json
 from gddlab.provenance import versions
 
 KID_SUBSETS = 20  # torch-fidelity's 100 take five times as long, for a smaller error of the mean
@@ -160,8 +161,11 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
     key = hash_json([metric, digest, settings, versions()])[:32]
 
-    return recall_list(
-        f"scores/{metric}-{key}.json", lambda: METRICS[metric](*inputs), lambda d: Value(**d), Value._asdict
+    return recall(
+        f"scores/{metric}-{key}.json",
+        lambda: METRICS[metric](*inputs),
+        read=lambda path: [Value(**v) for v in json.loads(path.read_text())],
+        write=lambda path, values: write_json(path, [v._asdict() for v in values]),
     )
 
 

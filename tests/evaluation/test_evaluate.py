@@ -140,10 +140,7 @@ def test_real_split(some, counter, cache):
     first = real_split(some, metrics=("kid", "prc"))
     assert [r.metric for r in first] == ["kd-lite2@32", "precision-lite2@32", "recall-lite2@32"]
     assert first.records[0].reference_n == 32 and first.records[0].sampler == "data"
-    features._kept.clear()
-    for file in cache.glob("features*"):
-        file.unlink()
-    assert real_split(some, metrics=("kid", "prc")) == first
+    assert [r.value for r in real_split(some, metrics=("kid", "prc"))] == [r.value for r in first]
     assert counter == [64]
     assert real_split(some, metrics="kid", seed=1)["kd-lite2"] != first["kd-lite2"]
     odd = real_split(subset(0, 65, "odd"), metrics="kid").records[0]
