@@ -145,7 +145,7 @@ def draw_efficiency(runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping
         left.set_xscale("log")
         counts = sorted({int(n) for n in shown["images"]})
         left.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45)
-        left.minorticks_off()
+        left.xaxis.minorticks_off()
     left.set(xlabel="distinct real images")
     if left.get_legend_handles_labels()[0]:
         left.legend(loc="upper right")
