@@ -68,7 +68,7 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
         ax.set_ylabel(text)
     right.yaxis.set_major_formatter("{x:g}")
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    left.set_title(f"n = {_images(study)} images, bands: standard error over images", loc="left")
+    left.set_title(f"n = {int(study['n'].max())} images, bands: standard error over images", loc="left")
     return figure
 
 
@@ -106,7 +106,7 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
         _frequencies(ax, np.unique(long["frequency"]))
         ax.set_title(f"σ = {plain(sigma)}", loc="left")
     grid.set_axis_labels(FREQUENCY, "power")
-    grid.legend.set_title(f"n = {_images(study)} images")
+    grid.legend.set_title(f"n = {int(study['n'].max())} images")
     grid.tight_layout()
     return grid.figure
 
@@ -138,10 +138,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -
     grid.set_axis_labels("noise level σ", f"share of power,\nmean over layers, n = {int(long['n_images'].max())}")
     grid.tight_layout()
     return grid.figure
-
-
-def _images(study: pd.DataFrame) -> int:
-    return int(study["n"].max())
 
 
 def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.DataFrame:

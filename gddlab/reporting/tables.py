@@ -188,7 +188,8 @@ def styled(
     text: dict[str, Any] = {}
     for name in map(str, shown.columns):
         head = heads.get(name, name)
-        form = _format(name, formats)
+        start = next((start for start in formats if name.startswith(start)), "")
+        form = formats.get(name) or formats.get(start, "{:.3g}")
         columns[head] = [_written(v, form, s) for v, s in zip(shown[name], states, strict=True)]
         if not pd.api.types.is_numeric_dtype(shown[name].dtype):
             long = max(map(len, columns[head]), default=0) > 24
@@ -208,10 +209,6 @@ def styled(
     if isinstance(shown.index, pd.RangeIndex):
         out.hide(axis="index")
     return out
-
-
-def _format(name: str, known: Mapping[str, str]) -> str:
-    return known.get(name) or next((f for start, f in known.items() if name.startswith(start)), "{:.3g}")
 
 
 def _written(value: Any, form: str, state: str) -> str:
