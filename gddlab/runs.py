@@ -41,6 +41,12 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
+def _frame(rows: list[Any], columns: list[str] | None = None) -> pd.DataFrame:
+    import pandas as pd  # half a second that a rank, which reads its status here, does without
+
+    return pd.DataFrame(rows, columns=columns)
+
+
 class Run:
     """A run directory, seen from outside; reads what is there when asked, holds nothing."""
 
@@ -90,9 +96,7 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row per tick: kimg, loss/*, logits/*, r1, sec_per_kimg, ..."""
-        import pandas as pd
-
-        return pd.DataFrame(read_jsonl(self.run_dir / "metrics.jsonl"))
+        return _frame(read_jsonl(self.run_dir / "metrics.jsonl"))
 
     @property
     def last_metrics(self) -> dict[str, Any] | None:
@@ -101,24 +105,17 @@ class Run:
 
     def thinned_metrics(self, most: int = 1000) -> pd.DataFrame:
         """About `most` rows of `metrics`, evenly spread, and the last; costs the same however long the run is."""
-        import pandas as pd
-
-        return pd.DataFrame(thin_jsonl(self.run_dir / "metrics.jsonl", most))
+        return _frame(thin_jsonl(self.run_dir / "metrics.jsonl", most))
 
     @property
     def evaluation(self) -> pd.DataFrame:
         """One row per evaluation record."""
-        import pandas as pd
-
-        return pd.DataFrame(read_jsonl(self.run_dir / "evaluation.jsonl"))
+        return _frame(read_jsonl(self.run_dir / "evaluation.jsonl"))
 
     @property
     def alarms(self) -> pd.DataFrame:
         """One row per alarm: kind, kimg, message, value, threshold; empty for a healthy run."""
-        import pandas as pd
-
-        columns = ["kind", "kimg", "message", "value", "threshold"]
-        return pd.DataFrame(read_jsonl(self.run_dir / "alarms.jsonl"), columns=columns)
+        return _frame(read_jsonl(self.run_dir / "alarms.jsonl"), ["kind", "kimg", "message", "value", "threshold"])
 
     @property
     def probes(self) -> pd.DataFrame:
@@ -218,8 +215,6 @@ def listing(folder: str | Path) -> pd.DataFrame:
     Raises:
         NotFound: No run there.
     """
-    import pandas as pd
-
     top = Path(folder).resolve()
     rows = []
     for run in load_runs(top):
@@ -233,7 +228,7 @@ def listing(folder: str | Path) -> pd.DataFrame:
         except (ValueError, KeyError, TypeError, OSError) as e:
             row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
         rows.append((top.name if run.run_dir == top else str(run.run_dir.relative_to(top)), *row))
-    return pd.DataFrame(rows, columns=["run", "state", "kimg", "processes", "heard", "note"])
+    return _frame(rows, ["run", "state", "kimg", "processes", "heard", "note"])
 
 
 def load_study(folder: str | Path) -> pd.DataFrame:
