@@ -201,10 +201,8 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
     layers = list(dict.fromkeys(part["layer"]))
     leaves = [n for n in layers if not any(other.startswith(n + ".") for other in layers)]
     about = part.drop_duplicates("layer").set_index("layer").loc[leaves]
-    out = about.assign(family=[family(k) for k in about["kind"]])[list(PLACE[1:])].copy()
-    for name in names:
-        out[name] = part[part["network"] == name].drop_duplicates("layer").set_index("layer")["value"].reindex(leaves)
-    return out.reset_index()
+    out = about.assign(family=[family(k) for k in about["kind"]])[list(PLACE[1:])]
+    return out.join(part.pivot(index="layer", columns="network", values="value")[names]).reset_index()
 
 
 @torch.no_grad()
