@@ -126,9 +126,8 @@ def layers(s: Subjects) -> Found:
             # a container's change is its layers'
             own = {m for m, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))}
             parts.append(moved[moved["layer"].isin(own)].assign(network=name, states="weights"))
-    frame = pd.concat(parts, ignore_index=True)
-    for column in ("layer", "block", "kind", "stage", "stat", "unit", "network", "states"):
-        frame[column] = frame[column].astype("category")
+    texts = ("layer", "block", "kind", "stage", "stat", "unit", "network", "states")
+    frame = pd.concat(parts, ignore_index=True).astype(dict.fromkeys(texts, "category"))
     return Found(frame, {"n": PROBED, "seed": 0})
 
 

@@ -79,17 +79,15 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
         NaN for one), min, max, unfinished (runs without a value), state ("done", or why its runs have no value).
     """
     groups = runs.groupby("experiment", sort=False)
-    out = pd.DataFrame(
-        {
-            "frozen": groups["frozen"].mean(),
-            "seeds": groups["value"].count(),
-            "mean": groups["value"].mean(),
-            "sd": groups["value"].std(),
-            "min": groups["value"].min(),
-            "max": groups["value"].max(),
-            "unfinished": groups["state"].apply(lambda s: int((~s.isin(["done", NOT_RUN])).sum())),
-            "state": groups["state"].apply(lambda s: "; ".join(s[s != "done"].unique()) or "done"),
-        }
+    out = groups.agg(
+        frozen=("frozen", "mean"),
+        seeds=("value", "count"),
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        min=("value", "min"),
+        max=("value", "max"),
+        unfinished=("state", lambda s: int((~s.isin(["done", NOT_RUN])).sum())),
+        state=("state", lambda s: "; ".join(s[s != "done"].unique()) or "done"),
     )
     return out.sort_values("mean", kind="stable") if sort else out
 
