@@ -168,13 +168,7 @@ class Extracted(NamedTuple):
     images_sha256: str
 
 
-def extract(
-    images: Images,
-    extractor: Extractor,
-    *,
-    ranks: Ranks = ALONE,
-    progress: bool = False,
-) -> Extracted:
+def extract(images: Images, extractor: Extractor, *, ranks: Ranks = ALONE, progress: bool = False) -> Extracted:
     """Reads or makes images and extracts their features; only one batch of images is held at a time.
 
     The extractor runs where the images are, or else on CUDA where there is one. `ranks` make this call together, each
@@ -283,7 +277,8 @@ def recall_rows(
         intact = rows.shape == (count, extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
         if not intact or not torch.isfinite(rows).all():
             raise ValueError(path)
-        os.utime(path)
+        with suppress(OSError):  # a cache that this user may only read
+            os.utime(path)
         return Extracted(rows, about["images_sha256"])
 
     def write(path: Path, value: Extracted) -> None:
