@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from gddlab.distill import presets
@@ -15,26 +17,32 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, evaluate, evaluate_snapshots, real_split
 from gddlab.evaluation.run_scores import STEPS
 from gddlab.files import data_dir, write_json, write_text
-from gddlab.freezing import FreezeMask, select_freeze
-from gddlab.launch import RunHandle, train
+from gddlab.freezing import select_freeze
+from gddlab.launch import train
 from gddlab.nets import Precond
-from gddlab.probing import ProbeResult, probe
-from gddlab.provenance import commit, hardware, versions
-from gddlab.reporting.pages import of_figure, of_pixels, render
-from gddlab.reporting.style import look
-from gddlab.reporting.training_curves import draw_curves, draw_metrics
+from gddlab.probing import probe
+from gddlab.reporting.pages import of_figure, of_pixels
+from gddlab.reporting.report import run_page
+from gddlab.reporting.run_summary import Summary
 from gddlab.runtime import peak_memory_mib
 from gddlab.sampling import image_grid, sample
 from gddlab.teachers import load_teacher
 from gddlab.theme import save_figure, themed
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SCORE = "rel_update"
 METRIC = "fd-lite2"
 GRID = 64
 PROBED = 48
+COSINE = "How like its output at sigma = 80 each convolution's output is at the other noise levels."
+CODE = """import gddlab
+
+teacher = gddlab.load_teacher("digits")
+result = gddlab.probe(teacher, 18)
+mask = gddlab.select_freeze(teacher, strategy="gdd-i")
+config = gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={seed})
+run = gddlab.train(config, nproc={nproc})
+run.watch()
+scores = gddlab.evaluate(run.student())"""
 
 
 def say(text: str) -> None:
@@ -98,12 +106,34 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         "seed": seed,
         "nproc": nproc,
         "continued": continued,
-        "peak_mem_mib": _peak_mib(run, nproc),
+        "peak_mem_mib": peak_memory_mib() + nproc * float(run.metrics["peak_mem_mib"].max()),  # at one time, at most
         "seconds": round(time.perf_counter() - began, 1),
     }
     grids = _grids(teacher, sample(student, GRID, seed=0))
     save_figure(_picture(grids), out / "images.png", dpi=110)
-    page = _page(numbers, teacher, grids, result, mask, measured, run, scores, references, split)
+    summary = Summary(run, "demo")
+    summary.teacher = (*references.values(), split)
+    headline = {
+        "student, 1 step": f"{final.value:.1f}",
+        "teacher, 18 steps": f"{numbers['fd_teacher_18']:.1f}",
+        "teacher, 1 step": f"{numbers['fd_teacher_1']:.0f}",
+        f"two halves of the real images, n = {split.n}": f"{split.value:.1f}",
+        "of the parameters frozen": f"{mask.fraction:.1%}",
+    }
+    page = run_page(
+        summary,
+        "demo.html.j2",
+        title="gddlab: a diffusion model becomes a one-step generator",
+        final=final,
+        headline=headline,
+        networks=[of_pixels(pixels, title) for title, pixels in grids.items()],
+        images=result.meta["n_images"],
+        update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
+        cosine=of_figure(result.heatmap("cosine"), "heat map of cosines", COSINE),
+        score=SCORE,
+        masks=[of_figure(mask.plot(), "the rule's mask"), of_figure(measured.plot(), "the measured mask")],
+        code=CODE.format(seed=seed, nproc=nproc),
+    )
     write_text(out / "index.html", page)
     numbers["seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / "demo.json", numbers)
@@ -116,12 +146,6 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     return numbers
 
 
-def _peak_mib(run: RunHandle, nproc: int) -> float:
-    """Bound of the memory in use at one time, MiB: this process's peak and that of every training process."""
-    own = peak_memory_mib()
-    return own + nproc * float(run.metrics["peak_mem_mib"].max())
-
-
 def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
     if recompute:
         return [r for k in STEPS for r in evaluate(teacher, metrics=("fid",), steps=k)]
@@ -132,8 +156,6 @@ def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
 
 def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
     """Images of seeds 0 to 63 as grids: the teacher's, as they ship with it, and the student's."""
-    from PIL import Image
-
     folder = data_dir() / "teachers" / teacher.card.name
     out: dict[str, np.ndarray] = {}
     for steps in (1, 18):
@@ -147,89 +169,9 @@ def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
 @themed
 def _picture(grids: dict[str, np.ndarray]) -> Figure:
     """The grids side by side."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(4 * len(grids), 4.3), layout="constrained")
     for ax, (title, pixels) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
         ax.imshow(pixels, interpolation="nearest")
         ax.set_axis_off()
         ax.set_title(title, fontsize=11)
     return figure
-
-
-def _page(
-    numbers: dict[str, Any],
-    teacher: Any,
-    grids: dict[str, np.ndarray],
-    result: ProbeResult,
-    mask: FreezeMask,
-    measured: FreezeMask,
-    run: RunHandle,
-    scores: list[tuple[float, Record]],
-    references: dict[str, Record],
-    split: Record,
-) -> str:
-    import pandas as pd
-
-    final, config, metrics = scores[-1][1], run.config, run.metrics
-    losses = {"loss/g": "generator", "loss/d": "discriminator"}
-    logits = {"logits/fake": "on generated images", "logits/real": "on real images"}
-    points = pd.DataFrame([{"kimg": k, "value": r.value} for k, r in scores])
-    curve = points.assign(experiment="student, one step", metric=final.metric, state="done")
-    levels = {"teacher, 18 steps": numbers["fd_teacher_18"], f"real halves, n = {split.n}": split.value}
-    headline = {
-        "student, 1 step": f"{final.value:.1f}",
-        "teacher, 18 steps": f"{numbers['fd_teacher_18']:.1f}",
-        "teacher, 1 step": f"{numbers['fd_teacher_1']:.0f}",
-        f"two halves of the real images, n = {split.n}": f"{split.value:.1f}",
-        "of the parameters frozen": f"{mask.fraction:.1%}",
-    }
-    rows = [[f"student, {k:.2f} kimg", f"{r.value:.1f}", r.n, r.metric, r.sampler] for k, r in scores]
-    for name, r in references.items():
-        rows.append([look(f"teacher-{name.removeprefix('heun-')}").label, f"{r.value:.1f}", r.n, r.metric, name])
-    rows.append(["two halves of the real images", f"{split.value:.1f}", split.n, split.metric, split.sampler])
-    optimiser = f"batch {config.batch}, lr {config.lr_g:g} / {config.lr_d:g}, R1 gamma {config.r1_gamma:g}"
-    extractor = f"EfficientNet-{final.extractor}, {final.extractor_input_size} px, sha256 {final.extractor_sha256[:16]}"
-    provenance = {
-        "teacher": f"{teacher.card.name}, sha256 {teacher.card.sha256[:16]}",
-        "mask": f"{mask.strategy}, {len(mask.frozen)} tensors, sha256 {mask.hash[:16]}",
-        "data": f"digits, sha256 {split.reference_sha256[:16]}",
-        "training": f"seed {config.seed}, {optimiser}, {numbers['nproc']} process(es)",
-        "extractor": extractor,
-        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
-        "commit": commit() or "installed package",
-        "machine": ", ".join(f"{k} {v}" for k, v in hardware().items() if v),
-        "time": f"{numbers['seconds']:.0f} s, training {metrics['seconds'].iloc[-1]:.0f} s",
-    }
-    made = f'gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={config.seed})'
-    cosine = "How like its output at sigma = 80 each convolution's output is at the other noise levels."
-    return render(
-        "demo.html.j2",
-        title="gddlab: a diffusion model becomes a one-step generator",
-        numbers=numbers,
-        final=final,
-        headline=headline,
-        grids=[of_pixels(pixels, title) for title, pixels in grids.items()],
-        images=result.meta["n_images"],
-        update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
-        cosine=of_figure(result.heatmap("cosine"), "heat map of cosines", cosine),
-        score=SCORE,
-        masks=[
-            of_figure(mask.plot(), "the rule's mask"),
-            of_figure(measured.plot(), "the measured mask"),
-        ],
-        curves=[
-            of_figure(draw_metrics(metrics, losses, ylabel="loss"), "losses"),
-            of_figure(draw_metrics(metrics, logits, ylabel="mean logit"), "logits"),
-            of_figure(draw_curves(curve, levels=levels), "distance over training"),
-        ],
-        scores=rows,
-        provenance=list(provenance.items()),
-        code="import gddlab\n\n"
-        'teacher = gddlab.load_teacher("digits")\n'
-        "result = gddlab.probe(teacher, 18)\n"
-        'mask = gddlab.select_freeze(teacher, strategy="gdd-i")\n'
-        f"run = gddlab.train({made}, nproc={numbers['nproc']})\n"
-        "run.watch()\n"
-        "scores = gddlab.evaluate(run.student())",
-    )

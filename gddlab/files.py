@@ -91,6 +91,18 @@ def read_json(path: str | Path) -> Any:
         raise GddlabError(f"{path} is not JSON ({e}): give a file that gddlab wrote") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of one JSON object; {} where there is no file.
+
+    Raises:
+        GddlabError: It is damaged.
+    """
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise GddlabError(f"{path} holds no JSON object: it is damaged")
+    return found
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Every complete line of a .jsonl file; an incomplete last line is skipped."""
     path = Path(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.status import ACTIVE, read_status
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import is_run, last_jsonl, read_json, read_jsonl, thin_jsonl
+from gddlab.files import is_run, last_jsonl, read_json, read_jsonl, read_object, thin_jsonl
 from gddlab.lock import held
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 STALE_S = 120.0
 """A run on another machine whose last heartbeat is older than this counts as dead."""
+
+
+def _frame(rows: list[Any], columns: list[str] | None = None) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=columns)
 
 
 class Run:
@@ -45,8 +51,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Versions, commit, hashes, number of processes, hardware, and every start; {} before the first one."""
-        path = self.run_dir / "provenance.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_object(self.run_dir / "provenance.json")
 
     @property
     def written_status(self) -> dict[str, Any]:
@@ -79,9 +84,7 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row per tick: kimg, loss/*, logits/*, r1, sec_per_kimg, ..."""
-        import pandas as pd
-
-        return pd.DataFrame(read_jsonl(self.run_dir / "metrics.jsonl"))
+        return _frame(read_jsonl(self.run_dir / "metrics.jsonl"))
 
     @property
     def last_metrics(self) -> dict[str, Any] | None:
@@ -90,24 +93,17 @@ class Run:
 
     def thinned_metrics(self, most: int = 1000) -> pd.DataFrame:
         """About `most` rows of `metrics`, evenly spread, and the last; costs the same however long the run is."""
-        import pandas as pd
-
-        return pd.DataFrame(thin_jsonl(self.run_dir / "metrics.jsonl", most))
+        return _frame(thin_jsonl(self.run_dir / "metrics.jsonl", most))
 
     @property
     def evaluation(self) -> pd.DataFrame:
         """One row per evaluation record."""
-        import pandas as pd
-
-        return pd.DataFrame(read_jsonl(self.run_dir / "evaluation.jsonl"))
+        return _frame(read_jsonl(self.run_dir / "evaluation.jsonl"))
 
     @property
     def alarms(self) -> pd.DataFrame:
         """One row per alarm: kind, kimg, message, value, threshold; empty for a healthy run."""
-        import pandas as pd
-
-        columns = ["kind", "kimg", "message", "value", "threshold"]
-        return pd.DataFrame(read_jsonl(self.run_dir / "alarms.jsonl"), columns=columns)
+        return _frame(read_jsonl(self.run_dir / "alarms.jsonl"), ["kind", "kimg", "message", "value", "threshold"])
 
     @property
     def probes(self) -> pd.DataFrame:
@@ -137,19 +133,17 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """Metric, value and kimg of the best student scored during training; None where `metric_kimg` was not set."""
-        path = self.run_dir / "best.json"
-        return read_json(path) if path.exists() else None
+        return read_object(self.run_dir / "best.json") or None
 
     @property
     def written_config(self) -> dict[str, Any]:
         """config.json as it is, also where this version cannot read it."""
-        return dict(read_json(self.run_dir / "config.json"))
+        return read_object(self.run_dir / "config.json")
 
     @property
     def card(self) -> dict[str, Any]:
         """The teacher's card, teacher.json; {} before there is one."""
-        path = self.run_dir / "teacher.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_object(self.run_dir / "teacher.json")
 
     @property
     def mask(self) -> FreezeMask | None:
@@ -215,8 +209,6 @@ def listing(folder: str | Path) -> pd.DataFrame:
     Raises:
         NotFound: No run there.
     """
-    import pandas as pd
-
     top = Path(folder).resolve()
     rows = []
     for run in load_runs(top):
@@ -230,7 +222,7 @@ def listing(folder: str | Path) -> pd.DataFrame:
         except (ValueError, KeyError, TypeError, OSError) as e:
             row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
         rows.append((top.name if run.run_dir == top else str(run.run_dir.relative_to(top)), *row))
-    return pd.DataFrame(rows, columns=["run", "state", "kimg", "processes", "heard", "note"])
+    return _frame(rows, ["run", "state", "kimg", "processes", "heard", "note"])
 
 
 def load_study(folder: str | Path) -> pd.DataFrame:

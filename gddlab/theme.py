@@ -22,9 +22,9 @@ SEQUENTIAL, DIVERGING = "viridis", "vlag"
 MISSING = "0.8"
 """Colour of cells without a value."""
 FROZEN, TRAINED = PALETTE[0], PALETTE[1]
+"""Colours of frozen and of trained parameters."""
 RESOLUTIONS = ("#86cfae", "#23907f", "#0f5560", "#0a3442", "#061c28")
 """One hue, darker from the largest resolution to the smallest, which nothing else in a figure has."""
-"""Colours of frozen and of trained parameters."""
 OWN = {
     "axes.titlesize": 9,
     "axes.labelsize": 9,

@@ -10,6 +10,7 @@ import pytest
 from gddlab import demo as demo_module
 from gddlab.distill import presets
 from gddlab.files import read_json
+from tests.evaluation.conftest import small_features
 
 
 def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,8 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gddlab.evaluation.run_scores.evaluate", few)
     monkeypatch.setattr(demo_module, "evaluate", few)
     monkeypatch.setattr(demo_module, "PROBED", 2)
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    small_features(monkeypatch)
     numbers = demo_module.demo(tmp_path, seed=3, recompute=True)
     asked = {"fd_teacher_1", "fd_teacher_18", "fd_student", "fd_real_split", "frozen_fraction", "kimg", "seconds"}
     assert asked <= set(numbers)
@@ -38,7 +41,7 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     assert (numbers["kimg"], numbers["seed"], numbers["continued"]) == (0.064, 3, False)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img") >= 9
-    assert "student, 0.06 kimg" in page
+    assert "student, 0.064 kimg" in page
     for file in ("images.png", "mask.json", "mask-measured.json", "probe/frame.parquet", "run/student.safetensors"):
         assert (tmp_path / file).exists(), file
 

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gddlab.errors import GddlabError
-from gddlab.files import read_json, write_json
+from gddlab.files import read_object, write_json
 
 ACTIVE = ("starting", "running")
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
@@ -31,13 +30,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         GddlabError: It is damaged.
     """
-    path = run_dir / "status.json"
-    if not path.exists():
-        return {}
-    status = read_json(path)
-    if not isinstance(status, dict):
-        raise GddlabError(f"{path} holds no JSON object: it is damaged")
-    return status
+    return read_object(run_dir / "status.json")
 
 
 def mark_stopped(run_dir: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +15,12 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, StoredImages, extract, real_rows, recall
-from gddlab.evaluation.images import GeneratedImages, generated_rows, images_of, open_source
+from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows
+from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import hash_json, is_run, write_json
+from gddlab.files import is_run
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
@@ -151,7 +149,7 @@ def real_split(
         progress: Shows bars at a terminal.
 
     Returns:
-        Scores, from the cache if the same split was scored before; `reference` is "NAME, other half".
+        Scores; `reference` is "NAME, other half".
 
     Raises:
         GddlabError: An unknown name, or an n that does not fit twice into the data set.
@@ -167,39 +165,20 @@ def real_split(
     size = len(real) // 2 if n is None else n
     first, second = order[:size], order[size:] if n is None else order[size : 2 * size]
 
-    def scored(kind: str) -> list[Record]:
-        rows = real_rows(real, spec, progress=progress)
-        shared = time.perf_counter() - start
-        images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
-        about = _about(spec, Reference.of(real))
-        about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
-        ours = Extracted(rows[first], images.sha256)
-        return _score(kind, ours, rows[second, : spec.dims], images, spec, about, shared)
-
-    def read(path: Path) -> list[Record]:
-        return [Record.from_dict(d) for d in json.loads(path.read_text())]
-
-    def write(path: Path, records: list[Record]) -> None:
-        write_json(path, [r.to_dict() for r in records])
-
-    out: list[Record] = []
-    for kind in kinds:
-        key = hash_json([2, real.manifest.sha256, spec.identity, kind, len(first), len(second), seed, versions()])[:16]
-        file = f"split-{spec.name}-{kind}-{key}.json"
-        records: list[Record] = recall(file, partial(scored, kind), read=read, write=write)
-        out += records
-    named = str(data) if isinstance(data, str | Path) else None
-    return Scores(tuple(dataclasses.replace(r, data=named) for r in out))
+    rows = real_rows(real, spec, progress=progress).rows
+    shared = time.perf_counter() - start
+    images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
+    about = _about(spec, Reference.of(real)) | {"data": str(data) if isinstance(data, str | Path) else None}
+    about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
+    ours, theirs = Extracted(rows[first], images.sha256), rows[second, : spec.dims]
+    return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))
 
 
-def _extracted(
-    images: GeneratedImages | StoredImages, spec: Extractor, ranks: Ranks, nproc: int, progress: bool
-) -> Extracted:
+def _extracted(images: Images, spec: Extractor, ranks: Ranks, nproc: int, progress: bool) -> Extracted:
     if isinstance(images, GeneratedImages):
         return generated_rows(images, spec, ranks=ranks, nproc=nproc, progress=progress)
     if images.whole is not None:
-        rows = real_rows(images.whole, spec, device=images.device, ranks=ranks, progress=progress)
-        return Extracted(rows, images.sha256)
+        return real_rows(images.whole, spec, device=images.device, ranks=ranks, progress=progress)
     return extract(images, spec, ranks=ranks, progress=progress)
 
 
@@ -220,7 +199,7 @@ def _score(
     kind: str,
     ours: Extracted,
     theirs: Tensor | Statistics,
-    images: GeneratedImages | StoredImages,
+    images: Images,
     spec: Extractor,
     about: dict[str, Any],
     shared: float,

@@ -5,45 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
-from gddlab.files import atomic_path, cache_dir, hash_json
+from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
+from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device
+from gddlab.sampling.grid import to_uint8
+from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, sampler_name
 
 T = TypeVar("T")
-
-
-class Images(Sized, Protocol):
-    """Images that features are extracted from, read or made one batch at a time."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many are read or made at once."""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the images are made and their features extracted; None has no preference."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, R, R)."""
-
-    def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,91 @@ class StoredImages:
         return str(digest.hexdigest())
 
 
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images that a network makes, image i from seed + i; they are never held together."""
+
+    net: Precond
+    how: Method
+    count: int
+    seed: int
+    labels: Tensor | None
+    """Class of each image, (count,), or None."""
+    batch_size: int
+    whole: None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, R, R)."""
+        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+
+    @property
+    def sampler(self) -> str:
+        return sampler_name(self.how)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return (self.seed, self.seed + self.count - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return hash_tensors(module_of(self.net).state_dict())
+
+    @property
+    def settings(self) -> dict[str, Any] | list[float]:
+        """The sampler as JSON."""
+        return list(self.how) if isinstance(self.how, tuple) else self.how.to_dict()
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the images depend on, up to rounding."""
+        about = [
+            self.model_sha256,
+            architecture(module_of(self.net)),
+            self.settings,
+            [self.seed, self.count],
+            None if self.labels is None else hash_json(self.labels.tolist()),
+            str(next(self.net.parameters()).dtype),
+            self.device.type,
+        ]
+        return hash_json(about)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """uint8, (stop - start, C, R, R).
+
+        Raises:
+            GddlabError: An image is not finite.
+        """
+        chosen = None if self.labels is None else self.labels[start:stop]
+        labels = one_hot(self.net.label_dim, range(self.seed + start, self.seed + stop), chosen)
+        with prepared(self.net):
+            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
+        check_values(x)
+        return to_uint8(x)
+
+
+Images = StoredImages | GeneratedImages
+
+
+def check_values(x: Tensor) -> None:
+    """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise GddlabError(
+            f"{bad} of {len(x)} images are not finite: the model may have diverged, or its weights are damaged"
+        )
+    low, high = x.min().item(), x.max().item()
+    if low < -2 or high > 2:  # a raw network output may overshoot a little; 0..255 does not
+        raise GddlabError(f"images span {low:.3g}..{high:.3g}: give values in [-1, 1]")
+
+
 def images_sha256(images: Images) -> Any:
     """A sha256 to be updated with images in order; its digest is that of `hash_tensors({"images": all of them})`."""
     return hashlib.sha256(f"images:{torch.uint8}:{(len(images), *images.shape)}".encode())
@@ -96,22 +168,11 @@ class Extracted(NamedTuple):
     images_sha256: str
 
 
-def extract(
-    images: Images,
-    extractor: Extractor,
-    *,
-    device: torch.device | None = None,
-    ranks: Ranks = ALONE,
-    progress: bool = False,
-) -> Extracted:
+def extract(images: Images, extractor: Extractor, *, ranks: Ranks = ALONE, progress: bool = False) -> Extracted:
     """Reads or makes images and extracts their features; only one batch of images is held at a time.
 
-    Args:
-        images: The images.
-        extractor: From `find_extractor`.
-        device: Where the extractor runs; None takes the images' own, or else CUDA where there is one.
-        ranks: Processes that make this call together, each for a part of the images; all get the whole result.
-        progress: Shows a bar at a terminal.
+    The extractor runs where the images are, or else on CUDA where there is one. `ranks` make this call together, each
+    for a part of the images; all get the whole result.
     """
     parts = [share(len(images), images.batch_size, rank, ranks.size) for rank in range(ranks.size)]
     start, stop = parts[ranks.rank]
@@ -121,7 +182,7 @@ def extract(
     with tempfile.TemporaryFile() as kept, bar:
         keep = digest.update if ranks.size == 1 else kept.write
         with ranks.together():
-            rows = extract_part(images, extractor, start, stop, device=device, keep=keep, report=bar.update)
+            rows = extract_part(images, extractor, start, stop, keep=keep, report=bar.update)
         if ranks.size > 1:
             pixels = int(np.prod(images.shape))
             rows = ranks.gather(rows, [b - a for a, b in parts])
@@ -135,20 +196,15 @@ def extract_part(
     start: int,
     stop: int,
     *,
-    device: torch.device | None = None,
     keep: Callable[[memoryview], Any],
     report: Callable[[int], Any],
 ) -> Float[Tensor, "n width"]:
-    """Features of the images from `start` to `stop`, (stop - start, extractor.width).
+    """Features of the images from `start` to `stop`, exclusive.
 
-    Args:
-        images, extractor, device: As for `extract`.
-        start, stop: First image, and the one after the last.
-        keep: Gets the bytes of the images, batch by batch.
-        report: Gets the number of images of each batch.
+    `keep` gets the bytes of each batch of images, `report` their number.
     """
     net = extractor.build()  # before the first image
-    where = device or images.device or chosen_device()
+    where = images.device or chosen_device()
     net = net.to(where)
     out = torch.empty(stop - start, extractor.width)
     for i in range(start, stop, images.batch_size):
@@ -164,7 +220,8 @@ def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) 
     """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        rows = torch.cat([torch.cat(net(x.to(device).expand(-1, 3, -1, -1)), 1).cpu() for x in images.split(batch)])
+        rgb = (part.to(device).expand(-1, 3, -1, -1) for part in images.split(batch))  # grey is repeated
+        rows = torch.cat([torch.cat(net(x), 1).cpu() for x in rgb])
     if rows.shape[1] != extractor.width:
         raise GddlabError(
             f"{extractor.weights} gives {rows.shape[1]} features per image: {extractor.name} has {extractor.width}"
@@ -179,29 +236,9 @@ def image_features(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Float[Tensor, "n d"]:
-    """Features of images, float32, without TF32.
-
-    Args:
-        images: uint8, (N, 1 or 3, H, W); grey is repeated to RGB.
-        extractor: From `find_extractor`.
-        device: Where the extractor runs.
-        progress: Shows a bar at a terminal.
-
-    Returns:
-        (N, extractor.dims), on the CPU.
-
-    Raises:
-        GddlabError: Not uint8, or neither grey nor RGB.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise GddlabError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (N, 1 or 3, H, W)")
+    """Features of images, uint8, (N, 1 or 3, H, W), -> (N, extractor.dims), float32 on the CPU."""
     stored = StoredImages(images.cpu(), "images", device=torch.device(device))
     return extract(stored, extractor, progress=progress).rows[:, : extractor.dims]
-
-
-def real_images(data: ImageDataset) -> UInt8[Tensor, "n c r r"]:
-    """Images of a data set, uint8, (N, C, R, R)."""
-    return torch.from_numpy(data.uint8).permute(0, 3, 1, 2)
 
 
 def recall(
@@ -214,12 +251,12 @@ def recall(
 ) -> T:
     """The value in the cache file `name`, or computed and written there.
 
-    A file that `read` refuses (ValueError, OSError, EOFError, KeyError) is computed again and replaced. Where one of
-    the ranks lacks the file, all compute. A cache that cannot be written costs time at the next call, nothing else.
+    A file that `read` refuses is computed again and replaced. Where one of the ranks lacks the file, all compute. A
+    cache that cannot be written costs time at the next call, nothing else.
     """
     path = cache_dir() / name
     found: list[T] = []
-    with suppress(ValueError, OSError, EOFError, KeyError):
+    with suppress(ValueError, OSError, EOFError, KeyError, TypeError, SafetensorError):
         found.append(read(path))
     if not ranks.all(bool(found)):
         found = [compute()]
@@ -229,7 +266,30 @@ def recall(
     return found[0]
 
 
-_kept: dict[str, Tensor] = {}
+def recall_rows(
+    name: str, count: int, extractor: Extractor, compute: Callable[[], Extracted], ranks: Ranks = ALONE
+) -> Extracted:
+    """As `recall`, of the features of `count` images."""
+
+    def read(path: Path) -> Extracted:
+        with safe_open(path, framework="pt") as f:
+            about, rows = f.metadata() or {}, f.get_tensor("rows")
+        intact = rows.shape == (count, extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
+        if not intact or not torch.isfinite(rows).all():
+            raise ValueError(path)
+        with suppress(OSError):  # a cache that this user may only read
+            os.utime(path)
+        return Extracted(rows, about["images_sha256"])
+
+    def write(path: Path, value: Extracted) -> None:
+        rows = value.rows.contiguous()
+        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
+        save_file({"rows": rows}, path, metadata=about)
+
+    return recall(name, compute, read=read, write=write, ranks=ranks)
+
+
+_kept: dict[str, Extracted] = {}
 KEEP, KEEP_BYTES = 4, 1 << 28
 """How many sets of real features, of which size at most, stay in memory."""
 
@@ -239,7 +299,7 @@ def real_features(
 ) -> Float[Tensor, "n d"]:
     """Features of a whole data set, (N, extractor.dims), cached by the hashes of its manifest and the extractor."""
     where = None if device is None else torch.device(device)
-    return real_rows(data, extractor, device=where, progress=progress)[:, : extractor.dims]
+    return real_rows(data, extractor, device=where, progress=progress).rows[:, : extractor.dims]
 
 
 def real_rows(
@@ -249,29 +309,21 @@ def real_rows(
     device: torch.device | None = None,
     ranks: Ranks = ALONE,
     progress: bool = False,
-) -> Float[Tensor, "n width"]:
-    """Features and logits of a whole data set, (N, extractor.width); arguments as for `extract`, cache as above."""
+) -> Extracted:
+    """Features and logits of a whole data set; arguments as for `extract`, cache as above."""
     key = hash_json([data.manifest.sha256, extractor.identity])
     if ranks.all(key in _kept):
         return _kept[key]
-
-    def read(path: Path) -> Tensor:
-        rows = np.load(path, allow_pickle=False)
-        if rows.shape != (len(data), extractor.width) or rows.dtype != np.float32 or not np.isfinite(rows).all():
-            raise ValueError(path)
-        return torch.from_numpy(rows)
-
-    def write(path: Path, value: Tensor) -> None:
-        with path.open("wb") as f:
-            np.save(f, value.numpy())
-
-    def compute() -> Tensor:
-        images = StoredImages(data.uint8, "data")
-        return extract(images, extractor, device=device, ranks=ranks, progress=progress).rows
-
-    rows = recall(f"features-{extractor.name}-{key[:16]}.npy", compute, read=read, write=write, ranks=ranks)
-    if rows.nbytes <= KEEP_BYTES:
+    images = StoredImages(data.uint8, "data", device=device)
+    found = recall_rows(
+        f"features-{extractor.name}-{key[:16]}.safetensors",
+        len(data),
+        extractor,
+        lambda: extract(images, extractor, ranks=ranks, progress=progress),
+        ranks,
+    )
+    if found.rows.nbytes <= KEEP_BYTES:
         while len(_kept) >= KEEP:
             _kept.pop(next(iter(_kept)))
-        _kept[key] = rows
-    return rows
+        _kept[key] = found
+    return found

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +15,27 @@ from torch import Tensor
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor, find_extractor
-from gddlab.evaluation.features import Extracted, StoredImages, extract, extract_part, images_sha256, recall
+from gddlab.evaluation.features import (
+    Extracted,
+    GeneratedImages,
+    Images,
+    StoredImages,
+    check_values,
+    extract,
+    extract_part,
+    images_sha256,
+    recall_rows,
+)
 from gddlab.evaluation.references import Reference
-from gddlab.files import cache_dir, hash_json, hash_tensors, is_run
-from gddlab.nets import Precond, architecture, load_network, save_network
+from gddlab.files import cache_dir, hash_json, is_run
+from gddlab.nets import Precond, load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.ranks import ALONE, Ranks, named_ranks, share
 from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, resolve, sampler_name, seed_list
+from gddlab.sampling.samplers import Method, module_of, resolve, seed_list
 from gddlab.teachers.catalog import load_teacher
 from gddlab.workers import run_workers
 
@@ -38,76 +45,6 @@ FORMAT = 1
 """Part of the cache key; to be raised when a change of code changes the image of a seed, or its features."""
 KEEP_GIB = 4.0
 """Size of the cache of generated features; beyond it the files used longest ago are removed."""
-
-
-@dataclass(frozen=True)
-class GeneratedImages:
-    """Images that a network makes, image i from seed + i; they are never held together."""
-
-    net: Precond
-    how: Method
-    count: int
-    seed: int
-    labels: Tensor | None
-    """Class of each image, (count,), or None."""
-    batch_size: int
-    whole: None = None
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, R, R)."""
-        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
-
-    @property
-    def sampler(self) -> str:
-        return sampler_name(self.how)
-
-    @property
-    def seeds(self) -> tuple[int, int]:
-        return (self.seed, self.seed + self.count - 1)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    @cached_property
-    def model_sha256(self) -> str:
-        return hash_tensors(module_of(self.net).state_dict())
-
-    @property
-    def settings(self) -> dict[str, Any] | list[float]:
-        """The sampler as JSON."""
-        return list(self.how) if isinstance(self.how, tuple) else self.how.to_dict()
-
-    @property
-    def key(self) -> str:
-        """Hash of everything that the images depend on, up to rounding."""
-        about = [
-            self.model_sha256,
-            architecture(module_of(self.net)),
-            self.settings,
-            [self.seed, self.count],
-            None if self.labels is None else hash_json(self.labels.tolist()),
-            str(next(self.net.parameters()).dtype),
-            self.device.type,
-        ]
-        return hash_json(about)
-
-    def batch(self, start: int, stop: int) -> Tensor:
-        """uint8, (stop - start, C, R, R).
-
-        Raises:
-            GddlabError: An image is not finite.
-        """
-        chosen = None if self.labels is None else self.labels[start:stop]
-        labels = one_hot(self.net.label_dim, range(self.seed + start, self.seed + stop), chosen)
-        with prepared(self.net):
-            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
-        _check_values(x)
-        return to_uint8(x)
 
 
 def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
@@ -136,7 +73,7 @@ def images_of(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     **sampler: Any,
-) -> StoredImages | GeneratedImages:
+) -> Images:
     """Images of a source in the format of the real images; arguments as for `evaluate`. Nothing is sampled yet.
 
     Raises:
@@ -147,15 +84,16 @@ def images_of(
         how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
         count = n or real.n or BLOCK
         seed_list(count, seed, None)
-        return GeneratedImages(source, how, count, seed, _classes(source, real, count, seed), batch_size)
+        return GeneratedImages(source, how, count, seed, classes_of(source, real, count, seed), batch_size)
     for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
         if value is not None:
             raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
+    if n is not None and isinstance(source, ImageDataset | Tensor) and n > len(source):
+        raise GddlabError(f"n={n} images: only {len(source)} were given")
     if isinstance(source, ImageDataset):
         _check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
         if n is None or n == len(source):
             return StoredImages(source.uint8, "data", whole=source)
-        _check_count(n, len(source))
         some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
         return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
     if not isinstance(source, Tensor):
@@ -163,12 +101,12 @@ def images_of(
     if source.ndim != 4 or not source.is_floating_point():
         raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
-    _check_count(n or 0, len(source))
-    _check_values(source[:n])
+    check_values(source[:n])
     return StoredImages(to_uint8(source[:n]), "images")
 
 
-def _classes(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+def classes_of(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
+    """Image i of a conditional model has the class of real image i mod N; without those, classes take turns."""
     if not net.label_dim:
         return None
     if real.class_ids is None:
@@ -189,23 +127,6 @@ def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
         raise GddlabError(f"{what}: {h}x{w} with {c} channels, but {real.name!r} has {expected}")
 
 
-def _check_count(n: int, available: int) -> None:
-    if n > available:
-        raise GddlabError(f"n={n} images: only {available} were given")
-
-
-def _check_values(x: Tensor) -> None:
-    """Raises: GddlabError: Images that are not finite, or not in [-1, 1]."""
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-        raise GddlabError(
-            f"{bad} of {len(x)} images are not finite: the model may have diverged, or its weights are damaged"
-        )
-    low, high = x.min().item(), x.max().item()
-    if low < -2 or high > 2:  # a raw network output may overshoot a little; 0..255 does not
-        raise GddlabError(f"images span {low:.3g}..{high:.3g}: give values in [-1, 1]")
-
-
 def generated_rows(
     images: GeneratedImages,
     extractor: Extractor,
@@ -214,33 +135,7 @@ def generated_rows(
     nproc: int = 1,
     progress: bool = False,
 ) -> Extracted:
-    """Features of generated images, from the cache if they are there, complete and undamaged.
-
-    Args:
-        images: What is generated.
-        extractor: From `find_extractor`.
-        ranks, progress: As for `extract`.
-        nproc: Fresh processes on this machine that share the work.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
-    def read(path: Path) -> Extracted:
-        try:
-            with safe_open(path, framework="pt") as f:
-                about, rows = f.metadata() or {}, f.get_tensor("rows")
-        except SafetensorError as e:
-            raise ValueError(path) from e
-        intact = rows.shape == (len(images), extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
-        if not intact or not torch.isfinite(rows).all():
-            raise ValueError(path)
-        os.utime(path)
-        return Extracted(rows, about["images_sha256"])
-
-    def write(path: Path, value: Extracted) -> None:
-        rows = value.rows.contiguous()
-        about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
-        save_file({"rows": rows}, path, metadata=about)
+    """Features of generated images, from the cache if they are there; `nproc` fresh processes share the work."""
 
     def compute() -> Extracted:
         if nproc > 1:
@@ -248,7 +143,7 @@ def generated_rows(
         return extract(images, extractor, ranks=ranks, progress=progress)
 
     key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
-    found = recall(f"generated/{extractor.name}-{key}.safetensors", compute, read=read, write=write, ranks=ranks)
+    found = recall_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
     _prune(cache_dir() / "generated")
     return found
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -156,27 +155,18 @@ DISTANCES = ("fid", "kid", "mind")
 
 
 def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
-    """The values of a metric for features, logits or statistics; cached by content, since large sets take minutes.
-
-    Args:
-        metric: A key of `METRICS`.
-        *inputs: Its arguments.
-    """
+    """The values of a metric, cached by the content of its inputs, since large sets take minutes."""
     tensors = [t for x in inputs for t in (x if isinstance(x, Statistics) else (x,))]
     settings = [KID_SUBSETS, KID_SUBSET_SIZE, PRC_NEIGHBORHOOD, IS_SPLITS, MIND_PROJECTIONS, SEED]
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
     key = hash_json([metric, digest, settings, versions()])[:32]
 
-    def read(path: Path) -> list[Value]:
-        try:
-            return [Value(**v) for v in json.loads(path.read_text())]
-        except TypeError as e:  # JSON of something else
-            raise ValueError(path) from e
-
-    def write(path: Path, values: list[Value]) -> None:
-        write_json(path, [v._asdict() for v in values])
-
-    return recall(f"scores/{metric}-{key}.json", lambda: METRICS[metric](*inputs), read=read, write=write)
+    return recall(
+        f"scores/{metric}-{key}.json",
+        lambda: METRICS[metric](*inputs),
+        read=lambda path: [Value(**v) for v in json.loads(path.read_text())],
+        write=lambda path, values: write_json(path, [v._asdict() for v in values]),
+    )
 
 
 def names_of(metric: str) -> tuple[str, ...]:

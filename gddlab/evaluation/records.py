@@ -91,7 +91,22 @@ class Record:
 
     def trace(self) -> Trace:
         """Where the number comes from: run, configuration, file, and the commands that repeat training and scoring."""
-        return _trace(self)
+        folder, source = self.run_dir, self.source
+        if self.reference.endswith(_HALF):
+            return Trace(self, "one half of the real images", repeated_by=_split_command(self))
+        if self.sampler == "data":
+            return Trace(self, source or "a dataset", repeated_by=source and _command(self, source, self.data))
+        if self.model_sha256 is None:
+            return Trace(self, source or "images given in memory")
+        if folder is not None and (folder / "config.json").is_file() and (folder / "provenance.json").is_file():
+            return _trace_student(self, Run(folder))
+        if source is not None and _holds(Path(source), self.model_sha256):
+            return Trace(self, source, file=Path(source), repeated_by=_command(self, source))
+        for name in bundled_teachers():
+            if _holds(path := data_dir() / "teachers" / name / "teacher.safetensors", self.model_sha256):
+                return _trace_teacher(self, name, path)
+        again = source and _command(self, source, self.data)
+        return Trace(self, source or "a network given in memory", repeated_by=again)
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Record:
@@ -137,9 +152,8 @@ class Scores:
 
     def record(self, name: str) -> Record:
         """The record of a metric, named with or without its n."""
-        for r in self.records:
-            if name in (r.name, r.metric):
-                return r
+        if found := [r for r in self.records if name in (r.name, r.metric)]:
+            return found[0]
         raise unknown("score", name, [r.name for r in self.records])
 
     def to_frame(self) -> pd.DataFrame:
@@ -288,25 +302,6 @@ _FIRST = ("teacher", "data", "student", "mask", "seed", "total_kimg", "batch", "
 """Fields of a configuration that a trace shows."""
 
 
-def _trace(record: Record) -> Trace:
-    folder, source = record.run_dir, record.source
-    if record.reference.endswith(_HALF):
-        return Trace(record, "one half of the real images", repeated_by=_split_command(record))
-    if record.sampler == "data":
-        return Trace(record, source or "a dataset", repeated_by=source and _command(record, source, record.data))
-    if record.model_sha256 is None:
-        return Trace(record, source or "images given in memory")
-    if folder is not None and (folder / "config.json").is_file() and (folder / "provenance.json").is_file():
-        return _trace_student(record, Run(folder))
-    if source is not None and _holds(Path(source), record.model_sha256):
-        return Trace(record, source, file=Path(source), repeated_by=_command(record, source))
-    for name in bundled_teachers():
-        if _holds(path := data_dir() / "teachers" / name / "teacher.safetensors", record.model_sha256):
-            return _trace_teacher(record, name, path)
-    again = source and _command(record, source, record.data)
-    return Trace(record, source or "a network given in memory", repeated_by=again)
-
-
 def _trace_student(record: Record, run: Run) -> Trace:
     """A student of a run: the final one, a snapshot, or the best."""
     folder, config = record.run_dir, run.config.to_json()
@@ -325,16 +320,8 @@ def _trace_student(record: Record, run: Run) -> Trace:
         f"c = c.model_copy(update=dict(run_dir=pathlib.Path({json.dumps(f'{folder}-again')}))); "
         f"gddlab.train(c, nproc={run.provenance.get('world_size', 1)}).wait()"
     )
-    return Trace(
-        record,
-        f"student of {folder.name}",
-        run_dir=folder,
-        file=file,
-        config=_lines(config),
-        config_sha256=hash_json(config),
-        trained_by=shlex.join(["python", "-c", code]),
-        repeated_by=again,
-    )
+    found = Trace(record, f"student of {folder.name}", run_dir=folder, file=file, repeated_by=again)
+    return _trained(found, config, code)
 
 
 def _trace_teacher(record: Record, name: str, path: Path) -> Trace:
@@ -345,15 +332,15 @@ def _trace_teacher(record: Record, name: str, path: Path) -> Trace:
         f"import gddlab, json; c = json.load(open({json.dumps(str(file))})); "
         f'gddlab.train_teacher(gddlab.TeacherConfig(run_dir="{name}-again", **c))'
     )
-    return Trace(
-        record,
-        f"teacher {name}",
-        file=path,
-        config=_lines(config),
-        config_sha256=hash_json(config),
-        trained_by=shlex.join(["python", "-c", code]),
-        repeated_by=_command(record, name, record.data),
-    )
+    found = Trace(record, f"teacher {name}", file=path, repeated_by=_command(record, name, record.data))
+    return _trained(found, config, code)
+
+
+def _trained(found: Trace, config: dict[str, Any], code: str) -> Trace:
+    """With the configuration of a training, and the code that repeats it."""
+    shown = [f"{n} = {json.dumps(config[n])}" for n in _FIRST if n in config]
+    lines, command = (*shown, f"and {len(config) - len(shown)} more fields"), shlex.join(["python", "-c", code])
+    return replace(found, config=lines, config_sha256=hash_json(config), trained_by=command)
 
 
 def _holds(path: Path, model_sha256: str) -> bool:
@@ -361,11 +348,6 @@ def _holds(path: Path, model_sha256: str) -> bool:
     from safetensors.torch import load_file
 
     return path.suffix == ".safetensors" and path.is_file() and hash_tensors(load_file(path)) == model_sha256
-
-
-def _lines(config: dict[str, Any]) -> tuple[str, ...]:
-    shown = [f"{n} = {json.dumps(config[n])}" for n in _FIRST if n in config]
-    return (*shown, f"and {len(config) - len(shown)} more fields")
 
 
 def sampler_settings(text: str) -> dict[str, str]:
@@ -381,14 +363,8 @@ def sampler_settings(text: str) -> dict[str, str]:
 def _command(record: Record, source: str, data: str | None = None, snapshot: str | None = None) -> str:
     """`gddlab evaluate` with the arguments of a record."""
     seed = record.settings.get("first_seed", record.seeds[0] if record.seeds else 0)
-    options: dict[str, Any] = {
-        "snapshot": snapshot,
-        "data": data,
-        "metrics": _metric(record),
-        "n": record.n,
-        "seed": seed,
-    }
-    options |= {"blocks": record.settings.get("minimum_of_blocks")} | sampler_settings(record.sampler)
+    options: dict[str, Any] = {"snapshot": snapshot, "data": data, "metrics": _metric(record), "n": record.n}
+    options |= {"seed": seed, "blocks": record.settings.get("minimum_of_blocks")} | sampler_settings(record.sampler)
     options["extractor"] = _extractor(record)
     words = ["gddlab", "evaluate", source]
     for name, value in options.items():

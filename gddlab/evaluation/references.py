@@ -21,7 +21,8 @@ from gddlab.files import atomic_path, file_sha256
 from gddlab.provenance import versions
 
 FORMAT = "gddlab-reference-1"
-_SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
+SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
+"""What must agree with an extractor; other versions of its code give the same features up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +65,19 @@ class Reference:
                 )
 
     def against(self, extractor: Extractor, **where: Any) -> Tensor | Statistics:
-        """The real side of a metric: features, (N, D), or mean and covariance alone.
-
-        Args:
-            extractor: The feature network.
-            **where: As for `real_rows`.
-        """
+        """The real side of a metric: features, (N, D), or mean and covariance alone; `where` as for `real_rows`."""
         if self.features is not None:
             return self.features
         if self.data is not None:
-            return real_rows(self.data, extractor, **where)[:, : extractor.dims]
+            return real_rows(self.data, extractor, **where).rows[:, : extractor.dims]
         assert self.known is not None
         return self.known
 
 
 def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, progress: bool = True) -> Reference:
-    """Real images to score against.
+    """Real images to score against: a data set, by name or path too, or a .npz of statistics of this extractor.
 
-    Args:
-        data: A data set or its name or path; or a .npz file: EDM's (arrays `mu`, `sigma` of Inception's features), or
-            one that `reference` wrote.
-        extractor: The feature network; statistics of another one are refused.
-        progress: Shows a bar at a terminal.
+    The file is EDM's (arrays `mu`, `sigma` of Inception's features), or one that `reference` wrote.
 
     Raises:
         GddlabError: No such data; a file that is no reference, or of another extractor.
@@ -140,17 +132,12 @@ def reference(
         "format": FORMAT,
         "manifest": real.manifest.to_dict(),
         "n": len(real),
-        "extractor": _about(spec),
+        "extractor": {key: getattr(spec, key) for key in SAME},
         "versions": versions(),
     }
     with atomic_path(out) as tmp, tmp.open("wb") as f:
         np.savez(f, about=np.array(json.dumps(about, allow_nan=False)), **arrays)
     return out
-
-
-def _about(spec: Extractor) -> dict[str, Any]:
-    """What must agree with an extractor; other versions of its code give the same features up to rounding."""
-    return {key: getattr(spec, key) for key in _SAME}
 
 
 def _read(path: Path, spec: Extractor) -> Reference:
@@ -187,11 +174,11 @@ def _own(path: Path, arrays: dict[str, np.ndarray], known: Statistics, spec: Ext
         if about["format"] != FORMAT:
             raise KeyError("format")
         theirs, manifest, n = about["extractor"], about["manifest"], int(about["n"])
-        facts = {k: manifest[k] for k in ("name", "sha256", "channels", "resolution", "classes")}
+        about_data = {k: manifest[k] for k in ("name", "sha256", "channels", "resolution", "classes")}
     except (ValueError, KeyError, TypeError):
         raise GddlabError(f"{path} is no reference that gddlab wrote: make it again, gddlab reference") from None
-    for key, ours in _about(spec).items():
-        if theirs.get(key) != ours:
+    for key in SAME:
+        if theirs.get(key) != (ours := getattr(spec, key)):
             raise GddlabError(
                 f"{path} was made with another extractor, {key} {theirs.get(key)!r}; asked is {spec.label!r}, {ours!r}"
             )
@@ -201,10 +188,5 @@ def _own(path: Path, arrays: dict[str, np.ndarray], known: Statistics, spec: Ext
     fits &= class_ids is None or class_ids.shape == (n,)
     if not fits:
         raise GddlabError(f"{path} is damaged, its arrays do not fit each other: make it again, gddlab reference")
-    return Reference(
-        **facts,
-        n=n,
-        class_ids=class_ids,
-        known=known,
-        features=None if features is None else torch.from_numpy(features),
-    )
+    rows = None if features is None else torch.from_numpy(features)
+    return Reference(**about_data, n=n, class_ids=class_ids, known=known, features=rows)

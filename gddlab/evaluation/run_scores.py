@@ -64,14 +64,13 @@ def evaluate_snapshots(
 
 def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2", blocks: int = 1) -> list[str]:
     """The metrics that have no record of the final student; of several blocks, a distance needs its least."""
-    spec = find_extractor(extractor)
     have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
 
-    def name(kind: str) -> str:
-        own = spec.metric_name(kind)
-        return least_name(own, blocks) if blocks > 1 and kind in DISTANCES else own
+    def missing(kind: str) -> bool:
+        name = find_extractor(extractor).metric_name(kind)
+        return (least_name(name, blocks) if blocks > 1 and kind in DISTANCES else name) not in have
 
-    return [m for m in metrics if any(name(kind) not in have for kind in names_of(m))]
+    return [m for m in metrics if any(map(missing, names_of(m)))]
 
 
 def evaluate_end(
@@ -129,19 +128,12 @@ def scorer(config: TrainConfig, world: World) -> Score:
         net = load_run(config.run_dir).student(file).to(world.device)
         record = _known(config.run_dir, metric, config.metric_n).get(net.card.sha256)
         if record is None:
+            how: dict[str, Any] = {"n": config.metric_n, "extractor": config.metric_extractor, "progress": False}
             try:
-                scores = evaluate(
-                    net,
-                    data=_real(config),
-                    metrics=(config.metric,),
-                    n=config.metric_n,
-                    extractor=config.metric_extractor,
-                    progress=False,
-                )
+                record = evaluate(net, data=_real(config), metrics=config.metric, **how).record(metric)
             except GddlabError as e:  # images or score are not finite
                 sys.stdout.write(f"no score: {e}\n")
                 return metric, math.nan, None
-            record = scores.record(metric)
             if world.rank == 0:
                 append_records(config.run_dir, [record])
         return record.metric, record.value, record.std

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from gddlab.distill import presets
-from gddlab.distill.config import TrainConfig
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import Experiment, ExperimentList
-from gddlab.experiments.masks import Configure, Rows, free, mask_experiments
+from gddlab.experiments.masks import Rows, free
 from gddlab.experiments.studies import STUDIES
-from gddlab.freezing import FreezeMask
 
 SMALL: dict[str, Any] = {"input_size": 32}
 """Large backbones see images at 32 pixels, so that a run takes minutes on two cores; so does their control, lite0."""
@@ -22,22 +18,13 @@ IMAGES = (50, 100, 200, 400, 800)
 """Distinct images trained on; all are 1,797."""
 
 
-def configured(**fields: Any) -> Configure:
-    """The digits preset with some fields, scored four times on the way."""
-
-    def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
-        return presets.digits(run_dir=run_dir, seed=seed, mask=mask, **({"snapshot_kimg": 3} | fields))
-
-    return configure
-
-
 def random_backbone(name: str) -> dict[str, Any]:
     return {"discriminator": {"backbones": (name,), "weights": {name: "random"}, **SMALL}}
 
 
-row = Rows(configured, seconds=100.0)
+row = Rows("digits", seconds=100.0, snapshots=4)
 EXPERIMENTS: tuple[Experiment, ...] = (
-    *mask_experiments(configured(), others=configured(snapshot_kimg=6), seconds=90.0),
+    *row.masks(seconds=90.0, snapshot_kimg=6),
     row("gdd-i-long", "GDD-I for 40 thousand images", total_kimg=40, snapshot_kimg=4, seconds=240.0),
     row("gdd-long", "GDD for 40 thousand images", mask=free, total_kimg=40, snapshot_kimg=4, seconds=270.0),
     *row.controls(),
@@ -62,12 +49,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         seconds=240.0,
         **random_backbone("deit_base_distilled_patch16_224"),
     ),
-    *row.baselines(
-        distance="lite0",
-        steps=16,
-        seconds={"ctm": 300.0, "gdd-cd": 190.0},
-        reuse_fakes=False,
-    ),
+    *row.baselines(distance="lite0", steps=16, seconds={"ctm": 300.0, "gdd-cd": 190.0}, reuse_fakes=False),
     *row.few_images(IMAGES, snapshot_kimg=1.5, seconds=130.0),
 )
 DIGITS = ExperimentList("digits", "digits", EXPERIMENTS, STUDIES)

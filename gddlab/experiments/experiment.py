@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from gddlab.distill.config import TrainConfig
 from gddlab.evaluation import Record
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class ExperimentList:
         return [e.name for e in self.experiments] + [s.name for s in self.studies]
 
 
-COURSE, MAIN, SECOND, MINIMA = "10_fid_over_images", "12_main_results", "13_second_extractor", "14_local_minima"
+OVER_IMAGES, MAIN, SECOND, MINIMA = "10_fid_over_images", "12_main_results", "13_second_extractor", "14_local_minima"
 SAMPLES, LAYERS, MOVED, SPECTRA = "11_samples", "15_activations", "16_moved_parameters", "22_frequencies"
 DISCRIMINATORS, AUGMENTATION, START = "18_discriminators", "19_augmentation_r1", "20_initialisation"
 EFFICIENCY, COST = "21_data_efficiency", "23_cost"
@@ -157,9 +155,9 @@ FEEDS: Mapping[str, tuple[str, ...]] = {
         *(DISCRIMINATORS, AUGMENTATION, START, EFFICIENCY, COST),
     ),
     "gdd": (MAIN, SECOND, MINIMA, SAMPLES, LAYERS, MOVED, SPECTRA, START, COST),
-    "gdd-i-long": (COURSE, MAIN, EFFICIENCY, COST),
-    "gdd-long": (COURSE, MAIN, COST),
-    "scratch": (COURSE, SECOND, MINIMA, SAMPLES, START, COST),
+    "gdd-i-long": (OVER_IMAGES, MAIN, EFFICIENCY, COST),
+    "gdd-long": (OVER_IMAGES, MAIN, COST),
+    "scratch": (OVER_IMAGES, SECOND, MINIMA, SAMPLES, START, COST),
     "fresh-fakes": (AUGMENTATION, COST),
     "reuse-fakes": (AUGMENTATION, COST),
     "no-r1": (AUGMENTATION,),
@@ -170,11 +168,16 @@ FEEDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("pd", "cd", "ctm"), (MAIN, SECOND, MINIMA, SAMPLES, COST)),
     "rcd": (MINIMA,),
     "gdd-cd": (MAIN, MINIMA, COST),
+    "teacher-steps": (MAIN, SECOND, MINIMA, OVER_IMAGES),
+    "local-minima": (MINIMA,),
+    "layers": (LAYERS, MOVED, SPECTRA),
+    "spectra": (SPECTRA,),
+    "costs": (COST,),
 }
 
 
 def feeds_of(name: str) -> tuple[str, ...]:
-    """Notebooks that read an experiment, other than those on masks."""
+    """Notebooks that read an experiment, other than those on masks, or a study."""
     if name.startswith("images-"):
         return (EFFICIENCY,)
     if name.startswith(("lpips", "lite0", "vgg16", "deit")):

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-from gddlab.distill import presets
-from gddlab.distill.config import TrainConfig
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import ExperimentList, Judge
-from gddlab.experiments.masks import Configure, Rows, mask_experiments
+from gddlab.experiments.masks import Rows
 from gddlab.experiments.studies import STUDIES
-from gddlab.freezing import FreezeMask
 
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
 JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
@@ -23,25 +17,14 @@ HOURS_ON_8_A100 = 6.0
 """What the authors need for 5 million images (arXiv:2405.20750); `gddlab preflight` measures the longer ones."""
 
 
-def configured(preset: str, **fields: Any) -> Configure:
-    """A preset with some fields and ten snapshots; seed s trains with seed 42 + s, and 42 is the authors'."""
-
-    def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
-        total = fields.get("total_kimg", presets.preset(preset, run_dir=run_dir).total_kimg)
-        return presets.preset(
-            preset, run_dir=run_dir, seed=42 + seed, mask=mask, **({"snapshot_kimg": total / 10} | fields)
-        )
-
-    return configure
-
-
 def _list(
     preset: str, *, images: tuple[int, ...], instance_steps: int, steps: int, hours: float | None = None
 ) -> ExperimentList:
-    base = presets.preset(preset, run_dir="runs")
-    row = Rows(partial(configured, preset), None if hours is None else hours * 3600)
+    # ten snapshots; 42 is the authors' seed
+    row = Rows(preset, None if hours is None else hours * 3600, snapshots=10, first_seed=42)
+    base = row.base
     experiments = (
-        *mask_experiments(configured(preset), seconds=row.seconds),
+        *row.masks(),
         *row.controls(),
         row("reuse-fakes", "GDD-I with the images of the generator step in the discriminator step", reuse_fakes=True),
         *row.augmented(ada_kimg=500),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from gddlab.distill import presets
 from gddlab.distill.augment import Augment
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.instance import Consistency, FromNoise, InstancePart, Progressive, Trajectory
@@ -27,7 +28,6 @@ SCORES = {
 """Measured scores by the name that experiments carry."""
 
 Chooser = Callable[[Measured, int], FreezeMask | None]
-Configure = Callable[[Path, int, FreezeMask | None], TrainConfig]
 
 
 def measure(teacher: str, data: str) -> Measured:
@@ -84,50 +84,19 @@ def at_random(share: float = 1.0) -> Chooser:
     return lambda m, seed: select_freeze(m.result, strategy="random", budget=share * m.rule.fraction, seed=seed)
 
 
-def mask_experiments(
-    configure: Configure, *, others: Configure | None = None, seconds: float | None = None
-) -> tuple[Experiment, ...]:
-    """GDD-I, GDD, the rule's other options, norms alone, measured masks with their inverses, random ones.
-
-    Args:
-        configure: The configuration of a run, from its folder, seed and mask.
-        others: Of all but GDD-I and GDD, with fewer snapshots.
-        seconds: One run, roughly.
-    """
-    both = (CHOOSING, ABLATION)
-    rows: list[tuple[str, str, tuple[str, ...], Chooser]] = [
-        ("gdd-i", "GDD-I: the authors' rule on names", both, ruled),
-        ("gdd", "GDD: everything is trained", both, free),
-        ("random", "random masks of the rule's share, another one for each seed", both, at_random()),
-    ]
-    for name, what in SCORES.items():
-        for inverse, word in ((False, "low"), (True, "high")):
-            rows.append((f"{name}-{word}", f"freezes {word} values of: {what}", both, chosen_by(name, inverse=inverse)))
-    rows.append(("half-random", "random masks of half the rule's share", both, at_random(0.5)))
-    for inverse, word in ((False, "low"), (True, "high")):
-        what = f"as ablation-{word}, at half the share, where the two freeze different layers"
-        rows.append((f"half-ablation-{word}", what, both, chosen_by("ablation", inverse=inverse, share=0.5)))
-    rows += [
-        ("option-2", "the authors' option 2: attention's qkv is frozen too", (ABLATION,), by_rule("gdd-i-2")),
-        ("option-3", "the authors' option 3: skip convolutions too", (ABLATION,), by_rule("gdd-i-3")),
-        ("norms-only", "norms alone are trained", (ABLATION,), by_rule("norms-only")),
-    ]
-    return tuple(
-        Experiment(name, what, own + feeds_of(name), mask, configure if name in MAIN else others or configure, seconds)
-        for name, what, own, mask in rows
-    )
-
-
 class Rows:
-    """Makes the experiments of a list.
+    """Makes the experiments of a list: those that all lists have, and others one by one.
 
     Args:
-        configured: Makes, from fields that differ from the list's preset, what configures a run.
+        preset: What they have in common.
         seconds: One run, roughly; None if unknown.
+        snapshots: How often a student is scored during its training, unless a row has its own `snapshot_kimg`.
+        first_seed: Seed s trains with `first_seed` + s.
     """
 
-    def __init__(self, configured: Callable[..., Configure], seconds: float | None):
-        self.configured, self.seconds = configured, seconds
+    def __init__(self, preset: str, seconds: float | None, *, snapshots: int, first_seed: int = 0):
+        self.preset, self.seconds, self.snapshots, self.first_seed = preset, seconds, snapshots, first_seed
+        self.base = presets.preset(preset, run_dir="runs")
 
     def __call__(
         self,
@@ -135,10 +104,49 @@ class Rows:
         what: str,
         *,
         mask: Chooser = ruled,
+        feeds: tuple[str, ...] = (),
         seconds: float | None = None,
         **fields: Any,
     ) -> Experiment:
-        return Experiment(name, what, feeds_of(name), mask, self.configured(**fields), seconds or self.seconds)
+        """An experiment whose configurations differ from the preset in `fields`."""
+        snapshot_kimg = fields.get("total_kimg", self.base.total_kimg) / self.snapshots
+        given: dict[str, Any] = {"snapshot_kimg": snapshot_kimg} | fields
+
+        def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
+            return presets.preset(self.preset, run_dir=run_dir, seed=self.first_seed + seed, mask=mask, **given)
+
+        return Experiment(name, what, feeds + feeds_of(name), mask, configure, seconds or self.seconds)
+
+    def masks(self, *, seconds: float | None = None, **others: Any) -> tuple[Experiment, ...]:
+        """GDD-I, GDD, the rule's other options, norms alone, measured masks with their inverses, random ones.
+
+        `others` are fields of all but GDD-I and GDD.
+        """
+
+        def row(name: str, what: str, mask: Chooser, feeds: tuple[str, ...] = (CHOOSING, ABLATION)) -> Experiment:
+            fields = {} if name in MAIN else others
+            return self(name, what, mask=mask, feeds=feeds, seconds=seconds, **fields)
+
+        rows = [
+            row("gdd-i", "GDD-I: the authors' rule on names", ruled),
+            row("gdd", "GDD: everything is trained", free),
+            row("random", "random masks of the rule's share, another one for each seed", at_random()),
+        ]
+        for name, what in SCORES.items():
+            for inverse, word in ((False, "low"), (True, "high")):
+                chosen = chosen_by(name, inverse=inverse)
+                rows.append(row(f"{name}-{word}", f"freezes {word} values of: {what}", chosen))
+        rows.append(row("half-random", "random masks of half the rule's share", at_random(0.5)))
+        for inverse, word in ((False, "low"), (True, "high")):
+            what = f"as ablation-{word}, at half the share, where the two freeze different layers"
+            rows.append(row(f"half-ablation-{word}", what, chosen_by("ablation", inverse=inverse, share=0.5)))
+        for name, what, strategy in (
+            ("option-2", "the authors' option 2: attention's qkv is frozen too", "gdd-i-2"),
+            ("option-3", "the authors' option 3: skip convolutions too", "gdd-i-3"),
+            ("norms-only", "norms alone are trained", "norms-only"),
+        ):
+            rows.append(row(name, what, by_rule(strategy), (ABLATION,)))
+        return tuple(rows)
 
     def controls(self) -> tuple[Experiment, ...]:
         """Without the teacher's weights, without R1, with a second step."""
@@ -149,21 +157,12 @@ class Rows:
         )
 
     def augmented(self, *, ada_kimg: float, **fields: Any) -> tuple[Experiment, ...]:
-        """With augmentation, fixed and adaptive.
-
-        Args:
-            ada_kimg: Images in which ADA's probability can go from 0 to 1, thousands.
-            **fields: Further fields of both.
-        """
+        """With augmentation, fixed and adaptive; ADA's probability can go from 0 to 1 in `ada_kimg` thousand images."""
+        fixed, adaptive = Augment(ops=("color", "translation", "cutout")), Augment(ada_target=0.6, ada_kimg=ada_kimg)
         what = f"GDD-I with ADA, target 0.6, at most from 0 to 1 in {ada_kimg:g} kimg"
         return (
-            self(
-                "augment",
-                "GDD-I with differentiable colour, translation, cutout",
-                augment=Augment(ops=("color", "translation", "cutout")),
-                **fields,
-            ),
-            self("ada", what, augment=Augment(ada_target=0.6, ada_kimg=ada_kimg), **fields),
+            self("augment", "GDD-I with differentiable colour, translation, cutout", augment=fixed, **fields),
+            self("ada", what, augment=adaptive, **fields),
         )
 
     def baselines(
@@ -174,30 +173,22 @@ class Rows:
         seconds: Mapping[str, float] | None = None,
         **alone: Any,
     ) -> tuple[Experiment, ...]:
-        """The instance-based losses alone, and consistency distillation with the GAN loss.
+        """The instance-based losses alone, with the fields `alone`, and consistency distillation with the GAN loss."""
 
-        Args:
-            distance, steps: Of every instance loss.
-            seconds: Of those that take longer than others.
-            **alone: Fields of those that train on the instance loss alone.
-        """
-        names: dict[str, tuple[str, Callable[..., InstancePart]]] = {
-            "pd": ("progressive distillation", Progressive),
-            "cd": ("consistency distillation", Consistency),
-            "ctm": ("consistency trajectory distillation", Trajectory),
-            "rcd": ("distillation from pure noise to a random level", FromNoise),
-        }
-        longer = seconds or {}
-
-        def experiment(name: str, what: str, part: Callable[..., InstancePart], **fields: Any) -> Experiment:
-            instance = part(steps=steps, distance=distance)
-            return self(name, what, mask=free, seconds=longer.get(name), instance=instance, **fields)
+        def row(name: str, what: str, part: Callable[..., InstancePart], **fields: Any) -> Experiment:
+            instance, longer = part(steps=steps, distance=distance), (seconds or {}).get(name)
+            return self(name, what, mask=free, seconds=longer, instance=instance, **fields)
 
         rows = [
-            experiment(name, f"{what} alone, by the {distance} distance", part, discriminator=None, **alone)
-            for name, (what, part) in names.items()
+            row(name, f"{what} alone, by the {distance} distance", part, discriminator=None, **alone)
+            for name, what, part in (
+                ("pd", "progressive distillation", Progressive),
+                ("cd", "consistency distillation", Consistency),
+                ("ctm", "consistency trajectory distillation", Trajectory),
+                ("rcd", "distillation from pure noise to a random level", FromNoise),
+            )
         ]
-        return (*rows, experiment("gdd-cd", "GDD with consistency distillation added", Consistency))
+        return (*rows, row("gdd-cd", "GDD with consistency distillation added", Consistency))
 
     def few_images(self, counts: Iterable[int], **fields: Any) -> tuple[Experiment, ...]:
         """Trained on some of the images."""

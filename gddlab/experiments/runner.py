@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from gddlab.experiments.masks import measure, rule
 from gddlab.files import atomic_path, last_jsonl, read_json, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
-from gddlab.nets import OneStepPrecond
 from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import Run, load_run
@@ -32,9 +32,11 @@ LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 
 def at_end(judge: Judge) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
     """Metrics of a run's end, each with arguments of `evaluate_end`."""
-    own: dict[str, Any] = {"extractor": judge.extractor}
-    parts = [(("fid", "kid", "prc"), own), (("fid",), own | {"blocks": judge.blocks})]
-    return [*parts, (("fid",), {"extractor": judge.second})]
+    return [
+        (("fid", "kid", "prc"), {"extractor": judge.extractor}),
+        (("fid",), {"extractor": judge.extractor, "blocks": judge.blocks}),
+        (("fid",), {"extractor": judge.second}),
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,15 @@ def plan(
     if seeds < 1:
         raise GddlabError(f"seeds={seeds}: give at least 1")
     folder = Path(out) / name
-    out_: list[Planned] = []
-    for seed in range(seeds):
-        for e in chosen.experiments:
-            if not only or e.name in only:
-                path = folder / e.name / f"seed-{seed}"
-                out_.append(Planned(e, seed, path, *_run_state(e, path, chosen.judge)))
+    planned: list[Planned] = []
+    for seed, e in itertools.product(range(seeds), chosen.experiments):
+        path = folder / e.name / f"seed-{seed}"
+        if not only or e.name in only:
+            planned.append(Planned(e, seed, path, *_run_state(e, path, chosen.judge)))
     for s in chosen.studies:
         if not only or s.name in only:
-            out_.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
-    return out_
+            planned.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
+    return planned
 
 
 def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str, float | None]:
@@ -215,17 +216,14 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
     device = chosen_device()
     inputs = _inputs(study, folder)
-    students: dict[str, OneStepPrecond] = {e: load_run(folder / e / "seed-0").student() for e in inputs}
-    for net in students.values():
-        net.to(device)
+    students = {e: load_run(folder / e / "seed-0").student().to(device) for e in inputs}
     began = time.perf_counter()
     teacher = load_teacher(chosen.teacher).to(device)
     configs = {}
     if study.timed:
         measured = _measured(chosen, folder / "measured")
-        for e in chosen.experiments:
-            if set(e.feeds) & set(study.feeds):
-                configs[e.name] = e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0))
+        shown = [e for e in chosen.experiments if set(e.feeds) & set(study.feeds)]
+        configs = {e.name: e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0)) for e in shown}
     found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs, nproc))
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there

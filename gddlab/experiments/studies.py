@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from gddlab.datasets import open_dataset
+from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.diagnosis.preflight import preflight
 from gddlab.evaluation import evaluate, find_extractor, real_split
 from gddlab.evaluation.features import image_features, real_features
+from gddlab.evaluation.images import classes_of
 from gddlab.evaluation.metrics import frechet
-from gddlab.experiments.experiment import Found, Study, Subjects
+from gddlab.evaluation.references import Reference
+from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
 from gddlab.nets import Precond
 from gddlab.probing import probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -22,11 +25,8 @@ from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 OTHER_NOISE = "other noise"
-PROBED, SPECTRA = 64, 512
+PROBED, DENOISED = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""
 TIMED = 24
 """Iterations timed of each configuration; the median counts."""
@@ -36,8 +36,6 @@ SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 
 def teacher_steps(s: Subjects) -> Found:
     """Scores of the teacher at each number of Heun steps, and of two halves of the real images."""
-    import pandas as pd
-
     rows, records = [], []
     for steps in s.steps:
         found = list(_scores(s, steps=steps))
@@ -70,12 +68,10 @@ def _flat(record: Any) -> dict[str, Any]:
 
 def local_minima(s: Subjects) -> Found:
     """Distances of networks to the data and to each other: as sets, and image by image for the same noise."""
-    import pandas as pd
-
     real = open_dataset(s.data)
     spec = find_extractor(s.judge.extractor)
     n = s.judge.pairs or s.judge.n or len(real)
-    images = {name: _uint8(net, n, steps=steps, classes=_classes(net, real, n)) for name, net, steps in _networks(s)}
+    images = {name: to_uint8(_sampled(net, real, n, steps)) for name, net, steps in _networks(s)}
     device = next(s.teacher.parameters()).device
     features = {name: image_features(x, spec, device=device) for name, x in images.items()}
     metric = f"{spec.metric_name('fid')}"
@@ -112,21 +108,12 @@ def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
         yield name, student, None
 
 
-def _classes(net: Precond, real: Any, n: int) -> Tensor | None:
-    """Image i has the class of real image i mod N, as in `evaluate`."""
-    if not net.label_dim or real.class_ids is None:
-        return None
-    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real)]
-
-
-def _uint8(net: Precond, n: int, *, steps: int | None, classes: Tensor | None) -> Tensor:
-    return to_uint8(sample(net, n, steps=steps, seed=0, class_labels=classes))
+def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Tensor:
+    return sample(net, n, steps=steps, seed=0, class_labels=classes_of(net, Reference.of(real), n, 0))
 
 
 def layers(s: Subjects) -> Found:
     """Activation of layers over noise levels, teacher and students; and how far each layer's weights moved."""
-    import pandas as pd
-
     kinds = ("conv", "block")
     stats = ("rms", "active_fraction", "rel_update", "cosine", "spectral_share")
     parts: list[pd.DataFrame] = []
@@ -139,16 +126,13 @@ def layers(s: Subjects) -> Found:
             # a container's change is its layers'
             own = {m for m, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))}
             parts.append(moved[moved["layer"].isin(own)].assign(network=name, states="weights"))
-    frame = pd.concat(parts, ignore_index=True)
-    for column in ("layer", "block", "kind", "stage", "stat", "unit", "network", "states"):
-        frame[column] = frame[column].astype("category")
+    texts = ("layer", "block", "kind", "stage", "stat", "unit", "network", "states")
+    frame = pd.concat(parts, ignore_index=True).astype(dict.fromkeys(texts, "category"))
     return Found(frame, {"n": PROBED, "seed": 0})
 
 
 def spectra(s: Subjects) -> Found:
     """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
-    import pandas as pd
-
     real = open_dataset(s.data)
     n = s.judge.pairs or s.judge.n or len(real)
     parts: list[pd.DataFrame] = []
@@ -162,9 +146,8 @@ def spectra(s: Subjects) -> Found:
 
     add("data", "data", None, real.images(slice(0, n)))
     for name, net, steps in _networks(s):
-        x = sample(net, n, steps=steps, seed=0, class_labels=_classes(net, real, n))
-        add(name, "sampled", None, x)
-    inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(SPECTRA, len(real)), seed=0)
+        add(name, "sampled", None, _sampled(net, real, n, steps))
+    inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(DENOISED, len(real)), seed=0)
     x, y = _denoised(s.teacher, inputs)  # (n, S, C, H, W)
     for i, sigma in enumerate(inputs.sigmas):
         add("data", "noised", sigma, x[:, i])
@@ -174,8 +157,6 @@ def spectra(s: Subjects) -> Found:
 
 def costs(s: Subjects) -> Found:
     """Time and memory of a training step of each configuration, one after the other."""
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     for name, config in s.configs.items():
         found = preflight(config, steps=TIMED, measure_batch=config.batch_per_device or config.batch)
@@ -201,40 +182,16 @@ def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.cat(xs).reshape(shape), torch.cat(ys).reshape(shape)
 
 
-STUDIES: tuple[Study, ...] = (
-    Study(
-        "teacher-steps",
-        "the teacher at 1 to its full number of Heun steps, by both extractors",
-        ("12_main_results", "13_second_extractor", "14_local_minima", "10_fid_over_images"),
-        (),
-        teacher_steps,
-        900.0,
-    ),
-    Study(
-        "local-minima",
-        "distances of teacher and students to the data and to each other",
-        ("14_local_minima",),
-        ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd"),
-        local_minima,
-        500.0,
-    ),
-    Study(
-        "layers",
-        "activation over noise levels and moved weights, teacher and students",
-        ("15_activations", "16_moved_parameters", "22_frequencies"),
-        ("gdd", "gdd-i", "cd"),
-        layers,
-        60.0,
-    ),
-    Study(
-        "spectra",
-        "power spectra of images: data, noised, denoised, sampled",
-        ("22_frequencies",),
-        ("gdd", "gdd-i", "cd"),
-        spectra,
-        300.0,
-    ),
-    Study(
-        "costs", "time and memory of a training step of each configuration", ("23_cost",), (), costs, 600.0, timed=True
-    ),
+STUDENTS = ("gdd", "gdd-i", "cd")
+MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
+BOTH = "the teacher at 1 to its full number of Heun steps, by both extractors"
+STUDIES: tuple[Study, ...] = tuple(
+    Study(name, what, feeds_of(name), needs, measure, seconds, timed=measure is costs)
+    for name, what, needs, measure, seconds in (
+        ("teacher-steps", BOTH, (), teacher_steps, 900.0),
+        ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
+        ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
+        ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
+        ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
+    )
 )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import place_name, plain, sigma_axis
 from gddlab.reporting.layers import measured_layers
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, GREY, PALETTE, banded, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 STUDY = "spectra"
 COLUMNS = ("network", "source", "sigma", "frequency", "power", "sem", "n")
@@ -49,16 +50,8 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
     """Power over radial frequency of the data and of sampled images, and their ratio to the data.
 
     Both axes are logarithmic, so the constant, frequency 0, is omitted. Bands are one standard error over images.
-
-    Args:
-        study: Columns network, source, sigma, frequency, power, sem, n.
-        networks: Sampled networks; all if None.
-
-    Raises:
-        GddlabError: The table is another one, or a network was not sampled.
+    Arguments and errors are those of `spectrum_table`.
     """
-    import matplotlib.pyplot as plt
-
     study = checked(study, COLUMNS, STUDY)
     names = list(spectrum_table(study, networks).index)
     data = _spectrum(study, "data")
@@ -74,7 +67,7 @@ def draw_spectra(study: pd.DataFrame, networks: Sequence[str] | None = None) -> 
         ax.set_ylabel(text)
     right.yaxis.set_major_formatter("{x:g}")
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    left.set_title(f"n = {_images(study)} images, bands: standard error over images", loc="left")
+    left.set_title(f"n = {int(study['n'].max())} images, bands: standard error over images", loc="left")
     return figure
 
 
@@ -83,14 +76,11 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     """What denoising keeps at each noise level: power of noised and denoised images over frequency, and of the data.
 
     Args:
-        study: Columns network, source, sigma, frequency, power, sem, n; source "noised" and "denoised".
+        study: As for `spectrum_table`, with the sources "noised" and "denoised".
 
     Raises:
         GddlabError: The table is another one, or has no denoised images.
     """
-    import pandas as pd
-    import seaborn as sns
-
     study = checked(study, COLUMNS, STUDY)
     part = study[study["source"] == "denoised"]
     if not len(part):
@@ -105,12 +95,8 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(long["of"]))
     colours = dict(zip(names, [BLACK, GREY, *PALETTE], strict=False))
     shape: dict[str, Any] = {"col": "sigma", "col_order": sigmas, "col_wrap": min(3, len(sigmas)), "height": 2.2}
-    lines: dict[str, Any] = {
-        "hue": "of",
-        "style": "of",
-        "palette": colours,
-        "dashes": ["", (1, 1), *[""] * 9][: len(names)],
-    }
+    dashes = ["", (1, 1), *[""] * 9][: len(names)]
+    lines: dict[str, Any] = {"hue": "of", "style": "of", "palette": colours, "dashes": dashes}
     grid = sns.relplot(long, x="frequency", y="power", kind="line", errorbar=None, **shape, **lines)
     shown = long.loc[long["of"] != "data with noise", "power"]
     grid.set(yscale="log", ylim=(shown.min() / 2, 5 * shown.max()))  # much of the noise lies above
@@ -119,7 +105,7 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
         _frequencies(ax, np.unique(long["frequency"]))
         ax.set_title(f"σ = {plain(sigma)}", loc="left")
     grid.set_axis_labels(FREQUENCY, "power")
-    grid.legend.set_title(f"n = {_images(study)} images")
+    grid.legend.set_title(f"n = {int(study['n'].max())} images")
     grid.tight_layout()
     return grid.figure
 
@@ -128,20 +114,9 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
 def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -> Figure:
     """Shares of a layer's power in four bands of frequency over noise levels, means over the layers of a place.
 
-    A panel is a stage and resolution; the teacher is solid, the student dashed.
-
-    Args:
-        study: The study "layers": columns of `ProbeResult.frame`, network, states, with the statistics
-            `spectral_share_0` to `spectral_share_3`.
-        student: A network of the study.
-        teacher: Another one.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
+    A panel is a stage and resolution; the teacher is solid, the student dashed. Arguments and errors are those of
+    `draw_activations`; the statistics are `spectral_share_0` to `spectral_share_3`.
     """
-    import pandas as pd
-    import seaborn as sns
-
     parts = [
         measured_layers(study, name, f"spectral_share_{i}").assign(frequencies=band, network=look(name).label)
         for name in (teacher, student)
@@ -164,10 +139,6 @@ def draw_bands(study: pd.DataFrame, student: str, *, teacher: str = "teacher") -
     return grid.figure
 
 
-def _images(study: pd.DataFrame) -> int:
-    return int(study["n"].max())
-
-
 def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.DataFrame:
     """Power and its standard error by frequency, without the constant."""
     part = study[(study["source"] == source) & (study["network"] == network)]
@@ -179,8 +150,6 @@ def _spectrum(study: pd.DataFrame, source: str, network: str = "data") -> pd.Dat
 
 def _frequencies(ax: Any, frequencies: np.ndarray) -> None:
     """A logarithmic x axis of whole frequencies, powers of two named."""
-    from matplotlib.ticker import NullLocator
-
     ax.set_xscale("log")
     ticks = [2**k for k in range(12) if 2**k <= frequencies.max()]
     ax.set_xticks(ticks, [str(t) for t in ticks])

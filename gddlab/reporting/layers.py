@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 from gddlab.errors import GddlabError, unknown
@@ -29,11 +34,6 @@ from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.probing.plots.lines import along_depth
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, DIVERGING, GREY, PALETTE, axes_of, banded, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STUDY = "layers"
 COLUMNS = (
@@ -85,16 +85,9 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     """Teacher, student, and how they differ: three heat maps, layers down, noise levels across.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network, states.
-        stat: A statistic, such as "rms".
-        student: A network of the study.
-        teacher: Another one.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
+        study, stat: As for `measured_layers`, which also says what is refused.
+        student, teacher: Networks of the study.
     """
-    import matplotlib.pyplot as plt
-
     frames = {n: measured_layers(study, n, stat) for n in (teacher, student)}
     frame, theirs = frames[teacher], wide(frames[teacher], stat)
     ours = wide(frames[student], stat).reindex(index=theirs.index, columns=theirs.columns)
@@ -148,14 +141,9 @@ def draw_depth(
     Bands are one standard error over images.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network, states.
-        stat: A statistic, such as "rms".
+        study, stat: As for `measured_layers`, which also says what is refused.
         students: Networks of the study; all but the teacher if None.
         teacher: Drawn in black.
-        ax: Where to draw; None makes a figure.
-
-    Raises:
-        GddlabError: The table is another one, or has no such network or statistic.
     """
     frame = measured_layers(study, teacher, stat, states="student")
     every = study[(study["states"] == "student") & (study["stat"] == stat)]["network"]
@@ -164,11 +152,8 @@ def draw_depth(
     ax = axes_of(ax, 6.4, 3.3)
     parts = {n: measured_layers(study, n, stat, states="student").set_index("layer").loc[rows.index] for n in names}
     for name, part in parts.items():
-        style: dict[str, Any] = {
-            "color": BLACK if name == teacher else look(name).colour,
-            "marker": "o",
-            "markersize": 2.5,
-        }
+        colour = BLACK if name == teacher else look(name).colour
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 2.5}
         banded(ax, x_of(rows)[0], part["value"], part["sem"].fillna(0), label=look(name).label, **style)
     ax.set_ylabel(stat_label(frame, stat, value_axis(ax, [part["value"] for part in parts.values()])))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -219,9 +204,7 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
     Raises:
         GddlabError: The table is another one, or has no weight_change of a student.
     """
-    study = checked(
-        study, ("network", "layer", "kind", "stage", "resolution", "depth", "n_params", "stat", "value"), STUDY
-    )
+    study = checked(study, ("network", "kind", "stat", "value", *(c for c in PLACE if c != "family")), STUDY)
     part = study[study["stat"] == "weight_change"]
     if not len(part):
         raise GddlabError(f"the table has no weight_change: give that of the study {STUDY!r}")
@@ -229,10 +212,8 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
     layers = list(dict.fromkeys(part["layer"]))
     leaves = [n for n in layers if not any(other.startswith(n + ".") for other in layers)]
     about = part.drop_duplicates("layer").set_index("layer").loc[leaves]
-    out = about.assign(family=[family(k) for k in about["kind"]])[list(PLACE[1:])].copy()
-    for name in names:
-        out[name] = part[part["network"] == name].drop_duplicates("layer").set_index("layer")["value"].reindex(leaves)
-    return out.reset_index()
+    out = about.assign(family=[family(k) for k in about["kind"]])[list(PLACE[1:])]
+    return out.join(part.pivot(index="layer", columns="network", values="value")[names]).reset_index()
 
 
 @torch.no_grad()
@@ -246,43 +227,37 @@ def moved_table(
     study: pd.DataFrame,
     norms: Mapping[str, float],
     students: Sequence[str] | None = None,
-    *,
-    by: Sequence[str] = ("family", "stage"),
 ) -> pd.DataFrame:
     """How far whole groups of layers have moved, and how much of all movement is theirs.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network.
+        study, students: As for `moved_layers`.
         norms: `squared_norms(teacher)`.
-        students: Which; all if None.
-        by: Columns of `moved_layers` to group by.
 
     Returns:
-        Indexed by group: layers, parameters, and for each student S three columns: "S" (root of the sum of
+        Indexed by family and stage: layers, parameters, and for each student S three columns: "S" (root of the sum of
         |w - teacher's|^2 over that of |teacher's|^2, over all parameters of the group), "S share" (of the student's
         whole |w - teacher's|^2), "S still" (share of the group's parameters in layers that have not moved).
 
     Raises:
         GddlabError: The table is another one; a layer has no norm.
     """
-    import pandas as pd
-
     layers = moved_layers(study, students)
     layers = layers.sort_values("family", key=lambda f: f.map(list(FAMILIES).index), kind="stable")
     for name in layers["layer"]:
         if name not in norms:
             raise GddlabError(f"no norm of layer {name!r}: give squared_norms of the teacher that was measured")
-    names = [str(c) for c in layers.columns[len(PLACE) :]]
-    size = layers["layer"].map(dict(norms))
-    groups = [layers[c].replace("", "-") for c in by]
-    out = pd.DataFrame({"layers": layers.groupby(groups, sort=False)["layer"].count()})
-    out["parameters"] = layers["n_params"].groupby(groups, sort=False).sum()
-    for name in names:
+    groups, size = [layers["family"], layers["stage"].replace("", "-")], layers["layer"].map(dict(norms))
+
+    def total(values: pd.Series) -> pd.Series:
+        return values.groupby(groups, sort=False).sum()
+
+    out = pd.DataFrame({"layers": total(layers["layer"].notna()), "parameters": total(layers["n_params"])})
+    for name in map(str, layers.columns[len(PLACE) :]):
         moved = (layers[name] ** 2 * size).fillna(0.0)
-        out[name] = np.sqrt(moved.groupby(groups, sort=False).sum() / size.groupby(groups, sort=False).sum())
-        out[f"{name} share"] = moved.groupby(groups, sort=False).sum() / moved.sum()
-        still = layers["n_params"].where(layers[name] == 0, 0)
-        out[f"{name} still"] = still.groupby(groups, sort=False).sum() / out["parameters"]
+        out[name] = np.sqrt(total(moved) / total(size))
+        out[f"{name} share"] = total(moved) / moved.sum()
+        out[f"{name} still"] = total(layers["n_params"].where(layers[name] == 0, 0)) / out["parameters"]
     return out
 
 
@@ -293,15 +268,9 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
     Crosses at the foot are layers that have not moved.
 
     Args:
-        study: Columns of `ProbeResult.frame`, network.
+        study: As for `moved_layers`, which also says what is refused.
         students: From top to bottom.
-
-    Raises:
-        GddlabError: The table is another one, or has no weight_change of a student.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
     layers = moved_layers(study, students)
     values = layers[list(students)].to_numpy(dtype=float)
     if not (values > 0).any():
@@ -315,14 +284,8 @@ def draw_moved(study: pd.DataFrame, students: Sequence[str] = ("gdd", "gdd-i")) 
         colours = shown["family"].map(FAMILIES)
         ax.vlines(shown["order"], floor, shown["moved"], color=colours, linewidth=0.8, alpha=0.5)
         dots: dict[str, Any] = {"hue": "family", "palette": FAMILIES, "hue_order": list(FAMILIES), "style": "still"}
-        marks: dict[str, Any] = {
-            "markers": {False: "o", True: "X"},
-            "s": 22,
-            "linewidth": 0,
-            "zorder": 3,
-            "clip_on": False,
-        }
-        sns.scatterplot(shown, x="order", y="moved", legend=False, ax=ax, **dots, **marks)
+        marks: dict[str, Any] = {"markers": {False: "o", True: "X"}, "s": 22, "linewidth": 0, "zorder": 3}
+        sns.scatterplot(shown, x="order", y="moved", legend=False, clip_on=False, ax=ax, **dots, **marks)
         count = int(shown["still"].sum())
         text = f"{count} of {len(layers)} layers unmoved" if count else "all layers moved"
         ax.set_title(f"{look(name).label}: {text}", loc="left", pad=26 if ax is axes[0, 0] else None)

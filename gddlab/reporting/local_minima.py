@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import Scale
 from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.reporting.style import SORTS, checked, known, look
 from gddlab.theme import GREY, SEQUENTIAL, axes_of, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STUDY = "local-minima"
 COLUMNS = ("a", "b", "distance", "value", "sem", "n", "unit")
@@ -45,18 +47,13 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one, or has no such distance.
     """
-    import pandas as pd
-
     study = checked(study, COLUMNS, STUDY)
     distance = distance or frechet_name(study)
     if distance not in set(study["distance"]):
         raise unknown("distance", distance, study["distance"])
     part = study[study["distance"] == distance]
-    names = _networks(part)
-    out = pd.DataFrame(np.nan, index=names, columns=names)
-    for a, b, value in zip(part["a"], part["b"], part["value"], strict=True):
-        if a != b and b in names:
-            out.loc[a, b] = out.loc[b, a] = value
+    names, one_way = _networks(part), part.pivot(index="a", columns="b", values="value")
+    out = one_way.combine_first(one_way.T).reindex(index=names, columns=names).rename_axis(index=None, columns=None)
     out.attrs["n"] = int(part["n"].max())
     return out
 
@@ -77,7 +74,7 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     """One row per network: how far from the data, and how far from the teacher with its full number of steps.
 
     Args:
-        study: Columns a, b, distance, value, sem, n, unit.
+        study: As for `between`.
 
     Returns:
         Indexed by network, by sort (teacher, GAN loss, instance loss, both) and in the order of the study: sort; data
@@ -88,15 +85,13 @@ def minima_table(study: pd.DataFrame) -> pd.DataFrame:
     Raises:
         GddlabError: The table is another one.
     """
-    import pandas as pd
-
     study = checked(study, COLUMNS, STUDY)
     teacher, metric = _teacher(study), frechet_name(study)
     names = [n for n in _networks(study) if n != "data"]
     names.sort(key=lambda n: list(SORTS).index(look(n).sort))  # stable: the order of the study within a sort
     columns: dict[str, Any] = {"sort": [look(n).sort for n in names]}
-    columns["data"] = [_value(study, n, "data", metric)[0] for n in names]
-    columns["teacher"] = [_value(study, n, teacher, metric)[0] for n in names]
+    for column, to in (("data", "data"), ("teacher", teacher)):
+        columns[column] = [_value(study, n, to, metric)[0] for n in names]
     for distance in IMAGES:
         yardstick = _value(study, teacher, teacher + OTHER, distance)[0]
         found = [_value(study, n, teacher, distance) for n in names]
@@ -114,16 +109,12 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     between its images of different noise: a network whose dot is there shares no image with it.
 
     Args:
-        study: Columns a, b, distance, value, sem, n, unit.
+        study: As for `between`.
         networks: Which to show; all if None.
 
     Raises:
         GddlabError: The table is another one, or a network is not in it.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from matplotlib.ticker import LogLocator, NullLocator
-
     study = checked(study, COLUMNS, STUDY)
     table, teacher, metric = minima_table(study), _teacher(study), frechet_name(study)
     names = known(list(table.index), networks)
@@ -136,27 +127,17 @@ def draw_minima(study: pd.DataFrame, networks: Sequence[str] | None = None) -> F
     for ax, (column, title) in zip(axes, PANELS.items(), strict=True):
         log = f"{column}_sem" not in table
         shown = table[table[column] > 0] if log else table  # the teacher's distance to itself is 0
-        dots: dict[str, Any] = {
-            "hue": "sort",
-            "palette": SORTS,
-            "s": 24,
-            "clip_on": False,
-            "zorder": 3,
-            "legend": ax is axes[0],
-            "ax": ax,
-        }
+        dots: dict[str, Any] = {"s": 24, "clip_on": False, "zorder": 3, "legend": ax is axes[0], "ax": ax}
         if not log:
-            ax.errorbar(
-                table[column], table["label"], xerr=table[f"{column}_sem"], fmt="none", ecolor=GREY, elinewidth=1
-            )
+            bars: dict[str, Any] = {"fmt": "none", "ecolor": GREY, "elinewidth": 1}
+            ax.errorbar(table[column], table["label"], xerr=table[f"{column}_sem"], **bars)
         if len(shown):
-            sns.scatterplot(shown, x=column, y="label", **dots)
+            sns.scatterplot(shown, x=column, y="label", hue="sort", palette=SORTS, **dots)
         at, text = lines.get(column, (np.nan, ""))
         if text:
             ax.axvline(at, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-            ax.annotate(
-                text, (at, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7, color=GREY
-            )
+            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+            ax.annotate(text, (at, 1), fontsize=7, color=GREY, **place)
         if log:
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
@@ -186,18 +167,13 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     Args:
         table: From `between`.
         label: What the distance is.
-        ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: The table is not square, or has no value.
     """
-    from matplotlib.colors import LogNorm
-
     values = table.to_numpy(dtype=float)
     if list(table.index) != list(table.columns) or not np.isfinite(values).any():
-        raise GddlabError(
-            f"a table of {values.shape[0]} rows and {values.shape[1]} columns: give one from between(study)"
-        )
+        raise GddlabError(f"a table of {len(table)} rows, {len(table.columns)} columns: give one from between(study)")
     ax = axes_of(ax, 6.6, 6.0)
     names = [look(n).label for n in table.index]
     room = ax.get_window_extent().width / ax.figure.dpi * 72 / len(names) >= 14  # points, for four digits of 6
@@ -205,13 +181,9 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     written: dict[str, Any] = {"annot": np.array(text), "fmt": "", "annot_kws": {"fontsize": 6}} if room else {}
     low, high = np.nanmin(values), np.nanmax(values)
     scale = Scale("log", low, max(high, 2 * low), low, missing=False)
-    given: dict[str, Any] = {
-        "norm": LogNorm(scale.low, scale.high),
-        "cmap": f"{SEQUENTIAL}_r",
-        "square": True,
-    } | written
+    colours: dict[str, Any] = {"norm": LogNorm(scale.low, scale.high), "cmap": f"{SEQUENTIAL}_r"}
     shown = table.set_axis(names).set_axis(names, axis=1)
-    draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, **given)
+    draw_cells(ax, shown, scale, f"{label}, log scale", bar={"shrink": 0.6}, square=True, **colours, **written)
     if "n" in table.attrs:
         ax.set_title(f"n = {table.attrs['n']} images", loc="left")
     return ax
@@ -219,8 +191,6 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
 
 def _networks(study: pd.DataFrame) -> list[str]:
     """The data first, then the teachers, then the others in the order of the study."""
-    import pandas as pd
-
     names = [n for n in dict.fromkeys(pd.concat([study["a"], study["b"]])) if not n.endswith(OTHER)]
     return sorted(names, key=lambda n: (n != "data", look(n).sort != "teacher"))
 

@@ -6,13 +6,14 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
+import matplotlib.pyplot as plt
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
 SHORT = 36
 """Table cells of at most this many letters are not broken."""
@@ -41,8 +42,6 @@ class Picture:
 
 def render(template: str, **context: Any) -> str:
     """A page from a template of this package; all text is escaped."""
-    import jinja2
-
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     settings: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=folder, undefined=jinja2.StrictUndefined, **settings)
@@ -52,8 +51,6 @@ def render(template: str, **context: Any) -> str:
 
 def of_figure(drawn: Axes | Figure, alt: str, caption: str = "", *, dpi: int = 130) -> Picture:
     """A figure, or that of some axes; it is freed."""
-    import matplotlib.pyplot as plt
-
     figure, buffer = drawn.figure.canvas.figure, io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
@@ -63,8 +60,6 @@ def of_figure(drawn: Axes | Figure, alt: str, caption: str = "", *, dpi: int = 1
 
 def of_pixels(pixels: np.ndarray, alt: str, *, scale: int = 2) -> Picture:
     """uint8 (H, W, 3), enlarged without smoothing; `alt` is its caption too."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return Picture(_uri(buffer.getvalue()), alt, f"width:{pixels.shape[1] * scale}px;image-rendering:pixelated", alt)
@@ -72,8 +67,6 @@ def of_pixels(pixels: np.ndarray, alt: str, *, scale: int = 2) -> Picture:
 
 def of_file(path: Path, alt: str, *, width: str) -> Picture:
     """A PNG file as it is, or smaller where it has more pixels than a page shows; `alt` is its caption too."""
-    from PIL import Image
-
     content = path.read_bytes()
     image = Image.open(path)
     if image.width > WIDEST:

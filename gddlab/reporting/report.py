@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gddlab.errors import GddlabError, NotFound
+import pandas as pd
+
+from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, compare
 from gddlab.evaluation.metrics import DISTANCES
 from gddlab.evaluation.records import COMPARED, kind_of
@@ -16,10 +18,7 @@ from gddlab.reporting.pages import Picture, of_figure, of_file, render
 from gddlab.reporting.run_summary import Summary, differing, provenance_rows, python_of, shown, trained_rows
 from gddlab.reporting.style import look
 from gddlab.reporting.training_curves import draw_curves, draw_metrics
-from gddlab.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from gddlab.runs import Run, load_runs
 
 HEAD = ("what", "score", "value", "±", "n", "seeds", "extractor", "reference")
 FAR = 3.0
@@ -53,29 +52,17 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
         NotFound: No such folder, or no run in it.
         GddlabError: No runs, or `out` is a folder.
     """
-    folders = _folders([runs] if isinstance(runs, (str, Path, Run)) else runs)
+    given = [runs] if isinstance(runs, (str, Path, Run)) else runs
+    found = [run for each in given for run in ([each] if isinstance(each, Run) else load_runs(each))]
+    folders = list(dict.fromkeys(run.run_dir for run in found))
+    if not folders:
+        raise GddlabError("no runs given: give run directories, or a folder that holds some")
     out = Path(out)
     if out.is_dir():
         raise GddlabError(f"out={str(out)!r} is a folder: give the name of an HTML file")
     seen = [Summary(Run(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
-    write_text(out, _one(seen[0]) if len(seen) == 1 else _several(seen))
+    write_text(out, run_page(seen[0]) if len(seen) == 1 else _several(seen))
     return out
-
-
-def _folders(runs: Iterable[str | Path | Run]) -> list[Path]:
-    found: list[Path] = []
-    for run in runs:
-        folder = run.run_dir if isinstance(run, Run) else Path(run)
-        if not folder.is_dir():
-            raise NotFound(f"no such run directory: {run}")
-        whole = (folder / "config.json").is_file()
-        inside = [folder] if whole else sorted(p.parent for p in folder.rglob("config.json"))
-        if not inside:
-            raise NotFound(f"no run in {run}: it holds no config.json, at any depth")
-        found += [p.resolve() for p in inside]
-    if not found:
-        raise GddlabError("no runs given: give run directories, or a folder that holds some")
-    return list(dict.fromkeys(found))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -86,29 +73,26 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f.relative_to(common).as_posix() for f in folders]
 
 
-def _one(f: Summary) -> str:
-    charts = [
-        of_figure(_chart([f], group, group[0].metric), f"{group[0].metric} over the training")
-        for group in _drawable(f.records)
-    ]
+def run_page(f: Summary, template: str = "run.html.j2", **more: Any) -> str:
+    """The page of one run; `more` is what another template needs, or shows in place of what is here."""
     curves, grids = [], f.run.grids()
     for ylabel, names in CURVES if "kimg" in f.metrics else ():
         if drawn := {k: v for k, v in names.items() if k in f.metrics and f.metrics[k].notna().any()}:
             curves.append(of_figure(draw_metrics(f.metrics, drawn, ylabel=ylabel), ylabel))
     three = dict.fromkeys([grids[0], grids[(len(grids) - 1) // 2], grids[-1]] if grids else [])
-    return render(
-        "run.html.j2",
-        title=f"Run {f.name}",
-        run=_told(f),
-        headline=_headline(f),
-        charts=charts,
-        scores=_score_rows(f),
-        head=HEAD,
-        notes=[*_apart(_comparable([*f.records, *f.teacher])), *_partial_judges(f)],
-        curves=curves,
-        grids=[_grid(path, "", GRID) for path in three],
-        code=python_of(f),
-    )
+    context = {
+        "title": f"Run {f.name}",
+        "run": _told(f),
+        "headline": _headline(f),
+        "charts": [picture for _, picture, _ in _charts([f])],
+        "scores": _score_rows(f),
+        "head": HEAD,
+        "notes": [*_apart(_comparable([*f.records, *f.teacher])), *_partial_judges(f)],
+        "curves": curves,
+        "grids": [_grid(path, "", GRID) for path in three],
+        "code": python_of(f),
+    }
+    return render(template, **context | more)
 
 
 def _several(runs: Sequence[Summary]) -> str:
@@ -118,18 +102,13 @@ def _several(runs: Sequence[Summary]) -> str:
     for i, f in enumerate(runs):
         values = [column[i] for column in fields.values()]
         rows.append([f.name, f.short_state, f"{f.kimg:g}", *values, *(_score_cell(f, group) for group in groups)])
-    charts = []
-    for group in _drawable(r for f in runs for r in f.records):
-        name = names[groups.index(group)]
-        chart = of_figure(_chart(runs, group, name), f"{name} over the training")
-        charts.append((name, chart, [f.name for f in runs if f.last(group) is None]))
     return render(
         "runs.html.j2",
         title=f"{len(runs)} runs",
         rows=rows,
         head=["run", "state", "kimg", *fields, *names],
         notes=_apart(groups),
-        charts=charts,
+        charts=_charts(runs),
         grids=[_grid(path, f"{f.name}, ", SMALL_GRID) for f in runs for path in f.run.grids()[-1:]],
         without_grids=[f.name for f in runs if not f.run.grids()],
         runs=[_told(f) for f in runs],
@@ -138,13 +117,8 @@ def _several(runs: Sequence[Summary]) -> str:
 
 def _told(f: Summary) -> dict[str, Any]:
     """What both kinds of pages say of a run."""
-    failed = f.state.startswith("failed")
     return {
         "summary": f,
-        "failed": failed,
-        "message": f.status.get("message") or f.state,
-        "error": str(f.status.get("error") or "").strip(),
-        "log": f.run.tail() if failed else "",
         "alarms": [[f"{a['kimg']:g}", a["kind"], a["message"]] for _, a in f.alarms.iterrows()],
         "trained": trained_rows(f),
         "costs": _costs(f),
@@ -298,14 +272,20 @@ def _best(f: Summary) -> str:
     return ""
 
 
-def _chart(runs: Sequence[Summary], group: Sequence[Record], label: str) -> Axes:
-    """Distances of runs over the training, one line per experiment."""
-    import pandas as pd
-
-    rows: list[dict[str, Any]] = []
-    for f in runs:
-        own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}
-        about = {"experiment": f.experiment, "metric": label, "state": f.state}
-        rows += [about | {"kimg": kimg, "value": v} for kimg, v in own.items()]
-    lines = next((found for f in runs if (found := _levels(f, group))), {})
-    return draw_curves(pd.DataFrame(rows).sort_values("kimg", kind="stable"), levels=lines)
+def _charts(runs: Sequence[Summary]) -> list[tuple[str, Picture, list[str]]]:
+    """Distances of runs over the training, one line per experiment: name, picture, runs without such a score."""
+    charts, groups = [], _comparable(r for f in runs for r in f.records)
+    drawable = _drawable(r for f in runs for r in f.records)
+    for group, name in zip(groups, _labels(groups), strict=True):
+        if group not in drawable:
+            continue
+        rows: list[dict[str, Any]] = []
+        for f in runs:
+            own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}
+            about = {"experiment": f.experiment, "metric": name, "state": f.state}
+            rows += [about | {"kimg": kimg, "value": v} for kimg, v in own.items()]
+        levels = next((found for f in runs if (found := _levels(f, group))), {})
+        drawn = draw_curves(pd.DataFrame(rows).sort_values("kimg", kind="stable"), levels=levels)
+        absent = [f.name for f in runs if f.last(group) is None]
+        charts.append((name, of_figure(drawn, f"{name} over the training"), absent))
+    return charts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
 
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound, unknown
@@ -19,11 +21,33 @@ from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
 from gddlab.runs import Run
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 NOT_RUN = "not run"
 T = TypeVar("T")
+
+
+class Part(Generic[T]):
+    """An attribute of `Summary` that is read once, when asked; `otherwise` where it is missing or damaged.
+
+    `what` is its name in `Summary.problems`; one that is `needed` is a problem also where it is empty.
+    """
+
+    def __init__(self, what: str, read: Callable[[Summary], T], otherwise: T, *, needed: bool = False) -> None:
+        self.what, self.read, self.otherwise, self.needed = what, read, otherwise, needed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, summary: Summary, owner: type) -> T:
+        found = self.otherwise
+        try:
+            found = self.read(summary)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:  # a GddlabError is a ValueError
+            why = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{summary.run.run_dir}/", "")
+            summary.problem_of[self.what] = why
+        if self.needed and not found:
+            summary.problem_of.setdefault(self.what, "not there")
+        vars(summary)[self.name] = found  # the next look finds it there
+        return found
 
 
 class Summary:
@@ -32,107 +56,52 @@ class Summary:
     Attributes:
         run: The run.
         name: Its name on a page.
+        written: config.json as it is.
+        card, provenance: teacher.json, provenance.json.
+        records, teacher: Scores of the run, oldest first; those of its teacher, on the card.
+        mask: What is frozen; None where nothing is.
+        metrics, alarms: One row per tick, per alarm.
+        problem_of: What could not be read -> why.
     """
 
-    PARTS = (
-        "fields",
-        "card",
-        "status",
-        "config",
-        "state",
-        "mask",
-        "metrics",
-        "records",
-        "teacher",
-        "provenance",
-        "alarms",
+    run: RunHandle
+    written: Part[dict[str, Any]] = Part("config.json", lambda s: s.run.written_config, {})
+    card: Part[dict[str, Any]] = Part("teacher.json", lambda s: s.run.card, {}, needed=True)
+    status: Part[dict[str, Any]] = Part("status.json", lambda s: s.run.written_status, {})
+    config: Part[TrainConfig | None] = Part("configuration", lambda s: s.run.config, None)
+    records: Part[tuple[Record, ...]] = Part("evaluation.jsonl", lambda s: tuple(load_records(s.run.run_dir)), ())
+    mask: Part[FreezeMask | None] = Part("mask.json", lambda s: s.run.mask if s.fields["mask"] else None, None)
+    metrics: Part[pd.DataFrame] = Part("metrics.jsonl", lambda s: s.run.metrics, pd.DataFrame())
+    teacher: Part[tuple[Record, ...]] = Part(
+        "scores in teacher.json", lambda s: tuple(map(Record.from_dict, s.card.get("scores") or ())), ()
     )
+    provenance: Part[dict[str, Any]] = Part("provenance.json", lambda s: s.run.provenance, {}, needed=True)
+    alarms: Part[pd.DataFrame] = Part("alarms.jsonl", lambda s: s.run.alarms, pd.DataFrame())
 
     def __init__(self, run: Run, name: str = "") -> None:
         self.run, self.name = RunHandle(run.run_dir), name
-        self._problems: dict[str, str] = {}
-
-    def _read(self, what: str, get: Callable[[], T], otherwise: T) -> T:
-        try:
-            return get()
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:  # a GddlabError is a ValueError
-            self._problems[what] = f"no {e}" if isinstance(e, KeyError) else str(e).replace(f"{self.run.run_dir}/", "")
-            return otherwise
-
-    def _present(self, what: str, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        nothing: dict[str, Any] = {}
-        found = self._read(what, get, nothing)
-        if not found:
-            self._problems.setdefault(what, "not there")
-        return found
+        self.problem_of: dict[str, str] = {}
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be read and why, one line each."""
-        for part in self.PARTS:
-            getattr(self, part)
-        return tuple(f"{what}: {why}" for what, why in self._problems.items())
-
-    @cached_property
-    def config(self) -> TrainConfig | None:
-        return self._read("configuration", lambda: self.run.config, None)
+        for name, part in vars(Summary).items():
+            if isinstance(part, Part):
+                getattr(self, name)
+        return tuple(f"{what}: {why}" for what, why in self.problem_of.items())
 
     @cached_property
     def fields(self) -> dict[str, Any]:
         """The configuration as it was written, with the defaults of fields that did not exist then."""
-        nothing: dict[str, Any] = {}
-        return _defaults() | self._read("config.json", lambda: self.run.written_config, nothing)
-
-    @cached_property
-    def status(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {}
-        return self._read("status.json", lambda: self.run.written_status, nothing)
-
-    @cached_property
-    def records(self) -> tuple[Record, ...]:
-        """Its scores, oldest first."""
-        return self._read("evaluation.jsonl", lambda: tuple(load_records(self.run.run_dir)), ())
-
-    @cached_property
-    def metrics(self) -> pd.DataFrame:
-        """One row per tick."""
-        import pandas as pd
-
-        return self._read("metrics.jsonl", lambda: self.run.metrics, pd.DataFrame())
-
-    @cached_property
-    def alarms(self) -> pd.DataFrame:
-        """One row per alarm."""
-        import pandas as pd
-
-        return self._read("alarms.jsonl", lambda: self.run.alarms, pd.DataFrame())
-
-    @cached_property
-    def mask(self) -> FreezeMask | None:
-        """What is frozen; None where nothing is."""
-        return self._read("mask.json", lambda: self.run.mask, None) if self.fields["mask"] else None
-
-    @cached_property
-    def card(self) -> dict[str, Any]:
-        return self._present("teacher.json", lambda: self.run.card)
-
-    @cached_property
-    def teacher(self) -> tuple[Record, ...]:
-        """The teacher's scores on its card."""
-        scores = self.card.get("scores") or ()
-        return self._read("scores in teacher.json", lambda: tuple(map(Record.from_dict, scores)), ())
-
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        return self._present("provenance.json", lambda: self.run.provenance)
+        return _defaults() | self.written
 
     @cached_property
     def state(self) -> str:
         """ "done", or what keeps it from being so, such as "stopped at 3 of 12 kimg" or "older format: ..."."""
         config, status, _ = self.config, self.status, self.records
         for what in ("configuration", "status.json", "evaluation.jsonl"):
-            if what in self._problems:
-                return f"older format: {self._problems[what]}"
+            if what in self.problem_of:
+                return f"older format: {self.problem_of[what]}"
         assert config is not None
         state = str(status.get("state", "not started"))
         if state in ("starting", "running") and self.run.status == "failed":
@@ -178,39 +147,35 @@ class Summary:
         return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
 
 
-def select(runs: Sequence[Run], rows: Sequence[str] = ()) -> dict[str, list[Run]]:
-    """Runs by experiment: those named by `rows`, in that order and also where there is no run; all for ().
+NUMBERS = dict.fromkeys(("seed", "nfe", "images"), "Int64") | dict.fromkeys(("frozen", "kimg", "value"), "float64")
 
-    Raises:
-        GddlabError: Neither runs nor rows.
+
+def table_of(
+    runs: Sequence[Run],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    tell: Callable[[Summary], Iterable[dict[str, Any]]],
+) -> pd.DataFrame:
+    """The rows that `tell` gives for each run, by experiment; an experiment of `rows` without a run is one, "not run".
+
+    A row's `record` gives it `metric` and `value`; records that cannot be compared with the first are refused.
     """
     if isinstance(rows, str):
         raise GddlabError(f"rows={rows!r}: give a list of experiments")
     if not runs and not rows:
         raise GddlabError("no runs given: load them with gddlab.load_runs(folder)")
-    out: dict[str, list[Run]] = {name: [] for name in rows}
+    told: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for run in runs:
         name = run.run_dir.parent.name
-        if name in out or not rows:
-            out.setdefault(name, []).append(run)
-    return out
-
-
-class Same:
-    """Lets scores through that can be compared with the first one.
-
-    Raises:
-        GddlabError: n, extractor, reference or a setting differs.
-    """
-
-    def __init__(self) -> None:
-        self.first: Record | None = None
-
-    def __call__(self, record: Record) -> Record:
-        if self.first is not None:
-            compare(record, self.first)
-        self.first = self.first or record
-        return record
+        if name in told or not rows:
+            told.setdefault(name, []).extend(tell(Summary(run)))
+    out = [{"experiment": name} | row for name, some in told.items() for row in some or [{"state": NOT_RUN}]]
+    scored = [row for row in out if "record" in row]
+    for row in scored:
+        compare(row["record"], scored[0]["record"])
+        row |= {"metric": row["record"].metric, "value": row["record"].value}
+    types = {name: kind for name, kind in NUMBERS.items() if name in columns}
+    return pd.DataFrame(out, columns=["experiment", *columns]).astype(types)
 
 
 def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, float]:
@@ -219,16 +184,13 @@ def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, f
     Raises:
         GddlabError: They cannot be compared with the runs' scores.
     """
-    card = next((card for run in runs if (card := run.card)), {})
-    records = [Record.from_dict(s) for s in card.get("scores", ())]
-    own = next((r for run in runs for r in Summary(run).records if r.name == metric), None)
-    out: dict[int, float] = {}
-    for record in records:
-        if record.name == metric and record.sampler.startswith("heun-"):
-            if own is not None:
-                compare(record, own)
-            out[int(record.sampler.removeprefix("heun-"))] = record.value
-    return dict(sorted(out.items()))
+    told = [Summary(run) for run in runs]
+    scores = next((s.teacher for s in told if s.card), ())
+    found = {int(r.sampler[5:]): r for r in scores if r.name == metric and r.sampler.startswith("heun-")}
+    for own in [r for s in told for r in s.records if r.name == metric][:1]:
+        for record in found.values():
+            compare(record, own)
+    return {steps: found[steps].value for steps in sorted(found)}
 
 
 def teacher_levels(
@@ -386,9 +348,10 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         GddlabError: A parameter has another name, or `runs` is the folder of one list.
         NotFound: There is no such folder.
     """
-    for name in _injected(names):
-        if name != "runs":
-            raise unknown("parameter", name, ["runs"])
+    for cell in names.get("In", ()):  # what IPython has run; papermill's own begins with its comment
+        for name in re.findall(r"^(\w+) = ", cell, re.MULTILINE) if cell.startswith("# Parameters\n") else ():
+            if name != "runs":
+                raise unknown("parameter", name, ["runs"])
     given = names.get("runs") or ""
     folder = Path(given) if given else data_dir() / "runs"
     if not folder.is_dir():
@@ -398,12 +361,3 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
     if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
         raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
     return folder
-
-
-def _injected(names: Mapping[str, Any]) -> Iterator[str]:
-    """Names assigned in papermill's cell, which begins with its comment; `In` holds the cells that IPython has run."""
-    for source in names.get("In", ()):
-        if source.startswith("# Parameters\n"):
-            for statement in ast.parse(source).body:
-                if isinstance(statement, ast.Assign):
-                    yield from (t.id for t in statement.targets if isinstance(t, ast.Name))

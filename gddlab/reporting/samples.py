@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from gddlab.errors import GddlabError
 from gddlab.sampling import image_grid
 from gddlab.theme import axes_of, themed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 GAP = 1
 """Pixels between the images of a grid, whatever its scale."""
@@ -61,7 +58,6 @@ def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(1
     Args:
         images: Label -> images of seeds 0, 1, 2, ..., float [-1, 1], (N, C, H, W); grey or RGB.
         seeds: Which to show.
-        ax: Where to draw; None makes a figure.
 
     Raises:
         GddlabError: No images or seeds; a network has no image of a seed; images differ in size.

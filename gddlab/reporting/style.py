@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.theme import BLACK, GREY, PALETTE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BLUE, ORANGE, GREEN, RED, PINK = PALETTE[:5]
 SORTS = {

@@ -6,21 +6,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from pandas.io.formats.style import Styler
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+
+from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import data_dir
-from gddlab.reporting.run_summary import NOT_RUN, Same, Summary, select, teacher_scores
-from gddlab.reporting.style import look
+from gddlab.reporting.run_summary import NOT_RUN, Summary, table_of, teacher_scores
+from gddlab.reporting.style import checked, look
 from gddlab.runs import Run
 from gddlab.theme import PALETTE, axes_of, themed
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from pandas.io.formats.style import Styler
-
-TYPES = {"seed": "Int64", "nfe": "Int64", "images": "Int64"}
+RUN_COLUMNS = ("seed", "strategy", "score", "freeze", "frozen", "images", "nfe", "kimg", "metric", "value", "state")
 
 
 def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = ()) -> pd.DataFrame:
@@ -40,35 +42,12 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-    import pandas as pd
-
-    same = Same()
-    out: list[dict[str, Any]] = []
-    for experiment, found in select(runs, rows).items():
-        for run in found:
-            out.append({"experiment": experiment} | _row(Summary(run), metric, same))
-        if not found:
-            out.append({"experiment": experiment, "state": NOT_RUN})
-    columns = [
-        "experiment",
-        "seed",
-        "strategy",
-        "score",
-        "freeze",
-        "frozen",
-        "images",
-        "nfe",
-        "kimg",
-        "metric",
-        "value",
-    ]
-    table = pd.DataFrame(out, columns=[*columns, "state"])
-    return table.astype(TYPES | dict.fromkeys(("frozen", "kimg", "value"), "float64"))
+    return table_of(runs, rows, RUN_COLUMNS, lambda summary: [_row(summary, metric)])
 
 
-def _row(summary: Summary, metric: str, same: Same) -> dict[str, Any]:
+def _row(summary: Summary, metric: str) -> dict[str, Any]:
     row: dict[str, Any] = {"state": summary.state_of(metric)}
-    config = summary.config
+    config, record = summary.config, summary.at_end(metric)
     if config is None:
         return row
     mask = config.mask
@@ -83,11 +62,8 @@ def _row(summary: Summary, metric: str, same: Same) -> dict[str, Any]:
         "nfe": 1 + len(config.mid_sigmas),
         "kimg": config.total_kimg,
     }
-    record = summary.at_end(metric)
     if summary.state == "done" and record is not None:
-        same(record)
-        row |= {"metric": record.metric, "value": record.value}
-        row["images"] = config.max_images or record.reference_n
+        row |= {"record": record, "images": config.max_images or record.reference_n}
     return row
 
 
@@ -102,20 +78,16 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
         Indexed by experiment: frozen, seeds (runs with a value), mean, sd (sample standard deviation over seeds;
         NaN for one), min, max, unfinished (runs without a value), state ("done", or why its runs have no value).
     """
-    import pandas as pd
-
     groups = runs.groupby("experiment", sort=False)
-    out = pd.DataFrame(
-        {
-            "frozen": groups["frozen"].mean(),
-            "seeds": groups["value"].count(),
-            "mean": groups["value"].mean(),
-            "sd": groups["value"].std(),
-            "min": groups["value"].min(),
-            "max": groups["value"].max(),
-            "unfinished": groups["state"].apply(lambda s: int((~s.isin(["done", NOT_RUN])).sum())),
-            "state": groups["state"].apply(lambda s: "; ".join(s[s != "done"].unique()) or "done"),
-        }
+    out = groups.agg(
+        frozen=("frozen", "mean"),
+        seeds=("value", "count"),
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        min=("value", "min"),
+        max=("value", "max"),
+        unfinished=("state", lambda s: int((~s.isin(["done", NOT_RUN])).sum())),
+        state=("state", lambda s: "; ".join(s[s != "done"].unique()) or "done"),
     )
     return out.sort_values("mean", kind="stable") if sort else out
 
@@ -134,8 +106,6 @@ def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[s
     Raises:
         GddlabError: As for `run_table`, for each score.
     """
-    import pandas as pd
-
     parts: dict[str, pd.Series] = {}
     states: dict[str, pd.Series] = {}
     for metric in metrics:
@@ -171,26 +141,13 @@ HEADS = {
     "fid": "FID",
 }
 """Column -> head with its unit; a column that is not here is its own head."""
-FORMATS = {
-    "frozen": "{:.1%}",
-    "mean": "{:.1f}",
-    "sd": "{:.1f}",
-    "min": "{:.1f}",
-    "max": "{:.1f}",
-    "value": "{:.1f}",
-    "kimg": "{:g}",
-    "share trained": "{:.1%}",
-    "sec_per_kimg": "{:.1f}",
-    "minutes": "{:.1f}",
-    "peak_mem_mib": "{:,.0f}",
-    "fd-": "{:.1f}",
-    "kd-": "{:.3f}",
-    "precision": "{:.3f}",
-    "recall": "{:.3f}",
-    "fid": "{:.2f}",
-    "kid": "{:.4f}",
-    "clip-fid": "{:.2f}",
-}
+FORMATS = (
+    dict.fromkeys(("mean", "sd", "min", "max", "value", "sec_per_kimg", "minutes", "fd-"), "{:.1f}")
+    | dict.fromkeys(("frozen", "share trained"), "{:.1%}")
+    | dict.fromkeys(("kd-", "precision", "recall"), "{:.3f}")
+    | dict.fromkeys(("fid", "clip-fid"), "{:.2f}")
+    | {"kid": "{:.4f}", "kimg": "{:g}", "peak_mem_mib": "{:,.0f}"}
+)
 """Column, or how its name begins -> format of its numbers; otherwise commas or three digits."""
 STYLES: Any = [
     {"selector": "", "props": "border-collapse:collapse;font-size:.85rem"},
@@ -220,9 +177,6 @@ def styled(
         heads: Column -> head, beside `HEADS`.
         formats: Column, or how its name begins -> format, beside `FORMATS`.
     """
-    import pandas as pd
-    from pandas.io.formats.style import Styler
-
     state = table.get("state")
     told = state is None or not state.isin(["done", NOT_RUN]).all()
     shown = table if told else table.drop(columns="state")
@@ -232,7 +186,8 @@ def styled(
     text: dict[str, Any] = {}
     for name in map(str, shown.columns):
         head = heads.get(name, name)
-        form = _format(name, formats)
+        start = next((start for start in formats if name.startswith(start)), "")
+        form = formats.get(name) or formats.get(start, "{:.3g}")
         columns[head] = [_written(v, form, s) for v, s in zip(shown[name], states, strict=True)]
         if not pd.api.types.is_numeric_dtype(shown[name].dtype):
             long = max(map(len, columns[head]), default=0) > 24
@@ -254,13 +209,7 @@ def styled(
     return out
 
 
-def _format(name: str, known: Mapping[str, str]) -> str:
-    return known.get(name) or next((f for start, f in known.items() if name.startswith(start)), "{:.3g}")
-
-
 def _written(value: Any, form: str, state: str) -> str:
-    import pandas as pd
-
     if isinstance(value, str):
         return value
     if pd.isna(value):
@@ -270,7 +219,22 @@ def _written(value: Any, form: str, state: str) -> str:
     return form.format(value)
 
 
-COLUMNS = ("method", "dataset", "conditional", "nfe", "metric", "value", "images", "source")
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Published(Settings):
+    """A row of published.csv."""
+
+    method: Text
+    dataset: Literal["cifar10", "afhqv2", "ffhq", "imagenet64"]
+    conditional: Literal["true", "false"]
+    nfe: PositiveInt
+    metric: Text
+    value: PositiveFloat
+    images: Annotated[PositiveInt | None, BeforeValidator(lambda text: text or None)]
+    source: Text
+
+
 SETTINGS = {
     "cifar10": "CIFAR-10",
     "cifar10_cond": "CIFAR-10 cond",
@@ -296,54 +260,23 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
         images), value, images (training images seen, NA where the source does not say), source.
 
     Raises:
-        GddlabError: A column is missing or unknown, a value is not a positive number, or a value has no source.
+        GddlabError: A column is missing or unknown, a value is not a positive number, or has no source.
         NotFound: No such file.
     """
-    import pandas as pd
-
     path = data_dir() / "published.csv" if path is None else Path(path)
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
-    text = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if list(text.columns) != list(COLUMNS):
-        raise GddlabError(f"{path.name} has the columns {list(text.columns)}: they must be {list(COLUMNS)}")
-    kinds = {"cifar10", "afhqv2", "ffhq", "imagenet64"}
-    for line, row in enumerate(text.to_dict("records"), start=2):
-        where = f"{path.name}, line {line}"
-        if empty := [c for c in COLUMNS if c != "images" and not row[c].strip()]:
-            raise GddlabError(f"{where} has no {empty[0]}: every value needs one")
-        if row["dataset"] not in kinds:
-            raise GddlabError(f"{where}: {unknown('dataset', row['dataset'], sorted(kinds))}")
-        if row["conditional"] not in ("true", "false"):
-            raise GddlabError(f"{where}: conditional={row['conditional']!r}; give true or false")
-        for name, whole in (("nfe", True), ("value", False), ("images", True)):
-            if row[name] and not _positive(row[name], whole):
-                raise GddlabError(
-                    f"{where}: {name}={row[name]!r} is no {'whole number' if whole else 'number'} above 0"
-                )
-    return pd.DataFrame(
-        {
-            "method": text["method"],
-            "dataset": text["dataset"],
-            "conditional": text["conditional"] == "true",
-            "nfe": text["nfe"].astype("int64"),
-            "metric": text["metric"],
-            "value": text["value"].astype("float64"),
-            "images": pd.to_numeric(text["images"].replace("", None)).astype("Int64"),
-            "source": text["source"],
-        }
-    )
-
-
-def _positive(text: str, whole: bool) -> bool:
-    try:
-        return 0 < (int(text) if whole else float(text)) < float("inf")
-    except ValueError:
-        return False
-
-
-def _setting(dataset: str, conditional: bool) -> str:
-    return f"{dataset}_cond" if conditional and f"{dataset}_cond" in SETTINGS else dataset
+    text, columns = pd.read_csv(path, dtype=str, keep_default_na=False), Published.model_fields
+    if list(text.columns) != list(columns):
+        raise GddlabError(f"{path.name} has the columns {list(text.columns)}: they must be {list(columns)}")
+    rows = []
+    for line, row in enumerate(text.itertuples(index=False), start=2):
+        try:
+            rows.append(Published(**dict(zip(columns, row, strict=True))).model_dump())
+        except GddlabError as e:
+            raise GddlabError(f"{path.name}, line {line}: {e}") from None
+    table = pd.DataFrame(rows).astype({"images": "Int64"})
+    return table.assign(conditional=table["conditional"] == "true")
 
 
 def main_table(
@@ -372,8 +305,6 @@ def main_table(
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
     """
-    import pandas as pd
-
     studies = teachers or {}
     for name in (*runs_by_setting, *studies):
         if name not in (*SETTINGS, "digits"):
@@ -389,20 +320,16 @@ def main_table(
         cell = out.setdefault((str(r.method), str(r.source)), {"network calls": ""})
         calls = dict.fromkeys([*filter(None, cell["network calls"].split(", ")), str(r.nfe)])
         cell["network calls"] = ", ".join(calls)
-        cell[SETTINGS[_setting(str(r.dataset), bool(r.conditional))]] = f"{r.value:.2f}"
+        conditional = f"{r.dataset}_cond" if r.conditional else ""
+        cell[SETTINGS.get(conditional) or SETTINGS[str(r.dataset)]] = f"{r.value:.2f}"
     for name in ("teacher", *rows):
         method = "EDM" if name == "teacher" else look(name).label
         cells = {"network calls": digits[name][1], last: digits[name][0]}
         out[method, OURS] = cells | {SETTINGS[s]: ours[s][name][0] for s in SETTINGS}
-    order = list(dict.fromkeys(_family(method) for method, _ in out))
-    index = sorted(out, key=lambda key: (order.index(_family(key[0])), key[1] == OURS))
+    families = [method.partition(" (")[0] for method, _ in out]  # without what is said in parentheses
+    index = sorted(out, key=lambda key: (families.index(key[0].partition(" (")[0]), key[1] == OURS))
     table = pd.DataFrame([out[key] for key in index], columns=["network calls", last, *SETTINGS.values()]).fillna("")
     return table.set_index(pd.MultiIndex.from_tuples(index, names=["method", "source"]))
-
-
-def _family(method: str) -> str:
-    """The method of a row without what is said in parentheses."""
-    return method.partition(" (")[0]
 
 
 def _ours(
@@ -429,7 +356,7 @@ def _cell(metric: str, values: Sequence[float]) -> str:
     """A value, or mean, least and greatest; what is no FID at 50,000 images is not written as one."""
     if metric.startswith("fid") and metric not in FIDS:
         return f"{metric}, not comparable"
-    mean, *ends = (_number(v, metric) for v in values)
+    mean, *ends = (f"{value:.{2 if metric.startswith('fid') else 1}f}" for value in values)
     return mean + (f" ({' to '.join(ends)})" if ends else "") + FIDS.get(metric, "")
 
 
@@ -448,10 +375,6 @@ def _teacher(runs: Sequence[Run], metric: str, study: pd.DataFrame | None) -> tu
     return "" if runs else NOT_RUN, ""
 
 
-def _number(value: float, metric: str) -> str:
-    return f"{value:.{2 if metric.startswith('fid') else 1}f}"
-
-
 @themed
 def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | None = None) -> Axes:
     """Published scores against the training images seen, both logarithmic, where the source says how many.
@@ -459,10 +382,7 @@ def draw_published(results: pd.DataFrame, *, metric: str = "fid", ax: Axes | Non
     Args:
         results: From `published`.
         metric: "fid" or "clip-fid".
-        ax: Where to draw; None makes a figure.
     """
-    import seaborn as sns
-
     shown = results[(results["metric"] == metric) & results["images"].notna()]
     if not len(shown):
         raise GddlabError(f"no published {metric!r} says how many images were seen: accepted are 'fid', 'clip-fid'")
@@ -498,10 +418,7 @@ def cost_table(study: pd.DataFrame) -> pd.DataFrame:
     Raises:
         GddlabError: Another table.
     """
-    import pandas as pd
-
-    if missing := [c for c in COST_COLUMNS if c not in study]:
-        raise GddlabError(f"no column {missing[0]!r}: give the study costs, gddlab.load_study(...)")
+    study = checked(study, COST_COLUMNS, "costs")
     out = pd.DataFrame(
         {
             "trained": study["trained"].astype("Int64"),

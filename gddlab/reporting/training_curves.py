@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from gddlab.reporting.run_summary import NOT_RUN, Same, Summary, select
+from gddlab.reporting.run_summary import Summary, table_of
 from gddlab.reporting.style import seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
 from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LINES = (*PALETTE, BLACK)
 SPAN = 5
@@ -66,24 +67,16 @@ def curve_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-    import pandas as pd
+    return table_of(runs, rows, ("seed", "kimg", "metric", "value", "state"), lambda run: _scores(run, metric))
 
-    same = Same()
-    out: list[dict[str, Any]] = []
-    for experiment, found in select(runs, rows).items():
-        for run in found:
-            summary = Summary(run)
-            about = {"experiment": experiment, "seed": summary.config.seed if summary.config else None}
-            scores = {r.kimg: same(r) for r in summary.records if r.name == metric and r.kimg}
-            for kimg, record in sorted((k, r) for k, r in scores.items() if k is not None):
-                score = {"kimg": kimg, "metric": record.metric, "value": record.value, "state": summary.state}
-                out.append(about | score)
-            if not scores:
-                out.append(about | {"state": summary.state_of(metric)})
-        if not found:
-            out.append({"experiment": experiment, "state": NOT_RUN})
-    table = pd.DataFrame(out, columns=["experiment", "seed", "kimg", "metric", "value", "state"])
-    return table.astype({"seed": "Int64", "kimg": "float64", "value": "float64"})
+
+def _scores(summary: Summary, metric: str) -> list[dict[str, Any]]:
+    """One row per score of a run, or one that says why there is none."""
+    seed = summary.config.seed if summary.config else None
+    scores = {float(r.kimg): r for r in summary.records if r.name == metric and r.kimg}
+    if not scores:
+        return [{"seed": seed, "state": summary.state_of(metric)}]
+    return [{"seed": seed, "kimg": k, "record": scores[k], "state": summary.state} for k in sorted(scores)]
 
 
 @themed
@@ -102,62 +95,60 @@ def draw_curves(
         curves: From `curve_table`.
         levels: Label -> value to compare with, such as the teacher's distances.
         labels: Experiment -> its name in the figure.
-        ax: Where to draw; None makes a figure.
     """
-    import seaborn as sns
-
     ax = axes_of(ax, 6.4, 3.6)
-    named = curves.assign(label=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
-    shown = named.dropna(subset=["value"])
-    if len(shown):
-        colours = dict(zip(dict.fromkeys(shown["label"]), LINES * 9, strict=False))
-        look: dict[str, Any] = {"hue": "label", "palette": colours, "marker": "o", "markeredgewidth": 0, "ax": ax}
-        sns.lineplot(shown, x="kimg", y="value", errorbar=("pi", 100), **look)
-        _fit_scale(ax, shown["kimg"], "x")
-    _fit_scale(ax, [*shown["value"], *(levels or {}).values()], "y")
-    _draw_levels(ax, levels or {}, "y")
-    ax.set(xlabel=KIMG, ylabel=next(iter(curves["metric"].dropna()), "distance"))
-    seeds = seeds_text(shown.groupby(["label", "kimg"]).size())
-    missing = named.groupby("label", sort=False).filter(lambda rows: rows["value"].isna().all())
-    _say(ax, f"mean, band: range over {seeds}" if seeds not in ("", "1 seed") else seeds, missing, "label")
+    named = curves.assign(experiment=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
+    missing = named.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
+    shown = _draw_lines(ax, named, "kimg", "experiment", levels or {}, missing)
+    _fit_scale(ax, shown["kimg"], "x")
+    ax.set(xlabel=KIMG)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**BESIDE)
     return ax
 
 
+def _draw_lines(
+    ax: Axes, table: pd.DataFrame, x: str, hue: str, levels: Mapping[str, float], missing: pd.DataFrame
+) -> pd.DataFrame:
+    """Mean distances over a column with their range over seeds, and levels; returns what is drawn.
+
+    The title says over how many seeds, and what is `missing`, by what became of it.
+    """
+    shown = table.dropna(subset=["value", x]).astype({x: float})
+    if len(shown):
+        colours = dict(zip(dict.fromkeys(shown[hue]), LINES * 9, strict=False))
+        look: dict[str, Any] = {"palette": colours, "marker": "o", "markeredgewidth": 0, "ax": ax}
+        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=("pi", 100), **look)
+    _draw_levels(ax, levels, "y", shown["value"])
+    ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
+    seeds = seeds_text(shown.groupby([hue, x]).size())
+    text = f"mean, band: range over {seeds}" if seeds not in ("", "1 seed") else seeds
+    states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
+    absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
+    ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
+    return shown
+
+
 @themed
-def draw_efficiency(
-    runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None, width: float = 8.4
-) -> Figure:
+def draw_efficiency(runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None) -> Figure:
     """How few images are enough: distance against the number of distinct images, and over images seen for each number.
 
     Args:
         runs: From `run_table`; its column `images` is drawn.
         curves: From `curve_table`, of the same runs.
         levels: Label -> value to compare with.
-        width: Of the figure, inches.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(width, 3.4), layout="constrained")
-    shown = runs.dropna(subset=["value", "images"]).astype({"images": float})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    named = runs.assign(trained=runs["kimg"].map("{:g} thousand images seen".format))
+    shown = _draw_lines(left, named, "images", "trained", levels or {}, runs[runs["value"].isna()])
     if len(shown):
-        shown["trained"] = shown["kimg"].map("{:g} thousand images seen".format)
-        look: dict[str, Any] = {"hue": "trained", "marker": "o", "markeredgewidth": 0, "ax": left}
-        colours = list(PALETTE[: shown["trained"].nunique()])
-        sns.lineplot(shown, x="images", y="value", errorbar=("pi", 100), palette=colours, **look)
         left.set_xscale("log")
         counts = sorted({int(n) for n in shown["images"]})
         left.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45)
-        left.minorticks_off()
-    _fit_scale(left, [*shown["value"], *(levels or {}).values()], "y")
-    _draw_levels(left, levels or {}, "y")
-    left.set(xlabel="distinct real images", ylabel=next(iter(runs["metric"].dropna()), "distance"))
+        left.xaxis.minorticks_off()
+    left.set(xlabel="distinct real images")
     if left.get_legend_handles_labels()[0]:
         left.legend(loc="upper right")
-    seeds = seeds_text(shown.groupby(["images", "kimg"]).size())
-    _say(left, f"mean, band: range over {seeds}" if seeds else "", runs[runs["value"].isna()], "experiment")
     images = runs.dropna(subset=["images"]).groupby("experiment", sort=False)["images"].first()
     shared = images.duplicated(keep=False)
     labels = {}
@@ -183,10 +174,7 @@ def draw_runs(
         runs: From `run_table`.
         levels: Label -> value to compare with, such as the teacher's distance.
         sort: Lowest mean first; in the order of `runs` otherwise.
-        ax: Where to draw; None makes a figure.
     """
-    import seaborn as sns
-
     table = experiment_table(runs, sort=sort)
     order = list(table.index)
     ax = axes_of(ax, 6.4, 0.27 * len(order) + 1.3)
@@ -194,8 +182,7 @@ def draw_runs(
     sns.stripplot(runs, jitter=False, size=5, alpha=0.8, color=PALETTE[0], linewidth=0, **look)
     bar: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": PALETTE[1]}
     sns.pointplot(runs, errorbar=None, linestyle="none", **bar, **look)
-    _fit_scale(ax, [*runs["value"].dropna(), *(levels or {}).values()], "x", zero=False)
-    _draw_levels(ax, levels or {}, "x")
+    _draw_levels(ax, levels or {}, "x", runs["value"].dropna(), zero=False)
     for i, name in enumerate(order):
         if not table.loc[name, "seeds"]:
             place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
@@ -212,8 +199,6 @@ def draw_runs(
 
 def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = True) -> None:
     """Makes an axis logarithmic where its values span more than a factor of five; else it begins at 0, if asked for."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     values = list(values)
     if values and min(values) > 0 and max(values) > SPAN * min(values):
         ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.8 * min(values), 1.25 * max(values))})
@@ -225,15 +210,11 @@ def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = T
         ax.set(**{f"{axis}lim": (min(0, *values), 1.05 * max(values))})
 
 
-def _draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"]) -> None:
-    """Grey lines, named with their values in the legend."""
+def _draw_levels(
+    ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], values: pd.Series, *, zero: bool = True
+) -> None:
+    """Grey lines, named with their values in the legend, on an axis that fits them and `values`."""
+    _fit_scale(ax, [*values, *levels.values()], axis, zero=zero)
     for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
         look: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": style}
         (ax.axhline if axis == "y" else ax.axvline)(value, label=f"{label}: {value:.0f}", **look)
-
-
-def _say(ax: Axes, text: str, missing: pd.DataFrame, name: str) -> None:
-    """The title: what is drawn, and which experiments are not, by what became of them."""
-    states = missing.drop_duplicates([name, "state"]).groupby("state", sort=False)[name].agg(", ".join)
-    absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
-    ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)

@@ -50,9 +50,11 @@ def one(cache: Path, nproc: int) -> dict[str, Any]:
 
 
 def parts() -> dict[str, list[float]]:
+    import torch
+
     import gddlab
     from gddlab.evaluation import find_extractor
-    from gddlab.evaluation.features import image_features, real_images
+    from gddlab.evaluation.features import image_features
     from gddlab.evaluation.metrics import frechet, kernel, mind
     from gddlab.files import hash_tensors
     from gddlab.nets.io import make_student
@@ -67,7 +69,7 @@ def parts() -> dict[str, list[float]]:
         return value
 
     student = make_student(gddlab.load_teacher("digits")).eval().requires_grad_(False)
-    real = real_images(gddlab.open_dataset("digits"))
+    real = torch.from_numpy(gddlab.open_dataset("digits").uint8).permute(0, 3, 1, 2)
     images = timed("sampling", lambda: to_uint8(gddlab.sample(student, 1797)))
     timed("hashing", lambda: hash_tensors({"images": images}))
     spec = find_extractor("lite2")

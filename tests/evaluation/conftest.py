@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from gddlab.datasets import ImageDataset, digits
-from gddlab.evaluation import features
+from gddlab.evaluation import EXTRACTORS, features
+
+WIDTH = 48
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +21,13 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def counter(monkeypatch):
-    """Replaces the network by a fixed random projection and lists how many images each extraction saw."""
+def small_features(monkeypatch) -> list[int]:
+    """Replaces the networks by a fixed random projection and lists how many images each extraction saw.
+
+    It has few features: a Frechet distance takes the eigenvalues of a matrix of features by features, seconds at 1280.
+    """
     seen: list[int] = []
-    g = torch.Generator().manual_seed(0)
-    projection = torch.randn(3 * 16 * 16, 1280, generator=g) / 100
+    projection = torch.randn(3 * 16 * 16, WIDTH, generator=torch.Generator().manual_seed(0)) / 100
 
     class Projection(torch.nn.Module):
         def forward(self, x):
@@ -36,7 +41,14 @@ def counter(monkeypatch):
 
     monkeypatch.setattr(features, "extract_part", counted)
     monkeypatch.setattr("gddlab.evaluation.extractors.Extractor.build", lambda self: Projection())
+    for name in ("lite2", "lite0"):
+        monkeypatch.setitem(EXTRACTORS, name, dataclasses.replace(EXTRACTORS[name], dims=WIDTH))
     return seen
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    return small_features(monkeypatch)
 
 
 def subset(start: int, stop: int, name: str = "some-digits") -> ImageDataset:

@@ -49,12 +49,15 @@ def save_clip(path: Path, *, embedding: int = 512) -> Path:
 
 
 def save_vgg16(path: Path) -> Path:
-    """torchvision's VGG16 with He-scaled weights."""
+    """torchvision's VGG16 with He-scaled weights; the rows of a large matrix are one, which is small in the file."""
     from torchvision import models
 
     torch.manual_seed(0)
     with torch.device("meta"):
         names = models.vgg16().state_dict()
-    state = {k: torch.randn(v.shape) * (2 / max(1, v[0].numel())) ** 0.5 for k, v in names.items()}
+    state = {}
+    for name, v in names.items():
+        rows = 1 if v.numel() > 1 << 22 else len(v)
+        state[name] = (torch.randn(rows, *v.shape[1:]) * (2 / max(1, v[0].numel())) ** 0.5).expand(v.shape)
     torch.save(state, path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,13 +10,13 @@ import sys
 
 import pytest
 
-from gddlab.evaluation import evaluate
+from gddlab.evaluation import EXTRACTORS, evaluate
 from gddlab.evaluation.metrics import KID_SUBSETS
 from gddlab.sampling import sample_files
 from tests.conftest import tiny_net
 from tests.evaluation.networks import save_inception
 
-N = 14
+N = 12
 
 
 def test_equal_to_the_command_line_of_torch_fidelity(tmp_path, monkeypatch):
@@ -27,6 +28,10 @@ def test_equal_to_the_command_line_of_torch_fidelity(tmp_path, monkeypatch):
     words = [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent", "--no-cache"]
     words += ["--isc", "--fid", "--kid", "--prc", "--feature-extractor", "inception-v3-compat"]
     words += ["--feature-extractor-weights-path", str(weights), "--save-cpu-ram"]
+    for metric in ("fid", "kid", "prc"):  # of 768 features; the Frechet distance of 2048 takes 10 s on each side
+        words += [f"--feature-layer-{metric}", "768"]
+    spec = dataclasses.replace(EXTRACTORS["inception"], layer="768", dims=768)
+    monkeypatch.setitem(EXTRACTORS, "inception", spec)
     words += ["--kid-subsets", str(KID_SUBSETS), "--kid-subset-size", str(N)]
     words += ["--input1", str(folders[0]), "--input2", str(folders[1])]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=dict(os.environ))

@@ -15,7 +15,7 @@ import torch
 
 from gddlab.evaluation import evaluate, features
 from gddlab.evaluation import images as generated
-from gddlab.evaluation.images import GeneratedImages
+from gddlab.evaluation.features import GeneratedImages
 from gddlab.nets import save_network
 from gddlab.ranks import share
 from gddlab.sampling import Sampler, sample_files
@@ -28,7 +28,7 @@ def test_a_second_evaluation_neither_samples_nor_extracts(some, counter, monkeyp
     net = network()
     first = evaluate(net, data=some, metrics="kid").records[0]
     assert counter == [64, 64]
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled again"))
     again = evaluate(net, data=some, metrics=("kid", "mind")).records[0]
     assert counter == [64, 64]
     assert (again.value, again.images_sha256) == (first.value, first.images_sha256)
@@ -120,11 +120,11 @@ def one_thread():
 def test_fresh_processes_give_the_same_bits(one_thread, monkeypatch, cache):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     net = tiny_net(label_dim=10)
-    about = {"data": subset(0, 24), "metrics": ("kid", "fid"), "n": 22, "steps": 2, "batch_size": 4, "S_churn": 1.0}
+    about = {"data": subset(0, 24), "metrics": ("kid", "mind"), "n": 22, "steps": 2, "batch_size": 4, "S_churn": 1.0}
     alone = evaluate(net, **about)
     for file in (cache / "generated").iterdir():
         file.unlink()
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled in this process"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled in this process"))
     both = evaluate(net, nproc=2, **about)
     assert [r.value for r in both] == [r.value for r in alone]
     assert both.records[0].images_sha256 == alone.records[0].images_sha256
@@ -136,7 +136,7 @@ def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache
     code = (
         "import json, os, gddlab\n"
         "about = {'data': 'real', 'n': 22, 'progress': False}\n"
-        "s = gddlab.evaluate('net.safetensors', steps=2, batch_size=4, metrics=('kid', 'fid'), **about)\n"
+        "s = gddlab.evaluate('net.safetensors', steps=2, batch_size=4, metrics=('kid', 'mind'), **about)\n"
         "open(f'{os.environ[\"RANK\"]}.json', 'w').write(json.dumps([r.to_dict() for r in s]))\n"
         "try:\n"
         "    gddlab.evaluate('net.safetensors', sigma_max=1e-9, **about)\n"
@@ -149,7 +149,7 @@ def test_ranks_of_a_process_group_give_the_same_bits(one_thread, tmp_path, cache
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "job.py"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = evaluate(tmp_path / "net.safetensors", data=real, n=22, steps=2, batch_size=4, metrics=("kid", "fid"))
+    alone = evaluate(tmp_path / "net.safetensors", data=real, n=22, steps=2, batch_size=4, metrics=("kid", "mind"))
     for rank in (0, 1):
         records = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [r["images_sha256"] for r in records] == [r.images_sha256 for r in alone]

@@ -9,7 +9,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.evaluation import compare, evaluate, reference
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor
-from tests.evaluation.conftest import as_float
+from tests.evaluation.conftest import WIDTH, as_float
 from tests.evaluation.test_evaluate import network
 
 
@@ -39,10 +39,10 @@ def test_statistics_alone_give_the_frechet_distance_only(some, others, counter, 
 
 def test_edm_statistics(some, counter, tmp_path, monkeypatch):
     """Arrays mu and sigma, of Inception; here a small network takes its name."""
-    spec = Extractor("lite2", "1280", 1280, 96, "timm", "inception", "none")
+    spec = Extractor("lite2", "1280", WIDTH, 96, "timm", "inception", "none")
     monkeypatch.setitem(EXTRACTORS, "inception", spec)
     path = tmp_path / "digits-16x16.npz"
-    f = np.random.default_rng(0).normal(size=(2000, 1280))
+    f = np.random.default_rng(0).normal(size=(2000, WIDTH))
     np.savez(path, mu=f.mean(0), sigma=np.cov(f.T))
     (record,) = evaluate(as_float(some), data=path, metrics="fid", extractor="inception")
     assert (record.metric, record.reference, record.reference_n) == ("fid@64", "digits-16x16.npz", None)
@@ -58,7 +58,7 @@ def save(path, **arrays):
 
 def test_what_is_no_reference_is_refused(some, counter, tmp_path, monkeypatch):
     good = reference(some, tmp_path / "good.npz")
-    x, d = as_float(some), 1280
+    x, d = as_float(some), WIDTH
     eye, zero = np.eye(d), np.zeros(d)
     cases = {
         "lacks sigma": save(tmp_path / "a.npz", mu=zero),

@@ -34,7 +34,7 @@ def nowhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["inception", "clip", "dinov2", "vgg16"])
 def test_missing_weights_are_refused_in_a_line_before_the_first_image(name, some, cache, monkeypatch):
-    monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled"))
     with pytest.raises(GddlabError, match="GDDLAB_OFFLINE is set") as e:
         evaluate("digits", data=some, n=4, extractor=name)
     published = EXTRACTORS[name].published
@@ -110,11 +110,11 @@ def rgb(n: int) -> ImageDataset:
 
 def test_inception_with_random_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("GDDLAB_INCEPTION", str(save_inception(tmp_path / "inception.pth")))
-    scores = evaluate(as_float(rgb(20)), data=rgb(4), metrics=("kid", "is", "mind"), extractor="inception")
-    assert [r.metric for r in scores] == ["kid@20", "is@20", "mind@20"]
+    scores = evaluate(as_float(rgb(12)), data=rgb(4), metrics=("kid", "is", "mind"), extractor="inception")
+    assert [r.metric for r in scores] == ["kid@12", "is@12", "mind@12"]
     assert scores.records[0].extractor_input_size == 299 and "TensorFlow" in scores.records[0].preprocessing
     assert scores["is"] > 1
-    grey = evaluate(as_float(subset(0, 20)), data=subset(0, 4), metrics="kid", extractor="inception")
+    grey = evaluate(as_float(subset(0, 12)), data=subset(0, 4), metrics="kid", extractor="inception")
     assert grey["kid"] == pytest.approx(scores["kid"], rel=1e-3)
 
 
@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, some):
         for content in ({}, {"conv.weight": torch.zeros(2)}, {"x": print}):
             torch.save(content, tmp_path / "bad.pth")
             monkeypatch.setenv(variable, str(tmp_path / "bad.pth"))
-            monkeypatch.setattr("gddlab.evaluation.images.draw", lambda *a, **k: pytest.fail("sampled"))
+            monkeypatch.setattr("gddlab.evaluation.features.draw", lambda *a, **k: pytest.fail("sampled"))
             with pytest.raises(GddlabError, match=r"bad\.pth") as e:
                 evaluate("digits", data=some, n=4, extractor=name)
             assert "\n" not in str(e.value)

@@ -28,11 +28,14 @@ from gddlab.reporting.run_summary import Summary
 from gddlab.runs import load_run, load_runs, load_study
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
+from tests.evaluation.conftest import small_features
 
 
 @pytest.fixture
-def tiny_list(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def tiny_list(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Two experiments on the tiny teacher; the list counts how often it was measured."""
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    small_features(monkeypatch)
     measured: list[int] = []
 
     def measure(teacher: str, data: str) -> Measured:

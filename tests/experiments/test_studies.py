@@ -18,8 +18,15 @@ from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
+from tests.evaluation.conftest import small_features
 
 N = 24
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
+    small_features(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,8 @@ def test_local_minima(subjects: Subjects) -> None:
     assert yardstick > 2 / 255
 
 
-def test_layers(subjects: Subjects) -> None:
+def test_layers(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.experiments.studies.PROBED", 8)
     f = found("layers", subjects).frame
     assert set(f["network"]) == {"teacher", "gdd", "gdd-i"}
     assert set(f["states"]) == {"noised", "student", "weights"}
