@@ -279,7 +279,7 @@ def train(
         print_launch: Trains nothing: writes the configuration to the run directory and prints the command that trains
             it, a line or a batch script.
     """
-    from gddlab.launch.train import HEAD, Launch, prepared
+    from gddlab.launch.plan import HEAD, Launch, prepared
 
     config = configured(config, mask, rule, fast)
     if print_launch is not None:

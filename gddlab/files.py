@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from gddlab.errors import GddlabError, NotFound
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -185,13 +184,13 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor | np.ndarray]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of names."""
-    import torch  # here alone: the rest is for processes that have no need of it
+    import torch  # here only: the rest serves processes that do not need it
 
     h = hashlib.sha256()
     for name in sorted(tensors):
-        a = torch.as_tensor(tensors[name]).detach().cpu().contiguous()
+        a = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}:{a.dtype}:{tuple(a.shape)}".encode())
         h.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

@@ -1,6 +1,6 @@
 """The one reader of a run directory: configuration, status, metrics, alarms, snapshots, student, scores.
 
-It imports torch only for what needs it, so that a run is looked at in no time, and its agent starts fast.
+Torch is imported only where it is needed, so that listing runs and starting them is fast.
 """
 
 from __future__ import annotations

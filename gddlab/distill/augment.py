@@ -55,9 +55,9 @@ class Augmentation(nn.Module):
 
     With a target, p is held where the discriminator overfits to that degree (section 3.2). Overfitting is measured by
     r_t = E[sign(D(real))], between 0 (none) and 1. Every `INTERVAL` iterations p takes a step up where the mean of r_t
-    is above the target, down where it is below; it stays within [0, 1], and as it is where r_t is not a number. The
-    state is then three buffers on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host reads none
-    of them.
+    is above the target, down where it is below; it stays within [0, 1], and does not change where r_t is not a number.
+    The state is then three buffers on the device (`p`, `sum`, `count`: 0-d, float64), changed in place; the host reads
+    none of them.
 
     Args:
         part: Operations, probability or target.

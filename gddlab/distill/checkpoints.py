@@ -205,10 +205,10 @@ class Checkpoints:
         return Loaded(read_json(self.folder / name / "meta.json"), name, damaged)
 
     def clean_up(self, loaded: Loaded | None) -> None:
-        """Before a training continues: passes over damaged checkpoints, removes what was half written."""
+        """Before a training continues: removes what was half written; damaged checkpoints stay until the next save."""
         if self.world.rank:
             return
-        _remove(self.folder.glob(".*.tmp"))
+        _remove([*self.folder.glob(".*.tmp"), *self.folder.glob("*.damaged")])  # earlier versions renamed damaged ones
         if loaded is not None and loaded.damaged:
             write_text(self.folder / LATEST, loaded.name + "\n")
 

@@ -75,7 +75,7 @@ def r1_penalty(
 
 @contextlib.contextmanager
 def constant(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients pass through a network to its input, and none reaches these parameters of its."""
+    """Gradients pass through a network to its input; none reaches these parameters."""
     trained = [p for p in params if p.requires_grad]
     try:
         for p in trained:

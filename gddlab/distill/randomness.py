@@ -48,8 +48,8 @@ class Drawer:
     """Latents and all other random numbers of a rank; neither processes nor micro-batches change them.
 
     Args:
-        config: Batch, seed, steps of the student, memory format.
-        net: The student, for the shape of its images and its precision.
+        config: Batch, seed, steps of the student, precision, memory format.
+        net: The student, for the shape of its images.
         world: Where they are used.
         width: Uniforms that the augmentation takes per image.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from gddlab.datasets import BatchReader, ImageDataset, order
 from gddlab.distill.build import build_step, check
@@ -215,7 +215,11 @@ class Trainer:
             return net
         out = make_student(self.teacher, mid_sigmas=self.config.mid_sigmas).eval().requires_grad_(False)
         out.to(self.world.device, self.drawer.dtype)
-        out.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
+        with torch.no_grad():
+            shards = net.state_dict()
+            for name, whole in out.state_dict().items():  # one tensor at a time: whole networks may not fit twice
+                shard = shards[name]
+                whole.copy_(shard.full_tensor() if isinstance(shard, DTensor) else shard)
         return out
 
     def snapshot(self) -> None:

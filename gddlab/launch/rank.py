@@ -14,12 +14,8 @@ from pathlib import Path
 
 from gddlab.distill.status import read_status, write_status
 from gddlab.errors import GddlabError
+from gddlab.launch.plan import OWNED, TIMEOUT
 from gddlab.lock import Job, sign, take
-
-OWNED = "GDDLAB_OWNED"
-"""Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
-TIMEOUT = "GDDLAB_TIMEOUT"
-"""Environment variable: timeout of a collective, seconds."""
 
 
 class Silent(GddlabError):

@@ -3,100 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
 from gddlab.launch.handle import RunHandle
-from gddlab.launch.worker import Launch, launch_environment
+from gddlab.launch.plan import Launch
 from gddlab.lock import sign, take
 from gddlab.workers import start
 
 if TYPE_CHECKING:
     from gddlab.distill.config import TrainConfig
-
-SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
-"""Signals that torchrun passes on to the ranks, which then write a checkpoint and end; clusters send SIGUSR1."""
-HEAD = "$head:29500"
-"""Default rendezvous of a SLURM job: its first machine."""
-GRACE = 120
-"""How long before the time limit SLURM sends SIGUSR1, seconds."""
-
-
-def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -> str:
-    """The command that starts one machine's ranks, in `launch_environment`; `run_dir` must hold the configuration.
-
-    Args:
-        run_dir: The run.
-        launch: Processes and machines.
-        job: Name of the rendezvous, a shell word; that of the run if None.
-    """
-    words = ["torchrun", f"--nnodes={launch.nnodes}", f"--nproc-per-node={launch.nproc}"]
-    if launch.nnodes == 1:
-        words.append("--standalone")
-    else:
-        words += ["--rdzv-backend=c10d", f'--rdzv-endpoint="{launch.rdzv_endpoint}"']
-        words += [f"--rdzv-id={job or shlex.quote(run_dir.name)}"]
-    words += [f"--max-restarts={launch.max_restarts}", f"--signals-to-handle={SIGNALS}"]
-    return " ".join([*words, "-m", "gddlab.launch.rank", shlex.quote(str(run_dir))])
-
-
-def slurm_script(config: TrainConfig, launch: Launch) -> str:
-    """A script for `sbatch`: one torchrun per machine, a checkpoint before the time limit, requeued until done."""
-    run, name = shlex.quote(str(config.run_dir)), re.sub(r"[^\w.-]", "-", config.run_dir.name)
-    line = torchrun_command(config.run_dir, launch, job='"$SLURM_JOB_ID"')
-    gpus = [] if config.device == "cpu" else [f"#SBATCH --gpus-per-node={launch.nproc}"]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"#SBATCH --job-name={name}",
-            f"#SBATCH --nodes={launch.nnodes}",
-            "#SBATCH --ntasks-per-node=1",
-            *gpus,
-            f"#SBATCH --cpus-per-task={max(2, 8 * launch.nproc)}",
-            f"#SBATCH --signal=USR1@{GRACE}",
-            "#SBATCH --requeue",
-            "#SBATCH --open-mode=append",
-            f"#SBATCH --output={name}-%j.txt",
-            "# add what your cluster wants: --time, --partition, --account, and how Python is found",
-            "",
-            *(f"export {k}={v}" for k, v in launch_environment(launch).items()),
-            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"srun --kill-on-bad-exit=1 {line}",
-            f'if [ "$(gddlab runs --state {run})" = stopped ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-            "",
-        ]
-    )
-
-
-def prepared(config: TrainConfig, launch: Launch, kind: str) -> str:
-    """Writes a run's configuration into its directory and returns what starts it elsewhere.
-
-    Args:
-        config: The run.
-        launch: Processes and machines.
-        kind: "torchrun" for the command of each machine; "slurm" for a batch script.
-
-    Raises:
-        GddlabError: What `gddlab.train` would refuse.
-    """
-    from gddlab.distill.build import check
-
-    config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
-    check(config, world_size=launch.world_size)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    config.write()
-    if kind == "slurm":
-        return slurm_script(config, launch)
-    words = [f"{k}={v}" for k, v in launch_environment(launch).items()]
-    return " ".join([*words, torchrun_command(config.run_dir, launch)])
 
 
 def train(

@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -18,80 +14,19 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from gddlab.distill.status import ACTIVE, mark_stopped, read_status, write_status
-from gddlab.errors import GddlabError
-from gddlab.launch.rank import OWNED, TIMEOUT, report_failure, run_rank
-from gddlab.lock import Job
+from gddlab.launch.plan import OWNED, Launch, launch_environment
+from gddlab.launch.rank import report_failure, run_rank
 
 ASKED = {signal.SIGTERM, signal.SIGUSR1}
 """Signals that ask for a checkpoint and the end; they are blocked when this process begins."""
 LEAVE_S = 5.0
 """Seconds in which a run without ranks must start new ones or end by itself."""
-FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, every restart of the ranks gets a store of its own. In a shared one, restarted ranks find the addresses of
-those that died (pytorch#135712)."""
-ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Arguments of `gddlab.train` beside the configuration.
-
-    Raises:
-        GddlabError: A number out of range, or several machines without a rendezvous.
-    """
-
-    nproc: int = 1
-    nnodes: int = 1
-    rdzv_endpoint: str | None = None
-    max_restarts: int = 0
-    timeout_s: float = 600
-
-    def __post_init__(self) -> None:
-        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
-            if getattr(self, name) < least:
-                raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise GddlabError(f"timeout_s={self.timeout_s}: give seconds, more than 0")
-        if self.nnodes > 1 and self.rdzv_endpoint is None:
-            raise GddlabError(
-                f"nnodes={self.nnodes} without rdzv_endpoint: give HOST:PORT of one of the machines, the same on all"
-            )
-        if self.rdzv_endpoint is not None:
-            found = ENDPOINT.fullmatch(self.rdzv_endpoint)
-            if not found or not 0 < int(found[2]) < 65536:
-                raise GddlabError(f"rdzv_endpoint={self.rdzv_endpoint!r}: give HOST:PORT, such as node0:29500")
-
-    @property
-    def world_size(self) -> int:
-        return self.nproc * self.nnodes
-
-    @property
-    def job(self) -> Job:
-        return Job(self.rdzv_endpoint or "-", self.nnodes)
-
-    @property
-    def alone(self) -> bool:
-        """Whether one process trains, without torchrun and without a process group."""
-        return self.world_size == 1 and not self.max_restarts
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def of_json(cls, text: str) -> Launch:
-        return cls(**json.loads(text))
-
-
-def launch_environment(launch: Launch) -> dict[str, str]:
-    """Environment variables for torchrun and the ranks."""
-    return {FRESH_STORE: "1", TIMEOUT: f"{launch.timeout_s:g}"}
 
 
 def main(run_dir: Path, launch: Launch) -> int:

@@ -35,14 +35,11 @@ class Exported:
 
     path: Path
     format: str
+    size: int
+    """Of the file, bytes."""
     max_difference: float
     metadata: dict[str, str]
     batches: tuple[int, ...] = BATCHES
-
-    @property
-    def size(self) -> int:
-        """Of the file, bytes."""
-        return self.path.stat().st_size
 
     def __str__(self) -> str:
         sizes = " and ".join(map(str, self.batches))
@@ -136,7 +133,7 @@ def export(
             )
         bar.update()
     kind = f"ONNX (opset {opset})" if out.suffix == ".onnx" else "torch.export program"
-    return Exported(out, kind, difference, metadata)
+    return Exported(out, kind, out.stat().st_size, difference, metadata)
 
 
 def _own_sigma(student: Precond) -> float:

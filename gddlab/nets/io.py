@@ -163,9 +163,9 @@ def make_student(
 ) -> OneStepPrecond:
     """A one-step generator with the teacher's weights (method of GDD, section 2 of its paper).
 
-    The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits. With `target_time` and
-    `mid_sigmas` as in `OneStepPrecond`, the former changes nothing at first. As a control, `init` "scratch" gives new
-    weights from torch's global generator.
+    The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits. `target_time` and
+    `mid_sigmas` are those of `OneStepPrecond`; a target time changes nothing at first. As a control, `init` "scratch"
+    gives new weights from torch's global generator.
 
     Raises:
         GddlabError: The teacher's preconditioning is not EDM's, so that a student could not use its noise embedding;

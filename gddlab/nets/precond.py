@@ -335,7 +335,7 @@ class OneStepPrecond(EDMPrecond):
 
 
 def descending(name: str, sigmas: Any, *, low: float, high: float = math.inf) -> tuple[float, ...]:
-    """Noise levels as numbers; refused, under this name, where they do not descend below `high` and above `low`."""
+    """Noise levels as numbers; refuses those that do not descend between `high` and `low`, under this name."""
     try:
         levels = tuple(float(s) for s in sigmas)
     except (TypeError, ValueError):

@@ -58,9 +58,9 @@ def fold_batchnorm(
     """Folds each eval-mode BatchNorm into the convolution that alone feeds it, in place; its activation stays.
 
     Outputs are equal up to float32 rounding, with fewer passes over memory. A BatchNorm with any other input (a sum, a
-    concatenation, a convolution whose output has a second reader) is kept. Outputs on the probe are compared before and
-    after, images (B, 3, H, W) that `run` (by default `net`) takes; if they differ by more than 1e-4 of the largest
-    value, everything is restored. `net` must be in eval mode, and is returned.
+    concatenation, a convolution whose output has a second reader) is kept. `probe` is images (B, 3, H, W) for `run`, by
+    default `net`: the outputs before and after are compared, and if they differ by more than 1e-4 of the largest value,
+    everything is restored. `net` must be in eval mode, and is returned.
     """
     norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
     if not norms:

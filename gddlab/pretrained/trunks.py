@@ -21,7 +21,7 @@ _COUNTERS = ("num_batches_tracked",)
 
 @dataclass(frozen=True)
 class Trunk:
-    """torchvision's `features`, cut after a ReLU each time; width of each level; side of the smallest image, pixels."""
+    """torchvision's `features`, cut after a ReLU at each level; width of each level; smallest image side, pixels."""
 
     model: str
     weights: str
@@ -93,7 +93,7 @@ TRUNKS = {
 }
 """Of LPIPS."""
 VGG16_BN = Trunk("vgg16_bn", "VGG16_BN_Weights", (13, 23, 33, 43), (128, 256, 512, 512), 32)
-"""The ends of blocks 2 to 5, before the pooling."""
+"""Its levels are the ends of blocks 2 to 5, before the pooling."""
 
 
 def unit(x: Tensor, eps: float = 1e-20) -> Tensor:

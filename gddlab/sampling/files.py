@@ -357,7 +357,8 @@ def encode(images: Tensor, pairs: Pairs, name: Callable[[int], str]) -> list[Ent
 def _is_png(path: Path, side: int) -> bool:
     """Whether the file is a complete image of that size; a crash may have left an incomplete one."""
     try:
-        return decode(path.read_bytes()).size == (side, side)
+        content = path.read_bytes()
+        return content.startswith(b"\x89PNG") and decode(content).size == (side, side)
     except (OSError, BadImage):
         return False
 

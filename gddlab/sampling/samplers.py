@@ -95,8 +95,8 @@ class Sampler:
         ):
             if getattr(self, name) not in accepted:
                 raise unknown(name, getattr(self, name), accepted)
-        positive("steps", self.steps)
-        positive("M", self.M)
+        for name in ("steps", "M"):
+            object.__setattr__(self, name, positive(name, getattr(self, name)))  # numpy's integers are no JSON
         ranges: list[tuple[str, Callable[[float], bool], str]] = [
             ("sigma_min sigma_max rho C_1 C_2 S_noise", lambda x: 0 < x < math.inf, "a number above 0"),
             ("alpha", lambda x: 0 < x <= 1, "a number above 0, at most 1"),

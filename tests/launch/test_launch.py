@@ -96,6 +96,7 @@ def test_the_same_call_returns_a_run_that_is_done(undisturbed: TrainConfig) -> N
     assert "kimg" in run.tail()
     assert run.metrics["nimg"].tolist() == [16 * i for i in range(1, 21)]
     assert run.student().card.kimg == pytest.approx(0.32)
+    assert "Warning" not in (run.run_dir / "log" / "launch.txt").read_text()  # such as runpy's
     with pytest.raises(GddlabError, match="batch is 8 there, 16 here"):
         train(undisturbed.model_copy(update={"batch": 16}), nproc=2)
 

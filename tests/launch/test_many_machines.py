@@ -20,7 +20,7 @@ from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json
 from gddlab.launch import attach, train
-from gddlab.launch.train import HEAD, Launch, prepared
+from gddlab.launch.plan import HEAD, Launch, prepared
 from gddlab.lock import Job, held, owners, sign, take
 from gddlab.runs import listing
 from tests.conftest import tiny_config
