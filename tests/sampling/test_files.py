@@ -119,6 +119,9 @@ sample_files(load_network({str(tmp_path / "s.safetensors")!r})[0], {str(tmp_path
         half = out / "000003.png"
         half.write_bytes(half.read_bytes()[:60])
         del made[half]
+        jpeg = out / "000002.png"  # so is a file that only has the name of one
+        Image.new("L", (net.img_resolution, net.img_resolution)).save(jpeg, format="JPEG")
+        del made[jpeg]
         (out / ".000004.png.x7.tmp").write_bytes(b"")
     written = []
     target = ZipTarget if name.endswith("zip") else FolderTarget

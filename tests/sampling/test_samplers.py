@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -84,6 +85,7 @@ def test_names() -> None:
     assert sampler_name(resolve(student, sigmas=(80, 0.8))) == "consistency-2 sigmas=80,0.8"
     assert sampler_name(resolve(teacher, steps=5)) == "heun-5"
     assert sampler_name(resolve(teacher, solver="euler", S_churn=4.0)) == "euler-18 S_churn=4.0"
+    assert json.dumps(Sampler(steps=np.int64(4)).to_dict()) == json.dumps(Sampler(steps=4).to_dict())
 
 
 def test_classes() -> None:
