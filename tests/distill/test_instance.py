@@ -23,6 +23,7 @@ from gddlab.distill.instance import (
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student
+from gddlab.nets.precond import levels_of
 from gddlab.runtime import generator
 from tests.conftest import TINY, tiny_net
 
@@ -73,12 +74,15 @@ class Exact(OneStepPrecond):
         c2 = scales(labels) ** 2
         return x * ((c2 + s**2) / (c2 + t**2)).sqrt()
 
-    def _denoise(self, x: Any, sigma: Any, class_labels: Any, augment_labels: Any, target: Any) -> Tensor:
-        t = sigma.reshape(-1, 1, 1, 1)
+    def forward(
+        self, x: Any, sigma: Any, class_labels: Any = None, augment_labels: Any = None, target: Any = None
+    ) -> Tensor:
+        t = levels_of(sigma, x)
+        target = self.default_target if target is None else target
         if target is None:  # a consistency function, right at eps
             off = (self.gain - 1) * (1 - self.eps / t)
             return (1 + off) * self.end(x, t, torch.as_tensor(self.eps), class_labels)
-        s = target.reshape(-1, 1, 1, 1)
+        s = levels_of(target, x)
         return self.gain * (self.end(x, t, s, class_labels) - s / t * x) / (1 - s / t)
 
 

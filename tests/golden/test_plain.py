@@ -63,7 +63,10 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
         yield path, tree
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[p.stem for p in SHIPPED])
+@pytest.mark.parametrize(
+    "path",  # the conditional GDD-I step holds all that the others do; they take as long
+    [pytest.param(p, id=p.stem, marks=() if "cond" in p.stem else pytest.mark.slow) for p in SHIPPED],
+)
 def test_plain_recomputes_a_shipped_case(path: Path) -> None:
     shipped = Case(path)
     settings = {k: v for k, v in shipped.meta.items() if k not in COMPUTED}
