@@ -151,9 +151,9 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
     """
     if not isinstance(mask, FreezeMask):
         raise GddlabError(f"mask is a {type(mask).__name__}: give a FreezeMask")
-    listed: list[Any] = [*seeds] if isinstance(seeds, Iterable) else [seeds, seeds]
+    listed: list[Any] = [*seeds] if isinstance(seeds, Iterable) else []
     whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in listed)
-    if not whole or len({*listed}) < len(listed):
+    if not isinstance(seeds, Iterable) or not whole or len({*listed}) < len(listed):
         raise GddlabError(f"seeds={seeds!r}: give whole numbers, each once")
     units = recorded(mask)
     candidates = {u.name: u.layers for u in units}

@@ -46,7 +46,7 @@ NOWHERE = "-"
 """Stage or resolution of what has none: embeddings, layers whose names do not say."""
 
 INCH_PER_BLOCK = 0.2
-"""In figures."""
+"""Width of a block in a figure."""
 
 
 def fingerprint(parameters: Parameters) -> str:

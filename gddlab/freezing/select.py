@@ -128,7 +128,9 @@ def select_freeze(
         GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; an option that
             the strategy needs is missing, or one is given that it does not use.
     """
-    options = {name: value for name, value in locals().items() if name in Options.__annotations__}
+    options: dict[str, Any] = {"score": score, "at": at, "freeze": freeze, "budget": budget, "unit": unit}
+    options |= {"granularity": granularity, "candidates": candidates, "always_train": always_train}
+    options |= {"seed": seed, "mask": mask, "threshold": threshold}
     # a generator would be empty when it is read again
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, Iterator) else v for k, v in options.items() if v is not None}
     _check(source, strategy, given)

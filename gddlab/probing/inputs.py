@@ -227,7 +227,10 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
         grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
         try:
-            grid = [float(s) for s in steps]
+            listed = list(steps)
+            if isinstance(steps, str) or any(isinstance(s, bool) for s in listed):  # "18" is not sigmas 1 and 8
+                raise TypeError
+            grid = [float(s) for s in listed]
         except (TypeError, ValueError):
             raise GddlabError(f"timesteps={steps!r}: give a whole number, or a list of sigmas") from None
         wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low <= s <= high)]

@@ -79,7 +79,7 @@ def parameter_table(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def difference(ours: Mapping[str, object], theirs: Mapping[str, object], words: tuple[str, str]) -> str:
-    """The first tensor that two tables of names and shapes do not share; `words` are what these are of. "" if equal."""
+    """The first tensor that two tables of names and shapes do not share; `words` name the two. "" if equal."""
     for name in (*ours, *theirs):
         a, b = (str(table.get(name, "missing")) for table in (ours, theirs))
         if a != b:
@@ -87,15 +87,17 @@ def difference(ours: Mapping[str, object], theirs: Mapping[str, object], words: 
     return ""
 
 
-def check_architecture(student: nn.Module, teacher: nn.Module, words: tuple[str, str] = ("student", "teacher")) -> None:
-    """Refuses networks whose parameters or buffers differ in name or shape; `words` are what they are called.
+def check_architecture(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], words: tuple[str, str] = ("student", "teacher")
+) -> None:
+    """Refuses two networks' tensors that differ in name or shape; `words` name the two.
 
     What students drop (`map_augment`) or add (`map_target0`, `map_target1`) does not count.
     """
     own = {"map_augment", *TARGET_LAYERS}
     ours, theirs = (
-        {k: tuple(t.shape) for k, t in named_tensors(unwrap(net)).items() if own.isdisjoint(k.split("."))}
-        for net in (student, teacher)
+        {k: tuple(t.shape) for k, t in tensors.items() if own.isdisjoint(k.split("."))}
+        for tensors in (student, teacher)
     )
     if where := difference(ours, theirs, words):
         raise GddlabError(f"{where}: give two networks of the same architecture")
@@ -331,13 +333,13 @@ def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
 
 
 def match_layers(selection: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
-    """The names in `types`, which has each `Layer.type`, that a preset, name, glob, "re:..." or a list of these means.
+    """The names in `types`, {name: `Layer.type`}, that a preset, name, glob, "re:..." or a list of these means.
 
     `what` is the argument's name. An item that matches nothing is refused, with near matches.
     """
     if not isinstance(selection, Iterable):
         raise GddlabError(
-            f"{what}={selection!r}: give a name, a glob, 're:...', a list, a function, or one of {', '.join(PRESETS)}"
+            f"{what}={selection!r}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
         )
     items = [selection] if isinstance(selection, str) else list(selection)
     if not items:

@@ -133,7 +133,7 @@ def patch(
         raise GddlabError('data= is for into="teacher": a student starts from noise alone, omit it')
     if unwrap(student) is unwrap(teacher):
         raise GddlabError("student and teacher are the same network: give two")
-    check_architecture(student, teacher)
+    check_architecture(named_tensors(unwrap(student)), named_tensors(unwrap(teacher)))
     model, donor = (student, teacher) if into == "student" else (teacher, student)
     states: Any = "student" if into == "student" else "noised"
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)

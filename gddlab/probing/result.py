@@ -120,7 +120,10 @@ class ProbeResult(Heatmaps, Lines):
                     ]
         frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"resolution": "Int64"})
         full = {**meta, "sigmas": list(sigmas), "stats": about, "versions": versions()}
-        sums = {n: {k: s for k, s in by.items() if not isinstance(s, Given)} for n, by in statistics.items()}
+        sums: dict[str, dict[str, Statistic]] = {}
+        for name, by_stat in statistics.items():
+            if kept := {k: s for k, s in by_stat.items() if not isinstance(s, Given)}:
+                sums[name] = kept
         return cls(frame, {"nonfinite": [], **full}, matrices, channels, sums)
 
     def copy(self, **changes: Any) -> ProbeResult:

@@ -303,9 +303,10 @@ class DeadChannels(_Activated):
     )
     axes = "root mean square over pixels; share over channels; mean over images"
     reduction = channel_square
+    threshold: ClassVar[float] = 0.01
 
     def quantities(self, x: Tensor) -> Tensor:
-        near = x < 0.01**2 * x.mean(-1, keepdim=True)
+        near = x < self.threshold**2 * x.mean(-1, keepdim=True)
         share = near.to(x.dtype).mean(-1)
         return torch.where(x.isfinite().all(-1), share, torch.nan)
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from gddlab.errors import GddlabError, validated
-from gddlab.probing.layers import LayerSelection, check_architecture, denoiser_of, named_layers, select_layers
+from gddlab.probing.layers import (
+    LayerSelection,
+    check_architecture,
+    denoiser_of,
+    named_layers,
+    plain_name,
+    select_layers,
+)
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 
@@ -39,22 +47,34 @@ def weight_change(
         all 0. `sem` is NaN: there are no images.
 
     Raises:
-        GddlabError: Networks of different architecture; no layer has parameters.
+        GddlabError: A chosen layer's parameters differ in name or shape; no layer has parameters.
     """
-    check_architecture(model, reference, ("network", "reference"))
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
-    chosen = [layer for layer in select_layers(model, layers) if layer.n_params and layer.name in theirs]
-    if not chosen:
-        raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
+    chosen = [layer for layer in select_layers(model, layers) if layer.n_params]
     found: dict[str, dict[str, Statistic]] = {}
     for layer in chosen:
+        w, w_reference = _parameters(ours, layer.name), _parameters(theirs, layer.name)
+        check_architecture(w, w_reference, ("network", "reference"))
+        shared = [name for name in w if name in w_reference]
+        if not shared:  # what students add
+            continue
         moved = size = 0.0
-        for p, other in zip(ours[layer.name].parameters(), theirs[layer.name].parameters(), strict=True):
-            q = other.to(p.device).double()
+        for name in shared:
+            p = w[name]
+            q = w_reference[name].to(p.device).double()
             moved += float((p.double() - q).square().sum())
             size += float(q.square().sum())
         ratio = (moved / size) ** 0.5 if size else (0.0 if not moved else float("nan"))
         found[layer.name] = {"weight_change": WeightChange([ratio])}
+    chosen = [layer for layer in chosen if layer.name in found]
+    if not chosen:
+        raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
     meta = network_meta(model, chosen) | {"data": None, "states": "weights", "n_images": 0, "seed": None, "images": []}
     return ProbeResult.of(chosen, [level], found, meta)
+
+
+def _parameters(modules: dict[str, nn.Module], layer: str) -> dict[str, nn.Parameter]:
+    """A layer's parameters, its children's too, by name in the network; none where the network has no such layer."""
+    named = modules[layer].named_parameters() if layer in modules else ()
+    return {plain_name(f"{layer}.{name}"): p for name, p in named}

@@ -176,6 +176,8 @@ class Denoiser(nn.Module):
         """
         x = x if x.dtype == torch.float64 else x.float()
         b = len(x)
+        if not isinstance(sigma, Tensor | float):
+            sigma = torch.as_tensor(sigma, dtype=x.dtype)  # a list or an array
         sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
         if not self.label_dim:

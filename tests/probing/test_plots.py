@@ -402,6 +402,7 @@ def test_a_matrix_that_does_not_fit_the_noise_levels_is_refused(small):
         (lambda r: r.lines("rms", "model.enc.16x16_con"), "did you mean 'model.enc.16x16_conv'"),
         (lambda r: r.lines("rms", ["*conv0", "*none*"]), "unknown layer '\\*none\\*'"),
         (lambda r: r.lines("rms", []), "layers is an empty list"),
+        (lambda r: r.lines("rms", len), "give a name, a glob, 're:...', a list of these, or one of conv"),
         (lambda r: r.lines("rms", over="time"), "unknown over 'time'"),
         (lambda r: r.lines("rms", at=80), "chooses noise levels of over="),
         (lambda r: r.lines("rms", over="depth", at=[]), "at is an empty list"),

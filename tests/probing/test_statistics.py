@@ -250,6 +250,9 @@ def test_dead_channels_are_found():
     stat.update(x=reductions.channel_square(x, 3))
     assert conv(x).shape == x.shape
     assert_close(stat.result()[0], torch.full((2,), (2 + 1 + 1) / 12, dtype=torch.float64))
+    stat = type("Near", (STATISTICS["dead_channels"],), {"threshold": 10.0})()
+    stat.update(x=reductions.channel_square(x, 3))
+    assert stat.result()[0].tolist() == [1, 1]
 
 
 def test_spectral_share(probed):

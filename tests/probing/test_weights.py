@@ -33,6 +33,7 @@ def test_the_change_is_relative_and_per_layer():
     assert result.sigmas == [student.sigma_g]
     assert result.frame["sem"].isna().all()
     assert result.meta["stats"]["weight_change"]["unit"] == "ratio"
+    assert result.statistics == {}
 
 
 def test_layers_that_were_zero():
@@ -50,6 +51,21 @@ def test_what_a_student_drops_does_not_count():
     student = tiny("OneStepPrecond")
     student.load_state_dict({k: v for k, v in teacher.state_dict().items() if "map_augment" not in k})
     assert (values(weight_change(student, teacher)) == 0).all()
+
+
+def test_parameters_are_paired_by_name():
+    pair = {"a": nn.Conv2d(2, 2, 1), "b": nn.Conv2d(2, 2, 1)}
+    ours, theirs = (nn.Sequential(nn.ModuleDict({n: pair[n] for n in order})) for order in ("ab", "ba"))
+    assert values(weight_change(ours, theirs, lambda name, module: name == "0"))["0"] == 0
+
+
+def test_other_layers_and_buffers_do_not_count():
+    ours, theirs = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, k, 1)) for k in (2, 3))
+    theirs.register_buffer("u", torch.zeros(1))
+    theirs[0].load_state_dict(ours[0].state_dict())
+    assert list(values(weight_change(ours, theirs, "0"))) == [0]
+    with pytest.raises(GddlabError, match=r"'1.weight' is \(2, 4, 1, 1\) in the network, \(3, 4, 1, 1\)"):
+        weight_change(ours, theirs)
 
 
 def test_other_networks_are_refused():

@@ -1,6 +1,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -79,8 +80,9 @@ def test_it_is_called_as_a_denoiser():
     assert seen["x"].dtype == seen["sigma"].dtype == seen["labels"].dtype == torch.float32
     assert torch.equal(seen["sigma"], torch.tensor([2.0, 2.0]))
     assert torch.equal(seen["labels"], one_hot.expand(2, 3))
-    model(x, torch.tensor([1.0, 2.0]), one_hot)
-    assert torch.equal(seen["sigma"], torch.tensor([1.0, 2.0]))
+    for levels in (torch.tensor([1.0, 2.0]), [1.0, 2.0], np.array([1.0, 2.0])):
+        model(x, levels, one_hot)
+        assert torch.equal(seen["sigma"], torch.tensor([1.0, 2.0]))
     assert model.double()(x.double(), 1.0, one_hot).dtype == torch.float64
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gddlab.errors import unknown
-from gddlab.probing.layers import LayerSelection, match_layers
+from gddlab.probing.layers import match_layers
 from gddlab.theme import DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Probed:
     meta: dict[str, Any]
     matrices: dict[str, dict[str, np.ndarray]]
 
-    def _pick(self, known: Iterable[str], layers: LayerSelection | None) -> list[str]:
+    def _pick(self, known: Iterable[str], layers: str | Iterable[str] | None) -> list[str]:
         """The layers among `known` that a selection means, in their order; all for None."""
         types = {layer["name"]: layer["type"] for layer in self.meta["layers"]}
         types = {name: types.get(name, "") for name in known}

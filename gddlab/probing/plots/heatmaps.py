@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.layers import LayerSelection
 from gddlab.probing.plots.axes import (
     Probed,
     Scale,
@@ -90,7 +90,7 @@ class Heatmaps(Probed):
         return ax
 
     @themed
-    def similarities(self, layers: LayerSelection | None = None, *, kind: str = "cosine") -> Figure:
+    def similarities(self, layers: str | Iterable[str] | None = None, *, kind: str = "cosine") -> Figure:
         """Draws `similarity` of many layers along depth, on one colour scale; each stage and resolution in a new line.
 
         Args:

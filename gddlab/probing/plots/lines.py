@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.layers import LayerSelection
 from gddlab.probing.plots.axes import (
     Probed,
     Scale,
@@ -48,7 +47,7 @@ class Lines(Probed):
     def lines(
         self,
         stat: str,
-        layers: LayerSelection | None = None,
+        layers: str | Iterable[str] | None = None,
         ax: Axes | None = None,
         *,
         over: str = "sigma",
