@@ -22,13 +22,13 @@ def ema_update(ema: nn.Module, net: nn.Module, beta: float) -> None:
     p: list[torch.Tensor] = []
     for pe, pn in zip(ema.parameters(), net.parameters(), strict=True):
         if pn.requires_grad:
-            e.append(local(pe))
-            p.append(local(pn))
+            e.append(local_shard(pe))
+            p.append(local_shard(pn))
     torch._foreach_lerp_(e, p, 1 - beta)
     for be, bn in zip(ema.buffers(), net.buffers(), strict=True):
         be.copy_(bn)
 
 
-def local(x: torch.Tensor) -> torch.Tensor:
+def local_shard(x: torch.Tensor) -> torch.Tensor:
     """This process's shard of a tensor, which shares its memory; the tensor itself where it is whole."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.distributed import World
 from gddlab.distill.step import GanStep
-from gddlab.ema import local
+from gddlab.ema import local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import file_sha256, fsync_dir, read_json, write_json, write_text
 
@@ -107,7 +107,11 @@ class Checkpoints:
         """
         self.wait()
         for part in ("g", "d"):
-            bad = [k for k, v in state.get(part, {}).items() if v.is_floating_point() and not local(v).isfinite().all()]
+            bad = [
+                k
+                for k, v in state.get(part, {}).items()
+                if v.is_floating_point() and not local_shard(v).isfinite().all()
+            ]
             if self.world.any(bool(bad)):
                 first = bad[0] if bad else "one on another rank"
                 raise GddlabError(

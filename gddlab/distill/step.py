@@ -17,7 +17,7 @@ from gddlab.distill.instance import InstanceLoss
 from gddlab.distill.losses import constant, d_loss_fake, d_loss_real, g_loss, r1_penalty
 from gddlab.distill.parts import Discriminator
 from gddlab.distill.randomness import Draw, InstanceBatch
-from gddlab.ema import local
+from gddlab.ema import local_shard
 from gddlab.nets import OneStepPrecond
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float64": None}
@@ -48,7 +48,7 @@ def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: Wo
     # a sharded network's backward pass averages its gradients itself
     world.average_gradients([p for p in params if not isinstance(p, DTensor)])
     own = [p.grad for p in params if p.grad is not None]
-    grads = [local(g) for g in own]
+    grads = [local_shard(g) for g in own]
     bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()
     if any(isinstance(g, DTensor) for g in own):
         bad = world.greatest(bad)  # a shard does not see the others

@@ -22,7 +22,7 @@ from gddlab.distill.distributed import World
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.randomness import Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder, name_of
-from gddlab.ema import ema_beta, ema_update, local
+from gddlab.ema import ema_beta, ema_update, local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
@@ -59,7 +59,9 @@ class Trainer:
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
         self.step, self.ema = build_step(config, self.teacher, world)
         g = self.step.g
-        self.frozen = {n: local(p) for n, p in g.named_parameters() if not p.requires_grad} | dict(g.named_buffers())
+        self.frozen = {n: local_shard(p) for n, p in g.named_parameters() if not p.requires_grad} | dict(
+            g.named_buffers()
+        )
         self.frozen_hash = hash_tensors(self.frozen)
         self.reader = BatchReader(
             self.data, batch=config.batch, seed=config.seed, rank=world.rank, world_size=world.size

@@ -18,7 +18,7 @@ from gddlab.launch.plan import OWNED, TIMEOUT
 from gddlab.lock import Job, sign, take
 
 
-class Silent(GddlabError):
+class RankTimeout(GddlabError):
     """A rank kept the others waiting for too long."""
 
 
@@ -56,7 +56,7 @@ def run_rank(run_dir: str | Path) -> int:
             hanging = world.silent(e)
             if hanging is None:
                 raise
-            raise Silent(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
+            raise RankTimeout(f"{hanging} for {timeout:g} s: see its log/rank*.txt") from e
         world.close()
     except Exception as e:
         sys.stderr.write(f"failed: {e}\n")  # first, since on a full disk the rest may not fit
@@ -81,7 +81,7 @@ def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> 
         return
     text = "".join(traceback.format_exception(error)) if error.__traceback__ else str(error)
     about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
-    cause = "silent" if isinstance(error, Silent) else "refused" if isinstance(error, GddlabError) else "error"
+    cause = "silent" if isinstance(error, RankTimeout) else "refused" if isinstance(error, GddlabError) else "error"
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: log and exit code remain
         write_status(run_dir, "failed", **about, cause=cause)
 

@@ -18,7 +18,7 @@ from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.files import Published
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.torchfiles import kind_of
+from gddlab.teachers.torchfiles import format_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +135,7 @@ def load_teacher(source: str | Path) -> Precond:
     if str(source) not in bundled_teachers() and is_run(source):
         return load_student(Path(source).resolve())
     name, path = _find(source)
-    net, meta = load_network(path) if kind_of(path) == "safetensors" else read_edm(path)
+    net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
     net.requires_grad_(False)
     if name in PUBLISHED:
         meta = PUBLISHED[name].check(net, path) | meta

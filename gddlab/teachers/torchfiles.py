@@ -54,7 +54,7 @@ DTYPES = {
 }
 
 
-def kind_of(path: Path) -> str:
+def format_of(path: Path) -> str:
     """ "pickle", "torch" (a zip that torch.save wrote) or "safetensors", by the first bytes; refuses any other file."""
     try:
         if not path.exists():

@@ -23,7 +23,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond, from_edm
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.torchfiles import kind_of
+from gddlab.teachers.torchfiles import format_of
 from tests.teachers.pickles import (
     Call,
     New,
@@ -617,7 +617,7 @@ def load(path: Path) -> tuple[Precond | None, str]:
     """The network, or what the refusal says; anything else is raised."""
     try:
         with watched(path):
-            kind = kind_of(path)
+            kind = format_of(path)
             return (read_edm(path)[0], "") if kind != "safetensors" else (None, "a safetensors file")
     except GddlabError as e:
         return None, str(e)

@@ -26,7 +26,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import save_network
 from gddlab.teachers import load_teacher
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.torchfiles import kind_of
+from gddlab.teachers.torchfiles import format_of
 from tests.teachers.attacks import small_net
 from tests.teachers.pickles import snapshot
 
@@ -126,40 +126,40 @@ def test_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
     for protocol in (2, 3, 4, 5):
         path.write_bytes(pickle.dumps(1, protocol))
-        assert kind_of(path) == "pickle"
+        assert format_of(path) == "pickle"
     for new, kind in ((True, "torch"), (False, "pickle")):
         torch.save({"x": torch.zeros(1)}, path, _use_new_zipfile_serialization=new)
-        assert kind_of(path) == kind
+        assert format_of(path) == kind
     save_network(small_net(), path)
-    assert kind_of(path) == "safetensors"
+    assert format_of(path) == "safetensors"
     path.write_bytes(save({"x": torch.zeros(1)}))
-    assert kind_of(path) == "safetensors"
+    assert format_of(path) == "safetensors"
     with pytest.raises(GddlabError, match="does not say its architecture"):
         load_teacher(path)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file: "):
-        kind_of(tmp_path / "none.pkl")
+        format_of(tmp_path / "none.pkl")
     with pytest.raises(GddlabError, match="is a folder: give a"):
-        kind_of(tmp_path)
+        format_of(tmp_path)
     for special in (tmp_path / "fifo", Path(os.devnull)):
         if special.name == "fifo":
             os.mkfifo(special)
-        for read in (kind_of, read_edm):  # neither waits for a writer
+        for read in (format_of, read_edm):  # neither waits for a writer
             with pytest.raises(GddlabError, match="no regular file"):
                 read(special)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone").symlink_to(tmp_path / "none")
     for path in (tmp_path / "loop", tmp_path / "gone", tmp_path / ("x" * 300), tmp_path / "a" / "b"):
         with pytest.raises(GddlabError, match=r"no such file|cannot be read: File name too long"):
-            kind_of(path)
+            format_of(path)
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(snapshot(small_net()))
     (tmp_path / "y.pkl").symlink_to("x.pkl")
-    assert kind_of(tmp_path / "y.pkl") == "pickle"
+    assert format_of(tmp_path / "y.pkl") == "pickle"
     assert read_edm(tmp_path / "y.pkl")[1]["original"]["file"] == "y.pkl"
 
 
@@ -171,7 +171,7 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refused)
-    for read in (kind_of, read_edm):
+    for read in (format_of, read_edm):
         with pytest.raises(GddlabError, match=r"x\.pkl cannot be read: Permission denied$"):
             read(path)
 
