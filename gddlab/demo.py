@@ -1,4 +1,4 @@
-"""`gddlab demo`: the whole way on the embedded digits, and a page to look at."""
+"""`gddlab demo`: probes, trains and scores on the embedded digits, and writes a page."""
 
 from __future__ import annotations
 

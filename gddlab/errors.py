@@ -1,4 +1,4 @@
-"""The one error that users meet: a refusal in one line."""
+"""`GddlabError`, the base of all refusals, each of one line, and the check of arguments that raises it."""
 
 from __future__ import annotations
 

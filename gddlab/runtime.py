@@ -1,4 +1,4 @@
-"""The process at hand: its device, its memory, its random numbers."""
+"""The device, the memory and the random numbers of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generator's loss at the last checkpoint of a run, to be differentiated outside of the training."""
+"""The generator's loss at the last checkpoint of a run, for `grad_probe`."""
 
 from __future__ import annotations
 

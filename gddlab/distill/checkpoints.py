@@ -107,11 +107,8 @@ class Checkpoints:
         """
         self.wait()
         for part in ("g", "d"):
-            bad = [
-                k
-                for k, v in state.get(part, {}).items()
-                if v.is_floating_point() and not local_shard(v).isfinite().all()
-            ]
+            floats = {k: local_shard(v) for k, v in state.get(part, {}).items() if v.is_floating_point()}
+            bad = [k for k, v in floats.items() if not v.isfinite().all()]
             if self.world.any(bool(bad)):
                 first = bad[0] if bad else "one on another rank"
                 raise GddlabError(

@@ -1,4 +1,4 @@
-"""Distances between images for instance-based losses: squared, LPIPS (Zhang et al. 2018), and a stand-in for it.
+"""Distances between images for instance-based losses: squared error, LPIPS (Zhang et al. 2018), and EfficientNet-lite0.
 
 Each takes two batches of images in [-1, 1], (B, 1 or 3, H, W), to one number per pair, (B,); gradients flow to both.
 """

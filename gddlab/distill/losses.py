@@ -1,4 +1,4 @@
-"""The purely distributional objective: non-saturating GAN loss and R1 (method of GDD; Mescheder et al. 2018).
+"""The GAN loss (non-saturating or hinge) and the R1 penalty (method of GDD; Mescheder et al. 2018).
 
 Losses are means over the logits of an image and over images, summed over backbones. The authors' sum over the images of
 a device is the caller's `adversarial_weight`, so that a result does not depend on the number of devices.

@@ -1,4 +1,4 @@
-"""The base of a configuration's parts: one-line refusals, and what a run asks of a kind of discriminator."""
+"""Base classes of a configuration's parts: refusals in one line, and what a run asks of every discriminator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status of a run, status.json: written here and nowhere else. Without torch, so that an agent starts fast."""
+"""Writes and reads status.json of a run. It imports no torch: the process that starts the ranks starts fast."""
 
 from __future__ import annotations
 

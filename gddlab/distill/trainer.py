@@ -59,9 +59,8 @@ class Trainer:
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
         self.step, self.ema = build_step(config, self.teacher, world)
         g = self.step.g
-        self.frozen = {n: local_shard(p) for n, p in g.named_parameters() if not p.requires_grad} | dict(
-            g.named_buffers()
-        )
+        self.frozen = {n: local_shard(p) for n, p in g.named_parameters() if not p.requires_grad}
+        self.frozen |= dict(g.named_buffers())
         self.frozen_hash = hash_tensors(self.frozen)
         self.reader = BatchReader(
             self.data, batch=config.batch, seed=config.seed, rank=world.rank, world_size=world.size

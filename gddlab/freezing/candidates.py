@@ -1,4 +1,4 @@
-"""What a mask is chosen among: layers, blocks or single tensors; in which order they are taken, and how many fit."""
+"""Lists what a mask may freeze (layers, blocks or tensors), orders it by a score, and takes as many as fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks beside each other: what they share and where each freezes; and masks to compare one with."""
+"""Compares masks: what they share and where each freezes; and makes masks to compare one with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training in fresh processes, and handles on it."""
+"""Starts training in fresh processes, and watches, stops and finds runs again."""
 
 from gddlab.launch.handle import RunFailed, RunHandle, attach
 from gddlab.launch.train import train

@@ -1,4 +1,4 @@
-"""What every measurement needs: eval mode, device, eager execution; a network left as it was; refusals and warnings."""
+"""Runs a network for a measurement: in eval mode, on a device, eagerly; restores it, and refuses or warns."""
 
 from __future__ import annotations
 
