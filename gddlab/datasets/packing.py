@@ -149,10 +149,10 @@ def _json(value: Any) -> bytes:
 S = TypeVar("S")
 T = TypeVar("T")
 _function: Callable[[Any], Any]
-"""What this worker of `in_processes` calls."""
+"""What this worker of `in_workers` calls."""
 
 
-def in_processes(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
+def in_workers(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
     """function(task) of each task, in order; only a few tasks are queued at a time.
 
     Several processes are forked, so that they have what the function refers to without a copy of it, and scripts need

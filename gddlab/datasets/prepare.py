@@ -21,7 +21,7 @@ from gddlab.datasets.packing import (
     Entry,
     assemble,
     image_name,
-    in_processes,
+    in_workers,
     missing_parts,
     open_parts,
     read_part,
@@ -73,7 +73,7 @@ class Pool:
         """function(range) of consecutive ranges of 0..n - 1, in order."""
         tasks = [range(i, min(i + per_task, n)) for i in range(0, n, per_task)]
         with progress_bar(total=n, desc=title, unit="img", enabled=self.progress) as bar:
-            for task, result in zip(tasks, in_processes(function, tasks, self.count), strict=True):
+            for task, result in zip(tasks, in_workers(function, tasks, self.count), strict=True):
                 yield result
                 bar.update(len(task))
 

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
-from gddlab.datasets.packing import Entry, in_processes
+from gddlab.datasets.packing import Entry, in_workers
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
 
@@ -346,7 +346,7 @@ def test_killed_and_called_again_equals_undisturbed(large: tuple[Path, bytes], t
 
 def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(GddlabError, match="one of 2 worker processes was killed"):
-        list(in_processes(os._exit, [1], 2))
+        list(in_workers(os._exit, [1], 2))
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
@@ -360,7 +360,7 @@ def test_workers_keep_the_order(platform: str, monkeypatch: pytest.MonkeyPatch) 
         return 7 * i, os.getpid() == parent
 
     parent = os.getpid()
-    assert list(in_processes(seven_times, range(50), 2)) == [(7 * i, platform != "linux") for i in range(50)]
+    assert list(in_workers(seven_times, range(50), 2)) == [(7 * i, platform != "linux") for i in range(50)]
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
