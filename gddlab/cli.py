@@ -43,16 +43,19 @@ def command(
     return register
 
 
-@command("demo", "gddlab.demo:demo")
-def demo(out: Path = Path("demo"), **options: Any) -> None:
+@command("demo")
+def demo(out: Path = Path("demo"), seed: int = 0, nproc: int = 1, recompute: bool = False) -> None:
     """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at.
 
     Args:
         out: Folder for the page, numbers and the run. An interrupted demo continues there.
+        seed: Seed of the training.
+        nproc: Processes of the training.
+        recompute: Scores the teacher again, which takes minutes, instead of reading the scores that ship with it.
     """
     from gddlab.demo import demo
 
-    demo(out, **options)
+    demo(out, seed=seed, nproc=nproc, recompute=recompute)
 
 
 @command("teacher train", config=lambda words: gddlab.TeacherConfig(run_dir=Path("runs/teacher")))
@@ -349,9 +352,18 @@ def sampler_of(words: list[str]) -> Any:
     """EDM's sampler, whose fields are options of `sample` and `evaluate`."""
     from gddlab.sampling.samplers import Sampler
 
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    named = [f.name for f in dataclasses.fields(Sampler) if f.name in flags - {"steps"}]
+
     @dataclasses.dataclass(frozen=True)
     class Settings(Sampler):
+        __doc__ = str(Sampler.__doc__).partition("\n")[0]  # the heading of these options
         steps: Annotated[int, tyro.conf.arg(name="sampler.steps"), tyro.conf.Suppress] = 18  # --steps is their own
+
+        @property
+        def given(self) -> dict[str, Any]:
+            """What the line names; a student refuses these at their defaults too."""
+            return {name: getattr(self, name) for name in named}
 
     return Settings()
 
@@ -383,7 +395,7 @@ def sample(
     """
     from gddlab.sampling import save_grid
 
-    options |= given(sampler) | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
+    options |= sampler.given | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
     if out.suffix != ".png":
         say(gddlab.sample_files(model, out, nproc=nproc, **options))
         return
@@ -422,7 +434,7 @@ def evaluate(
     if snapshot is not None and not of_run:
         raise GddlabError(f"snapshot {snapshot} of {model}, which is no run directory: omit --snapshot")
     source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot)
-    scores = gddlab.evaluate(source, **options, **given(sampler))
+    scores = gddlab.evaluate(source, **options, **sampler.given)
     if int(os.environ.get("RANK", 0)):
         return  # every rank has the scores, the first one reports them
     if of_run:
@@ -484,9 +496,14 @@ def reproduce(
     say(f"{len(items) - len(left)} of {len(items)} are done, in {took:.1f} hours without scores; {rest}")
 
 
-@command("report", "gddlab.reporting.report:report")
+@command("report")
 def report(runs: Positional[tuple[str, ...]], out: Path = Path("report.html")) -> None:
-    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or compares several runs."""
+    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or compares several runs.
+
+    Args:
+        runs: Run directories, or folders that hold some at any depth.
+        out: The HTML file; one that is there is replaced.
+    """
     say(gddlab.report(runs, out))
 
 
@@ -528,11 +545,6 @@ def check_folder(folder: Path) -> None:
 
     if not os.access(nearest_existing(folder), os.W_OK):
         raise GddlabError(f"--out {folder} cannot be written: give another folder")
-
-
-def given(part: Any) -> dict[str, Any]:
-    """Fields of a part that differ from its defaults."""
-    return {f.name: value for f in dataclasses.fields(part) if (value := getattr(part, f.name)) != f.default}
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:

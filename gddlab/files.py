@@ -192,7 +192,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         a = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}:{a.dtype}:{tuple(a.shape)}".encode())
-        h.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(a.reshape(-1).view(torch.uint8).numpy().data)  # not .tobytes(), a copy
     return h.hexdigest()
 
 

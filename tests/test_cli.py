@@ -86,7 +86,10 @@ def test_probe_freeze_train_sample_evaluate(
 
     main(["sample", str(run), "--n", "4", "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    main(["evaluate", str(run), "--metrics", "kid", "--n", "64"])
+    for named in (["--solver", "heun", "--rho", "7"], ["--solver=heun"]):
+        assert "solver='heun' with a one-step student" in refused(capsys, "sample", str(run), *named)
+        assert "solver='heun' with a one-step student" in refused(capsys, "evaluate", str(run), *named)
+    main(["evaluate", str(run), "--metrics", "kid", "--n", "64", "--steps", "1"])
     assert "kd-lite2@64" in capsys.readouterr().out
     assert load_run(run).evaluation["metric"].tolist() == ["kd-lite2@64"]
     assert "another process" not in capsys.readouterr().err
@@ -203,7 +206,8 @@ def test_overviews_and_runs_do_not_import_torch(tmp_path: Path) -> None:
     code = "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     code = code.replace("finally", "except SystemExit: pass\nfinally")
     (tmp_path / "config.json").write_text('{"teacher": "digits", "mask": null}')
-    for words, listed in (["--help"], "preflight"), (["mask", "--help"], "diff"), (["runs", str(tmp_path)], "stopped"):
+    lines = (["--help"], "preflight"), (["mask", "--help"], "diff"), (["runs", str(tmp_path)], "stopped")
+    for words, listed in *lines, (["report", "--help"], "several runs"), (["demo", "--help"], "--recompute"):
         out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout
         assert listed in out
         assert out.splitlines()[-1] == "False"

@@ -7,7 +7,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, TypeVar
 
@@ -236,7 +236,7 @@ def classes_of_table(names: Sequence[str], content: bytes, classes: int | None =
     return Classes(ids, int(ids.max(initial=-1)) + 1 if classes is None else classes)
 
 
-def choose(listing: Listing, classes: Sequence[int] | None, max_images: int | None, seed: int) -> Listing:
+def choose(listing: Listing, classes: Collection[int] | None, max_images: int | None, seed: int) -> Listing:
     """Images of some classes, at most `max_images`, chosen by `seed`; order, ids and number of classes do not change.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import PositiveInt
 
 from gddlab.datasets.base import ImageDataset, digits
 from gddlab.datasets.listing import Listing, choose
@@ -25,8 +25,6 @@ from gddlab.datasets.readers import (
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, unknown, validated
 from gddlab.files import describe_start
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> ImageDataset | Listing:
@@ -84,8 +82,8 @@ def listed(source: ImageDataset | Listing) -> Listing:
 def open_dataset(
     data: str | Path | ImageDataset,
     *,
-    classes: Sequence[int] | None = None,
-    max_images: Positive | None = None,
+    classes: Sequence[int] | Set[int] | None = None,
+    max_images: PositiveInt | None = None,
     seed: int = 0,
     xflip: bool = False,
     memory: Literal["auto", "ram", "mapped"] = "auto",

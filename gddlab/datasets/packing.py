@@ -13,7 +13,7 @@ import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ def image_name(index: int) -> str:
 
 
 def open_parts(out: Path, settings: dict[str, Any]) -> Path:
-    """Makes or reopens the folder OUT.parts beside `out`.
+    """Makes or reopens the folder OUT.parts beside `out`; `settings`, JSON, are all that decides what parts hold.
 
     Raises:
-        GddlabError: It was made with other settings; these are all that decides what parts hold, JSON values.
+        GddlabError: It was made with other settings.
     """
     folder = out.with_name(out.name + ".parts")
     path = folder / "settings.json"
@@ -149,26 +149,32 @@ def _json(value: Any) -> bytes:
 S = TypeVar("S")
 T = TypeVar("T")
 _function: Callable[[Any], Any]
-"""What this worker of `in_processes` calls."""
+"""What this worker of `in_workers` calls."""
 
 
-def in_processes(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
+def in_workers(function: Callable[[S], T], tasks: Iterable[S], count: int) -> Iterator[T]:
     """function(task) of each task, in order; only a few tasks are queued at a time.
 
-    With several processes these are forked, so that they have what the function refers to without a copy of it, and
-    scripts need no `if __name__ == "__main__"`. Only Linux forks safely: elsewhere one process does it all.
+    Several processes are forked, so that they have what the function refers to without a copy of it, and scripts need
+    no `if __name__ == "__main__"`. Only Linux forks safely: elsewhere threads take their place.
 
     Raises:
         GddlabError: A process was killed.
     """
-    if count == 1 or sys.platform != "linux":
+    if count == 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
+    pool: Executor
+    call: Callable[[S], T]
+    if sys.platform == "linux":
+        fork = multiprocessing.get_context("fork")
+        pool, call = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(function,)), _call
+    else:
+        pool, call = ThreadPoolExecutor(count), function
     waiting: deque[Future[T]] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(_call, task))
+            waiting.append(pool.submit(call, task))
             if len(waiting) > 2 * count:  # enough that a slow task leaves no worker idle
                 yield waiting.popleft().result()
         while waiting:

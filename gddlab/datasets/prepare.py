@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -12,16 +12,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from gddlab.datasets.base import ContentHash, ImageDataset, Manifest
 from gddlab.datasets.listing import HINTS, Listing, Problem, attempt, choose, refusal
-from gddlab.datasets.open import Positive, find_source, listed
+from gddlab.datasets.open import find_source, listed
 from gddlab.datasets.packing import (
     Entry,
     assemble,
     image_name,
-    in_processes,
+    in_workers,
     missing_parts,
     open_parts,
     read_part,
@@ -73,9 +73,9 @@ class Pool:
         """function(range) of consecutive ranges of 0..n - 1, in order."""
         tasks = [range(i, min(i + per_task, n)) for i in range(0, n, per_task)]
         with progress_bar(total=n, desc=title, unit="img", enabled=self.progress) as bar:
-            for result in in_processes(function, tasks, self.count):
+            for task, result in zip(tasks, in_workers(function, tasks, self.count), strict=True):
                 yield result
-                bar.update(per_task)
+                bar.update(len(task))
 
 
 def scan(pool: Pool, listing: Listing, alpha: str) -> tuple[dict[str, Header], list[Problem]]:
@@ -283,10 +283,10 @@ def prepare(
     crop: Literal["none", "center"] = "none",
     filter: Literal["lanczos", "box", "bicubic", "bilinear", "hamming", "nearest"] = "lanczos",
     alpha: Literal["refuse", "white", "black"] = "refuse",
-    classes: Sequence[int] | None = None,
-    max_images: Positive | None = None,
+    classes: Sequence[int] | Set[int] | None = None,
+    max_images: PositiveInt | None = None,
     seed: int = 0,
-    workers: Positive | None = None,
+    workers: PositiveInt | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     download: bool = False,
@@ -304,7 +304,8 @@ def prepare(
         filter: Resampling: lanczos, box, bicubic, bilinear, hamming or nearest (Pillow's, on 8-bit values).
         alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses images with an alpha channel.
         classes, max_images, seed: As for `open_dataset`.
-        workers: Number of processes, on Linux; by default the number of usable cores, or fewer for few images.
+        workers: Number of processes, or of threads where not on Linux; by default the number of usable cores, or fewer
+            for few images.
         overwrite: Replaces OUT if it exists, when the new one is complete.
         dry_run: Reads every image, writes nothing, and reports all problems.
         download: Downloads CIFAR-10 into the cache if it is not found.

@@ -35,12 +35,14 @@ from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.files import Published, search_folders
 
-_MAX_FILE = 256 << 20  # bytes of one file
+_MAX_FILE = 256 << 20  # bytes of one image
+_MAX_TABLE = 1 << 30  # of dataset.json or manifest.json
 
 
-def _check_size(size: int) -> None:
-    if size > _MAX_FILE:
-        raise BadImage("too large", f"{size:,} bytes, accepted are {_MAX_FILE:,}")
+def _check_size(name: str, size: int) -> None:
+    limit = _MAX_TABLE if name in (LABELS, MANIFEST) else _MAX_FILE
+    if size > limit:
+        raise BadImage("too large", f"{size:,} bytes, accepted are {limit:,}")
 
 
 def of_folder(root: Path) -> Listing:
@@ -48,7 +50,7 @@ def of_folder(root: Path) -> Listing:
 
     def open_file(name: str) -> BinaryIO:
         path = top / name
-        _check_size(path.stat().st_size)
+        _check_size(name, path.stat().st_size)
         return path.open("rb")
 
     def stamp(name: str) -> tuple[int, int]:
@@ -82,7 +84,7 @@ def of_zip(path: Path) -> Listing:
 
     def open_member(name: str) -> BinaryIO:
         z = opened(os.getpid())
-        _check_size(z.getinfo(name).file_size)
+        _check_size(name, z.getinfo(name).file_size)
         try:
             return cast(BinaryIO, z.open(name))
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
@@ -163,10 +165,10 @@ def _of_files(
 
 
 def _table(path: Path, open_file: Callable[[str], BinaryIO], name: str) -> bytes:
-    try:
-        return cast(bytes, read_all(open_file(name)))
-    except BadImage as e:
-        raise GddlabError(f"{path}: {name} is {e.kind} ({e.detail}): download or make the data again") from None
+    found = next(attempt(lambda n: read_all(open_file(n)), [name]))
+    if isinstance(found, Problem):
+        raise GddlabError(f"{path}: {found}: download or make the data again")
+    return cast(bytes, found)
 
 
 def _manifest(content: bytes, path: Path) -> dict[str, Any]:

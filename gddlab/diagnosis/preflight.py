@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 
 from gddlab.datasets import ImageDataset
 from gddlab.distill.checkpoints import training_state
@@ -32,7 +32,6 @@ from gddlab.workers import run_workers
 if TYPE_CHECKING:
     import pandas as pd
 
-Positive = Annotated[int, Field(ge=1)]
 CPU_SECONDS = 10.0
 """On a CPU, where a whole batch can take minutes, a step of the larger batch measured takes about this long at most."""
 
@@ -124,9 +123,9 @@ class Preflight:
 def preflight(
     config: TrainConfig,
     *,
-    nproc: Positive = 1,
-    steps: Positive = 3,
-    measure_batch: Positive | None = None,
+    nproc: PositiveInt = 1,
+    steps: PositiveInt = 3,
+    measure_batch: PositiveInt | None = None,
     stand_in: bool = False,
 ) -> Preflight:
     """Checks everything that a run needs, then measures some steps in fresh processes; writes nothing to its folder.

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from gddlab.diagnosis.preflight import Positive, in_own_process, sizes, started
+from gddlab.diagnosis.preflight import in_own_process, sizes, started
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, validated
 
@@ -80,7 +81,7 @@ class Counted:
 
 
 @validated
-def counted(config: TrainConfig, *, batch: Positive = 2, stand_in: bool = True) -> Counted:
+def counted(config: TrainConfig, *, batch: PositiveInt = 2, stand_in: bool = True) -> Counted:
     """Counts an iteration in a fresh process.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
@@ -25,8 +25,6 @@ from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
 
-Positive = Annotated[int, Field(ge=1)]
-
 
 @validated
 def evaluate(
@@ -38,9 +36,9 @@ def evaluate(
     seed: int = 0,
     steps: int | None = None,
     extractor: str = "lite2",
-    blocks: Positive = 1,
-    batch_size: Positive = 128,
-    nproc: Positive | None = None,
+    blocks: PositiveInt = 1,
+    batch_size: PositiveInt = 128,
+    nproc: PositiveInt | None = None,
     progress: bool = True,
     **sampler: Any,
 ) -> Scores:

@@ -241,7 +241,7 @@ def image_features(
     return extract(stored, extractor, progress=progress).rows[:, : extractor.dims]
 
 
-def recall(
+def cached(
     name: str,
     compute: Callable[[], T],
     *,
@@ -260,22 +260,27 @@ def recall(
         found.append(read(path))
     if not ranks.all(bool(found)):
         found = [compute()]
-        if ranks.size == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once per machine
+        if _first_here(ranks):
             with suppress(OSError), atomic_path(path) as tmp:
                 write(tmp, found[0])
     return found[0]
 
 
-def recall_rows(
+def _first_here(ranks: Ranks) -> bool:
+    """Whether this is the first rank of its machine."""
+    return ranks.size == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def cached_rows(
     name: str, count: int, extractor: Extractor, compute: Callable[[], Extracted], ranks: Ranks = ALONE
 ) -> Extracted:
-    """As `recall`, of the features of `count` images."""
+    """The features of `count` images, as `cached`; one rank per machine compares them with the hash in the file."""
 
     def read(path: Path) -> Extracted:
         with safe_open(path, framework="pt") as f:
             about, rows = f.metadata() or {}, f.get_tensor("rows")
-        intact = rows.shape == (count, extractor.width) and hash_tensors({"rows": rows}) == about["rows_sha256"]
-        if not intact or not torch.isfinite(rows).all():
+        intact = rows.shape == (count, extractor.width) and bool(torch.isfinite(rows).all())
+        if not intact or (_first_here(ranks) and hash_tensors({"rows": rows}) != about["rows_sha256"]):
             raise ValueError(path)
         with suppress(OSError):  # a cache that this user may only read
             os.utime(path)
@@ -286,7 +291,7 @@ def recall_rows(
         about = {"images_sha256": value.images_sha256, "rows_sha256": hash_tensors({"rows": rows})}
         save_file({"rows": rows}, path, metadata=about)
 
-    return recall(name, compute, read=read, write=write, ranks=ranks)
+    return cached(name, compute, read=read, write=write, ranks=ranks)
 
 
 _kept: dict[str, Extracted] = {}
@@ -315,7 +320,7 @@ def real_rows(
     if ranks.all(key in _kept):
         return _kept[key]
     images = StoredImages(data.uint8, "data", device=device)
-    found = recall_rows(
+    found = cached_rows(
         f"features-{extractor.name}-{key[:16]}.safetensors",
         len(data),
         extractor,

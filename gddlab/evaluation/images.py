@@ -20,11 +20,11 @@ from gddlab.evaluation.features import (
     GeneratedImages,
     Images,
     StoredImages,
+    cached_rows,
     check_values,
     extract,
     extract_part,
     images_sha256,
-    recall_rows,
 )
 from gddlab.evaluation.references import Reference
 from gddlab.files import cache_dir, hash_json, is_run
@@ -143,7 +143,7 @@ def generated_rows(
         return extract(images, extractor, ranks=ranks, progress=progress)
 
     key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
-    found = recall_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
+    found = cached_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
     _prune(cache_dir() / "generated")
     return found
 

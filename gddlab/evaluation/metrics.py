@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation.features import recall
+from gddlab.evaluation.features import cached
 from gddlab.files import hash_json, hash_tensors, write_json
 from gddlab.provenance import versions
 
@@ -161,7 +161,7 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
     key = hash_json([metric, digest, settings, versions()])[:32]
 
-    return recall(
+    return cached(
         f"scores/{metric}-{key}.json",
         lambda: METRICS[metric](*inputs),
         read=lambda path: [Value(**v) for v in json.loads(path.read_text())],

@@ -213,7 +213,8 @@ def moved_layers(study: pd.DataFrame, students: Sequence[str] | None = None) -> 
     leaves = [n for n in layers if not any(other.startswith(n + ".") for other in layers)]
     about = part.drop_duplicates("layer").set_index("layer").loc[leaves]
     out = about.assign(family=[family(k) for k in about["kind"]])[list(PLACE[1:])]
-    return out.join(part.pivot(index="layer", columns="network", values="value")[names]).reset_index()
+    once = part.drop_duplicates(["layer", "network"])  # two studies may have measured the same
+    return out.join(once.pivot(index="layer", columns="network", values="value")[names]).reset_index()
 
 
 @torch.no_grad()

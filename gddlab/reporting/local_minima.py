@@ -52,8 +52,11 @@ def between(study: pd.DataFrame, distance: str | None = None) -> pd.DataFrame:
     if distance not in set(study["distance"]):
         raise unknown("distance", distance, study["distance"])
     part = study[study["distance"] == distance]
-    names, one_way = _networks(part), part.pivot(index="a", columns="b", values="value")
-    out = one_way.combine_first(one_way.T).reindex(index=names, columns=names).rename_axis(index=None, columns=None)
+    names = _networks(part)
+    out = pd.DataFrame(np.nan, index=names, columns=names)
+    for a, b, value in zip(part["a"], part["b"], part["value"], strict=True):
+        if a != b and b in names:
+            out.loc[a, b] = out.loc[b, a] = value
     out.attrs["n"] = int(part["n"].max())
     return out
 

@@ -53,7 +53,7 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
         GddlabError: No runs, or `out` is a folder.
     """
     given = [runs] if isinstance(runs, (str, Path, Run)) else runs
-    found = [run for each in given for run in ([each] if isinstance(each, Run) else load_runs(each))]
+    found = [run for each in given for run in _runs(each)]
     folders = list(dict.fromkeys(run.run_dir for run in found))
     if not folders:
         raise GddlabError("no runs given: give run directories, or a folder that holds some")
@@ -63,6 +63,13 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
     seen = [Summary(Run(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
     write_text(out, run_page(seen[0]) if len(seen) == 1 else _several(seen))
     return out
+
+
+def _runs(given: str | Path | Run) -> Sequence[Run]:
+    """A run without those inside it, or the runs below a folder."""
+    if isinstance(given, Run):
+        return [given]
+    return [Run(given)] if (Path(given) / "config.json").is_file() else load_runs(given)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

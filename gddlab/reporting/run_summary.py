@@ -182,12 +182,12 @@ def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, f
     """The teacher's scores by its number of Heun steps, from the first card in the runs; {} without one.
 
     Raises:
-        GddlabError: They cannot be compared with the runs' scores.
+        GddlabError: The card is damaged, or its scores cannot be compared with those of the runs.
     """
-    told = [Summary(run) for run in runs]
-    scores = next((s.teacher for s in told if s.card), ())
+    card = next((card for run in runs if (card := run.card)), {})
+    scores = [Record.from_dict(d) for d in card.get("scores") or ()]
     found = {int(r.sampler[5:]): r for r in scores if r.name == metric and r.sampler.startswith("heun-")}
-    for own in [r for s in told for r in s.records if r.name == metric][:1]:
+    for own in [r for run in runs for r in Summary(run).records if r.name == metric][:1]:
         for record in found.values():
             compare(record, own)
     return {steps: found[steps].value for steps in sorted(found)}

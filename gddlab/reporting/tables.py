@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from pandas.io.formats.style import Styler
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, PositiveFloat, PositiveInt, StringConstraints
 
 from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError, NotFound, unknown
@@ -219,10 +219,10 @@ def _written(value: Any, form: str, state: str) -> str:
     return form.format(value)
 
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class Published(Settings):
+class PublishedRow(Settings):
     """A row of published.csv."""
 
     method: Text
@@ -266,16 +266,16 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
     path = data_dir() / "published.csv" if path is None else Path(path)
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
-    text, columns = pd.read_csv(path, dtype=str, keep_default_na=False), Published.model_fields
+    text, columns = pd.read_csv(path, dtype=str, keep_default_na=False), PublishedRow.model_fields
     if list(text.columns) != list(columns):
         raise GddlabError(f"{path.name} has the columns {list(text.columns)}: they must be {list(columns)}")
     rows = []
     for line, row in enumerate(text.itertuples(index=False), start=2):
         try:
-            rows.append(Published(**dict(zip(columns, row, strict=True))).model_dump())
+            rows.append(PublishedRow(**dict(zip(columns, row, strict=True))).model_dump())
         except GddlabError as e:
             raise GddlabError(f"{path.name}, line {line}: {e}") from None
-    table = pd.DataFrame(rows).astype({"images": "Int64"})
+    table = pd.DataFrame(rows, columns=list(columns)).astype({"images": "Int64"})
     return table.assign(conditional=table["conditional"] == "true")
 
 

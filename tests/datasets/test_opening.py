@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab.datasets import ImageDataset, digits, open_dataset
+from gddlab.datasets import ImageDataset, digits, open_dataset, readers
 from gddlab.datasets.base import content_hash
 from gddlab.datasets.listing import classes_of_table, image_files
 from gddlab.datasets.readers import of_zip
@@ -184,6 +184,26 @@ def test_odd_zips_are_refused(make_zip: Zip, pictures: dict[str, bytes], tmp_pat
     refused(make_zip({}), "has no images (it has nothing)")
 
 
+def test_tables_may_be_larger_than_images(
+    make_zip: Zip, pictures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"dataset.json": json.dumps({"labels": [[n, 0] for n in pictures]}).encode()}
+    largest = max(map(len, pictures.values()))
+    monkeypatch.setattr(readers, "_MAX_FILE", largest)
+    assert len(table["dataset.json"]) > largest
+    for source in make_zip(pictures | table), write(tmp_path / "folder", pictures | table):
+        monkeypatch.setattr(readers, "_MAX_TABLE", 1 << 30)
+        assert open_dataset(source).classes == 1
+        monkeypatch.setattr(readers, "_MAX_TABLE", largest)
+        refused(source, "dataset.json: too large", f"accepted are {largest}")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "manifest.json"])
+def test_a_broken_link_to_a_table_is_refused(tmp_path: Path, pictures: dict[str, bytes], name: str) -> None:
+    (write(tmp_path / "folder", pictures) / name).symlink_to(tmp_path / "gone.json")
+    refused(tmp_path / "folder", f"{name}: cannot be read (No such file or directory)")
+
+
 def test_other_files_say_what_they_are(tmp_path: Path) -> None:
     for content, what in (
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
@@ -224,6 +244,8 @@ def test_options_choose_and_mirror(make_zip: Zip, pictures: dict[str, bytes], me
     assert np.array_equal(some.uint8, whole.uint8[keep])
     assert some.class_ids is not None
     assert np.array_equal(some.class_ids, whole.class_ids[keep])
+    for same in {0, 2}, {0: "a", 2: "c"}.keys(), np.array([0, 2]):
+        assert open_dataset(path, classes=same).manifest == open_dataset(path, classes=[0, 2]).manifest
     assert some.classes == 3  # ids keep their meaning
     twice = open_dataset(path, xflip=True, memory=memory)
     assert len(twice) == 24

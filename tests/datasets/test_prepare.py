@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
-from gddlab.datasets.packing import Entry, in_processes
+from gddlab.datasets.packing import Entry, in_workers
 from gddlab.errors import GddlabError, NotFound
 from tests.datasets.conftest import bad_images, file_of, picture
 
@@ -341,11 +346,34 @@ def test_killed_and_called_again_equals_undisturbed(large: tuple[Path, bytes], t
 
 def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(GddlabError, match="one of 2 worker processes was killed"):
-        list(in_processes(os._exit, [1], 2))
+        list(in_workers(os._exit, [1], 2))
 
 
-def test_workers_keep_the_order() -> None:
-    assert list(in_processes(lambda i: 7 * i, range(50), 2)) == [7 * i for i in range(50)]
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_workers_keep_the_order(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are processes on Linux, threads elsewhere."""
+    monkeypatch.setattr(sys, "platform", platform)
+    met = multiprocessing.get_context("fork").Barrier(2) if platform == "linux" else threading.Barrier(2)
+
+    def seven_times(i: int) -> tuple[int, bool]:
+        met.wait(60)  # for a second worker
+        return 7 * i, os.getpid() == parent
+
+    parent = os.getpid()
+    assert list(in_workers(seven_times, range(50), 2)) == [(7 * i, platform != "linux") for i in range(50)]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_bar_ends_at_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool) -> None:
+    bars = []
+
+    def progress_bar(**about: Any) -> Any:
+        bars.append(tqdm(total=about["total"], file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(sys.modules["gddlab.datasets.prepare"], "progress_bar", progress_bar)
+    prepare(digits(), tmp_path / "x.zip", max_images=300, workers=1, dry_run=dry_run)
+    assert [(bar.n, bar.total) for bar in bars] == [(300, 300), (300, 300)]
 
 
 def test_a_second_prepare_waits_not(photos: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation import EXTRACTORS, compare, evaluate, features, real_split
 from gddlab.files import hash_tensors
 from gddlab.nets import from_edm, save_network
+from gddlab.ranks import Ranks
 from gddlab.sampling import sample, sample_files
 from gddlab.sampling.grid import to_uint8
 from tests.evaluation.conftest import WIDTH, as_float, subset
@@ -67,6 +69,33 @@ def test_a_damaged_cache_file_is_replaced(some, counter, cache):
         features._kept.clear()
         assert evaluate(some, data=some, metrics="kid")["kd-lite2"] == want
         assert load_file(file)["rows"].shape == (64, WIDTH)
+
+
+def test_one_rank_of_a_machine_hashes_cached_features(some, counter, monkeypatch):
+    class Second(Ranks):
+        def all(self, flag):
+            return flag
+
+    made, hashed = features.real_rows(some, EXTRACTORS["lite2"]), []
+    monkeypatch.setattr(features, "hash_tensors", lambda tensors: hashed.append(1) or hash_tensors(tensors))
+    for local in (0, 1):
+        features._kept.clear()
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert torch.equal(features.real_rows(some, EXTRACTORS["lite2"], ranks=Second(local, 2)).rows, made.rows)
+        assert (len(counter), len(hashed)) == (1, 1)
+
+
+def test_hashing_does_not_copy():
+    rows = torch.zeros(1 << 20)
+    tracemalloc.start()
+    assert hash_tensors({"rows": rows}) == hash_tensors({"rows": rows.clone()})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows.nbytes / 4
+    assert (
+        hash_tensors({"x": rows[:0], "y": rows[0], "z": rows.bfloat16()})
+        == "33871c12aa935a4e89a62ecb0d01c9c61af530e45feca4d6c15185352bf20744"
+    )
 
 
 def test_no_writable_cache_is_no_error(some, counter, cache, monkeypatch):

@@ -80,6 +80,7 @@ def test_the_file_holds_what_the_sources_say() -> None:
     ("old", "new", "message"),
     [
         ("arXiv:2405.20750", "", "source='': "),
+        ("arXiv:2405.20750", " ", "source=' ': "),
         ("1.54", "", "value='': "),
         ("1.54", "nan", "value='nan': "),
         ("1.54", "-1", "value='-1'"),
@@ -97,6 +98,12 @@ def test_a_file_that_is_not_sound_is_refused(tmp_path: Path, old: str, new: str,
         published(tmp_path / "p.csv")
     with pytest.raises(GddlabError, match="no such file"):
         published(tmp_path / "absent.csv")
+
+
+def test_a_file_without_rows_is_an_empty_table(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text((data_dir() / "published.csv").read_text().partition("\n")[0] + "\n")
+    table = published(tmp_path / "p.csv")
+    assert (len(table), list(table.columns)) == (0, list(published().columns))
 
 
 def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> None:

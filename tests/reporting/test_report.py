@@ -144,6 +144,9 @@ def test_a_folder_stands_for_the_runs_in_it(tmp_path: Path) -> None:
     out = gddlab.report([DIGITS / "gdd", load_run(DIGITS / "gdd" / "seed-0")], tmp_path / "p.html")
     assert "3 runs" in text_of(out)
     assert re.findall(r"<h3>(.*?)</h3>", out.read_text()) == ["gdd/seed-0", "gdd/seed-1", "gdd/seed-2"]
+    outer = copied(tmp_path, "outer")
+    copied(outer, "inner")
+    assert "Run outer" in text_of(gddlab.report(outer, tmp_path / "p.html"))
 
 
 def test_scores_of_another_kind_are_kept_apart_and_said(tmp_path: Path) -> None:

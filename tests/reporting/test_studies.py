@@ -196,6 +196,9 @@ def test_all_pairs_are_symmetric_and_those_not_measured_stay_empty(tmp_path: Pat
     assert table.loc["data", "cd"] == table.loc["cd", "data"] == 400
     assert np.isnan(table.loc["gdd", "cd"]) and np.isnan(table.loc["cd", "cd"])
     assert "data" not in between(study, "pixel").index
+    pd.testing.assert_frame_equal(between(pd.concat([study, study])), table)
+    last = pd.concat([study, study.rename(columns={"a": "b", "b": "a"}).assign(value=7.0)])
+    assert (between(last).fillna(7.0) == 7.0).all(axis=None)  # in either order
     ax = draw_between(table)
     assert "400" in [t.get_text() for t in ax.texts]
     saved(ax.figure, tmp_path / "between.png")
@@ -258,6 +261,8 @@ def test_what_moved_is_summed_in_squares() -> None:
     study, net = layers_study(), tiny_net()
     norms = squared_norms(net)
     layers = moved_layers(study, ["gdd", "gdd-i"])
+    again = pd.concat([study, study.assign(value=7.0)])
+    pd.testing.assert_frame_equal(moved_layers(again, ["gdd", "gdd-i"]), layers)
     assert not any(a != b and b.startswith(f"{a}.") for a, b in itertools.product(layers["layer"], repeat=2))
     table = moved_table(study, norms, ["gdd", "gdd-i"])
     np.testing.assert_allclose(table["gdd"], 0.1)  # all layers by the same share, so every group too

@@ -12,6 +12,7 @@ import pytest
 
 from gddlab.distill.status import write_status
 from gddlab.errors import GddlabError
+from gddlab.files import read_json, write_json
 from gddlab.freezing import select_freeze
 from gddlab.reporting.run_summary import Summary, teacher_levels, teacher_scores
 from gddlab.reporting.tables import cost_table, experiment_table, run_table, score_table, styled
@@ -125,6 +126,15 @@ def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Pa
     assert teacher_levels(runs) == {"teacher, 1 step": 900.0, "teacher, 18 steps": 50.0}
     assert teacher_levels(runs, steps=(18,)) == {"teacher, 18 steps": 50.0}
     assert teacher_levels(runs, "kd-lite2") == {}
+    path = runs[0].run_dir / "teacher.json"
+    card = read_json(path)
+    path.unlink()
+    assert teacher_scores(runs[:1]) == {} and teacher_scores(runs) == {1: 900.0, 18: 50.0}
+    for damaged, why in ("{", "not JSON"), (json.dumps(card | {"scores": [{}, *card["scores"]]}), "not an evaluation"):
+        path.write_text(damaged)
+        with pytest.raises(GddlabError, match=why):
+            teacher_scores(runs)
+    write_json(path, card)
     other = made(tmp_path / "other", tiny_teacher, "a", 0, {0.048: 1.0}, scored={"reference_n": 3})
     assert Summary(other).state == "done"
     with pytest.raises(GddlabError, match="differ in reference_n"):
