@@ -23,8 +23,8 @@ from rich.console import Console
 from tyro.conf import Positional
 
 import gddlab
+from gddlab.cli_options import Command
 from gddlab.errors import GddlabError
-from gddlab.signatures import Command
 
 COMMANDS: dict[str, Command] = {}
 """By name, in the order of use; a name of two words belongs to a group."""

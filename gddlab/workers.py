@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from gddlab.errors import GddlabError
 
-SAMPLING = "gddlab.sampling.files:make_share"
+SAMPLING = "gddlab.sampling.to_files:make_share"
 # glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
 # takes about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}

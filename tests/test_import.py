@@ -28,7 +28,7 @@ def test_import_is_lazy() -> None:
 def test_runs_are_listed_and_agents_start_without_torch() -> None:
     """The agent of several ranks imports torch's launcher when it starts them; a list of runs needs none."""
     code = (
-        "import sys, gddlab.launch.worker; from gddlab.runs import listing; print(len(listing('data/runs')) > 100); "
+        "import sys, gddlab.launch.agent; from gddlab.runs import listing; print(len(listing('data/runs')) > 100); "
         "print(sorted({'torch', 'pydantic', 'timm', 'matplotlib'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

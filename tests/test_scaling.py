@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gddlab.diagnosis.scaling import A100, Counted, Counter, count, counted, sca
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError
+from tests.benchmarks.counts import PRESETS, configured
 from tests.conftest import tiny_config
 
 COUNTS = Counted(
@@ -62,6 +64,13 @@ def test_counts_of_a_run(tmp_path: Path, tiny_teacher: Path) -> None:
     assert 0.2 * one.student < one.student - reused.student < 0.3 * one.student  # of four passes' worth: 1 + 2 + 1
     with pytest.raises(GddlabError, match="batch=0"):
         counted(fresh, batch=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_counts_of_presets_are_those_on_file(name: str) -> None:
+    file = Path(__file__).parent / "benchmarks" / "counts.json"
+    assert asdict(counted(configured(name), batch=1)) == json.loads(file.read_text())[name]
 
 
 def test_times_follow_from_counts() -> None:

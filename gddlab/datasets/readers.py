@@ -33,7 +33,7 @@ from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
-from gddlab.pretrained.files import Published, search_folders
+from gddlab.pretrained.published import Published, search_folders
 
 _MAX_FILE = 256 << 20  # bytes of one image
 _MAX_TABLE = 1 << 30  # of dataset.json or manifest.json

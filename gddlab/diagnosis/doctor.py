@@ -24,7 +24,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir, nearest_existing
 from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
-from gddlab.pretrained.files import Published, offline
+from gddlab.pretrained.published import Published, offline
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
-from gddlab.nets.layers import UNetBlock
+from gddlab.nets.blocks import UNetBlock
 from gddlab.ranks import Ranks
 from gddlab.runtime import chosen_device
 

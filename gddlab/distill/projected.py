@@ -22,7 +22,7 @@ from tyro.conf import Suppress
 from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.nets import Precond
-from gddlab.nets.layers import autocast_off
+from gddlab.nets.blocks import autocast_off
 from gddlab.pretrained.backbones import Backbone, backbone_file, check_backbone, level_sizes
 
 EMBEDDING = 320

@@ -16,7 +16,7 @@ from tyro.conf import Suppress
 from gddlab.distill.parts import Discriminator, DiscriminatorPart
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond
-from gddlab.pretrained.files import fit_state, read_state
+from gddlab.pretrained.published import fit_state, read_state
 
 GROUP = 4
 """Images in a group of the minibatch standard deviation."""

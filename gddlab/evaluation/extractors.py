@@ -13,7 +13,7 @@ from typing import Any
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import file_sha256, hash_json
 from gddlab.pretrained.backbones import lite_weights
-from gddlab.pretrained.files import Published, read_state
+from gddlab.pretrained.published import Published, read_state
 
 _RGB = "RGB, grey repeated; bilinear to {0}x{0}"
 _TF = _RGB + " as TensorFlow 1 resizes; "

@@ -11,7 +11,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
 from gddlab.pretrained.backbones import LITE_MEAN, LITE_STD, lite_backbone
-from gddlab.pretrained.files import load_fitting, read_state
+from gddlab.pretrained.published import load_fitting, read_state
 
 LITE_SIZE = 96
 """Side that images are resized to, pixels: the digits take 11 s on one core, 23 s at 128."""

@@ -74,7 +74,7 @@ def train(
         # a request to stop that comes while the process starts waits until a checkpoint can be written
         with (run_dir / "log" / "launch.txt").open("ab") as log, blocked(signal.SIGTERM, signal.SIGUSR1):
             handle.process = start(
-                "gddlab.launch.worker",
+                "gddlab.launch.agent",
                 str(run_dir),
                 launch.to_json(),
                 log=log,

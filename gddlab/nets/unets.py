@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.nets.layers import (
+from gddlab.nets.blocks import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import file_sha256
-from gddlab.pretrained.files import Published, read_state
 from gddlab.pretrained.folding import fold_batchnorm, probe_image
+from gddlab.pretrained.published import Published, read_state
 from gddlab.pretrained.trunks import VGG16_BN
 
 VGG, DEIT = "vgg16_bn", "deit_base_distilled_patch16_224"

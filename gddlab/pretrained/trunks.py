@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.pretrained.files import Published, fit_state, load_fitting, read_state
+from gddlab.pretrained.published import Published, fit_state, load_fitting, read_state
 
 _COUNTERS = ("num_batches_tracked",)
 """Of BatchNorm; files may have them, and networks in eval mode do not need them."""

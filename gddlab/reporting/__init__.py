@@ -5,7 +5,7 @@ Where a figure takes `ax`, it is drawn there; None makes a figure.
 
 from gddlab.probing.plots.axes import STAGES
 from gddlab.reporting.frequencies import draw_bands, draw_denoised, draw_spectra, spectrum_table
-from gddlab.reporting.layers import (
+from gddlab.reporting.layer_changes import (
     activation_ratio,
     draw_activations,
     draw_depth,

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import place_name, plain, sigma_axis
-from gddlab.reporting.layers import measured_layers
+from gddlab.reporting.layer_changes import measured_layers
 from gddlab.reporting.style import checked, known, look
 from gddlab.theme import BLACK, GREY, PALETTE, banded, themed
 

@@ -16,7 +16,7 @@ from gddlab.files import data_dir, hash_tensors, is_run, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.nets.unets import UNETS
-from gddlab.pretrained.files import Published
+from gddlab.pretrained.published import Published
 from gddlab.teachers.edm import read_edm
 from gddlab.teachers.torchfiles import format_of
 

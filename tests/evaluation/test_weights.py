@@ -15,7 +15,7 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation import EXTRACTORS, evaluate, find_extractor
 from gddlab.evaluation.fidelity import FeatureExtractorTimmDinoV2, _resized
-from gddlab.pretrained.files import Published
+from gddlab.pretrained.published import Published
 from tests.evaluation.conftest import as_float, subset
 from tests.evaluation.networks import save_clip, save_inception, save_vgg16
 

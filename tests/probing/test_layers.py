@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from gddlab.errors import GddlabError
-from gddlab.nets.layers import UNetBlock
+from gddlab.nets.blocks import UNetBlock
 from gddlab.probing import select_layers
 from gddlab.probing.layers import (
     PRESETS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.nets.layers import UNetBlock
+from gddlab.nets.blocks import UNetBlock
 from gddlab.probing import STATISTICS, Probe, Statistic, reductions
 from gddlab.probing.layers import is_conv
 from gddlab.probing.statistics import ChannelMoments

@@ -20,7 +20,7 @@ import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import data_dir
 from gddlab.reporting.frequencies import draw_bands, draw_denoised, draw_spectra, spectrum_table
-from gddlab.reporting.layers import (
+from gddlab.reporting.layer_changes import (
     activation_ratio,
     draw_activations,
     draw_depth,

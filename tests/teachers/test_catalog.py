@@ -170,7 +170,7 @@ def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_silent_server_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.pause = threading.Event()
-    monkeypatch.setattr("gddlab.pretrained.files.TIMEOUT", 0.2)
+    monkeypatch.setattr("gddlab.pretrained.published.TIMEOUT", 0.2)
     with pytest.raises(GddlabError, match="Timeout"):
         fetch()
     server.pause.set()

@@ -1,6 +1,6 @@
 """The process that owns a run on a machine: trains alone, or starts one process per rank through torchrun's API.
 
-`python -m gddlab.launch.worker RUN_DIR LAUNCH`, the launch as JSON.
+`python -m gddlab.launch.agent RUN_DIR LAUNCH`, the launch as JSON.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from gddlab.files import hash_tensors, read_json
 from gddlab.nets import save_network
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample, sample_files
-from gddlab.sampling.files import FolderTarget, ZipTarget, encode
 from gddlab.sampling.grid import to_uint8
+from gddlab.sampling.to_files import FolderTarget, ZipTarget, encode
 from gddlab.workers import run_workers
 from tests.conftest import tiny_net
 
@@ -100,7 +100,7 @@ def test_killed_and_continued(name: str, tmp_path: Path) -> None:
     code = f"""
 import os, signal, torch
 from gddlab.nets import load_network
-from gddlab.sampling import files as targets
+from gddlab.sampling import to_files as targets
 from gddlab.sampling import sample_files
 def write(self, k, entries, write=targets.{"ZipTarget" if name.endswith("zip") else "FolderTarget"}.write):
     if k == 2:
@@ -303,7 +303,7 @@ def test_disk_full_and_broken_weights(student, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "n.zip.parts/part-000000.zip")
 
     with monkeypatch.context() as m:
-        m.setattr("gddlab.sampling.files.write_part", full)
+        m.setattr("gddlab.sampling.to_files.write_part", full)
         with pytest.raises(GddlabError, match=r"cannot write n.zip.parts/part-000000.zip \(No space left on device\)"):
             sample_files(student, tmp_path / "n.zip", 2)
     assert sample_files(student, tmp_path / "n.zip", 2).exists()
