@@ -41,7 +41,8 @@ def saved(run_dir: Path) -> int:
     return max((round(1000 * float(p.name)) for p in checkpoints(run_dir)), default=0)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 40), pytest.param(24, 400, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(3, 40), (24, 400)])
 def test_ranks_killed_at_random(
     kills: int, steps: int, tmp_path: Path, quick: Quick, undisturbed: TrainConfig, one_thread: None
 ) -> None:
@@ -80,7 +81,8 @@ def test_ranks_killed_at_random(
     assert not processes(config.run_dir)
 
 
-@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_other_numbers_of_processes(shard: bool, tmp_path: Path, tiny_teacher: Path) -> None:
     """1 process stopped, 2 killed, 1 to the end: in float64 with synchronised BatchNorm, parameters agree to 1e-9."""
     fields: dict[str, Any] = {"precision": "float64", "discriminator": {"sync_batchnorm": True}}
