@@ -77,7 +77,7 @@ def test_memory_does_not_grow_with_watching(run) -> None:  # type: ignore[no-unt
     Image.new("L", (260, 260)).save(run.run_dir / "samples" / "000000.016.png")
 
     def look() -> int:
-        for _ in range(5):
+        for _ in range(2):
             buffer = io.BytesIO()
             _picture(run).savefig(buffer, format="png")
             assert line(run)
