@@ -65,7 +65,7 @@ def validated(function: Callable[P, T]) -> Callable[P, T]:
         except pydantic.ValidationError as e:
             if e.title != function.__qualname__:  # another validation, inside the function
                 raise
-            error = e.errors()[0]
+            error = max(e.errors(), key=lambda e: e["type"] == "unexpected_keyword_argument")  # it comes before a value
             if error["type"].startswith("missing"):
                 raise TypeError(f"{function.__name__}() lacks the argument {error['loc'][0]!r}") from None
             names = list(inspect.signature(function).parameters)

@@ -41,6 +41,11 @@ class Run:
         if not (self.run_dir / "config.json").is_file():
             raise NotFound(f"{run_dir} is no run directory: it has no config.json")
 
+    def __repr__(self) -> str:
+        s = self.written_status
+        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
+        return f"<run {self.run_dir.name}: {self.status}{share}>"
+
     @property
     def config(self) -> TrainConfig:
         """The validated configuration."""

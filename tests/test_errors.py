@@ -33,6 +33,7 @@ def test_what_fits_goes_through() -> None:
         ((torch.zeros(3),), {"n": "many"}, "n='many': input should be a valid integer"),
         ((torch.zeros(3),), {"kind": "meen"}, r"unknown kind 'meen': did you mean 'mean'"),
         ((torch.zeros(3),), {"kin": "mean"}, r"unknown argument of measure 'kin': did you mean 'kind'"),
+        ((), {"n": 0, "kin": "mean"}, r"unknown argument of measure 'kin': did you mean 'kind'"),
         (("three",), {}, "x='three': input should be an instance of Tensor"),
     ],
 )

@@ -54,7 +54,7 @@ def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> I
         with path.open("rb") as f:
             what = describe_start(f.read(4096))
         raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
-    if len(path.parts) > 1 or path.suffix or isinstance(data, Path):
+    if len(path.parts) > 1 or path.suffix or text.endswith("/") or isinstance(data, Path):
         raise NotFound(f"no such file or folder: {path}")
     raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
 

@@ -112,11 +112,6 @@ class RunHandle(Run):
                         process.send_signal(number)
         return True
 
-    def __repr__(self) -> str:
-        s = self.written_status
-        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
-        return f"<run {self.run_dir.name}: {self.status}{share}>"
-
 
 def _family(pid: int) -> list[psutil.Process]:
     """An owner and its descendants; of a rank that torchrun would restart, torchrun and all its ranks."""

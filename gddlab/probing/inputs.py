@@ -15,7 +15,7 @@ from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, open_dataset, order
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, refusal_of
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
@@ -254,5 +254,5 @@ def _dataset(model: nn.Module, data: Data, states: str) -> ImageDataset | None:
     if data is None:
         raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
     if not isinstance(data, str | Path | ImageDataset):
-        raise GddlabError(f"data={data!r}: give a dataset, or its name or path")
+        raise refusal_of("data", data, "give a dataset, or its name or path")
     return open_dataset(data)

@@ -83,6 +83,11 @@ class ProbeResult(Heatmaps, Lines):
     channels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        f = self.frame
+        counts = f"{f['layer'].nunique()} layers and blocks at {f['sigma'].nunique()} noise levels"
+        return f"<ProbeResult: {', '.join(f['stat'].unique())} of {counts}>"
+
     @classmethod
     def of(
         cls, layers: Iterable[Layer], sigmas: Sequence[float], statistics: Statistics, meta: Mapping[str, Any]

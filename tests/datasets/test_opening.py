@@ -217,6 +217,8 @@ def test_other_files_say_what_they_are(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "has no images")
     with pytest.raises(NotFound, match="no such file or folder"):
         open_dataset("nothing/here.zip")
+    with pytest.raises(NotFound, match="no such file or folder"):
+        open_dataset("photos/")
     with pytest.raises(GddlabError, match="unknown memory 'disk'"):
         open_dataset("digits", memory="disk")
 

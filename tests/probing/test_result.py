@@ -21,6 +21,7 @@ def _close():
 
 def test_the_frame_is_tidy(result):
     frame = result.frame
+    assert len(repr(result)) < 300 and "noise levels" in repr(result)
     assert tuple(frame.columns) == COLUMNS
     assert not frame.duplicated(["layer", "sigma", "stat"]).any()
     assert (frame["n_images"] == 6).all()
