@@ -23,7 +23,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 import gddlab
-from gddlab.cli_options import Command
+from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError
 
 COMMANDS: dict[str, Command] = {}
@@ -607,12 +607,10 @@ def overview(words: list[str]) -> None:
     stubs: dict[str, Callable[[], Any]] = {
         name: dataclasses.make_dataclass("Stub", [], namespace={"__doc__": doc}) for name, doc in listed.items()
     }
-    tyro.extras.subcommand_cli_from_dict(
-        stubs,
-        prog=f"gddlab {group}" if group else "gddlab",
-        description=GROUPS[group] if group else gddlab.__doc__,
-        args=words[1:] if group else words,
-    )
+    prog = f"gddlab {group}" if group else "gddlab"
+    about = GROUPS[group] if group else gddlab.__doc__
+    with in_one_line(prog):
+        tyro.extras.subcommand_cli_from_dict(stubs, prog=prog, description=about, args=words[1:] if group else words)
 
 
 def call(name: str, words: list[str]) -> None:

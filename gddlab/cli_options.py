@@ -47,25 +47,50 @@ class Command:
         return docstring_parser.parse(inspect.getdoc(self.run) or "").description or ""
 
     def parse(self, prog: str, words: list[str]) -> dict[str, Any]:
-        """Options by name. A refusal by a configuration is raised as it is; tyro would print it in a box.
+        """Options by name.
 
         Raises:
-            SystemExit: After --help, or an option that does not exist.
+            GddlabError: The line names an option that does not exist, or gives one a value that it does not take.
+            SystemExit: After --help.
         """
-        printed, options = io.StringIO(), _options_of(self, words)
-        try:
-            with contextlib.redirect_stderr(printed):
-                config = (tyro.conf.PositionalMetavarFromFieldName,)
-                parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=words, config=config)
-        except SystemExit as e:
-            cause: BaseException | None = e
-            while cause is not None:
-                if isinstance(cause, GddlabError):
-                    raise cause from None
-                cause = cause.__context__
-            sys.stderr.write(printed.getvalue())
-            raise
+        options = _options_of(self, words)
+        with in_one_line(prog):
+            config = (tyro.conf.PositionalMetavarFromFieldName,)
+            parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=words, config=config)
         return dict(vars(parsed))
+
+
+@contextlib.contextmanager
+def in_one_line(prog: str) -> Iterator[None]:
+    """Raises what tyro refuses in a box as GddlabError; a refusal by a configuration as it is."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as e:
+        cause: BaseException | None = e
+        while cause is not None:
+            if isinstance(cause, GddlabError):
+                raise cause from None
+            cause = cause.__context__
+        if e.code:
+            raise GddlabError(f"{_unboxed(printed.getvalue())}; see {prog} --help") from None
+        raise
+
+
+def _unboxed(box: str) -> str:
+    """The first part of a box, with the first option or all commands that it proposes."""
+    inside = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = [" ".join(part.split()) for part in re.split(r"\n[─-]+\n", "\n".join(inside))]
+    if "│" not in box:  # where the output is not UTF-8, the first part is the title
+        del parts[0]
+    said = parts[0].removesuffix(".")
+    for part in parts[1:]:
+        if part.startswith("Available"):
+            said += f": {part[:1].lower()}{part[1:]}"
+        elif part.startswith("Perhaps") and (option := re.search(r"--[\w.-]+", part)):
+            said += f": did you mean {option[0]}"
+    return f"{said[:1].lower()}{said[1:]}"
 
 
 def _options_of(command: Command, words: list[str]) -> type:

@@ -303,3 +303,21 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0 of 4 are done" in out
     assert not list(tmp_path.iterdir())
     assert "did you mean 'gdd-i'" in refused(capsys, "reproduce", "digits", "--only", "gddi", "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --total-kimg abc", "error parsing --total-kimg: could not convert string to float: 'abc'; see gddlab"),
+        ("train digits --bogus 1", "unrecognized options: --bogus, 1; see gddlab train --help"),
+        ("train --discriminator.kynd lpips", "did you mean --discriminator.kind; see gddlab train --help"),
+        ("nothing", "available subcommands: demo, teacher, "),
+        ("teacher", "expected one of {train, show, score}; see gddlab teacher --help"),
+    ],
+)
+def test_a_wrong_line_is_refused_in_one(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(words.split())
+    assert e.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("gddlab: ") and said in err and err.count("\n") == 1 and not out
