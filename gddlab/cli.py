@@ -16,15 +16,22 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional
 
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gddlab.diagnosis import Doctor
 
 COMMANDS: dict[str, Command] = {}
 """By name, in the order of use; a name of two words belongs to a group."""
@@ -43,19 +50,16 @@ def command(
     return register
 
 
-@command("demo")
-def demo(out: Path = Path("demo"), seed: int = 0, nproc: int = 1, recompute: bool = False) -> None:
+@command("demo", "gddlab.demo:demo")
+def demo(out: Path = Path("demo"), **options: Any) -> None:
     """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at.
 
     Args:
         out: Folder for the page, numbers and the run. An interrupted demo continues there.
-        seed: Seed of the training.
-        nproc: Processes of the training.
-        recompute: Scores the teacher again, which takes minutes, instead of reading the scores that ship with it.
     """
     from gddlab.demo import demo
 
-    demo(out, seed=seed, nproc=nproc, recompute=recompute)
+    demo(out, **options)
 
 
 @command("teacher train", config=lambda words: gddlab.TeacherConfig(run_dir=Path("runs/teacher")))
@@ -344,6 +348,8 @@ def runs(folder: Positional[Path] = Path("runs"), state: bool = False, json: boo
         say(to_json(found.to_dict("records")))
     elif state:
         say("\n".join(found["state"]))
+    elif console := terminal():
+        print_table(found, console)
     else:
         say(found.to_string(index=False))
 
@@ -496,14 +502,9 @@ def reproduce(
     say(f"{len(items) - len(left)} of {len(items)} are done, in {took:.1f} hours without scores; {rest}")
 
 
-@command("report")
+@command("report", "gddlab.reporting.report:report")
 def report(runs: Positional[tuple[str, ...]], out: Path = Path("report.html")) -> None:
-    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or compares several runs.
-
-    Args:
-        runs: Run directories, or folders that hold some at any depth.
-        out: The HTML file; one that is there is replaced.
-    """
+    """Writes a self-contained HTML page of a run: configuration, curves, scores, samples; or compares several runs."""
     say(gddlab.report(runs, out))
 
 
@@ -515,7 +516,12 @@ def doctor(json: bool = False) -> None:
         json: Prints JSON.
     """
     found = gddlab.doctor()
-    say(to_json(found.to_dict()) if json else found)
+    if json:
+        say(to_json(found.to_dict()))
+    elif console := terminal():
+        print_findings(found, console)
+    else:
+        say(found)
     if found.broken:
         sys.exit(2)
 
@@ -524,12 +530,9 @@ def doctor(json: bool = False) -> None:
 
 
 def say(text: object) -> None:
-    """Prints at once; at a terminal with numbers, names and paths in colour."""
-    if sys.stdout.isatty():
-        Console(markup=False, emoji=False, soft_wrap=True).print(str(text))
-    else:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+    """Prints at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def to_json(value: object) -> str:
@@ -573,6 +576,42 @@ def configured(
     if rule is not None:
         fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=rule)
     return gddlab.TrainConfig(**(fields | (gddlab.presets.FAST if fast else {})))
+
+
+def terminal() -> Console | None:
+    """A console for tables in colour, if standard output is a terminal."""
+    return Console() if sys.stdout.isatty() else None
+
+
+def print_table(table: pd.DataFrame, console: Console) -> None:
+    """A table without frames."""
+    shown = Table(*table.columns, box=None, pad_edge=False, header_style="bold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    console.print(shown)
+
+
+def print_findings(found: Doctor, console: Console) -> None:
+    """One table per section, then the problems."""
+    from gddlab.diagnosis import SECTIONS
+
+    for section in SECTIONS:
+        table = Table(
+            box=None, show_header=False, pad_edge=False, title=section, title_justify="left", title_style="bold"
+        )
+        table.add_column(width=1)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for f in found.brief(section):
+            text = Text(f.value)
+            if f.remedy:
+                text.append(f"\n{f.remedy}", "dim")
+            table.add_row(Text(f.mark, "green" if f.found else "yellow"), f.name, text)
+        console.print(table)
+        console.print()
+    console.print(Text("problems", "bold"))
+    for problem in found.problems or ("none",):
+        console.print(Text(problem, "red" if found.problems else "green"))
 
 
 # From a line to a call.

@@ -5,29 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
-
-from gddlab.distill import presets
+import gddlab
 from gddlab.errors import GddlabError
-from gddlab.evaluation import Record, evaluate, evaluate_snapshots, real_split
-from gddlab.evaluation.run_scores import STEPS
 from gddlab.files import data_dir, write_json, write_text
-from gddlab.freezing import select_freeze
-from gddlab.launch import train
-from gddlab.nets import Precond
-from gddlab.probing import probe
-from gddlab.reporting.pages import of_figure, of_pixels
-from gddlab.reporting.report import run_page
-from gddlab.reporting.run_summary import Summary
-from gddlab.runtime import peak_memory_mib
-from gddlab.sampling import image_grid, sample
-from gddlab.teachers import load_teacher
 from gddlab.theme import save_figure, themed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from gddlab.evaluation import Record
+    from gddlab.nets import Precond
 
 SCORE = "rel_update"
 METRIC = "fd-lite2"
@@ -66,25 +57,31 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         The content of demo.json: fd_teacher_1, fd_teacher_18, fd_student, fd_real_split, frozen_fraction, kimg, seconds
         and more.
     """
+    from gddlab.evaluation import evaluate_snapshots
+    from gddlab.reporting.pages import of_figure, of_pixels
+    from gddlab.reporting.run_pages import run_page
+    from gddlab.reporting.run_summary import Summary
+    from gddlab.runtime import peak_memory_mib
+
     began = time.perf_counter()
     out = Path(out)
-    teacher = load_teacher("digits")
+    teacher = gddlab.load_teacher("digits")
     say(f"teacher   {teacher.card.parameters:,} parameters, {teacher.card.unet}, from {teacher.card.source}")
 
-    result = probe(teacher, 18, n=PROBED)
+    result = gddlab.probe(teacher, 18, n=PROBED)
     result.save(out / "probe")
     layers = result.frame["layer"].nunique()
     say(f"probe     {layers} layers and blocks at {len(result.sigmas)} noise levels, {PROBED} images each")
 
-    mask = select_freeze(teacher, strategy="gdd-i")
-    measured = select_freeze(result, strategy="budget", score=SCORE, budget=mask.fraction)
+    mask = gddlab.select_freeze(teacher, strategy="gdd-i")
+    measured = gddlab.select_freeze(result, strategy="budget", score=SCORE, budget=mask.fraction)
     mask.save(out / "mask.json")
     measured.save(out / "mask-measured.json")
     say(f"mask      GDD-I freezes {mask.fraction:.1%} of the parameters; the measured one {measured.fraction:.1%}")
 
-    config = presets.digits(mask=mask, run_dir=out / "run", seed=seed)
+    config = gddlab.presets.digits(mask=mask, run_dir=out / "run", seed=seed)
     continued = (config.run_dir / "config.json").exists()
-    run = train(config, nproc=nproc)
+    run = gddlab.train(config, nproc=nproc)
     events = out / "run" / "events"
     say(f"train     GDD-I, {config.total_kimg:g} thousand images; follow it with: tensorboard --logdir {events}")
     run.watch()
@@ -92,7 +89,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     student = run.student()
     scores = evaluate_snapshots(run, say=say)
     references = {s.sampler: s for s in _teacher_scores(teacher, recompute) if s.name == METRIC and s.sampler != "data"}
-    split = real_split("digits", metrics=("fid",), progress=False).record(METRIC)
+    split = gddlab.real_split("digits", metrics=("fid",), progress=False).record(METRIC)
     final = scores[-1][1]
     numbers: dict[str, Any] = {
         "fd_teacher_1": references["heun-1"].value,
@@ -109,7 +106,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         "peak_mem_mib": peak_memory_mib() + nproc * float(run.metrics["peak_mem_mib"].max()),  # at one time, at most
         "seconds": round(time.perf_counter() - began, 1),
     }
-    grids = _grids(teacher, sample(student, GRID, seed=0))
+    grids = _grids(teacher, gddlab.sample(student, GRID, seed=0))
     save_figure(_picture(grids), out / "images.png", dpi=110)
     summary = Summary(run, "demo")
     summary.teacher = (*references.values(), split)
@@ -147,8 +144,11 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
 
 
 def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
+    from gddlab.evaluation import Record
+    from gddlab.evaluation.run_scores import STEPS
+
     if recompute:
-        return [r for k in STEPS for r in evaluate(teacher, metrics=("fid",), steps=k)]
+        return [r for k in STEPS for r in gddlab.evaluate(teacher, metrics=("fid",), steps=k)]
     if not teacher.card.scores:
         raise GddlabError(f"no scores beside {teacher.card.source}: run gddlab teacher score, or demo --recompute")
     return [Record.from_dict(s) for s in teacher.card.scores]
@@ -156,6 +156,11 @@ def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
 
 def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
     """Images of seeds 0 to 63 as grids: the teacher's, as they ship with it, and the student's."""
+    import numpy as np
+    from PIL import Image
+
+    from gddlab.sampling import image_grid
+
     folder = data_dir() / "teachers" / teacher.card.name
     out: dict[str, np.ndarray] = {}
     for steps in (1, 18):
@@ -169,6 +174,8 @@ def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
 @themed
 def _picture(grids: dict[str, np.ndarray]) -> Figure:
     """The grids side by side."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4 * len(grids), 4.3), layout="constrained")
     for ax, (title, pixels) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
         ax.imshow(pixels, interpolation="nearest")

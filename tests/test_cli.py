@@ -214,12 +214,15 @@ def test_overviews_and_runs_do_not_import_torch(tmp_path: Path) -> None:
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder may be relative."""
+    """A folder may be relative; a terminal gets a table."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "config.json").write_text('{"teacher": "digits", "mask": null}')
     monkeypatch.chdir(tmp_path)
     main(["runs", "a"])
     assert "b stopped" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main(["runs", "a"])
+    assert "b    stopped" in capsys.readouterr().out
     assert "no such folder" in refused(capsys, "runs", "c")
 
 

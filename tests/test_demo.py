@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import gddlab
 from gddlab import demo as demo_module
 from gddlab.distill import presets
 from gddlab.files import read_json
@@ -21,14 +22,14 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
             **fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, discriminator={"cache_real": False}
         )
 
-    monkeypatch.setattr(demo_module.presets, "digits", short)
-    evaluate = demo_module.evaluate
+    monkeypatch.setattr(presets, "digits", short)
+    evaluate = gddlab.evaluate
 
     def few(*args: Any, **given: Any) -> Any:
         return evaluate(*args, **(given | {"n": 16}))
 
     monkeypatch.setattr("gddlab.evaluation.run_scores.evaluate", few)
-    monkeypatch.setattr(demo_module, "evaluate", few)
+    monkeypatch.setattr(gddlab, "evaluate", few)
     monkeypatch.setattr(demo_module, "PROBED", 2)
     monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path / "cache"))
     small_features(monkeypatch)

@@ -5,18 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import gddlab
+from gddlab import reporting
 
 
 def test_public_names_resolve() -> None:
     for name in gddlab.__all__:
         assert getattr(gddlab, name) is not None
     assert set(gddlab.__all__) == set(gddlab._HOME)
+    for name in reporting.__all__:
+        assert getattr(reporting, name) is not None
+    with pytest.raises(AttributeError, match="module 'gddlab' has no attribute 'prob'"):
+        _ = gddlab.prob
 
 
 def test_import_is_lazy() -> None:
     code = (
-        "import sys, gddlab; "
+        "import sys, gddlab, gddlab.reporting; "
         "heavy = {'torch', 'pandas', 'matplotlib', 'seaborn', 'timm', 'torch_fidelity', 'sklearn', 'scipy'}; "
         "heavy |= {'tyro', 'pydantic'}; "
         "print(sorted(heavy & set(sys.modules)))"

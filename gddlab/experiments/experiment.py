@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from gddlab.distill.config import TrainConfig
 from gddlab.evaluation import Record
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -36,6 +35,8 @@ SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 
 def teacher_steps(s: Subjects) -> Found:
     """Scores of the teacher at each number of Heun steps, and of two halves of the real images."""
+    import pandas as pd
+
     rows, records = [], []
     for steps in s.steps:
         found = list(_scores(s, steps=steps))
@@ -68,6 +69,8 @@ def _flat(record: Any) -> dict[str, Any]:
 
 def local_minima(s: Subjects) -> Found:
     """Distances of networks to the data and to each other: as sets, and image by image for the same noise."""
+    import pandas as pd
+
     real = open_dataset(s.data)
     spec = find_extractor(s.judge.extractor)
     n = s.judge.pairs or s.judge.n or len(real)
@@ -114,6 +117,8 @@ def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Ten
 
 def layers(s: Subjects) -> Found:
     """Activation of layers over noise levels, teacher and students; and how far each layer's weights moved."""
+    import pandas as pd
+
     kinds = ("conv", "block")
     stats = ("rms", "active_fraction", "rel_update", "cosine", "spectral_share")
     parts: list[pd.DataFrame] = []
@@ -133,6 +138,8 @@ def layers(s: Subjects) -> Found:
 
 def spectra(s: Subjects) -> Found:
     """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
+    import pandas as pd
+
     real = open_dataset(s.data)
     n = s.judge.pairs or s.judge.n or len(real)
     parts: list[pd.DataFrame] = []
@@ -157,6 +164,8 @@ def spectra(s: Subjects) -> Found:
 
 def costs(s: Subjects) -> Found:
     """Time and memory of a training step of each configuration, one after the other."""
+    import pandas as pd
+
     rows: list[dict[str, Any]] = []
     for name, config in s.configs.items():
         found = preflight(config, steps=TIMED, measure_batch=config.batch_per_device or config.batch)

@@ -25,7 +25,7 @@ NOT_RUN = "not run"
 T = TypeVar("T")
 
 
-class Part(Generic[T]):
+class Lenient(Generic[T]):
     """An attribute of `Summary` that is read once, when asked; `otherwise` where it is missing or damaged.
 
     `what` is its name in `Summary.problems`; one that is `needed` is a problem also where it is empty.
@@ -65,18 +65,18 @@ class Summary:
     """
 
     run: RunHandle
-    written: Part[dict[str, Any]] = Part("config.json", lambda s: s.run.written_config, {})
-    card: Part[dict[str, Any]] = Part("teacher.json", lambda s: s.run.card, {}, needed=True)
-    status: Part[dict[str, Any]] = Part("status.json", lambda s: s.run.written_status, {})
-    config: Part[TrainConfig | None] = Part("configuration", lambda s: s.run.config, None)
-    records: Part[tuple[Record, ...]] = Part("evaluation.jsonl", lambda s: tuple(load_records(s.run.run_dir)), ())
-    mask: Part[FreezeMask | None] = Part("mask.json", lambda s: s.run.mask if s.fields["mask"] else None, None)
-    metrics: Part[pd.DataFrame] = Part("metrics.jsonl", lambda s: s.run.metrics, pd.DataFrame())
-    teacher: Part[tuple[Record, ...]] = Part(
+    written: Lenient[dict[str, Any]] = Lenient("config.json", lambda s: s.run.written_config, {})
+    card: Lenient[dict[str, Any]] = Lenient("teacher.json", lambda s: s.run.card, {}, needed=True)
+    status: Lenient[dict[str, Any]] = Lenient("status.json", lambda s: s.run.written_status, {})
+    config: Lenient[TrainConfig | None] = Lenient("configuration", lambda s: s.run.config, None)
+    records: Lenient[tuple[Record, ...]] = Lenient("evaluation.jsonl", lambda s: tuple(load_records(s.run.run_dir)), ())
+    mask: Lenient[FreezeMask | None] = Lenient("mask.json", lambda s: s.run.mask if s.fields["mask"] else None, None)
+    metrics: Lenient[pd.DataFrame] = Lenient("metrics.jsonl", lambda s: s.run.metrics, pd.DataFrame())
+    teacher: Lenient[tuple[Record, ...]] = Lenient(
         "scores in teacher.json", lambda s: tuple(map(Record.from_dict, s.card.get("scores") or ())), ()
     )
-    provenance: Part[dict[str, Any]] = Part("provenance.json", lambda s: s.run.provenance, {}, needed=True)
-    alarms: Part[pd.DataFrame] = Part("alarms.jsonl", lambda s: s.run.alarms, pd.DataFrame())
+    provenance: Lenient[dict[str, Any]] = Lenient("provenance.json", lambda s: s.run.provenance, {}, needed=True)
+    alarms: Lenient[pd.DataFrame] = Lenient("alarms.jsonl", lambda s: s.run.alarms, pd.DataFrame())
 
     def __init__(self, run: Run, name: str = "") -> None:
         self.run, self.name = RunHandle(run.run_dir), name
@@ -86,7 +86,7 @@ class Summary:
     def problems(self) -> tuple[str, ...]:
         """What could not be read and why, one line each."""
         for name, part in vars(Summary).items():
-            if isinstance(part, Part):
+            if isinstance(part, Lenient):
                 getattr(self, name)
         return tuple(f"{what}: {why}" for what, why in self.problem_of.items())
 

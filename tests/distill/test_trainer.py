@@ -149,7 +149,9 @@ def test_the_student_is_probed_while_it_trains(tmp_path: Path, tiny_teacher: Pat
     config.write()
     trainer = Trainer(config, ALONE)
     trainer.train()
-    frame = load_run(tmp_path / "run").probes
+    run = load_run(tmp_path / "run")
+    frame = run.probes
+    assert run.draw_probes("weight_change").get_title(loc="left") == "weight_change"
     assert sorted(set(frame["kimg"])) == [0.0, 0.016, 0.032, 0.048]
     moved = frame[frame["stat"] == "weight_change"].pivot(index="layer", columns="kimg", values="value")
     frozen = {n.rpartition(".")[0] for n in mask.frozen}

@@ -24,7 +24,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, append_records, load_records
 from gddlab.files import data_dir, read_json, write_json
 from gddlab.lock import take
-from gddlab.reporting import report as module
+from gddlab.reporting import run_pages as module
 from gddlab.reporting.run_summary import Summary
 from gddlab.runs import Run, load_run
 from tests.conftest import tiny_config
