@@ -132,9 +132,9 @@ def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
     problems: list[Problem] = []
     bar = progress_bar(total=n, desc=f"reading {listing.name}", unit="img", enabled=progress)
     with ThreadPoolExecutor(ceil(usable_cores())) as pool, bar:
-        for found in pool.map(chunk, range(0, n, _CHUNK)):
+        for start, found in zip(range(0, n, _CHUNK), pool.map(chunk, range(0, n, _CHUNK)), strict=True):
             problems += found
-            bar.update(_CHUNK)
+            bar.update(min(_CHUNK, n - start))
     if problems:
         raise refusal(listing, problems)
     for i in range(n, len(out), 1024):

@@ -371,9 +371,13 @@ def test_the_bar_ends_at_the_number_of_images(tmp_path: Path, monkeypatch: pytes
         bars.append(tqdm(total=about["total"], file=io.StringIO()))
         return bars[-1]
 
-    monkeypatch.setattr(sys.modules["gddlab.datasets.prepare"], "progress_bar", progress_bar)
+    for module in ("prepare", "store"):
+        monkeypatch.setattr(sys.modules[f"gddlab.datasets.{module}"], "progress_bar", progress_bar)
     prepare(digits(), tmp_path / "x.zip", max_images=300, workers=1, dry_run=dry_run)
     assert [(bar.n, bar.total) for bar in bars] == [(300, 300), (300, 300)]
+    if not dry_run:
+        open_dataset(tmp_path / "x.zip")
+        assert (bars[-1].n, bars[-1].total) == (300, 300)
 
 
 def test_a_second_prepare_waits_not(photos: Path, tmp_path: Path) -> None:
