@@ -25,6 +25,7 @@ from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.files import cache_dir, data_dir, nearest_existing
 from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
 from gddlab.pretrained.published import Published, offline
+from gddlab.pretrained.trunks import LPIPS_LAYERS
 from gddlab.provenance import commit, versions
 from gddlab.teachers import PUBLISHED, bundled_teachers
 
@@ -262,7 +263,6 @@ NETWORKS = {
     ),
 }
 """As `backbone_file` and `Trunk.file` have them from timm and torchvision, which take seconds to import."""
-LPIPS_LAYERS = Published("LPIPS's linear layers", None, None, wheel=("lpips", "weights/v0.1/vgg.pth"))
 
 
 def _weight_findings() -> list[Finding]:

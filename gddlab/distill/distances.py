@@ -5,7 +5,6 @@ Each takes two batches of images in [-1, 1], (B, 1 or 3, H, W), to one number pe
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.pretrained.backbones import Backbone
-from gddlab.pretrained.trunks import TRUNKS, LPIPSTrunk, unit
+from gddlab.pretrained.trunks import LPIPS_LAYERS, TRUNKS, LPIPSTrunk, unit
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -71,10 +70,8 @@ class Lite0Distance(nn.Module):
 
 def linear_layers() -> list[Tensor]:
     """LPIPS's learned weights v0.1 for VGG16, (C, 1, 1) per level, without importing the package, which loads SciPy."""
-    spec = importlib.util.find_spec("lpips")
-    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
-    path = Path(folder or "") / "weights" / "v0.1" / "vgg.pth"
-    if folder is None or not path.is_file():
+    path = LPIPS_LAYERS.in_wheel()
+    if path is None:
         raise GddlabError("LPIPS's linear layers are missing: pip install lpips")
     state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{i}.model.1.weight"][0] for i in range(len(TRUNKS["vgg"].stops))]

@@ -92,6 +92,7 @@ TRUNKS = {
     ),
 }
 """Of LPIPS."""
+LPIPS_LAYERS = Published("LPIPS's linear layers", None, None, wheel=("lpips", "weights/v0.1/vgg.pth"))
 VGG16_BN = Trunk("vgg16_bn", "VGG16_BN_Weights", (13, 23, 33, 43), (128, 256, 512, 512), 32)
 """Its levels are the ends of blocks 2 to 5, before the pooling."""
 
