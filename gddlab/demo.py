@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gddlab
 from gddlab.errors import GddlabError
-from gddlab.files import data_dir, write_json, write_text
+from gddlab.files import data_dir, path_of, write_json, write_text
 from gddlab.theme import save_figure, themed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     from gddlab.runtime import peak_memory_mib
 
     began = time.perf_counter()
-    out = Path(out)
+    out = path_of("out", out)
     teacher = gddlab.load_teacher("digits")
     say(f"teacher   {teacher.card.parameters:,} parameters, {teacher.card.unet}, from {teacher.card.source}")
 

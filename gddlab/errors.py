@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import operator
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class GddlabError(ValueError):
@@ -36,8 +36,23 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
     return GddlabError(f"unknown {kind} {value!r}: {hint}")
 
 
-def validated(function: Callable[P, T]) -> Callable[P, T]:
-    """Checks the arguments of a call against the annotations (pydantic); a refusal is one line.
+def integer(name: str, value: Any) -> int:
+    """`value` as an integer; `name` is for the message."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise GddlabError(f"{name}={value!r}: give an integer") from None
+
+
+def positive(name: str, value: Any, what: str = "") -> int:
+    """`value` as an integer of at least 1; `name` and `what` are for the message."""
+    if integer(name, value) < 1:
+        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
+    return int(value)
+
+
+def validated(function: F) -> F:
+    """Checks the arguments of a call, or of making an object, against the annotations; a refusal is one line.
 
     Annotations are read at the first call, so they must be importable at run time, not under TYPE_CHECKING alone. A
     misspelt name of a `Literal` gets near matches, as does an argument that does not exist.
@@ -46,9 +61,13 @@ def validated(function: Callable[P, T]) -> Callable[P, T]:
         GddlabError: An argument does not fit its annotation.
         TypeError: An argument is missing, as for any function.
     """
+    if isinstance(function, type):
+        type.__setattr__(function, "__init__", validated(vars(function)["__init__"]))
+        return function
+    shown = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.cache
-    def checked() -> tuple[Callable[P, T], dict[str, Any]]:
+    def checked() -> tuple[Callable[..., Any], dict[str, Any]]:
         import pydantic
 
         config = pydantic.ConfigDict(arbitrary_types_allowed=True)
@@ -56,7 +75,7 @@ def validated(function: Callable[P, T]) -> Callable[P, T]:
         return wrap(function), typing.get_type_hints(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(*args: Any, **kwargs: Any) -> Any:
         import pydantic
 
         call_checked, hints = checked()
@@ -67,16 +86,16 @@ def validated(function: Callable[P, T]) -> Callable[P, T]:
                 raise
             error = max(e.errors(), key=lambda e: e["type"] == "unexpected_keyword_argument")  # it comes before a value
             if error["type"].startswith("missing"):
-                raise TypeError(f"{function.__name__}() lacks the argument {error['loc'][0]!r}") from None
+                raise TypeError(f"{shown}() lacks the argument {error['loc'][0]!r}") from None
             names = list(inspect.signature(function).parameters)
             place = error["loc"][0]
             name = names[place] if isinstance(place, int) else str(place)
             if error["type"] == "unexpected_keyword_argument":
-                raise unknown(f"argument of {function.__name__}", name, names) from None
+                raise unknown(f"argument of {shown}", name, names) from None
             given = inspect.signature(function).bind_partial(*args, **kwargs).arguments.get(name, error["input"])
             raise refusal_of(name, given, error["msg"], hints.get(name)) from None
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 def refusal_of(name: str, value: object, message: str, annotation: Any = None) -> GddlabError:

@@ -31,6 +31,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GDDLAB_CACHE") or "~/.cache/gddlab").expanduser()
 
 
+def path_of(name: str, value: object) -> Path:
+    """`value` as a path; `name` is for the message.
+
+    Raises:
+        GddlabError: It is no path, or empty, which would mean the working folder.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise GddlabError(f"{name}={value!r}: give a path")
+    return Path(value)
+
+
 def nearest_existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -48,7 +59,9 @@ def fsync_dir(folder: Path) -> None:
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success it is fsynced and renamed to `path`, on an error removed."""
-    path = Path(path)
+    path = path_of("path", path)
+    if path.is_dir():
+        raise GddlabError(f"{path} is a folder: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(fd)
@@ -81,11 +94,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    path = Path(path)
+    path = path_of("path", path)
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise GddlabError(f"{path} is a folder: give a file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise GddlabError(f"{path} is not JSON ({e}): give a file that gddlab wrote") from None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.status import ACTIVE, read_status
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import is_run, last_jsonl, read_json, read_jsonl, read_object, thin_jsonl
+from gddlab.files import is_run, last_jsonl, path_of, read_json, read_jsonl, read_object, thin_jsonl
 from gddlab.lock import held
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Run:
     """A run directory, seen from outside; reads what is there when asked, holds nothing."""
 
     def __init__(self, run_dir: str | Path):
-        self.run_dir = Path(run_dir).resolve()
+        self.run_dir = path_of("run_dir", run_dir).resolve()
         if not (self.run_dir / "config.json").is_file():
             raise NotFound(f"{run_dir} is no run directory: it has no config.json")
 
@@ -193,9 +193,10 @@ def load_runs(folder: str | Path) -> list[Run]:
     Raises:
         NotFound: No such folder, or no run in it.
     """
-    if not Path(folder).is_dir():
+    folder = path_of("folder", folder)
+    if not folder.is_dir():
         raise NotFound(f"no such folder: {folder}")
-    found = sorted(p.parent for p in Path(folder).rglob("config.json") if is_run(p.parent))
+    found = sorted(p.parent for p in folder.rglob("config.json") if is_run(p.parent))
     if not found:
         raise NotFound(f"no run below {folder}: give a folder that holds run directories")
     return [Run(path) for path in found]
@@ -214,7 +215,7 @@ def listing(folder: str | Path) -> pd.DataFrame:
     Raises:
         NotFound: No run there.
     """
-    top = Path(folder).resolve()
+    top = path_of("folder", folder).resolve()
     rows = []
     for run in load_runs(top):
         try:
@@ -245,7 +246,7 @@ def load_study(folder: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     if not ((folder / "frame.parquet").is_file() and (folder / "meta.json").is_file()):
         raise NotFound(f"no study in {folder}: gddlab reproduce makes it, --only {folder.name}")
     frame = pd.read_parquet(folder / "frame.parquet")

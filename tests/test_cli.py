@@ -256,7 +256,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "is a file: give a folder" in refused(capsys, "probe", "digits", "--out", __file__)
     assert "is a file: give a folder" in refused(capsys, "ablate", "digits", "--out", __file__)
-    assert "Is a directory" in refused(capsys, "mask", "show", str(Path(__file__).parent))
+    assert "is a folder: give a file" in refused(capsys, "mask", "show", str(Path(__file__).parent))
     assert "cannot be written" in refused(capsys, "reproduce", "digits", "--out", __file__)
     assert "--ship with --dry-run" in refused(capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--dry-run")
     assert "no run of 'digits'" in refused(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
@@ -18,9 +19,6 @@ from torch.utils.flop_counter import flop_registry
 from gddlab.diagnosis.preflight import in_own_process, sizes, started
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, validated
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FLOAT = 4
 """Bytes of a parameter, gradient or moment."""
@@ -96,6 +94,7 @@ def counted(config: TrainConfig, *, batch: PositiveInt = 2, stand_in: bool = Tru
     return Counted(**found)
 
 
+@validated
 def scaling(
     config: TrainConfig,
     counts: Counted | None = None,
@@ -123,7 +122,6 @@ def scaling(
     Raises:
         GddlabError: The batch does not divide.
     """
-    import pandas as pd
 
     def rate(precision: str = "float32") -> float:
         peak = hardware.bf16 if precision == "bfloat16" else hardware.tf32

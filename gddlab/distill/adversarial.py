@@ -16,11 +16,10 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.losses import g_loss
 from gddlab.distill.trainer import Trainer
-from gddlab.errors import GddlabError, NotFound
+from gddlab.errors import GddlabError, NotFound, positive
 from gddlab.nets import OneStepPrecond
 from gddlab.probing.gradients import Batch
 from gddlab.sampling import latents
-from gddlab.sampling.samplers import positive
 
 
 class AdversarialProblem(NamedTuple):

@@ -21,13 +21,16 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
-from gddlab.files import read_json, write_json
+from gddlab.files import path_of, read_json, write_json
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 
 
 def _mask(value: Any) -> Any:
     return FreezeMask.load(value) if isinstance(value, (str, Path)) else value
+
+
+RunDir = Annotated[Path, BeforeValidator(lambda value: path_of("run_dir", value))]
 
 
 Discriminators = Annotated[
@@ -45,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.
 class RunSettings(Settings):
     """The configuration of a run, which is written to its folder."""
 
-    run_dir: Path
+    run_dir: RunDir
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the folder left out."""
@@ -84,7 +87,7 @@ class RunSettings(Settings):
 
 def _short(value: Any) -> str:
     """A value of a field; a part that comes in kinds by its kind."""
-    return repr(value["kind"] if isinstance(value, dict) and "kind" in value else value)
+    return f"of kind {value['kind']!r}" if isinstance(value, dict) and "kind" in value else repr(value)
 
 
 class TrainConfig(RunSettings):
@@ -93,7 +96,7 @@ class TrainConfig(RunSettings):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     noun: ClassVar[str] = "configuration field"
 
-    run_dir: Path
+    run_dir: RunDir
     """Folder of the run."""
     teacher: str = "digits"
     """Teacher: a name, or the path of a .safetensors or EDM .pkl file."""
@@ -247,7 +250,7 @@ class TrainConfig(RunSettings):
     @classmethod
     def load(cls, run_dir: str | Path) -> TrainConfig:
         """The configuration of a run directory."""
-        run_dir = Path(run_dir)
+        run_dir = path_of("run_dir", run_dir)
         values: dict[str, Any] = read_json(run_dir / "config.json")
         if "mask" not in values:
             raise GddlabError(f"{run_dir / 'config.json'} does not say which mask, or none: it is damaged")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as e:
             raise _refusal(type(self), e) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise GddlabError(f"{type(self).__name__} is frozen: make another with model_copy(update={{{name!r}: ...}})")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:  # type: ignore[override]
+        """A copy with other values in place of some; they are checked as all are."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**(values | dict(update or {})))
 
     # Without this mark, pydantic would call __init__ for a part given as a dict, and lose its place in the whole.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.errors import unknown
+from gddlab.files import path_of
 
 PAPER: dict[str, Any] = {
     "seed": 42,
@@ -62,7 +63,7 @@ def _made(settings: dict[str, Any], run_dir: str | Path, fields: dict[str, Any])
             own = part.model_dump()
             if given.get("kind", own.get("kind")) == own.get("kind"):
                 fields[name] = own | given
-    return TrainConfig(run_dir=Path(run_dir), **(settings | fields))
+    return TrainConfig(run_dir=path_of("run_dir", run_dir), **(settings | fields))
 
 
 def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
-from gddlab.distill.config import RunSettings
+from gddlab.distill.config import RunDir, RunSettings
 from gddlab.ema import ema_beta, ema_update
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, validated
 from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_text
 from gddlab.nets import Precond, from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
@@ -29,7 +29,7 @@ from gddlab.sampling import sample, save_grid
 class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
 
-    run_dir: Path
+    run_dir: RunDir
     """Folder of log, checkpoint, samples and the finished teacher."""
     data: str = "digits"
     """Dataset by name."""
@@ -69,6 +69,7 @@ class TeacherConfig(RunSettings):
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
 
 
+@validated
 def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     """Trains a teacher; the same call continues a run that was stopped.
 

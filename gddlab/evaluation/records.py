@@ -14,7 +14,7 @@ from gddlab.distill.recorder import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.evaluation.metrics import metric_of
-from gddlab.files import data_dir, hash_json, hash_tensors, read_json, read_jsonl, write_text
+from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text
 from gddlab.runs import Run
 from gddlab.teachers import bundled_teachers
 
@@ -169,7 +169,7 @@ def append_records(run_dir: str | Path, records: Iterable[Record]) -> Path:
     Raises:
         NotFound: No such directory.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of("run_dir", run_dir)
     if not run_dir.is_dir():
         raise NotFound(f"no such run directory: {run_dir}")
     lines = [*read_jsonl(run_dir / FILE), *(r.to_dict() for r in records)]
@@ -179,7 +179,7 @@ def append_records(run_dir: str | Path, records: Iterable[Record]) -> Path:
 
 def load_records(run_dir: str | Path) -> list[Record]:
     """Records of a run directory or study, oldest first; none if it was never evaluated. They know their `run_dir`."""
-    folder = Path(run_dir)
+    folder = path_of("run_dir", run_dir)
     return [replace(Record.from_dict(d), run_dir=folder) for d in read_jsonl(folder / FILE)]
 
 

@@ -17,7 +17,7 @@ from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
 from gddlab.evaluation.metrics import Statistics, statistics
-from gddlab.files import atomic_path, file_sha256
+from gddlab.files import atomic_path, file_sha256, path_of
 from gddlab.provenance import versions
 
 FORMAT = "gddlab-reference-1"
@@ -114,7 +114,7 @@ def reference(
     Raises:
         GddlabError: Unknown names, missing weights, fewer than 2 images, or another suffix.
     """
-    out, spec = Path(out), find_extractor(extractor)
+    out, spec = path_of("out", out), find_extractor(extractor)
     if out.suffix != ".npz":
         raise GddlabError(f"out={out}: give a file that ends in .npz")
     spec.check()

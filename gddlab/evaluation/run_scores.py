@@ -16,7 +16,7 @@ from gddlab.evaluation.evaluate import evaluate, real_split
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.metrics import DISTANCES, names_of
 from gddlab.evaluation.records import Record, append_records, least_name, load_records
-from gddlab.files import write_json
+from gddlab.files import path_of, write_json
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
 from gddlab.sampling import sample, save_grid
@@ -158,7 +158,7 @@ def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool =
     Returns:
         The records, those of the teacher first.
     """
-    folder = Path(run_dir)
+    folder = path_of("run_dir", run_dir)
     teacher = load_teacher(folder)
     records: list[Record] = []
     for steps in STEPS:

@@ -18,7 +18,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import atomic_path, last_jsonl, read_json, write_bytes, write_json
+from gddlab.files import atomic_path, last_jsonl, path_of, read_json, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult
@@ -96,7 +96,7 @@ def plan(
             raise unknown("experiment", wanted, chosen.names)
     if seeds < 1:
         raise GddlabError(f"seeds={seeds}: give at least 1")
-    folder = Path(out) / name
+    folder = path_of("out", out) / name
     planned: list[Planned] = []
     for seed, e in itertools.product(range(seeds), chosen.experiments):
         path = folder / e.name / f"seed-{seed}"
@@ -171,7 +171,7 @@ def reproduce(
         GddlabError: Unknown list or experiment. RunFailed: a run failed, with its traceback.
     """
     chosen = find_list(name)
-    folder = Path(out) / name
+    folder = path_of("out", out) / name
     measured: Measured | None = None
     for item in plan(name, out=out, only=only, seeds=seeds):
         with _claimed(item.folder) as mine:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, unknown, validated
 from gddlab.files import hash_json, read_json, write_json
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
@@ -54,6 +54,7 @@ def fingerprint(parameters: Parameters) -> str:
     return hash_json(sorted([name, list(shape)] for name, shape in parameters))
 
 
+@validated
 @dataclass(frozen=True)
 class FreezeMask:
     """Which parameters of a network stay as the teacher has them.
@@ -191,7 +192,7 @@ class FreezeMask:
     def _table(self, model: nn.Module) -> Parameters:
         """Parameters of `model`, without those that a student with a target time adds to its teacher's."""
         known = dict(self.parameters)
-        table = parameter_table(_network(model))
+        table = parameter_table(model)
         return tuple((n, shape) for n, shape in table if n in known or set(TARGET_LAYERS).isdisjoint(n.split(".")))
 
     # For another architecture.
@@ -216,7 +217,7 @@ class FreezeMask:
         """
         if by not in ("resolution", "level"):
             raise unknown("by", by, ("resolution", "level"))
-        parameters = parameter_table(_network(model))
+        parameters = parameter_table(model)
         theirs, ours = _groups(self.parameters, by), _groups(parameters, by)
         kinds = {key[:3] for key in theirs}
         decided, sizes = set(self.frozen), {name: prod(shape) for name, shape in parameters}
@@ -502,12 +503,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 # Whether a network fits.
-
-
-def _network(model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise GddlabError(f"model is a {type(model).__name__}: give a network, an nn.Module")
-    return model
 
 
 def _unmatched(mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import psutil
 
 from gddlab.distill.status import ACTIVE, mark_stopped
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import read_end
+from gddlab.files import path_of, read_end
 from gddlab.lock import held, owners
 from gddlab.progress import duration, interactive
 from gddlab.runs import Run
@@ -128,7 +128,7 @@ def attach(run_dir: str | Path) -> RunHandle:
     Raises:
         NotFound: No run there.
     """
-    if not Path(run_dir).exists():
+    if not path_of("run_dir", run_dir).exists():
         raise NotFound(f"no such run directory: {run_dir}")
     return RunHandle(run_dir)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, integer
 from gddlab.lock import Job
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Launch:
 
     def __post_init__(self) -> None:
         for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
-            if getattr(self, name) < least:
+            if integer(name, getattr(self, name)) < least:
                 raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             raise GddlabError(f"timeout_s={self.timeout_s}: give seconds, more than 0")

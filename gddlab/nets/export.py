@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path, hash_tensors
+from gddlab.files import atomic_path, hash_tensors, path_of
 from gddlab.nets.io import architecture, from_edm
 from gddlab.nets.precond import OneStepPrecond, Precond
 from gddlab.progress import progress_bar
@@ -83,7 +83,7 @@ def export(
         GddlabError: Another suffix, a network without a sigma, a missing package, a failing exporter, or images that
             differ; no file is then written, and an older one is kept.
     """
-    out = Path(out)
+    out = path_of("out", out)
     if out.suffix not in TOLERANCE:
         raise GddlabError(f"out={str(out)!r}: its suffix decides the format, give .onnx or .pt2")
     if not isinstance(student, Precond):

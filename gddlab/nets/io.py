@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path
+from gddlab.files import atomic_path, path_of
 from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
 COUNTS = {
@@ -127,7 +127,7 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = path_of("path", path)
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
     try:

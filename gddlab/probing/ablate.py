@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
 from gddlab.probing.effects import Change, Effects, change_statistics, denoised, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, Rows, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, select_layers
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
@@ -57,11 +58,11 @@ def ablate(
     *,
     data: Data = None,
     states: States = "noised",
-    n: Count = 16,
-    batch_size: Count = 64,
+    n: PositiveInt = 16,
+    batch_size: PositiveInt = 64,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     dtype: Precision = None,
     progress: bool = True,

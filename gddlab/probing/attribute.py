@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import validated
 from gddlab.probing.effects import WEIGHT, Effects, denoised, denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Count, Data, Inputs, Labels, Noised, Position, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Noised, States, Timesteps
 from gddlab.probing.layers import LayerSelection, named_layers
 from gddlab.probing.reductions import mean, mean_magnitude
 from gddlab.probing.result import ProbeResult
@@ -98,12 +99,12 @@ def attribute(
     method: Method = "LayerConductance",
     data: Data = None,
     states: States = "noised",
-    n: Count = 8,
-    batch_size: Count = 64,
-    steps: Count = 16,
+    n: PositiveInt = 8,
+    batch_size: PositiveInt = 64,
+    steps: PositiveInt = 16,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ProbeResult:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import SkipValidation
+from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
 from gddlab.probing.effects import denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
-from gddlab.probing.inputs import Count, Data, Inputs, Labels, Noised, Position, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps
 from gddlab.probing.layers import PRESETS, Layer, LayerSelection, denoiser_of, named_layers, select_layers
 from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
@@ -87,11 +87,11 @@ def grad_probe(
     layers: LayerSelection = "conv",
     timesteps: Timesteps = None,
     data: Data = None,
-    n: Count = 256,
-    batch_size: Count = 16,
+    n: PositiveInt = 256,
+    batch_size: PositiveInt = 16,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ProbeResult:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, SkipValidation
+from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, open_dataset, order
@@ -27,8 +27,6 @@ Data = SkipValidation[str | Path | ImageDataset | None]
 States = Literal["noised", "prior", "trajectory", "student"]
 Labels = SkipValidation[Tensor | Sequence[int] | int | None]
 Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
-Count = Annotated[int, Field(ge=1)]
-Position = Annotated[int, Field(ge=0)]
 
 SIGMA_STUDENT = 80.0
 TRAJECTORY_STEPS = 18
@@ -83,13 +81,9 @@ class Inputs:
         seed: int = 0,
         class_labels: Labels = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise GddlabError(
-                f"the network is a {type(model).__name__}: give a torch.nn.Module, such as load_teacher(...)"
-            )
+        self.denoiser = denoiser_of(model)
         seed_list(n, seed, None)
         seed_list(n, seed + start, None)
-        self.denoiser = denoiser_of(model)
         self.states, self.n, self.start, self.seed = states, n, start, seed
         self.sigmas = _noise_levels(self.denoiser, timesteps, states)
         self.dataset = _dataset(self.denoiser, data, states)

@@ -35,7 +35,15 @@ def owner_of(parameter: str) -> str:
 
 
 def denoiser_of(model: nn.Module) -> nn.Module:
-    """What is called as `model(x, sigma, labels)`, without DistributedDataParallel, AveragedModel, torch.compile."""
+    """What is called as `model(x, sigma, labels)`, without DistributedDataParallel, AveragedModel, torch.compile.
+
+    Raises:
+        GddlabError: It is no network.
+    """
+    if not isinstance(model, nn.Module):
+        raise GddlabError(
+            f"the network is of type {type(model).__name__}: give a torch.nn.Module, such as load_teacher(...)"
+        )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import SkipValidation
+from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
 from gddlab.probing.effects import Effects, change_statistics, denoised, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
-from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
 from gddlab.probing.layers import (
     LayerSelection,
     check_architecture,
@@ -87,11 +87,11 @@ def patch(
     into: Literal["student", "teacher"] = "student",
     timesteps: Timesteps = 18,
     data: Data = None,
-    n: Count = 16,
-    batch_size: Count = 64,
+    n: PositiveInt = 16,
+    batch_size: PositiveInt = 64,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     measure: Measure | None = None,
     device: str | torch.device | None = None,
     dtype: Precision = None,

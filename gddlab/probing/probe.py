@@ -11,12 +11,13 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from gddlab.errors import GddlabError, validated
 from gddlab.probing.guard import as_it_was, warn_nonfinite
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Count, Data, Inputs, Labels, Position, Precision, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps
 from gddlab.probing.layers import LayerSelection
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, StatisticSelection, stacked, statistic_classes
@@ -35,11 +36,11 @@ def probe(
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
-    n: Count = 256,
-    batch_size: Count = 64,
+    n: PositiveInt = 256,
+    batch_size: PositiveInt = 64,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     dtype: Precision = None,
     progress: bool = True,
@@ -189,11 +190,11 @@ def estimate(
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
-    n: Count = 256,
-    batch_size: Count = 64,
+    n: PositiveInt = 256,
+    batch_size: PositiveInt = 64,
     class_labels: Labels = None,
     seed: int = 0,
-    start: Position = 0,
+    start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     dtype: Precision = None,
 ) -> Estimate:

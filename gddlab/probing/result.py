@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path, hash_tensors, read_json
+from gddlab.files import atomic_path, hash_tensors, path_of, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.plots.axes import wide
@@ -315,7 +315,7 @@ class ProbeResult(Heatmaps, Lines):
 
     def save(self, folder: str | Path) -> None:
         """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist."""
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         if folder.exists() and not folder.is_dir():
             raise GddlabError(f"{folder} is a file: give a folder")
         parquet, npz = io.BytesIO(), io.BytesIO()
@@ -349,7 +349,7 @@ class ProbeResult(Heatmaps, Lines):
         """
         import pandas as pd
 
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         meta = read_json(folder / "meta.json")
         if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT or not isinstance(meta.get("files"), dict):
             raise GddlabError(f"{folder} holds no probe result: give a folder that ProbeResult.save wrote")

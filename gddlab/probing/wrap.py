@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, SkipValidation
+from pydantic import Field, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
 from gddlab.nets.precond import levels_of
-from gddlab.probing.inputs import Count, Data
+from gddlab.probing.inputs import Data
 from gddlab.probing.layers import denoiser_of
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -211,8 +211,8 @@ def wrap(
     prediction: Prediction | None = None,
     alphas_cumprod: Any = None,
     scheduler: Any = None,
-    img_channels: Count | None = None,
-    img_resolution: Count | None = None,
+    img_channels: PositiveInt | None = None,
+    img_resolution: PositiveInt | None = None,
     label_dim: Annotated[int, Field(ge=0)] = 0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -238,9 +238,7 @@ def wrap(
     Raises:
         GddlabError: No `denoise` for a network that is no `UNet2DModel`; an argument is missing, or has no use.
     """
-    if not isinstance(model, nn.Module):
-        raise GddlabError(f"model is a {type(model).__name__}: give an nn.Module")
-    low, high = 0.0, math.inf
+    network, low, high = denoiser_of(model), 0.0, math.inf
     if denoise is not None:
         unused = {"prediction": prediction, "alphas_cumprod": alphas_cumprod, "scheduler": scheduler}
         if names := [n for n, value in unused.items() if value is not None]:
@@ -248,7 +246,6 @@ def wrap(
         if not callable(denoise):
             raise GddlabError(f"denoise={denoise!r}: give a function of (model, x, sigma, class_labels)")
     else:
-        network = denoiser_of(model)
         if not any(c.__name__ == "UNet2DModel" for c in type(network).__mro__):
             raise GddlabError(
                 f"how a {type(network).__name__} is called is not known: give denoise=, a function of "

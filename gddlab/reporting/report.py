@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gddlab.errors import GddlabError
-from gddlab.files import write_text
+from gddlab.files import path_of, write_text
 from gddlab.runs import Run, load_runs
 
 
@@ -29,12 +29,12 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
         NotFound: No such folder, or no run in it.
         GddlabError: No runs, or `out` is a folder.
     """
-    given = [runs] if isinstance(runs, (str, Path, Run)) else runs
+    given = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     found = [run for each in given for run in _runs(each)]
     folders = list(dict.fromkeys(run.run_dir for run in found))
     if not folders:
         raise GddlabError("no runs given: give run directories, or a folder that holds some")
-    out = Path(out)
+    out = path_of("out", out)
     if out.is_dir():
         raise GddlabError(f"out={str(out)!r} is a folder: give the name of an HTML file")
     from gddlab.reporting.run_pages import run_page, runs_page
@@ -49,7 +49,8 @@ def _runs(given: str | Path | Run) -> Sequence[Run]:
     """A run without those inside it, or the runs below a folder."""
     if isinstance(given, Run):
         return [given]
-    return [Run(given)] if (Path(given) / "config.json").is_file() else load_runs(given)
+    folder = path_of("runs", given)
+    return [Run(folder)] if (folder / "config.json").is_file() else load_runs(folder)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

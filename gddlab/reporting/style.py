@@ -55,7 +55,7 @@ def look(name: str) -> Look:
 
 
 def checked(frame: pd.DataFrame, columns: Iterable[str], study: str) -> pd.DataFrame:
-    """The table of a study, with text in place of categories.
+    """The table of a study, each row once, with text in place of categories.
 
     Raises:
         GddlabError: A column is missing, or there are no rows.
@@ -65,7 +65,7 @@ def checked(frame: pd.DataFrame, columns: Iterable[str], study: str) -> pd.DataF
         raise GddlabError(f"no column {missing[0]!r}, but {have}: give the table of the study {study!r}")
     if not len(frame):
         raise GddlabError(f"the table has no rows: give the table of the study {study!r}")
-    return frame.astype({c: object for c in frame if frame[c].dtype == "category"})
+    return frame.drop_duplicates().astype({c: object for c in frame if frame[c].dtype == "category"})
 
 
 def known(names: Sequence[str], wanted: Sequence[str] | None, what: str = "network") -> list[str]:

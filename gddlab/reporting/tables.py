@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, PositiveFloat, PositiveInt, StringConstrai
 
 from gddlab.distill.parts import Settings
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir
+from gddlab.files import data_dir, path_of
 from gddlab.reporting.run_summary import NOT_RUN, Summary, table_of, teacher_scores
 from gddlab.reporting.style import checked, look
 from gddlab.runs import Run
@@ -263,7 +263,7 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
         GddlabError: A column is missing or unknown, a value is not a positive number, or has no source.
         NotFound: No such file.
     """
-    path = data_dir() / "published.csv" if path is None else Path(path)
+    path = data_dir() / "published.csv" if path is None else path_of("path", path)
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
     text, columns = pd.read_csv(path, dtype=str, keep_default_na=False), PublishedRow.model_fields

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, integer, positive, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 from gddlab.nets.precond import descending
 from gddlab.progress import progress_bar
@@ -27,20 +26,6 @@ from gddlab.sampling.schedules import (
     schedule,
     vp_schedule,
 )
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise GddlabError(f"{name}={value!r}: give an integer") from None
-
-
-def positive(name: str, value: Any, what: str = "") -> int:
-    """`value` as an integer of at least 1; `name` and `what` are for the message."""
-    if _integer(name, value) < 1:
-        raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
-    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,12 +320,12 @@ def precision(dtype: torch.dtype | str | None) -> str:
 def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence[int]:
     """One seed per image; arguments as for `sample`."""
     if seeds is None:
-        first, count = _integer("seed", seed), positive("n", 64 if n is None else n, "images")
+        first, count = integer("seed", seed), positive("n", 64 if n is None else n, "images")
         if not 0 <= first <= MAX_SEED - count + 1:
             raise GddlabError(f"seed={seed} for {count} images: seeds are 0..{MAX_SEED}")
         return range(first, first + count)
     try:
-        listed = [_integer("seeds", s) for s in seeds]
+        listed = [integer("seeds", s) for s in seeds]
     except TypeError:
         raise GddlabError(f"seeds={seeds!r}: give a list of integers, or seed={seeds!r} for the first") from None
     if not listed:

@@ -20,7 +20,7 @@ from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
-from gddlab.files import hash_json, hash_tensors, read_json, write_bytes, write_json
+from gddlab.files import hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -96,7 +96,7 @@ def sample_files(
     total = len(seed_list(n, seed, seeds))
     rank, world = named_ranks().rank, named_ranks().size
     job: dict[str, Any] = {
-        "out": str(out),
+        "out": str(path_of("out", out)),
         "n": n,
         "seed": seed,
         "seeds": None if seeds is None else list(seed_list(n, seed, seeds)),

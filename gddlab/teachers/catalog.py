@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir, hash_tensors, is_run, read_json
+from gddlab.files import data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.nets.unets import UNETS
@@ -132,7 +132,7 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
-    if str(source) not in bundled_teachers() and is_run(source):
+    if str(path_of("source", source)) not in bundled_teachers() and is_run(source):
         return load_student(Path(source).resolve())
     name, path = _find(source)
     net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
@@ -156,7 +156,7 @@ def load_teacher(source: str | Path) -> Precond:
 
 def _find(source: str | Path) -> tuple[str, Path]:
     """The name, "" for a path, and the file."""
-    name, path = str(source), Path(source)
+    name, path = str(source), path_of("source", source)
     if name in bundled_teachers():
         return name, data_dir() / "teachers" / name / "teacher.safetensors"
     if path.is_dir():
@@ -199,7 +199,7 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
         NotFound: No such student.
         GddlabError: The file holds another kind of network.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of("run_dir", run_dir)
     if snapshot == "best":
         found = [p for p in [run_dir / "best.safetensors"] if p.exists()]
     elif snapshot is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path
+from gddlab.files import atomic_path, path_of
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.runtime import generator
 from gddlab.teachers.catalog import TeacherCard, load_teacher
@@ -50,7 +50,7 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
     Raises:
         GddlabError: As `load_teacher`; `out` has another ending, exists, or cannot be written; outputs differ.
     """
-    out = Path(out)
+    out = path_of("out", out)
     if out.suffix != ".safetensors":
         raise GddlabError(f"{out} does not end in .safetensors: give such a name")
     if out.exists() and not overwrite:

@@ -69,8 +69,11 @@ def test_a_configuration_written_before_a_field_existed_continues(tmp_path: Path
     older["discriminator"].pop("sync_batchnorm")
     assert config.first_difference(older) is None
     for fields, message in (
-        ({"instance": by("cd")}, "instance is None there, 'cd' here"),
-        ({"discriminator": {"kind": "stylegan2"}}, "discriminator is 'projected' there, 'stylegan2' here"),
+        ({"instance": by("cd")}, "instance is None there, of kind 'cd' here"),
+        (
+            {"discriminator": {"kind": "stylegan2"}},
+            "discriminator is of kind 'projected' there, of kind 'stylegan2' here",
+        ),
         ({"discriminator": {"cout": 8}}, "discriminator.cout is 4 there, 8 here"),
     ):
         assert tiny_config(tmp_path / "run", tiny_teacher, **fields).first_difference(older) == message
@@ -98,3 +101,14 @@ def test_another_configuration_is_refused_and_nothing_touched(tmp_path: Path, ti
 def test_bad_configurations_are_refused(tmp_path: Path, fields: dict[str, object], message: str) -> None:
     with pytest.raises(GddlabError, match=message):
         tiny_config(tmp_path, tmp_path / "teacher.safetensors", **fields)
+
+
+def test_a_configuration_is_frozen_and_its_copies_are_checked(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    with pytest.raises(GddlabError, match=r"TrainConfig is frozen: make another with model_copy\(update={'seed'"):
+        config.seed = 2  # type: ignore[misc]
+    with pytest.raises(GddlabError, match="seed=-1: input should be greater"):
+        config.model_copy(update={"seed": -1})
+    with pytest.raises(GddlabError, match="unknown configuration field 'sed'"):
+        config.model_copy(update={"sed": 1})
+    assert config.model_copy(update={"seed": 2}).to_json() == config.to_json() | {"seed": 2}

@@ -193,5 +193,5 @@ def test_another_network_by_force(rule):
     assert rule.apply(tiny(), force=True) == rule.apply(tiny()) == ()
     with pytest.raises(GddlabError, match=r"none of the 10 parameters .* use mask.transfer"):
         rule.apply(Normed(), force=True)
-    with pytest.raises(GddlabError, match="model is a str: give a network"):
+    with pytest.raises(GddlabError, match="the network is of type str: give"):
         rule.apply("digits")

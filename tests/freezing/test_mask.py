@@ -187,6 +187,10 @@ def test_files_that_are_no_masks_are_refused(mask, tmp_path):
     path.write_text(json.dumps(value))
     with pytest.raises(GddlabError, match="incomplete"):
         FreezeMask.load(path)
+    mask.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"strategy": 5}))
+    with pytest.raises(GddlabError, match="strategy=5: input should be a valid string"):
+        FreezeMask.load(path)
 
 
 def test_unknown_names_are_refused(mask):

@@ -79,7 +79,7 @@ def test_a_function_of_the_result(net, result):
 @pytest.mark.parametrize(
     ("score", "says"),
     [
-        ("rsm", "unknown statistic 'rsm': did you mean 'rms'"),
+        ("rsm", "unknown statistic of this result 'rsm': did you mean 'rms'"),
         ({"rsm": 1}, "did you mean 'rms'"),
         ({}, "empty mapping: give weights of rms"),
         ({"rms": 0}, "weight 0 of score 'rms'"),

@@ -92,6 +92,6 @@ def test_refusals(net, rule):
         rule.transfer(net, by="size")
     with pytest.raises(GddlabError, match="no parameter of this network has a counterpart by level"):
         rule.transfer(nn.Sequential(nn.Linear(2, 2)), by="level")
-    with pytest.raises(GddlabError, match="model is a str: give a network"):
+    with pytest.raises(GddlabError, match="the network is of type str: give"):
         rule.transfer("digits")
     assert 0 < rule.transfer(tiny_adm(), by="level").arguments["mapped"] < 1

@@ -396,8 +396,8 @@ def test_a_matrix_that_does_not_fit_the_noise_levels_is_refused(small):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: r.heatmap("rsm"), "unknown statistic 'rsm': did you mean 'rms'"),
-        (lambda r: r.stem("speed"), "unknown statistic 'speed'"),
+        (lambda r: r.heatmap("rsm"), "unknown statistic of this result 'rsm': did you mean 'rms'"),
+        (lambda r: r.stem("speed"), "unknown statistic of this result 'speed'"),
         (lambda r: r.stem("rms", at=0), "at=0: give a noise level above 0"),
         (lambda r: r.lines("rms", "model.enc.16x16_con"), "did you mean 'model.enc.16x16_conv'"),
         (lambda r: r.lines("rms", ["*conv0", "*none*"]), "unknown layer '\\*none\\*'"),

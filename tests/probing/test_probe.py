@@ -358,7 +358,7 @@ def test_trajectories_visit_levels_that_float32_does_not_hold(net):
 
 def test_what_is_no_network_is_refused():
     for thing in ("digits", None):
-        with pytest.raises(GddlabError, match=r"the network is a (str|NoneType): give a torch.nn.Module"):
+        with pytest.raises(GddlabError, match=r"the network is of type (str|NoneType): give a torch.nn.Module"):
             probe(thing)
 
 

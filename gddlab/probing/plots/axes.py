@@ -50,7 +50,7 @@ def wide(frame: pd.DataFrame, stat: str, values: str = "value", across: str = "s
     """One statistic: layers in the order of the network down, `across` ascending."""
     part = frame[frame["stat"] == stat]
     if part.empty:
-        raise unknown("statistic", stat, frame["stat"])
+        raise unknown("statistic of this result", stat, frame["stat"])
     table = part.pivot(index="layer", columns=across, values=values)
     return table.loc[list(dict.fromkeys(part["layer"]))].sort_index(axis=1).astype(float)
 
