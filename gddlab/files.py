@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,16 @@ def path_of(name: str, value: object) -> Path:
     """
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise GddlabError(f"{name}={value!r}: give a path")
-    return Path(value)
+    return Path(value).expanduser()
+
+
+def located(value: Any, names: Collection[str] = ()) -> Any:
+    """A path that exists as an absolute one, for it to be found from any folder; names and all else as they are."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and value not in names and os.path.exists(path := os.path.expanduser(value)):
+        return os.path.abspath(path)
+    return value
 
 
 def nearest_existing(path: Path) -> Path:

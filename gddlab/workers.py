@@ -34,6 +34,7 @@ def fresh_environment(nproc: int) -> dict[str, str]:
     """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
     own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
+    env["PYTHONSAFEPATH"] = "1"  # a random.py in the working folder is not Python's
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from gddlab.datasets.base import BatchReader, ImageDataset, Manifest, digits, order
-from gddlab.datasets.open import open_dataset
+from gddlab.datasets.open import BUILT_IN, data_of, open_dataset
 from gddlab.datasets.prepare import PrepareReport, prepare
 
-__all__ = ["BatchReader", "ImageDataset", "Manifest", "PrepareReport", "digits", "open_dataset", "order", "prepare"]
+__all__ = [
+    "BUILT_IN",
+    "BatchReader",
+    "ImageDataset",
+    "Manifest",
+    "PrepareReport",
+    "data_of",
+    "digits",
+    "open_dataset",
+    "order",
+    "prepare",
+]

@@ -36,6 +36,19 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def what(self) -> str:
+        """The name, and what was chosen of the set: "digits, classes 3 and 5"."""
+        options = self.extra.get("options", {})
+        parts = [self.name]
+        if "classes" in options:
+            parts.append(f"classes {' and '.join(map(str, options['classes']))}")
+        if "max_images" in options:
+            parts.append(f"{options['max_images']} at most, seed {options['seed']}")
+        if "xflip" in options:
+            parts.append("mirrored too")
+        return ", ".join(parts)
+
 
 class ContentHash:
     """The `sha256` of a manifest, fed with the images in order: shape (N, R, R, C), bytes, then labels as int64."""

@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
@@ -25,6 +25,9 @@ from gddlab.datasets.readers import (
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, unknown, validated
 from gddlab.files import describe_start
+
+BUILT_IN = ("digits", "cifar10")
+"""Names that mean a data set also where a folder is called so."""
 
 
 def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> ImageDataset | Listing:
@@ -57,6 +60,35 @@ def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> I
     if len(path.parts) > 1 or path.suffix or text.endswith("/") or isinstance(data, Path):
         raise NotFound(f"no such file or folder: {path}")
     raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
+
+
+def data_of(card: Any) -> ImageDataset | None:
+    """The data that a network's card names, found again: all images, of the classes that it was trained on.
+
+    Args:
+        card: Has `data`, a name, a path or a data set, and may have `manifest`, that of the images trained on.
+
+    Returns:
+        The data; None where the card names none.
+
+    Raises:
+        NotFound: They are no longer where they were.
+        GddlabError: Other images are there now.
+    """
+    data, manifest = getattr(card, "data", None), getattr(card, "manifest", None)
+    if data is None or manifest is None:
+        return None if data is None else open_dataset(data)
+    options = manifest["extra"].get("options", {})
+    try:
+        used = open_dataset(data, **options)
+    except NotFound:
+        raise NotFound(f"{data}, the data of this network, is no longer there: give data= with its new place") from None
+    if used.manifest.sha256 != manifest["sha256"]:
+        raise GddlabError(
+            f"{data} holds other images than this network was trained on ({len(used)}, then {manifest['count']}): "
+            "give data="
+        )
+    return used if options.keys() <= {"classes"} else open_dataset(data, classes=options.get("classes"))
 
 
 def listed(source: ImageDataset | Listing) -> Listing:

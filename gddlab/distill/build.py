@@ -11,6 +11,7 @@ from gddlab.distill.config import DTYPES, TrainConfig
 from gddlab.distill.distributed import World, shard
 from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
+from gddlab.files import hash_tensors, read_object
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
 from gddlab.teachers import load_teacher
@@ -41,7 +42,17 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
     teacher, data = load_teacher(config.teacher), open_data(config)
     weights_found(config)
     check_fit(config, teacher, data, world_size=world_size)
+    check_unchanged(config, teacher, data)
     return teacher, data
+
+
+def check_unchanged(config: TrainConfig, teacher: Precond, data: ImageDataset) -> None:
+    """Refuses to continue a run with another teacher, or other images, than it began with."""
+    known = read_object(config.run_dir / "provenance.json")
+    if known.get("dataset_sha256", data.manifest.sha256) != data.manifest.sha256:
+        raise GddlabError(f"{config.run_dir} began with other images than {config.data} holds now: use a new run_dir")
+    if "teacher_sha256" in known and known["teacher_sha256"] != hash_tensors(teacher.state_dict()):
+        raise GddlabError(f"{config.run_dir} began with another teacher than {config.teacher}: use a new run_dir")
 
 
 def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, world_size: int = 1) -> None:

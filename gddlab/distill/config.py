@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ import torch
 import tyro
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from gddlab.datasets import BUILT_IN
 from gddlab.distill.augment import Augment
 from gddlab.distill.instance import Consistency, FromNoise, Progressive, Trajectory
 from gddlab.distill.lpips import LPIPS
@@ -21,9 +23,10 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
-from gddlab.files import path_of, read_json, write_json
+from gddlab.files import located, path_of, read_json, read_object, write_json
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
+from gddlab.teachers import bundled_teachers
 
 
 def _mask(value: Any) -> Any:
@@ -31,6 +34,10 @@ def _mask(value: Any) -> Any:
 
 
 RunDir = Annotated[Path, BeforeValidator(lambda value: path_of("run_dir", value))]
+
+
+TeacherName = Annotated[str, BeforeValidator(lambda value: located(value, bundled_teachers()))]
+DataName = Annotated[str, BeforeValidator(lambda value: located(value, BUILT_IN))]
 
 
 Discriminators = Annotated[
@@ -49,6 +56,8 @@ class RunSettings(Settings):
     """The configuration of a run, which is written to its folder."""
 
     run_dir: RunDir
+    places: ClassVar[tuple[str, ...]] = ()
+    """Fields that name what the run knows by its hash too."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the folder left out."""
@@ -75,14 +84,25 @@ class RunSettings(Settings):
     def write(self) -> None:
         """Writes config.json; the same configuration again is accepted.
 
+        A run that began has the hashes of its data and teacher, so these may have moved: config.json then gets their
+        new place, with a warning.
+
         Raises:
             GddlabError: The folder holds a run of another configuration; nothing is written.
         """
-        path = self.run_dir / "config.json"
+        path, here = self.run_dir / "config.json", self.to_json()
         if not path.exists():
-            write_json(path, self.to_json())
-        elif difference := self.first_difference(read_json(path)):
+            write_json(path, here)
+            return
+        written = read_object(path)
+        began = (self.run_dir / "provenance.json").exists()
+        moved = {n: here[n] for n in self.places if began and n in written and written[n] != here[n]}
+        if difference := self.first_difference(written | moved):
             raise GddlabError(f"{self.run_dir} holds another run: {difference}; use a new run_dir")
+        if moved:
+            write_json(path, written | moved)
+            for name, place in moved.items():
+                warnings.warn(f"{name} has moved from {written[name]} to {place}; its hash is the same", stacklevel=3)
 
 
 def _short(value: Any) -> str:
@@ -95,12 +115,13 @@ class TrainConfig(RunSettings):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     noun: ClassVar[str] = "configuration field"
+    places: ClassVar[tuple[str, ...]] = ("teacher", "data")
 
     run_dir: RunDir
     """Folder of the run."""
-    teacher: str = "digits"
+    teacher: TeacherName = "digits"
     """Teacher: a name, or the path of a .safetensors or EDM .pkl file."""
-    data: str = "digits"
+    data: DataName = "digits"
     """Real images: a dataset by name or path."""
     classes: tuple[int, ...] | None = None
     """Class ids to keep; they keep their ids. None keeps all."""

@@ -23,7 +23,7 @@ from tyro.conf import Suppress
 
 from gddlab.distill.distances import LITE0, Lite0Distance, LPIPSDistance, SquaredDistance, linear_layers
 from gddlab.distill.losses import constant
-from gddlab.distill.parts import Part
+from gddlab.distill.parts import FileName, Part
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.pretrained.backbones import lite_weights
@@ -142,7 +142,7 @@ class InstancePart(Part):
     """Steps of the Karras grid from sigma 80 to 0.002; a power of two for progressive distillation."""
     distance: Literal["lpips", "l2", "lite0"] = "lpips"
     """Distance between prediction and target; lite0 is LPIPS's formula on EfficientNet-lite0, without its weights."""
-    distance_weights: str | None = None
+    distance_weights: FileName | None = None
     """Weights of the LPIPS trunk: a path, or "random"; None looks for them."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import Discriminator, DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart, FileName
 from gddlab.nets import Precond
 from gddlab.pretrained.trunks import LPIPSTrunk, check_trunk, unit
 
@@ -64,7 +64,7 @@ class LPIPS(DiscriminatorPart):
     """Name of this kind."""
     net: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Trunk."""
-    weights: str | None = None
+    weights: FileName | None = None
     """Weights of the trunk: a path, or "random"; None looks for them."""
     input_size: int = Field(default=224, ge=16, le=512)
     """Size to which images are resized, pixels."""

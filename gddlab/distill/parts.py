@@ -5,14 +5,17 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, refusal_of, unknown
+from gddlab.files import located
 from gddlab.nets import Precond
 
+FileName = Annotated[str, BeforeValidator(lambda value: located(value, ("auto", "random")))]
+"""A file, by an absolute path; of weights also "auto" or "random"."""
 PLAIN = (str, int, float, bool, type(None), Path, list, tuple, dict)
 
 

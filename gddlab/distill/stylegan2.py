@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from gddlab.distill.parts import Discriminator, DiscriminatorPart
+from gddlab.distill.parts import Discriminator, DiscriminatorPart, FileName
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond
 from gddlab.pretrained.published import fit_state, read_state
@@ -226,7 +226,7 @@ class StyleGAN2(DiscriminatorPart):
     """Name of this kind."""
     channel_max: int = Field(default=512, ge=1)
     """Bound of the layers' widths, channels."""
-    weights: str | None = None
+    weights: FileName | None = None
     """Initial weights: the path of a state dict or of a StyleGAN2-ADA .pkl; None starts from scratch."""
 
     def build(self, teacher: Precond, *, exact: bool = False) -> StyleGAN2Discriminator:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
-from gddlab.distill.config import RunDir, RunSettings
+from gddlab.distill.config import DataName, RunDir, RunSettings
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError, validated
 from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_text
@@ -31,8 +31,8 @@ class TeacherConfig(RunSettings):
 
     run_dir: RunDir
     """Folder of log, checkpoint, samples and the finished teacher."""
-    data: str = "digits"
-    """Dataset by name."""
+    data: DataName = "digits"
+    """Dataset by name or path."""
     conditional: bool = False
     """Whether the network sees class labels."""
     model_channels: int = Field(default=32, ge=4)
@@ -141,7 +141,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         ema,
         done,
         name=run.name,
-        data=data.name,
+        data=config.data,
         manifest=data.manifest.to_dict(),
         sigma_min=SIGMA_MIN,
         sigma_max=SIGMA_MAX,

@@ -202,7 +202,7 @@ class Trainer:
 
     def student_meta(self) -> dict[str, Any]:
         return {
-            "data": self.data.name,
+            "data": self.config.data,
             "manifest": self.data.manifest.to_dict(),
             "teacher": self.config.teacher,
             "kimg": self.nimg / 1000,

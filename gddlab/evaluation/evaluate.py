@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.datasets import ImageDataset, data_of, open_dataset
 from gddlab.errors import GddlabError, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows
@@ -95,7 +95,7 @@ def evaluate(
         about["source"] = text
         source = open_source(text, progress=progress)
     card = getattr(source, "card", None)
-    data = data if data is not None else getattr(card, "data", None)
+    data = data_of(card) if data is None else data
     if data is None:
         raise GddlabError(f"no dataset to score against: the {type(source).__name__} names none, give data=")
     with joined(nproc) as ranks:

@@ -83,6 +83,11 @@ class Record:
         """The metric without its n."""
         return self.metric.partition("@")[0]
 
+    @property
+    def against(self) -> str:
+        """The real images, with their number where it is known."""
+        return self.reference if self.reference_n is None else f"{self.reference_n} images of {self.reference}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for strict JSON."""
         d = asdict(self) | {"seeds": list(self.seeds) if self.seeds else None}
@@ -148,7 +153,7 @@ class Scores:
         return self.record(name).value
 
     def __str__(self) -> str:
-        return "\n".join(f"{r.metric:<24} {r.value:.6g}" for r in self.records)
+        return "\n".join(f"{r.metric:<24} {r.value:<11.6g} against {r.against}" for r in self.records)
 
     def record(self, name: str) -> Record:
         """The record of a metric, named with or without its n."""

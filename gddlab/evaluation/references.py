@@ -53,7 +53,7 @@ class Reference:
     @classmethod
     def of(cls, data: ImageDataset) -> Reference:
         m = data.manifest
-        return cls(m.name, m.sha256, len(data), m.channels, m.resolution, m.classes, data.class_ids, data)
+        return cls(m.what, m.sha256, len(data), m.channels, m.resolution, m.classes, data.class_ids, data)
 
     def check(self, kinds: tuple[str, ...]) -> None:
         """Raises: GddlabError: A metric needs features of single images, and only their statistics are known."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.datasets import data_of
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
@@ -44,8 +44,8 @@ def evaluate_snapshots(
     Returns:
         (thousands of images, record), oldest first.
     """
-    metric, config = find_extractor(extractor).metric_name("fid"), run.config
-    known, data = _known(run.run_dir, metric, n), _real(config)
+    metric = find_extractor(extractor).metric_name("fid")
+    known = _known(run.run_dir, metric, n)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -55,7 +55,7 @@ def evaluate_snapshots(
         record = known.get(net.card.sha256)
         if record is None:
             how: dict[str, Any] = {"n": n, "extractor": extractor, "nproc": nproc, "progress": False}
-            record = evaluate(net.to(chosen_device()), data=data, metrics=("fid",), **how).record(metric)
+            record = evaluate(net.to(chosen_device()), metrics=("fid",), **how).record(metric)
             append_records(run.run_dir, [record])
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
@@ -96,14 +96,9 @@ def evaluate_end(
         return []
     how: dict[str, Any] = {"n": n, "extractor": extractor, "blocks": blocks, "nproc": nproc, "progress": False}
     net = run.student().to(chosen_device())
-    records = list(evaluate(net, data=_real(run.config), metrics=missing, **how))
+    records = list(evaluate(net, metrics=missing, **how))
     append_records(run.run_dir, records)
     return records
-
-
-def _real(config: TrainConfig) -> ImageDataset:
-    """All images of a run's data, of the classes trained on."""
-    return open_dataset(config.data, classes=config.classes, progress=False)
 
 
 def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record]:
@@ -130,7 +125,7 @@ def scorer(config: TrainConfig, world: World) -> Score:
         if record is None:
             how: dict[str, Any] = {"n": config.metric_n, "extractor": config.metric_extractor, "progress": False}
             try:
-                record = evaluate(net, data=_real(config), metrics=config.metric, **how).record(metric)
+                record = evaluate(net, metrics=config.metric, **how).record(metric)
             except GddlabError as e:  # images or score are not finite
                 sys.stdout.write(f"no score: {e}\n")
                 return metric, math.nan, None
@@ -164,6 +159,7 @@ def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool =
     for steps in STEPS:
         save_grid(sample(teacher, 64, steps=steps), folder / f"samples-{steps}.png", columns=8, scale=1)
         records += evaluate(teacher, n=n, steps=steps, progress=progress)
-    records += real_split(teacher.card.data, progress=progress)
+    if (real := data_of(teacher.card)) is not None:
+        records += real_split(real, progress=progress)
     write_json(folder / "scores.json", [r.to_dict() for r in records])
     return records

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import SkipValidation
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset, open_dataset, order
+from gddlab.datasets import ImageDataset, data_of, open_dataset, order
 from gddlab.errors import GddlabError, refusal_of
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
@@ -244,7 +244,7 @@ def _dataset(model: nn.Module, data: Data, states: str) -> ImageDataset | None:
             raise GddlabError(f'states="{states}" needs no images: omit data=')
         return None
     if data is None:
-        data = getattr(getattr(model, "card", None), "data", None)
+        data = data_of(getattr(model, "card", None))
     if data is None:
         raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
     if not isinstance(data, str | Path | ImageDataset):

@@ -40,6 +40,7 @@ class TeacherCard:
     sigma_min: float
     sigma_max: float
     data: str | None
+    """Name or path of the data set that it was trained on."""
     sha256: str
     source: str
     kimg: float | None = None
@@ -47,6 +48,8 @@ class TeacherCard:
     """For a network read from a pickle: file, its sha256, class, key, and the data set that it names."""
     licence: str | None = None
     scores: tuple[dict[str, Any], ...] = field(default=())
+    manifest: dict[str, Any] | None = None
+    """Of the images that it was trained on; None where they are not known."""
 
     @classmethod
     def of(
@@ -70,11 +73,12 @@ class TeacherCard:
             original=meta.get("original"),
             licence=meta.get("licence"),
             scores=tuple(scores),
+            manifest=meta.get("manifest"),
         )
 
     def to_meta(self) -> dict[str, Any]:
         """What a weights file keeps of the card: all that cannot be derived from the network."""
-        keep = ("name", "data", "sigma_min", "sigma_max", "kimg", "original", "licence")
+        keep = ("name", "data", "manifest", "sigma_min", "sigma_max", "kimg", "original", "licence")
         return {k: v for k in keep if (v := getattr(self, k)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
