@@ -7,6 +7,7 @@ chosen.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,7 +60,8 @@ def demo(out: Path = Path("demo"), **options: Any) -> None:
     """
     from gddlab.demo import demo
 
-    demo(out, **options)
+    with following(out / "run"):
+        demo(out, **options)
 
 
 @command("teacher train", config=lambda words: gddlab.TeacherConfig(run_dir=Path("runs/teacher")))
@@ -296,8 +298,47 @@ def train(
         return
     run = gddlab.train(config, **options)
     if not detach:
+        with following(run.run_dir):
+            run.watch()
+    say(run)
+
+
+@contextlib.contextmanager
+def following(run_dir: Path) -> Iterator[None]:
+    """Says on Ctrl-C that the run goes on, and how to end it."""
+    from gddlab.lock import held
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run_dir.is_dir() and held(run_dir):
+            sys.stderr.write(f"\n{run_dir} is still running: gddlab watch, stop or kill {run_dir}\n")
+        raise
+
+
+@command("watch")
+def watch(run_dir: Positional[Path]) -> None:
+    """Follows a run to its end. Ctrl-C leaves it running."""
+    run = gddlab.attach(run_dir)
+    with following(run.run_dir):
         run.watch()
     say(run)
+
+
+@command("stop")
+def stop(run_dir: Positional[Path], timeout: float = 120) -> None:
+    """Asks a run to write a checkpoint and end, and waits for that. The same train command continues it.
+
+    Args:
+        timeout: Seconds to wait.
+    """
+    say(gddlab.attach(run_dir).stop(timeout))
+
+
+@command("kill")
+def kill(run_dir: Positional[Path]) -> None:
+    """Ends the processes of a run on this machine at once. The same train command continues from its last checkpoint."""
+    say(gddlab.attach(run_dir).kill())
 
 
 @command("preflight", "gddlab.diagnosis.preflight:preflight", "gddlab.cli:train", parts=kinds_of, config=preset_of)
@@ -626,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
             overview(words)
         else:
             call(name, words[len(name.split()) :])
-    except GddlabError as e:
+    except (GddlabError, TimeoutError) as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
     except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk

@@ -264,9 +264,12 @@ class TrainConfig(RunSettings):
         Raises:
             GddlabError: The folder holds a run of another configuration; nothing is written.
         """
-        if self.mask is not None and not (self.run_dir / "config.json").exists():
+        new = not (self.run_dir / "config.json").exists()
+        if new and self.mask is not None:
             self.mask.save(self.run_dir / "mask.json")
         super().write()
+        if not new:
+            self.load(self.run_dir)  # refuses a mask.json that was edited
 
     @classmethod
     def load(cls, run_dir: str | Path) -> TrainConfig:

@@ -49,6 +49,7 @@ def main(run_dir: Path, launch: Launch) -> int:
             run_id=uuid.uuid4().hex if launch.nnodes == 1 else run_dir.name,
             rdzv_backend="c10d",
             rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
+            local_addr="localhost" if launch.nnodes == 1 else None,  # the machine's own name may not resolve
             max_restarts=launch.max_restarts,
             monitor_interval=0.1,
         )

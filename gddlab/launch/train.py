@@ -32,7 +32,7 @@ def train(
     """Starts or continues a run in fresh processes and returns at once.
 
     The run does not end with the calling kernel; `gddlab.attach(run_dir)` finds it again. The same call on the same
-    directory continues a run that was stopped, killed or failed, and returns the handle of one that is done.
+    directory continues a run that was stopped, killed or failed, and returns the handle of one that runs or is done.
 
     On several machines, each makes this call with the same configuration, on a directory that all of them see; training
     starts when the last one has joined.
@@ -46,11 +46,12 @@ def train(
         timeout_s: Seconds after which a process that does not answer the others ends the run, which names it.
 
     Raises:
-        GddlabError: Teacher, data, mask or batch do not fit each other; the directory holds another configuration, or
-            is in use.
+        GddlabError: Teacher, data, mask or batch do not fit each other; there is no such device; the directory holds
+            another configuration, or on several machines another job works in it.
     """
     from gddlab.distill.build import check
     from gddlab.distill.config import TrainConfig
+    from gddlab.runtime import chosen_device
 
     if type(config) is not TrainConfig:
         kind = type(config)
@@ -58,12 +59,19 @@ def train(
             f"config is a {kind.__module__}.{kind.__qualname__}, which the processes of a run do not know: give a "
             "TrainConfig, such as gddlab.presets.digits(run_dir=...)"
         )
+    chosen_device(config.device)
     launch = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, timeout_s)
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    fd = take(run_dir, launch.job)
+    try:
+        fd = take(run_dir, launch.job)
+    except GddlabError:
+        if launch.nnodes > 1 or not (run_dir / "config.json").exists():
+            raise
+        config.write()  # refuses another configuration
+        return RunHandle(run_dir)
     try:
         config.write()
         handle = RunHandle(run_dir)
