@@ -337,7 +337,7 @@ def stop(run_dir: Positional[Path], timeout: float = 120) -> None:
 
 @command("kill")
 def kill(run_dir: Positional[Path]) -> None:
-    """Ends the processes of a run on this machine at once. The same train command continues from its last checkpoint."""
+    """Ends a run on this machine at once. The same train command continues it from its last checkpoint."""
     say(gddlab.attach(run_dir).kill())
 
 

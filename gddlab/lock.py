@@ -16,6 +16,9 @@ from pathlib import Path
 
 from gddlab.errors import GddlabError
 
+OWNED = "GDDLAB_OWNED"
+"""Environment variable of a run's processes: id of the one that holds the lock on behalf of its children."""
+
 
 @dataclass(frozen=True)
 class Job:

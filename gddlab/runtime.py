@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import psutil
 import torch
 
 from gddlab.errors import GddlabError
+from gddlab.lock import OWNED
 
 
 def chosen_device(name: str = "auto") -> torch.device:
@@ -116,6 +120,38 @@ def usable_cores() -> float:
     """Cores that this process may use: affinity, and the quota of its container."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(affinity, container_limits().cores or affinity)
+
+
+@contextlib.contextmanager
+def beside_runs() -> Iterator[None]:
+    """Inside, torch takes only the cores that runs on this machine leave, at least one.
+
+    Where both want all cores, their threads wait for each other by spinning, and both become many times slower. Runs on
+    GPUs leave the cores to others.
+    """
+    before = torch.get_num_threads()
+    busy = 0 if OWNED in os.environ or torch.cuda.is_available() else _threads_of_runs(int(time.monotonic()))
+    if not busy:
+        yield
+        return
+    torch.set_num_threads(max(1, min(before, int(usable_cores()) - busy)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.lru_cache(maxsize=1)
+def _threads_of_runs(second: int) -> int:
+    """Threads of all ranks on this machine; looked up once a second."""
+    found = 0
+    for process in psutil.process_iter(["cmdline"]):
+        if {"gddlab.launch.agent", "gddlab.launch.rank"}.isdisjoint(process.info["cmdline"] or ()):
+            continue
+        with contextlib.suppress(psutil.Error):  # it ended, or belongs to somebody else
+            if not process.children():  # an agent beside its ranks waits
+                found += int(process.environ().get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    return found
 
 
 def usable_memory() -> tuple[int, int]:

@@ -24,8 +24,10 @@ from gddlab.files import is_run
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
+from gddlab.runtime import beside_runs
 
 
+@beside_runs()
 @validated
 def evaluate(
     source: Precond | ImageDataset | Tensor | str | Path | Any,
@@ -124,6 +126,7 @@ def evaluate(
     return Scores(tuple(records))
 
 
+@beside_runs()
 @validated
 def real_split(
     data: str | Path | ImageDataset,

@@ -19,6 +19,7 @@ from gddlab.evaluation.features import real_features, real_rows
 from gddlab.evaluation.metrics import Statistics, statistics
 from gddlab.files import atomic_path, file_sha256, path_of
 from gddlab.provenance import versions
+from gddlab.runtime import beside_runs
 
 FORMAT = "gddlab-reference-1"
 SAME = ("name", "layer", "dims", "input_size", "preprocessing", "sha256")
@@ -87,6 +88,7 @@ def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, pro
     return Reference.of(open_dataset(data, progress=progress))
 
 
+@beside_runs()
 @validated
 def reference(
     data: str | Path | ImageDataset,

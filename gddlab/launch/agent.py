@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 
 from gddlab.distill.status import ACTIVE, mark_stopped, read_status, write_status
-from gddlab.launch.plan import OWNED, Launch, launch_environment
+from gddlab.launch.plan import Launch, launch_environment
 from gddlab.launch.rank import report_failure, run_rank
+from gddlab.lock import OWNED
 
 ASKED = {signal.SIGTERM, signal.SIGUSR1}
 """Signals that ask for a checkpoint and the end; they are blocked when this process begins."""

@@ -17,8 +17,6 @@ from gddlab.lock import Job
 if TYPE_CHECKING:
     from gddlab.distill.config import TrainConfig
 
-OWNED = "GDDLAB_OWNED"
-"""Environment variable: id of the process that holds the lock of the run directory on behalf of its children."""
 TIMEOUT = "GDDLAB_TIMEOUT"
 """Environment variable: timeout of a collective, seconds."""
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"

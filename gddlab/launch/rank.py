@@ -14,8 +14,8 @@ from pathlib import Path
 
 from gddlab.distill.status import read_status, write_status
 from gddlab.errors import GddlabError
-from gddlab.launch.plan import OWNED, TIMEOUT
-from gddlab.lock import Job, sign, take
+from gddlab.launch.plan import TIMEOUT
+from gddlab.lock import OWNED, Job, sign, take
 
 
 class RankTimeout(GddlabError):

@@ -51,6 +51,7 @@ def train(
     """
     from gddlab.distill.build import check
     from gddlab.distill.config import TrainConfig
+    from gddlab.evaluation.extractors import find_extractor
     from gddlab.runtime import chosen_device
 
     if type(config) is not TrainConfig:
@@ -60,6 +61,8 @@ def train(
             "TrainConfig, such as gddlab.presets.digits(run_dir=...)"
         )
     chosen_device(config.device)
+    if config.metric_kimg is not None:
+        find_extractor(config.metric_extractor).check()
     launch = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, timeout_s)
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)

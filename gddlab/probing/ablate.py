@@ -21,6 +21,7 @@ from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, 
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
 
 Mode = Literal["mean", "zero", "resample"]
 
@@ -49,6 +50,7 @@ def _statistics(mode: str) -> tuple[type[PerImage], ...]:
 STATISTICS = {mode: _statistics(mode) for mode in MODES}
 
 
+@beside_runs()
 @validated
 def ablate(
     model: Any,

@@ -21,6 +21,7 @@ from gddlab.probing.reductions import mean, mean_magnitude
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
 
 Method = Literal["LayerConductance", "LayerIntegratedGradients", "LayerActivation"]
 
@@ -90,6 +91,7 @@ METHODS: Mapping[str, tuple[type[PerImage], ...]] = {
 """captum's classes, and the statistics made of their attributions."""
 
 
+@beside_runs()
 @validated
 def attribute(
     model: Any,

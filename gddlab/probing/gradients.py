@@ -20,6 +20,7 @@ from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
 
 STATISTICS = (
     declare(
@@ -78,6 +79,7 @@ class Batch(NamedTuple):
     n: int = 1
 
 
+@beside_runs()
 @validated
 def grad_probe(
     model: Any,

@@ -27,6 +27,7 @@ from gddlab.probing.layers import (
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
 
 Measure = SkipValidation[Callable[[nn.Module], float]]
 """A number of a network, such as a distance of its samples to real images."""
@@ -77,6 +78,7 @@ MEASURES = {
 }
 
 
+@beside_runs()
 @validated
 def patch(
     student: Any,

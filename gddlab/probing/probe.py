@@ -23,9 +23,11 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import DEFAULT, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.ranks import present_ranks, share
+from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import precision
 
 
+@beside_runs()
 @validated
 def probe(
     model: Any,
@@ -180,6 +182,7 @@ class Estimate:
         )
 
 
+@beside_runs()
 @validated
 def estimate(
     model: Any,

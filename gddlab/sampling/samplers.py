@@ -18,6 +18,7 @@ from gddlab.errors import GddlabError, integer, positive, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 from gddlab.nets.precond import descending
 from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
 from gddlab.sampling.schedules import (
     Schedule,
     fit_vp,
@@ -376,6 +377,7 @@ Method = Sampler | tuple[float, ...]
 """A teacher's sampler, or the noise levels of a student."""
 
 
+@beside_runs()
 def sample(
     net: Precond,
     n: int | None = None,

@@ -109,8 +109,10 @@ def test_stop_kill_and_continue(tmp_path: Path, quick: Quick) -> None:
     config = quick(tmp_path / "run", total_kimg=100)
     run = train(config)
     until(reached(run, 16))
-    with pytest.raises(GddlabError, match="being run by another process"):
-        train(config)
+    again = train(config)  # as of a cell that is executed twice
+    assert again.process is None and again.status == "running"
+    with pytest.raises(GddlabError, match="batch is 8 there, 16 here"):
+        train(config.model_copy(update={"batch": 16}))
     other = attach(tmp_path / "run")  # another handle, as from another kernel
     other.stop(60)
     assert run.status == other.status == "stopped"
@@ -136,11 +138,9 @@ def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: P
     assert run.metrics["nimg"].tolist() == [16, 32]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is a missing accelerator")
 def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, quick: Quick) -> None:
-    config = quick(tmp_path / "run", device="cuda")
-    run = train(config)
-    with pytest.raises(RunFailed, match="torch sees no CUDA device") as e:
+    run = train(quick(tmp_path / "run", lr_g=1e30))
+    with pytest.raises(RunFailed, match="the loss was not finite") as e:
         run.wait(120)
     assert "Traceback" in str(e.value)
     assert run.status == "failed"
@@ -163,7 +163,33 @@ def test_refusals(tmp_path: Path, tiny_teacher: Path) -> None:
         train(tiny_config(tmp_path / "run", tiny_teacher), nproc=3)
     with pytest.raises(GddlabError, match="nproc=0"):
         train(tiny_config(tmp_path / "run", tiny_teacher), nproc=0)
+    with pytest.raises(GddlabError, match=r"nproc=2\.0: give an integer"):
+        train(tiny_config(tmp_path / "run", tiny_teacher), nproc=2.0)  # type: ignore[arg-type]
+    with pytest.raises(GddlabError, match="unknown extractor 'lite3': did you mean"):
+        train(tiny_config(tmp_path / "run", tiny_teacher, metric_kimg=0.016, metric_extractor="lite3"))
+    if not torch.cuda.is_available():
+        with pytest.raises(GddlabError, match="torch sees no CUDA device"):
+            train(tiny_config(tmp_path / "run", tiny_teacher, device="cuda"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_that_was_edited_is_refused_at_the_call(tmp_path: Path, tiny_teacher: Path) -> None:
+    mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
+    config = tiny_config(tmp_path / "run", tiny_teacher, mask=mask)
+    config.write()
+    path = tmp_path / "run" / "mask.json"
+    path.write_text(path.read_text().replace("gdd-i", "gdd-j"))
+    config.write()  # its name decides nothing
+    path.write_text(path.read_text().replace(mask.frozen[0], "model.nothing", 1))
+    with pytest.raises(GddlabError, match="mask.json: "):
+        train(config)
+
+
+def test_a_file_called_as_a_module_of_pythons_is_not_imported(tmp_path: Path, quick: Quick) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not this one')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert train(quick(tmp_path / "run", total_kimg=0.016)).wait(120).status == "done"
 
 
 def test_objects_of_the_calling_process_are_refused(tmp_path: Path, tiny_teacher: Path) -> None:
