@@ -332,7 +332,7 @@ def test_killed_and_called_again_equals_undisturbed(large: tuple[Path, bytes], t
             os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C at a terminal: to all of the group
     text = run.communicate(timeout=60)[1]
     if how == "interrupt":
-        assert text.count("KeyboardInterrupt") == 1
+        assert run.returncode in (-signal.SIGINT, 1) and "ForkProcess" not in text  # one answer, not one per worker
     else:
         assert run.returncode == -signal.SIGKILL
     assert gone(out)

@@ -181,7 +181,7 @@ def test_a_mask_that_was_edited_is_refused_at_the_call(tmp_path: Path, tiny_teac
     path.write_text(path.read_text().replace("gdd-i", "gdd-j"))
     config.write()  # its name decides nothing
     path.write_text(path.read_text().replace(mask.frozen[0], "model.nothing", 1))
-    with pytest.raises(GddlabError, match="mask.json: "):
+    with pytest.raises(GddlabError, match=r"mask\.json: "):
         train(config)
 
 
