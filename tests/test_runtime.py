@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ import torch
 
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
-from gddlab.runtime import Limits, chosen_device, container_limits, generator
+from gddlab.lock import OWNED
+from gddlab.runtime import Limits, beside_runs, chosen_device, container_limits, generator, usable_cores
 
 GIB = 1 << 30
 
@@ -83,3 +88,25 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
     write(tmp_path / "fs" / "cpu", cpu__cfs_quota_us="-1")
     assert container_limits(own, tmp_path / "fs") == Limits()
     assert container_limits(tmp_path / "none", tmp_path / "fs") == Limits()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on GPUs leave the cores to others")
+def test_cores_are_left_to_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, cores = torch.get_num_threads(), int(usable_cores())
+    script = [sys.executable, "-c", "print('on', flush=True); input()", "gddlab.launch.rank"]
+    for threads in (1, 64):
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        run = subprocess.Popen(script, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert run.stdout is not None and run.stdout.readline() == "on\n"
+        time.sleep(1)  # runs are looked up once a second
+        with beside_runs():
+            assert torch.get_num_threads() == max(1, min(before, cores - threads))
+        assert torch.get_num_threads() == before
+        with monkeypatch.context() as patch:
+            patch.setenv(OWNED, "1")  # a run's own process
+            with beside_runs():
+                assert torch.get_num_threads() == before
+        run.communicate("")
+    time.sleep(1)
+    with beside_runs():
+        assert torch.get_num_threads() == before

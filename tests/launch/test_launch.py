@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.cli import main
 from gddlab.distill import presets
 from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
@@ -105,7 +106,7 @@ def test_the_same_call_returns_a_run_that_is_done(undisturbed: TrainConfig) -> N
         train(undisturbed.model_copy(update={"batch": 16}), nproc=2)
 
 
-def test_stop_kill_and_continue(tmp_path: Path, quick: Quick) -> None:
+def test_stop_kill_and_continue(tmp_path: Path, quick: Quick, capsys: pytest.CaptureFixture[str]) -> None:
     config = quick(tmp_path / "run", total_kimg=100)
     run = train(config)
     until(reached(run, 16))
@@ -113,15 +114,15 @@ def test_stop_kill_and_continue(tmp_path: Path, quick: Quick) -> None:
     assert again.process is None and again.status == "running"
     with pytest.raises(GddlabError, match="batch is 8 there, 16 here"):
         train(config.model_copy(update={"batch": 16}))
-    other = attach(tmp_path / "run")  # another handle, as from another kernel
-    other.stop(60)
-    assert run.status == other.status == "stopped"
+    main(["stop", str(tmp_path / "run")])  # as from another shell
+    assert "run: stopped" in capsys.readouterr().out
+    assert run.status == attach(tmp_path / "run").status == "stopped"
     stopped_at = run.written_status["nimg"]
     assert stopped_at > 0
     run = train(config)
     until(reached(run, stopped_at + 8))
     began = time.monotonic()
-    run.kill()
+    main(["kill", str(tmp_path / "run")])
     assert time.monotonic() - began < 10
     assert run.status == "stopped"
     assert not held(run.run_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gddlab.cli import main
 from gddlab.distill.status import write_status
 from gddlab.launch import attach
 from gddlab.launch.handle import _picture, audience, follow, line
+from gddlab.lock import take
 from tests.conftest import tiny_config
 
 TICK = {
@@ -46,6 +49,27 @@ def test_plain_in_a_log(run, capsys: pytest.CaptureFixture[str]) -> None:  # typ
     assert audience() == "log"
     follow(run, 0.1)
     assert capsys.readouterr().err == line(run) + "\n"
+
+
+def test_interrupting_the_shell_says_how_to_end_the_run(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # type: ignore[no-untyped-def]
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gddlab.launch.handle.follow", interrupted)
+    monkeypatch.setattr("gddlab.demo.demo", interrupted)
+    (run.run_dir.parent / "run").symlink_to(run.run_dir)
+    for words in (["watch", str(run.run_dir)], ["demo", "--out", str(run.run_dir.parent)]):
+        fd = take(run.run_dir)
+        with pytest.raises(SystemExit) as e:
+            main(words)
+        os.close(fd)
+        assert e.value.code == 130
+        assert "is still running: gddlab watch, stop or kill " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["watch", str(run.run_dir)])
+    assert capsys.readouterr().err == ""  # nothing runs
 
 
 def test_a_long_log_costs_nothing(run) -> None:  # type: ignore[no-untyped-def]
