@@ -36,9 +36,9 @@ MADE = [
             "seed": 31,
             "option": 3,
             "loss_type": "hinge",
-            "cout": 64,
+            "cout": 8,
         },
-        id="option3_hinge_cond_cout64",
+        id="option3_hinge_cond_cout8",
     ),
     pytest.param(
         {

@@ -49,10 +49,10 @@ from tests.launch.faults import ALONE, reached, until
     ids=["plain", "accumulation, instance loss", "sharded, ada, accumulation, two steps"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[str, Any]) -> None:
-    """Same global batch and noise, float64, synchronised BatchNorm: parameters after 5 steps agree to 1e-9."""
+    """Same global batch and noise, float64, synchronised BatchNorm: parameters after 3 steps agree to 1e-9."""
     mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
     fields = {"mask": mask, "precision": "float64", "discriminator": {"sync_batchnorm": True}, **more}
-    fields |= {"total_kimg": 0.04, "checkpoint_kimg": 0.04, "probe_kimg": 0.04}
+    fields |= {"total_kimg": 0.024, "checkpoint_kimg": 0.024, "probe_kimg": 0.024}
     config = tiny_config(tmp_path / "one", tiny_teacher, **fields)
     config.write()
     one = Trainer(config, ALONE)
@@ -62,11 +62,11 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_teacher: Path, more: dict[
     assert run.status == "done"
     assert read_json(run.run_dir / "provenance.json")["world_size"] == 2
     alone, shared = (load_run(tmp_path / name).probes for name in ("one", "two"))
-    assert sorted(set(shared["kimg"])) == [0.0, 0.04]
+    assert sorted(set(shared["kimg"])) == [0.0, 0.024]
     pd.testing.assert_frame_equal(alone, shared, rtol=1e-6, atol=1e-6)
     two = Trainer(config, ALONE)
     assert two.restore()
-    assert one.iteration == two.iteration == 5
+    assert one.iteration == two.iteration == 3
     seen = 0
     for a, b in ((one.step.g, two.step.g), (one.ema, two.ema), (one.step.d, two.step.d)):
         for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
@@ -129,7 +129,7 @@ def test_stop_kill_and_continue(tmp_path: Path, quick: Quick, capsys: pytest.Cap
     assert run.written_status["nimg"] >= stopped_at
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: Path, quick: Quick) -> None:
     config = quick(tmp_path / "run", total_kimg=0.032)
     assert train(config, nproc=nproc).stop(120).status == "stopped"
