@@ -26,6 +26,8 @@ SAMPLING = "gddlab.sampling.to_files:make_share"
 # glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
 # takes about a tenth of a step on a CPU.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+# Threads that spin while they wait for each other make a run many times slower as soon as another process takes a core.
+WAIT = {"OMP_WAIT_POLICY": "passive"}
 # The calling process may belong to a cluster's job; what it starts does not.
 JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
@@ -33,7 +35,7 @@ JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADD
 def fresh_environment(nproc: int) -> dict[str, str]:
     """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
     own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **own}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **WAIT, **own}
     env["PYTHONSAFEPATH"] = "1"  # a random.py in the working folder is not Python's
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])

@@ -122,6 +122,8 @@ def limits(metadata: Any) -> list[tuple[str, float]]:
 def kind(annotation: Any) -> str:
     """A type in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind(inner[0])
     if origin is Literal:
         return " or ".join(f"`{v!r}`".replace("'", '"') for v in inner)
     if origin in (tuple, list):

@@ -66,6 +66,7 @@ def measure(pairs: int) -> dict[str, Any]:
 
     def add(name: str, *values: float) -> None:
         out.setdefault(name, []).extend(round(v, 2) for v in values)
+        print(name, *(f"{v:.2f}" for v in values), file=sys.stderr)
 
     for _ in range(5):
         start = time.perf_counter()
@@ -79,12 +80,12 @@ def measure(pairs: int) -> dict[str, Any]:
                 per_kimg, spent = speed(run, work)
                 add(f"run, {name}", per_kimg)
                 add(f"probe, {name}", statistics.median(spent))
-        run.stop()
+        run.kill()
         first, second = started(folder, "a"), started(folder, "b")
         for run in (first, second):
             add("two", speed(run, lambda: time.sleep(1))[0])
-        first.stop()
-        second.stop()
+        first.kill()
+        second.kill()
     return {name: {"all": values, "median": statistics.median(values)} for name, values in out.items()}
 
 
