@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gddlab.datasets import BUILT_IN
 from gddlab.datasets.readers import find_cifar10
 from gddlab.diagnosis import machine
 from gddlab.diagnosis.machine import CPU, GIB, GPU, device_problems, gib, torch_build
@@ -293,9 +294,9 @@ def _data_findings() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         digits = Finding("data", "digits", False, "missing", "pip install scikit-learn")
     out = [digits, _look("data", "cifar10", find_cifar10)]
-    for name in dict.fromkeys(str(make(run_dir="runs").data) for make in PRESETS.values()):
-        if name not in ("digits", "cifar10"):
-            path = Path(name).expanduser().absolute()
+    for data in dict.fromkeys(make(run_dir="runs").data for make in PRESETS.values()):
+        if data not in BUILT_IN:
+            path, name = Path(data).absolute(), Path(data).name
             remedy = f"gddlab prepare FOLDER {name} --resolution 64, or give another file as --data"
             out.append(_look("data", name, lambda p=path: p if p.exists() else None, remedy))  # type: ignore[misc]
     return out
@@ -366,7 +367,7 @@ def needs() -> dict[str, list[str]]:
     for name, make in PRESETS.items():
         config = make(run_dir="runs")
         backbones = [f"backbone {b}" for b in config.discriminator.networks()] if config.discriminator else []
-        out[f"preset {name}"] = [f"teacher {config.teacher}", str(config.data), *backbones]
+        out[f"preset {name}"] = [f"teacher {config.teacher}", Path(config.data).name, *backbones]
     return out | {
         "LPIPS": ["LPIPS network vgg16", "LPIPS linear layers"],
         "fd and kd on lite2": ["extractor lite2"],
