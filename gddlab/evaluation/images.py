@@ -102,7 +102,8 @@ def images_of(
             "(N, H, W, C), as a list of Pillow images, or as a tensor in [-1, 1]"
         )
     if source.ndim != 4 or not source.is_floating_point():
-        raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
+        what = f"{source.dtype} {tuple(source.shape)}"
+        raise GddlabError(f"images are {what}: give float (N, C, R, R) in [-1, 1], or an array, uint8 (N, R, R, C)")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
     check_values(source[:n])
     if (low := source.min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, and its distance three times as large

@@ -46,8 +46,7 @@ def test_a_frechet_distance_is_never_below_0():
     near = Statistics(few.mu, few.sigma * (1 + 1e-12))
     assert [frechet(a, b)[0].value >= 0 for a, b in ((few, near), (near, few))] == [True, True]
     assert frechet(few, Statistics(few.mu.clone(), few.sigma.clone()))[0].value == 0
-    with pytest.raises(ValueError, match=r"nan|NaN|infs|finite"):
-        frechet(few, Statistics(few.mu * math.nan, few.sigma))
+    assert math.isnan(frechet(few, Statistics(few.mu * math.nan, few.sigma))[0].value)
 
 
 def test_arrays_and_lists_are_scored_as_the_data_set_that_they_hold(some, others, counter, tmp_path):
@@ -261,7 +260,7 @@ def test_refusals(some, counter):
         evaluate(network(label_dim=7), data=some)
     with pytest.raises(GddlabError, match="8x8"):
         evaluate(network(resolution=8), data=some)
-    with pytest.raises(GddlabError, match="source is a list"):
+    with pytest.raises(GddlabError, match="image 0 of the list is a Tensor: give Pillow images"):
         evaluate([x], data=some)
     with pytest.raises(GddlabError, match="unknown teacher 'student'"):
         evaluate("student", data=some)
