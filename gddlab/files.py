@@ -234,7 +234,7 @@ def is_run(folder: str | Path) -> bool:
     return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pkl)(?<!\.zip)(?<!\.safetensors)")
+HUB_NAME = re.compile(r"(?!.*\.(pkl|pth?|bin|safetensors|zip|np[yz]|tar|t?gz|png|jpe?g)$)[\w-][\w.-]*/[\w-][\w.-]*")
 """What may be a name on the Hugging Face hub: owner/name."""
 
 MAGIC = (

@@ -199,3 +199,5 @@ def test_two_at_once_download_once(server: Server) -> None:
 def test_names_of_the_hub_are_not_fetched() -> None:
     with pytest.raises(NotFound, match="sd-turbo; networks of the Hugging Face hub are not fetched: give a name"):
         load_teacher("stabilityai/sd-turbo")
+    with pytest.raises(NotFound, match=r"no such file: nets/teacher.pkl; accepted: a name"):
+        load_teacher("nets/teacher.pkl")
