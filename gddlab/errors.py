@@ -52,8 +52,10 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
 
 
 def shown(value: object) -> str:
-    """`value` as a refusal names it: its repr, or its type where that is long or of several lines."""
+    """`value` as a refusal names it: its repr, the start of a long text, or the type of what is long otherwise."""
     text = repr(value)
+    if isinstance(value, str):
+        return text if len(text) <= 120 else f"{value[:60]!r}... ({len(value):,} characters)"
     return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__qualname__}>"
 
 

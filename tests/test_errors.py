@@ -57,6 +57,8 @@ def test_a_long_value_does_not_fill_the_screen() -> None:
         with pytest.raises(GddlabError) as refused:
             call()
         assert len(str(refused.value)) < 1000
+    with pytest.raises(GddlabError, match=r"unknown kind 'mmm.*m'\.\.\. \(1,000 characters\): accepted: mean, median"):
+        measure(torch.zeros(3), kind="m" * 1000)  # type: ignore[arg-type]
     text = f"values are {long}\n{long}: give fewer"
     for error in (GddlabError(text), NotFound(text)):
         assert str(error).startswith("values are [[0, 1, 2")
