@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -661,6 +662,7 @@ def print_findings(found: Doctor, console: Console) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     words = sys.argv[1:] if argv is None else argv
+    warnings.formatwarning = lambda message, *_, **__: f"gddlab: {message}\n"  # Python's own shows a line of code too
     try:
         name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
         if name is None:

@@ -6,15 +6,30 @@ import difflib
 import functools
 import inspect
 import operator
+import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+LONGEST = 1000
+"""Characters of a refusal that are shown: a value in it may be a list of a million numbers."""
+
+
 class GddlabError(ValueError):
-    """Bad input or a refused action: what was wrong, its value, what is accepted, what to do."""
+    """Bad input or a refused action: what was wrong, its value, what is accepted, what to do.
+
+    Of a long message the beginning and the end are shown, on one line.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST:
+            return text
+        return " ".join(f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}".split())
 
 
 class NotFound(GddlabError, FileNotFoundError):
@@ -33,7 +48,15 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
         hint = "accepted: " + ", ".join(names)
     else:
         hint = f"accepted: {', '.join(names[:8])} ... ({len(names)} in all)"
-    return GddlabError(f"unknown {kind} {value!r}: {hint}")
+    return GddlabError(f"unknown {kind} {shown(value)}: {hint}")
+
+
+def shown(value: object) -> str:
+    """`value` as a refusal names it: its repr, the start of a long text, or the type of what is long otherwise."""
+    text = repr(value)
+    if isinstance(value, str):
+        return text if len(text) <= 120 else f"{value[:60]!r}... ({len(value):,} characters)"
+    return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__qualname__}>"
 
 
 def integer(name: str, value: Any) -> int:
@@ -41,7 +64,7 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise GddlabError(f"{name}={value!r}: give an integer") from None
+        raise GddlabError(f"{name}={shown(value)}: give an integer") from None
 
 
 def positive(name: str, value: Any, what: str = "") -> int:
@@ -64,7 +87,7 @@ def validated(function: F) -> F:
     if isinstance(function, type):
         type.__setattr__(function, "__init__", validated(vars(function)["__init__"]))
         return function
-    shown = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.cache
     def checked() -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -86,16 +109,25 @@ def validated(function: F) -> F:
                 raise
             error = max(e.errors(), key=lambda e: e["type"] == "unexpected_keyword_argument")  # it comes before a value
             if error["type"].startswith("missing"):
-                raise TypeError(f"{shown}() lacks the argument {error['loc'][0]!r}") from None
+                raise TypeError(f"{called}() lacks the argument {error['loc'][0]!r}") from None
             names = list(inspect.signature(function).parameters)
             place = error["loc"][0]
             name = names[place] if isinstance(place, int) else str(place)
             if error["type"] == "unexpected_keyword_argument":
-                raise unknown(f"argument of {shown}", name, names) from None
+                raise unknown(f"argument of {called}", name, names) from None
             given = inspect.signature(function).bind_partial(*args, **kwargs).arguments.get(name, error["input"])
             raise refusal_of(name, given, error["msg"], hints.get(name)) from None
 
     return call  # type: ignore[return-value]
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the user's line, the nearest that is not gddlab's."""
+    frame, level = sys._getframe(), 1
+    inside = ("gddlab", "pydantic", "jaxtyping", "contextlib")  # all but the first wrap our functions
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def refusal_of(name: str, value: object, message: str, annotation: Any = None) -> GddlabError:
@@ -103,9 +135,7 @@ def refusal_of(name: str, value: object, message: str, annotation: Any = None) -
     accepted = list(_literals(annotation))
     if isinstance(value, str) and accepted:
         return unknown(name, value, [str(a) for a in accepted])
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 and "\n" not in shown else f"<{type(value).__qualname__}>"
-    return GddlabError(f"{name}={shown}: {message[:1].lower()}{message[1:]}")
+    return GddlabError(f"{name}={shown(value)}: {message[:1].lower()}{message[1:]}")
 
 
 def _literals(annotation: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.errors import GddlabError, NotFound
+from gddlab.errors import GddlabError, NotFound, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def path_of(name: str, value: object) -> Path:
         GddlabError: It is no path, or empty, which would mean the working folder.
     """
     if not isinstance(value, str | os.PathLike) or not str(value):
-        raise GddlabError(f"{name}={value!r}: give a path")
+        raise GddlabError(f"{name}={shown(value)}: give a path")
     return Path(value).expanduser()
 
 
@@ -233,6 +233,9 @@ def is_run(folder: str | Path) -> bool:
         return False
     return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
 
+
+HUB_NAME = re.compile(r"(?!.*\.(pkl|pth?|bin|safetensors|zip|np[yz]|tar|t?gz|png|jpe?g)$)[\w-][\w.-]*/[\w-][\w.-]*")
+"""What may be a name on the Hugging Face hub: owner/name."""
 
 MAGIC = (
     (b"\x1f\x8b", "a gzip archive: unpack it"),

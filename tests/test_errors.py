@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 import gddlab
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, NotFound, validated
 
 
 @validated
@@ -44,6 +44,26 @@ def test_what_does_not_is_one_line(args: tuple[object, ...], kwargs: dict[str, o
     with pytest.raises(GddlabError, match=message) as refused:
         measure(*args, **kwargs)  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
+
+
+def test_a_long_value_does_not_fill_the_screen() -> None:
+    long = [list(range(1000))] * 1000
+    for call in (
+        lambda: measure(torch.zeros(3), kind=long),  # type: ignore[arg-type]
+        lambda: gddlab.select_freeze(gddlab.load_teacher("digits"), strategy=str(long)),
+        lambda: gddlab.load_run(long),  # type: ignore[arg-type]
+        lambda: gddlab.probe(gddlab.load_teacher("digits"), 2, n=2, data=long),
+    ):
+        with pytest.raises(GddlabError) as refused:
+            call()
+        assert len(str(refused.value)) < 1000
+    with pytest.raises(GddlabError, match=r"unknown kind 'mmm.*m'\.\.\. \(1,000 characters\): accepted: mean, median"):
+        measure(torch.zeros(3), kind="m" * 1000)  # type: ignore[arg-type]
+    text = f"values are {long}\n{long}: give fewer"
+    for error in (GddlabError(text), NotFound(text)):
+        assert str(error).startswith("values are [[0, 1, 2")
+        assert str(error).endswith(": give fewer")
+        assert len(str(error)) < 1000 and "\n" not in str(error)
 
 
 def test_a_missing_argument_is_pythons_error() -> None:

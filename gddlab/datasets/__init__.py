@@ -1,9 +1,9 @@
-"""Images and labels: digits, EDM zips, folders, CIFAR-10, Hugging Face; `prepare` makes EDM zips."""
+"""Images and labels: digits, EDM zips, folders, arrays, CIFAR-10, Hugging Face; `prepare` makes EDM zips."""
 
 from __future__ import annotations
 
 from gddlab.datasets.base import BatchReader, ImageDataset, Manifest, digits, order
-from gddlab.datasets.open import BUILT_IN, data_of, open_dataset
+from gddlab.datasets.open import BUILT_IN, Source, data_of, open_dataset
 from gddlab.datasets.prepare import PrepareReport, prepare
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ImageDataset",
     "Manifest",
     "PrepareReport",
+    "Source",
     "data_of",
     "digits",
     "open_dataset",

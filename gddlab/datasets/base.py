@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gddlab.datasets.pixels import LOSSY, SUFFIXES
 from gddlab.errors import GddlabError
 from gddlab.runtime import generator
 
@@ -35,6 +37,14 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def lossy(self) -> frozenset[str] | None:
+        """The lossy formats among those that the images were read from, "JPEG", "WebP"; None where none are known."""
+        read = set(re.findall(r"[a-z]+", self.codec.lower()))
+        if "unknown" in read or not read & {s[1:] for s in SUFFIXES}:
+            return None
+        return frozenset(LOSSY[s] for s in read & LOSSY.keys())
 
     @property
     def what(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
@@ -9,23 +10,29 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
 
-from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES, BadImage
+from gddlab.datasets.pixels import OTHER_SUFFIXES, SUFFIXES, BadImage, Header, header
 from gddlab.errors import GddlabError
 from gddlab.runtime import generator
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LABELS = "dataset.json"
 MANIFEST = "manifest.json"
 MAX_CLASSES = 100_000
+GIVEN = ("array", "images")
+"""Sources of what is given as an array or a list."""
 
 # What to do about each kind of problem; otherwise replace or remove the file.
 HINTS = {
     "not square": "give crop='center'",
     "size differs": "give resolution=",
+    "colours differ": "run gddlab.prepare, which makes all of them RGB",
     "alpha channel": "give alpha='white' or alpha='black'",
     "CMYK colours": "convert to RGB",
     "colour space": "convert to RGB",
@@ -82,7 +89,8 @@ class Listing:
         name: Of the dataset.
         source: Where it is, for messages and manifests.
         names: Of the images; file names relative to the source, or numbers.
-        open: Gives the file of a name, or pixels, uint8 (H, W, C); from any thread, and in a forked process.
+        open: Gives the file of a name, pixels, uint8 (H, W, C), or a Pillow image; from any thread, and in a forked
+            process.
         labels: Class ids, int64 (N,), or None.
         classes: Number of classes; 0 without labels.
         fingerprint: JSON that changes when the content does.
@@ -97,7 +105,7 @@ class Listing:
     name: str
     source: str
     names: Sequence[str]
-    open: Callable[[str], BinaryIO | np.ndarray]
+    open: Callable[[str], BinaryIO | np.ndarray | Image.Image]
     labels: np.ndarray | None = None
     classes: int = 0
     fingerprint: str = ""
@@ -111,15 +119,18 @@ class Listing:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, name: str) -> bytes | np.ndarray:
+    def read(self, name: str) -> bytes | np.ndarray | Image.Image:
         """The whole of what `open` gives."""
-        return read_all(self.open(name))
+        content = self.open(name)
+        return read_all(cast(BinaryIO, content)) if isinstance(content, io.IOBase) else cast(Any, content)
+
+    def header(self, name: str, *, alpha: str = "refuse") -> Header:
+        """Size and kind of an image; raises BadImage."""
+        return header(self.open(name), alpha=alpha)
 
 
-def read_all(content: BinaryIO | np.ndarray) -> bytes | np.ndarray:
-    """What an open image holds."""
-    if isinstance(content, np.ndarray):
-        return content
+def read_all(content: BinaryIO) -> bytes:
+    """What an open file holds."""
     try:
         with content as f:
             return f.read()
@@ -132,7 +143,9 @@ def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = 
     shown = problems[:3]
     text = "; ".join(str(p) for p in shown)
     if len(problems) > len(shown):
-        text += f"; and {len(problems) - len(shown):,} more (gddlab prepare {listing.source} --dry-run lists all)"
+        again = f"gddlab.prepare({listing.source}, dry_run=True)" if listing.source in GIVEN else None
+        again = again or f"gddlab prepare {listing.source} --dry-run"
+        text += f"; and {len(problems) - len(shown):,} more ({again} lists all)"
     hints = ", or ".join(dict.fromkeys(HINTS.get(p.kind, "replace or remove the file") for p in shown))
     if not preparing:
         hints = hints.replace("give ", "run gddlab.prepare with ")

@@ -8,37 +8,50 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt
+import numpy as np
+from pydantic import PositiveInt, SkipValidation
 
 from gddlab.datasets.base import ImageDataset, digits
-from gddlab.datasets.listing import Listing, choose
+from gddlab.datasets.listing import GIVEN, Listing, choose
 from gddlab.datasets.readers import (
     ARCHIVE,
     FOLDER,
     find_cifar10,
     numbers,
+    of_array,
+    of_array_file,
     of_folder,
     of_huggingface,
+    of_list,
     of_zip,
     read_cifar10,
 )
 from gddlab.datasets.store import materialise
-from gddlab.errors import GddlabError, NotFound, unknown, validated
-from gddlab.files import describe_start
+from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
+from gddlab.files import HUB_NAME, describe_start
+
+Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
+"""What `open_dataset` takes; `find_source` refuses the rest."""
 
 BUILT_IN = ("digits", "cifar10")
 """Names that mean a data set also where a folder is called so."""
 
 
-def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> ImageDataset | Listing:
+def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listing:
     """The images of a source, given as for `open_dataset`; a dataset where they are in memory anyway.
 
     Raises:
         NotFound: No such path.
-        GddlabError: An unknown name, or a file of another kind.
+        GddlabError: An unknown name, a file of another kind, or another kind of argument.
     """
     if isinstance(data, ImageDataset):
         return data
+    if isinstance(data, np.ndarray):
+        return of_array(data, name=GIVEN[0], source=GIVEN[0])
+    if isinstance(data, list | tuple):
+        return of_list(data)
+    if not isinstance(data, str | Path):
+        raise refusal_of("data", data, "give a name, a path, a dataset, an array, uint8 (N, H, W, C), or Pillow images")
     text = str(data)
     if text == "digits":
         return digits()
@@ -50,15 +63,19 @@ def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> I
             path = path / FOLDER
         return read_cifar10(path) if (path / "data_batch_1").is_file() else of_folder(path)
     if path.is_file():
+        with path.open("rb") as f:
+            head = f.read(4096)
+        if head.startswith(b"\x93NUMPY") or (path.suffix.lower() == ".npz" and zipfile.is_zipfile(path)):
+            return of_array_file(path)
         if zipfile.is_zipfile(path):
             return of_zip(path)
         if path.name.endswith((".tar", ".tar.gz", ".tgz")) and tarfile.is_tarfile(path):
             return read_cifar10(path)
-        with path.open("rb") as f:
-            what = describe_start(f.read(4096))
-        raise GddlabError(f"{path} is {what}; a dataset is an EDM zip, a folder of images, or {ARCHIVE}")
+        accepted = f"an EDM zip, a folder of images, a .npz or .npy of them, or {ARCHIVE}"
+        raise GddlabError(f"{path} is {describe_start(head)}; a dataset is {accepted}")
     if len(path.parts) > 1 or path.suffix or text.endswith("/") or isinstance(data, Path):
-        raise NotFound(f"no such file or folder: {path}")
+        hub = f"; of the Hugging Face hub, give 'hf:{text}'" if HUB_NAME.fullmatch(text) else ""
+        raise NotFound(f"no such file or folder: {path}{hub}")
     raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
 
 
@@ -112,7 +129,7 @@ def listed(source: ImageDataset | Listing) -> Listing:
 
 @validated
 def open_dataset(
-    data: str | Path | ImageDataset,
+    data: Source,
     *,
     classes: Sequence[int] | Set[int] | None = None,
     max_images: PositiveInt | None = None,
@@ -134,6 +151,9 @@ def open_dataset(
             numbers); or without classes if flat, with one sub-folder, or in shards (00000/img00000000.png,
             001000/001234.png);
             "hf:NAME[:CONFIG][:SPLIT]" (see `of_huggingface`);
+            a .npz with images as `arr_0` and, if any, class ids as `arr_1`, integers (N,), as ADM's samplers write, or
+            with one array; a .npy; or such an array: uint8, (N, H, W, 1 or 3), or (N, H, W) of grey images;
+            a list of Pillow images, or of arrays, uint8, (H, W, 1 or 3);
             an ImageDataset.
             Images are PNG, JPEG, WebP, BMP, GIF or TIFF, 8-bit grey or RGB, square, all of one size; `prepare` turns
             others into such.

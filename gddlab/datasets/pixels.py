@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+LOSSY = dict.fromkeys((s[1:] for s in JPEG_SUFFIXES), "JPEG") | {"webp": "WebP"}
+SUFFIXES = JPEG_SUFFIXES | {".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Images too, but not read: skipping them silently would lose data.
 OTHER_SUFFIXES = frozenset(
-    {".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".dcm", ".npy"}
+    {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".svg", ".exr"}
+    | {".dib", ".ico", ".dcm", ".npy"}
 )
 
 _GREY = ("1", "L", "LA", "La")
@@ -43,25 +47,27 @@ class Header:
     width: int
     height: int
     channels: int
+    mode: str
     turned: bool = False
     alpha: bool = False
 
 
-def header(file: BinaryIO | np.ndarray, *, alpha: str = "refuse") -> Header:
-    """Reads the header of an image, and refuses what `decode` would, as far as the header tells."""
+def header(file: BinaryIO | np.ndarray | Image.Image, *, alpha: str = "refuse") -> Header:
+    """Reads the header of an image, and refuses what `decode` would, as far as the header tells; closes a file."""
     if isinstance(file, np.ndarray):
-        return Header(file.shape[1], file.shape[0], file.shape[2])
-    im = _open(file, alpha)
-    turn = _orientation(im)
-    w, h = im.size if turn < 5 else im.size[::-1]
-    return Header(w, h, 1 if im.mode in _GREY else 3, turned=turn > 1, alpha=_has_alpha(im))
+        return Header(file.shape[1], file.shape[0], file.shape[2], "L" if file.shape[2] == 1 else "RGB")
+    with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
+        im = _open(file, alpha)
+        turn = _orientation(im)
+        w, h = im.size if turn < 5 else im.size[::-1]
+        return Header(w, h, 1 if im.mode in _GREY else 3, im.mode, turned=turn > 1, alpha=_has_alpha(im))
 
 
-def decode(content: bytes | np.ndarray, *, alpha: str = "refuse") -> Image.Image:
+def decode(content: bytes | np.ndarray | Image.Image, *, alpha: str = "refuse") -> Image.Image:
     """A Pillow image of mode "L" or "RGB", rotated by its EXIF orientation, as viewers show it.
 
     Args:
-        content: A PNG, JPEG, WebP, BMP, GIF or TIFF file; or pixels, uint8, (H, W, 1 or 3).
+        content: A PNG, JPEG, WebP, BMP, GIF or TIFF file; pixels, uint8, (H, W, 1 or 3); or a Pillow image.
         alpha: Background of transparent pixels, "white" or "black"; "refuse" refuses alpha channels.
 
     Raises:
@@ -71,7 +77,7 @@ def decode(content: bytes | np.ndarray, *, alpha: str = "refuse") -> Image.Image
 
     if isinstance(content, np.ndarray):
         return Image.fromarray(content[..., 0] if content.shape[-1] == 1 else content)
-    im = _open(io.BytesIO(content), alpha)
+    im = _open(io.BytesIO(content) if isinstance(content, bytes) else content, alpha)
     try:
         im.load()
         if _orientation(im) > 1:
@@ -118,26 +124,11 @@ def png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _open(file: BinaryIO, alpha: str) -> Image.Image:
+def _open(file: BinaryIO | Image.Image, alpha: str) -> Image.Image:
+    """A Pillow image, not yet decoded, of a kind that can become 8-bit grey or RGB."""
     from PIL import Image
 
-    try:
-        start = file.read(64)
-        file.seek(0)
-    except Exception as e:  # a damaged zip: zlib.error, BadZipFile, EOFError
-        raise BadImage("damaged", _first_line(e)) from None
-    if not start:
-        raise BadImage("empty file", "0 bytes")
-    try:
-        im = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise BadImage("too many pixels", _first_line(e)) from None
-    except Image.UnidentifiedImageError:
-        if start.startswith(_MAGIC):
-            raise BadImage("damaged", "its header cannot be read") from None
-        raise BadImage("no image", describe_start(start)) from None
-    except Exception as e:
-        raise BadImage("damaged", _first_line(e)) from None
+    im = file if isinstance(file, Image.Image) else _identify(file)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and im.width * im.height > limit:
         raise BadImage("too many pixels", f"{im.width}x{im.height}, accepted are {limit / 1e6:.0f} million")
@@ -148,7 +139,7 @@ def _open(file: BinaryIO, alpha: str) -> Image.Image:
     if animated:
         raise BadImage("animated", im.format or "")
     # A 16-bit RGB file has mode "RGB": Pillow drops the low bytes; only the raw mode of its tiles tells.
-    if im.mode[0] in "IF" or any(";16" in str(t[3]) for t in im.tile):
+    if im.mode[0] in "IF" or any(";16" in str(t[3]) for t in getattr(im, "tile", ())):
         raise BadImage("more than 8 bits a channel", f"mode {im.mode}")
     if im.mode == "CMYK":
         raise BadImage("CMYK colours")
@@ -157,6 +148,28 @@ def _open(file: BinaryIO, alpha: str) -> Image.Image:
     if alpha == "refuse" and _has_alpha(im):
         raise BadImage("alpha channel", f"mode {im.mode}")
     return im
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    from PIL import Image
+
+    try:
+        start = file.read(64)
+        file.seek(0)
+    except Exception as e:  # a damaged zip: zlib.error, BadZipFile, EOFError
+        raise BadImage("damaged", _first_line(e)) from None
+    if not start:
+        raise BadImage("empty file", "0 bytes")
+    try:
+        return Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise BadImage("too many pixels", _first_line(e)) from None
+    except Image.UnidentifiedImageError:
+        if start.startswith(_MAGIC):
+            raise BadImage("damaged", "its header cannot be read") from None
+        raise BadImage("no image", describe_start(start)) from None
+    except Exception as e:
+        raise BadImage("damaged", _first_line(e)) from None
 
 
 def _has_alpha(im: Image.Image) -> bool:

@@ -14,9 +14,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import Field, PositiveInt
 
-from gddlab.datasets.base import ContentHash, ImageDataset, Manifest
+from gddlab.datasets.base import ContentHash, Manifest
 from gddlab.datasets.listing import HINTS, Listing, Problem, attempt, choose, refusal
-from gddlab.datasets.open import find_source, listed
+from gddlab.datasets.open import Source, find_source, listed
 from gddlab.datasets.packing import (
     Entry,
     assemble,
@@ -27,7 +27,7 @@ from gddlab.datasets.packing import (
     read_part,
     write_part,
 )
-from gddlab.datasets.pixels import Header, array, decode, fit, header, png
+from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
 from gddlab.files import hash_json
 from gddlab.progress import progress_bar
@@ -56,7 +56,7 @@ class Recipe:
     filter: str
     alpha: str
 
-    def make(self, content: bytes | np.ndarray) -> np.ndarray:
+    def make(self, content: Any) -> np.ndarray:
         """Pixels, uint8 (R, R, C), of an image; raises BadImage."""
         im = decode(content, alpha=self.alpha)
         return array(fit(im, resolution=self.resolution, crop=self.crop, filter=self.filter), self.channels)
@@ -81,15 +81,8 @@ class Pool:
 def scan(pool: Pool, listing: Listing, alpha: str) -> tuple[dict[str, Header], list[Problem]]:
     """Reads all headers, to know the sizes and to find most problems before hours of work."""
 
-    def look(name: str) -> Header:
-        file = listing.open(name)
-        if isinstance(file, np.ndarray):
-            return header(file)
-        with file:
-            return header(file, alpha=alpha)
-
     def part(index: range) -> list[Header | Problem]:
-        return list(attempt(look, listing.names[index.start : index.stop]))
+        return list(attempt(lambda name: listing.header(name, alpha=alpha), listing.names[index.start : index.stop]))
 
     found = [f for some in pool.run("scanning", part, len(listing), 256) for f in some]
     headers = {name: f for name, f in zip(listing.names, found, strict=True) if isinstance(f, Header)}
@@ -276,7 +269,7 @@ class PrepareReport:
 
 @validated
 def prepare(
-    source: str | Path | ImageDataset,
+    source: Source,
     out: str | Path | None = None,
     *,
     resolution: Annotated[int, Field(ge=1, le=_MAX_SIDE)] | None = None,
@@ -350,7 +343,7 @@ def prepare(
     )
 
 
-def _target(source: str | Path | ImageDataset, out: str | Path | None, overwrite: bool) -> Path:
+def _target(source: Source, out: str | Path | None, overwrite: bool) -> Path:
     if out is None:
         raise GddlabError("out=None: give the zip to make, or dry_run=True to check the source only")
     path = Path(out).expanduser()
@@ -358,7 +351,7 @@ def _target(source: str | Path | ImageDataset, out: str | Path | None, overwrite
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")
     if path.exists() and not overwrite:
         raise GddlabError(f"{path} exists: give overwrite=True, or another name")
-    if not isinstance(source, ImageDataset) and Path(source).is_dir():
+    if isinstance(source, str | Path) and Path(source).is_dir():
         folder = Path(source).resolve()
         if path.resolve().is_relative_to(folder):
             raise GddlabError(f"{path} is inside the source {source}: choose another folder")

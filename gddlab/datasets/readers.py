@@ -1,24 +1,28 @@
-"""Readers of image collections: folders, zips, Hugging Face datasets, the archive of CIFAR-10."""
+"""Readers of image collections: folders, zips, arrays, Hugging Face datasets, the archive of CIFAR-10."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import json
 import os
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gddlab.datasets.base import ImageDataset
+from gddlab.datasets.base import ImageDataset, content_hash
 from gddlab.datasets.listing import (
+    GIVEN,
     LABELS,
     MANIFEST,
     Listing,
@@ -33,7 +37,8 @@ from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
-from gddlab.pretrained.published import Published, search_folders
+from gddlab.pretrained.published import Published, offline, search_folders
+from gddlab.runtime import usable_memory
 
 _MAX_FILE = 256 << 20  # bytes of one image
 _MAX_TABLE = 1 << 30  # of dataset.json or manifest.json
@@ -168,7 +173,7 @@ def _table(path: Path, open_file: Callable[[str], BinaryIO], name: str) -> bytes
     found = next(attempt(lambda n: read_all(open_file(n)), [name]))
     if isinstance(found, Problem):
         raise GddlabError(f"{path}: {found}: download or make the data again")
-    return cast(bytes, found)
+    return found
 
 
 def _manifest(content: bytes, path: Path) -> dict[str, Any]:
@@ -182,6 +187,130 @@ def _manifest(content: bytes, path: Path) -> dict[str, Any]:
     if type(value["classes"]) is not int or not isinstance(value.get("extra"), dict | None):
         raise GddlabError(f"{path}: {MANIFEST} is damaged (classes={value['classes']!r}): remove it, or prepare again")
     return value
+
+
+_ABOUT: dict[str, Any] = {"crop": "unknown", "filter": "unknown", "codec": "none"}
+_GIVE_ARRAY = "give uint8 (N, H, W, 1 or 3)"
+
+
+def of_array(images: np.ndarray, labels: np.ndarray | None = None, *, name: str, source: str) -> ImageDataset | Listing:
+    """Images as an array, uint8, (N, H, W, 1 or 3), or (N, H, W) of grey ones; `labels`, integers, (N,), or None.
+
+    Raises:
+        GddlabError: Another type or shape; labels that are none.
+    """
+    what = f"{source}: {images.dtype} {images.shape}"
+    if images.dtype.kind == "f":
+        raise GddlabError(f"{what}: {_GIVE_ARRAY}; of x in [-1, 1]: (127.5 * x + 128).clip(0, 255).astype('uint8')")
+    if images.dtype == np.uint8 and images.ndim == 3 and images.shape[2] > 4:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        turned = images.ndim == 4 and images.shape[1] in (1, 3)
+        raise GddlabError(f"{what}: {_GIVE_ARRAY}{', as x.transpose(0, 2, 3, 1) is' if turned else ''}")
+    if not images.size:
+        raise GddlabError(f"{what}: give at least one image")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0):
+        what = f"{labels.dtype} {labels.shape}"
+        raise GddlabError(f"{source}: labels are {what}: give integers from 0 up, ({len(images)},)")
+    classes = 0 if labels is None else int(labels.max()) + 1
+    if not (images.flags.writeable or isinstance(images, np.memmap)):
+        images = images.copy()  # as jax gives them; torch warns of arrays that cannot be written
+    if images.shape[1] == images.shape[2]:
+        return ImageDataset(images, labels, classes=classes, name=name, source=source, **_ABOUT)
+    return Listing(
+        name=name,
+        source=source,
+        names=numbers(len(images)),
+        open=lambda name: images[int(name)],
+        labels=None if labels is None else labels.astype(np.int64),
+        classes=classes,
+        fingerprint=content_hash(images, labels),
+        about=_ABOUT,
+    )
+
+
+def of_list(images: Sequence[Any]) -> Listing:
+    """Pillow images, and arrays, uint8, (H, W, 1 or 3) or (H, W), in any mixture; without labels.
+
+    Raises:
+        GddlabError: The first that is neither.
+    """
+    from PIL import Image
+
+    found: list[np.ndarray | Image.Image] = []
+    digest = hashlib.sha256()
+    for i, x in enumerate(images):
+        if isinstance(x, np.ndarray) and x.ndim == 2:
+            x = x[..., None]
+        array = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] in (1, 3) and x.size
+        if not array and not isinstance(x, Image.Image):
+            what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+            raise GddlabError(f"image {i} of the list is {what}: give Pillow images, or arrays, uint8 (H, W, 1 or 3)")
+        digest.update(repr(x.shape if isinstance(x, np.ndarray) else (x.mode, x.size)).encode())
+        with contextlib.suppress(Exception):  # a damaged one is reported when it is decoded
+            digest.update(x.tobytes())
+        found.append(x)
+    if not found:
+        raise GddlabError("an empty list: give at least one image")
+    name = GIVEN[1]
+    opened = found.__getitem__
+    return Listing(
+        name=name,
+        source=name,
+        names=numbers(len(found)),
+        open=lambda name: opened(int(name)),
+        fingerprint=digest.hexdigest(),
+        about=_ABOUT,
+    )
+
+
+def of_array_file(path: Path) -> ImageDataset | Listing:
+    """The images of a .npy file; or of a .npz, under `arr_0` with class ids under `arr_1`, as ADM's samplers write.
+
+    A large file is mapped, not read, unless it is compressed. Objects are refused: they would be unpickled.
+
+    Raises:
+        GddlabError: No images, statistics in place of images, or a damaged file.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            images, labels = _array(path, 0), None
+        else:
+            with zipfile.ZipFile(path) as z:
+                members = {i.filename.removesuffix(".npy"): i for i in z.infolist()}
+            if "arr_0" not in members and {"mu", "sigma"} <= members.keys():
+                raise GddlabError(f"{path} holds statistics, no images: they are given to evaluate as data=")
+            key = "arr_0" if "arr_0" in members else next(iter(members), "")
+            if key != "arr_0" and len(members) != 1:
+                held = ", ".join(list(members)[:8]) or "nothing"
+                raise GddlabError(f"{path} holds {held}: give the images as arr_0, and class ids as arr_1")
+            images = _array(path, members[key])
+            labels = _array(path, members["arr_1"]) if "arr_1" in members else None
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error) as e:
+        if isinstance(e, GddlabError):
+            raise
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise GddlabError(f"{path} cannot be read as arrays ({reason}): write it again, by numpy.savez") from None
+    return of_array(images, labels, name=path.stem, source=str(path))
+
+
+def _array(path: Path, member: int | zipfile.ZipInfo) -> np.ndarray:
+    """An array of a .npy file (0), or of an entry of a .npz; where it is large, mapped copy on write."""
+    size = path.stat().st_size if isinstance(member, int) else member.file_size
+    stored = isinstance(member, int) or (member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1)
+    if stored and size > usable_memory()[1] // 4:
+        with path.open("rb") as f:
+            if not isinstance(member, int):  # the name and the extra field stand between header and content
+                f.seek(member.header_offset + 26)
+                f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
+            if np.lib.format.read_magic(f) == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+                if not dtype.hasobject:
+                    return np.memmap(path, dtype, "c", f.tell(), shape, order="F" if fortran else "C")
+    if isinstance(member, int):
+        return cast(np.ndarray, np.load(path, allow_pickle=False))
+    with np.load(path, allow_pickle=False) as arrays:
+        return cast(np.ndarray, arrays[member.filename.removesuffix(".npy")])
 
 
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "all")
@@ -257,9 +386,14 @@ def _load(address: str) -> tuple[Any, str, str | None]:
             table = hf.load_from_disk(name)
             table = table[split] if isinstance(table, dict) else table
         else:
-            table = hf.load_dataset(name, config or None, split=split)
+            with _hub():
+                table = hf.load_dataset(name, config or None, split=split)
     except Exception as e:  # its own errors, those of its readers, of the network, of the hub
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        if offline():
+            raise GddlabError(
+                f"data={address!r} is not on this machine, and GDDLAB_OFFLINE is set ({reason}): unset it to fetch it"
+            ) from None
         raise GddlabError(
             f"data={address!r} cannot be loaded ({reason}): check name, configuration, split, network"
         ) from None
@@ -276,6 +410,23 @@ def _load(address: str) -> tuple[Any, str, str | None]:
         k for k in ("label", "labels") if k in ids or str(getattr(features.get(k), "dtype", "")).startswith("int")
     ]
     return table.cast_column(chosen[0], hf.Image(decode=False)), chosen[0], next(iter([*labels, *ids]), None)
+
+
+@contextlib.contextmanager
+def _hub() -> Iterator[None]:
+    """Where GDDLAB_OFFLINE is set, the hub's client uses what is on this machine, and refuses the rest at once."""
+    if not offline():
+        yield
+        return
+    switches: list[Any] = [importlib.import_module(name) for name in ("huggingface_hub.constants", "datasets.config")]
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
 
 
 ARCHIVE = "cifar-10-python.tar.gz"

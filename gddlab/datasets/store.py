@@ -20,6 +20,7 @@ from gddlab.progress import progress_bar
 from gddlab.runtime import usable_cores, usable_memory
 
 _CHUNK = 128
+_COLOURS = {1: "grey", 3: "RGB"}
 
 
 def materialise(
@@ -122,6 +123,9 @@ def _fill(out: np.ndarray, listing: Listing, progress: bool) -> None:
         for i, image in enumerate(_squares(listing, names)):
             if isinstance(image, Problem):
                 problems.append(image)
+            elif image.shape[:2] == shape[:2] and image.shape != shape:
+                detail = f"mode {listing.header(names[i]).mode}, the first has {_COLOURS[shape[2]]}"
+                problems.append(Problem(names[i], "colours differ", detail))
             elif image.shape != shape:
                 detail = f"{_size(image.shape)}, the first has {_size(shape)}"
                 problems.append(Problem(names[i], "size differs", detail))

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, data_of, open_dataset
-from gddlab.errors import GddlabError, validated
+from gddlab.datasets import ImageDataset, Source, data_of, open_dataset
+from gddlab.errors import GddlabError, validated, warn
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows
 from gddlab.evaluation.images import generated_rows, images_of, open_source
@@ -30,9 +31,9 @@ from gddlab.runtime import beside_runs
 @beside_runs()
 @validated
 def evaluate(
-    source: Precond | ImageDataset | Tensor | str | Path | Any,
+    source: Precond | Source | Tensor | Any,
     *,
-    data: str | Path | ImageDataset | None = None,
+    data: Source | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: Annotated[int, Field(ge=2)] | None = None,
     seed: int = 0,
@@ -51,11 +52,11 @@ def evaluate(
     hashes of everything they depend on (the newest 4 GiB).
 
     Args:
-        source: Student, teacher, data set, or images, float32 in [-1, 1], (N, C, R, R); or by name or path: a run
-            directory, a teacher, a file of weights, a folder or zip of images, "data:NAME" for a data set.
-        data: The real images, as a data set or its name, or a .npz of their statistics: EDM's (for "fid" alone), or
-            what `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against
-            itself.
+        source: Student, teacher, data set, or images: a tensor, float32 in [-1, 1], (N, C, R, R), an array, uint8,
+            (N, R, R, C), a list of Pillow images; or by name or path: a run directory, a teacher, a file of weights, a
+            folder, zip, .npz or .npy of images, "data:NAME" for a data set.
+        data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
+            `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception
             score, with Inception only), "mind" (Monge inception distance). Scores are named after the extractor,
             `fd-lite2@n`; "fid" and the other plain names are Inception's, `clip-fid` is CLIP's.
@@ -78,8 +79,11 @@ def evaluate(
         **sampler: Of a teacher: fields of `Sampler`, such as solver, discretization, S_churn. Of a student: sigmas.
 
     Raises:
-        GddlabError: An unknown name, no data set, missing weights, images that do not fit the real ones or are not
-            finite.
+        GddlabError: An unknown name, no data set, missing weights, images that do not fit the real ones, are not finite
+            or not in [-1, 1].
+
+    Warns:
+        UserWarning: One of two data sets was compressed with loss, the other was not.
     """
     start = time.perf_counter()
     kinds, spec = check_metrics(metrics), find_extractor(extractor)
@@ -96,6 +100,8 @@ def evaluate(
             about["run_dir"] = Path(text)
         about["source"] = text
         source = open_source(text, progress=progress)
+    elif isinstance(source, np.ndarray | list | tuple):
+        source = open_dataset(list(source) if isinstance(source, tuple) else source, progress=progress)
     card = getattr(source, "card", None)
     data = data_of(card) if data is None else data
     if data is None:
@@ -105,6 +111,7 @@ def evaluate(
             spec.check()
             real = open_reference(data, spec, progress=progress)
             real.check(kinds)
+            _warn_of_codecs(source, real)
             how: dict[str, Any] = {"batch_size": batch_size, "steps": steps, **sampler}
             parts = [images_of(source, real, n=n, seed=seed, **how)]
             size = len(parts[0])
@@ -129,7 +136,7 @@ def evaluate(
 @beside_runs()
 @validated
 def real_split(
-    data: str | Path | ImageDataset,
+    data: Source,
     *,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
@@ -142,7 +149,7 @@ def real_split(
     Its n is at most half the data set's. Distances fall with n, so `compare` refuses it beside a score at full n.
 
     Args:
-        data: Data set, or its name.
+        data: The images, as for `open_dataset`.
         metrics: As for `evaluate`.
         n: Images in each part; None splits all of them, the second part getting the odd one.
         seed: Of the split.
@@ -181,6 +188,15 @@ def _extracted(images: Images, spec: Extractor, ranks: Ranks, nproc: int, progre
     if images.whole is not None:
         return real_rows(images.whole, spec, device=images.device, ranks=ranks, progress=progress)
     return extract(images, spec, ranks=ranks, progress=progress)
+
+
+def _warn_of_codecs(source: Any, real: Reference) -> None:
+    """What JPEG does to images counts in their distance to others; a model makes what it was trained on."""
+    if not isinstance(source, ImageDataset) or real.manifest is None:
+        return
+    ours, theirs = source.manifest, real.manifest
+    if ours.lossy is not None and theirs.lossy is not None and ours.lossy != theirs.lossy:
+        warn(f"{ours.name} is {ours.codec}, {theirs.name} is {theirs.codec}: their compression counts in the distance")
 
 
 def _about(spec: Extractor, real: Reference) -> dict[str, Any]:

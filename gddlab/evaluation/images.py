@@ -97,11 +97,18 @@ def images_of(
         some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
         return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
     if not isinstance(source, Tensor):
-        raise GddlabError(f"source is a {type(source).__name__}: give a student, teacher, dataset or tensor of images")
+        raise GddlabError(
+            f"source is a {type(source).__name__}: give a student, a teacher, a dataset, or images as an array, uint8 "
+            "(N, H, W, C), as a list of Pillow images, or as a tensor in [-1, 1]"
+        )
     if source.ndim != 4 or not source.is_floating_point():
-        raise GddlabError(f"images are {source.dtype} {tuple(source.shape)}: give float (N, C, R, R) in [-1, 1]")
+        what = f"{source.dtype} {tuple(source.shape)}"
+        raise GddlabError(f"images are {what}: give float (N, C, R, R) in [-1, 1], or an array, uint8 (N, R, R, C)")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
     check_values(source[:n])
+    if (low := source.min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, and its distance three times as large
+        high = source.max().item()
+        raise GddlabError(f"images span {low:.3g}..{high:.3g}, none below 0: give [-1, 1], 2 * x - 1 of x in [0, 1]")
     return StoredImages(to_uint8(source[:n]), "images")
 
 

@@ -24,6 +24,8 @@ PRC_NEIGHBORHOOD = 3
 IS_SPLITS = 10
 MIND_PROJECTIONS = 1000
 SEED = 2020  # torch-fidelity's default
+REVISION = 1
+"""Part of the cache key; to be raised when a change of code changes a value."""
 CHUNK = 1 << 22
 """Numbers held at once."""
 
@@ -57,12 +59,17 @@ def frechet(generated: Float[Tensor, "n d"] | Statistics, real: Float[Tensor, "m
 
     Args:
         generated, real: Features, (N, D) and (M, D), or their mean and covariance.
+
+    Returns:
+        A distance of at least 0; of equal statistics exactly 0.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    both = (x if isinstance(x, Statistics) else statistics(x) for x in (generated, real))
-    a, b = ({"mu": x.mu.numpy(), "sigma": x.sigma.numpy()} for x in both)
-    return [Value("fid", fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID], {})]
+    x, y = (s if isinstance(s, Statistics) else statistics(s) for s in (generated, real))
+    if torch.equal(x.mu, y.mu) and torch.equal(x.sigma, y.sigma):  # rounding would make up to 1e-4 of it, of any sign
+        return [Value("fid", 0.0, {})]
+    a, b = ({"mu": s.mu.numpy(), "sigma": s.sigma.numpy()} for s in (x, y))
+    return [Value("fid", max(fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID], 0.0), {})]
 
 
 def kernel(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
@@ -157,7 +164,7 @@ DISTANCES = ("fid", "kid", "mind")
 def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     """The values of a metric, cached by the content of its inputs, since large sets take minutes."""
     tensors = [t for x in inputs for t in (x if isinstance(x, Statistics) else (x,))]
-    settings = [KID_SUBSETS, KID_SUBSET_SIZE, PRC_NEIGHBORHOOD, IS_SPLITS, MIND_PROJECTIONS, SEED]
+    settings = [KID_SUBSETS, KID_SUBSET_SIZE, PRC_NEIGHBORHOOD, IS_SPLITS, MIND_PROJECTIONS, SEED, REVISION]
     digest = hash_tensors({str(i): t for i, t in enumerate(tensors)})
     key = hash_json([metric, digest, settings, versions()])[:32]
 

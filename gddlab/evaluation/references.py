@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.datasets import ImageDataset, Manifest, Source, open_dataset
 from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
@@ -38,6 +39,7 @@ class Reference:
         data: The images.
         known: Mean and covariance, from a file.
         features: (N, D), from a file.
+        manifest: Of the images, if known.
     """
 
     name: str
@@ -50,11 +52,13 @@ class Reference:
     data: ImageDataset | None = None
     known: Statistics | None = None
     features: Tensor | None = None
+    manifest: Manifest | None = None
 
     @classmethod
     def of(cls, data: ImageDataset) -> Reference:
         m = data.manifest
-        return cls(m.what, m.sha256, len(data), m.channels, m.resolution, m.classes, data.class_ids, data)
+        about = (m.channels, m.resolution, m.classes, data.class_ids, data)
+        return cls(m.what, m.sha256, len(data), *about, manifest=m)
 
     def check(self, kinds: tuple[str, ...]) -> None:
         """Raises: GddlabError: A metric needs features of single images, and only their statistics are known."""
@@ -75,23 +79,26 @@ class Reference:
         return self.known
 
 
-def open_reference(data: str | Path | ImageDataset, extractor: Extractor, *, progress: bool = True) -> Reference:
-    """Real images to score against: a data set, by name or path too, or a .npz of statistics of this extractor.
+def open_reference(data: Source, extractor: Extractor, *, progress: bool = True) -> Reference:
+    """Real images to score against, given as for `open_dataset`, or a .npz of statistics of this extractor.
 
-    The file is EDM's (arrays `mu`, `sigma` of Inception's features), or one that `reference` wrote.
+    That file is EDM's (arrays `mu`, `sigma` of Inception's features), or one that `reference` wrote. Of ADM's, which
+    hold images too, Inception takes the statistics, any other extractor the images.
 
     Raises:
         GddlabError: No such data; a file that is no reference, or of another extractor.
     """
-    if isinstance(data, str | Path) and Path(data).suffix == ".npz":
-        return _read(Path(data).expanduser(), extractor)
+    if isinstance(data, str | Path) and (path := Path(data).expanduser()).suffix == ".npz":
+        held = _load(path, ()).keys()
+        if held & {"mu", "sigma"} and ("arr_0" not in held or extractor.label == "inception"):
+            return _read(path, extractor)
     return Reference.of(open_dataset(data, progress=progress))
 
 
 @beside_runs()
 @validated
 def reference(
-    data: str | Path | ImageDataset,
+    data: Source,
     out: str | Path,
     *,
     extractor: str = "lite2",
@@ -104,7 +111,7 @@ def reference(
     `about` the manifest of the data set and the extractor. Scores against it equal those against the data set.
 
     Args:
-        data: Data set, or its name or path.
+        data: The images, as for `open_dataset`.
         out: File that ends in .npz.
         extractor: As for `evaluate`.
         features: Also writes the features of each image, which kernel distance, precision, recall and MIND need.
@@ -142,14 +149,20 @@ def reference(
     return out
 
 
-def _read(path: Path, spec: Extractor) -> Reference:
+def _load(path: Path, wanted: Collection[str]) -> dict[str, np.ndarray | None]:
+    """The arrays of a .npz by name; those not wanted are None, and not read."""
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files if k in ("mu", "sigma", "about", "features", "class_ids")}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as e:
-        raise GddlabError(f"{path} cannot be read ({e}): give a .npz of arrays mu and sigma") from None
+            return {k: file[k] if k in wanted else None for k in file.files}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise GddlabError(f"{path} cannot be read ({e}): give a .npz of images, or of arrays mu and sigma") from None
+
+
+def _read(path: Path, spec: Extractor) -> Reference:
+    found = _load(path, ("mu", "sigma", "about", "features", "class_ids"))
+    arrays = {k: a for k, a in found.items() if a is not None}
     if missing := {"mu", "sigma"} - set(arrays):
         raise GddlabError(f"{path} lacks {' and '.join(sorted(missing))}: give a .npz of arrays mu and sigma")
     mu, sigma = arrays["mu"], arrays["sigma"]
@@ -177,6 +190,7 @@ def _own(path: Path, arrays: dict[str, np.ndarray], known: Statistics, spec: Ext
             raise KeyError("format")
         theirs, manifest, n = about["extractor"], about["manifest"], int(about["n"])
         about_data = {k: manifest[k] for k in ("name", "sha256", "channels", "resolution", "classes")}
+        about_data["manifest"] = Manifest(**manifest)
     except (ValueError, KeyError, TypeError):
         raise GddlabError(f"{path} is no reference that gddlab wrote: make it again, gddlab reference") from None
     for key in SAME:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, warn
 from gddlab.sampling.samplers import precision
 
 
@@ -123,9 +121,4 @@ def warn_nonfinite(nonfinite: Sequence[dict[str, Any]], what: str = "values") ->
     if not nonfinite:
         return
     where = ", ".join(f"{b['layer']} ({b['side']}) at sigma {b['sigma']:g}" for b in nonfinite[:3])
-    frame, level = sys._getframe(), 1
-    inside = ("gddlab", "pydantic", "jaxtyping")  # pydantic and jaxtyping wrap our functions
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        frame, level = frame.f_back, level + 1
-    text = f"{what} are not finite in {len(nonfinite)} places: {where}"
-    warnings.warn(text, RuntimeWarning, stacklevel=level)
+    warn(f"{what} are not finite in {len(nonfinite)} places: {where}", RuntimeWarning)

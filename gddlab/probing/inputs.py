@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from jaxtyping import Float
 from pydantic import SkipValidation
 from torch import Tensor, nn
 
-from gddlab.datasets import ImageDataset, data_of, open_dataset, order
-from gddlab.errors import GddlabError, refusal_of
+from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
+from gddlab.errors import GddlabError
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
@@ -23,7 +22,7 @@ from gddlab.sampling.samplers import heun_step, one_hot, seed_list
 
 # Arguments that all measurements share.
 Timesteps = SkipValidation[int | Sequence[float] | None]
-Data = SkipValidation[str | Path | ImageDataset | None]
+Data = Source | None
 States = Literal["noised", "prior", "trajectory", "student"]
 Labels = SkipValidation[Tensor | Sequence[int] | int | None]
 Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
@@ -247,6 +246,4 @@ def _dataset(model: nn.Module, data: Data, states: str) -> ImageDataset | None:
         data = data_of(getattr(model, "card", None))
     if data is None:
         raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
-    if not isinstance(data, str | Path | ImageDataset):
-        raise refusal_of("data", data, "give a dataset, or its name or path")
     return open_dataset(data)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import data_dir, hash_tensors, is_run, path_of, read_json
+from gddlab.files import HUB_NAME, data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES, build
 from gddlab.nets.unets import UNETS
@@ -124,7 +124,8 @@ def load_teacher(source: str | Path) -> Precond:
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve"), which is
             downloaded unless a copy is found;
             the path of an EDM pickle (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
-            GDDPrecond, D2OPrecond);
+            GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
+            them and no other;
             the path of a .safetensors file that gddlab wrote;
             a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student.
 
@@ -173,6 +174,11 @@ def _find(source: str | Path) -> tuple[str, Path]:
         fetched = PUBLISHED[name].file.fetch()
         assert fetched is not None
         return name, fetched
+    if HUB_NAME.fullmatch(name):
+        raise NotFound(
+            f"no such file: {name}; networks of the Hugging Face hub are not fetched: give a name, an EDM .pkl or a "
+            ".safetensors file that gddlab wrote, or a run directory; gddlab.wrap probes any network in memory"
+        )
     if len(path.parts) > 1 or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])

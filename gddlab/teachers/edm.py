@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from gddlab.errors import GddlabError
-from gddlab.files import file_sha256
-from gddlab.nets import Precond, from_edm
-from gddlab.nets.io import refusal
+from gddlab.files import data_dir, file_sha256, hash_json
+from gddlab.nets import Precond, from_edm, load_network
+from gddlab.nets.architectures import ARCHITECTURES
+from gddlab.nets.io import make_student, refusal
 from gddlab.pickles import Record, Refused, a, printable
 from gddlab.teachers.torchfiles import TensorData, load_pickle
 
@@ -24,11 +25,14 @@ CLASSES = {
     "iDDPMPrecond": "iDDPMPrecond",
     "GDDPrecond": "OneStepPrecond",
     "D2OPrecond": "OneStepPrecond",
+    "OneStepPrecond": "OneStepPrecond",
 }
 """Classes of networks in pickles, and ours."""
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file may keep its network, the preferred one first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
+_IN_ALL = "model.map_layer0.weight"
+"""A parameter that all U-Nets here have."""
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
 
@@ -45,6 +49,8 @@ def read_pickle(path: Path) -> Any:
 def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     """A network from a `network-snapshot-*.pkl`, or another pickle or torch file with a network of these classes.
 
+    Weights alone, a state dict, are taken where names and shapes fit one network that gddlab knows, and no other.
+
     Returns:
         The network on the CPU, float32, eval mode; and what the file says: class, key, data, sha256 of the file.
 
@@ -53,8 +59,12 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     """
     with _refusals(path):
         content = load_pickle(path)
-        key, record = _network(content)
-        net = _build(record, _arguments(record), tensors_of(record), path.stat().st_size)
+        if weights := _weights_alone(content):
+            key, record, kwargs = _recognised(weights, path)
+        else:
+            key, record = _network(content)
+            kwargs, weights = _arguments(record), tensors_of(record)
+        net = _build(record, kwargs, weights, path.stat().st_size)
         sha256 = file_sha256(path)
     original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
     if trained_on := _trained_on(content):
@@ -86,6 +96,46 @@ def _network(content: Any) -> tuple[str, Record]:
     raise Refused(0, f"it holds no network under {', '.join(KEYS)}; it holds {held}")
 
 
+def _weights_alone(content: Any) -> dict[str, TensorData]:
+    """The tensors of a state dict, at the top of a file or under a key; {} where there is none."""
+    found = [content, *(content.get(key) for key in (*KEYS, "state_dict"))] if isinstance(content, dict) else []
+    for state in found:
+        if isinstance(state, dict) and state and all(isinstance(t, TensorData) for t in state.values()):
+            return {str(name): t for name, t in state.items()}
+    return {}
+
+
+def _recognised(weights: dict[str, TensorData], path: Path) -> tuple[str, Record, dict[str, Any]]:
+    """Key, class and arguments of the network that a state dict fits; dropout, which they do not tell, may differ."""
+    shapes = {name: t.size for name, t in weights.items()}
+    fitting: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, (precond, kwargs) in _known() if _IN_ALL in shapes else ():
+        with torch.device("meta"):
+            net = from_edm(precond, **kwargs)
+            nets = {name: net} | ({f"a student of {name}": make_student(net)} if precond == "EDMPrecond" else {})
+        for title, known in nets.items():
+            if {key: tuple(t.shape) for key, t in known.state_dict().items()} == shapes:
+                fitting[title] = type(known).__name__, known.init_kwargs
+    if len({(cls, hash_json(kw | {"dropout": 0})) for cls, kw in fitting.values()}) == 1:
+        cls, kwargs = next(iter(fitting.values()))
+        return "", Record(cls), kwargs
+    alone = f"{path} holds weights alone, {len(weights)} tensors, {next(iter(weights))[:60]} the first"
+    if fitting:
+        titles = " and ".join(list(fitting)[:4])
+        give = "net.load_state_dict them into the one that it is, and write it with gddlab.nets.save_network"
+        raise GddlabError(printable(f"{alone}, which fit {titles} alike: {give}"))
+    give = "give an EDM .pkl, or a .safetensors file that gddlab wrote; gddlab.wrap probes any network in memory"
+    raise GddlabError(printable(f"{alone}, of no network that gddlab knows: {give}"))
+
+
+def _known() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """Names, classes and arguments of the published and the bundled networks."""
+    yield from ARCHITECTURES.items()
+    for path in sorted((data_dir() / "teachers").glob("*/teacher.safetensors")):
+        net, _ = load_network(path)
+        yield path.parent.name, (type(net).__name__, net.init_kwargs)
+
+
 def _arguments(record: Record) -> dict[str, Any]:
     """Constructor arguments that `from_edm` takes, all of them small."""
     if record.cls not in CLASSES:
@@ -94,6 +144,8 @@ def _arguments(record: Record) -> dict[str, Any]:
         accepted = ", ".join(POSITIONAL)
         raise Refused(record.at, f"{record.cls} with {len(record.args)} positional arguments; accepted are {accepted}")
     kwargs = dict(zip(POSITIONAL, record.args, strict=False)) | record.kwargs
+    if isinstance(own := record.state.get("init_kwargs"), dict):  # one of ours, pickled
+        kwargs |= own
     for name in ("img_resolution", "img_channels", "label_dim", "sigma_data"):  # attributes say what defaults were
         if name in record.state and name not in kwargs:
             kwargs[name] = record.state[name]

@@ -129,7 +129,7 @@ def kind(annotation: Any) -> str:
     if origin in (tuple, list):
         return " or ".join(f"list of {kind(p)}" for x in inner if x is not Ellipsis for p in parts(x))
     if origin is dict:
-        return f"table from {kind(inner[0])} to {kind(inner[1])}"
+        return f"table from {kind(inner[0])} to {' or '.join(kind(p) for p in parts(inner[1]))}"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     return NAMES.get(annotation, f"`{getattr(annotation, '__name__', annotation)}`")

@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab.datasets import ImageDataset, digits, open_dataset, readers
+from gddlab.datasets import ImageDataset, digits, open_dataset, prepare, readers
 from gddlab.datasets.base import content_hash
 from gddlab.datasets.listing import classes_of_table, image_files
 from gddlab.datasets.readers import of_zip
@@ -158,11 +159,6 @@ def test_bad_images_are_refused_by_name(tmp_path: Path, name: str) -> None:
     content, kind = bad_images()[name]
     root = write(tmp_path / "set", named("000.png", "001.png") | {name: content})
     refused(root, f"{name}: {kind}", "(2 images)" if kind == "format not read" else "(3 images)")
-
-
-def test_a_grey_image_among_colour_is_refused(tmp_path: Path) -> None:
-    root = write(tmp_path / "set", named("0.png") | {"1.png": file_of(picture(channels=1))})
-    refused(root, "1.png: size differs (8x8x1, the first has 8x8x3): run gddlab.prepare")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -399,6 +395,49 @@ def test_listing_is_linear() -> None:
     few, many = (min(seconds(n) for _ in range(3)) for n in (3_000, 60_000))
     gc.enable()
     assert many < 80 * few  # 20 if linear, 400 if quadratic
+
+
+def test_all_names_of_jpegs_and_pngs_are_read(tmp_path: Path) -> None:
+    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "JFIF": "JPEG", "png": "PNG", "apng": "PNG"}
+    for suffix, kind in kinds.items():
+        (tmp_path / f"x.{suffix}").write_bytes(file_of(picture(), kind))
+    assert len(open_dataset(tmp_path)) == 6
+
+
+def test_grey_among_colour_names_the_mode(tmp_path: Path) -> None:
+    files = named("a.png", "b.png") | {
+        "c.png": file_of(picture().convert("1")),
+        "d.png": file_of(picture().convert("L")),
+    }
+    write(tmp_path / "set", files)
+    with pytest.raises(GddlabError, match=r"c.png: colours differ \(mode 1, the first has RGB\); d.png: .*mode L") as e:
+        open_dataset(tmp_path / "set")
+    assert str(e.value).endswith(": run gddlab.prepare, which makes all of them RGB")
+    prepare(tmp_path / "set", tmp_path / "set.zip", workers=1, progress=False)
+    assert open_dataset(tmp_path / "set.zip").channels == 3
+
+
+def test_a_name_of_the_hub_without_hf_gets_the_hint() -> None:
+    with pytest.raises(NotFound, match="no such file or folder: huggan/AFHQv2; of the Hugging Face hub, give 'hf:hug"):
+        open_dataset("huggan/AFHQv2")
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the network was touched")
+
+    before = constants.HF_HUB_OFFLINE
+    monkeypatch.setenv("GDDLAB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    began = time.monotonic()
+    with pytest.raises(GddlabError, match=r"'hf:cifar10' is not on this machine, and GDDLAB_OFFLINE is set .*: unset"):
+        open_dataset("hf:cifar10")
+    assert time.monotonic() - began < 10  # a request and its repetitions take 23 s
+    assert before == constants.HF_HUB_OFFLINE
 
 
 def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

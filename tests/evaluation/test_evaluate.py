@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tracemalloc
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation import EXTRACTORS, compare, evaluate, features, real_split
+from gddlab.evaluation.metrics import Statistics, frechet
 from gddlab.files import hash_tensors
 from gddlab.nets import from_edm, save_network
 from gddlab.ranks import Ranks
@@ -32,8 +37,55 @@ def network(kind: str = "OneStepPrecond", label_dim: int = 10, resolution: int =
 
 def test_a_dataset_against_itself_is_nothing(some, counter):
     scores = evaluate(some, data=some, metrics=("fid", "prc"))
-    assert abs(scores["fd-lite2"]) < 1e-3
+    assert scores["fd-lite2"] == 0
     assert scores["precision-lite2"] == scores["recall-lite2"] == 1
+
+
+def test_a_frechet_distance_is_never_below_0():
+    few = Statistics(torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64))
+    near = Statistics(few.mu, few.sigma * (1 + 1e-12))
+    assert [frechet(a, b)[0].value >= 0 for a, b in ((few, near), (near, few))] == [True, True]
+    assert frechet(few, Statistics(few.mu.clone(), few.sigma.clone()))[0].value == 0
+    assert math.isnan(frechet(few, Statistics(few.mu * math.nan, few.sigma))[0].value)
+
+
+def test_arrays_and_lists_are_scored_as_the_data_set_that_they_hold(some, others, counter, tmp_path):
+    want = evaluate(others, data=some, metrics="fid")["fd-lite2"]
+    np.savez(tmp_path / "x.npz", others.uint8)
+    np.savez(tmp_path / "ref.npz", some.uint8)
+    pillow = [Image.fromarray(x[..., 0]) for x in others.uint8]
+    for source in (others.uint8, pillow, tuple(pillow), tmp_path / "x.npz", str(tmp_path / "x.npz")):
+        assert evaluate(source, data=some, metrics="fid")["fd-lite2"] == want
+    for data in (some.uint8, [Image.fromarray(x[..., 0]) for x in some.uint8], tmp_path / "ref.npz"):
+        assert evaluate(others, data=data, metrics="fid")["fd-lite2"] == want
+    assert len(real_split(some.uint8, metrics="fid").records) == 1
+    with pytest.raises(GddlabError, match="source is a dict: give a student, a teacher, a dataset, or images as an"):
+        evaluate({}, data=some)
+
+
+@pytest.mark.parametrize("scale", [(0.5, 0.5), (0.25, 0.5)])
+def test_images_that_cannot_be_in_minus_1_to_1_are_refused(some, others, counter, scale):
+    x = as_float(others) * scale[0] + scale[1]
+    with pytest.raises(GddlabError, match=r"none below 0: give \[-1, 1\], 2 \* x - 1 of x in \[0, 1\]"):
+        evaluate(x, data=some, metrics="fid")
+    assert counter == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "warns"),
+    [("png", "jpg", True), ("jpg", "png", True), ("png", "png+bmp", False), ("jfif", "jpg", False)],
+)
+def test_jpegs_against_pngs_are_named(some, others, counter, ours, theirs, warns):
+    def coded(data, codec):
+        return ImageDataset(data.uint8, name=data.name, source="digits", codec=codec)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        evaluate(coded(others, ours), data=coded(some, theirs), metrics="fid")
+    assert [str(w.message) for w in seen] == [
+        f"other-digits is {ours}, some-digits is {theirs}: their compression counts in the distance"
+    ] * warns
+    assert all(w.filename == __file__ for w in seen)
 
 
 def test_real_features_are_computed_once(some, others, counter, cache):
@@ -208,7 +260,7 @@ def test_refusals(some, counter):
         evaluate(network(label_dim=7), data=some)
     with pytest.raises(GddlabError, match="8x8"):
         evaluate(network(resolution=8), data=some)
-    with pytest.raises(GddlabError, match="source is a list"):
+    with pytest.raises(GddlabError, match="image 0 of the list is a Tensor: give Pillow images"):
         evaluate([x], data=some)
     with pytest.raises(GddlabError, match="unknown teacher 'student'"):
         evaluate("student", data=some)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation import compare, evaluate, reference
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor
@@ -51,6 +52,26 @@ def test_edm_statistics(some, counter, tmp_path, monkeypatch):
         evaluate(as_float(some), data=path, metrics="fid")
 
 
+def test_adm_reference_batches_hold_images_and_statistics(some, others, counter, tmp_path, monkeypatch):
+    path = tmp_path / "VIRTUAL_digits16.npz"
+    np.savez(path, some.uint8, mu=np.zeros(WIDTH), sigma=np.eye(WIDTH))
+    (record,) = evaluate(others, data=path, metrics="fid")
+    assert (record.reference, record.reference_n) == ("VIRTUAL_digits16", 64)
+    assert record.value == evaluate(others, data=some, metrics="fid")["fd-lite2"]
+    monkeypatch.setitem(EXTRACTORS, "inception", Extractor("lite2", "1280", WIDTH, 96, "timm", "inception", "none"))
+    (record,) = evaluate(others, data=path, metrics="fid", extractor="inception")
+    assert (record.reference, record.reference_n) == ("VIRTUAL_digits16.npz", None)
+
+
+def test_a_reference_of_an_array_knows_its_codec(some, others, counter, tmp_path):
+    jpeg = ImageDataset(some.uint8, name="some", source="digits", codec="jpg")
+    png = ImageDataset(others.uint8, name="others", source="digits", codec="png")
+    path = reference(jpeg, tmp_path / "ref.npz")
+    with pytest.warns(UserWarning, match="others is png, some is jpg: their compression counts"):
+        evaluate(png, data=path, metrics="fid")
+    assert evaluate(some.uint8, data=reference(some.uint8, tmp_path / "a.npz"), metrics="fid")["fd-lite2"] == 0
+
+
 def save(path, **arrays):
     np.savez(path, **arrays)
     return path
@@ -65,6 +86,7 @@ def test_what_is_no_reference_is_refused(some, counter, tmp_path, monkeypatch):
         "give float": save(tmp_path / "b.npz", mu=zero, sigma=np.eye(3)),
         "sigma int64": save(tmp_path / "c.npz", mu=zero, sigma=np.eye(d, dtype=np.int64)),
         "not finite": save(tmp_path / "d.npz", mu=zero + np.nan, sigma=eye),
+        "holds x, y: give the images as arr_0": save(tmp_path / "k.npz", x=zero, y=zero),
         "cannot be read": save(tmp_path / "e.npz", mu=np.array([{}], dtype=object), sigma=eye),
         "is no reference that gddlab wrote": save(tmp_path / "f.npz", mu=zero, sigma=eye, about=np.array("{}")),
         "no such file": tmp_path / "absent.npz",

@@ -139,7 +139,7 @@ def test_the_card_names_the_data(net):
         ({"seed": -1}, "seeds are 0"),
         ({"seed": 2**32}, "seeds are 0"),
         ({"device": "nope"}, "device='nope' cannot be used here"),
-        ({"data": 5}, "data=5: give a dataset"),
+        ({"data": 5}, "data=5: give a name"),
         ({"layers": 5}, "layers=5: give a name"),
         ({"n": 7, "stats": "cka"}, "'cka' compares 8 with each other, give n=8 or more"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, NotFound
 from gddlab.teachers import load_teacher
 from gddlab.teachers.catalog import PUBLISHED, PublishedTeacher
 
@@ -194,3 +194,10 @@ def test_two_at_once_download_once(server: Server) -> None:
         t.join(20)
     assert len(paths) == 3 and len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT
     assert server.requests == 1
+
+
+def test_names_of_the_hub_are_not_fetched() -> None:
+    with pytest.raises(NotFound, match="sd-turbo; networks of the Hugging Face hub are not fetched: give a name"):
+        load_teacher("stabilityai/sd-turbo")
+    with pytest.raises(NotFound, match=r"no such file: nets/teacher.pkl; accepted: a name"):
+        load_teacher("nets/teacher.pkl")

@@ -18,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gddlab.errors import GddlabError
 from gddlab.nets import Precond, from_edm, load_network
+from gddlab.nets.io import make_student
+from gddlab.teachers import edm, load_teacher
 from gddlab.teachers.edm import read_edm, read_pickle
 from gddlab.teachers.torchfiles import Storage, TensorData
 from tests.conftest import tiny_net
@@ -268,6 +271,41 @@ def test_weights_are_copies(tmp_path: Path) -> None:
     with path.open("r+b") as f:
         f.write(bytes(len(before)))
     assert_same(small_net(), loaded)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+@pytest.mark.parametrize("key", [None, "ema"])
+def test_our_own_networks_pickled_by_torch(kind: str, key: str | None, tmp_path: Path) -> None:
+    net: Precond = made("EDMPrecond", {**SONG, "label_dim": 3})
+    net = net if kind == "teacher" else make_student(net).eval()  # type: ignore[arg-type]
+    torch.save(net if key is None else {key: net}, tmp_path / "net.pt")
+    loaded = load_teacher(tmp_path / "net.pt")
+    assert type(loaded) is type(net) and loaded.init_kwargs == net.init_kwargs | {"sigma_data": 0.5}
+    assert_same(net, loaded)
+
+
+def test_weights_alone_are_taken_where_they_fit_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"img_resolution": 8, "img_channels": 1, **SONG}
+    table = {"plain": ("EDMPrecond", small), "augmented": ("EDMPrecond", {**small, "augment_dim": 9})}
+    table |= {"augmented, more dropout": ("EDMPrecond", {**small, "augment_dim": 9, "dropout": 0.3})}
+    monkeypatch.setattr(edm, "ARCHITECTURES", table)
+    plain, augmented = made("EDMPrecond", SONG), made("EDMPrecond", {**SONG, "augment_dim": 9})
+    file = tmp_path / "weights.pt"
+    for content in (augmented.state_dict(), {"ema": augmented.state_dict()}, {"state_dict": augmented.state_dict()}):
+        torch.save(content, file)
+        assert_same(augmented, load_teacher(file))
+    whose = "which fit plain and a student of plain and a student of augmented .*: net.load_state_dict them into"
+    foreign = "of no network that gddlab knows: give an EDM .pkl, or a .safetensors file that gddlab wrote; gddlab.wrap"
+    other = {**augmented.state_dict(), "model.map_layer0.bias": torch.zeros(3)}
+    for weights, message in (
+        (plain.state_dict(), whose),
+        (other, foreign),
+        (torch.nn.Linear(2, 2).state_dict(), foreign),
+    ):
+        torch.save({"ema": weights}, file)
+        with pytest.raises(GddlabError, match=f"weights.pt holds weights alone, .* the first, {message}") as refused:
+            load_teacher(file)
+        assert "\n" not in str(refused.value)
 
 
 def test_storages_stay_in_the_file(tmp_path: Path) -> None:
