@@ -28,11 +28,9 @@ from tyro.conf import Positional
 
 import gddlab
 from gddlab.cli_options import Command, in_one_line
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, unknown
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from gddlab.diagnosis import Doctor
 
 COMMANDS: dict[str, Command] = {}
@@ -206,15 +204,15 @@ def mask_show(mask: Positional[Path], names: bool = False) -> None:
         say(name)
 
 
-@command("mask diff")
-def mask_diff(masks: Positional[tuple[Path, ...]]) -> None:
+@command("mask compare")
+def mask_compare(masks: Positional[tuple[Path, ...]]) -> None:
     """Compares masks of one network: how much they share, and for two masks which parameters differ.
 
     Args:
         masks: Files of two or more masks.
     """
     if len(masks) < 2:
-        raise GddlabError(f"mask diff compares masks, {len(masks)} given: name two files or more")
+        raise GddlabError(f"mask compare takes several masks, {len(masks)} given: name two files or more")
     loaded = {f"{i}: {path}": gddlab.FreezeMask.load(path) for i, path in enumerate(masks)}
     found = gddlab.compare(loaded)
     say(found.to_frame().round(4).to_string(na_rep="-"))
@@ -267,7 +265,7 @@ def train(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
     mask: Path | None = None,
-    rule: str | None = None,
+    strategy: str | None = None,
     fast: bool = False,
     detach: bool = False,
     print_launch: Literal["torchrun", "slurm"] | None = None,
@@ -281,8 +279,9 @@ def train(
     Args:
         preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2,
             ffhq, imagenet64.
-        mask: Freeze mask (GDD-I), a file that `gddlab freeze` wrote. Without mask and rule: GDD.
-        rule: A rule on names in place of a file, such as gdd-i: makes the mask from the names of the teacher's layers.
+        mask: Freeze mask (GDD-I), a file that `gddlab freeze` wrote. Without mask and strategy: GDD.
+        strategy: A rule on names in place of a file, such as gdd-i: makes the mask from the names of the teacher's
+            layers.
         fast: Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Results differ from those
             of the preset.
         detach: Returns at once, while the run continues.
@@ -291,7 +290,7 @@ def train(
     """
     from gddlab.launch.plan import HEAD, Launch, prepared
 
-    config = configured(config, mask, rule, fast)
+    config = configured(config, mask, strategy, fast)
     if print_launch is not None:
         if print_launch == "slurm":
             options = {"rdzv_endpoint": HEAD} | options
@@ -347,7 +346,7 @@ def preflight(
     config: gddlab.TrainConfig,
     preset: Positional[str] = "digits",
     mask: Path | None = None,
-    rule: str | None = None,
+    strategy: str | None = None,
     fast: bool = False,
     stand_in: bool = False,
     json: bool = False,
@@ -363,12 +362,12 @@ def preflight(
     from gddlab.diagnosis.preflight import stand_ins
 
     teacher = None
-    if rule is not None:
+    if strategy is not None:
         try:
             teacher = stand_ins(config)[0] if stand_in else gddlab.load_teacher(config.teacher)
         except (GddlabError, OSError):
-            rule = None  # the page lists the teacher among what is missing
-    found = gddlab.preflight(configured(config, mask, rule, fast, teacher), stand_in=stand_in, **options)
+            strategy = None  # the page lists the teacher among what is missing
+    found = gddlab.preflight(configured(config, mask, strategy, fast, teacher), stand_in=stand_in, **options)
     say(to_json(found.to_dict()) if json else found)
     if not found.ok:
         sys.exit(1)
@@ -383,17 +382,15 @@ def runs(folder: Positional[Path] = Path("runs"), state: bool = False, json: boo
         state: Prints only the states, one word per run: starting, running, done, failed, stopped.
         json: Prints JSON.
     """
-    from gddlab.runs import listing
+    from gddlab.runs import list_runs
 
-    found = listing(folder)
+    found = list_runs(folder)
     if json:
-        say(to_json(found.to_dict("records")))
+        say(to_json(found))
     elif state:
-        say("\n".join(found["state"]))
-    elif console := terminal():
-        print_table(found, console)
+        say("\n".join(row["state"] for row in found))
     else:
-        say(found.to_string(index=False))
+        print_table(found)
 
 
 def sampler_of(words: list[str]) -> Any:
@@ -607,16 +604,16 @@ def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
 
 
 def configured(
-    config: gddlab.TrainConfig, mask: Path | None, rule: str | None, fast: bool, teacher: Any = None
+    config: gddlab.TrainConfig, mask: Path | None, strategy: str | None, fast: bool, teacher: Any = None
 ) -> gddlab.TrainConfig:
     """The configuration with a mask, from a file or a rule on the names of the teacher's layers, and with fast mode."""
-    if mask is not None and rule is not None:
-        raise GddlabError(f"mask {mask} and rule {rule!r}: give one of them")
+    if mask is not None and strategy is not None:
+        raise GddlabError(f"--mask {mask} and --strategy {strategy}: give one of them")
     fields = {name: getattr(config, name) for name in type(config).model_fields}
     if mask is not None:
         fields["mask"] = gddlab.FreezeMask.load(mask)
-    if rule is not None:
-        fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=rule)
+    if strategy is not None:
+        fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=strategy)
     return gddlab.TrainConfig(**(fields | (gddlab.presets.FAST if fast else {})))
 
 
@@ -625,12 +622,18 @@ def terminal() -> Console | None:
     return Console() if sys.stdout.isatty() else None
 
 
-def print_table(table: pd.DataFrame, console: Console) -> None:
-    """A table without frames."""
-    shown = Table(*table.columns, box=None, pad_edge=False, header_style="bold")
-    for row in table.itertuples(index=False):
-        shown.add_row(*map(str, row))
-    console.print(shown)
+def print_table(rows: list[dict[str, str]]) -> None:
+    """A table without frames, folded to the width of a terminal; elsewhere one line per row."""
+    if console := terminal():
+        shown = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            shown.add_row(*row.values())
+        console.print(shown)
+        return
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        say("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 def print_findings(found: Doctor, console: Console) -> None:
@@ -664,6 +667,12 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     warnings.formatwarning = lambda message, *_, **__: f"gddlab: {message}\n"  # Python's own shows a line of code too
     try:
+        if words == ["--version"]:
+            say(f"gddlab {gddlab.__version__}")
+            return
+        if words[:2] == ["mask", "diff"]:  # its former name, as --rule below
+            words = ["mask", "compare", *words[2:]]
+        words = [re.sub("^--rule(?==|$)", "--strategy", word) for word in words]
         name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
         if name is None:
             overview(words)
@@ -682,27 +691,33 @@ def main(argv: list[str] | None = None) -> None:
 def overview(words: list[str]) -> None:
     """The commands, or those of a group, for --help and for a line that names none; without importing any of them."""
     group = words[0] if words and words[0] in GROUPS else None
+    asked = words[1:] if group else words
     if group:
         listed = {n.split()[1]: c.summary for n, c in COMMANDS.items() if n.split()[0] == group}
     else:
         listed = {n.split()[0]: GROUPS.get(n.split()[0], c.summary) for n, c in COMMANDS.items()}
+    if asked and not asked[0].startswith("-"):
+        raise unknown(f"{group} command" if group else "command", asked[0], listed)
     stubs: dict[str, Callable[[], Any]] = {
         name: dataclasses.make_dataclass("Stub", [], namespace={"__doc__": doc}) for name, doc in listed.items()
     }
     prog = f"gddlab {group}" if group else "gddlab"
     about = GROUPS[group] if group else gddlab.__doc__
     with in_one_line(prog):
-        tyro.extras.subcommand_cli_from_dict(stubs, prog=prog, description=about, args=words[1:] if group else words)
+        tyro.extras.subcommand_cli_from_dict(stubs, prog=prog, description=about, args=asked)
 
 
 def call(name: str, words: list[str]) -> None:
     """Parses the words after the name of a command, and runs it."""
     command = COMMANDS[name]
-    values = command.parse(f"gddlab {name}", words)
-    if (preset := values.get("preset", first_word(words))) != first_word(words):
-        raise GddlabError(f"preset {preset!r} after other arguments: give it first, gddlab {name} {preset} ...")
-    own = inspect.signature(command.run).parameters
-    command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
+    try:
+        values = command.parse(f"gddlab {name}", words)
+        if (preset := values.get("preset", first_word(words))) != first_word(words):
+            raise GddlabError(f"preset {preset!r} after other arguments: give it first, gddlab {name} {preset} ...")
+        own = inspect.signature(command.run).parameters
+        command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
+    except GddlabError as e:
+        raise GddlabError(command.in_shell_words(str(e))) from e
 
 
 if __name__ == "__main__":

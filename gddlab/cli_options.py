@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,10 +54,65 @@ class Command:
             SystemExit: After --help.
         """
         options = _options_of(self, words)
+        several = {_flag(name) for name, kind in _flat(options, self.parts) if "tuple[" in str(kind)}
         with in_one_line(prog):
             config = (tyro.conf.PositionalMetavarFromFieldName,)
-            parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=words, config=config)
+            args = _without_commas(words, several)
+            parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=args, config=config)
         return dict(vars(parsed))
+
+    def in_shell_words(self, message: str) -> str:
+        """A message of the library, with what it says of this command's options as a shell gives them.
+
+        "give overwrite=True" becomes "give --overwrite", and "lr_g=-1.0: ..." "--lr-g -1.0: ...".
+        """
+        if "\n" in message:  # a traceback
+            return message
+        fields = _flat(_options_of(self, []), self.parts)
+        names = [name for name, kind in fields if tyro.conf.Positional not in typing.get_args(kind)]
+        flags = {name.rpartition(".")[2]: _flag(name) for name in names} | {name: _flag(name) for name in names}
+
+        def option(found: re.Match[str]) -> str:
+            flag, value = flags[found[1]], found[2]
+            if value in ("True", "False"):
+                return flag if value == "True" else re.sub(r"([\w-]+)$", r"no-\1", flag)
+            words = [word.strip().strip("'\"") for word in value.strip("()[]").split(",")]
+            return " ".join([flag, *filter(None, words)])
+
+        value = r"""('[^']*'|"[^"]*"|\([^()]*\)|\[[^][]*\]|[^\s,;:()]+)"""
+        return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, flags))})={value}", option, message)
+
+
+def _flat(kind: Any, parts: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by their dotted names, with their types; `parts` are fields whose fields are options without a prefix."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        yield prefix + name, hint
+        for member in _members(hint):
+            if name in parts or hasattr(member, "model_fields"):
+                yield from _flat(member, prefix="" if name in parts else f"{prefix}{name}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _without_commas(words: list[str], several: set[str]) -> list[str]:
+    """The values of options that take several, "80,1" or "80, 1" as "80 1"."""
+    out, inside = [], False
+    for word in words:
+        flag, given, value = word.partition("=")
+        if word.startswith("--"):
+            inside = flag in several
+            out += [flag, *_between_commas(value)] if inside and given else [word]
+        else:
+            out += _between_commas(word) if inside else [word]
+    return out
+
+
+def _between_commas(word: str) -> list[str]:
+    if word.startswith("re:"):  # a regular expression of layers
+        return [word]
+    return [part.strip() for part in word.split(",") if part.strip()] or [word]
 
 
 @contextlib.contextmanager
@@ -79,13 +134,15 @@ def in_one_line(prog: str) -> Iterator[None]:
 
 
 def _unboxed(box: str) -> str:
-    """The first part of a box, with the first option or all commands that it proposes."""
+    """The first part of a box, with the form of the option, or the first option or all commands that it proposes."""
     inside = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     parts = [" ".join(part.split()) for part in re.split(r"\n[─-]+\n", "\n".join(inside))]
     if "│" not in box:  # where the output is not UTF-8, the first part is the title
         del parts[0]
-    said = parts[0].removesuffix(".")
+    said = parts[0].partition(" Got errors:")[0].removesuffix(".")
     for part in parts[1:]:
+        if part.startswith("Argument helptext") and "parsing" in said:
+            said += "; the form is " + next(line for line in inside if re.match(r"--\w", line))
         if part.startswith("Available"):
             said += f": {part[:1].lower()}{part[1:]}"
         elif part.startswith("Perhaps") and (option := re.search(r"--[\w.-]+", part)):
@@ -157,7 +214,7 @@ class _Scope(dict[str, Any]):
 
 
 def _shell_type(annotation: Any, default: Any) -> Any:
-    """What a shell can give of a union: several values or, where the default is a single one, one; None for nothing."""
+    """What a shell can give of a union: several values or, where the default is a single number, one; or None."""
     single: list[Any] = []
     several: list[Any] = []
     for member in _members(annotation):
@@ -167,7 +224,8 @@ def _shell_type(annotation: Any, default: Any) -> Any:
         elif origin in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
             item: Any = _shell_type(arguments[0], 0)
             several += [] if item is None else [tuple[item, ...]]
-    found = several + single if default is None or isinstance(default, tuple) else single + several
+    first = default is None or isinstance(default, tuple) or (str in single and tuple[str, ...] in several)
+    found = several + single if first else single + several
     return found[0] if found else None
 
 

@@ -37,9 +37,12 @@ class NotFound(GddlabError, FileNotFoundError):
 
 
 def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
-    """The refusal of a name: `value` is not among `accepted`; near matches come first."""
+    """The refusal of a name: `value` is not among `accepted`; near matches, whatever their case, come first."""
     names = list(dict.fromkeys(accepted))
-    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
+    folded = {str(name).casefold(): name for name in names}
+    given = str(value).casefold()
+    same = [folded[given]] if given in folded else []
+    near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3, cutoff=0.5)]
     if near:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
         if len(names) <= 12:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.distill.status import ACTIVE, read_status
+from gddlab.distill.status import ACTIVE, read_status, where_it_continues
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import is_run, last_jsonl, path_of, read_json, read_jsonl, read_object, thin_jsonl
 from gddlab.lock import held
@@ -202,6 +202,9 @@ def load_runs(folder: str | Path) -> list[Run]:
     return [Run(path) for path in found]
 
 
+LISTED = ("run", "state", "kimg", "processes", "heard", "note")
+
+
 def listing(folder: str | Path) -> pd.DataFrame:
     """The runs at or below a folder, one row each; a damaged run has the state "damaged", and its note says why.
 
@@ -215,6 +218,11 @@ def listing(folder: str | Path) -> pd.DataFrame:
     Raises:
         NotFound: No run there.
     """
+    return _frame(list_runs(folder), [*LISTED])
+
+
+def list_runs(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of `listing`, without pandas."""
     top = path_of("folder", folder).resolve()
     rows = []
     for run in load_runs(top):
@@ -224,11 +232,14 @@ def listing(folder: str | Path) -> pd.DataFrame:
             seen = f"{s['nimg'] / 1000:.4g} of {s['total_nimg'] / 1000:.4g}" if "total_nimg" in s else ""
             heard = f"{time.time() - s['heartbeat']:.0f} s ago" if state == "running" and "heartbeat" in s else ""
             note = str(s.get("message") or s.get("alarm") or "").partition("\n")[0]
+            if state == "failed" and not {"error", "message"} & {*s}:
+                note = f"ended without a word; the same call continues from {where_it_continues(run.run_dir)}"
             row = (state, seen, str(s.get("world_size", "")), heard, note)
         except (ValueError, KeyError, TypeError, OSError) as e:
             row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
-        rows.append((top.name if run.run_dir == top else str(run.run_dir.relative_to(top)), *row))
-    return _frame(rows, ["run", "state", "kimg", "processes", "heard", "note"])
+        name = top.name if run.run_dir == top else str(run.run_dir.relative_to(top))
+        rows.append(dict(zip(LISTED, (name, *row), strict=True)))
+    return rows
 
 
 def load_study(folder: str | Path) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gddlab
 from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
@@ -87,8 +88,8 @@ def test_probe_freeze_train_sample_evaluate(
     main(["sample", str(run), "--n", "4", "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     for named in (["--solver", "heun", "--rho", "7"], ["--solver=heun"]):
-        assert "solver='heun' with a one-step student" in refused(capsys, "sample", str(run), *named)
-        assert "solver='heun' with a one-step student" in refused(capsys, "evaluate", str(run), *named)
+        assert "--solver heun with a one-step student" in refused(capsys, "sample", str(run), *named)
+        assert "--solver heun with a one-step student" in refused(capsys, "evaluate", str(run), *named)
     main(["evaluate", str(run), "--metrics", "kid", "--n", "64", "--steps", "1"])
     assert "kd-lite2@64" in capsys.readouterr().out
     assert load_run(run).evaluation["metric"].tolist() == ["kd-lite2@64"]
@@ -203,14 +204,17 @@ def test_parts_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_overviews_and_runs_do_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys, gddlab.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print({'torch', 'pandas'} & {*sys.modules})"
+    )
     code = code.replace("finally", "except SystemExit: pass\nfinally")
     (tmp_path / "config.json").write_text('{"teacher": "digits", "mask": null}')
-    lines = (["--help"], "preflight"), (["mask", "--help"], "diff"), (["runs", str(tmp_path)], "stopped")
+    lines = (["--help"], "preflight"), (["mask", "--help"], "compare"), (["runs", str(tmp_path)], "stopped")
+    lines += (["--version"], gddlab.__version__), (["evalute"], "")
     for words, listed in *lines, (["report", "--help"], "several runs"), (["demo", "--help"], "--recompute"):
         out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout
         assert listed in out
-        assert out.splitlines()[-1] == "False"
+        assert out.splitlines()[-1] == "set()"
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +245,8 @@ def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "teacher", "show", "digts")
-    assert "did you mean 'gdd-i'" in refused(capsys, "freeze", "digits", "--strategy", "gdd_i")
+    for strategy in ("gdd_i", "GDD-I"):
+        assert "did you mean 'gdd-i'" in refused(capsys, "freeze", "digits", "--strategy", strategy)
     assert "did you mean 'rms'" in refused(
         capsys, "probe", "digits", "--stats", "rsm", "--n", "2", "--out", str(tmp_path / "p")
     )
@@ -251,7 +256,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'fid'" in refused(capsys, "evaluate", "digits", "--metrics", "fed")
     assert "did you mean 'digits'" in refused(capsys, "evaluate", "digits", "--data", "digit")
     assert "budget" in refused(capsys, "freeze", "digits", "--strategy", "random", "--budget", "1.5")
-    assert "device='nope' cannot be used" in refused(
+    assert "--device nope cannot be used" in refused(
         capsys, "probe", "digits", "--device", "nope", "--n", "2", "--out", str(tmp_path / "p")
     )
     assert "is a file: give a folder" in refused(capsys, "probe", "digits", "--out", __file__)
@@ -263,7 +268,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--out", str(tmp_path / "o")
     )
     assert "did you mean 'digits'" in refused(capsys, "train", "digts", "--run-dir", str(tmp_path / "r"))
-    assert "batch=0" in refused(capsys, "train", "--run-dir", str(tmp_path / "r"), "--batch", "0")
+    assert "--batch 0" in refused(capsys, "train", "--run-dir", str(tmp_path / "r"), "--batch", "0")
     assert not list(tmp_path.iterdir())
 
 
@@ -291,11 +296,24 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
     main(["mask", "show", a])
     shown = capsys.readouterr().out
     assert "budget" in shown and "total" in shown
-    main(["mask", "diff", a, c])
-    shown = capsys.readouterr().out
-    assert "Jaccard" in shown and "parameters differ:" in shown
-    assert "1 given: name two files" in refused(capsys, "mask", "diff", a)
+    for name in ("compare", "diff"):
+        main(["mask", name, a, c])
+        shown = capsys.readouterr().out
+        assert "Jaccard" in shown and "parameters differ:" in shown
+    assert "1 given: name two files" in refused(capsys, "mask", "compare", a)
     assert "no such file" in refused(capsys, "mask", "show", str(tmp_path / "none.json"))
+
+
+def test_several_values_may_have_commas_between_them(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for given in (["80", "1"], ["80,1"], ["80,", "1"]):
+        layers = ["--layers", ",".join(["block", "norm"])] if "," in given[0] else ["--layers", "block", "norm"]
+        main(["probe", str(tiny_teacher), "--n", "2", "--dry-run", "--stats=rms,std", "--sigmas", *given, *layers])
+        said.append(capsys.readouterr().out.partition(": ")[2].partition(";")[0])
+    assert len({*said}) == 1 and "at 2 noise levels, 2 images" in said[0]
+    assert "--mid-sigmas 3.0 0.0: give desc" in refused(capsys, "train", "--classes=3,4", "--mid-sigmas", "3,0")
 
 
 def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,11 +329,22 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("train --total-kimg abc", "error parsing --total-kimg: could not convert string to float: 'abc'; see gddlab"),
+        (
+            "train --total-kimg abc",
+            "could not convert string to float: 'abc'; the form is --total-kimg FLOAT; see gddlab",
+        ),
         ("train digits --bogus 1", "unrecognized options: --bogus, 1; see gddlab train --help"),
         ("train --discriminator.kynd lpips", "did you mean --discriminator.kind; see gddlab train --help"),
-        ("nothing", "available subcommands: demo, teacher, "),
+        ("evalute", "gddlab: unknown command 'evalute': did you mean 'evaluate'"),
+        ("mask shwo", "gddlab: unknown mask command 'shwo': did you mean 'show'"),
+        ("--bogus", "available subcommands: demo, teacher, "),
         ("teacher", "expected one of {train, show, score}; see gddlab teacher --help"),
+        ("probe --sigmas 80;1", "arguments: ['80;1']; the form is --sigmas FLOAT ...; see gddlab probe --help"),
+        ("train --classes 3,x", "instantiated from ['3', 'x']; the form is --classes {None}|{[INT"),
+        ("train --lr-g -1", "gddlab: --lr-g -1.0: input should be greater than 0"),
+        ("train --discriminator.cout 0", "gddlab: --discriminator.cout 0: input should be"),
+        ("train --nproc 3", "gddlab: --batch 16 on 3 processes: give a multiple of 3"),
+        ("preflight --rule gdd-i --mask x.json", "gddlab: --mask x.json and --strategy gdd-i: give one of them"),
     ],
 )
 def test_a_wrong_line_is_refused_in_one(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,3 +50,13 @@ def test_teachers_come_without_the_rest() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_doctor_needs_no_more_than_torch() -> None:
+    """Nor the parts of torch that take seconds."""
+    code = (
+        "import sys, gddlab.diagnosis; "
+        "print(sorted({'pandas', 'timm', 'sympy', 'torch.distributed.fsdp'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -92,8 +92,8 @@ def test_a_preset_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for argv, message in (
         (["train", "--batch", "8", "cifar10"], "give it first, gddlab train cifar10"),
         (["train", "cifr10"], "did you mean 'cifar10'"),
-        (["train", "digits", "--batch-per-device", "3"], "gddlab: batch=16, batch_per_device=3: give a divisor"),
-        (["preflight", "digits", "--rule", "gdd-i", "--mask", "x.json"], "give one of them"),
+        (["train", "digits", "--batch-per-device", "3"], "gddlab: --batch 16, --batch-per-device 3: give a divisor"),
+        (["preflight", "digits", "--strategy", "gdd-i", "--mask", "x.json"], "give one of them"),
     ):
         with pytest.raises(SystemExit) as e:
             main(argv)

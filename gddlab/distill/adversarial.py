@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gddlab.datasets import order
-from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.losses import g_loss
+from gddlab.distill.status import checkpoints
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound, positive
 from gddlab.nets import OneStepPrecond

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -21,13 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gddlab.distill.distributed import World
+from gddlab.distill.status import BEST, LATEST, checkpoints, name_of, named, pointer, where_it_continues
 from gddlab.distill.step import GanStep
 from gddlab.ema import local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import file_sha256, fsync_dir, read_json, write_json, write_text
 
-NAME = re.compile(r"\d+\.\d{3}")
-LATEST, BEST = "latest", "best"
 FULL = 1 << 20
 """Bytes; a disk with less free space counts as full."""
 
@@ -55,17 +53,6 @@ def set_training_state(state: Mapping[str, Any], step: GanStep, ema: nn.Module) 
 def _optimizer_tensors(opt: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {p: n for n, p in module.named_parameters()}
     return {f"{names[p]}/{k}": v for p, state in opt.state.items() for k, v in state.items()}
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first: those up to the one that the pointer `latest` names."""
-    folder = run_dir / "checkpoints"
-    latest = float(_pointer(folder, LATEST) or "inf")
-    return [p for p in _named(folder) if (p / "meta.json").exists() and float(p.name) <= latest]
-
-
-def _named(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("*") if NAME.fullmatch(p.name)), key=lambda p: float(p.name))
 
 
 class Loaded(NamedTuple):
@@ -113,7 +100,7 @@ class Checkpoints:
                 first = bad[0] if bad else "one on another rank"
                 raise GddlabError(
                     f"{part} holds parameters that are not finite after {meta['nimg']} images, such as {first}: "
-                    "the last checkpoint stands; lower lr_g or lr_d in a new run"
+                    f"lower lr_g or lr_d in a new run; this one would continue from {where_it_continues(self.run_dir)}"
                 )
         staged: Any = self._stager.stage(dict(state))
         self._writing = self._executor.submit(self._write, staged, dict(meta), best)
@@ -133,11 +120,9 @@ class Checkpoints:
         try:
             writing.result()
         except (OSError, CheckpointException) as e:  # any other comes from the ranks' connection, not the disk
-            have = [p.name for p in checkpoints(self.run_dir)]
-            stands = f"{have[-1]} kimg stands" if have else "none was written before"
             raise GddlabError(
-                f"a checkpoint could not be written to {self.folder} ({_cause(e)}): {stands}; "
-                "mend that, and the same call continues"
+                f"a checkpoint could not be written to {self.folder} ({_cause(e)}): mend that, and the same call "
+                f"continues from {where_it_continues(self.run_dir)}"
             ) from e
 
     def close(self) -> None:
@@ -155,7 +140,7 @@ class Checkpoints:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
-        final = self.folder / f"{meta['nimg'] / 1000:010.3f}"
+        final = self.folder / name_of(meta["nimg"])
         tmp = final.with_name(f".{final.name}.tmp")
         try:
             self._write_to(tmp, final, state, meta, best)
@@ -177,13 +162,13 @@ class Checkpoints:
         write_json(tmp / "meta.json", meta | {"files": files})
         fsync_dir(tmp)
         listed = checkpoints(self.run_dir)
-        _remove(p for p in _named(self.folder) if p == final or p not in listed)  # beyond `latest`, or damaged
+        _remove(p for p in named(self.folder) if p == final or p not in listed)  # beyond `latest`, or damaged
         tmp.replace(final)
         fsync_dir(self.folder)
         if best:
             write_text(self.folder / BEST, final.name + "\n")
         write_text(self.folder / LATEST, final.name + "\n")
-        kept = _pointer(self.folder, BEST)
+        kept = pointer(self.folder, BEST)
         for old in checkpoints(self.run_dir)[: -self.keep]:
             if old.name != kept:
                 shutil.rmtree(old)
@@ -232,14 +217,6 @@ class Checkpoints:
 def _remove(folders: Iterable[Path]) -> None:
     for path in folders:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _pointer(folder: Path, name: str) -> str | None:
-    try:
-        text = (folder / name).read_text().strip()
-    except OSError:
-        return None
-    return text if NAME.fullmatch(text) else None
 
 
 def _damage(path: Path) -> str | None:

@@ -203,7 +203,7 @@ class TrainConfig(RunSettings):
     """Feature network of the score, as for `evaluate`; the discriminator should not hold it."""
     metric_n: int | None = Field(default=None, ge=2)
     """Images scored; None for as many as there are real ones."""
-    stop_on: tuple[Literal["nan", "saturated", "collapse", "jump"], ...] = ()
+    stop_on: tuple[Literal["nan", "saturated", "collapse", "detail", "jump"], ...] = ()
     """Alarms that stop the run; others are logged and shown."""
 
     @model_validator(mode="after")

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
@@ -170,6 +169,8 @@ def shard(net: OneStepPrecond, world: World) -> None:
     """
     if world.size == 1:
         return
+    from torch.distributed.fsdp import fully_shard  # takes a second
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in net.model.modules():
         if isinstance(module, UNetBlock):

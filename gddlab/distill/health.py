@@ -1,4 +1,4 @@
-"""Alarms of a training run: not finite, saturated discriminator, collapse, jump of a metric."""
+"""Alarms of a training run: not finite, saturated discriminator, collapse, too much fine detail, jump of a metric."""
 
 from __future__ import annotations
 
@@ -62,6 +62,22 @@ def distinct_images(images: Tensor, scale: float) -> float:
     return len(d) ** 2 / torch.exp(-((d / scale) ** 2)).sum().item()
 
 
+def fine_share(images: Tensor) -> float:
+    """Share of the power, without the means, above 3/8 of a cycle per pixel in either direction: from 0 to 1.
+
+    Checkerboards and stripes of one pixel have it there; real images have little. Images are (N, C, H, W).
+    """
+    x = images.detach().float().cpu()
+    x = x - x.mean((2, 3), keepdim=True)
+    power = torch.stack([torch.fft.fft2(image).abs().square().sum(0) for image in x]).double().sum(0)
+    down, across = (torch.fft.fftfreq(side).abs() > 3 / 8 for side in power.shape)
+    return (power[down[:, None] | across].sum() / power.sum().clamp_min(1e-12)).item()
+
+
+FEW = 200
+"""Training images; with fewer, students of the digits were twice as far from the data, and no alarm says why."""
+PLAIN = 0.002
+"""The least `fine_share` of real images: of enlarged ones, which have none, no multiple means anything."""
 RISING = ("precision", "recall")
 """Metrics, by the start of their names, of which more is better."""
 
@@ -95,6 +111,12 @@ class Thresholds(Settings):
     grace_kimg: float = Field(default=200.0, ge=0)
     """Thousands of images after which a grid that never was diverse has collapsed; students begin with 0.06, and GDD
     works by 200 kimg."""
+    fine: float = Field(default=4.0, ge=1)
+    """Factor between the fine shares of grid and real images. Healthy runs end at 0.9 to 1.4, the worst that ships at
+    3.4; twenty times the learning rates give 3 to 25."""
+    settled_kimg: float = Field(default=1.0, ge=0)
+    """Thousands of images before which fine detail is not judged: where a grey student becomes diverse, within some ten
+    iterations, healthy ones reach 7."""
     jump: float = Field(default=1.5, ge=1)
     """Factor of the best value so far beyond which a metric has jumped; neighbouring snapshots differ by less."""
 
@@ -104,7 +126,7 @@ class Alarm:
     """Something is wrong with a run.
 
     Attributes:
-        kind: nan, saturated, collapse or jump.
+        kind: nan, saturated, collapse, detail or jump.
         kimg: Thousands of images seen.
         message: One line: what, how much, what to do.
         value: What was measured; not finite where that is the alarm.
@@ -149,17 +171,20 @@ class Health:
 
     Args:
         real: Real images to compare grids with, [-1, 1], (N, C, H, W): at most as many as a grid has, drawn at random
-            (the first of a sorted dataset are all of one class). If they are all alike, or a single one, grids are only
-            checked for finite values.
+            (the first of a sorted dataset are all of one class). If they are all alike, or a single one, that is an
+            alarm, and grids are only checked for finite values.
         thresholds: When to alarm.
+        images: How many images the run trains on, for the advice; by default those of `real`.
     """
 
-    def __init__(self, real: Tensor, thresholds: Thresholds | None = None):
+    def __init__(self, real: Tensor, thresholds: Thresholds | None = None, *, images: int | None = None):
         self.thresholds, self.past = thresholds or Thresholds(), Past()
+        self.images = len(real) if images is None else images
         self.n, self.scale, self.reference = 0, 1.0, 1.0
         scale = neighbor_distance(real) / 2 if len(real) > 1 else 0.0
         if scale > 0:
             self.n, self.scale, self.reference = len(real), scale, distinct_images(real, scale)
+        self.fine = max(PLAIN, fine_share(real))
 
     def diversity(self, images: Tensor) -> float:
         """Distinct images among the first N of a grid, relative to the N real ones: 1 is as diverse as real."""
@@ -207,16 +232,29 @@ class Health:
         lost = 1 - images.isfinite().flatten(1).all(1).double().mean().item()
         why = f"{_percent(lost)} of the images are not finite at {kimg:g} kimg: lower lr_g in a new run"
         out = self._judge("nan/images", kimg, lost, 0.0, why, on=lost > 0)
-        if lost or not self.n:
+        if lost:
             return out
+        if not self.n:
+            why = f"the training images are all alike, {self.images} in all: give others, no student can vary more"
+            return out + self._judge("collapse/data", kimg, 1.0, 1.0, why, on=True)
+        rough = fine_share(images[: self.n]) / self.fine
+        why = (
+            f"checkerboard, stripes or noise at {kimg:g} kimg, the grid has {rough:.1f} times the power of real images "
+            "in its finest detail: lower lr_g and lr_d"
+        )
+        on = rough > t.fine and kimg >= t.settled_kimg
+        out += self._judge("detail", kimg, rough, t.fine, why, on=on, off=rough < t.fine / 2)
         share = self.diversity(images)
         past.diverse = past.diverse or share >= t.diverse
         if past.widest is None or share > past.widest[0]:
             past.widest = [share, kimg]
         why = (
             f"collapse at {kimg:g} kimg, the grid has {share * self.reference:.1f} distinct images, as many real ones "
-            f"{self.reference:.1f}: lower lr_g or raise r1_gamma"
+            f"{self.reference:.1f}: "
         )
+        if self.images < FEW:
+            why += f"{self.images} training images are few, give more or augment; else "
+        why += "lower lr_g or raise r1_gamma"
         on = share < t.collapse and (past.diverse or kimg >= t.grace_kimg)
         return out + self._judge("collapse", kimg, share, t.collapse, why, on=on, off=share >= t.diverse)
 
@@ -251,15 +289,15 @@ class Health:
         if not on or key in raised:
             return []
         raised.append(key)
-        return [Alarm(key.partition("/")[0], kimg, f"{why}; {self._return()}", value, threshold)]
+        return [Alarm(key.partition("/")[0], kimg, f"{why}{self._return()}", value, threshold)]
 
     def _return(self) -> str:
-        """Where to return to: the best snapshot by the first metric, else the most diverse one."""
+        """Where to return to: the best snapshot by the first metric, else the most diverse one, where there is one."""
         for name, (value, kimg) in self.past.best.items():
-            return f"the best snapshot is that of {kimg:g} kimg ({name} {value:.4g})"
+            return f"; the best snapshot is that of {kimg:g} kimg ({name} {value:.4g})"
         if self.past.diverse and self.past.widest is not None:
-            return f"the most diverse snapshot is that of {self.past.widest[1]:g} kimg"
-        return "the last checkpoint stands"
+            return f"; the most diverse snapshot is that of {self.past.widest[1]:g} kimg"
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """All that later alarms depend on, as JSON."""

@@ -19,7 +19,7 @@ from gddlab.distill.checkpoints import Loaded
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.health import Alarm
-from gddlab.distill.status import write_status
+from gddlab.distill.status import name_of, write_status
 from gddlab.errors import GddlabError
 from gddlab.files import append_jsonl, hash_tensors, read_json, read_jsonl, write_json, write_text
 from gddlab.nets import OneStepPrecond, Precond, save_network
@@ -30,11 +30,6 @@ from gddlab.sampling import sample, save_grid
 GRID = 64
 BEAT = 2.0
 """Seconds between two heartbeats."""
-
-
-def name_of(nimg: int) -> str:
-    """Name of what belongs to a moment of a run: thousands of images, in a form that sorts."""
-    return f"{nimg / 1000:010.3f}"
 
 
 class Recorder:

@@ -1,7 +1,8 @@
-"""Writes and reads status.json of a run. It imports no torch: the process that starts the ranks starts fast."""
+"""Status and checkpoints of a run, as others see them. No torch is imported: the process that starts ranks is fast."""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,43 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         GddlabError: It is damaged.
     """
     return read_object(run_dir / "status.json")
+
+
+NAME = re.compile(r"\d+\.\d{3}")
+"""Names of checkpoints, thousands of images."""
+LATEST, BEST = "latest", "best"
+
+
+def name_of(nimg: int) -> str:
+    """Name of what belongs to a moment of a run: thousands of images, in a form that sorts."""
+    return f"{nimg / 1000:010.3f}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first: those up to the one that the pointer `latest` names."""
+    folder = run_dir / "checkpoints"
+    latest = float(pointer(folder, LATEST) or "inf")
+    return [p for p in named(folder) if (p / "meta.json").exists() and float(p.name) <= latest]
+
+
+def named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
+    return sorted((p for p in folder.glob("*") if NAME.fullmatch(p.name)), key=lambda p: float(p.name))
+
+
+def pointer(folder: Path, name: str) -> str | None:
+    """The checkpoint that a file names, `LATEST` or `BEST`; None without one."""
+    try:
+        text = (folder / name).read_text().strip()
+    except OSError:
+        return None
+    return text if NAME.fullmatch(text) else None
+
+
+def where_it_continues(run_dir: Path) -> str:
+    """From what the same call continues a run, in words."""
+    have = checkpoints(run_dir)
+    return f"the checkpoint of {float(have[-1].name):g} kimg" if have else "the start, as no checkpoint was written"
 
 
 def mark_stopped(run_dir: Path) -> None:

@@ -21,7 +21,8 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.randomness import Drawer
-from gddlab.distill.recorder import GRID, Meter, Recorder, name_of
+from gddlab.distill.recorder import GRID, Meter, Recorder
+from gddlab.distill.status import name_of, where_it_continues
 from gddlab.ema import ema_beta, ema_update, local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
@@ -39,6 +40,9 @@ STUDENT_STATS = tuple(s for s in DEFAULT if s != "cosine")
 """A student has one noise level, nothing to compare it with."""
 BAD_LOSSES = 3
 """How many losses in a row that are not finite end a run."""
+SETTLED, LEARNED = 64, 300
+"""Iterations after which a student's images have no more noise than real ones, and after which it is diverse; one that
+is not by then, and by half of the run, has collapsed. The digits' take 32 and 8."""
 
 
 class Trainer:
@@ -69,8 +73,9 @@ class Trainer:
         self.drawer = Drawer(config, g, world, width=width)
         self.meter = Meter(world.device)
         real = self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data))))
-        grace = min(Thresholds().grace_kimg, config.total_kimg / 2)
-        self.health = Health(real, Thresholds(grace_kimg=grace))
+        settled, learned = SETTLED * config.batch / 1000, LEARNED * config.batch / 1000
+        grace = min(Thresholds().grace_kimg, max(config.total_kimg / 2, learned))
+        self.health = Health(real, Thresholds(grace_kimg=grace, settled_kimg=settled), images=len(self.data))
         self.checkpoints = Checkpoints(config.run_dir, world, keep=config.keep_checkpoints)
         self.iteration = 0
         self.seconds = 0.0
@@ -153,15 +158,16 @@ class Trainer:
         return line
 
     def check_losses(self) -> None:
-        """Ends a run whose loss was not finite several times in a row; the last checkpoint stands.
+        """Ends a run whose loss was not finite several times in a row.
 
         Raises:
             GddlabError: On every rank alike.
         """
         if self.world.any(bool(self.meter.longest >= BAD_LOSSES)):
+            where = where_it_continues(self.config.run_dir)
             raise GddlabError(
-                f"the loss was not finite {BAD_LOSSES} times in a row by {self.nimg} images: "
-                "the last checkpoint stands; lower lr_g or lr_d in a new run"
+                f"the loss was not finite {BAD_LOSSES} times in a row by {self.nimg} images: lower lr_g or lr_d in a "
+                f"new run; this one would continue from {where}"
             )
 
     def verify_frozen(self) -> None:

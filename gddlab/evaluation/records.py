@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gddlab.distill.recorder import name_of
+from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import EXTRACTORS
 from gddlab.evaluation.metrics import metric_of

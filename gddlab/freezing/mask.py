@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -317,7 +318,18 @@ class FreezeMask:
             reached = share_text(self.arguments.get("reached"))
             details.append(f"budget {share_text(asked)}{self._budget_of()}, reached {reached}")
         frozen = f"{self.fraction:.2%} of {self.n_params:,} parameters frozen"
-        return f"{self.strategy}: {frozen} ({'; '.join(details)})"
+        return f"{self.strategy}: {frozen} ({'; '.join(details)}); {self._by_kind()}"
+
+    def _by_kind(self) -> str:
+        """What is frozen, and what is trained whole, by kind of layer without numbers: "frozen conv 99%, proj; ..."."""
+        still, total, frozen = Counter[str](), Counter[str](), {*self.frozen}
+        for name, shape in self.parameters:
+            kind = kind_of(owner_of(name)).rstrip("0123456789")
+            total[kind] += prod(shape)
+            still[kind] += prod(shape) if name in frozen else 0
+        parts = [k if still[k] == n else f"{k} {min(still[k] / n, 0.999):.1%}" for k, n in total.items() if still[k]]
+        trained = [k for k in total if not still[k]]
+        return f"frozen {', '.join(parts) or 'nothing'}; trained {', '.join(trained) or 'the rest'}"
 
     def _budget_of(self) -> str:
         if self.strategy == "per-resolution":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gddlab.distill.status import ACTIVE, mark_stopped
+from gddlab.distill.status import ACTIVE, mark_stopped, where_it_continues
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import path_of, read_end
 from gddlab.lock import held, owners
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class RunFailed(GddlabError):
-    """The run ended with an error; the message holds the failing rank's own traceback."""
+    """The run ended with an error; the message holds the failing rank's own traceback, or its refusal in one line."""
 
 
 class RunHandle(Run):
@@ -48,7 +48,8 @@ class RunHandle(Run):
             timeout: Seconds; None waits for ever.
 
         Raises:
-            RunFailed: It failed; the message holds the traceback of the rank that did.
+            RunFailed: It failed; the message is the refusal, holds the traceback of the rank that failed, or says that
+                its processes were ended and from where the same call continues.
             TimeoutError: It is still running.
         """
         end = None if timeout is None else time.monotonic() + timeout
@@ -60,8 +61,15 @@ class RunHandle(Run):
             raise RunFailed(f"{self.run_dir} is gone: somebody removed it")
         if self.status == "failed":
             s = self.written_status
-            error = s.get("error") or f"its processes died; log:\n{self.tail()}"
-            raise RunFailed(f"{self.run_dir} failed on rank {s.get('rank')}:\n{error}")
+            if s.get("cause") == "refused":
+                raise RunFailed(f"{self.run_dir} failed: {str(s['message']).partition(': ')[2]}")
+            if "error" in s:
+                raise RunFailed(f"{self.run_dir} failed on rank {s.get('rank')}:\n{s['error']}")
+            raise RunFailed(
+                f"{self.run_dir}: its processes ended without a word, as after kill -9, where memory is short, or when "
+                f"the machine goes down; the same call continues from {where_it_continues(self.run_dir)}.\n"
+                f"Its log ends: {self.tail(lines=1) or 'empty'}"
+            )
         return self
 
     def stop(self, timeout: float = 120) -> RunHandle:

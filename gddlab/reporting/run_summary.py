@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -335,8 +336,9 @@ def shown(value: Any) -> str:
 def runs_folder(names: Mapping[str, Any]) -> Path:
     """The folder of `gddlab reproduce --out` that a notebook reads: its parameter `runs`, or the shipped runs if empty.
 
-    papermill writes the parameters it was given into a cell of its own and only warns where the notebook has no such
-    parameter; here that is refused.
+    Prints for other runs than those shipped that the notebook's text does not describe them. papermill writes the
+    parameters it was given into a cell of its own and only warns where the notebook has no such parameter; here that is
+    refused.
 
     Args:
         names: The notebook's `globals()`.
@@ -360,4 +362,6 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         )
     if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
         raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
+    if given:
+        sys.stdout.write(f"Figures and tables show {folder}. Numbers in the text are those of the shipped runs.\n")
     return folder

@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import HUB_NAME, data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
-from gddlab.nets.architectures import ARCHITECTURES, build
+from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.published import Published
 from gddlab.teachers.edm import read_edm
@@ -234,25 +231,25 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
 
 ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LICENCE = "CC BY-NC-SA 4.0, non-commercial"
-_ARCHITECTURES = {
-    "edm-afhqv2-64x64-uncond-ve": "ncsnpp-afhqv2-64",
-    "edm-afhqv2-64x64-uncond-vp": "ddpmpp-afhqv2-64",
-    "edm-cifar10-32x32-cond-ve": "ncsnpp-cifar10-cond",
-    "edm-cifar10-32x32-cond-vp": "ddpmpp-cifar10-cond",
-    "edm-cifar10-32x32-uncond-ve": "ncsnpp-cifar10",
-    "edm-cifar10-32x32-uncond-vp": "ddpmpp-cifar10",
-    "edm-ffhq-64x64-uncond-ve": "ncsnpp-ffhq-64",
-    "edm-ffhq-64x64-uncond-vp": "ddpmpp-ffhq-64",
-    "edm-imagenet-64x64-cond-adm": "adm-imagenet-64",
-    "baseline-afhqv2-64x64-uncond-ve": "ve-ncsnpp-64",
-    "baseline-afhqv2-64x64-uncond-vp": "vp-ddpmpp-64",
-    "baseline-cifar10-32x32-cond-ve": "ve-ncsnpp-cifar10-cond",
-    "baseline-cifar10-32x32-cond-vp": "vp-ddpmpp-cifar10-cond",
-    "baseline-cifar10-32x32-uncond-ve": "ve-ncsnpp-cifar10",
-    "baseline-cifar10-32x32-uncond-vp": "vp-ddpmpp-cifar10",
-    "baseline-ffhq-64x64-uncond-ve": "ve-ncsnpp-64",
-    "baseline-ffhq-64x64-uncond-vp": "vp-ddpmpp-64",
-    "baseline-imagenet-64x64-cond-adm": "iddpm-adm-imagenet-64",
+_ARCHITECTURES = {  # and numbers of parameters, which take seconds to count
+    "edm-afhqv2-64x64-uncond-ve": ("ncsnpp-afhqv2-64", 62_761_091),
+    "edm-afhqv2-64x64-uncond-vp": ("ddpmpp-afhqv2-64", 61_805_571),
+    "edm-cifar10-32x32-cond-ve": ("ncsnpp-cifar10-cond", 56_400_643),
+    "edm-cifar10-32x32-cond-vp": ("ddpmpp-cifar10-cond", 55_735_299),
+    "edm-cifar10-32x32-uncond-ve": ("ncsnpp-cifar10", 56_397_827),
+    "edm-cifar10-32x32-uncond-vp": ("ddpmpp-cifar10", 55_733_891),
+    "edm-ffhq-64x64-uncond-ve": ("ncsnpp-ffhq-64", 62_761_091),
+    "edm-ffhq-64x64-uncond-vp": ("ddpmpp-ffhq-64", 61_805_571),
+    "edm-imagenet-64x64-cond-adm": ("adm-imagenet-64", 295_899_267),
+    "baseline-afhqv2-64x64-uncond-ve": ("ve-ncsnpp-64", 62_758_787),
+    "baseline-afhqv2-64x64-uncond-vp": ("vp-ddpmpp-64", 61_804_419),
+    "baseline-cifar10-32x32-cond-ve": ("ve-ncsnpp-cifar10-cond", 62_761_603),
+    "baseline-cifar10-32x32-cond-vp": ("vp-ddpmpp-cifar10-cond", 61_805_827),
+    "baseline-cifar10-32x32-uncond-ve": ("ve-ncsnpp-cifar10", 62_758_787),
+    "baseline-cifar10-32x32-uncond-vp": ("vp-ddpmpp-cifar10", 61_804_419),
+    "baseline-ffhq-64x64-uncond-ve": ("ve-ncsnpp-64", 62_758_787),
+    "baseline-ffhq-64x64-uncond-vp": ("vp-ddpmpp-64", 61_804_419),
+    "baseline-imagenet-64x64-cond-adm": ("iddpm-adm-imagenet-64", 295_904_454),
 }
 
 
@@ -267,13 +264,9 @@ class PublishedTeacher:
     name: str
     url: str
     architecture: str
+    parameters: int
     data: str
     verified: bool
-
-    @cached_property
-    def parameters(self) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(self.architecture).parameters())
 
     @property
     def file(self) -> Published:
@@ -301,12 +294,12 @@ class PublishedTeacher:
         return {"data": self.data, "licence": LICENCE}
 
 
-def _published(name: str, architecture: str) -> PublishedTeacher:
+def _published(name: str, architecture: str, parameters: int) -> PublishedTeacher:
     kind, data, resolution = name.split("-")[:3]
     url = f"{ROOT}{'' if kind == 'edm' else '/baseline'}/{name}.pkl"
     data = data if resolution == "32x32" else f"{data}-64"
-    return PublishedTeacher(name, url, architecture, data, verified=kind == "edm")
+    return PublishedTeacher(name, url, architecture, parameters, data, verified=kind == "edm")
 
 
-PUBLISHED = {name: _published(name, architecture) for name, architecture in _ARCHITECTURES.items()}
+PUBLISHED = {name: _published(name, *about) for name, about in _ARCHITECTURES.items()}
 """By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""

@@ -158,7 +158,7 @@ def test_a_write_that_fails_is_told_and_the_older_ones_stand(
     kept.save(state(3), {"nimg": 3000})
     with pytest.raises(GddlabError, match=words) as e:
         kept.save(state(4), {"nimg": 4000})
-    assert "000002.000 kimg stands" in str(e.value) and "\n" not in str(e.value)
+    assert "continues from the checkpoint of 2 kimg" in str(e.value) and "\n" not in str(e.value)
     assert read(tmp_path) == (2, [])
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gddlab.datasets import open_dataset
-from gddlab.distill.health import Alarm, Health, Thresholds, distinct_images, neighbor_distance
+from gddlab.distill.health import Alarm, Health, Thresholds, distinct_images, fine_share, neighbor_distance
 from gddlab.errors import GddlabError
 from gddlab.evaluation import load_records
 from gddlab.experiments import feeding
@@ -70,6 +70,11 @@ def shown(path: Any) -> Tensor:
     return torch.from_numpy(np.stack(tiles))[:, None]
 
 
+def seen(health: Health, grid: Tensor, kimg: float) -> list[Alarm]:
+    """What a grid raises beside noise in its finest detail."""
+    return [alarm for alarm in health.observe_images(grid, kimg) if alarm.kind != "detail"]
+
+
 @pytest.mark.parametrize("run", RUNS, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_a_healthy_run_raises_no_alarm(run: Any, real: Tensor) -> None:
     health = Health(real)
@@ -106,6 +111,11 @@ def test_other_runs_raise_no_alarm() -> None:
     others = [p for p in SHIPPED if p.parent.name not in ("scratch", "stylegan2")]
     assert len(others) > 50
     assert not [p for p in others if (p / "alarms.jsonl").exists()]
+
+
+def test_no_shipped_run_has_too_much_detail(real: Tensor) -> None:
+    for png in (png for run in SHIPPED for png in (run / "samples").glob("*.png")):
+        assert "detail" not in [a.kind for a in Health(real).observe_images(shown(png), 12)], png
 
 
 # Diversity.
@@ -164,32 +174,66 @@ def test_diversity_orders_grids(digits: Tensor, real: Tensor) -> None:
 def test_collapse(real: Tensor, broken: Callable[[Tensor], Tensor]) -> None:
     """Nothing while the student starts, once when a diverse grid falls together, and again after it recovered."""
     health, grid = Health(real), broken(real)
-    assert health.observe_images(grid, 0) == []
-    assert health.observe_images(grid, 5) == []
-    assert health.observe_images(real, 10) == []
-    (alarm,) = health.observe_images(grid, 15)
+    assert seen(health, grid, 0) == []
+    assert seen(health, grid, 5) == []
+    assert seen(health, real, 10) == []
+    (alarm,) = seen(health, grid, 15)
     assert (alarm.kind, alarm.kimg, alarm.threshold) == ("collapse", 15, 0.25)
     assert alarm.value == health.diversity(grid) < 0.25
     assert "the most diverse snapshot is that of 10 kimg" in alarm.message and "\n" not in alarm.message
-    assert health.observe_images(grid, 20) == []
-    assert health.observe_images(modes(real, 32, 0.05), 25) == []  # between the thresholds: neither new nor over
-    assert health.observe_images(grid, 30) == []
-    assert health.observe_images(real, 35) == []
-    assert [a.kind for a in health.observe_images(grid, 40)] == ["collapse"]
+    assert seen(health, grid, 20) == []
+    assert seen(health, modes(real, 32, 0.05), 25) == []  # between the thresholds: neither new nor over
+    assert seen(health, grid, 30) == []
+    assert seen(health, real, 35) == []
+    assert [a.kind for a in seen(health, grid, 40)] == ["collapse"]
 
 
 def test_collapse_of_a_student_that_never_was_diverse(real: Tensor) -> None:
     health = Health(real, Thresholds(grace_kimg=6))
     assert health.observe_images(torch.zeros_like(real), 5.9) == []
     (alarm,) = health.observe_images(torch.zeros_like(real), 6)
-    assert alarm.kind == "collapse" and "the last checkpoint stands" in alarm.message
+    assert alarm.kind == "collapse" and alarm.message.endswith("lower lr_g or raise r1_gamma")
 
 
-def test_copies_give_no_scale(real: Tensor) -> None:
+def test_few_images_are_named_as_the_cause(real: Tensor) -> None:
+    for images, named in ((50, True), (1797, False)):
+        health = Health(real[:50], Thresholds(grace_kimg=0), images=images)
+        (alarm,) = health.observe_images(torch.zeros_like(real[:50]), 1)
+        assert ("50 training images are few, give more or augment" in alarm.message) == named
+
+
+def test_images_that_are_all_alike(real: Tensor) -> None:
     for alike in (real[:1], real[:1].repeat(4, 1, 1, 1)):
         health = Health(alike, Thresholds(grace_kimg=0))
+        (alarm,) = health.observe_images(alike, 0)
+        assert f"training images are all alike, {len(alike)} in all" in alarm.message
         assert health.observe_images(alike, 1) == []
         assert [a.kind for a in health.observe_images(alike * math.nan, 2)] == ["nan"]
+
+
+@pytest.mark.parametrize("period", [(1, 1), (1, 0), (0, 1)], ids=["checkerboard", "stripes-down", "stripes-across"])
+def test_checkerboard(real: Tensor, period: tuple[int, int]) -> None:
+    """A pattern of one pixel, faint in each image, is found; a coarser one of the same strength is none."""
+    health, i = Health(real), torch.arange(16)
+    phase = period[0] * i[:, None] + period[1] * i[None]
+    strong, coarse = 0.25 * (1 - 2 * (phase % 2)), 0.25 * (1 - 2 * (phase // 4 % 2))
+    assert health.observe_images(real + strong, 0.9) == []  # a student on its way from grey to diverse
+    assert health.observe_images(real, 1) == health.observe_images(real + coarse, 2) == []
+    (alarm,) = health.observe_images(real + strong, 3)
+    assert (alarm.kind, alarm.threshold) == ("detail", 4.0) and alarm.value > 4
+    assert "lower lr_g and lr_d" in alarm.message
+    assert health.observe_images(real + strong, 4) == health.observe_images(real, 5) == []
+    assert [a.kind for a in health.observe_images(real + strong, 6)] == ["detail"]
+
+
+def test_the_finest_detail(real: Tensor) -> None:
+    i = torch.arange(16)
+    board = (1.0 - 2 * ((i[:, None] + i) % 2)).expand(1, 2, 16, 16)
+    assert fine_share(board) == pytest.approx(1)
+    assert fine_share(torch.cos(2 * math.pi * i * 6 / 16).expand(1, 1, 16, 16)) == pytest.approx(0, abs=1e-6)
+    assert fine_share(torch.zeros(2, 1, 16, 16)) == 0
+    assert fine_share(torch.randn(64, 1, 16, 16)) == pytest.approx(1 - (13 / 16) ** 2, abs=0.02)
+    assert 0.001 < fine_share(real) < 0.01
 
 
 def test_images_that_are_not_finite(real: Tensor) -> None:

@@ -302,6 +302,18 @@ def test_an_alarm_stops_the_run_when_asked(tmp_path: Path, tiny_teacher: Path) -
     assert "jumped to 7" in status["message"] == status["alarm"]
 
 
+def test_a_short_run_is_not_called_collapsed(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Its student has had no time to leave the one grey image; a single training image is named."""
+    for images, said in ((None, []), (1, ["the training images are all alike, 1 in all"])):
+        config = tiny_config(tmp_path / f"{images}", tiny_teacher, max_images=images)
+        config.write()
+        t = Trainer(config, ALONE)
+        t.train()
+        assert images or (widest := t.health.past.widest) is None or widest[0] < t.health.thresholds.collapse
+        messages = load_run(config.run_dir).alarms["message"]
+        assert [message.partition(":")[0] for message in messages] == said
+
+
 def test_the_trained_student_can_be_kept_beside_its_average(tmp_path: Path, tiny_teacher: Path) -> None:
     t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, snapshot_raw=True), ALONE)
     t.train()

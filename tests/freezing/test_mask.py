@@ -203,13 +203,16 @@ def test_unknown_names_are_refused(mask):
 def test_in_words(mask, result):
     n, share = f"{mask.n_params:,}", f"{mask.fraction:.2%}"
     tensors = f"{len(mask.frozen)} of {len(mask.parameters)} tensors"
-    assert str(mask) == f"gdd-i: {share} of {n} parameters frozen ({tensors})"
+    assert str(mask).startswith(f"gdd-i: {share} of {n} parameters frozen ({tensors}); frozen conv 9")
+    assert "%, proj; trained map_layer, norm, affine, " in str(mask)
+    nothing = str(select_freeze(result, strategy="none"))
+    assert "; frozen nothing; trained map_layer, conv, norm, affine" in nothing
     assert "model." not in repr(mask)
     html = mask._repr_html_()
     assert all(text in html for text in ("gdd-i", share, tensors, mask.hash[:12], "conv0"))
     asked = select_freeze(result, strategy="budget", score="rms", budget=0.5)
     reached = f"{asked.fraction:.2%}"
-    assert str(asked).endswith(f"tensors; budget 50.00%, reached {reached})")
+    assert f"tensors; budget 50.00%, reached {reached}); frozen " in str(asked)
     html = asked._repr_html_()
     assert f"<th>budget asked</th><td>50.00%</td></tr><tr><th>budget reached</th><td>{reached}</td>" in html
     counted = select_freeze(result, strategy="budget", score="rms", budget=0.5, unit="layers")

@@ -23,8 +23,9 @@ from gddlab.evaluation import evaluate, load_records
 from gddlab.files import read_json
 from gddlab.freezing import select_freeze
 from gddlab.launch import RunFailed, attach, train
+from gddlab.launch.rank import report_failure
 from gddlab.lock import held, take
-from gddlab.runs import load_run
+from gddlab.runs import list_runs, load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net
 from tests.launch.conftest import Quick
@@ -139,12 +140,24 @@ def test_a_run_that_is_stopped_while_it_starts_continues(nproc: int, tmp_path: P
     assert run.metrics["nimg"].tolist() == [16, 32]
 
 
-def test_failure_tells_the_ranks_own_traceback(tmp_path: Path, quick: Quick) -> None:
+def test_a_run_that_diverges_says_so_in_one_line(tmp_path: Path, quick: Quick) -> None:
     run = train(quick(tmp_path / "run", lr_g=1e30))
-    with pytest.raises(RunFailed, match="the loss was not finite") as e:
+    with pytest.raises(RunFailed, match=r"the loss was not finite .* continue from the start, as no checkpoint") as e:
         run.wait(120)
-    assert "Traceback" in str(e.value)
+    assert "\n" not in str(e.value)
     assert run.status == "failed"
+    assert "Traceback" in run.tail()
+
+
+def test_an_error_comes_with_the_traceback_of_its_rank(tmp_path: Path, tiny_teacher: Path) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    config.write()
+    try:
+        raise RuntimeError("no such thing")
+    except RuntimeError as e:
+        report_failure(config.run_dir, e, rank=1)
+    with pytest.raises(RunFailed, match=r"failed on rank 1:\nTraceback(.|\n)*RuntimeError: no such thing"):
+        attach(config.run_dir).wait()
 
 
 def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -152,6 +165,16 @@ def test_dead_run_reads_failed(tmp_path: Path, tiny_teacher: Path) -> None:
     config.write()
     write_status(config.run_dir, "running")
     assert attach(config.run_dir).status == "failed"
+    with pytest.raises(RunFailed, match=r"ended without a word.*the same call continues from the start.*\n.*: empty"):
+        attach(config.run_dir).wait()
+    (config.run_dir / "log").mkdir()
+    (config.run_dir / "log" / "rank0.txt").write_text("one\ntwo\n")
+    (config.run_dir / "checkpoints" / "000000.016").mkdir(parents=True)
+    (config.run_dir / "checkpoints" / "000000.016" / "meta.json").write_text("{}")
+    with pytest.raises(RunFailed, match=r"continues from the checkpoint of 0.016 kimg.*\n.*: two$"):
+        attach(config.run_dir).wait()
+    (row,) = list_runs(config.run_dir)
+    assert row["state"] == "failed" and "continues from the checkpoint of 0.016 kimg" in row["note"]
     fd = take(config.run_dir)
     assert attach(config.run_dir).status == "running"
     os.close(fd)

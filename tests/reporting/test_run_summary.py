@@ -11,9 +11,12 @@ from gddlab.files import data_dir
 from gddlab.reporting.run_summary import runs_folder
 
 
-def test_the_shipped_runs_or_those_given(tmp_path: Path) -> None:
+def test_the_shipped_runs_or_those_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text of a notebook has numbers of the shipped runs, so that others are announced."""
     assert runs_folder({"runs": ""}) == data_dir() / "runs"
+    assert capsys.readouterr().out == ""
     assert runs_folder({"runs": str(tmp_path), "In": ["", "runs = ''", "other = 3"]}) == tmp_path
+    assert f"show {tmp_path}. Numbers in the text are those of the shipped runs." in capsys.readouterr().out
     with pytest.raises(NotFound, match="no such folder"):
         runs_folder({"runs": str(tmp_path / "absent")})
 

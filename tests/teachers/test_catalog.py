@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gddlab.errors import GddlabError, NotFound
+from gddlab.nets.architectures import build
 from gddlab.teachers import load_teacher
 from gddlab.teachers.catalog import PUBLISHED, PublishedTeacher
 
@@ -64,7 +66,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     s = Server()
     threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     url = f"http://127.0.0.1:{s.server_port}/{NAME}.pkl"
-    entry = PublishedTeacher(NAME, url, "ncsnpp-cifar10", "cifar10", verified=False)
+    entry = PublishedTeacher(NAME, url, "ncsnpp-cifar10", 56_397_827, "cifar10", verified=False)
     monkeypatch.setitem(PUBLISHED, NAME, entry)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -106,6 +108,11 @@ def test_catalog() -> None:
         assert entry.architecture.endswith("-cond") or "imagenet" in name or not cond
         assert entry.verified == name.startswith("edm-")
         assert entry.data.split("-")[0] in name
+    counted = {entry.architecture: entry.parameters for entry in PUBLISHED.values()}
+    with torch.device("meta"):
+        for architecture, parameters in counted.items():
+            assert sum(p.numel() for p in build(architecture).parameters()) == parameters
+    assert all(counted[entry.architecture] == entry.parameters for entry in PUBLISHED.values())
     with pytest.raises(GddlabError, match="did you mean 'edm-cifar10-32x32-uncond-v"):
         load_teacher("edm-cifar10-32x32-uncond-vx")
 

@@ -179,7 +179,11 @@ def draw_cells(
 
     ax.set_facecolor(MISSING)
     given = scale.colours(correlation=correlation) | more
+    figure = ax.figure.canvas.figure
+    engine = figure.get_layout_engine()
+    figure.set_layout_engine("none")  # sns.heatmap draws the figure, which costs half without a layout
     sns.heatmap(values, ax=ax, cbar=label is not None, cbar_kws=scale.bar(label or "", **(bar or {})), **given)
+    figure.set_layout_engine(engine)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
@@ -215,7 +219,8 @@ def _layers_down(
     bar = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
     room = max(height - 0.6, 0.3) * 72 / (1.1 * NAME_SIZE)  # names; the layout takes some height for labels and title
     every = math.ceil(len(rows) / room)
-    draw_cells(ax, shown, scale, label, correlation=correlation, bar=bar, yticklabels=every)
+    draw_cells(ax, shown, scale, label, correlation=correlation, bar=bar, yticklabels=False)
+    ax.set_yticks(np.arange(0, len(rows), every) + 0.5, shown.index[::every])  # after it was drawn: texts take longest
     if shares is not None:
         each, whole = shares
         strip = ax.inset_axes((1.01, 0, 0.025, 1))
