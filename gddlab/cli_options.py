@@ -11,7 +11,6 @@ import io
 import pkgutil
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import docstring_parser
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _shell_type(annotation: Any, default: Any) -> Any:
     """What a shell can give of a union: several values or, where the default is a single one, one; None for nothing."""
     single: list[Any] = []
     several: list[Any] = []
-    for member in _members(annotation):
+    for member in members(annotation):
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if member in (str, int, float, bool, Path) or origin is Literal:
             single.append(member)
@@ -169,18 +168,6 @@ def _shell_type(annotation: Any, default: Any) -> Any:
             several += [] if item is None else [tuple[item, ...]]
     found = several + single if default is None or isinstance(default, tuple) else single + several
     return found[0] if found else None
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union of unions, without what `Annotated` adds."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for member in typing.get_args(annotation):
-            yield from _members(member)
-    elif origin is Annotated:
-        yield from _members(typing.get_args(annotation)[0])
-    else:
-        yield annotation
 
 
 def _argument_helps(functions: list[Callable[..., Any]]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, unknown, validated
-from gddlab.files import describe_start
+from gddlab.files import describe_start, path_of
 
 BUILT_IN = ("digits", "cifar10")
 """Names that mean a data set also where a folder is called so."""
@@ -44,7 +44,7 @@ def find_source(data: str | Path | ImageDataset, *, download: bool = False) -> I
         return digits()
     if text.startswith("hf:"):
         return of_huggingface(text)
-    path = find_cifar10(download=download) if text == "cifar10" else Path(data).expanduser()
+    path = find_cifar10(download=download) if text == "cifar10" else path_of("data", data)
     if path.is_dir():
         if (path / FOLDER).is_dir():
             path = path / FOLDER
