@@ -29,6 +29,7 @@ from tyro.conf import Positional
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
+from gddlab.files import check_free, folder_of, is_run, nearest_existing, write_json
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -117,10 +118,11 @@ def prepare(source: Positional[str], out: Positional[Path | None] = None, **opti
 
 @command("probe", "gddlab.probing:probe", omit="class_labels")
 def probe(
-    teacher: Positional[str] = "digits",
+    teacher: Positional[str],
     out: Path = Path("probe"),
     sigmas: tuple[float, ...] = (),
     dry_run: bool = False,
+    overwrite: bool = False,
     **options: Any,
 ) -> None:
     """Measures the activation of layers at each noise level. Saves the table, arrays and a heat map of each statistic.
@@ -130,8 +132,9 @@ def probe(
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
         dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
+        overwrite: Replaces a result that is there.
     """
-    check_folder(out)
+    check_folder(out, overwrite or dry_run)
     if sigmas:
         options["timesteps"] = list(sigmas)
     model = gddlab.load_teacher(teacher)
@@ -143,9 +146,10 @@ def probe(
 
 @command("ablate", "gddlab.probing:ablate", "gddlab.probing:probe", omit="class_labels")
 def ablate(
-    teacher: Positional[str] = "digits",
+    teacher: Positional[str],
     out: Path = Path("ablation"),
     sigmas: tuple[float, ...] = (),
+    overwrite: bool = False,
     **options: Any,
 ) -> None:
     """Replaces the output of one layer after the other, and measures what that does to the denoised image.
@@ -154,8 +158,9 @@ def ablate(
         teacher: Name, EDM pickle, .safetensors file, or run directory.
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
+        overwrite: Replaces a result that is there.
     """
-    check_folder(out)
+    check_folder(out, overwrite)
     if sigmas:
         options["timesteps"] = list(sigmas)
     save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
@@ -163,10 +168,11 @@ def ablate(
 
 @command("freeze", "gddlab.freezing:select_freeze")
 def freeze(
-    source: Positional[str] = "digits",
+    source: Positional[str],
     out: Path = Path("mask.json"),
     strategy: str = "gdd-i",
     mask: Path | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> None:
     """Chooses a freeze mask, by a rule on names or by a measured score, and saves it as JSON.
@@ -177,7 +183,9 @@ def freeze(
         strategy: By names: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only. By --score: budget, per-resolution,
             threshold. By chance: random. The opposite of --mask: invert.
         mask: The mask that invert inverts, or whose share random takes.
+        overwrite: Replaces a mask that is there.
     """
+    check_free(out, overwrite)
     folder = Path(source)
     measured = (folder / "frame.parquet").exists()
     network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
@@ -426,6 +434,7 @@ def sample(
     label: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     nproc: int = 1,
+    overwrite: bool = False,
     sampler: Any = None,
     **options: Any,
 ) -> None:
@@ -437,15 +446,19 @@ def sample(
         label: For a conditional network: class of all images; by default the classes in turn.
         dtype: Precision of the network, under autocast.
         nproc: Processes on this machine, for a folder or zip. On several machines run the same command under torchrun.
+        overwrite: Replaces a grid that is there.
     """
     from gddlab.sampling import save_grid
 
     options |= sampler.given | {"class_labels": label, "dtype": None if dtype == "float32" else dtype}
-    if out.suffix != ".png":
+    if out.suffix.lower() != ".png":
+        if overwrite:
+            raise GddlabError(f"--overwrite with --out {out}: it replaces a grid; delete the folder or .zip yourself")
         say(gddlab.sample_files(model, out, nproc=nproc, **options))
         return
     if nproc != 1:
         raise GddlabError(f"nproc={nproc} for a grid: several processes write a folder or a .zip")
+    check_free(out, overwrite)
     save_grid(gddlab.sample(gddlab.load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
     say(out)
 
@@ -456,6 +469,7 @@ def evaluate(
     snapshot: str | None = None,
     sigmas: tuple[float, ...] | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     sampler: Any = None,
     **options: Any,
 ) -> None:
@@ -469,10 +483,12 @@ def evaluate(
         snapshot: Of a run: the snapshot by its thousands of images, or best; by default the final student.
         sigmas: For a student: the noise levels of its steps, descending from 80; by default its own.
         out: Also writes the records to this file, JSON.
+        overwrite: Replaces that file.
     """
     from gddlab.evaluation import append_records
-    from gddlab.files import is_run, write_json
 
+    if out is not None:
+        check_free(out, overwrite)
     if sigmas is not None:
         options["sigmas"] = sigmas
     of_run = is_run(model)
@@ -482,11 +498,11 @@ def evaluate(
     scores = gddlab.evaluate(source, **options, **sampler.given)
     if int(os.environ.get("RANK", 0)):
         return  # every rank has the scores, the first one reports them
-    if of_run:
-        append_records(model, list(scores))
+    say(scores)  # first: a folder may not let them be written
     if out is not None:
         write_json(out, [r.to_dict() for r in scores])
-    say(scores)
+    if of_run:
+        append_records(model, list(scores))
 
 
 @command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
@@ -497,7 +513,7 @@ def reference(data: Positional[str], out: Path = Path("reference.npz"), **option
 
 @command("reproduce", "gddlab.experiments:reproduce")
 def reproduce(
-    name: Positional[str] = "digits",
+    name: Positional[str],
     out: Path = Path("reproduction"),
     only: tuple[str, ...] = (),
     seeds: int = 3,
@@ -579,21 +595,24 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder that cannot be written, before minutes are spent."""
-    if folder.exists() and not folder.is_dir():
-        raise GddlabError(f"--out {folder} is a file: give a folder")
-    from gddlab.files import nearest_existing
-
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that cannot be written, or holds another result, before minutes are spent."""
+    folder_of("--out", folder)
     if not os.access(nearest_existing(folder), os.W_OK):
         raise GddlabError(f"--out {folder} cannot be written: give another folder")
+    check_free(folder, overwrite)
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
-    """Writes a result with one heat map per statistic, and prints what was measured."""
+    """Writes a result with one heat map per statistic, without those of one that it replaces; prints what it is."""
     from gddlab.theme import save_figure
 
+    replaced: list[str] = []
+    with contextlib.suppress(GddlabError):
+        replaced = gddlab.ProbeResult.load(folder).stats
     result.save(folder)
+    for stat in replaced:
+        (folder / f"{stat}.png").unlink(missing_ok=True)
     for stat in result.stats:
         save_figure(result.heatmap(stat), folder / f"{stat}.png")
     for bad in result.meta["nonfinite"][:5]:
@@ -710,6 +729,8 @@ def overview(words: list[str]) -> None:
 def call(name: str, words: list[str]) -> None:
     """Parses the words after the name of a command, and runs it."""
     command = COMMANDS[name]
+    if not words and "config" in command.parts:  # its defaults would start work
+        raise GddlabError(f"gddlab {name} without arguments: see gddlab {name} --help")
     try:
         values = command.parse(f"gddlab {name}", words)
         if (preset := values.get("preset", first_word(words))) != first_word(words):

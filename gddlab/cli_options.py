@@ -11,7 +11,6 @@ import io
 import pkgutil
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import docstring_parser
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _flat(kind: Any, parts: Collection[str] = (), prefix: str = "") -> Iterator[
     """Options by their dotted names, with their types; `parts` are fields whose fields are options without a prefix."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         yield prefix + name, hint
-        for member in _members(hint):
+        for member in members(hint):
             if name in parts or hasattr(member, "model_fields"):
                 yield from _flat(member, prefix="" if name in parts else f"{prefix}{name}.")
 
@@ -217,7 +216,7 @@ def _shell_type(annotation: Any, default: Any) -> Any:
     """What a shell can give of a union: several values or, where the default is a single number, one; or None."""
     single: list[Any] = []
     several: list[Any] = []
-    for member in _members(annotation):
+    for member in members(annotation):
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if member in (str, int, float, bool, Path) or origin is Literal:
             single.append(member)
@@ -227,18 +226,6 @@ def _shell_type(annotation: Any, default: Any) -> Any:
     first = default is None or isinstance(default, tuple) or (str in single and tuple[str, ...] in several)
     found = several + single if first else single + several
     return found[0] if found else None
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union of unions, without what `Annotated` adds."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for member in typing.get_args(annotation):
-            yield from _members(member)
-    elif origin is Annotated:
-        yield from _members(typing.get_args(annotation)[0])
-    else:
-        yield annotation
 
 
 def _argument_helps(functions: list[Callable[..., Any]]) -> dict[str, str]:

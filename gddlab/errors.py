@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import functools
 import inspect
 import operator
 import sys
+import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, TypeVar
+
+LONGEST = 600
+"""Characters of a message."""
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-LONGEST = 1000
-"""Characters of a refusal that are shown: a value in it may be a list of a million numbers."""
 
 
 class GddlabError(ValueError):
     """Bad input or a refused action: what was wrong, its value, what is accepted, what to do.
 
-    Of a long message the beginning and the end are shown, on one line.
+    A message of one line keeps its ends where it would be longer than `LONGEST`.
     """
 
-    def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) <= LONGEST:
-            return text
-        return " ".join(f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}".split())
+    def __init__(self, message: object = ""):
+        text = str(message)
+        if len(text) > LONGEST and "\n" not in text:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        super().__init__(text)
 
 
 class NotFound(GddlabError, FileNotFoundError):
     """A path that does not exist."""
+
+
+class Unwritable(GddlabError, OSError):
+    """A path that the system does not let be written."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: the start of a long text, the type of what is long otherwise."""
+    text = repr(value)
+    if isinstance(value, str):
+        return text if len(text) <= 120 else f"{value[:60]!r}... ({len(value):,} characters)"
+    return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__qualname__}>"
 
 
 def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
@@ -47,27 +60,40 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
         if len(names) <= 12:
             hint += " Accepted: " + ", ".join(names)
-    elif len(names) <= 20:
-        hint = "accepted: " + ", ".join(names)
+    elif len(listed := ", ".join(names)) <= LONGEST // 2:
+        hint = f"accepted: {listed}"
     else:
         hint = f"accepted: {', '.join(names[:8])} ... ({len(names)} in all)"
     return GddlabError(f"unknown {kind} {shown(value)}: {hint}")
 
 
-def shown(value: object) -> str:
-    """`value` as a refusal names it: its repr, the start of a long text, or the type of what is long otherwise."""
-    text = repr(value)
-    if isinstance(value, str):
-        return text if len(text) <= 120 else f"{value[:60]!r}... ({len(value):,} characters)"
-    return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__qualname__}>"
-
-
 def integer(name: str, value: Any) -> int:
-    """`value` as an integer; `name` is for the message."""
+    """`value` as an integer, no truth value; `name` is for the message."""
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise GddlabError(f"{name}={shown(value)}: give an integer") from None
+        pass
+    raise GddlabError(f"{name}={shown(value)}: give an integer")
+
+
+def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
+    """Refuses a function that cannot be called with these arguments; `name` is for the message."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        given = getattr(function, "__name__", type(function).__name__)
+        raise GddlabError(f"{name}={given}: give a function of {', '.join(arguments)}") from None
+    except ValueError:  # one that is built in, without a signature
+        pass
+
+
+def check_no_bool(values: Mapping[str, object], annotations: Mapping[str, Any]) -> None:
+    """Refuses a truth value where an annotation accepts numbers, which Python would take for 0 or 1."""
+    for name, value in values.items():
+        kinds = set(members(annotations[name])) if isinstance(value, bool) and name in annotations else set()
+        if kinds & {int, float} and bool not in kinds:
+            raise GddlabError(f"{name}={value}: give a number")
 
 
 def positive(name: str, value: Any, what: str = "") -> int:
@@ -105,6 +131,9 @@ def validated(function: F) -> F:
         import pydantic
 
         call_checked, hints = checked()
+        if any(isinstance(value, bool) for value in (*args, *kwargs.values())):
+            names = list(inspect.signature(function).parameters)
+            check_no_bool(dict(zip(names, args, strict=False)) | kwargs, hints)
         try:
             return call_checked(*args, **kwargs)
         except pydantic.ValidationError as e:
@@ -135,10 +164,30 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
 
 def refusal_of(name: str, value: object, message: str, annotation: Any = None) -> GddlabError:
     """The refusal of one argument or field, from pydantic's message and the annotation."""
+    if any(_is_one_of(value, member) for member in members(annotation)):
+        return GddlabError(f"{name}={shown(value)}: give a sequence, such as ({value!r},)")
     accepted = list(_literals(annotation))
     if isinstance(value, str) and accepted:
         return unknown(name, value, [str(a) for a in accepted])
     return GddlabError(f"{name}={shown(value)}: {message[:1].lower()}{message[1:]}")
+
+
+def _is_one_of(value: object, annotation: Any) -> bool:
+    """Whether a value is what a sequence, as annotated, holds."""
+    if typing.get_origin(annotation) not in (tuple, list, collections.abc.Sequence):
+        return False
+    kinds = set(members(typing.get_args(annotation)[0]))
+    return type(value) in kinds or (isinstance(value, int) and float in kinds) or value in _literals(annotation)
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The members of a union of unions, without what `Annotated` adds."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, Annotated):
+        for member in typing.get_args(annotation)[: 1 if origin is Annotated else None]:
+            yield from members(member)
+    else:
+        yield annotation
 
 
 def _literals(annotation: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.errors import GddlabError, NotFound, shown
+from gddlab.errors import GddlabError, NotFound, Unwritable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +35,61 @@ def path_of(name: str, value: object) -> Path:
     """`value` as a path; `name` is for the message.
 
     Raises:
-        GddlabError: It is no path, or empty, which would mean the working folder.
+        GddlabError: It is no path, or a URL, or empty, which would mean the working folder.
     """
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise GddlabError(f"{name}={shown(value)}: give a path")
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(value)):  # one slash: a Path has no more
+        raise GddlabError(f"{name}={str(value)!r} is a URL: download it, and give the path")
     return Path(value).expanduser()
+
+
+def folder_of(name: str, value: object, accepted: str = "a folder") -> Path:
+    """`value` as the path of a folder, there or to be made; `name` and what is `accepted` are for the message.
+
+    Raises:
+        GddlabError: It is no path, or a file, lies below a file, or is called like one.
+    """
+    path = path_of(name, value)
+    there = nearest_existing(path)
+    if not there.is_dir():
+        raise GddlabError(f"{name}={str(path)!r} is {'' if there == path else 'below '}a file: give {accepted}")
+    if path.suffix.lower() in FILE_SUFFIXES and there != path:
+        raise GddlabError(f"{name}={str(path)!r} is the name of a file: give {accepted}")
+    return path
+
+
+FILE_SUFFIXES = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".svg", ".pdf", ".html", ".mp4"),
+        *(".json", ".jsonl", ".csv", ".txt", ".md", ".parquet", ".npy", ".npz", ".zip", ".tar", ".gz", ".tgz"),
+        *(".pt", ".pth", ".pkl", ".safetensors", ".onnx", ".pt2"),
+    }
+)
+"""Names that end so are of files."""
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses to replace a result: the one rule for all that is measured, chosen, converted, drawn or scored.
+
+    Raises:
+        GddlabError: The path is a file or a folder that is not empty, and `overwrite` is False.
+    """
+    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+        raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True, --overwrite)")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Refuses in one line, with `path`, what the system does not let be written inside."""
+    try:
+        yield
+    except GddlabError:
+        raise
+    except OSError as e:
+        refusal = Unwritable(f"{path} cannot be written: {e.strerror or e}")
+        refusal.strerror = e.strerror
+        raise refusal from None
 
 
 def located(value: Any, names: Collection[str] = ()) -> Any:
@@ -69,11 +119,12 @@ def fsync_dir(folder: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success it is fsynced and renamed to `path`, on an error removed."""
     path = path_of("path", path)
-    if path.is_dir():
-        raise GddlabError(f"{path} is a folder: give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(fd)
+    with writing(path):
+        if path.is_dir():
+            raise GddlabError(f"{path} is a folder: give the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(fd)
     tmp = Path(name)
     try:
         yield tmp
@@ -127,12 +178,26 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Every complete line of a .jsonl file; an incomplete last line is skipped."""
+    """Every complete line of a .jsonl file; an incomplete last line is skipped.
+
+    Raises:
+        GddlabError: A line is no JSON object.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = path.read_text(errors="replace").split("\n")
+    return [_object(path, line) for line in lines[:-1] if line]
+
+
+def _object(path: Path, line: str | bytes) -> dict[str, Any]:
+    found = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(line)
+    if not isinstance(found, dict):
+        start = shown(line[:40])
+        raise GddlabError(f"{path} is damaged: the line that begins {start} is no JSON object, remove it")
+    return found
 
 
 def append_jsonl(path: str | Path, line: Mapping[str, Any]) -> None:
@@ -186,9 +251,15 @@ def thin_jsonl(path: str | Path, most: int = 1000) -> list[dict[str, Any]]:
             start, line = f.tell(), f.readline()
             if line.endswith(b"\n"):
                 found[start] = line
-    lines = [json.loads(line) for _, line in sorted(found.items())]
+    lines = [_object(path, line) for _, line in sorted(found.items())]
     last = last_jsonl(path)
     return lines if last is None or lines[-1:] == [last] else [*lines, last]
+
+
+def by_number(folder: Path, suffix: str) -> list[Path]:
+    """What is called by a number, such as thousands of images, and a suffix, in its order; the rest is not ours."""
+    named = [(p.name.removesuffix(suffix), p) for p in folder.glob(f"*{suffix}")]
+    return [p for _, p in sorted((float(name), p) for name, p in named if re.fullmatch(r"\d+(\.\d+)?", name))]
 
 
 def file_sha256(path: Path) -> str:
@@ -222,7 +293,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
         return False
     if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):

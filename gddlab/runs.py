@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.status import ACTIVE, read_status, where_it_continues
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import is_run, last_jsonl, path_of, read_json, read_jsonl, read_object, thin_jsonl
+from gddlab.files import by_number, is_run, last_jsonl, path_of, read_json, read_jsonl, read_object, thin_jsonl
 from gddlab.lock import held
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class Run:
         from gddlab.probing import ProbeResult
         from gddlab.probing.result import COLUMNS
 
-        folders = sorted((self.run_dir / "probes").glob("*/meta.json"), key=lambda p: float(p.parent.name))
-        parts = [ProbeResult.load(p.parent).frame.assign(kimg=float(p.parent.name)) for p in folders]
+        folders = [p for p in by_number(self.run_dir / "probes", "") if (p / "meta.json").is_file()]
+        parts = [ProbeResult.load(p).frame.assign(kimg=float(p.name)) for p in folders]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["kimg", *COLUMNS])
 
     def draw_probes(self, stat: str, ax: Axes | None = None) -> Axes:
@@ -166,10 +166,10 @@ class Run:
 
     def grids(self) -> list[Path]:
         """Sample grids of the same noise, oldest first; the file's name is its kimg."""
-        return sorted((self.run_dir / "samples").glob("*.png"), key=lambda p: float(p.stem))
+        return by_number(self.run_dir / "samples", ".png")
 
-    def student(self, snapshot: str | Path | None = None) -> OneStepPrecond:
-        """The EMA student: the final one, or that of a snapshot (path, or kimg as in `snapshots()`), or the newest.
+    def student(self, snapshot: str | Path | float | None = None) -> OneStepPrecond:
+        """The EMA student: the final one, or that of a snapshot (path, or thousands of images), or the newest.
 
         "best" is the one with the best score of those made during training (`metric_kimg`); `best` says which.
         """

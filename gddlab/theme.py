@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from gddlab.errors import GddlabError, shown
 from gddlab.files import atomic_path
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
     if ax is None:
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    if not hasattr(ax, "spines"):
+        raise GddlabError(f"ax={shown(ax)}: give matplotlib's Axes")
     ax.spines[["top", "right"]].set_visible(False)
     figure = ax.figure.canvas.figure
     if figure.get_layout_engine() is None:

@@ -59,7 +59,9 @@ def test_probe_freeze_train_sample_evaluate(
         ]
     )
     assert FreezeMask.load(mask).strategy == "budget"
-    main(["freeze", teacher, "--out", str(mask)])
+    assert "mask.json exists: give another name" in refused(capsys, "freeze", teacher, "--out", str(mask))
+    assert FreezeMask.load(mask).strategy == "budget"
+    main(["freeze", teacher, "--out", str(mask), "--overwrite"])
     assert "gdd-i: 77.32% of 48,321 parameters frozen" in capsys.readouterr().out
 
     run = tmp_path / "run"
@@ -90,6 +92,12 @@ def test_probe_freeze_train_sample_evaluate(
     for named in (["--solver", "heun", "--rho", "7"], ["--solver=heun"]):
         assert "--solver heun with a one-step student" in refused(capsys, "sample", str(run), *named)
         assert "--solver heun with a one-step student" in refused(capsys, "evaluate", str(run), *named)
+    (run / "evaluation.jsonl").mkdir()
+    with pytest.raises(SystemExit) as e:
+        main(["evaluate", str(run), "--metrics", "kid", "--n", "64", "--steps", "1"])
+    assert e.value.code == 2
+    assert "kd-lite2@64" in capsys.readouterr().out  # what was computed is shown although it cannot be kept
+    (run / "evaluation.jsonl").rmdir()
     main(["evaluate", str(run), "--metrics", "kid", "--n", "64", "--steps", "1"])
     assert "kd-lite2@64" in capsys.readouterr().out
     assert load_run(run).evaluation["metric"].tolist() == ["kd-lite2@64"]
@@ -107,6 +115,30 @@ def test_probe_freeze_train_sample_evaluate(
         "--discriminator.head-width",
         "16",
     )
+
+
+def test_a_result_is_replaced_as_a_whole_and_when_asked(
+    tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, how = tmp_path / "p", ["--timesteps", "2", "--n", "2", "--out", str(tmp_path / "p")]
+    main(["probe", str(tiny_teacher), "--stats", "rms", "mean", *how])
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    for command in ("probe", "ablate"):
+        assert f"{folder} exists: give another name" in refused(capsys, command, "digits", *how)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    main(["probe", str(tiny_teacher), "--stats", "rms", *how, "--dry-run"])
+    main(["probe", str(tiny_teacher), "--stats", "rms", *how, "--overwrite"])
+    assert sorted(p.name for p in folder.glob("*.png")) == ["rms.png"]
+    grid = tmp_path / "x.PNG"
+    for more in ([], ["--overwrite"]):
+        main(["sample", str(tiny_teacher), "--n", "1", "--steps", "1", "--out", str(grid), *more])
+    assert "x.PNG exists" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", str(grid))
+    assert "'s.jpg' is the name of a file" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", "s.jpg")
+
+
+@pytest.mark.parametrize("name", ["probe", "ablate", "freeze", "reproduce", "train", "preflight", "teacher train"])
+def test_a_command_alone_starts_no_work(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"see gddlab {name} --help" in refused(capsys, *name.split())
 
 
 def test_own_teacher_and_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

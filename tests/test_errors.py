@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 import gddlab
-from gddlab.errors import GddlabError, NotFound, validated
+from gddlab.errors import GddlabError, validated
 
 
 @validated
@@ -34,6 +34,9 @@ def test_what_fits_goes_through() -> None:
     [
         ((torch.zeros(3), 0), {}, "n=0: input should be greater than or equal to 1"),
         ((torch.zeros(3),), {"n": "many"}, "n='many': input should be a valid integer"),
+        ((torch.zeros(3), True), {}, "n=True: give a number"),
+        ((torch.zeros(3),), {"kind": 0.5}, r"kind=0.5: give a sequence, such as \(0.5,\)"),
+        (([[1.0] * 100] * 100,), {}, "^x=<list>: input should be an instance of Tensor"),
         ((torch.zeros(3),), {"kind": "meen"}, r"unknown kind 'meen': did you mean 'mean'"),
         ((torch.zeros(3),), {"kin": "mean"}, r"unknown argument of measure 'kin': did you mean 'kind'"),
         ((), {"n": 0, "kin": "mean"}, r"unknown argument of measure 'kin': did you mean 'kind'"),
@@ -59,11 +62,20 @@ def test_a_long_value_does_not_fill_the_screen() -> None:
         assert len(str(refused.value)) < 1000
     with pytest.raises(GddlabError, match=r"unknown kind 'mmm.*m'\.\.\. \(1,000 characters\): accepted: mean, median"):
         measure(torch.zeros(3), kind="m" * 1000)  # type: ignore[arg-type]
-    text = f"values are {long}\n{long}: give fewer"
-    for error in (GddlabError(text), NotFound(text)):
-        assert str(error).startswith("values are [[0, 1, 2")
-        assert str(error).endswith(": give fewer")
-        assert len(str(error)) < 1000 and "\n" not in str(error)
+
+
+def test_a_long_answer_keeps_its_ends() -> None:
+    teacher = gddlab.load_teacher("digits")
+    for call in (
+        lambda: gddlab.probe(teacher, 1, layers=[[1.0] * 1000]),
+        lambda: gddlab.probe(teacher, 1, data=[[1.0] * 1000]),
+        lambda: gddlab.select_freeze(teacher, strategy=[[1.0] * 1000]),
+        lambda: gddlab.presets.digits(run_dir="r", augment=[[1.0] * 1000]),
+    ):
+        with pytest.raises(GddlabError) as refused:
+            call()
+        assert len(str(refused.value)) < 700 and "\n" not in str(refused.value)
+    assert str(GddlabError("a\n" * 1000)) == "a\n" * 1000  # a traceback, a list of problems
 
 
 def test_a_missing_argument_is_pythons_error() -> None:
@@ -140,3 +152,52 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         gddlab.FreezeMask.load(tmp_path / "mask.json" / "inside")
     assert [p.name for p in tmp_path.iterdir()] == ["mask.json"]
+
+
+def test_a_truth_value_is_no_number() -> None:
+    for call in (
+        lambda: gddlab.probe(gddlab.load_teacher("digits"), 2, n=True),
+        lambda: gddlab.sample(gddlab.load_teacher("digits"), True),
+        lambda: gddlab.presets.digits(run_dir="r", batch=True),
+        lambda: gddlab.presets.digits(run_dir="r", discriminator={"cout": True}),
+        lambda: gddlab.TeacherConfig(run_dir="r", seed=True),
+        lambda: gddlab.train(gddlab.presets.digits(run_dir="r"), nproc=True),
+    ):
+        with pytest.raises(GddlabError, match=r"^\w+=True: give a(n integer| number)$"):
+            call()
+    assert gddlab.presets.digits(run_dir="r", xflip=True).xflip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop_on": "nan"}, r"stop_on='nan': give a sequence, such as \('nan',\)$"),
+        ({"stop_on": "nam"}, r"unknown stop_on 'nam': did you mean 'nan'\?"),
+        ({"classes": 3}, r"classes=3: give a sequence, such as \(3,\)$"),
+        ({"mid_sigmas": 2}, r"mid_sigmas=2: give a sequence, such as \(2,\)$"),
+    ],
+)
+def test_one_where_several_are_meant(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(GddlabError, match=f"^{message}"):
+        gddlab.presets.digits(run_dir="r", **fields)
+
+
+def test_a_function_of_other_arguments_is_refused() -> None:
+    teacher = gddlab.load_teacher("digits")
+    one: Any = lambda x: True  # noqa: E731
+    two: Any = lambda x, y: True  # noqa: E731
+    for call, wanted in (
+        (lambda: gddlab.probe(teacher, 1, n=1, layers=one), "layers=<lambda>: give a function of name, module"),
+        (lambda: gddlab.select_freeze(teacher, strategy=two), "strategy=<lambda>: give a function of source"),
+        (lambda: gddlab.wrap(teacher, two), "denoise=<lambda>: give a function of model, x, sigma, class_labels"),
+        (lambda: gddlab.patch(teacher, teacher, measure=two), "measure=<lambda>: give a function of model"),
+    ):
+        with pytest.raises(GddlabError, match=wanted):
+            call()
+
+
+def test_a_strategy_is_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: gddlab.presets.digits(run_dir="r", mask="gdd-i"), lambda: gddlab.FreezeMask.load("gdd-i")):
+        with pytest.raises(FileNotFoundError, match=r"mask 'gdd-i' is a strategy, no file: give select_freeze\("):
+            call()

@@ -28,7 +28,7 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
-from gddlab.files import HUB_NAME, describe_start
+from gddlab.files import HUB_NAME, describe_start, path_of
 
 Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
 """What `open_dataset` takes; `find_source` refuses the rest."""
@@ -57,7 +57,7 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
         return digits()
     if text.startswith("hf:"):
         return of_huggingface(text)
-    path = find_cifar10(download=download) if text == "cifar10" else Path(data).expanduser()
+    path = find_cifar10(download=download) if text == "cifar10" else path_of("data", data)
     if path.is_dir():
         if (path / FOLDER).is_dir():
             path = path / FOLDER

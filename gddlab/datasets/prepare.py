@@ -29,7 +29,7 @@ from gddlab.datasets.packing import (
 )
 from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
-from gddlab.files import hash_json
+from gddlab.files import check_free, hash_json, path_of
 from gddlab.progress import progress_bar
 from gddlab.runtime import usable_cores
 
@@ -346,13 +346,12 @@ def prepare(
 def _target(source: Source, out: str | Path | None, overwrite: bool) -> Path:
     if out is None:
         raise GddlabError("out=None: give the zip to make, or dry_run=True to check the source only")
-    path = Path(out).expanduser()
+    path = path_of("out", out)
     if path.suffix.lower() != ".zip" or path.is_dir():
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")
-    if path.exists() and not overwrite:
-        raise GddlabError(f"{path} exists: give overwrite=True, or another name")
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        folder = Path(source).resolve()
-        if path.resolve().is_relative_to(folder):
+    check_free(path, overwrite)
+    if isinstance(source, str | Path):
+        folder = Path(source).expanduser().resolve()
+        if folder.is_dir() and path.resolve().is_relative_to(folder):
             raise GddlabError(f"{path} is inside the source {source}: choose another folder")
     return path

@@ -23,7 +23,7 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
-from gddlab.files import located, path_of, read_json, read_object, write_json
+from gddlab.files import folder_of, located, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 from gddlab.teachers import bundled_teachers
@@ -33,7 +33,9 @@ def _mask(value: Any) -> Any:
     return FreezeMask.load(value) if isinstance(value, (str, Path)) else value
 
 
-RunDir = Annotated[Path, BeforeValidator(lambda value: path_of("run_dir", value))]
+RunDir = Annotated[Path, BeforeValidator(lambda value: folder_of("run_dir", value))]
+BEFORE = frozenset({"lock", "log", "mask.json", "status.json"})
+"""What may be in the folder of a run before its configuration."""
 
 
 TeacherName = Annotated[str, BeforeValidator(lambda value: located(value, bundled_teachers()))]
@@ -81,6 +83,18 @@ class RunSettings(Settings):
                     return f"{name}.{field} is {there[field]!r} there, {value!r} here"
         return None
 
+    def make_folder(self) -> None:
+        """Makes the folder where it is not there.
+
+        Raises:
+            GddlabError: It cannot be written, or holds something else than a run.
+        """
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            names = {p.name for p in self.run_dir.iterdir() if not p.name.startswith(".")}
+        if "config.json" not in names and (other := sorted(names - BEFORE)):
+            raise GddlabError(f"{self.run_dir} holds {other[0]!r} and no run: give an empty or new folder as run_dir")
+
     def write(self) -> None:
         """Writes config.json; the same configuration again is accepted.
 
@@ -91,6 +105,7 @@ class RunSettings(Settings):
             GddlabError: The folder holds a run of another configuration; nothing is written.
         """
         path, here = self.run_dir / "config.json", self.to_json()
+        self.make_folder()
         if not path.exists():
             write_json(path, here)
             return
@@ -264,6 +279,7 @@ class TrainConfig(RunSettings):
         Raises:
             GddlabError: The folder holds a run of another configuration; nothing is written.
         """
+        self.make_folder()
         new = not (self.run_dir / "config.json").exists()
         if new and self.mask is not None:
             self.mask.save(self.run_dir / "mask.json")

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, refusal_of, unknown
+from gddlab.errors import GddlabError, check_no_bool, refusal_of, unknown
 from gddlab.files import located
 from gddlab.nets import Precond
 
@@ -31,6 +31,13 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as e:
             raise _refusal(type(self), e) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            check_no_bool(values, {name: field.annotation for name, field in cls.model_fields.items()})
+        return values
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise GddlabError(f"{type(self).__name__} is frozen: make another with model_copy(update={{{name!r}: ...}})")

@@ -87,12 +87,12 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     data = open_dataset(config.data)
     if config.conditional and not data.classes:
         raise GddlabError(f"conditional=True, but {data.name} has no classes: use conditional=False")
+    net = _network(config, data).train()  # first: it may be refused
     config.write()
     done = run / "teacher.safetensors"
     if done.exists():
         return done
 
-    net = _network(config, data).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     reader = BatchReader(data, batch=config.batch, seed=config.seed)
@@ -111,7 +111,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     began = time.perf_counter()
     bar = progress_bar(total=total * config.batch, desc="teacher", unit="img", enabled=progress)
     bar.update(step * config.batch)
-    with bar:
+    with bar, torch.autocast("cpu", enabled=False):
         while step < total:
             nimg = reader.position
             loss = _loss(config, net, reader, step)

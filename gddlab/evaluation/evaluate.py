@@ -21,7 +21,7 @@ from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import is_run
+from gddlab.files import is_run, path_of
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
@@ -97,7 +97,7 @@ def evaluate(
         if data is None and text.startswith("data:"):
             data = text.removeprefix("data:")
         if is_run(text):
-            about["run_dir"] = Path(text)
+            about["run_dir"] = path_of("source", text)
         about["source"] = text
         source = open_source(text, progress=progress)
     elif isinstance(source, np.ndarray | list | tuple):

@@ -217,9 +217,10 @@ def extract_part(
 
 @torch.inference_mode()
 def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
-    """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32."""
+    """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32 and autocast."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    exact = torch.autocast(device.type, enabled=False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), exact:
         rgb = (part.to(device).expand(-1, 3, -1, -1) for part in images.split(batch))  # grey is repeated
         rows = torch.cat([torch.cat(net(x), 1).cpu() for x in rgb])
     if rows.shape[1] != extractor.width:

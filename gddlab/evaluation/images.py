@@ -27,7 +27,7 @@ from gddlab.evaluation.features import (
     images_sha256,
 )
 from gddlab.evaluation.references import Reference
-from gddlab.files import cache_dir, hash_json, is_run
+from gddlab.files import cache_dir, hash_json, is_run, path_of
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -54,9 +54,10 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a teacher's name, a file of
     weights.
     """
-    text, path = str(source), Path(source)
+    text = str(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
+    path = path_of("source", source)
     images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
@@ -106,9 +107,8 @@ def images_of(
         raise GddlabError(f"images are {what}: give float (N, C, R, R) in [-1, 1], or an array, uint8 (N, R, R, C)")
     _check_shape((source.shape[1], *source.shape[2:]), real, "images")
     check_values(source[:n])
-    if (low := source.min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, and its distance three times as large
-        high = source.max().item()
-        raise GddlabError(f"images span {low:.3g}..{high:.3g}, none below 0: give [-1, 1], 2 * x - 1 of x in [0, 1]")
+    if (least := source[:n].min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, its distance three times as large
+        raise GddlabError(f"images hold no value below 0 (the least is {least:.3g}): give [-1, 1], as 2 * images - 1")
     return StoredImages(to_uint8(source[:n]), "images")
 
 

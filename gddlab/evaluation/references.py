@@ -18,7 +18,7 @@ from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
 from gddlab.evaluation.metrics import Statistics, statistics
-from gddlab.files import atomic_path, file_sha256, path_of
+from gddlab.files import atomic_path, check_free, file_sha256, path_of
 from gddlab.provenance import versions
 from gddlab.runtime import beside_runs
 
@@ -103,6 +103,7 @@ def reference(
     *,
     extractor: str = "lite2",
     features: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Writes statistics of real images to a file, so that a score needs neither the images nor their features again.
@@ -115,17 +116,19 @@ def reference(
         out: File that ends in .npz.
         extractor: As for `evaluate`.
         features: Also writes the features of each image, which kernel distance, precision, recall and MIND need.
+        overwrite: Replaces a file that is there.
         progress: Shows a bar at a terminal.
 
     Returns:
         Path of the file.
 
     Raises:
-        GddlabError: Unknown names, missing weights, fewer than 2 images, or another suffix.
+        GddlabError: Unknown names, missing weights, fewer than 2 images, another suffix, or a file that is there.
     """
     out, spec = path_of("out", out), find_extractor(extractor)
     if out.suffix != ".npz":
         raise GddlabError(f"out={out}: give a file that ends in .npz")
+    check_free(out, overwrite)
     spec.check()
     real = open_dataset(data, progress=progress)
     if len(real) < 2:

@@ -10,7 +10,7 @@ from math import prod
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.freezing.mask import FreezeMask, Parameters
@@ -209,6 +209,8 @@ def describe(selection: object) -> Any:
         return {str(k): describe(v) for k, v in selection.items()}
     if isinstance(selection, str) or selection is None:
         return selection
+    if isinstance(selection, Tensor):
+        return selection.tolist()
     if isinstance(selection, Real):
         return int(selection) if isinstance(selection, Integral) else float(selection)
     if isinstance(selection, Iterable):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown, validated
+from gddlab.errors import GddlabError, NotFound, unknown, validated
 from gddlab.files import hash_json, read_json, write_json
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
@@ -390,6 +390,12 @@ class FreezeMask:
             NotFound: No such file.
             GddlabError: Not a mask, or edited by hand.
         """
+        from gddlab.freezing.select import STRATEGIES
+
+        if (name := str(path)) in STRATEGIES and not Path(name).exists():
+            raise NotFound(
+                f"mask {name!r} is a strategy, no file: give select_freeze(..., strategy={name!r}), or --rule {name}"
+            )
         value = read_json(path)
         try:
             return cls.from_dict(value)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 from pydantic import Field, SkipValidation
 from torch import nn
 
-from gddlab.errors import GddlabError, unknown, validated
+from gddlab.errors import GddlabError, check_takes, unknown, validated
 from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import FreezeMask, fingerprint
 from gddlab.probing import ProbeResult
@@ -206,8 +206,11 @@ def _check(source: object, strategy: Any, given: dict[str, Any]) -> None:
         raise GddlabError(f"source is a {type(source).__name__}: give a ProbeResult or a network")
     if isinstance(source, nn.Module) and next(source.parameters(), None) is None:
         raise GddlabError(f"this {type(source).__name__} has no parameters: there is nothing to freeze")
-    if not callable(strategy) and strategy not in STRATEGIES:
+    if not callable(strategy) and not (isinstance(strategy, str) and strategy in STRATEGIES):
         raise unknown("strategy", strategy, STRATEGIES)
+    for name, function in (("strategy", strategy), ("score", given.get("score"))):
+        if callable(function):
+            check_takes(name, function, "source")
     shown = f'strategy="{strategy}"' if isinstance(strategy, str) else "a function as strategy"
     used = USES[strategy] if isinstance(strategy, str) else ()
     for name in (n for n in given if n not in used):
@@ -380,7 +383,16 @@ def _fill_share(ordered: Sequence[Unit], budget: object, *, whole: int, unit: st
     what = "all parameters" if unit == "params" else "all candidates"
     if not is_number(budget) or not 0 < budget < 1:
         raise GddlabError(f"budget={budget!r}: give a share of {what} above 0 and below 1")
-    return _filled(ordered, float(budget), whole, unit, what)
+    chosen, reached = _filled(ordered, float(budget), whole, unit, what)
+    if not chosen:
+        raise _too_small(budget, min(u.cost(unit) for u in ordered) / whole)
+    return chosen, reached
+
+
+def _too_small(budget: object, least: float) -> GddlabError:
+    return GddlabError(
+        f'budget={budget!r} freezes nothing: the smallest candidate takes {least:.3g}, give more, or strategy="none"'
+    )
 
 
 def _fill_resolutions(
@@ -394,6 +406,7 @@ def _fill_resolutions(
     if not budgets:
         raise GddlabError("budget={}: give a share for at least one resolution, such as {16: 0.8}")
     chosen: list[Unit] = []
+    least = math.inf
     reached = dict.fromkeys(map(str, known), 0.0)
     for key, share in budgets.items():
         resolution = int(key) if str(key).isdecimal() else key  # JSON has strings
@@ -406,6 +419,9 @@ def _fill_resolutions(
         what = f"the candidates at resolution {resolution}"
         taken, reached[str(resolution)] = _filled(here, float(share), whole, unit, what)
         chosen += taken
+        least = min([least, *(u.cost(unit) / whole for u in here if share)])
+    if not chosen and math.isfinite(least):
+        raise _too_small(budget, least)
     return chosen, reached
 
 

@@ -49,8 +49,8 @@ class Launch:
         for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
             if integer(name, getattr(self, name)) < least:
                 raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise GddlabError(f"timeout_s={self.timeout_s}: give seconds, more than 0")
+        if not (isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf):
+            raise GddlabError(f"timeout_s={self.timeout_s!r}: give seconds, more than 0")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise GddlabError(
                 f"nnodes={self.nnodes} without rdzv_endpoint: give HOST:PORT of one of the machines, the same on all"
@@ -147,7 +147,6 @@ def prepared(config: TrainConfig, launch: Launch, kind: str) -> str:
 
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     config.write()
     if kind == "slurm":
         return slurm_script(config, launch)

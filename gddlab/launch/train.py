@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gddlab.distill.status import write_status
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, Unwritable
+from gddlab.files import writing
 from gddlab.launch.handle import RunHandle
 from gddlab.launch.plan import Launch
 from gddlab.lock import sign, take
@@ -67,11 +68,12 @@ def train(
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
     check(config, world_size=launch.world_size)
     run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
+    config.make_folder()
     try:
-        fd = take(run_dir, launch.job)
-    except GddlabError:
-        if launch.nnodes > 1 or not (run_dir / "config.json").exists():
+        with writing(run_dir):
+            fd = take(run_dir, launch.job)
+    except GddlabError as e:
+        if isinstance(e, Unwritable) or launch.nnodes > 1 or not (run_dir / "config.json").exists():
             raise
         config.write()  # refuses another configuration
         return RunHandle(run_dir)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path, hash_tensors, path_of
+from gddlab.files import atomic_path, check_free, hash_tensors, path_of
 from gddlab.nets.io import architecture, from_edm
 from gddlab.nets.precond import OneStepPrecond, Precond
 from gddlab.progress import progress_bar
@@ -60,7 +60,13 @@ class OneStep(nn.Module):
 
 
 def export(
-    student: Precond, out: str | Path, *, sigma: float | None = None, opset: int = 18, progress: bool = True
+    student: Precond,
+    out: str | Path,
+    *,
+    sigma: float | None = None,
+    opset: int = 18,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Exported:
     """Writes a one-step student as ONNX or as a torch.export program, and checks that it gives equal images.
 
@@ -74,6 +80,7 @@ def export(
         sigma: Noise level of the one step, by default the student's own. Needed for a network with another
             preconditioning (SiD's students: `EDMPrecond` at 2.5).
         opset: ONNX operator set, 18 to 23; ignored for .pt2.
+        overwrite: Replaces a file that is there.
         progress: Shows a bar at a terminal.
 
     Returns:
@@ -86,6 +93,7 @@ def export(
     out = path_of("out", out)
     if out.suffix not in TOLERANCE:
         raise GddlabError(f"out={str(out)!r}: its suffix decides the format, give .onnx or .pt2")
+    check_free(out, overwrite)
     if not isinstance(student, Precond):
         raise GddlabError(f"a {type(student).__name__} cannot be exported: give a network of gddlab, as run.student()")
     if sigma is None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, shown, unknown
 from gddlab.nets.unets import UNETS
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
@@ -120,6 +120,8 @@ class Precond(nn.Module):
                 f"this network's weights are {str(weight).removeprefix('torch.')}, too coarse for its noise embedding: "
                 'use net.float(), and dtype="bfloat16" or torch.autocast to run it in low precision'
             )
+        if x.ndim != 4 or x.shape[1] != self.img_channels:
+            raise GddlabError(f"x has shape {tuple(x.shape)}: this network takes (B, {self.img_channels}, H, W)")
         x = x if x.dtype == torch.float64 else x.float()
         b = x.shape[0]
         sigma = levels_of(sigma, x)
@@ -143,8 +145,15 @@ class Precond(nn.Module):
 
 def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
     """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
-    if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
+    if isinstance(sigma, int | float):  # filled on the device: a copy from the host would wait for it
         return torch.full((x.shape[0], 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
+    if not isinstance(sigma, Tensor):  # a list, or an array
+        try:
+            sigma = torch.as_tensor(sigma)
+        except (TypeError, ValueError, RuntimeError):
+            raise GddlabError(f"sigma={shown(sigma)}: give a number above 0, or one for each image") from None
+    if sigma.numel() not in (1, x.shape[0]):
+        raise GddlabError(f"sigma has shape {tuple(sigma.shape)} for {x.shape[0]} images: give a number, or one each")
     return sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
 
 

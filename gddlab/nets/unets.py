@@ -66,6 +66,13 @@ class UNet(nn.Module):
         attn_resolutions: Sequence[int],
     ) -> None:
         """Makes encoder and decoder, a level per width."""
+        if not widths:
+            raise GddlabError("channel_mult=(): give a width for at least one level, such as (1, 2)")
+        if img_resolution % (least := 2 ** (len(widths) - 1)):
+            raise GddlabError(
+                f"{img_resolution} pixels with {len(widths)} levels (channel_mult), each half as large: give a "
+                f"multiple of {least}, or fewer levels"
+            )
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         cout, aux = stem.out_channels, self.in_channels
         skips: list[int] = []

@@ -102,7 +102,7 @@ def ablate(
     group = 2 if mode == "resample" else 1
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
-    net, selected, modules = inputs.denoiser, select_layers(model, layers), named_layers(model)
+    net, selected, modules = inputs.denoiser, select_layers(model, layers, run=True), named_layers(model)
     outputs = {layer.name: _outputs(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
     effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])

@@ -129,7 +129,7 @@ def grad_probe(
     layers_of = _parameters(model, layers)
     inputs: Inputs | None = None
     if not callable(loss):
-        if loss != "denoising":
+        if not (isinstance(loss, str) and loss == "denoising"):
             raise unknown("loss", loss, ("denoising",))
         if batches is not None:
             raise GddlabError('loss="denoising" makes its own batches: give n= and batch_size=, or a function as loss')

@@ -19,7 +19,7 @@ def as_it_was(
 ) -> Iterator[torch.device]:
     """Eval mode, autocast to `dtype`, on `device`, which is yielded; afterwards modes and device are as before.
 
-    None as device or dtype leaves the network where it is, in its own precision.
+    None as device or dtype leaves the network where it is, in its own precision, also where the caller has autocast on.
     """
     origin = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     target = origin if device is None else _device(device)
@@ -29,7 +29,7 @@ def as_it_was(
         model.eval()
         if target != origin:
             model.to(target)
-        with torch.autocast(target.type, getattr(torch, name)) if name != "float32" else contextlib.nullcontext():
+        with torch.autocast(target.type, getattr(torch, name), enabled=name != "float32"):
             yield target
     finally:
         if target != origin:

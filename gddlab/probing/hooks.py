@@ -79,7 +79,7 @@ class Probe:
         self.stats: list[type[Statistic]] = [*statistic_classes(stats), *([ChannelMoments] if per_channel else [])]
         modules = named_layers(model)
         known = inventory(model)
-        selected = select_layers(model, layers)
+        selected = select_layers(model, layers, run=True)
         blocks = {layer.block for layer in selected if layer.block}
         chosen = {layer.name for layer in selected}
         self._plan: dict[str, dict[str, dict[str, Tap]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
 from gddlab.nets import Precond
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
@@ -29,6 +29,10 @@ Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
 
 SIGMA_STUDENT = 80.0
 TRAJECTORY_STEPS = 18
+SLACK = 1e-6
+"""How far a noise level may lie outside of a range: ends are rounded to float32."""
+MOST_LEVELS = 1000
+"""Memory grows with the square of their number, where statistics compare them."""
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """States (n * S, C, H, W), their sigmas (n * S,), one-hot labels (n * S, label_dim) or None: what a denoiser is called
@@ -81,6 +85,9 @@ class Inputs:
         class_labels: Labels = None,
     ):
         self.denoiser = denoiser_of(model)
+        for name, value in self.denoiser.state_dict().items():
+            if not isinstance(value, Tensor):  # of a quantised network
+                raise GddlabError(f"the network is quantised ({name!r} is no tensor): give it as it was before")
         seed_list(n, seed, None)
         seed_list(n, seed + start, None)
         self.states, self.n, self.start, self.seed = states, n, start, seed
@@ -216,6 +223,9 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
             raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, omit timesteps (or --sigmas)")
         return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
     steps: Any = 18 if timesteps is None else timesteps
+    count = len(steps) if isinstance(steps, Sized) else steps
+    if isinstance(count, Integral) and int(count) > MOST_LEVELS:
+        raise GddlabError(f"timesteps: {count} noise levels, give at most {MOST_LEVELS}")
     if isinstance(steps, Integral) and not isinstance(steps, bool):
         grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
@@ -225,13 +235,15 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
                 raise TypeError
             grid = [float(s) for s in listed]
         except (TypeError, ValueError):
-            raise GddlabError(f"timesteps={steps!r}: give a whole number, or a list of sigmas") from None
-        wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low <= s <= high)]
+            raise GddlabError(f"timesteps={shown(steps)}: give a whole number, or a list of sigmas") from None
+        card = getattr(model, "card", None)  # its range is that of the training, which the network may not know
+        low, high = max(low, getattr(card, "sigma_min", low)), min(high, getattr(card, "sigma_max", high))
+        wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low * (1 - SLACK) <= s <= high * (1 + SLACK))]
         if wrong:
             accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
             raise GddlabError(f"sigma {wrong[0]:g} in timesteps: this network accepts {accepted}")
         if not grid or len(set(grid)) < len(grid):
-            raise GddlabError(f"timesteps={grid}: give at least one sigma, each once")
+            raise GddlabError(f"timesteps={shown(grid)}: give at least one sigma, each once")
     if isinstance(model, Precond):  # iDDPM knows certain levels only
         grid = model.round_sigma(torch.tensor(grid, dtype=torch.float64)).tolist()
     return sorted(set(grid), reverse=True)

@@ -12,7 +12,7 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, check_takes, shown, unknown
 from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
@@ -318,25 +318,43 @@ LayerSelection = SkipValidation[str | Iterable[str] | Callable[[str, nn.Module],
 """A preset ("conv", "block", "attention", "norm", "linear", "all"), a name, a glob, "re:" and a pattern, a list of
 these, or a function of name and module."""
 
+_NO_FORWARD: Any = nn.Module.forward
+"""Of containers, such as `nn.ModuleList`."""
 PRESETS = ("conv", "block", "attention", "norm", "linear", "all")
 
 _ATTENTION = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
 """Projections of self-attention, found beside a layer of this name."""
 
 
-def select_layers(model: nn.Module, layers: LayerSelection) -> list[Layer]:
+def select_layers(model: nn.Module, layers: LayerSelection, *, run: bool = False) -> list[Layer]:
     """The layers that `layers` names, in the order of the network.
+
+    Args:
+        model: The network.
+        layers: See `LayerSelection`.
+        run: Whether they have to run: a container, which does not, means the layers inside.
 
     Raises:
         GddlabError: Nothing matches, or one name or glob of a list does not.
     """
     known, modules = inventory(model), named_layers(model)
     if callable(layers):
+        if isinstance(layers, nn.Module | type):
+            raise GddlabError(
+                f"layers={shown(layers)}: give names, globs, or a function such as lambda name, module: "
+                "isinstance(module, torch.nn.Conv2d)"
+            )
+        check_takes("layers", layers, "name", "module")
         chosen = {n for n in known if layers(n, modules[n])}
         if not chosen:
             raise GddlabError(f"layers={layers!r} accepts none of {len(known)} modules: return True for some")
     else:
         chosen = match_layers(layers, {n: layer.type for n, layer in known.items()})
+    if run:
+        containers = {n for n in chosen if type(modules[n]).forward is _NO_FORWARD}
+        inside = {n for n in known if known[n].type and any(n.startswith(f"{c}.") for c in containers)}
+        if containers and not (chosen := chosen - containers | inside):
+            raise GddlabError(f"{containers.pop()!r} holds no layer: give names, globs, or one of {', '.join(PRESETS)}")
     return [layer for name, layer in known.items() if name in chosen]
 
 

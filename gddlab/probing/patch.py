@@ -11,7 +11,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, check_takes, validated
 from gddlab.probing.effects import Effects, change_statistics, denoised, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
@@ -133,13 +133,16 @@ def patch(
     """
     if into == "student" and data is not None:
         raise GddlabError('data= is for into="teacher": a student starts from noise alone, omit it')
+    if measure is not None:
+        check_takes("measure", measure, "model")
     if unwrap(student) is unwrap(teacher):
         raise GddlabError("student and teacher are the same network: give two")
     check_architecture(named_tensors(unwrap(student)), named_tensors(unwrap(teacher)))
     model, donor = (student, teacher) if into == "student" else (teacher, student)
     states: Any = "student" if into == "student" else "noised"
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
-    net, other, selected = inputs.denoiser, denoiser_of(donor), select_layers(model, layers)
+    net, other = inputs.denoiser, denoiser_of(donor)
+    selected = select_layers(model, layers, run=what == "activations")
     if strange := [a.name for a in selected if a.name not in named_layers(donor)]:
         raise GddlabError(f"layer {strange[0]!r} is in the {into} alone: leave it out of layers=")
     patched = weights_of if what == "weights" else activations_of

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path, hash_tensors, path_of, read_json
+from gddlab.files import atomic_path, folder_of, hash_tensors, path_of, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.plots.axes import wide
@@ -315,9 +315,7 @@ class ProbeResult(Heatmaps, Lines):
 
     def save(self, folder: str | Path) -> None:
         """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist."""
-        folder = path_of("folder", folder)
-        if folder.exists() and not folder.is_dir():
-            raise GddlabError(f"{folder} is a file: give a folder")
+        folder = folder_of("folder", folder)
         parquet, npz = io.BytesIO(), io.BytesIO()
         self.frame.to_parquet(parquet, index=False)
         np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown, validated
+from gddlab.errors import GddlabError, check_takes, unknown, validated
 from gddlab.nets.precond import levels_of
 from gddlab.probing.inputs import Data
 from gddlab.probing.layers import denoiser_of
@@ -176,8 +176,6 @@ class Denoiser(nn.Module):
         """
         x = x if x.dtype == torch.float64 else x.float()
         b = len(x)
-        if not isinstance(sigma, Tensor | float):
-            sigma = torch.as_tensor(sigma, dtype=x.dtype)  # a list or an array
         sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
         if not self.label_dim:
@@ -245,6 +243,7 @@ def wrap(
             raise GddlabError(f"{names[0]}= has no use with denoise=: give one of them")
         if not callable(denoise):
             raise GddlabError(f"denoise={denoise!r}: give a function of (model, x, sigma, class_labels)")
+        check_takes("denoise", denoise, "model", "x", "sigma", "class_labels")
     else:
         if not any(c.__name__ == "UNet2DModel" for c in type(network).__mro__):
             raise GddlabError(

@@ -20,7 +20,7 @@ from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
-from gddlab.files import hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
+from gddlab.files import folder_of, hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -93,10 +93,13 @@ def sample_files(
         GddlabError: Bad arguments, as for `sample`; `out` holds something else, or images of other settings; it cannot
             be written; a process died. What is written is kept, and the same call continues.
     """
+    out = path_of("out", out)
+    if out.suffix != ".zip":
+        folder_of("out", out, "a folder, a name that ends in .zip, or to gddlab sample one in .png")
     total = len(seed_list(n, seed, seeds))
     rank, world = named_ranks().rank, named_ranks().size
     job: dict[str, Any] = {
-        "out": str(path_of("out", out)),
+        "out": str(out),
         "n": n,
         "seed": seed,
         "seeds": None if seeds is None else list(seed_list(n, seed, seeds)),
@@ -122,9 +125,9 @@ def sample_files(
         else:
             run_workers({"model": str(model), **job}, nproc, bar.update)
     if world == 1:
-        for leftover in Path(out).glob(".*.tmp"):  # of a process that was killed
+        for leftover in out.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
-    return Path(out)
+    return out
 
 
 def make_share(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import HUB_NAME, data_dir, hash_tensors, is_run, path_of, read_json
+from gddlab.files import HUB_NAME, by_number, data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.unets import UNETS
@@ -135,7 +135,7 @@ def load_teacher(source: str | Path) -> Precond:
         NotFound: No such path, or a run without a student.
     """
     if str(path_of("source", source)) not in bundled_teachers() and is_run(source):
-        return load_student(Path(source).resolve())
+        return load_student(path_of("source", source).resolve())
     name, path = _find(source)
     net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
     net.requires_grad_(False)
@@ -191,15 +191,15 @@ def bundled_teachers() -> list[str]:
 
 def snapshots_of(run_dir: Path) -> list[Path]:
     """Averaged students saved while training, oldest first; the file's name is its kimg."""
-    return sorted((run_dir / "snapshots").glob("*.safetensors"), key=lambda p: float(p.stem))
+    return by_number(run_dir / "snapshots", ".safetensors")
 
 
-def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> OneStepPrecond:
+def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None) -> OneStepPrecond:
     """The averaged student of a run directory, without gradients, with a card.
 
     Args:
         run_dir: Folder of the run.
-        snapshot: Path of a file, kimg as in `snapshots_of`, or "best" (`metric_kimg`); None takes the final student, or
+        snapshot: Path of a file, thousands of images, or "best" (`metric_kimg`); None takes the final student, or
             the newest snapshot where the run has not ended.
 
     Raises:
@@ -212,10 +212,10 @@ def load_student(run_dir: str | Path, snapshot: str | Path | None = None) -> One
     elif snapshot is None:
         final = run_dir / "student.safetensors"
         found = [final] if final.exists() else snapshots_of(run_dir)
-    elif Path(snapshot).suffix == ".safetensors" and Path(snapshot).is_file():
-        found = [Path(snapshot)]
+    elif str(snapshot).endswith(".safetensors"):
+        found = [p for p in [path_of("snapshot", snapshot)] if p.is_file()]
     else:
-        found = [p for p in snapshots_of(run_dir) if p.stem == str(snapshot)]
+        found = [p for p in snapshots_of(run_dir) if str(snapshot) in (p.stem, f"{float(p.stem):g}")]
     if not found:
         have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
         raise NotFound(f"{run_dir} has no student {snapshot or ''}: snapshots are {have}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gddlab.errors import GddlabError
-from gddlab.files import atomic_path, path_of
+from gddlab.files import atomic_path, check_free, path_of
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.runtime import generator
 from gddlab.teachers.catalog import TeacherCard, load_teacher
@@ -53,8 +53,7 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
     out = path_of("out", out)
     if out.suffix != ".safetensors":
         raise GddlabError(f"{out} does not end in .safetensors: give such a name")
-    if out.exists() and not overwrite:
-        raise GddlabError(f"{out} exists: give another name, or overwrite")
+    check_free(out, overwrite)
     net = load_teacher(source)
     try:
         with atomic_path(out) as tmp:

@@ -121,6 +121,7 @@ def limits(metadata: Any) -> list[tuple[str, float]]:
 
 def kind(annotation: Any) -> str:
     """A type in words."""
+    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return kind(inner[0])

@@ -213,7 +213,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file or folder"):
         prepare(tmp_path / "nothing", out)
     out.write_bytes(b"old")
-    with pytest.raises(GddlabError, match="exists: give overwrite=True"):
+    with pytest.raises(GddlabError, match="exists: give another name, or replace it"):
         prepare(photos, out, resolution=16, crop="center", workers=1)
     assert out.read_bytes() == b"old"
     assert prepare(photos, out, resolution=16, crop="center", workers=1, overwrite=True).images == 40

@@ -12,7 +12,7 @@ from gddlab.datasets import ImageDataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import scorer
 from gddlab.files import read_json, read_jsonl
 from gddlab.freezing import select_freeze
@@ -194,8 +194,13 @@ def test_a_two_step_student_trains_both_steps_and_samples_with_them(tmp_path: Pa
     exits = {t.drawer.draw(i, s).exit for i in range(8) for s in range(2)}
     assert exits == {0, 1}
     t.train()
-    student = load_run(tmp_path / "run").student()
+    run = load_run(tmp_path / "run")
+    student = run.student()
     assert student.sigmas == (80.0, 0.8)
+    for kimg in (0.064, "0.064", "000000.064"):
+        assert run.student(kimg).card.kimg == 0.064
+    with pytest.raises(NotFound, match=r"has no student 0.5: snapshots are .*000000.064"):
+        run.student(0.5)
     own, one = sample(student, 4, seed=3), sample(student, 4, seed=3, steps=1)
     assert torch.equal(own, sample(student, 4, seed=3, sigmas=(80.0, 0.8)))
     assert not torch.equal(own, one)

@@ -333,3 +333,10 @@ def test_blocks(some, counter):
     assert compare(kids[0], alone[1]).difference == kids[0].value - alone[1].value
     with pytest.raises(GddlabError, match="differ in metric"):
         compare(least, kids[0])
+
+
+def test_images_of_another_range_are_refused(some):
+    with pytest.raises(GddlabError, match=r"images hold no value below 0 \(the least is 0\): give \[-1, 1\]"):
+        evaluate((as_float(some) + 1) / 2, data=some)
+    with pytest.raises(GddlabError, match=r"images span -128..127: give values in \[-1, 1\]"):
+        evaluate(as_float(some) * 127.5 - 0.5, data=some)

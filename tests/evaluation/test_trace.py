@@ -38,7 +38,7 @@ def repeated(command: str, out: Path) -> Record:
     """The record of the same name that the command gives."""
     words = shlex.split(command)
     assert words[:2] == ["gddlab", "evaluate"]
-    main([*words[1:], "--out", str(out)])
+    main([*words[1:], "--out", str(out), "--overwrite"])
     return [Record.from_dict(d) for d in json.loads(out.read_text())][-1]
 
 

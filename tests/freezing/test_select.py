@@ -46,6 +46,18 @@ def test_budget_takes_whole_layers_in_order_of_the_score(net, result, freeze, bu
     mask.apply(net)
 
 
+def test_what_freezes_nothing_is_refused(net, result):
+    for source, options in (
+        (result, {"strategy": "budget", "score": "rms", "budget": 1e-5}),
+        (result, {"strategy": "per-resolution", "score": "rms", "budget": 1e-5}),
+        (net, {"strategy": "random", "budget": 1e-5}),
+    ):
+        with pytest.raises(GddlabError, match=r"budget=1e-05 freezes nothing: the smallest candidate takes 0\."):
+            select_freeze(source, **options)
+    none = select_freeze(result, strategy="per-resolution", score="rms", budget={16: 0})
+    assert none.frozen == ()
+
+
 def test_low_and_high_differ(result):
     low, high = (select_freeze(result, strategy="budget", score="rms", budget=0.3, freeze=f) for f in ("low", "high"))
     assert not set(low.frozen) & set(high.frozen)
@@ -324,16 +336,23 @@ def test_budgets_are_never_exceeded(result, seed, budget, freeze, unit, granular
         return {n: float(zlib.crc32(f"{seed} {n}".encode()) % 7) for n in convs(tiny())}
 
     options = {"budget": budget, "unit": unit, "granularity": granularity}
-    masks = [
-        select_freeze(result, strategy="budget", score=score, freeze=freeze, **options),
-        select_freeze(result, strategy="random", seed=seed, **options),
-    ]
+    refused = ""
+    try:
+        masks = [
+            select_freeze(result, strategy="budget", score=score, freeze=freeze, **options),
+            select_freeze(result, strategy="random", seed=seed, **options),
+        ]
+        each = select_freeze(result, strategy="per-resolution", score=score, freeze=freeze, **options)
+    except GddlabError as e:  # all candidates are larger
+        refused = str(e)
+    if refused:
+        assert float(re.search(r"the smallest candidate takes ([\d.e-]+),", refused)[1]) >= budget * 0.99
+        return
     for mask in masks:
         assert 0 <= mask.arguments["reached"] <= budget
         assert unit == "layers" or mask.arguments["reached"] == mask.fraction
         for other in controls(mask, seeds=[seed]).values() if mask.frozen else ():
             assert other.n_frozen <= mask.n_frozen
-    each = select_freeze(result, strategy="per-resolution", score=score, freeze=freeze, **options)
     assert all(share <= budget for share in each.arguments["reached"].values())
 
 

@@ -22,6 +22,7 @@ from gddlab.distill.checkpoints import checkpoints
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.status import write_status
 from gddlab.distill.trainer import Trainer
+from gddlab.errors import Unwritable
 from gddlab.files import read_json
 from gddlab.launch import RunFailed, attach, train
 from gddlab.lock import held, take
@@ -250,7 +251,7 @@ def test_a_directory_that_can_only_be_read(small_disk: Path, tiny_teacher: Path)
     assert attach(config.run_dir).status == "failed"
     assert listing(small_disk)["state"].tolist() == ["failed"]
     for there in (config, config.model_copy(update={"run_dir": small_disk / "new"})):
-        with pytest.raises(OSError, match=f"Read-only file system: '{there.run_dir}"):
+        with pytest.raises(Unwritable, match=f"^{there.run_dir} cannot be written: Read-only file system$"):
             train(there)
 
 

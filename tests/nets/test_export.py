@@ -121,15 +121,15 @@ def test_a_file_that_fails_the_check_is_not_left(tmp_path: Path, monkeypatch: py
     out.write_bytes(b"older")
     monkeypatch.setattr(module, "_open_pt2", lambda _: lambda z, labels: torch.zeros_like(z))
     with pytest.raises(GddlabError, match=r"is not written: its images differ by \d"):
-        export(student, out)
+        export(student, out, overwrite=True)
     monkeypatch.setattr(module, "_open_pt2", lambda _: lambda z, labels: z if len(z) == 1 else z * float("nan"))
     with pytest.raises(GddlabError, match="differ by nan"):
-        export(student, out)
+        export(student, out, overwrite=True)
 
     def fails(_: Path) -> None:
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(module, "_open_pt2", fails)
     with pytest.raises(GddlabError, match=r"student.pt2 cannot be exported: RuntimeError: no such operator$"):
-        export(student, out)
+        export(student, out, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["student.pt2"] and out.read_bytes() == b"older"

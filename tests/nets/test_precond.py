@@ -123,3 +123,15 @@ def test_weights_in_low_precision_are_refused(dtype: torch.dtype) -> None:
     net = tiny_net().to(dtype)
     with pytest.raises(GddlabError, match=f"weights are {str(dtype).removeprefix('torch.')}, too coarse"):
         net(torch.zeros(1, 1, 16, 16), 1.0)
+
+
+def test_levels_and_images_that_do_not_fit_are_refused() -> None:
+    net, x = tiny_net(), torch.zeros(2, 1, 16, 16)
+    assert_close(net(x, [1.0, 2.0]), net(x, torch.tensor([1.0, 2.0])))  # type: ignore[arg-type]
+    for sigma in (torch.ones(3), [1.0, 2.0, 3.0]):
+        with pytest.raises(GddlabError, match=r"sigma has shape \(3,\) for 2 images: give a number, or one each"):
+            net(x, sigma)  # type: ignore[arg-type]
+    with pytest.raises(GddlabError, match="sigma='high': give a number"):
+        net(x, "high")  # type: ignore[arg-type]
+    with pytest.raises(GddlabError, match=r"x has shape \(2, 3, 16, 16\): this network takes \(B, 1, H, W\)"):
+        net(torch.zeros(2, 3, 16, 16), 1.0)

@@ -245,3 +245,17 @@ def test_iddpm_rounds_sigma_to_its_levels() -> None:
 def test_odd_filters_are_refused() -> None:
     with pytest.raises(GddlabError, match=r"resample_filter=\[1, 2, 1\]: give an even number of taps"):
         from_edm("EDMPrecond", **SONG, resample_filter=[1, 2, 1])
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
+def test_a_size_that_cannot_be_halved_is_refused(kind: str) -> None:
+    changes: dict[str, Any] = SMALL | {"model_type": kind, "img_resolution": 30, "channel_mult": [1, 1, 1]}
+    with pytest.raises(
+        GddlabError, match=r"30 pixels with 3 levels \(channel_mult\), .* give a multiple of 4, or fewer"
+    ):
+        from_edm("EDMPrecond", **changes)
+
+
+def test_a_network_has_levels() -> None:
+    with pytest.raises(GddlabError, match=r"channel_mult=\(\): give a width for at least one level"):
+        from_edm("EDMPrecond", **SONG | {"channel_mult": []})

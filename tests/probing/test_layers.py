@@ -49,6 +49,23 @@ def test_presets(net):
     assert names(net, "attention") == [f"{n}.{leaf}" for n in with_attention for leaf in ("qkv", "proj")]
 
 
+def test_a_container_means_what_is_inside(net):
+    inside = [n for n in names(net, "all") if n.startswith("model.enc.")]
+    assert names(net, "model.enc") == ["model.enc"]  # weights can be taken of a container
+    for selection in ("model.enc", "re:^model.enc", lambda name, module: name == "model.enc"):
+        found = [layer.name for layer in select_layers(net, selection, run=True)]
+        assert [n for n in found if n in inside] == inside and "model.enc" not in found
+    empty = nn.ModuleDict({"a": nn.ModuleList(), "b": nn.Linear(1, 1)})
+    with pytest.raises(GddlabError, match="'a' holds no layer: give names, globs"):
+        select_layers(empty, "a", run=True)
+
+
+@pytest.mark.parametrize("layers", [nn.Conv2d, nn.Linear(1, 1)])
+def test_a_module_or_its_class_is_no_selection(net, layers):
+    with pytest.raises(GddlabError, match=r"give names, globs, or a function such as lambda name, module: isinstance"):
+        select_layers(net, layers)
+
+
 def test_attention_is_told_by_what_lies_side_by_side():
     net = nn.ModuleDict(
         {

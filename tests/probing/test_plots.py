@@ -138,6 +138,13 @@ def test_heat_map_shows_each_value_where_its_layer_and_sigma_are(small):
     assert small.heatmap("rms", own) is own
 
 
+def test_what_is_no_mask_and_what_are_no_axes_is_refused(small):
+    with pytest.raises(GddlabError, match="mask='gdd-i': give a FreezeMask"):
+        small.heatmap("rms", mask="gdd-i")
+    with pytest.raises(GddlabError, match="ax=5: give matplotlib's Axes"):
+        small.heatmap("rms", 5)
+
+
 def test_the_strip_says_stage_and_resolution_of_its_layers(small):
     ax = small.heatmap("rms")
     assert places_of(ax) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]

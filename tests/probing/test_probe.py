@@ -128,6 +128,9 @@ def test_the_card_names_the_data(net):
         ({"timesteps": True}, "timesteps=True"),
         ({"timesteps": [True, 2.0]}, r"timesteps=\[True, 2.0\]: give a whole number, or a list"),
         ({"timesteps": "18"}, "timesteps='18': give a whole number, or a list"),
+        ({"timesteps": 100_000}, "timesteps: 100000 noise levels, give at most 1000"),
+        ({"timesteps": range(1, 2000)}, "timesteps: 1999 noise levels, give at most 1000"),
+        ({"timesteps": [[1.0]] * 500}, "timesteps=<list>: give a whole number, or a list"),
         ({"states": "noise"}, "did you mean 'noised'"),
         ({"data": "digit"}, "did you mean 'digits'"),
         ({"states": "prior"}, "needs no images: omit data="),
@@ -157,6 +160,10 @@ def test_bad_input_is_refused(net, pictures, kwargs, says):
 def test_sigma_outside_of_the_range_and_images_that_do_not_fit(pictures):
     with pytest.raises(GddlabError, match=r"sigma 80 in timesteps: this network accepts 0.5 to 20"):
         probe(tiny(sigma_min=0.5, sigma_max=20.0), [80.0], data=pictures)
+    net = tiny()
+    net.card = type("Card", (), {"sigma_min": 0.002, "sigma_max": 80.0})()
+    with pytest.raises(GddlabError, match=r"sigma 999 in timesteps: this network accepts 0.002 to 80"):
+        probe(net, [999, 1.0], data=pictures, n=1)
     large = ImageDataset(np.zeros((3, 32, 32, 1), dtype=np.uint8), name="large", source="zeros")
     with pytest.raises(GddlabError, match=r"\(1, 32, 32\), this network takes \(1, 16, 16\)"):
         probe(tiny(), [1.0], data=large, n=1)
@@ -291,6 +298,29 @@ def test_low_precision_runs_under_autocast(net, pictures):
     assert kinds == [torch.bfloat16, torch.float32]
     np.testing.assert_allclose(low.frame["value"], full.frame["value"], rtol=0.05)
     assert low.meta["settings"]["dtype"] == "bfloat16"
+
+
+def test_autocast_around_a_probe_changes_nothing(net, pictures):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = probe(net, [80.0, 1.0], data=pictures, n=2)
+    outside = probe(net, [80.0, 1.0], data=pictures, n=2)
+    assert inside.hash == outside.hash
+    assert inside.meta["settings"] == outside.meta["settings"] == {"dtype": "float32"}
+
+
+def test_layers_inside_a_container_are_measured(net, pictures):
+    found = probe(net, [1.0], data=pictures, n=2, layers="model.enc")
+    assert found.layers and all(name.startswith("model.enc.") for name in found.layers)
+
+
+def test_a_quantised_network_is_refused_at_once(net, pictures):
+    passes = []
+    net.register_forward_pre_hook(lambda *_: passes.append(1))
+    net.register_buffer("packed", torch.zeros(1))
+    net.register_state_dict_post_hook(lambda module, state, *_: state.update(packed=torch.qint8))
+    with pytest.raises(GddlabError, match=r"the network is quantised \('packed' is no tensor\)"):
+        probe(net, [1.0], data=pictures, n=2)
+    assert not passes
 
 
 def test_a_float64_network_is_measured_in_float64(pictures):

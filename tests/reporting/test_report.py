@@ -64,6 +64,15 @@ def distances(run_dir: Path) -> list[Record]:
     return [r for r in load_records(run_dir) if r.name == "fd-lite2"]
 
 
+def test_foreign_pictures_and_a_damaged_line_do_not_end_a_report(tmp_path: Path) -> None:
+    run_dir = copied(tmp_path, "run")
+    (run_dir / "samples" / "holiday.png").write_text("no image")
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        f.write("oops\n")
+    page = gddlab.report(run_dir, out=tmp_path / "page.html")
+    assert "metrics.jsonl is damaged: the line that begins 'oops' is no JSON object" in " ".join(text_of(page).split())
+
+
 def test_a_shipped_run_is_told_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, out = DIGITS / "gdd-i" / "seed-0", tmp_path / "page.html"
     main(["report", str(run_dir), "--out", str(out)])
@@ -204,7 +213,7 @@ def test_no_run_is_dropped(tmp_path: Path, tiny_teacher: Path) -> None:
         "unknown configuration field 'a_field_of_old'",
         "teacher.json: not there",
         "mask.json: mask.json is not JSON",
-        "metrics.jsonl: Expecting value",
+        "metrics.jsonl is damaged: the line that begins",
         "Without such a score: stopped, failed, dead.",
         "Without samples: stopped, failed, dead.",
     ):

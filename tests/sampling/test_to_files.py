@@ -280,7 +280,7 @@ def test_refusals(student, classy, tmp_path: Path) -> None:  # type: ignore[no-u
     refused("holds no samples of gddlab", student, tmp_path / "other.zip", 2)
     (tmp_path / "file").write_text("")
     refused("cannot write .*Not a directory", student, tmp_path / "file" / "x.zip", 2)
-    refused("file is a file", student, tmp_path / "file", 2)
+    refused("file' is a file: give a folder, a name that ends in .zip", student, tmp_path / "file", 2)
     refused("seed 4 is given twice", student, tmp_path / "l", seeds=[4, 5, 4])
     refused("batch_size=0", student, tmp_path / "l", 2, batch_size=0)
     refused("nproc=0", "digits", tmp_path / "l", 2, nproc=0)

@@ -48,7 +48,7 @@ class Probed:
 
 def wide(frame: pd.DataFrame, stat: str, values: str = "value", across: str = "sigma") -> pd.DataFrame:
     """One statistic: layers in the order of the network down, `across` ascending."""
-    part = frame[frame["stat"] == stat]
+    part = frame[frame["stat"] == stat] if isinstance(stat, str) else frame[:0]
     if part.empty:
         raise unknown("statistic of this result", stat, frame["stat"])
     table = part.pivot(index="layer", columns=across, values=values)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, shown, unknown
 from gddlab.probing.plots.axes import (
     Probed,
     Scale,
@@ -77,7 +77,7 @@ class Heatmaps(Probed):
         import pandas as pd
 
         matrices = _matrices(self, kind)
-        if layer not in matrices:
+        if not (isinstance(layer, str) and layer in matrices):
             raise unknown(f"layer with {kind} between noise levels", layer, matrices)
         names = [plain(s) for s in _sigmas(self, kind, layer)]
         ax = axes_of(ax, 4.8, 4.2)
@@ -238,6 +238,8 @@ def _layers_down(
 
 def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
     """Frozen share of each layer's parameters, its children's too, NaN for a layer without; and of all parameters."""
+    if not hasattr(mask, "fingerprint"):
+        raise GddlabError(f"mask={shown(mask)}: give a FreezeMask, what select_freeze or FreezeMask.load returns")
     table = mask.to_frame()
     sizes = table[["size"]].assign(still=table["size"].where(table["frozen"], 0))
     out = []
