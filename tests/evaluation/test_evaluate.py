@@ -66,7 +66,7 @@ def test_arrays_and_lists_are_scored_as_the_data_set_that_they_hold(some, others
 @pytest.mark.parametrize("scale", [(0.5, 0.5), (0.25, 0.5)])
 def test_images_that_cannot_be_in_minus_1_to_1_are_refused(some, others, counter, scale):
     x = as_float(others) * scale[0] + scale[1]
-    with pytest.raises(GddlabError, match=r"none below 0: give \[-1, 1\], 2 \* x - 1 of x in \[0, 1\]"):
+    with pytest.raises(GddlabError, match=r"hold no value below 0 \(the least is .*\): give \[-1, 1\]"):
         evaluate(x, data=some, metrics="fid")
     assert counter == []
 
@@ -336,7 +336,5 @@ def test_blocks(some, counter):
 
 
 def test_images_of_another_range_are_refused(some):
-    with pytest.raises(GddlabError, match=r"images hold no value below 0 \(the least is 0\): give \[-1, 1\]"):
-        evaluate((as_float(some) + 1) / 2, data=some)
     with pytest.raises(GddlabError, match=r"images span -128..127: give values in \[-1, 1\]"):
         evaluate(as_float(some) * 127.5 - 0.5, data=some)
