@@ -394,7 +394,7 @@ class FreezeMask:
 
         if (name := str(path)) in STRATEGIES and not Path(name).exists():
             raise NotFound(
-                f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r}), or --strategy {name}"
+                f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r}) or --strategy {name}"
             )
         value = read_json(path)
         try:
