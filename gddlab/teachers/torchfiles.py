@@ -311,7 +311,8 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
 STORAGES = {(module, name) for name in DTYPES for module in ("torch", "torch.storage")}
 TENSOR_DTYPES = {("torch", str(d).removeprefix("torch.")) for d in set(DTYPES.values())}
 RECORDS = re.compile(
-    r"(torch\.nn\.modules|training|torch_utils|dnnlib)\..*|gddlab\.nets\.(blocks|unets|precond)|gddlab\.teachers\.catalog"
+    r"(torch\.nn\.modules|training|torch_utils|dnnlib)\..*"
+    r"|gddlab\.nets\.(blocks|unets|precond)|gddlab\.teachers\.catalog"
 )
 """Modules whose classes may appear as records."""
 
