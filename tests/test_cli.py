@@ -133,7 +133,7 @@ def test_a_result_is_replaced_as_a_whole_and_when_asked(
     for more in ([], ["--overwrite"]):
         main(["sample", str(tiny_teacher), "--n", "1", "--steps", "1", "--out", str(grid), *more])
     assert "x.PNG exists" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", str(grid))
-    assert "'s.jpg' is the name of a file" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", "s.jpg")
+    assert "s.jpg is the name of a file" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", "s.jpg")
 
 
 @pytest.mark.parametrize("name", ["probe", "ablate", "freeze", "reproduce", "train", "preflight", "teacher train"])
@@ -371,7 +371,7 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("mask shwo", "gddlab: unknown mask command 'shwo': did you mean 'show'"),
         ("--bogus", "available subcommands: demo, teacher, "),
         ("teacher", "expected one of {train, show, score}; see gddlab teacher --help"),
-        ("probe --sigmas 80;1", "arguments: ['80;1']; the form is --sigmas FLOAT ...; see gddlab probe --help"),
+        ("probe digits --sigmas 80;1", "arguments: ['80;1']; the form is --sigmas FLOAT ...; see gddlab probe --help"),
         ("train --classes 3,x", "instantiated from ['3', 'x']; the form is --classes {None}|{[INT"),
         ("train --lr-g -1", "gddlab: --lr-g -1.0: input should be greater than 0"),
         ("train --discriminator.cout 0", "gddlab: --discriminator.cout 0: input should be"),
