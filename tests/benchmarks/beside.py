@@ -4,14 +4,13 @@ python tests/benchmarks/beside.py [PAIRS]
 
 probe: seconds of `probe(teacher, 18, n=16)` alone, and beside a run of the digits preset, in turn with all threads and
 with those that `beside_runs` leaves. run: seconds per thousand images of that run alone, and during each of the two.
-two: the same for two runs that started together. All with threads that spin while they wait (OpenMP's default), and
-with passive ones. All values, and medians.
+two: the same for two runs that started together. All values, and medians. GOMP_SPINCOUNT and OMP_WAIT_POLICY in the
+environment say how the threads of the runs wait for each other.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -90,10 +89,4 @@ def measure(pairs: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = {}
-    for policy in ("active", "passive"):
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        if policy == "passive":
-            os.environ["OMP_WAIT_POLICY"] = "passive"  # of the runs: this process's threads exist already
-        found[policy] = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-    print(json.dumps(found, indent=2))
+    print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 3), indent=2))
