@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from gddlab.lazy import homes_of, imported
+from gddlab.lazy import lazy
 
 __version__ = "0.1.0"
 
-_HOME = homes_of(__file__)
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    value = globals()[name] = imported(__name__, name, _HOME)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

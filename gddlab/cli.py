@@ -628,12 +628,12 @@ def configured(
     """The configuration with a mask, from a file or a rule on the names of the teacher's layers, and with fast mode."""
     if mask is not None and strategy is not None:
         raise GddlabError(f"--mask {mask} and --strategy {strategy}: give one of them")
-    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    fields: dict[str, Any] = gddlab.presets.FAST.copy() if fast else {}
     if mask is not None:
         fields["mask"] = gddlab.FreezeMask.load(mask)
     if strategy is not None:
         fields["mask"] = gddlab.select_freeze(teacher or gddlab.load_teacher(config.teacher), strategy=strategy)
-    return gddlab.TrainConfig(**(fields | (gddlab.presets.FAST if fast else {})))
+    return config.model_copy(update=fields)
 
 
 def terminal() -> Console | None:
@@ -684,6 +684,7 @@ def print_findings(found: Doctor, console: Console) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
     words = sys.argv[1:] if argv is None else argv
+    shown = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"gddlab: {message}\n"  # Python's own shows a line of code too
     try:
         if words == ["--version"]:
@@ -705,6 +706,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        warnings.formatwarning = shown
 
 
 def overview(words: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -385,3 +386,14 @@ def test_a_wrong_line_is_refused_in_one(words: str, said: str, capsys: pytest.Ca
     assert e.value.code == 2
     out, err = capsys.readouterr()
     assert err.startswith("gddlab: ") and said in err and err.count("\n") == 1 and not out
+
+
+def test_warnings_of_a_command_are_one_line_and_only_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = warnings.formatwarning, []
+    monkeypatch.setattr(
+        gddlab, "load_teacher", lambda source: seen.append(warnings.formatwarning("pale", UserWarning, "", 1))
+    )
+    with pytest.raises(AttributeError, match="card"):
+        main(["teacher", "show", "digits"])  # what was loaded has no card
+    assert seen == ["gddlab: pale\n"]
+    assert warnings.formatwarning is before

@@ -102,7 +102,7 @@ def data_of(card: Any) -> ImageDataset | None:
         raise NotFound(f"{data}, the data of this network, is no longer there: give data= with its new place") from None
     if used.manifest.sha256 != manifest["sha256"]:
         raise GddlabError(
-            f"{data} holds other images than this network was trained on ({len(used)}, then {manifest['count']}): "
+            f"{data} holds other images than this network was trained on (now {len(used)}, then {manifest['count']}): "
             "give data="
         )
     return used if options.keys() <= {"classes"} else open_dataset(data, classes=options.get("classes"))

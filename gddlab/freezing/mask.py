@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound, unknown, validated
 from gddlab.files import hash_json, read_json, write_json
+from gddlab.freezing.strategies import STRATEGIES
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
     difference,
@@ -390,8 +391,6 @@ class FreezeMask:
             NotFound: No such file.
             GddlabError: Not a mask, or edited by hand.
         """
-        from gddlab.freezing.select import STRATEGIES
-
         if (name := str(path)) in STRATEGIES and not Path(name).exists():
             raise NotFound(
                 f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r}) or --strategy {name}"

@@ -14,32 +14,9 @@ from torch import nn
 from gddlab.errors import GddlabError, check_takes, unknown, validated
 from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import FreezeMask, fingerprint
+from gddlab.freezing.strategies import AMONG, PLACES, RULES, STRATEGIES, USES
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import LayerSelection, owner_of
-
-RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
-"""GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
-
-PLACES = ("block", "up", "down", "in")
-"""... and words of which it contains another: the released code looks for substrings of the whole name."""
-
-_AMONG = ("candidates", "always_train")
-_MEASURED = ("score", "at", "freeze", "granularity", *_AMONG)
-
-USES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(RULES, ()),
-    "none": (),
-    "norms-only": (),
-    "all-conv": _AMONG,
-    "budget": ("budget", "unit", *_MEASURED),
-    "per-resolution": ("budget", "unit", *_MEASURED),
-    "threshold": ("threshold", *_MEASURED),
-    "random": ("budget", "unit", "granularity", "seed", "mask", *_AMONG),
-    "invert": ("mask", *_AMONG),
-}
-"""Options of each strategy."""
-
-STRATEGIES = tuple(USES)
 
 Score = str | Mapping[str, float] | Callable[[ProbeResult], Any]
 """A statistic's name, {statistic: weight}, or a function that returns {layer: number} or a Series of that."""
@@ -155,7 +132,7 @@ def _among_candidates(source: Any, network: Network, strategy: str, o: Options, 
     mask = o.mask
     if mask is not None and not chosen_anew:
         units, together = recorded(mask), mask.arguments.get("granularity", "layer")
-        among: dict[str, Any] = dict.fromkeys(_AMONG)
+        among: dict[str, Any] = dict.fromkeys(AMONG)
     else:
         units, together = choose(network, o.candidates, o.always_train, o.granularity), o.granularity
         among = {"candidates": o.candidates, "always_train": o.always_train}

@@ -134,8 +134,9 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
-    if str(path_of("source", source)) not in bundled_teachers() and is_run(source):
-        return load_student(path_of("source", source).resolve())
+    path = path_of("source", source)
+    if str(path) not in bundled_teachers() and is_run(path):
+        return load_student(path.resolve())
     name, path = _find(source)
     net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
     net.requires_grad_(False)

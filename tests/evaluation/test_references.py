@@ -28,6 +28,10 @@ def test_a_file_stands_for_its_dataset(some, counter, tmp_path):
     with np.load(path, allow_pickle=False) as f:
         assert f["mu"].dtype == f["sigma"].dtype == np.float64
         assert sorted(f.files) == ["about", "class_ids", "features", "mu", "sigma"]
+    with pytest.raises(GddlabError, match="exists: give another name"):
+        reference(some, path)
+    with np.load(reference(some, path, overwrite=True), allow_pickle=False) as f:
+        assert "features" not in f.files
 
 
 def test_statistics_alone_give_the_frechet_distance_only(some, others, counter, tmp_path):
