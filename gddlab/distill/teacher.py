@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
@@ -63,10 +64,21 @@ class TeacherConfig(RunSettings):
     """Mean of ln sigma."""
     p_std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln sigma."""
+    uniform_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the noise levels that are drawn log-uniform within `uniform_sigmas`, and not log-normal."""
+    uniform_sigmas: tuple[float, float] = (5.0, SIGMA_MAX)
+    """Lowest and highest of these noise levels."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
+
+    @field_validator("uniform_sigmas")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] < value[1] < math.inf:
+            raise ValueError("give the lowest and the highest noise level, both above 0, such as (5, 80)")
+        return value
 
 
 @validated
@@ -171,6 +183,10 @@ def _loss(config: TeacherConfig, net: Precond, reader: BatchReader, step: int) -
     g = generator(config.seed, step)
     x, labels = reader.next()
     sigma = (torch.randn(config.batch, generator=g) * config.p_std + config.p_mean).exp()
+    if config.uniform_share:
+        chosen = torch.rand(config.batch, generator=g) < config.uniform_share
+        low, high = map(math.log, config.uniform_sigmas)
+        sigma = torch.where(chosen, (low + (high - low) * torch.rand(config.batch, generator=g)).exp(), sigma)
     noise = torch.randn(x.shape, generator=g)
     torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
     denoised = net(x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels if config.conditional else None)

@@ -47,6 +47,8 @@ class TeacherCard:
     scores: tuple[dict[str, Any], ...] = field(default=())
     manifest: dict[str, Any] | None = None
     """Of the images that it was trained on; None where they are not known."""
+    levels: str | None = None
+    """How the noise levels of its training were drawn; None where that is not known."""
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class TeacherCard:
             licence=meta.get("licence"),
             scores=tuple(scores),
             manifest=meta.get("manifest"),
+            levels=_levels_of(meta.get("training") or {}),
         )
 
     def to_meta(self) -> dict[str, Any]:
@@ -94,6 +97,8 @@ class TeacherCard:
             ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
             ("data", self.data or "not known"),
         ]
+        if self.levels is not None:
+            rows.append(("noise levels", self.levels))
         if self.original is not None:
             o = self.original
             rows.append(("original", f"{o['class']} in {o['file']}, sha256 {o['sha256'][:16]}"))
@@ -107,6 +112,17 @@ class TeacherCard:
         rows += [(s["metric"], f"{s['value']:.4g}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
         width = max(len(k) for k, _ in rows)
         return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
+
+
+def _levels_of(training: dict[str, Any]) -> str | None:
+    """How a `TeacherConfig` draws noise levels."""
+    if "p_mean" not in training:
+        return None
+    text = f"ln sigma ~ N({training['p_mean']:g}, {training['p_std']:g}²)"
+    if share := training.get("uniform_share"):
+        low, high = training["uniform_sigmas"]
+        text += f", {100 * share:g} % log-uniform in {low:g} to {high:g}"
+    return text
 
 
 def load_teacher(source: str | Path) -> Precond:

@@ -67,6 +67,31 @@ def test_continued_training_is_bit_identical(tmp_path: Path, monkeypatch: pytest
         train_teacher(config(tmp_path / "b", lr=0.002))
 
 
+def test_a_share_of_the_levels_is_log_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def records(denoised: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(sigma)
+        return edm_loss(denoised, x, sigma)
+
+    monkeypatch.setattr(training_module, "edm_loss", records)
+
+    def levels(name: str, **fields: Any) -> torch.Tensor:
+        seen.clear()
+        train_teacher(config(tmp_path / name, batch=64, total_kimg=0.64, num_blocks=1, model_channels=4, **fields))
+        return torch.cat(seen)
+
+    drawn = levels("mixed", uniform_share=0.25, uniform_sigmas=(1000.0, 4000.0))
+    high = drawn[drawn > 500]
+    assert 0.19 < len(high) / len(drawn) < 0.31  # 640 levels: four standard deviations
+    assert high.min() > 1000 and high.max() < 4000
+    assert 0.35 < (high < 2000).float().mean() < 0.65  # half of them in each octave
+    assert levels("plain").max() < 100
+    assert "25 % log-uniform in 1000 to 4000" in str(load_teacher(tmp_path / "mixed").card)
+    with pytest.raises(GddlabError, match=r"uniform_sigmas.*lowest and the highest"):
+        config(tmp_path / "x", uniform_sigmas=(80.0, 5.0))
+
+
 def test_trained_teacher_loads_from_its_run_directory(tmp_path: Path) -> None:
     train_teacher(config(tmp_path / "run", conditional=True, total_kimg=0.016))
     teacher = load_teacher(tmp_path / "run")
