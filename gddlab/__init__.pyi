@@ -35,6 +35,7 @@ from gddlab.probing import ablate as ablate
 from gddlab.probing import attribute as attribute
 from gddlab.probing import estimate as estimate
 from gddlab.probing import grad_probe as grad_probe
+from gddlab.probing import null as null
 from gddlab.probing import patch as patch
 from gddlab.probing import probe as probe
 from gddlab.probing import weight_change as weight_change

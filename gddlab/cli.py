@@ -120,7 +120,9 @@ def prepare(source: Positional[str], out: Positional[Path | None] = None, **opti
 def probe(
     teacher: Positional[str],
     out: Path = Path("probe"),
+    timesteps: int | None = None,
     sigmas: tuple[float, ...] = (),
+    told: tuple[str, ...] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     **options: Any,
@@ -130,13 +132,18 @@ def probe(
     Args:
         teacher: Name, EDM pickle, .safetensors file, or run directory.
         out: Folder for the result.
+        timesteps: Number of noise levels, 80 to 0.002 with rho = 7 within the network's range; 18, or 6 with --told
+            cross, if not given.
         sigmas: The noise levels themselves, in place of --timesteps.
+        told: What noise level the network is told, if not its input's: "cross" tells it each level for each input, and
+            draws what each layer responds to; or levels, told for every input.
         dry_run: Measures one pass, prints the time and memory that all would take, and writes nothing.
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite or dry_run)
-    if sigmas:
-        options["timesteps"] = list(sigmas)
+    options["timesteps"] = list(sigmas) if sigmas else timesteps
+    if told:
+        options["told"] = "cross" if told == ("cross",) else list(told)
     model = gddlab.load_teacher(teacher)
     if dry_run:
         say(gddlab.estimate(model, **options))
@@ -614,7 +621,7 @@ def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
     for stat in replaced:
         (folder / f"{stat}.png").unlink(missing_ok=True)
     for stat in result.stats:
-        save_figure(result.heatmap(stat), folder / f"{stat}.png")
+        save_figure((result.effects_heatmap if result.told else result.heatmap)(stat), folder / f"{stat}.png")
     for bad in result.meta["nonfinite"][:5]:
         where = f"{bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}"
         sys.stderr.write(f"not finite: {where}, {bad['images']} images\n")

@@ -181,7 +181,7 @@ def _option(
     hint = None if passed else f"(default: {shown})"
     if default is False or default == () or (default is None and "None" not in text):
         hint = ""
-    metavar = f"{typing.get_args(kind)[0].__name__.upper()} ..." if typing.get_origin(kind) is tuple else None
+    metavar = f"{_metavar(typing.get_args(kind)[0])} ..." if typing.get_origin(kind) is tuple else None
     if default is inspect.Parameter.empty:
         hint = "(required)"
     if kind is bool:
@@ -191,6 +191,11 @@ def _option(
     kind = Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint, metavar=metavar)]
     required = default is inspect.Parameter.empty
     return name, kind, dataclasses.field() if required else dataclasses.field(default=default)
+
+
+def _metavar(kind: Any) -> str:
+    choices = typing.get_args(kind)
+    return "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
 
 
 def _parameters(source: Callable[..., Any], omit: set[str]) -> dict[str, tuple[Any, Any]]:

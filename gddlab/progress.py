@@ -11,7 +11,7 @@ def interactive() -> bool:
     return sys.stderr.isatty()
 
 
-def progress_bar(*, total: int, desc: str, unit: str, enabled: bool = True) -> Any:
+def progress_bar(*, desc: str, unit: str, total: int | None = None, enabled: bool = True) -> Any:
     """A tqdm bar on stderr, disabled where stderr is no terminal."""
     from tqdm import tqdm
 

@@ -90,6 +90,7 @@ class Precond(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Float[Tensor, "b k"] | None = None,
         target: Tensor | float | None = None,
+        told: Tensor | float | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Denoises.
 
@@ -99,6 +100,8 @@ class Precond(nn.Module):
             class_labels: (B, label_dim) or (1, label_dim) one-hot; None for no class; ignored if unconditional.
             augment_labels: (B, augment_dim).
             target: Of a student with `target_time`: the target noise level, scalar, (1,) or (B,), > 0; by default eps.
+            told: The noise level that the U-Net is told, c_noise, where that is not `sigma`, whose c_in, c_skip and
+                c_out remain; scalar, (1,) or (B,), > 0.
 
         Returns:
             (B, C, H, W), the denoised image.
@@ -139,7 +142,8 @@ class Precond(nn.Module):
             augment_labels = augment_labels.to(x.dtype)
         c = self.coefficients(sigma)
         c_target = None if target is None else self.coefficients(levels_of(target, x)).c_noise
-        f = self.model(c.c_in * x, c.c_noise, class_labels, augment_labels, c_target)
+        c_noise = c.c_noise if told is None else self.coefficients(levels_of(told, x)).c_noise
+        f = self.model(c.c_in * x, c_noise, class_labels, augment_labels, c_target)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
 
 

@@ -5,6 +5,7 @@ from gddlab.probing.attribute import attribute
 from gddlab.probing.gradients import Batch, grad_probe
 from gddlab.probing.hooks import Probe
 from gddlab.probing.layers import Layer, select_layers
+from gddlab.probing.null import null
 from gddlab.probing.patch import patch
 from gddlab.probing.probe import Estimate, estimate, probe
 from gddlab.probing.result import ProbeResult
@@ -26,6 +27,7 @@ __all__ = [
     "attribute",
     "estimate",
     "grad_probe",
+    "null",
     "patch",
     "probe",
     "select_layers",

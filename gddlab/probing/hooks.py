@@ -50,6 +50,7 @@ class Probe:
     Args:
         model: Any network.
         sigmas: Noise levels of the rows of one image, largest first.
+        told: How many levels the network is told for each of them, in rows that follow each other.
         layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
         stats: Names of statistics, or your own subclasses of `Statistic`.
         per_channel: Also sums each channel's moments, as the statistic "channel_moments".
@@ -67,11 +68,12 @@ class Probe:
         model: nn.Module,
         sigmas: Sequence[float],
         *,
+        told: int = 1,
         layers: LayerSelection = "conv",
         stats: StatisticSelection = DEFAULT,
         per_channel: bool = False,
     ):
-        self.model = model
+        self.model, self.told = model, told
         self.sigmas = [float(s) for s in sigmas]
         descend = all(a > b for a, b in itertools.pairwise(self.sigmas))
         if not self.sigmas or not all(map(math.isfinite, self.sigmas)) or not descend:
@@ -167,8 +169,9 @@ class Probe:
         if not self._n:
             return
         x: Any = output if side == "output" else next(iter((*args, *kwargs.values())), None)
-        rows = self._n * len(self.sigmas)
-        why = f"{self._n} images at {len(self.sigmas)} noise levels are {rows} rows: give one per image and noise level"
+        rows = self._n * len(self.sigmas) * self.told
+        levels = f"{len(self.sigmas)} noise levels" + (f", told {self.told} each," if self.told > 1 else "")
+        why = f"{self._n} images at {levels} are {rows} rows: give one per image and noise level"
         check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
@@ -196,7 +199,10 @@ class Probe:
 
     @contextlib.contextmanager
     def images(self, n: int) -> Iterator[None]:
-        """Measures one forward pass of `n` images, `n * len(sigmas)` rows; nothing is counted after an error inside."""
+        """Measures one forward pass of `n` images, `n * len(sigmas) * told` rows.
+
+        Nothing is counted after an error inside.
+        """
         if self._hooks is None:
             raise GddlabError("this Probe has no hooks now: call images() inside `with Probe(...) as p:`")
         if n < 1:
@@ -239,7 +245,7 @@ class Probe:
         return [
             {"layer": name, "side": side, "sigma": sigma, "images": int(count)}
             for (name, side), counts in self._nonfinite.items()
-            for sigma, count in zip(self.sigmas, counts.tolist(), strict=True)
+            for sigma, count in zip(self.sigmas, counts.view(-1, self.told).amax(1).tolist(), strict=True)
             if count
         ]
 
@@ -269,6 +275,6 @@ class Probe:
         ours, theirs = (
             {n: {k: type(s) for k, s in by.items()} for n, by in p.statistics.items()} for p in (self, other)
         )
-        if ours != theirs or self.sigmas != other.sigmas:
+        if ours != theirs or (self.sigmas, self.told) != (other.sigmas, other.told):
             raise GddlabError("these probes measure different layers, statistics or noise levels: merge equal ones")
         self.add(other.state())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Sequence, Sized
@@ -22,11 +23,14 @@ from gddlab.sampling.samplers import heun_step, one_hot, seed_list
 
 # Arguments that all measurements share.
 Timesteps = SkipValidation[int | Sequence[float] | None]
+Told = SkipValidation[Literal["cross"] | float | Sequence[float] | None]
 Data = Source | None
 States = Literal["noised", "prior", "trajectory", "student"]
 Labels = SkipValidation[Tensor | Sequence[int] | int | None]
 Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
 
+LEVELS, CROSSED = 18, 6
+"""How many noise levels are measured by default; the second where each is told each."""
 SIGMA_STUDENT = 80.0
 TRAJECTORY_STEPS = 18
 SLACK = 1e-6
@@ -36,7 +40,7 @@ MOST_LEVELS = 1000
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """States (n * S, C, H, W), their sigmas (n * S,), one-hot labels (n * S, label_dim) or None: what a denoiser is called
-with. Row i * S + s is image i at noise level s."""
+with. Row i * S + s is image i at noise level s; where the network is told T levels, row (i * S + s) * T + t."""
 
 
 class Noised(NamedTuple):
@@ -62,10 +66,11 @@ class Inputs:
 
     Args:
         model: The denoiser that will see them: its range, shape, labels and card are read.
-        timesteps, data, states, n, start, seed, class_labels: As in `probe`.
+        timesteps, told, data, states, n, start, seed, class_labels: As in `probe`.
 
     Attributes:
         sigmas: Noise levels, descending.
+        told: Noise levels that the network is told for each of `sigmas`, descending; None where it is told its input's.
         dataset: Where images come from; None where there are none.
 
     Raises:
@@ -75,8 +80,9 @@ class Inputs:
     def __init__(
         self,
         model: nn.Module,
-        timesteps: Timesteps = 18,
+        timesteps: Timesteps = None,
         *,
+        told: Told = None,
         data: Data = None,
         states: States = "noised",
         n: int = 256,
@@ -91,7 +97,11 @@ class Inputs:
         seed_list(n, seed, None)
         seed_list(n, seed + start, None)
         self.states, self.n, self.start, self.seed = states, n, start, seed
+        crossed = isinstance(told, str) and told == "cross"
+        if timesteps is None:
+            timesteps = CROSSED if crossed and states != "student" else LEVELS
         self.sigmas = _noise_levels(self.denoiser, timesteps, states)
+        self.told = self.sigmas if crossed else _told_levels(self.denoiser, told)
         self.dataset = _dataset(self.denoiser, data, states)
         self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
         label_dim = int(getattr(self.denoiser, "label_dim", 0))
@@ -144,9 +154,10 @@ class Inputs:
         A pass holds groups of `group` images, among `images` (first, last) or all, and with `together` all levels.
         """
         first, last = (0, self.n) if images is None else images
-        width = len(self.sigmas) if together else min(len(self.sigmas), max(1, batch_size // group))
+        each = len(self.told or [0])
+        width = len(self.sigmas) if together else min(len(self.sigmas), max(1, batch_size // group // each))
         levels = [self.sigmas[i : i + width] for i in range(0, len(self.sigmas), width)]
-        step = max(1, batch_size // width // group) * group
+        step = max(1, batch_size // (width * each) // group) * group
         return levels, [(i, min(i + step, last)) for i in range(first, last, step)]
 
     def clean(self, i: int, j: int) -> Float[Tensor, "n c h w"]:
@@ -163,6 +174,16 @@ class Inputs:
     def rows(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float] | None = None) -> Rows:
         """Images i to j at all noise levels, or at `sigmas`, on `device`; float64 where the network is."""
         return self.noised(i, j, device=device, sigmas=sigmas)[:3]
+
+    def shown(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float]) -> tuple[Rows, dict[str, Tensor]]:
+        """`rows` at each level that the network is told, and the keyword argument that tells it, if any."""
+        x, sigma, labels = self.rows(i, j, device=device, sigmas=sigmas)
+        if self.told is None:
+            return (x, sigma, labels), {}
+        each = len(self.told)
+        told = torch.tensor(self.told, dtype=x.dtype, device=device).repeat(len(x))
+        x, sigma = x.repeat_interleave(each, 0), sigma.repeat_interleave(each, 0)
+        return (x, sigma, None if labels is None else labels.repeat_interleave(each, 0)), {"told": told}
 
     def noised(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float] | None = None) -> Noised:
         """`rows`, and what they are made of."""
@@ -209,6 +230,7 @@ class Inputs:
             "data": None if self.dataset is None else self.dataset.manifest.to_dict(),
             "states": self.states,
             "sigmas": self.sigmas,
+            **({} if self.told is None else {"told": self.told}),
             "n_images": self.n,
             "seed": self.seed,
             "images": [[self.seed, self.start, self.start + self.n]],
@@ -219,31 +241,60 @@ class Inputs:
 def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[float]:
     low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
     if states == "student":
-        if timesteps is not None and not (isinstance(timesteps, Integral) and timesteps == 18):
+        if not (isinstance(timesteps, Integral) and timesteps == LEVELS):
             raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, omit timesteps (or --sigmas)")
         return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
-    steps: Any = 18 if timesteps is None else timesteps
-    count = len(steps) if isinstance(steps, Sized) else steps
-    if isinstance(count, Integral) and int(count) > MOST_LEVELS:
-        raise GddlabError(f"timesteps: {count} noise levels, give at most {MOST_LEVELS}")
+    steps: Any = timesteps
+    _check_count("timesteps", steps)
     if isinstance(steps, Integral) and not isinstance(steps, bool):
         grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
-        try:
-            listed = list(steps)
-            if isinstance(steps, str) or any(isinstance(s, bool) for s in listed):  # "18" is not sigmas 1 and 8
-                raise TypeError
-            grid = [float(s) for s in listed]
-        except (TypeError, ValueError):
-            raise GddlabError(f"timesteps={shown(steps)}: give a whole number, or a list of sigmas") from None
-        card = getattr(model, "card", None)  # its range is that of the training, which the network may not know
-        low, high = max(low, getattr(card, "sigma_min", low)), min(high, getattr(card, "sigma_max", high))
-        wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low * (1 - SLACK) <= s <= high * (1 + SLACK))]
-        if wrong:
-            accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
-            raise GddlabError(f"sigma {wrong[0]:g} in timesteps: this network accepts {accepted}")
-        if not grid or len(set(grid)) < len(grid):
-            raise GddlabError(f"timesteps={shown(grid)}: give at least one sigma, each once")
+        grid = _listed_levels(model, "timesteps", steps, "a whole number, or a list of sigmas")
+    return _descending(model, grid)
+
+
+def _told_levels(model: nn.Module, told: Any) -> list[float] | None:
+    if told is None:
+        return None
+    if not isinstance(model, Precond) and "told" not in inspect.signature(model.forward).parameters:
+        raise GddlabError(
+            f"told={shown(told)}: this network takes no level but its input's; give its forward an argument told, or "
+            "gddlab.wrap a denoise= with one"
+        )
+    number = isinstance(told, int | float) and not isinstance(told, bool)
+    levels = [told] if number else told
+    return _descending(model, _listed_levels(model, "told", levels, '"cross", a sigma, or a list of sigmas'))
+
+
+def _listed_levels(model: nn.Module, name: str, steps: Any, accepted: str) -> list[float]:
+    """Noise levels within the range of the network and of its training, each once; refuses others."""
+    _check_count(name, steps)
+    try:
+        listed = list(steps)
+        if isinstance(steps, str) or any(isinstance(s, bool) for s in listed):  # "18" is not sigmas 1 and 8
+            raise TypeError
+        grid = [float(s) for s in listed]
+    except (TypeError, ValueError):
+        raise GddlabError(f"{name}={shown(steps)}: give {accepted}") from None
+    low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
+    card = getattr(model, "card", None)  # its range is that of the training, which the network may not know
+    low, high = max(low, getattr(card, "sigma_min", low)), min(high, getattr(card, "sigma_max", high))
+    wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low * (1 - SLACK) <= s <= high * (1 + SLACK))]
+    if wrong:
+        within = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
+        raise GddlabError(f"sigma {wrong[0]:g} in {name}: this network accepts {within}")
+    if not grid or len(set(grid)) < len(grid):
+        raise GddlabError(f"{name}={shown(grid)}: give at least one sigma, each once")
+    return grid
+
+
+def _check_count(name: str, steps: Any) -> None:
+    count = len(steps) if isinstance(steps, Sized) else steps
+    if isinstance(count, Integral) and int(count) > MOST_LEVELS:
+        raise GddlabError(f"{name}: {count} noise levels, give at most {MOST_LEVELS}")
+
+
+def _descending(model: nn.Module, grid: list[float]) -> list[float]:
     if isinstance(model, Precond):  # iDDPM knows certain levels only
         grid = model.round_sigma(torch.tensor(grid, dtype=torch.float64)).tolist()
     return sorted(set(grid), reverse=True)

@@ -5,39 +5,46 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import psutil
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import nn
 
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, unknown, validated
+from gddlab.probing.crossing import BLOCKS
 from gddlab.probing.guard import as_it_was, warn_nonfinite
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps, Told
 from gddlab.probing.layers import LayerSelection
+from gddlab.probing.null import Kind, null
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import DEFAULT, StatisticSelection, stacked, statistic_classes
+from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.ranks import present_ranks, share
 from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import precision
+
+Nulls = SkipValidation[Kind | Sequence[Kind]]
 
 
 @beside_runs()
 @validated
 def probe(
     model: Any,
-    timesteps: Timesteps = 18,
+    timesteps: Timesteps = None,
     *,
+    told: Told = None,
     data: Data = None,
     states: States = "noised",
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
+    nulls: Nulls = (),
+    null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
     batch_size: PositiveInt = 64,
     class_labels: Labels = None,
@@ -60,7 +67,11 @@ def probe(
             `gddlab.wrap` makes of any other network; also compiled (it runs eagerly here) or in
             DistributedDataParallel.
         timesteps: Number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
-            network's range. In Python also the levels themselves, standard deviations on the scale of [-1, 1].
+            network's range; None means 18, or 6 with told="cross". In Python also the levels themselves, standard
+            deviations on the scale of [-1, 1].
+        told: What noise level the network is told. None means the input's own; "cross" tells it each level for each
+            input, so that `effects` can say what a layer responds to. In Python also a level, or a list of levels, told
+            for every input. The input is scaled as its own level asks.
         data: Dataset or its name, for "noised" states; by default the one on the teacher's card.
         states: What the network sees: "noised", image + sigma * noise; "prior", sigma * noise; "trajectory", the states
             of Heun's sampler on its way from noise to image; "student", the one-step generator's input, 80 * noise at
@@ -69,6 +80,9 @@ def probe(
             "re:...". In Python also a list, or a function of name and module.
         stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`.
         per_channel: Keeps mean and variance of each channel too. In Python: `ProbeResult.channels`.
+        nulls: Kinds of null models that are measured on the same inputs, "init", "shuffled", "spectrum", see `null`;
+            pictures show them, and `above_null` tests against them.
+        null_draws: Null models of each kind; each costs as much as the network itself.
         n: Images; image i is at position `start` + i of the dataset's order under `seed`, its noise has seed
             `seed` + `start` + i.
         batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels ("cosine",
@@ -82,48 +96,84 @@ def probe(
         progress: Shows a bar at a terminal.
 
     Returns:
-        The table of values with standard errors over images, and sigma x sigma cosines.
+        The table of values with standard errors over images, and sigma x sigma cosines; with `told` a column of that
+        name beside `sigma`.
 
     Raises:
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
             images than there are; labels or images that do not fit the network; a layer that cannot be measured.
     """
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
-    measures, passes = _plan(model, inputs, layers, stats, per_channel, batch_size)
-    total = len(passes) * len(measures)
-    with (
-        as_it_was(inputs.denoiser, device=device, dtype=dtype) as target,
-        torch.no_grad(),
-        progress_bar(total=total, desc="probing", unit="pass", enabled=progress) as bar,
-    ):
+    asked: dict[str, Any] = {"timesteps": timesteps, "told": told, "data": data, "states": states}
+    asked |= {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    kinds = _null_kinds(nulls)
+    how = _How(layers, stats, per_channel, batch_size, device, dtype, blocks=BLOCKS if kinds or told is not None else 1)
+    networks = [(kind, draw) for kind in kinds for draw in range(null_draws)]
+    with progress_bar(desc="probing", unit="pass", enabled=progress) as bar:
+        result = _measured(model, Inputs(model, **asked), how, bar, times=1 + len(networks))
+        drawn: dict[str, tuple[ProbeResult, ...]] = {}
+        for kind, draw in networks:
+            other = null(model, kind, seed=draw)
+            drawn[kind] = *drawn.get(kind, ()), _measured(other, Inputs(other, **asked), how, bar)
+    return result.copy(nulls=drawn)
+
+
+def _null_kinds(nulls: Nulls) -> list[Kind]:
+    """Kinds of null models, each once."""
+    listed: list[Any] = [nulls] if isinstance(nulls, str) else list(nulls)
+    for kind in listed:
+        if kind not in get_args(Kind):
+            raise unknown("kind of null model", kind, get_args(Kind))
+    return list(dict.fromkeys(listed))
+
+
+class _How(NamedTuple):
+    """How a network is measured: see `probe`. `blocks`: parts of the images whose sums are kept apart, if possible."""
+
+    layers: LayerSelection
+    stats: StatisticSelection
+    per_channel: bool
+    batch_size: int
+    device: str | torch.device | None
+    dtype: Precision
+    blocks: int = 1
+
+
+def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: int = 0) -> ProbeResult:
+    """One network; `times` is how often as many passes will follow, for the bar, whose first user says so."""
+    measures, passes = _plan(model, inputs, how)
+    if times:
+        bar.reset(total=times * len(measures) * sum(map(len, passes)))
+    blocks: list[list[dict[str, dict[str, Statistic]]]] = []
+    with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
+        states: list[list[dict[str, Any]]] = []
         for measure in measures:
+            states.append([])
             with measure:
-                for i, j in passes:
-                    rows = inputs.rows(i, j, device=target, sigmas=measure.sigmas)
-                    with measure.images(j - i):
-                        inputs.denoiser(*rows)
-                    bar.update()
-        for measure in measures:
-            _add_ranks(measure)
+                for block in passes:
+                    measure.reset()
+                    for i, j in block:
+                        rows, keyword = inputs.shown(i, j, device=target, sigmas=measure.sigmas)
+                        with measure.images(j - i):
+                            inputs.denoiser(*rows, **keyword)
+                        bar.update()
+                    states[-1].append(measure.state())
+        for measure, found in zip(measures, states, strict=True):
+            blocks.append(_add_ranks(measure, found))
     meta = network_meta(model, measures[0].layers) | inputs.describe()
     meta["nonfinite"] = [b for m in measures for b in m.nonfinite()]
-    meta["settings"] = {"dtype": precision(dtype)}
+    meta["settings"] = {"dtype": precision(how.dtype)}
     warn_nonfinite(meta["nonfinite"], "activations")
-    return ProbeResult.of(measures[0].layers, inputs.sigmas, stacked([m.statistics for m in measures]), meta)
+    whole = stacked([m.statistics for m in measures])
+    parts = [stacked(list(part)) for part in zip(*blocks, strict=True)] if len(passes) > 1 else []
+    return ProbeResult.of(measures[0].layers, inputs.sigmas, whole, meta, parts)
 
 
-def _plan(
-    model: nn.Module,
-    inputs: Inputs,
-    layers: LayerSelection,
-    stats: StatisticSelection,
-    per_channel: bool,
-    batch_size: int,
-) -> tuple[list[Probe], list[tuple[int, int]]]:
-    """A probe for each part of the noise levels, and first and last image of each pass of this process."""
+def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], list[list[tuple[int, int]]]]:
+    """A probe for each part of the noise levels, and of each block first and last image of this process's passes."""
+    layers = how.layers
     if isinstance(layers, Iterable) and not isinstance(layers, str):
         layers = list(layers)  # a generator can be read once, and each probe reads it
-    chosen = statistic_classes(stats)
+    chosen = statistic_classes(how.stats)
     group = max(s.group for s in chosen)
     if inputs.n < group:
         name = next(s.name for s in chosen if s.group == group)
@@ -131,20 +181,26 @@ def _plan(
     ranks = present_ranks()
     across = any(s.across for s in chosen)
     levels, passes = inputs.split(
-        batch_size, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
+        how.batch_size, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
     )
-    wanted: StatisticSelection = DEFAULT if stats == DEFAULT else chosen
-    return [Probe(model, part, layers=layers, stats=wanted, per_channel=per_channel) for part in levels], passes
+    count = max(1, min([how.blocks, *ranks.gather_objects(len(passes))]))  # as many blocks on every rank
+    blocks = [passes[slice(*share(len(passes), 1, k, count))] for k in range(count)]
+    wanted: StatisticSelection = DEFAULT if how.stats == DEFAULT else chosen
+    told = len(inputs.told or [0])
+    probes = [Probe(model, s, told=told, layers=layers, stats=wanted, per_channel=how.per_channel) for s in levels]
+    return probes, blocks
 
 
-def _add_ranks(measure: Probe) -> None:
-    """Gives every process the sums of all."""
-    ranks = present_ranks()
-    if ranks.size > 1:
-        states = ranks.gather_objects(measure.state())
+def _add_ranks(measure: Probe, states: list[dict[str, Any]]) -> list[dict[str, dict[str, Statistic]]]:
+    """Gives the probe of every process the sums of all blocks of all processes; returns those of each block."""
+    every = list(zip(*present_ranks().gather_objects(states), strict=True))
+    blocks = []
+    for block in [*([b] for b in every), every]:
         measure.reset()
-        for state in states:  # in the order of ranks on every rank, so that all get the same digits
+        for state in (s for part in block for s in part):  # in one order on every rank: all get the same digits
             measure.add(state)
+        blocks.append(measure.statistics)
+    return blocks[:-1]
 
 
 # What it would cost.
@@ -186,13 +242,16 @@ class Estimate:
 @validated
 def estimate(
     model: Any,
-    timesteps: Timesteps = 18,
+    timesteps: Timesteps = None,
     *,
+    told: Told = None,
     data: Data = None,
     states: States = "noised",
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
+    nulls: Nulls = (),
+    null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
     batch_size: PositiveInt = 64,
     class_labels: Labels = None,
@@ -206,18 +265,21 @@ def estimate(
     Raises:
         GddlabError: Whatever `probe` refuses.
     """
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
-    measures, passes = _plan(model, inputs, layers, stats, per_channel, batch_size)
+    inputs = Inputs(
+        model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
+    )
+    kinds, how = _null_kinds(nulls), _How(layers, stats, per_channel, batch_size, device, dtype)
+    measures, (passes,) = _plan(model, inputs, how)
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)
     with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():
         began = time.perf_counter()
-        rows = inputs.rows(i, j, device=target, sigmas=measure.sigmas)
+        rows, keyword = inputs.shown(i, j, device=target, sigmas=measure.sigmas)
         made = time.perf_counter() - began
 
         def bare() -> float:
             _wait(target)
             began = time.perf_counter()
-            inputs.denoiser(*rows)
+            inputs.denoiser(*rows, **keyword)
             _wait(target)
             return time.perf_counter() - began
 
@@ -228,7 +290,7 @@ def estimate(
         with peak_memory(target) as peak:
             hooked()  # also fills caches and chooses kernels, so that the next passes can be timed
         seconds_bare, seconds = bare(), hooked()
-    total = len(passes) * len(measures)
+    total = len(passes) * len(measures) * (1 + len(kinds) * null_draws)
     return Estimate(
         seconds=(seconds + made) * total,
         seconds_bare=(seconds_bare + made) * total,

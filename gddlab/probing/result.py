@@ -22,7 +22,9 @@ from torch import nn
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import atomic_path, folder_of, hash_tensors, path_of, read_json
 from gddlab.nets import Precond, architecture
+from gddlab.probing.crossing import Crossing
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
+from gddlab.probing.null import AgainstNulls
 from gddlab.probing.plots.axes import wide
 from gddlab.probing.plots.heatmaps import Heatmaps
 from gddlab.probing.plots.lines import Lines
@@ -59,7 +61,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult(Heatmaps, Lines):
+class ProbeResult(Heatmaps, Lines, Crossing, AgainstNulls):
     """Statistics of layers over noise levels.
 
     Methods that draw take `ax` and return it; without one they make a figure that fits. `stat` is always the name of a
@@ -69,12 +71,15 @@ class ProbeResult(Heatmaps, Lines):
         frame: One row per layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network,
             sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
-            and the network's parameters, from which masks are made.
+            and the network's parameters, from which masks are made. Where inputs and levels told were crossed, `told`.
         matrices: By statistic ("cosine", "cka") and layer: noise levels against each other, (S, S) float64, in the
-            order of `sigmas`.
+            order of `sigmas`, or of sigmas x told.
         channels: By layer: "mean" and "var" of each channel, (S, C) float64, with `per_channel=True`.
         statistics: The sums behind the table, by layer and statistic, by which results merge. Empty where values are
             not means over images.
+        blocks: The same sums of each of several blocks of the images, from which errors of derived numbers follow;
+            kept where inputs and levels told were crossed.
+        nulls: Results of null models on the same inputs, by kind, one per draw.
     """
 
     frame: pd.DataFrame
@@ -82,6 +87,8 @@ class ProbeResult(Heatmaps, Lines):
     matrices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     channels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=dict, repr=False)
+    blocks: tuple[Statistics, ...] = field(default=(), repr=False)
+    nulls: dict[str, tuple[ProbeResult, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         f = self.frame
@@ -90,7 +97,12 @@ class ProbeResult(Heatmaps, Lines):
 
     @classmethod
     def of(
-        cls, layers: Iterable[Layer], sigmas: Sequence[float], statistics: Statistics, meta: Mapping[str, Any]
+        cls,
+        layers: Iterable[Layer],
+        sigmas: Sequence[float],
+        statistics: Statistics,
+        meta: Mapping[str, Any],
+        blocks: Iterable[Statistics] = (),
     ) -> ProbeResult:
         """The table of statistics that have seen their images.
 
@@ -98,7 +110,9 @@ class ProbeResult(Heatmaps, Lines):
             layers: What was measured, in the order of the network.
             sigmas: Noise levels, descending.
             statistics: By layer name and statistic name.
-            meta: Is added to the statistics' definitions and the versions.
+            meta: Is added to the statistics' definitions and the versions. With `told`, statistics have a row for each
+                of sigmas x told.
+            blocks: The same of parts of the images.
         """
         import pandas as pd
 
@@ -106,6 +120,9 @@ class ProbeResult(Heatmaps, Lines):
         matrices: dict[str, dict[str, np.ndarray]] = {}
         channels: dict[str, dict[str, np.ndarray]] = {}
         about: dict[str, dict[str, str]] = {}
+        told = [[t] for t in meta.get("told", ())] or [[]]
+        levels = [(sigma, *t) for sigma in sigmas for t in told]
+        columns = [*COLUMNS[:8], *(["told"] if "told" in meta else []), *COLUMNS[8:]]
         for layer in layers:
             where = [getattr(layer, c) for c in COLUMNS[1:7]]
             for stat in statistics[layer.name].values():
@@ -116,20 +133,20 @@ class ProbeResult(Heatmaps, Lines):
                     channels[layer.name] = {k: v.cpu().numpy() for k, v in found.items()}
                 if not stat.in_frame:
                     continue
-                value, sem = (x.reshape(len(sigmas), -1).tolist() for x in stat.result())
+                value, sem = (x.reshape(len(levels), -1).tolist() for x in stat.result())
                 names = [f"{stat.name}_{p}" for p in stat.parts] or [stat.name]
                 for k, name in enumerate(names):
                     rows += [
-                        (layer.name, *where, sigma, name, v[k], e[k], stat.n_images, stat.unit)
-                        for sigma, v, e in zip(sigmas, value, sem, strict=True)
+                        (layer.name, *where, *level, name, v[k], e[k], stat.n_images, stat.unit)
+                        for level, v, e in zip(levels, value, sem, strict=True)
                     ]
-        frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"resolution": "Int64"})
+        frame = pd.DataFrame(rows, columns=columns).astype({"resolution": "Int64"})
         full = {**meta, "sigmas": list(sigmas), "stats": about, "versions": versions()}
         sums: dict[str, dict[str, Statistic]] = {}
         for name, by_stat in statistics.items():
             if kept := {k: s for k, s in by_stat.items() if not isinstance(s, Given)}:
                 sums[name] = kept
-        return cls(frame, {"nonfinite": [], **full}, matrices, channels, sums)
+        return cls(frame, {"nonfinite": [], **full}, matrices, channels, sums, tuple(blocks))
 
     def copy(self, **changes: Any) -> ProbeResult:
         """This result with other fields; meta data are copied."""
@@ -235,6 +252,8 @@ class ProbeResult(Heatmaps, Lines):
         Raises:
             GddlabError: They measure something else, or some of the same images; or values are no means over images.
         """
+        if any({*r.nulls} != {*self.nulls} for r in others):
+            raise GddlabError("these results have different null models: probe with the same nulls=")
         statistics = copy.deepcopy({n: dict(s) for n, s in self.statistics.items()})
         meta = copy.deepcopy(self.meta)
         for other in others:
@@ -253,7 +272,12 @@ class ProbeResult(Heatmaps, Lines):
                 for name, statistic in by_name.items():
                     statistic.merge(other.statistics[layer][name])
         meta["n_images"] = sum(stop - start for _, start, stop in meta["images"])
-        return ProbeResult.of(self._measured(), self.sigmas, statistics, meta)
+        blocks = [b for r in (self, *others) for b in r.blocks]
+        nulls = {
+            kind: tuple(own.merge(*more) for own, *more in zip(draws, *(r.nulls[kind] for r in others), strict=True))
+            for kind, draws in self.nulls.items()
+        }
+        return ProbeResult.of(self._measured(), self.sigmas, statistics, meta, blocks).copy(nulls=nulls)
 
     def _measured(self) -> list[Layer]:
         """The layers behind the sums, with the resolution found when they were measured."""
@@ -284,8 +308,10 @@ class ProbeResult(Heatmaps, Lines):
                 raise GddlabError(
                     f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas"
                 )
+        if len({tuple(r.told) for r in results}) > 1:
+            raise GddlabError("these results are crossed differently: join what fixed() or diagonal() gives of each")
         frame = pd.concat([r.frame for r in results], ignore_index=True)
-        twice = frame.duplicated(["layer", "sigma", "stat"])
+        twice = frame.duplicated(["layer", "sigma", "stat", *frame.columns.intersection(["told"])])
         if twice.any():
             row = frame[twice].iloc[0]
             raise GddlabError(
@@ -314,27 +340,41 @@ class ProbeResult(Heatmaps, Lines):
     # On disk.
 
     def save(self, folder: str | Path) -> None:
-        """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist."""
+        """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist.
+
+        Results of null models are in folders inside, "null-KIND-DRAW".
+        """
         folder = folder_of("folder", folder)
         parquet, npz = io.BytesIO(), io.BytesIO()
         self.frame.to_parquet(parquet, index=False)
         np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]
+        for name, null in self._null_folders().items():
+            null.save(folder / name)
         files = {"frame.parquet": parquet.getvalue(), "arrays.npz": npz.getvalue()}
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         meta = {"format": FORMAT, "files": sums, **self.meta}
+        if self.nulls:
+            meta["nulls"] = {kind: len(draws) for kind, draws in self.nulls.items()}
         files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
         with contextlib.ExitStack() as stack:
             for name, content in files.items():
                 stack.enter_context(atomic_path(folder / name)).write_bytes(content)
 
+    def _null_folders(self) -> dict[str, ProbeResult]:
+        return {f"null-{kind}-{i}": null for kind, draws in self.nulls.items() for i, null in enumerate(draws)}
+
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Every array by "matrix|channel|sum|samples/NAME/.../LAYER": the layer is last, its name may hold a slash."""
+        """Every array by "matrix|channel|sum|samples/NAME/.../LAYER": the layer is last, its name may hold a slash.
+
+        Those of a block of images begin with "sum:BLOCK" or "samples:BLOCK".
+        """
         out = {f"matrix/{kind}/{layer}": m for kind, by_layer in self.matrices.items() for layer, m in by_layer.items()}
         out |= {f"channel/{k}/{layer}": v for layer, found in self.channels.items() for k, v in found.items()}
-        for layer, by_stat in self.statistics.items():
-            for name, stat in by_stat.items():
-                out[f"samples/{name}/{layer}"] = np.array(stat.samples)
-                out |= {f"sum/{name}/{k}/{layer}": v.cpu().numpy() for k, v in stat.sums.items()}
+        for block, statistics in {"": self.statistics, **{f":{i}": b for i, b in enumerate(self.blocks)}}.items():
+            for layer, by_stat in statistics.items():
+                for name, stat in by_stat.items():
+                    out[f"samples{block}/{name}/{layer}"] = np.array(stat.samples)
+                    out |= {f"sum{block}/{name}/{k}/{layer}": v.cpu().numpy() for k, v in stat.sums.items()}
         return out
 
     @classmethod
@@ -360,10 +400,11 @@ class ProbeResult(Heatmaps, Lines):
                 raise GddlabError(f"{folder / name} is not the file that meta.json names: probe again, or restore it")
         matrices: dict[str, dict[str, np.ndarray]] = {}
         channels: dict[str, dict[str, np.ndarray]] = {}
-        statistics: dict[str, dict[str, Statistic]] = {}
+        found: dict[str, dict[str, dict[str, Statistic]]] = {"": {}}
         with np.load(io.BytesIO(content["arrays.npz"]), allow_pickle=False) as z:
             for key in z.files:
                 sort, name, rest = key.split("/", 2)
+                sort, _, block = sort.partition(":")
                 if sort == "matrix":
                     matrices.setdefault(name, {})[rest] = z[key]
                 elif sort == "channel":
@@ -371,12 +412,18 @@ class ProbeResult(Heatmaps, Lines):
                 elif kind := _statistic(name, meta["stats"][name]["class"]):
                     # without its class, a user's statistic keeps its rows in the table and cannot merge
                     what, layer = ("", rest) if sort == "samples" else rest.split("/", 1)
-                    stat = statistics.setdefault(layer, {}).setdefault(name, kind())
+                    stat = found.setdefault(block, {}).setdefault(layer, {}).setdefault(name, kind())
                     if sort == "samples":
                         stat.samples = int(z[key])
                     else:
                         stat.sums[what] = torch.from_numpy(z[key])
-        return cls(pd.read_parquet(io.BytesIO(content["frame.parquet"])), meta, matrices, channels, statistics)
+        nulls = {
+            kind: tuple(cls.load(folder / f"null-{kind}-{i}") for i in range(count))
+            for kind, count in meta.pop("nulls", {}).items()
+        }
+        statistics, *blocks = found.values()
+        frame = pd.read_parquet(io.BytesIO(content["frame.parquet"]))
+        return cls(frame, meta, matrices, channels, statistics, tuple(blocks), nulls)
 
 
 def html_table(caption: str, rows: Mapping[str, str]) -> str:
@@ -401,7 +448,7 @@ def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
 
 
 def _check_same_measurement(first: ProbeResult, other: ProbeResult) -> None:
-    for key in ("states", "sigmas", "labels", "settings"):
+    for key in ("states", "sigmas", "told", "labels", "settings"):
         if first.meta.get(key) != other.meta.get(key):
             raise GddlabError(
                 f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"

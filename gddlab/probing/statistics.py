@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -127,6 +127,19 @@ class Statistic:
         if type(other) is not type(self):
             raise GddlabError(f"{type(other).__name__} does not add to {type(self).__name__}: merge equal statistics")
         self.add(other.samples, **other.sums)
+
+    def at(self, levels: Sequence[int]) -> Self:
+        """What was measured at some of the noise levels, by their positions in the order wanted."""
+        out = copy.copy(self)
+        out.sums = {name: x[list(levels)] for name, x in self.sums.items()}
+        return out
+
+    def without(self, other: Self) -> Self:
+        """What is left without the images that `other` has seen, which this has seen too."""
+        out = copy.copy(self)
+        out.samples = self.samples - other.samples
+        out.sums = {name: x - other.sums[name] for name, x in self.sums.items()}
+        return out
 
     def quantities(self, x: Float[Tensor, "n s ..."]) -> Float[Tensor, "n s ..."]:
         """Numbers of each image, (n, S) or (n, S, K)."""
@@ -380,6 +393,18 @@ class _Likeness(Statistic):
         if self.samples > 1:
             sem[0] = torch.where(value[0].isfinite(), 0.0, sem[0])  # likeness to itself: rounding is no spread
         return value, sem
+
+    def at(self, levels: Sequence[int]) -> Self:
+        """As of any statistic, likeness to the first of them; its error is NaN, since squares are of the former first.
+
+        The inner products themselves are kept for all pairs, so the values are exact.
+        """
+        chosen = list(levels)
+        out = copy.copy(self)
+        m = self.sums["matrix"][chosen][:, chosen]
+        first = self.quantities(m[None])[0]
+        out.sums = {"matrix": m, "first": first, "second": first.new_full((*first.shape, first.shape[1]), torch.nan)}
+        return out
 
     def matrix(self) -> Tensor:
         """Likeness between all noise levels, (S, S)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -89,13 +90,13 @@ class UNet2D:
         t = step - 1 + ((log - below) / (above - below)).clamp(0, 1)
         return t.to(sigma.device, torch.float32)
 
-    def __call__(self, model: nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None, told: Tensor) -> Tensor:
         """Denoised images; arguments as for `Denoise`."""
         s = sigma[:, None, None, None]  # (B, 1, 1, 1)
         alpha = (1 + s**2).rsqrt()
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
         ids = self._class_ids(class_labels)
-        out = model((alpha * x).to(dtype), self.timestep(sigma), class_labels=ids, return_dict=False)[0]
+        out = model((alpha * x).to(dtype), self.timestep(told), class_labels=ids, return_dict=False)[0]
         f = out[:, : self.channels].to(x.dtype)
         if self.prediction == "epsilon":
             return x - s * f
@@ -131,8 +132,12 @@ def _log_sigma(alphas_cumprod: Any) -> Tensor:
     return ((1 - abar) / abar).sqrt().log()
 
 
-Denoise = SkipValidation[Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]]
-"""(network, x (B, C, H, W), sigma (B,), one-hot labels (B, label_dim) or None) -> denoised images (B, C, H, W)."""
+Denoise = SkipValidation[Callable[..., Tensor]]
+"""(network, x (B, C, H, W), sigma (B,), one-hot labels (B, label_dim) or None) -> denoised images (B, C, H, W).
+
+A function that has an argument `told` also gets the noise level that the network is to be told, (B,): sigma itself,
+except where `probe(told=...)` crosses the two.
+"""
 
 
 class Denoiser(nn.Module):
@@ -154,12 +159,17 @@ class Denoiser(nn.Module):
         super().__init__()
         self.gddlab_bare = model
         self.denoise = denoise
+        self._takes_told = _takes_told(denoise)
         self.img_channels, self.img_resolution, self.label_dim = shape
         self.sigma_min, self.sigma_max = sigmas
         self.card = None if data is None else SimpleNamespace(data=data)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], sigma: Tensor | float, class_labels: Tensor | None = None
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        told: Tensor | float | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Denoises.
 
@@ -167,13 +177,20 @@ class Denoiser(nn.Module):
             x: Image plus sigma times noise; float64 stays float64, anything else becomes float32.
             sigma: Scalar, (1,) or (B,), within `sigma_min` and `sigma_max`.
             class_labels: (B, label_dim) or (1, label_dim) one-hot, or None; an unconditional network ignores them.
+            told: The noise level that the network is told, where that is not `sigma`; scalar, (1,) or (B,).
 
         Returns:
             The denoised image, in the type of `x`.
 
         Raises:
-            GddlabError: A sigma outside of the range; labels or an answer of the network of another shape.
+            GddlabError: A sigma outside of the range; labels or an answer of the network of another shape; `told` for a
+                `denoise` without that argument.
         """
+        if told is not None and not self._takes_told:
+            raise GddlabError(
+                "told= is for a network that can be told another noise level than its input's: give wrap a denoise= "
+                "with an argument told, a function of (model, x, sigma, class_labels, told)"
+            )
         x = x if x.dtype == torch.float64 else x.float()
         b = len(x)
         sigma = levels_of(sigma, x).flatten()
@@ -185,7 +202,11 @@ class Denoiser(nn.Module):
                 shape = tuple(class_labels.shape)
                 raise GddlabError(f"class_labels are {shape}: give one-hot rows, ({b}, {self.label_dim})")
             class_labels = class_labels.to(x.device, x.dtype).expand(b, -1)
-        out = self.denoise(self.gddlab_bare, x, sigma, class_labels)
+        extra: dict[str, Tensor] = {}
+        if self._takes_told:
+            extra["told"] = sigma if told is None else levels_of(told, x).flatten()
+            self._check_range(extra["told"])
+        out = self.denoise(self.gddlab_bare, x, sigma, class_labels, **extra)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise GddlabError(f"denoise= gave {found}: return the denoised images, {tuple(x.shape)}")
@@ -199,6 +220,13 @@ class Denoiser(nn.Module):
         for s in (sigma.min().item(), sigma.max().item()):
             if not low * (1 - slack) <= s <= high * (1 + slack):
                 raise GddlabError(f"sigma {s:g}: this network accepts {low:g} to {high:g}, give one of these")
+
+
+def _takes_told(denoise: Callable[..., Any]) -> bool:
+    try:
+        return "told" in inspect.signature(denoise).parameters
+    except ValueError:  # one that is built in, without a signature
+        return False
 
 
 @validated
@@ -243,7 +271,8 @@ def wrap(
             raise GddlabError(f"{names[0]}= has no use with denoise=: give one of them")
         if not callable(denoise):
             raise GddlabError(f"denoise={denoise!r}: give a function of (model, x, sigma, class_labels)")
-        check_takes("denoise", denoise, "model", "x", "sigma", "class_labels")
+        told = ("told",) if _takes_told(denoise) else ()
+        check_takes("denoise", denoise, "model", "x", "sigma", "class_labels", *told)
     else:
         if not any(c.__name__ == "UNet2DModel" for c in type(network).__mro__):
             raise GddlabError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gddlab.errors import unknown
+from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import match_layers
 from gddlab.theme import DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
 
@@ -22,6 +22,12 @@ SPAN = 10
 """Values that differ by more than this factor get a logarithmic scale."""
 POINTS = 7
 """Size of the names of stages and resolutions."""
+
+
+CROSSED = (
+    "this result crosses inputs with levels told: choose a part, fixed(told=80), fixed(sigma=80) or diagonal(), or see "
+    "effects()"
+)
 
 
 class Probed:
@@ -51,6 +57,8 @@ def wide(frame: pd.DataFrame, stat: str, values: str = "value", across: str = "s
     part = frame[frame["stat"] == stat] if isinstance(stat, str) else frame[:0]
     if part.empty:
         raise unknown("statistic of this result", stat, frame["stat"])
+    if "told" in part:
+        raise GddlabError(CROSSED)
     table = part.pivot(index="layer", columns=across, values=values)
     return table.loc[list(dict.fromkeys(part["layer"]))].sort_index(axis=1).astype(float)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from gddlab.errors import GddlabError, shown, unknown
 from gddlab.probing.plots.axes import (
+    CROSSED,
     Probed,
     Scale,
     mark_places,
@@ -62,7 +63,7 @@ class Heatmaps(Probed):
         table = wide(self.frame, stat)
         rows = rows_of(self.frame, table.index)
         shares = None if mask is None else _frozen_shares(mask, rows)
-        ax = _layers_down(ax, self.frame, stat, table, rows, shares)
+        ax = layers_down(ax, self.frame, stat, table, rows, shares)
         ax.set_xlabel("noise level σ")
         ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
         return ax
@@ -157,7 +158,7 @@ def draw_over_training(frame: pd.DataFrame, stat: str, ax: Axes | None = None) -
             f"the frame has layer {twice.iloc[0]['layer']!r} twice at kimg {twice.iloc[0]['kimg']:g}: keep one run"
         )
     table = wide(frame, stat, across="kimg")
-    ax = _layers_down(ax, frame, stat, table, rows_of(frame, table.index))
+    ax = layers_down(ax, frame, stat, table, rows_of(frame, table.index))
     ax.set_xlabel("real images seen, thousands")
     images = int(part["n_images"].max())  # 0 where weights were measured, which do not depend on the noise level
     ax.set_title(f"{stat} at σ = {plain(sigmas[0])}: n = {images}" if images else stat, loc="left")
@@ -201,21 +202,34 @@ def frozen_colours() -> Colormap:
     return LinearSegmentedColormap.from_list("frozen", [TRAINED, "#F7F7F7", FROZEN])
 
 
-def _layers_down(
-    ax: Axes | None, frame: pd.DataFrame, stat: str, table: pd.DataFrame, rows: pd.DataFrame, shares: Any = None
+def layers_down(
+    ax: Axes | None,
+    frame: pd.DataFrame,
+    stat: str,
+    table: pd.DataFrame,
+    rows: pd.DataFrame,
+    shares: Any = None,
+    *,
+    width: float = 7.5,
+    scale: Scale | None = None,
+    label: str | None = None,
 ) -> Axes:
-    """Cells, names, strips and colour bar; `shares` are the frozen share of each row and of all parameters."""
+    """Cells, names, strips and colour bar; `shares` are the frozen share of each row and of all parameters.
+
+    Columns with texts as names are shown as they are, `scale` and `label` in place of those of the statistic.
+    """
     import seaborn as sns
     from matplotlib.patches import Patch
 
-    ax = axes_of(ax, 7.5, max(2.5, INCH_PER_LAYER * len(rows) + 1.3))
+    ax = axes_of(ax, width, max(2.5, INCH_PER_LAYER * len(rows) + 1.3))
     digits = 2 if table.columns.name == "sigma" else 6
-    shown = table.set_axis(short_names(list(table.index))).set_axis([plain(c, digits) for c in table.columns], axis=1)
-    scale, height = Scale.of(table), ax.get_window_extent().height / ax.figure.dpi
+    across = [c if isinstance(c, str) else plain(c, digits) for c in table.columns]
+    shown = table.set_axis(short_names(list(table.index))).set_axis(across, axis=1)
+    scale, height = scale or Scale.of(table), ax.get_window_extent().height / ax.figure.dpi
     ax.tick_params(axis="y", labelsize=NAME_SIZE)
     ax.tick_params(axis="x", labelsize=7.5)
     correlation = stat in CORRELATIONS
-    label = stat_label(frame, stat, "" if correlation else scale.note)
+    label = label or stat_label(frame, stat, "" if correlation else scale.note)
     bar = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
     room = max(height - 0.6, 0.3) * 72 / (1.1 * NAME_SIZE)  # names; the layout takes some height for labels and title
     every = math.ceil(len(rows) / room)
@@ -254,6 +268,8 @@ def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
 
 
 def _matrices(result: Probed, kind: str) -> dict[str, np.ndarray]:
+    if "told" in result.meta:
+        raise GddlabError(CROSSED)
     if kind in result.matrices:
         return result.matrices[kind]
     if not result.matrices:
