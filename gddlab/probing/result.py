@@ -252,8 +252,6 @@ class ProbeResult(Heatmaps, Lines, Crossing, AgainstNulls):
         Raises:
             GddlabError: They measure something else, or some of the same images; or values are no means over images.
         """
-        if any({*r.nulls} != {*self.nulls} for r in others):
-            raise GddlabError("these results have different null models: probe with the same nulls=")
         statistics = copy.deepcopy({n: dict(s) for n, s in self.statistics.items()})
         meta = copy.deepcopy(self.meta)
         for other in others:
@@ -263,6 +261,8 @@ class ProbeResult(Heatmaps, Lines, Crossing, AgainstNulls):
                 raise GddlabError(
                     "a result without its sums over images does not merge: measure it with all images at once"
                 )
+        if any({*r.nulls} != {*self.nulls} for r in others):
+            raise GddlabError("these results have different null models: probe with the same nulls=")
         for other in others:
             _check_same_measurement(self, other)
             _check_other_images(meta, other.meta)
