@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,7 +47,9 @@ def test_one_image_has_all_default_statistics_but_a_correlation(net, pictures):
     part = one.frame[one.frame["stat"] == "correlation"]
     assert len(part) and part["value"].isna().all() and (part["n_images"] == 0).all()
     assert one.frame.loc[one.frame["stat"] != "correlation", "value"].notna().all()
-    assert one.heatmap("correlation").figure and one.similarities()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one.heatmap("correlation").figure and one.similarities()
     merged = one.merge(more)
     assert merged.frame["value"].notna().all()
     pairs = merged.frame["stat"] == "correlation"

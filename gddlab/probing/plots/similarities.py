@@ -118,6 +118,7 @@ def _sigmas(result: Probed, kind: str, layer: str) -> list[float]:
 def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
     """A panel per stage and resolution, a line per layer."""
     import matplotlib.pyplot as plt
+    import pandas as pd
     from matplotlib.lines import Line2D
 
     lines, level = {}, math.nan
@@ -137,7 +138,7 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
         for name in here:
             ax.plot(*lines[name], color=colours[name][1], linewidth=0.8, alpha=0.8, zorder=2)
         if len(here) > 2 and len({len(lines[n][0]) for n in here}) == 1:
-            middle = np.nanmedian([lines[n][1] for n in here], axis=0)
+            middle = pd.DataFrame([lines[n][1] for n in here]).median()  # without a value: no warning, as of numpy
             ax.plot(lines[here[0]][0], middle, color=BLACK, linewidth=1.8, zorder=3)
         ax.set_title(f"{place or 'all'}: {len(here)} layer{'s' if len(here) > 1 else ''}", loc="left")
         sigma_axis(ax, lines[here[0]][0])
