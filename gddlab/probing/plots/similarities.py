@@ -128,9 +128,9 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
         lines[name] = np.array(sigmas), result.matrices[kind][name][::-1, ::-1][sigmas.index(level)]
     colours = _colours(result, rows)
     places = list(dict.fromkeys(rows["place"]))
-    columns = min(COLUMNS, len(places))
-    shape = (math.ceil(len(places) / columns), columns)
-    size = (2.4 * columns + 1.5, 2.2 * shape[0] + 0.8)
+    lines_of_panels = math.ceil(len(places) / COLUMNS)
+    columns = math.ceil(len(places) / lines_of_panels)
+    shape, size = (lines_of_panels, columns), (max(2.4 * columns + 1.5, 5.6), 2.2 * lines_of_panels + 0.8)
     figure, grid = plt.subplots(*shape, sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
     for i, (ax, place) in enumerate(zip(grid.flat, places, strict=False)):
         here = rows.index[rows["place"] == place]
