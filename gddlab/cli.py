@@ -611,17 +611,22 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
-    """Writes a result with one heat map per statistic, without those of one that it replaces; prints what it is."""
+    """Writes a result with its figures, without those of one that it replaces; prints what it is.
+
+    A heat map per statistic; "similarities" where noise levels were compared.
+    """
     from gddlab.theme import save_figure
 
     replaced: list[str] = []
     with contextlib.suppress(GddlabError):
         replaced = gddlab.ProbeResult.load(folder).stats
     result.save(folder)
-    for stat in replaced:
+    for stat in (*replaced, "similarities"):
         (folder / f"{stat}.png").unlink(missing_ok=True)
     for stat in result.stats:
         save_figure((result.effects_heatmap if result.told else result.heatmap)(stat), folder / f"{stat}.png")
+    if result.matrices and len(result.sigmas) > 1 and not result.told:
+        save_figure(result.similarities(), folder / "similarities.png")
     for bad in result.meta["nonfinite"][:5]:
         where = f"{bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}"
         sys.stderr.write(f"not finite: {where}, {bad['images']} images\n")

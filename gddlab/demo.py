@@ -24,7 +24,9 @@ SCORE = "rel_update"
 METRIC = "fd-lite2"
 GRID = 64
 PROBED = 48
-COSINE = "How like its output at sigma = 80 each convolution's output is at the other noise levels."
+CORRELATION = (
+    "How like its output at sigma = 80 each convolution's output is at the other noise levels: correlation over images."
+)
 CODE = """import gddlab
 
 teacher = gddlab.load_teacher("digits")
@@ -126,7 +128,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         networks=[of_pixels(pixels, title) for title, pixels in grids.items()],
         images=result.meta["n_images"],
         update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
-        cosine=of_figure(result.heatmap("cosine"), "heat map of cosines", COSINE),
+        similarity=of_figure(result.heatmap("correlation"), "heat map of correlations", CORRELATION),
         score=SCORE,
         masks=[of_figure(mask.plot(), "the rule's mask"), of_figure(measured.plot(), "the measured mask")],
         code=CODE.format(seed=seed, nproc=nproc),

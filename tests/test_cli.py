@@ -122,7 +122,8 @@ def test_a_result_is_replaced_as_a_whole_and_when_asked(
     tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, how = tmp_path / "p", ["--timesteps", "2", "--n", "2", "--out", str(tmp_path / "p")]
-    main(["probe", str(tiny_teacher), "--stats", "rms", "mean", *how])
+    main(["probe", str(tiny_teacher), "--stats", "rms", "correlation", *how])
+    assert sorted(p.name for p in folder.glob("*.png")) == ["correlation.png", "rms.png", "similarities.png"]
     before = {p: p.read_bytes() for p in folder.iterdir()}
     for command in ("probe", "ablate"):
         assert f"{folder} exists: give another name" in refused(capsys, command, "digits", *how)

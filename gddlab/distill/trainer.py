@@ -36,7 +36,7 @@ Score = Callable[[Path], tuple[str, float, float | None]]
 
 PROBED = 64
 """Images of a probe."""
-STUDENT_STATS = tuple(s for s in DEFAULT if s != "cosine")
+STUDENT_STATS = tuple(s for s in DEFAULT if s != "correlation")
 """A student has one noise level, nothing to compare it with."""
 BAD_LOSSES = 3
 """How many losses in a row that are not finite end a run."""

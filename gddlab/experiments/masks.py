@@ -14,7 +14,7 @@ from gddlab.experiments.experiment import Experiment, Measured, feeds_of
 from gddlab.freezing import FreezeMask, controls, select_freeze
 from gddlab.freezing.select import Score
 from gddlab.nets import Precond
-from gddlab.probing import ProbeResult, ablate, probe
+from gddlab.probing import DEFAULT, ProbeResult, ablate, probe
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
@@ -33,8 +33,8 @@ Chooser = Callable[[Measured, int], FreezeMask | None]
 def measure(teacher: str, data: str) -> Measured:
     """Probes and ablates a teacher: 64 and 16 images at 18 noise levels, seed 0."""
     net = load_teacher(teacher).to(chosen_device())
-    result = probe(net, 18, data=data, n=64, seed=0).join(ablate(net, 18, data=data, n=16, seed=0))
-    return Measured(result, rule(net))
+    probed = probe(net, 18, data=data, stats=(*DEFAULT, "cosine"), n=64, seed=0)  # the cosine is a score of masks
+    return Measured(probed.join(ablate(net, 18, data=data, n=16, seed=0)), rule(net))
 
 
 def rule(source: Precond | ProbeResult) -> FreezeMask:

@@ -110,7 +110,7 @@ class Crossing(Probed):
         table = pd.DataFrame(value, layers, names).rename_axis("layer")
         return table.join(pd.DataFrame(sem, layers, [f"sem_{n}" for n in names]).rename_axis("layer"))
 
-    def responses(self, similarity: str = "cosine", size: str = "rel_update", at: float = 80.0) -> pd.DataFrame:
+    def responses(self, similarity: str = "correlation", size: str = "rel_update", at: float = 80.0) -> pd.DataFrame:
         """How much layers respond to what is varied, in two numbers, beside null models.
 
         Args:
@@ -247,7 +247,7 @@ class Crossing(Probed):
 
         def median(of: Callable[[str], Statistic]) -> tuple[Tensor, Tensor]:
             each = torch.stack([change(of(layer), part) for layer in layers])
-            return each.nanmedian(), each
+            return each.nanquantile(0.5), each
 
         value, each = median(lambda n: self.statistics[n][name])
         left = [median(lambda n, b=b: self.statistics[n][name].without(b[n][name]))[0] for b in self.blocks]  # type: ignore[misc]

@@ -59,8 +59,9 @@ def probe(
     The same images with the same noise are seen at every noise level. Numbers do not depend on `batch_size` or on the
     number of processes, beyond float32 rounding: where torch.distributed is initialised, each process measures its part
     of the images and all return the whole, so all must call it. Memory does not grow with images, layers or noise
-    levels, unless there are more levels than `batch_size` and statistics compare them. The network is run in eval mode
-    without gradients and left as it was. `estimate` takes the same arguments and says what this will cost.
+    levels, unless statistics compare levels and `batch_size` holds less than two images at all of them. The network is
+    run in eval mode without gradients and left as it was. `estimate` takes the same arguments and says what this will
+    cost.
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`: teacher, student, one of yours, or what
@@ -78,15 +79,17 @@ def probe(
             sigma 80 and nothing else.
         layers: "conv" (4-d weights), "block" (residual blocks), "attention", "norm", "linear", "all", a glob, or
             "re:...". In Python also a list, or a function of name and module.
-        stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`.
+        stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`. Of the
+            default ones, "correlation" is NaN for n=1: one image has no covariance.
         per_channel: Keeps mean and variance of each channel too. In Python: `ProbeResult.channels`.
         nulls: Kinds of null models that are measured on the same inputs, "init", "shuffled", "spectrum", see `null`;
             pictures show them, and `above_null` tests against them.
         null_draws: Null models of each kind; each costs as much as the network itself.
         n: Images; image i is at position `start` + i of the dataset's order under `seed`, its noise has seed
             `seed` + `start` + i.
-        batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels ("cosine",
-            "cka") need all noise levels of an image in one pass, even where that is more rows.
+        batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels need all
+            levels of their images in one pass, even where that is more rows: of one image for "cosine", of 2 for
+            "correlation", of 8 for "cka". An image without a partner counts for the other statistics alone.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim). None takes
             the images' labels, or the classes in turn where there are no images.
         seed: Of the images' order and the noise.
@@ -96,8 +99,8 @@ def probe(
         progress: Shows a bar at a terminal.
 
     Returns:
-        The table of values with standard errors over images, and sigma x sigma cosines; with `told` a column of that
-        name beside `sigma`.
+        The table of values with standard errors over images, and sigma x sigma correlations; with `told` a column of
+        that name beside `sigma`.
 
     Raises:
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
@@ -175,7 +178,7 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
         layers = list(layers)  # a generator can be read once, and each probe reads it
     chosen = statistic_classes(how.stats)
     group = max(s.group for s in chosen)
-    if inputs.n < group:
+    if inputs.n < group and how.stats != DEFAULT:
         name = next(s.name for s in chosen if s.group == group)
         raise GddlabError(f"n={inputs.n} images: {name!r} compares {group} with each other, give n={group} or more")
     ranks = present_ranks()

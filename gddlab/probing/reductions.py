@@ -66,14 +66,14 @@ def _row_means(blocks: Tensor, x: Tensor, n: int) -> Tensor:
     return (double(blocks).reshape(len(x), -1).sum(1) / x[0].numel()).reshape(n, -1)
 
 
-def _chunk(blocks: Tensor) -> int:
-    """Blocks whose copy stays in a CPU's cache; an accelerator takes more at once."""
-    return max(1, (1 << (19 if blocks.device.type == "cpu" else 26)) // blocks.shape[1])
+def _chunk(x: Tensor, width: int) -> int:
+    """Blocks of `width` numbers whose copy stays in a CPU's cache; an accelerator takes more at once."""
+    return max(1, (1 << (19 if x.device.type == "cpu" else 26)) // width)
 
 
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
     """`total` of `change` of each block, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
-    size = _chunk(blocks)
+    size = _chunk(blocks, blocks.shape[1])
     out, buffer = torch.empty_like(blocks[:, 0]), torch.empty_like(blocks[:size])
     for i in range(0, len(blocks), size):
         part = blocks[i : i + size]
@@ -109,7 +109,7 @@ def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     its digits.
     """
     blocks = _blocks(x)
-    size = _chunk(blocks)
+    size = _chunk(blocks, blocks.shape[1])
     total, away, magnitude = torch.empty(3, len(blocks), dtype=x.dtype, device=x.device)
     buffer = torch.empty_like(blocks[:size])
     for i in range(0, len(blocks), size):
@@ -152,6 +152,28 @@ def gram(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s s"]:
         return functools.reduce(torch.add, parts) / v.shape[-1]
     pieces = v.unflatten(2, (-1, p)).transpose(1, 2)  # (n, pieces, S, p)
     return torch.stack([double(torch.bmm(a, a.mT)).sum(0) for a in pieces]) / v.shape[-1]
+
+
+def pair_gram(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "pairs s s"]:
+    """Half the inner products of the differences within pairs of images, over the number of values.
+
+    Images 2 i and 2 i + 1 are a pair; one that is left over is omitted. The mean over pairs is an unbiased estimate of
+    the covariance over images, summed over the values of a layer: what images share drops out before anything is
+    multiplied.
+    """
+    v = flat(x).unflatten(0, (n, -1))  # (n, S, D)
+    s, d = v.shape[1:]
+    p = math.gcd(d, PIECE >> 1)
+    equal = [v.unflatten(2, (-1, p)).transpose(1, 2)] if p >= 1024 else [v[:, None] for v in v.split(PIECE, -1)]
+    out = double(v.new_zeros(n // 2, s, s))
+    for pieces in equal:  # (n, pieces, S, p)
+        size = _chunk(x, s * pieces.shape[-1])
+        buffer = torch.empty_like(pieces[0, :size], memory_format=torch.contiguous_format)
+        for found, first, second in zip(out, pieces[0::2], pieces[1::2], strict=False):
+            for a, b in zip(first.split(size), second.split(size), strict=True):
+                away = torch.sub(a, b, out=buffer[: len(a)])
+                found += double(torch.bmm(away, away.mT)).sum(0)
+    return out / (2 * d)
 
 
 def _channels(x: Tensor, n: int, total: Callable[[Tensor, int], Tensor]) -> Tensor:

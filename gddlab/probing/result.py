@@ -28,6 +28,7 @@ from gddlab.probing.null import AgainstNulls
 from gddlab.probing.plots.axes import wide
 from gddlab.probing.plots.heatmaps import Heatmaps
 from gddlab.probing.plots.lines import Lines
+from gddlab.probing.plots.similarities import Similarities
 from gddlab.probing.statistics import Given, Statistic
 from gddlab.provenance import versions
 from gddlab.sampling.schedules import nearest_level
@@ -61,7 +62,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult(Heatmaps, Lines, Crossing, AgainstNulls):
+class ProbeResult(Heatmaps, Lines, Similarities, Crossing, AgainstNulls):
     """Statistics of layers over noise levels.
 
     Methods that draw take `ax` and return it; without one they make a figure that fits. `stat` is always the name of a
@@ -72,8 +73,8 @@ class ProbeResult(Heatmaps, Lines, Crossing, AgainstNulls):
             sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
             and the network's parameters, from which masks are made. Where inputs and levels told were crossed, `told`.
-        matrices: By statistic ("cosine", "cka") and layer: noise levels against each other, (S, S) float64, in the
-            order of `sigmas`, or of sigmas x told.
+        matrices: By statistic ("correlation", "cosine", "cka") and layer: noise levels against each other, (S, S)
+            float64, in the order of `sigmas`, or of sigmas x told.
         channels: By layer: "mean" and "var" of each channel, (S, C) float64, with `per_channel=True`.
         statistics: The sums behind the table, by layer and statistic, by which results merge. Empty where values are
             not means over images.

@@ -28,6 +28,7 @@ from gddlab.probing.reductions import (
     mean_magnitude,
     mean_square,
     moments,
+    pair_gram,
     per_row,
     positive_share,
 )
@@ -150,9 +151,12 @@ class Statistic:
         return means if self.parts else means[:, 0]
 
     def result(self) -> tuple[Float[Tensor, "s ..."], Float[Tensor, "s ..."]]:
-        """Value and standard error over images, (S,) each, or (S, P); the error of one image is NaN."""
+        """Value and standard error over images, (S,) each, or (S, P).
+
+        The error of one sample is NaN; where images were fewer than make one sample, so is the value.
+        """
         n = self.samples
-        if not n:
+        if not self.sums:
             raise GddlabError(f"{self.name} has seen no image: measure a pass first")
         first, second = self.sums["first"], self.sums["second"]
         with torch.inference_mode(False), torch.enable_grad():
@@ -389,7 +393,7 @@ class _Likeness(Statistic):
 
     def result(self) -> tuple[Tensor, Tensor]:
         value, sem = super().result()
-        sem = sem.clone()
+        sem = torch.where(value.isfinite(), sem, torch.nan)
         if self.samples > 1:
             sem[0] = torch.where(value[0].isfinite(), 0.0, sem[0])  # likeness to itself: rounding is no spread
         return value, sem
@@ -420,6 +424,30 @@ class Cosine(_Likeness):
         "G[s, t] / sqrt(G[s, s] G[t, t]), G[s, t] = sum over images of <a_s, a_t>; sem by the delta method"
     )
     reduction = gram
+
+
+class Correlation(_Likeness):
+    name = "correlation"
+    definition = (
+        "correlation over images between the layer's outputs at this sigma and at the largest one: "
+        "C[s, t] / sqrt(C[s, s] C[t, t]), C[s, t] = trace of the covariance over images between both, with the same "
+        "images and noise; unbiased, as the mean over pairs of images of <a_s - b_s, a_t - b_t> / 2; sem over pairs by "
+        "the delta method; no value where the output does not depend on the image"
+    )
+    group = 2
+    least: ClassVar[float] = 1e-6
+    """Images differ by rounding alone where the difference of a pair is less than this times its root mean square."""
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "output", pair_gram), "level": Tap(layer.name, "output", mean_square)}
+
+    def update(self, x: Tensor, level: Tensor) -> None:  # type: ignore[override]
+        of_pairs = level[: 2 * len(x)].unflatten(0, (len(x), 2)).mean(1)  # (pairs, S)
+        spread = x.diagonal(dim1=-2, dim2=-1)
+        differ, finite = spread > self.least**2 * of_pairs, (of_pairs + spread).isfinite()
+        x = torch.where(differ[:, :, None] & differ[:, None], x, 0)
+        super().update(x=torch.where(finite[:, :, None] & finite[:, None], x, torch.nan))
 
 
 class CenteredKernelAlignment(_Likeness):
@@ -487,6 +515,7 @@ STATISTICS: Mapping[str, type[Statistic]] = {
         DeadChannels,
         RelativeUpdate,
         RelativeAttentionUpdate,
+        Correlation,
         Cosine,
         CenteredKernelAlignment,
         SpectralShare,
@@ -494,7 +523,7 @@ STATISTICS: Mapping[str, type[Statistic]] = {
 }
 """All statistics that `probe` measures, by name."""
 
-DEFAULT = tuple(name for name in STATISTICS if name not in ("cka", "spectral_share"))
+DEFAULT = tuple(name for name in STATISTICS if name not in ("cosine", "cka", "spectral_share"))
 """What `probe` measures by default."""
 
 StatisticSelection = SkipValidation[str | type[Statistic] | Iterable[str | type[Statistic]]]

@@ -26,6 +26,7 @@ from gddlab.probing.plots.axes import (
     rows_of,
     short_names,
     stat_label,
+    unit_of,
     value_axis,
     wide,
     x_of,
@@ -92,7 +93,7 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     frame, theirs = frames[teacher], wide(frames[teacher], stat)
     ours = wide(frames[student], stat).reindex(index=theirs.index, columns=theirs.columns)
     rows = rows_of(frame, theirs.index)
-    scale, correlation = Scale.of([theirs, ours]), stat in ("cosine", "cka")
+    scale = Scale.of([theirs, ours], unit_of(frame, stat))
     names = look(teacher).label, look(student).label
     if scale.low < 0:
         change, compared = ours - theirs, "{1} - {0}".format(*names)
@@ -101,7 +102,7 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     top = float(np.nanmax(np.abs(change.to_numpy()))) or 1.0
     size = (6.6, 0.09 * len(rows) + 1.9)
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
-    shared = scale.colours(correlation=correlation)
+    shared = scale.colours()
     around_zero = {"cmap": DIVERGING, "vmin": -top, "vmax": top, "norm": None}
     panels = [(names[0], theirs, shared), (names[1], ours, shared), ("difference", change, around_zero)]
     sigmas = list(theirs.columns)
@@ -120,7 +121,7 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
         for ax in axes[:2]:
             ax.axhline(start, color="white", linewidth=1)
     mark_places(axes[2], rows, range(len(rows) + 1), "right")
-    label = stat_label(frame, stat, "" if correlation else scale.note)
+    label = stat_label(frame, stat, scale.note)
     figure.colorbar(meshes[1], ax=axes[:2], location="bottom", **scale.bar(label, aspect=40)).minorticks_off()
     figure.colorbar(meshes[2], ax=axes[2], location="bottom", aspect=20, pad=0.02, label=compared)
     figure.suptitle(f"{stat}: noised states, n = {int(frame['n_images'].max())} images", x=0.01, ha="left")
@@ -155,7 +156,8 @@ def draw_depth(
         colour = BLACK if name == teacher else look(name).colour
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 2.5}
         banded(ax, x_of(rows)[0], part["value"], part["sem"].fillna(0), label=look(name).label, **style)
-    ax.set_ylabel(stat_label(frame, stat, value_axis(ax, [part["value"] for part in parts.values()])))
+    note = value_axis(ax, [part["value"] for part in parts.values()], unit_of(frame, stat))
+    ax.set_ylabel(stat_label(frame, stat, note))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     images = int(frame["n_images"].max())
     return along_depth(ax, rows, f"{stat} at σ = 80, n = {images}; bands: standard error over images")

@@ -1,7 +1,9 @@
 """What hooks cost on a forward pass of the CIFAR-10 NCSN++: bare, probed, captum, clones; interleaved pairs; prints
 JSON.
 
-python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME]
+python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME] [CHANNELS]
+
+IMAGES are those of one pass, an even number: correlations are between pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from gddlab.nets import build
-from gddlab.probing import Probe
+from gddlab.probing import DEFAULT, Probe
 from gddlab.probing.probe import peak_memory
 from gddlab.provenance import hardware, versions
 from gddlab.sampling import karras_sigmas
@@ -65,8 +67,11 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
     out: dict[str, Callable[[], object]] = {
         "bare": lambda: net(x, level),
         "four cheapest": probed(stats=CHEAP),
+        "four cheapest, correlation": probed(stats=(*CHEAP, "correlation")),
+        "four cheapest, cosine": probed(stats=(*CHEAP, "cosine")),
         "default": probed(),
-        "default and spectral": probed(stats=(*CHEAP, "cosine", "spectral_share")),
+        "default, cosine for correlation": probed(stats=tuple("cosine" if s == "correlation" else s for s in DEFAULT)),
+        "default, cosine, spectral": probed(stats=(*DEFAULT, "cosine", "spectral_share")),
         "clones, mean square": cloned,
     }
     try:
@@ -77,9 +82,9 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
     return out
 
 
-def main(rounds: int, images: int, levels: int, name: str) -> None:
+def main(rounds: int, images: int, levels: int, name: str, channels: int | None) -> None:
     torch.manual_seed(0)
-    net = build(name).eval()
+    net = build(name, **({"model_channels": channels} if channels else {})).eval()
     sigmas = karras_sigmas(levels).tolist()
     runs = variants(net, sigmas, images)
     times: dict[str, list[float]] = {k: [] for k in runs}
@@ -97,7 +102,8 @@ def main(rounds: int, images: int, levels: int, name: str) -> None:
     print(
         json.dumps(
             {
-                "what": f"forward pass of {name}, {images} images at {levels} noise levels; medians, "
+                "what": f"forward pass of {name}, {channels or 'its own'} channels, {images} images at {levels} noise "
+                "levels; medians, "
                 "ratios from pairs within a round",
                 "rounds": rounds,
                 "layers": sum(isinstance(m, nn.Conv2d) for m in net.modules()),
@@ -118,4 +124,5 @@ def main(rounds: int, images: int, levels: int, name: str) -> None:
 
 if __name__ == "__main__":
     given = dict(enumerate(sys.argv))
-    main(int(given.get(1, 15)), int(given.get(2, 1)), int(given.get(3, 18)), given.get(4, "ncsnpp-cifar10"))
+    channels = int(given[5]) if 5 in given else None
+    main(int(given.get(1, 15)), int(given.get(2, 2)), int(given.get(3, 18)), given.get(4, "ncsnpp-cifar10"), channels)

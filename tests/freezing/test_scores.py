@@ -85,7 +85,7 @@ def test_a_function_of_the_result(net, result):
         ({"rms": 0}, "weight 0 of score 'rms'"),
         ({"rms": math.nan}, "weight nan of score 'rms'"),
         (3, "score=3: give a statistic's name"),
-        ("cosine", "score 'cosine' at sigma 80 is 1 for every layer"),
+        ("correlation", "score 'correlation' at sigma 80 is 1 for every layer"),
         (lambda r: [1], "returned a list: return {layer: number}"),
         (lambda r: {"model.enc.8x8_block": 1}, "did you mean 'model.enc.8x8_block0'"),
         (lambda r: {"model.enc.8x8_block0": "1"}, "returned '1' for model.enc.8x8_block0"),

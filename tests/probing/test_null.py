@@ -88,7 +88,7 @@ def test_nulls_see_the_same_inputs(compared, pictures):
     np.testing.assert_allclose(compared.nulls["init"][1].frame["value"], own.frame["value"], rtol=1e-5, atol=1e-6)
     table = compared.responses()
     assert list(table["network"]) == ["trained", "shuffled", "init"]
-    assert table["cosine_sem"].gt(0).all()
+    assert table["correlation_sem"].gt(0).all()
 
 
 def test_a_network_does_not_differ_from_itself_and_differs_from_another(compared):

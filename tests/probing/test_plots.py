@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_hex
+from matplotlib.colors import FuncNorm, LogNorm, Normalize, SymLogNorm, to_hex
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask
@@ -17,7 +17,7 @@ from gddlab.probing import ProbeResult
 from gddlab.probing.layers import inventory, is_conv
 from gddlab.probing.plots.axes import plain
 from gddlab.probing.plots.heatmaps import draw_over_training
-from gddlab.theme import RESOLUTIONS
+from gddlab.theme import PALETTE, RESOLUTIONS
 from tests.probing.networks import tiny
 
 SIGMAS = (80.0, 1.0, 0.1, 0.002)
@@ -42,7 +42,7 @@ def probed(net, values, sigmas=SIGMAS, states="noised"):
         (layer.name, "", layer.kind, layer.stage, layer.resolution, layer.depth, layer.n_params)
         + (sigma, stat, value, 0.1 * abs(value), 6, unit)
         for i, layer in enumerate(layers)
-        for stat, unit in (("rms", "activation"), ("cosine", "cosine"))
+        for stat, unit in (("rms", "activation"), ("cosine", "similarity"))
         for j, sigma in enumerate(sigmas)
         for value in [values(i, j) if stat == "rms" else 1.0 - 0.1 * j]
     ]
@@ -164,7 +164,8 @@ def test_networks_without_stages_and_resolutions_have_no_bands(small):
     for ax in (bare.heatmap("rms"), bare.stem("rms"), bare.lines("rms")):
         ax.figure.canvas.draw()
         assert places_of(ax) == []
-    assert bare.similarities("*conv0").axes[0].get_ylabel() == ""
+    assert bare.similarities("*conv0", matrices=True).axes[0].get_ylabel() == ""
+    assert bare.similarities("*conv0").axes[0].get_title("left") == "all: 10 layers"
 
 
 def test_102_layers_are_legible(large):
@@ -225,6 +226,45 @@ def test_the_colour_scale_suits_the_values(small, change, norm, limits, note):
         assert mesh.norm(0.0) == pytest.approx(0.5)
     if values.isna().any():
         assert mesh.get_array().mask.sum() == 1 and to_hex(ax.get_facecolor()) == "#cccccc"
+
+
+def with_unit(result, unit):
+    frame = result.frame.copy()
+    frame.loc[frame["stat"] == "rms", "unit"] = unit
+    return replace(result, frame=frame)
+
+
+@pytest.mark.parametrize(("top", "norm"), [(1.4, LogNorm), (40, FuncNorm)])
+def test_ratios_on_both_sides_of_1_have_two_hues_around_it(small, top, norm):
+    result = with_unit(changed(small, lambda v: np.r_[0.9, np.full(len(v) - 2, 1.04), top]), "ratio")
+    ax = result.heatmap("rms")
+    mesh = ax.collections[0]
+    assert type(mesh.norm) is norm and mesh.cmap.name == "vlag"
+    assert mesh.norm(1.0) == pytest.approx(0.5)
+    assert mesh.norm(top) == pytest.approx(1)
+    assert mesh.norm(0.9) == pytest.approx(1 - mesh.norm(1 / 0.9))  # as far as its inverse
+    assert mesh.norm(0.9) < 0.4  # to be seen, however large others are
+    np.testing.assert_allclose(mesh.norm.inverse(mesh.norm(np.array([0.9, 1.04, 5.0]))), [0.9, 1.04, 5.0])
+    bar = mesh.colorbar.ax
+    assert bar.get_ylim() == pytest.approx((0.9, top))  # what occurs
+    assert "1" in texts(bar.get_yticklabels()) and len(bar.get_yticks()) > 3
+    for drawn in (result.lines("rms"), result.stem("rms", 80.0), result.against(result, "rms")):
+        drawn.figure.canvas.draw()
+        assert any(set(line.get_ydata()) == {1.0} for line in drawn.lines)  # what is neutral
+        assert drawn.get_ylim()[0] < 0.95
+    one_side = with_unit(changed(small, lambda v: np.linspace(1.1, 3, len(v))), "ratio").heatmap("rms").collections[0]
+    assert one_side.cmap.name == "viridis" and type(one_side.norm) is Normalize
+    zeros = with_unit(changed(small, lambda v: np.linspace(0, 3, len(v))), "ratio").heatmap("rms").collections[0]
+    assert zeros.cmap.name == "viridis"  # 0 has no logarithm
+
+
+def test_similarities_use_their_range(small):
+    for low in (0.8, -0.3):
+        result = with_unit(changed(small, lambda v, low=low: np.linspace(low, 1, len(v))), "similarity")
+        mesh = result.heatmap("rms").collections[0]
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (low, 1) and mesh.cmap.name == "viridis"
+    same = with_unit(changed(small, np.ones_like), "similarity").heatmap("rms").collections[0]
+    assert (same.norm.vmin, same.norm.vmax) == (0, 1)
 
 
 def test_a_mask_is_drawn_beside_its_layers(small):
@@ -355,23 +395,88 @@ def test_similarity_ascends_to_the_right_and_upwards(small):
     assert ax.get_ylim()[0] < ax.get_ylim()[1]
     assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == ["0.002", "0.1", "1", "80"]
     assert ax.get_title("left") == f"{layer}\npictures, noised, n = 6"
-    assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (matrix.min(), 1)  # its range
     with pytest.raises(GddlabError, match=f"did you mean '{layer}'"):
         small.similarity(layer[:-1])
     with pytest.raises(GddlabError, match="unknown similarity 'cka': accepted: cosine"):
         small.similarity(layer, kind="cka")
-    with pytest.raises(GddlabError, match="was not measured"):
+    with pytest.raises(GddlabError, match="'correlation' between noise levels was not measured: probe with stats="):
         replace(small, matrices={}).similarities()
 
 
-def test_similarities_are_grouped_and_share_a_scale(large):
-    figure = large.similarities()
+def panels_of(figure):
+    """Axes with lines by title, and the label and colour of each entry of the legend."""
+    panels = {ax.get_title("left").partition(":")[0]: ax for ax in figure.axes if ax.lines}
+    handles = figure.legends[0].legend_handles
+    return panels, {h.get_label(): to_hex(h.get_color()) for h in handles}
+
+
+def thin(ax):
+    return [line for line in ax.lines if line.get_linewidth() == 0.8 and len(line.get_xdata()) > 2]
+
+
+def test_similarities_are_a_line_per_layer_in_a_panel_per_stage(small):
+    figure = small.similarities()
+    panels, legend = panels_of(figure)
+    assert list(panels) == ["encoder 16", "encoder 8", "decoder 8", "decoder 16"]
+    where = small.frame.drop_duplicates("layer").set_index("layer")
+    for place, ax in panels.items():
+        stage, _, size = place.partition("oder ")
+        here = where.index[(where["stage"] == stage[:3]) & (where["resolution"] == int(size))]
+        assert ax.get_title("left") == f"{place}: {len(here)} layers"
+        lines = thin(ax)
+        assert len(lines) == len(here)
+        for line, name in zip(lines, here, strict=True):
+            np.testing.assert_allclose(line.get_xdata(), sorted(SIGMAS))
+            np.testing.assert_allclose(line.get_ydata(), small.matrices["cosine"][name][0, ::-1])
+            kind = where.loc[name, "kind"]
+            assert to_hex(line.get_color()) == legend[f"{kind} ({(where['kind'] == kind).sum()})"]
+        (middle,) = (line for line in ax.lines if to_hex(line.get_color()) == legend["median of the panel"])
+        np.testing.assert_allclose(middle.get_ydata(), np.median([line.get_ydata() for line in lines], axis=0))
+        assert ax.get_xscale() == "log"
+    first, *_, last = panels.values()
+    assert first.get_ylabel() == "cosine with σ = 80" and last.get_ylabel() == ""
+    assert first.get_shared_y_axes().joined(first, last)
+    assert figure.get_suptitle() == "cosine: pictures, noised, n = 6"
+    low = min(m.min() for m in small.matrices["cosine"].values())
+    assert first.get_ylim()[0] < min(low, 0) and first.get_ylim()[1] > 1
+
+
+def test_similarities_to_another_noise_level_and_of_another_kind(small):
+    cosine = small.matrices["cosine"]
+    matrices = {"cosine": cosine, "cka": {name: matrix / 2 for name, matrix in cosine.items()}}
+    cka = small.frame[small.frame["stat"] == "cosine"].assign(stat="cka")
+    both = replace(small, frame=pd.concat([small.frame, cka]), matrices=matrices)
+    panels, legend = panels_of(both.similarities(at=0.13, kind="cka"))
+    assert panels["encoder 16"].get_ylabel() == "cka with σ = 0.1" and "σ = 0.1" in legend
+    name = names_of(small)[0]
+    np.testing.assert_allclose(thin(panels["encoder 16"])[0].get_ydata(), matrices["cka"][name][2, ::-1])
+    assert panels_of(both.similarities())[0]["encoder 16"].get_ylabel().startswith("cosine")
+    with pytest.raises(GddlabError, match="at=0: give a noise level above 0"):
+        both.similarities(at=0)
+
+
+def test_similarities_of_many_kinds_and_of_layers_without_a_value(large, small):
+    kinds = {n: f"kind{i % 12}" for i, n in enumerate(names_of(large))}
+    many = replace(large, frame=large.frame.assign(kind=large.frame["layer"].map(kinds)))
+    _, legend = panels_of(many.similarities())
+    assert sum("kind" in label for label in legend) == len(PALETTE) - 1
+    rest = sum(int(label.split("(")[1][:-1]) for label in legend if "kind" in label)
+    assert f"other ({102 - rest})" in legend
+    matrices = {n: np.full_like(m, np.nan) if i < 2 else m for i, (n, m) in enumerate(small.matrices["cosine"].items())}
+    figure = replace(small, matrices={"cosine": matrices}).similarities()
+    assert figure.get_suptitle().endswith(f"; 2 of {len(matrices)} layers without a value")
+
+
+def test_matrices_are_grouped_and_share_a_scale(large):
+    figure = large.similarities(matrices=True)
     *panels, bar = (ax for ax in figure.axes if ax.images or ax.get_ylabel() == "cosine")
     assert len(panels) == 102
     for ax, name in zip(panels, names_of(large), strict=True):
         np.testing.assert_allclose(ax.images[0].get_array(), large.matrices["cosine"][name][::-1, ::-1])
     assert len({id(ax.images[0].norm) for ax in panels}) == 1
-    assert panels[0].images[0].norm.vmin == -1  # deep layers of this probe are below 0
+    lowest = min(m.min() for m in large.matrices["cosine"].values())
+    assert (panels[0].images[0].norm.vmin, panels[0].images[0].norm.vmax) == (lowest, 1)
     assert bar.get_ylabel() == "cosine"
     assert panels[1].get_title() == "block0.conv0"
     groups = [f"{s} {r}" for s, r in zip(["encoder"] * 3 + ["decoder"] * 3, [32, 16, 8, 8, 16, 32], strict=True)]
@@ -389,15 +494,17 @@ def test_similarities_are_grouped_and_share_a_scale(large):
 
 
 def test_similarities_of_some_layers(small):
-    panels = [ax for ax in small.similarities("*conv0").axes if ax.images]
-    assert len(panels) == sum(n.endswith("conv0") for n in names_of(small))
+    count = sum(n.endswith("conv0") for n in names_of(small))
+    assert sum(bool(ax.images) for ax in small.similarities("*conv0", matrices=True).axes) == count
+    assert sum(len(thin(ax)) for ax in small.similarities("*conv0").axes) == count
 
 
 def test_a_matrix_that_does_not_fit_the_noise_levels_is_refused(small):
     layer = names_of(small)[0]
     less = replace(small, matrices={"cosine": {layer: np.eye(2)}})
-    with pytest.raises(GddlabError, match=r"is 2 x 2, for 4 noise levels"):
-        less.similarity(layer)
+    for draw in (lambda: less.similarity(layer), less.similarities, lambda: less.similarities(matrices=True)):
+        with pytest.raises(GddlabError, match=r"is 2 x 2, for 4 noise levels"):
+            draw()
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +23,8 @@ def test_numbers_do_not_depend_on_the_batch_size(net, pictures, result):
             a, b = other.frame[column], result.frame[column]
             np.testing.assert_allclose(a[~share], b[~share], rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(a[share], b[share], rtol=0, atol=1e-3)
-        assert all(np.allclose(other.gram[k], result.gram[k], rtol=0, atol=1e-6) for k in result.gram)
+        for layer, matrix in result.matrices["correlation"].items():
+            np.testing.assert_allclose(other.matrices["correlation"][layer], matrix, rtol=0, atol=1e-5)
 
 
 def test_a_pass_holds_whole_images_within_the_batch(net, pictures):
@@ -31,8 +34,26 @@ def test_a_pass_holds_whole_images_within_the_batch(net, pictures):
     probe(net, [3.0, 2.0, 1.0], data=pictures, n=2, batch_size=1, stats="cosine")
     assert rows == [6, 6, 3, 3, 3]
     rows.clear()
+    probe(net, [3.0, 2.0, 1.0], data=pictures, n=5, batch_size=9, stats=["rms", "correlation"])
+    probe(net, [3.0, 2.0, 1.0], data=pictures, n=3, batch_size=1, stats="correlation")
+    assert rows == [6, 6, 3, 6, 3]
+    rows.clear()
     probe(net, [3.0, 2.0, 1.0], data=pictures, n=9, batch_size=6, stats=["rms", "cka"])
     assert rows == [24, 3]
+
+
+def test_one_image_has_all_default_statistics_but_a_correlation(net, pictures):
+    one, more = (probe(net, [2.0, 1.0], data=pictures, n=n, start=s) for n, s in ((1, 0), (4, 1)))
+    part = one.frame[one.frame["stat"] == "correlation"]
+    assert len(part) and part["value"].isna().all() and (part["n_images"] == 0).all()
+    assert one.frame.loc[one.frame["stat"] != "correlation", "value"].notna().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one.heatmap("correlation").figure and one.similarities()
+    merged = one.merge(more)
+    assert merged.frame["value"].notna().all()
+    pairs = merged.frame["stat"] == "correlation"
+    assert set(merged.frame.loc[pairs, "n_images"]) == {4} and set(merged.frame.loc[~pairs, "n_images"]) == {5}
 
 
 def test_noise_levels_share_passes_only_where_they_fit_or_must(net, pictures):
@@ -144,6 +165,7 @@ def test_the_card_names_the_data(net):
         ({"device": "nope"}, "device='nope' cannot be used here"),
         ({"data": 5}, "data=5: give a name"),
         ({"layers": 5}, "layers=5: give a name"),
+        ({"n": 1, "stats": "correlation"}, "'correlation' compares 2 with each other, give n=2 or more"),
         ({"n": 7, "stats": "cka"}, "'cka' compares 8 with each other, give n=8 or more"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),
@@ -179,7 +201,7 @@ def test_any_module_that_takes_x_and_sigma_can_be_probed(pictures):
             return self.b(self.a(x).relu())
 
     result = probe(Mine(), [2.0, 1.0], data=pictures, n=3)
-    assert set(result.stats) == {"rms", "mean_abs", "mean", "std", "cosine"}
+    assert set(result.stats) == {"rms", "mean_abs", "mean", "std", "correlation"}
     both = probe(Mine(), [2.0, 1.0], data=pictures, n=3, per_channel=True, stats=(s for s in ("rms", "std")))
     assert set(both.stats) == {"rms", "std"}
     assert probe(Mine(), [2.0, 1.0], data=pictures, n=3, per_channel=True).channels["a"]["mean"].shape == (2, 4)
@@ -235,13 +257,16 @@ def test_trajectory_states_are_those_of_heuns_sampler(net):
 
 
 def test_results_of_other_images_merge(net, pictures):
-    options = {"data": pictures, "stats": ["rms", "cosine", "rel_update"], "per_channel": True}
+    options = {"data": pictures, "stats": ["rms", "cosine", "correlation", "rel_update"], "per_channel": True}
     whole = probe(net, [80.0, 1.0], n=9, **options)
     parts = [probe(net, [80.0, 1.0], n=n, start=start, **options) for n, start in ((4, 0), (2, 4), (3, 6))]
+    assert [set(p.frame["n_images"]) for p in parts] == [{4}, {2}, {3, 2}]  # the last image has no partner
     merged = parts[0].merge(*parts[1:])
     pd.testing.assert_frame_equal(merged.frame, whole.frame, rtol=1e-5, atol=1e-6)
     assert merged.meta["n_images"] == 9
-    assert all(np.allclose(merged.gram[k], whole.gram[k], atol=1e-6) for k in whole.gram)
+    for kind in ("cosine", "correlation"):
+        for layer, matrix in whole.matrices[kind].items():
+            np.testing.assert_allclose(merged.matrices[kind][layer], matrix, rtol=0, atol=1e-5)
     assert all(np.allclose(merged.channels[k]["var"], whole.channels[k]["var"], rtol=1e-4) for k in whole.channels)
     assert (parts[0].frame["n_images"] == 4).all()
     with pytest.raises(GddlabError, match="both results saw images 0 to 4 of seed 0"):
@@ -361,7 +386,7 @@ def test_memory_does_not_grow_with_noise_levels_images_or_layers():
     assert bare > max(widest)  # the count counts
     few = used(4, 8, layers="model.enc.*")
     assert few < bare + max(widest)
-    for many in (used(32, 1), used(32, 3), used(4, 24), used(4, 8, layers="all")):
+    for many in (used(32, 1), used(16, 3), used(4, 24), used(4, 8, layers="all")):
         assert abs(many - few) < max(widest)
 
 

@@ -29,8 +29,8 @@ def test_the_frame_is_tidy(result):
     assert frame["sem"].notna().all()
     row = frame[(frame["layer"] == "model.dec.8x8_in0") & (frame["stat"] == "rel_update")].iloc[0]
     assert (row["stage"], row["resolution"], row["unit"], row["sigma"]) == ("dec", 8, "ratio", 80.0)
-    cosine = frame[(frame["stat"] == "cosine") & (frame["sigma"] == 80.0)]
-    assert np.allclose(cosine["value"], 1)
+    same = frame[(frame["stat"] == "correlation") & (frame["sigma"] == 80.0)]
+    assert np.allclose(same["value"], 1)
 
 
 def test_pivot_is_in_the_order_of_the_network(result):
@@ -42,8 +42,11 @@ def test_pivot_is_in_the_order_of_the_network(result):
         result.pivot("rsm")
 
 
-def test_gram_is_normalised(result):
-    for matrix in result.gram.values():
+def test_matrices_are_normalised(result, pictures):
+    assert result.gram == {}
+    other = probe(tiny(), [80.0, 1.0, 0.01], data=pictures, n=2, stats="cosine")
+    assert other.gram is other.matrices["cosine"]
+    for matrix in (*result.matrices["correlation"].values(), *other.gram.values()):
         assert matrix.shape == (3, 3)
         assert np.allclose(np.diag(matrix), 1)
         assert np.allclose(matrix, matrix.T)
@@ -55,8 +58,9 @@ def test_save_and_load(result, tmp_path):
     assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == ["arrays.npz", "frame.parquet", "meta.json"]
     other = ProbeResult.load(tmp_path / "probe")
     pd.testing.assert_frame_equal(other.frame, result.frame, check_exact=True)
-    assert other.gram.keys() == result.gram.keys()
-    assert all(np.array_equal(other.gram[k], result.gram[k]) for k in result.gram)
+    ours, theirs = (r.matrices["correlation"] for r in (result, other))
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[k], ours[k]) for k in ours)
     assert (other.meta, other.hash, other.sigmas) == (result.meta, result.hash, result.sigmas)
     again = ProbeResult.of(
         [Layer(**d) for d in other.meta["layers"] if d["name"] in other.statistics],
@@ -129,7 +133,7 @@ def test_heatmap(result):
 
 def test_heatmap_of_one_sigma_and_of_many_layers_in_a_small_figure(result):
     one = probe(tiny(), states="student", n=2)
-    one.heatmap("cosine").figure.canvas.draw()
+    one.heatmap("correlation").figure.canvas.draw()
     _, ax = plt.subplots(figsize=(4, 1.5))
     result.heatmap("rms", ax=ax).figure.canvas.draw()
     assert 1 < len(ax.get_yticks()) < len(result.pivot("rms"))

@@ -140,6 +140,105 @@ def test_cosine(probed):
         assert (error[1:] > jackknife[1:] / 3 - 1e-6).all()
 
 
+def test_correlation(probed):
+    p, seen = probed
+    for name, stats in p.statistics.items():
+        a = seen[name, "output"]
+        a = a - a.mean(0)  # changes no difference, and leaves float64 the digits that matter here
+        pairs = torch.stack([a[i : i + 2] - a[i : i + 2].mean(0) for i in range(0, N, 2)])  # (4, 2, S, D)
+        c = torch.einsum("gisd,gitd->gst", pairs, pairs)  # the unbiased covariance of each pair: its divisor is 1
+
+        def ratio(keep, c=c):
+            t = c[keep].sum(0)
+            return t / t.diagonal().outer(t.diagonal()).sqrt()
+
+        expected = ratio(list(range(N // 2)))
+        assert_close(stats["correlation"].matrix(), expected, rtol=0, atol=2e-6)  # sums in float32
+        value, error = stats["correlation"].result()
+        assert_close(value, expected[:, 0], rtol=0, atol=2e-6)
+        rest = torch.stack([ratio([j for j in range(N // 2) if j != i])[:, 0] for i in range(N // 2)])
+        jackknife = ((N // 2 - 1) * (rest - rest.mean(0)).square().mean(0)).sqrt()
+        assert error[0] == 0
+        assert (error[1:] < 3 * jackknife[1:] + 1e-6).all()
+        assert (error[1:] > jackknife[1:] / 3 - 1e-6).all()
+        assert stats["correlation"].n_images == N
+
+
+def correlated(x, n, **parts):
+    stat = STATISTICS["correlation"]()
+    for i in range(0, n, parts.get("step", n)):
+        rows = x[i : i + parts.get("step", n)].flatten(0, 1)
+        count = len(rows) // x.shape[1]
+        stat.update(x=reductions.pair_gram(rows, count), level=reductions.mean_square(rows, count))
+    return stat
+
+
+def test_correlation_is_of_what_images_change_and_cosine_of_the_mean():
+    g = torch.Generator().manual_seed(0)
+    n, own, other = 400, torch.randn(400, 200, generator=g), torch.randn(400, 200, generator=g)
+    x = torch.stack([own, 0.3 * own + (1 - 0.3**2) ** 0.5 * other, -own], 1)  # correlations 0.3 and -1 with the first
+    x = x + 20 * torch.randn(200, generator=g)  # the same for all images and noise levels
+    value, error = correlated(x, n).result()
+    assert_close(value[1:], torch.tensor([0.3, -1.0], dtype=torch.float64), rtol=0, atol=4 * float(error[1]) + 1e-4)
+    assert 0.001 < error[1] < 0.02
+    cosine = STATISTICS["cosine"]()
+    cosine.update(x=reductions.gram(x.flatten(0, 1), n))
+    assert (cosine.result()[0] > 0.99).all()
+    # over many pairs it is the correlation that all images together give, without bias by the number of images
+    d = (x - x.mean(0)).double()
+    whole = torch.einsum("nsd,ntd->st", d, d)
+    expected = whole[:, 0] / (whole.diagonal() * whole[0, 0]).sqrt()
+    assert_close(value, expected, rtol=0, atol=4 * float(error[1]))
+    few = torch.stack([correlated(x[i : i + 2], 2).sums["matrix"] for i in range(0, n, 2)]).mean(0)
+    assert_close(few, whole / (n - 1) / 200, rtol=0.02, atol=0.02)
+
+
+def test_an_image_without_a_partner_has_no_covariance():
+    x = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(0))
+    odd, even = correlated(x, 5), correlated(x[:4], 4)
+    assert_close(odd.result(), even.result(), rtol=0, atol=0)
+    assert odd.n_images == 4
+    assert_close(correlated(x, 5, step=2).matrix(), even.matrix(), rtol=1e-6, atol=1e-6)
+    one = correlated(x[:1], 1)
+    assert one.n_images == 0
+    assert torch.stack(one.result()).isnan().all() and one.matrix().isnan().all()
+    assert correlated(x[:2], 2).result()[1][1:].isnan().all()  # one pair has no error
+
+
+def test_what_does_not_depend_on_the_image_has_no_correlation():
+    x = torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(0)).expand(6, 3, 40)
+    rounding = x * (1 + 1e-7 * torch.randn(6, 3, 40, generator=torch.Generator().manual_seed(1)))
+    for same in (x, rounding):
+        assert torch.stack(correlated(same, 6).result()).isnan().all()
+    little = x * (1 + 1e-4 * torch.randn(6, 1, 40, generator=torch.Generator().manual_seed(1)))
+    assert torch.stack(correlated(little, 6).result()).isfinite().all()
+    mixed = x.clone()
+    mixed[:, 1] += torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    assert correlated(mixed, 6).matrix().isfinite().tolist() == [[False] * 3, [False, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_activations_that_are_not_finite_spoil_their_own_correlations_alone(bad):
+    x = torch.randn(6, 4, 50, generator=torch.Generator().manual_seed(0))
+    x[3, 2, 7] = bad
+    stat = correlated(x, 6)
+    assert stat.result()[0].isnan().tolist() == [False, False, True, False]
+    where = torch.zeros(4, 4, dtype=torch.bool)
+    where[2] = where[:, 2] = True
+    assert torch.equal(stat.matrix().isnan(), where)
+    assert_close(stat.matrix()[~where], correlated(x[:, [0, 1, 3]], 6).matrix().flatten(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 64), (3, 299, 31), (1, 7, 5), (5,)])
+def test_differences_of_pairs_keep_their_digits(shape):
+    x = 100 + torch.randn(15, *shape, generator=torch.Generator().manual_seed(0))
+    d = x.double().reshape(5, 3, -1)
+    away = d[0:4:2] - d[1:4:2]
+    expected = torch.einsum("psd,ptd->pst", away, away) / (2 * d.shape[-1])
+    for form in (x, x.contiguous(memory_format=torch.channels_last)) if len(shape) == 3 else (x,):
+        assert_close(reductions.pair_gram(form, 5), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("stat", [*STATISTICS.values(), ChannelMoments])
 def test_merge_equals_one_pass_over_all(stat):
     net = tiny()
@@ -206,7 +305,7 @@ def test_channels_of_tokens_are_the_last_dimension():
 def test_half_precision_and_channels_last_are_measured_in_float32():
     conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     x = torch.randn(6, 3, 9, 9).to(memory_format=torch.channels_last)
-    p = Probe(torch.nn.Sequential(conv), [2.0, 1.0])
+    p = Probe(torch.nn.Sequential(conv), [2.0, 1.0], stats=("rms", "cosine"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), p, p.images(3):
         y = conv(x)
     assert y.dtype == torch.bfloat16

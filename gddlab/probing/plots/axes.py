@@ -109,9 +109,13 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [n[prefix:] for n in names]
 
 
+def unit_of(frame: pd.DataFrame, stat: str) -> str:
+    return str(frame.loc[frame["stat"] == stat, "unit"].iloc[0])
+
+
 def stat_label(frame: pd.DataFrame, stat: str, note: str = "") -> str:
     """The statistic with its unit and a note about the scale in brackets."""
-    unit = str(frame.loc[frame["stat"] == stat, "unit"].iloc[0])
+    unit = unit_of(frame, stat)
     inside = ", ".join(filter(None, ["" if unit in (stat, "1") else unit, note]))
     return f"{stat} ({inside})" if inside else stat
 
@@ -145,9 +149,10 @@ class Scale:
     """The scale that suits some values.
 
     Attributes:
-        kind: "log" where positive values span more than a factor of 10; "symlog" where 0 is among them, or where values
-            of both signs do; else "linear".
-        linear: For "symlog", values nearer to 0 than this are on a linear scale.
+        kind: "log" where positive values span more than a factor of 10, and for ratios; "symlog" where 0 is among them,
+            or where values on both sides of what is neutral do; else "linear".
+        linear: For "symlog", values nearer to what is neutral than this are on a linear scale.
+        neutral: 0 where values have both signs; 1 for ratios on both sides of 1, whose logarithms count; else None.
         note: What a label says about it.
         missing: Some values are not finite.
     """
@@ -157,51 +162,67 @@ class Scale:
     high: float
     linear: float
     missing: bool
+    neutral: float | None = None
 
     @classmethod
-    def of(cls, values: Any) -> Scale:
+    def of(cls, values: Any, unit: str = "") -> Scale:
+        """The scale of values in `unit`: a "ratio" has 1 as its neutral value, a "similarity" none."""
         values = np.asarray(values, dtype=float)
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        size = np.abs(finite[finite != 0])
+        missing = finite.size < values.size
+        if unit == "similarity":
+            return cls("linear", *((0.0, 1.0) if low == high else (low, high)), 1.0, missing)
+        neutral = 1.0 if unit == "ratio" and 0 < low < 1 < high else 0.0 if low < 0 < high else None
+        size = np.abs(np.log(finite) if neutral else finite)
+        size = size[size > 0]
         linear, kind = 1.0, "linear"
-        if low < 0 < high:
-            linear = float(np.median(size))
-            kind = "symlog" if size.max() > SPAN * linear else "linear"
+        if neutral is not None:
+            linear, kind = float(np.median(size)), "log" if neutral else "linear"
+            kind = "symlog" if size.max() > SPAN * linear else kind
         elif low >= 0 and size.size and high > SPAN * size.min():
             linear, kind = float(size.min()), "log" if low > 0 else "symlog"
-        return cls(kind, low, high, linear, finite.size < values.size)  # type: ignore[arg-type]
-
-    @property
-    def signed(self) -> bool:
-        return self.low < 0 < self.high
+        return cls(kind, low, high, linear, missing, neutral)  # type: ignore[arg-type]
 
     @property
     def note(self) -> str:
-        return {"linear": "", "log": "log scale", "symlog": "log scale away from 0"}[self.kind]
+        where = "from 1" if self.neutral else "from 0"
+        return {"linear": "", "log": "log scale", "symlog": f"log scale away {where}"}[self.kind]
 
-    def colours(self, *, correlation: bool = False) -> dict[str, Any]:
-        """`norm` and `cmap` for a heat map; around 0, in two hues, where values have both signs.
+    @property
+    def top(self) -> float:
+        """How far the values are from what is neutral, a factor where that is 1."""
+        return max(1 / self.low, self.high) if self.neutral else max(-self.low, self.high)
 
-        A `correlation` reaches 1 at most: its scale ends there and begins at 0, or at -1 if some values are negative.
-        """
-        from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+    def colours(self) -> dict[str, Any]:
+        """`norm` and `cmap` for a heat map; in two hues around what is neutral, which is in the middle of the scale."""
+        from matplotlib.colors import FuncNorm, LogNorm, Normalize, SymLogNorm
 
-        high = self.high if self.high > self.low else self.low + 1
-        top = max(-self.low, high)
-        ends: dict[str, Any] = {"vmin": -top if self.signed else self.low, "vmax": top if self.signed else high}
+        ends: dict[str, Any] = {"vmin": self.low, "vmax": self.high if self.high > self.low else self.low + 1}
+        if self.neutral is not None:
+            ends = {"vmin": 1 / self.top if self.neutral else -self.top, "vmax": self.top}
         norm: Normalize = Normalize(**ends)
-        if correlation:
-            norm = Normalize(-1 if self.signed else 0, 1)
-        elif self.kind == "log":
+        if self.kind == "log":
             norm = LogNorm(**ends)
+        elif self.kind == "symlog" and self.neutral:
+            norm = FuncNorm((self._bent, self._unbent), **ends)
         elif self.kind == "symlog":
             norm = SymLogNorm(self.linear, **ends)
-        return {"norm": norm, "cmap": DIVERGING if self.signed else SEQUENTIAL}
+        return {"norm": norm, "cmap": SEQUENTIAL if self.neutral is None else DIVERGING}
+
+    def _bent(self, x: Any) -> Any:
+        """Ratios to where they are on the scale, 0 for 1: their logarithms, and again the logarithm of large ones."""
+        logs = np.log(np.maximum(x, 1e-300))
+        return np.arcsinh(logs / self.linear) if self.kind == "symlog" else logs
+
+    def _unbent(self, y: Any) -> Any:
+        return np.exp(self.linear * np.sinh(y))
 
     def bar(self, label: str, **more: Any) -> dict[str, Any]:
         """Arguments of the colour bar."""
-        ticks = {"ticks": self.decades()} if self.kind == "log" else {}
+        ticks: dict[str, Any] = {}
+        if self.neutral or self.kind == "log":
+            ticks = {"ticks": self._steps() if self.neutral else self.decades()}
         return {"label": label + ", grey: no value" * self.missing, "format": _tick, "pad": 0.02} | ticks | more
 
     def decades(self) -> Any:
@@ -210,28 +231,38 @@ class Scale:
 
         return LogLocator(subs=(1, 2, 5) if self.high < 500 * self.low else (1,), numticks=12)
 
+    def _steps(self) -> list[float]:
+        """1, and as many round ratios around it as have room on the scale."""
+        room = 0.07 * float(self._bent(self.high) - self._bent(self.low))
+        out = [1.0]
+        for x in (10, 0.1, 100, 0.01, 1000, 0.001, 2, 0.5, 5, 0.2, 1.2, 0.8, 1.5, 0.9, 1.1, 0.95, 1.05, 0.98, 1.02):
+            if self.low <= x <= self.high and all(abs(self._bent(x) - self._bent(y)) > room for y in out):
+                out.append(x)
+        return sorted(out)
 
-def value_axis(ax: Axes, values: Any) -> str:
-    """Gives the y axis the scale that suits its values, with a line at 0 if they have both signs; returns its note."""
+
+def value_axis(ax: Axes, values: Any, unit: str = "") -> str:
+    """Gives the y axis the scale that suits its values, with a line at what is neutral; returns its note."""
     from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
 
-    s = Scale.of(values)
-    if s.kind == "log":
+    s = Scale.of(values, unit)
+    log = s.high > SPAN * s.low if s.neutral else s.kind == "log"
+    if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(s.decades())
-    elif s.kind == "symlog":
+    elif s.kind == "symlog" and not s.neutral:
         ax.set_yscale("symlog", linthresh=s.linear)
         locator = SymmetricalLogLocator(base=10, linthresh=s.linear)
         locator.set_params(numticks=7)
         ax.yaxis.set_major_locator(locator)
     elif 0 <= s.low < s.high / 2:
         ax.set_ylim(bottom=0)
-    if s.signed:
-        ax.axhline(0, color="0.4", linewidth=0.8, zorder=1)
-    if s.kind != "linear":
+    if s.neutral or s.low < 0 < s.high:
+        ax.axhline(s.neutral or 0, color="0.4", linewidth=0.8, zorder=1)
+    if ax.get_yscale() != "linear":
         ax.yaxis.set_major_formatter(_tick)
         ax.yaxis.set_minor_formatter(NullFormatter())
-    return s.note
+    return s.note if not s.neutral else "log scale" if log else ""
 
 
 def sigma_axis(ax: Axes, sigmas: Iterable[Any]) -> None:

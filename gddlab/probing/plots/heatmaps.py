@@ -1,25 +1,22 @@
-"""Heat maps with one row per layer, over noise levels and over training, and noise level by noise level."""
+"""Heat maps with one row per layer, over noise levels and over training."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gddlab.errors import GddlabError, shown, unknown
+from gddlab.errors import GddlabError, shown
 from gddlab.probing.plots.axes import (
-    CROSSED,
     Probed,
     Scale,
     mark_places,
-    neighbours,
     plain,
     rows_of,
     short_names,
     stat_label,
+    unit_of,
     wide,
 )
 from gddlab.theme import FROZEN, MISSING, TRAINED, axes_of, themed
@@ -28,14 +25,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
 
 INCH_PER_LAYER = 0.135
 NAME_SIZE = 6.5
 """Of layers' names, points: each layer has its name where rows are `INCH_PER_LAYER` high."""
-CORRELATIONS = ("cosine", "cka")
-WIDEST = 13
-"""Small multiples in a line."""
 
 
 class Mask(Protocol):
@@ -51,8 +44,9 @@ class Heatmaps(Probed):
     def heatmap(self, stat: str, ax: Axes | None = None, *, mask: Mask | None = None) -> Axes:
         """Draws one statistic, layers down, noise levels across, with resolution and stage at the right.
 
-        The colour scale is logarithmic where values span more than a factor of 10, and has two hues around 0 where they
-        have both signs. Cells without a value are grey.
+        The colour scale is logarithmic where values span more than a factor of 10. It has two hues around 0 where they
+        have both signs, and around 1, on a log scale, where ratios are on both sides of it. Cells without a value are
+        grey.
 
         Args:
             mask: A `FreezeMask`: adds a strip with the frozen share of each row's parameters.
@@ -67,71 +61,6 @@ class Heatmaps(Probed):
         ax.set_xlabel("noise level σ")
         ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
         return ax
-
-    @themed
-    def similarity(self, layer: str, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
-        """Draws the cosines (or "cka") of one layer's outputs between all noise levels, ascending to the right and up.
-
-        Raises:
-            GddlabError: `kind` was not measured, or not of `layer`, or not at all noise levels of a joined result.
-        """
-        import pandas as pd
-
-        matrices = _matrices(self, kind)
-        if not (isinstance(layer, str) and layer in matrices):
-            raise unknown(f"layer with {kind} between noise levels", layer, matrices)
-        names = [plain(s) for s in _sigmas(self, kind, layer)]
-        ax = axes_of(ax, 4.8, 4.2)
-        ax.tick_params(labelsize=7)
-        table = pd.DataFrame(matrices[layer][::-1, ::-1], names, names)
-        draw_cells(ax, table, Scale.of(table), kind, correlation=True, square=True)
-        ax.invert_yaxis()
-        ax.set(xlabel="noise level σ", ylabel="noise level σ")
-        ax.set_title(f"{layer}\n{self._about(kind)}", loc="left", fontsize=8)
-        return ax
-
-    @themed
-    def similarities(self, layers: str | Iterable[str] | None = None, *, kind: str = "cosine") -> Figure:
-        """Draws `similarity` of many layers along depth, on one colour scale; each stage and resolution in a new line.
-
-        Args:
-            layers: Presets, names, globs, as in `probe`; None takes all that have the matrix.
-            kind: "cosine" or "cka".
-
-        Raises:
-            GddlabError: `kind` was not measured, or a layer has no matrix.
-        """
-        import matplotlib.pyplot as plt
-
-        matrices = _matrices(self, kind)
-        names = self._pick(matrices, layers)
-        groups = neighbours(rows_of(self.frame, names)["place"])
-        columns = min(WIDEST, max(stop - start for _, start, stop in groups))
-        ends = {(plain(s[0]), plain(s[-1])) for s in (_sigmas(self, kind, n) for n in names)}
-        lines = [math.ceil((stop - start) / columns) for _, start, stop in groups]
-        width, height = max(0.9 * columns + 1.3, 4.5), 1.02 * sum(lines) + 0.6
-        figure, grid = plt.subplots(sum(lines), columns, squeeze=False, figsize=(width, height), layout="constrained")
-        for ax in grid.flat:
-            ax.set_axis_off()
-        scale = Scale.of(np.concatenate([matrices[n].ravel() for n in names]))
-        colours = scale.colours(correlation=True)
-        size = min(6.0, 0.9 * 72 * width / (columns + 1.3) / 9)
-        mesh: Any = None
-        line = 0
-        for (place, start, stop), count in zip(groups, lines, strict=True):
-            for ax, name, title in zip(grid[line:].flat, names[start:stop], _titles(names[start:stop]), strict=False):
-                ax.set_axis_on()
-                # sns.heatmap draws the figure each time
-                mesh = ax.imshow(matrices[name][::-1, ::-1], origin="lower", **colours)
-                ax.set(xticks=[], yticks=[])
-                ax.set_title(title, fontsize=size, pad=2)
-            grid[line, 0].set_ylabel(place, fontsize=7)
-            line += count
-        figure.colorbar(mesh, ax=grid, shrink=min(1, 3 / height), aspect=18, anchor=(0, 1), label=kind)
-        levels = "ascends" if len(ends) > 1 else "= {} (left, bottom) to {} (right, top)".format(*ends.pop())
-        title = f"{kind} between noise levels: {self._about(kind)}; in each panel σ {levels}"
-        figure.suptitle(title, x=0.01, ha="left")
-        return figure
 
 
 @themed
@@ -171,7 +100,6 @@ def draw_cells(
     scale: Scale,
     label: str | None,
     *,
-    correlation: bool = False,
     bar: dict[str, Any] | None = None,
     **more: Any,
 ) -> Any:
@@ -179,7 +107,7 @@ def draw_cells(
     import seaborn as sns
 
     ax.set_facecolor(MISSING)
-    given = scale.colours(correlation=correlation) | more
+    given = scale.colours() | more
     figure = ax.figure.canvas.figure
     engine = figure.get_layout_engine()
     figure.set_layout_engine("none")  # sns.heatmap draws the figure, which costs half without a layout
@@ -192,6 +120,8 @@ def draw_cells(
     mesh: Any = ax.collections[0]
     if label is not None:
         mesh.colorbar.ax.minorticks_off()
+        if scale.neutral is not None:
+            mesh.colorbar.ax.set_ylim(scale.low, scale.high)  # what occurs, of a scale that is as long on both sides
     return mesh
 
 
@@ -225,15 +155,15 @@ def layers_down(
     digits = 2 if table.columns.name == "sigma" else 6
     across = [c if isinstance(c, str) else plain(c, digits) for c in table.columns]
     shown = table.set_axis(short_names(list(table.index))).set_axis(across, axis=1)
-    scale, height = scale or Scale.of(table), ax.get_window_extent().height / ax.figure.dpi
+    scale = scale or Scale.of(table, unit_of(frame, stat))
+    height = ax.get_window_extent().height / ax.figure.dpi
     ax.tick_params(axis="y", labelsize=NAME_SIZE)
     ax.tick_params(axis="x", labelsize=7.5)
-    correlation = stat in CORRELATIONS
-    label = label or stat_label(frame, stat, "" if correlation else scale.note)
+    label = label or stat_label(frame, stat, scale.note)
     bar = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
     room = max(height - 0.6, 0.3) * 72 / (1.1 * NAME_SIZE)  # names; the layout takes some height for labels and title
     every = math.ceil(len(rows) / room)
-    draw_cells(ax, shown, scale, label, correlation=correlation, bar=bar, yticklabels=False)
+    draw_cells(ax, shown, scale, label, bar=bar, yticklabels=False)
     ax.set_yticks(np.arange(0, len(rows), every) + 0.5, shown.index[::every])  # after it was drawn: texts take longest
     if shares is not None:
         each, whole = shares
@@ -265,30 +195,3 @@ def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
             )
         out.append(mine["still"] / mine["size"] if mine["size"] else np.nan)
     return np.array(out), sizes["still"].sum() / sizes["size"].sum()
-
-
-def _matrices(result: Probed, kind: str) -> dict[str, np.ndarray]:
-    if "told" in result.meta:
-        raise GddlabError(CROSSED)
-    if kind in result.matrices:
-        return result.matrices[kind]
-    if not result.matrices:
-        raise GddlabError(f'{kind!r} between noise levels was not measured: probe with stats="cosine"')
-    raise unknown("similarity", kind, result.matrices)
-
-
-def _sigmas(result: Probed, kind: str, layer: str) -> list[float]:
-    """Noise levels of a matrix, ascending; a joined result also has others."""
-    frame, size = result.frame, len(result.matrices[kind][layer])
-    found = sorted(float(s) for s in frame.loc[(frame["stat"] == kind) & (frame["layer"] == layer), "sigma"])
-    if len(found) != size:
-        raise GddlabError(
-            f"{kind} of {layer!r} is {size} x {size}, for {len(found)} noise levels: draw it before results are joined"
-        )
-    return found
-
-
-def _titles(names: list[str]) -> list[str]:
-    """What tells the layers of a group apart, short enough for a small panel."""
-    short = [re.sub(r"(^|\.)\d+x\d+_", r"\1", n) for n in short_names(names)]
-    return [n if len(n) <= 16 else "…" + n[-15:] for n in short]

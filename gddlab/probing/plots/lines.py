@@ -19,6 +19,7 @@ from gddlab.probing.plots.axes import (
     sigma_axis,
     stat_label,
     titled,
+    unit_of,
     value_axis,
     wide,
     x_of,
@@ -88,7 +89,7 @@ class Lines(Probed):
                 _many(ax, table, rows)
                 note = "thin: single layers"
             sigma_axis(ax, table.columns)
-        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table)))
+        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table, unit_of(self.frame, stat))))
         handles, labels = ax.get_legend_handles_labels()
         if over == "depth":  # drawn from the lowest level up, named from the top down
             handles, labels = handles[::-1], labels[::-1]
@@ -111,13 +112,13 @@ class Lines(Probed):
         values, errors = table[sigma].to_numpy(), wide(self.frame, stat, "sem")[sigma].to_numpy()
         rows = rows_of(self.frame, table.index)
         ax = _depth_axes(ax, len(rows))
-        scale = Scale.of(values)
-        floor = scale.low / 1.5 if scale.kind == "log" else 0.0
+        scale = Scale.of(values, unit_of(self.frame, stat))
+        floor = scale.neutral or (scale.low / 1.5 if scale.kind == "log" else 0.0)
         for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
             ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
             ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
-        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, values)))
-        if scale.kind == "log":
+        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, values, unit_of(self.frame, stat))))
+        if scale.kind == "log" and not scale.neutral:
             ax.set_ylim(bottom=floor)
         text = f"{stat} at σ = {plain(sigma)}: {self._about(stat)}, bars: standard error over images"
         return along_depth(ax, rows, titled(text, values))
@@ -160,7 +161,8 @@ class Lines(Probed):
             label = f"{who}, σ = {plain(sigmas[who])}"
             ax.errorbar(x, values[-1], sem, fmt=marker, color=colour, elinewidth=1, zorder=3, label=label)
         ax.vlines(x, values[0], values[1], color=looks["student"][1], linewidth=1, alpha=0.7, zorder=2)
-        ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, np.concatenate([*values, low, high]))))
+        note = value_axis(ax, np.concatenate([*values, low, high]), unit_of(self.frame, stat))
+        ax.set_ylabel(stat_label(self.frame, stat, note))
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         text = f"{stat}: teacher ({self._about(stat)}), student ({student._about(stat)}); bars: standard error"
         return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
