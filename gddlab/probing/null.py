@@ -136,9 +136,9 @@ class AgainstNulls(Probed):
         if not self.nulls:
             raise GddlabError('no null models were measured: probe with nulls=("shuffled", "init")')
         value, sem = wide(self.frame, stat), wide(self.frame, stat, "sem")
-        tables = []
+        known, tables = self._of_nulls(stat, value), []
         for kind, draws in self.nulls.items():
-            theirs = np.stack([wide(r.frame, stat).loc[value.index, value.columns] for r in draws])
+            theirs = known[kind]
             errors = np.stack([wide(r.frame, stat, "sem").loc[value.index, value.columns] for r in draws])
             low, high = theirs.min(0), theirs.max(0)
             gap = np.abs(value.to_numpy() - theirs)
@@ -147,8 +147,8 @@ class AgainstNulls(Probed):
             inside = (value.to_numpy() >= low) & (value.to_numpy() <= high)
             p = np.where(inside, 1.0, (2 * norm.sf(z)).max(0))
             corrected = np.full_like(p, np.nan)
-            known = np.isfinite(p)
-            corrected[known] = false_discovery_control(p[known]) if known.any() else np.nan
+            finite = np.isfinite(p)
+            corrected[finite] = false_discovery_control(p[finite]) if finite.any() else np.nan
             columns = {"value": value, "sem": sem, "null_low": low, "null_high": high, "p": p, "p_corrected": corrected}
             long = {name: np.asarray(x)[:, ::-1].ravel() for name, x in columns.items()}
             layers, sigmas = np.repeat(value.index, value.shape[1]), np.tile(value.columns[::-1], len(value))

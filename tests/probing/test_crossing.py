@@ -199,3 +199,12 @@ def test_refusals(net, crossed, result, pictures):
         probe(net, SIGMAS, told=[2.0], data=pictures, n=1, stats="rms").diagonal()
     with pytest.raises(GddlabError, match="did you mean"):
         crossed.effects("rmss")
+
+
+def test_the_heat_map_of_effects_shows_three_shares(crossed):
+    ax = crossed.effects_heatmap("rms")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["input", "level told", "both"]
+    mesh = ax.collections[0]
+    table = crossed.effects("rms")[["input", "told", "both"]]
+    np.testing.assert_allclose(mesh.get_array().reshape(table.shape), table)
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)

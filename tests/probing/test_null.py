@@ -120,3 +120,25 @@ def test_nulls_are_saved_merged_and_refused(compared, pictures, tmp_path):
         back.nulls["init"][0].above_null("rms")
     with pytest.raises(GddlabError, match="kind of null model"):
         probe(tiny(), [1.0], nulls=("shuffled", "permuted"), data=pictures, n=1)
+
+
+def test_pictures_show_null_models(compared):
+    heat = compared.heatmap("rms")
+    strips = [ax for ax in heat.child_axes if ax.get_images()]
+    assert [ax.get_xlabel() for ax in strips] == ["shuffled", "init"]
+    shown = strips[1].get_images()[0].get_array()
+    draws = [r.pivot("rms").iloc[:, ::-1] for r in compared.nulls["init"]]
+    np.testing.assert_allclose(shown, sum(d.to_numpy() for d in draws) / 2)
+    assert strips[0].get_images()[0].norm is not heat.collections[0].norm  # equal, not shared
+    assert strips[0].get_images()[0].norm.vmax == heat.collections[0].norm.vmax
+
+    def named(legend):
+        return [t.get_text() for t in legend.get_texts()]
+
+    assert {"shuffled: 90 % of layers", "init: 90 % of layers"} <= {*named(compared.lines("rms").get_legend())}
+    assert {"shuffled: range", "init: range"} <= {*named(compared.lines("rms", over="depth").get_legend())}
+    assert named(compared.stem("rms").get_legend()) == ["shuffled", "init"]
+    assert "init: 90 % of layers" in named(compared.similarities().legends[0])
+    plain = compared.copy(nulls={})
+    assert not [ax for ax in plain.heatmap("rms").child_axes if ax.get_images()]
+    assert plain.stem("rms").get_legend() is None

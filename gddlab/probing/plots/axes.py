@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +36,14 @@ class Probed:
     frame: pd.DataFrame
     meta: dict[str, Any]
     matrices: dict[str, dict[str, np.ndarray]]
+    nulls: dict[str, tuple[Any, ...]]
+
+    def _of_nulls(self, stat: str, like: pd.DataFrame) -> dict[str, np.ndarray]:
+        """A statistic of null models, by kind, (draws, layers, noise levels) as those of a table."""
+        return {
+            kind: np.stack([wide(r.frame, stat).loc[like.index, like.columns] for r in draws])
+            for kind, draws in self.nulls.items()
+        }
 
     def _pick(self, known: Iterable[str], layers: str | Iterable[str] | None) -> list[str]:
         """The layers among `known` that a selection means, in their order; all for None."""
@@ -124,6 +132,22 @@ def titled(text: str, values: np.ndarray) -> str:
     """A title that says how many of the layers, (layers, ...), lack a value somewhere."""
     missing = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
     return f"{text}; {missing} of {len(values)} layers without a value" if missing else text
+
+
+SHADES = ("0.86", "0.78", "0.7")
+"""Greys of the kinds of null models."""
+
+
+def null_bands(ax: Axes, x: Any, bands: Mapping[str, tuple[Any, Any]], what: str) -> None:
+    """Grey bands of null models behind lines, from low to high, named in the legend with `what` they hold."""
+    for shade, (kind, (low, high)) in zip(SHADES, bands.items(), strict=False):
+        ax.fill_between(x, low, high, color=shade, alpha=0.6, linewidth=0, zorder=0, label=f"{kind}: {what}")
+
+
+def central(values: Any, axis: Any) -> tuple[Any, Any]:
+    """The 5th and the 95th percentile along some axes."""
+    low, high = np.nanquantile(values, [0.05, 0.95], axis=axis)
+    return low, high
 
 
 # Scales.

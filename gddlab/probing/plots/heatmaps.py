@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 INCH_PER_LAYER = 0.135
 NAME_SIZE = 6.5
 """Of layers' names, points: each layer has its name where rows are `INCH_PER_LAYER` high."""
+STRIP = 0.13
+"""Width of a null model, as a share of the heat map's."""
 
 
 class Mask(Protocol):
@@ -46,7 +49,7 @@ class Heatmaps(Probed):
 
         The colour scale is logarithmic where values span more than a factor of 10. It has two hues around 0 where they
         have both signs, and around 1, on a log scale, where ratios are on both sides of it. Cells without a value are
-        grey.
+        grey. Null models are strips at the right, on the same scale, the mean over their draws.
 
         Args:
             mask: A `FreezeMask`: adds a strip with the frozen share of each row's parameters.
@@ -57,7 +60,8 @@ class Heatmaps(Probed):
         table = wide(self.frame, stat)
         rows = rows_of(self.frame, table.index)
         shares = None if mask is None else _frozen_shares(mask, rows)
-        ax = layers_down(ax, self.frame, stat, table, rows, shares)
+        nulls = {kind: values.mean(0) for kind, values in self._of_nulls(stat, table).items()}
+        ax = layers_down(ax, self.frame, stat, table, rows, shares, nulls=nulls)
         ax.set_xlabel("noise level σ")
         ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
         return ax
@@ -143,15 +147,17 @@ def layers_down(
     width: float = 7.5,
     scale: Scale | None = None,
     label: str | None = None,
+    nulls: Mapping[str, np.ndarray] | None = None,
 ) -> Axes:
     """Cells, names, strips and colour bar; `shares` are the frozen share of each row and of all parameters.
 
-    Columns with texts as names are shown as they are, `scale` and `label` in place of those of the statistic.
+    Columns with texts as names are shown as they are, `scale` and `label` in place of those of the statistic. `nulls`
+    are tables of the same rows and columns.
     """
     import seaborn as sns
     from matplotlib.patches import Patch
 
-    ax = axes_of(ax, width, max(2.5, INCH_PER_LAYER * len(rows) + 1.3))
+    ax = axes_of(ax, width * (1 + STRIP * len(nulls or ())), max(2.5, INCH_PER_LAYER * len(rows) + 1.3))
     digits = 2 if table.columns.name == "sigma" else 6
     across = [c if isinstance(c, str) else plain(c, digits) for c in table.columns]
     shown = table.set_axis(short_names(list(table.index))).set_axis(across, axis=1)
@@ -160,14 +166,18 @@ def layers_down(
     ax.tick_params(axis="y", labelsize=NAME_SIZE)
     ax.tick_params(axis="x", labelsize=7.5)
     label = label or stat_label(frame, stat, scale.note)
-    bar = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
+    bar: dict[str, Any] = {"shrink": min(1, 3 / height), "aspect": 18, "anchor": (0, 1)}
+    if nulls:
+        bar["pad"] = 0.06  # strips shrink with the axes while the layout makes room, names do not
     room = max(height - 0.6, 0.3) * 72 / (1.1 * NAME_SIZE)  # names; the layout takes some height for labels and title
     every = math.ceil(len(rows) / room)
     draw_cells(ax, shown, scale, label, bar=bar, yticklabels=False)
     ax.set_yticks(np.arange(0, len(rows), every) + 0.5, shown.index[::every])  # after it was drawn: texts take longest
+    at = 1.01
     if shares is not None:
         each, whole = shares
-        strip = ax.inset_axes((1.01, 0, 0.025, 1))
+        strip = ax.inset_axes((at, 0, 0.025, 1))
+        at += 0.04
         strip.set_facecolor(MISSING)
         look: dict[str, Any] = {"cmap": frozen_colours(), "vmin": 0, "vmax": 1, "linewidths": 0.4}
         sns.heatmap(each[:, None], ax=strip, cbar=False, xticklabels=False, yticklabels=False, **look)
@@ -176,7 +186,14 @@ def layers_down(
         ax.legend(
             handles=handles, loc="lower right", bbox_to_anchor=(1.04, 1), ncols=2, borderaxespad=0.2, handlelength=1
         )
-    mark_places(ax, rows, range(len(rows) + 1), "right", at=1.01 if shares is None else 1.05)
+    for kind, values in (nulls or {}).items():
+        strip = ax.inset_axes((at, 0, STRIP, 1))
+        strip.imshow(values, aspect="auto", interpolation="nearest", **scale.colours())
+        strip.set(xticks=[], yticks=[], facecolor=MISSING)
+        strip.spines[:].set_visible(False)
+        strip.set_xlabel(kind, fontsize=NAME_SIZE)
+        at += STRIP + 0.01
+    mark_places(ax, rows, range(len(rows) + 1), "right", at=at)
     return ax
 
 

@@ -9,10 +9,13 @@ import numpy as np
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import (
+    SHADES,
     Probed,
     Scale,
     borders_of,
+    central,
     mark_places,
+    null_bands,
     plain,
     rows_of,
     short_names,
@@ -58,7 +61,8 @@ class Lines(Probed):
 
         Up to eight layers have a colour each and a band of one standard error over images. More are thin, in the
         colours of resolutions, with the median of each stage and resolution in bold. Encoders are solid, decoders
-        dashed.
+        dashed. Null models are grey bands behind: over noise levels from the 5th to the 95th percentile of the layers
+        and draws, along depth the range over draws and the levels drawn.
 
         Args:
             layers: Presets, names, globs, as in `probe`; None takes all that have the statistic.
@@ -81,6 +85,8 @@ class Lines(Probed):
             table = table[_chosen(table.columns, at)]
             ax = _depth_axes(ax, len(rows))
             _over_depth(ax, table, sems, rows)
+            ranges = {k: (v.min((0, 2)), v.max((0, 2))) for k, v in self._of_nulls(stat, table).items()}
+            null_bands(ax, x_of(rows)[0], ranges, "range")
         else:
             ax = axes_of(ax, 7.2, 4.0)
             if len(rows) <= NAMED:
@@ -88,6 +94,8 @@ class Lines(Probed):
             else:
                 _many(ax, table, rows)
                 note = "thin: single layers"
+            middle = {kind: central(v, (0, 1)) for kind, v in self._of_nulls(stat, table).items()}
+            null_bands(ax, table.columns.to_numpy(), middle, "90 % of layers")
             sigma_axis(ax, table.columns)
         ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table, unit_of(self.frame, stat))))
         handles, labels = ax.get_legend_handles_labels()
@@ -104,6 +112,8 @@ class Lines(Probed):
     def stem(self, stat: str, at: float = 80.0, ax: Axes | None = None) -> Axes:
         """Draws one statistic at one noise level, the nearest measured one to `at`, along depth with standard errors.
 
+        Null models are grey bars behind, their range over draws.
+
         Raises:
             GddlabError: `stat` was not measured, or `at` is no noise level.
         """
@@ -117,6 +127,11 @@ class Lines(Probed):
         for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
             ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
             ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
+        for shade, (kind, found) in zip(SHADES, self._of_nulls(stat, table[[sigma]]).items(), strict=False):
+            ends = found.min((0, 2)), found.max((0, 2))
+            ax.vlines(x_of(rows)[0], *ends, color=shade, linewidth=5, alpha=0.6, zorder=0, label=kind)
+        if self.nulls:
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="null models")
         ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, values, unit_of(self.frame, stat))))
         if scale.kind == "log" and not scale.neutral:
             ax.set_ylim(bottom=floor)

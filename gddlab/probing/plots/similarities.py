@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gddlab.errors import GddlabError, unknown
-from gddlab.probing.plots.axes import CROSSED, Probed, Scale, neighbours, plain, rows_of, short_names, sigma_axis
+from gddlab.probing.plots.axes import (
+    CROSSED,
+    Probed,
+    Scale,
+    central,
+    neighbours,
+    null_bands,
+    plain,
+    rows_of,
+    short_names,
+    sigma_axis,
+)
 from gddlab.probing.plots.heatmaps import draw_cells
 from gddlab.sampling.schedules import nearest_level
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, themed
@@ -45,7 +56,8 @@ class Similarities(Probed):
         """Draws how like each layer's outputs are to those at one noise level: a thin line per layer, in a panel per
         stage and resolution.
 
-        Colours are kinds of layers, the most frequent first; black is the median of a panel.
+        Colours are kinds of layers, the most frequent first; black is the median of a panel. Null models are grey
+        bands, from the 5th to the 95th percentile of the panel's layers and the draws.
 
         Args:
             layers: Presets, names, globs, as in `probe`; None takes all that have the matrix.
@@ -142,6 +154,11 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
         if len(here) > 2 and len({len(lines[n][0]) for n in here}) == 1:
             middle = pd.DataFrame([lines[n][1] for n in here]).median()  # without a value: no warning, as of numpy
             ax.plot(lines[here[0]][0], middle, color=BLACK, linewidth=1.8, zorder=3)
+        bands: dict[str, tuple[Any, Any]] = {}
+        for null, draws in result.nulls.items():
+            found = [r.matrices[kind][n][::-1, ::-1][_sigmas(r, kind, n).index(level)] for r in draws for n in here]
+            bands[null] = central(np.stack(found), 0)
+        null_bands(ax, lines[here[0]][0], bands, "90 % of layers")
         ax.set_title(f"{place or 'all'}: {len(here)} layer{'s' if len(here) > 1 else ''}", loc="left")
         sigma_axis(ax, lines[here[0]][0])
         ax.set_xlabel("noise level σ" if i + columns >= len(places) else "")
@@ -159,6 +176,7 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
     handles = [Line2D([], [], color=c, linewidth=1.6, label=f"{label} ({n})") for (label, c), n in counts]
     handles.append(Line2D([], [], color=BLACK, linewidth=1.8, label="median of the panel"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label=f"σ = {plain(level)}"))
+    handles += grid.flat[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside right upper", title="kind of layer")
     values = [y for _, y in lines.values()]
     missing = sum(not np.isfinite(y).all() for y in values)
