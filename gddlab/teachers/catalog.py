@@ -133,7 +133,8 @@ def load_teacher(source: str | Path) -> Precond:
 
     Args:
         source: One of
-            the name of a bundled teacher ("digits", "digits-cond");
+            the name of a bundled teacher: "digits"; "digits-cond", with classes; "digits-high", trained with a tenth of
+                its noise levels log-uniform in 5 to 80, where the others saw next to none;
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve"), which is
             downloaded unless a copy is found;
             the path of an EDM pickle (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,

@@ -101,7 +101,7 @@ def test_trained_teacher_loads_from_its_run_directory(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "samples.png").exists()
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-cond"])
+@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-high"])
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
     teacher = load_teacher(name)
@@ -120,6 +120,7 @@ def test_bundled_teachers(name: str) -> None:
     assert all(s["model_sha256"] == card.sha256 for k, s in scores.items() if k != "data")
     assert scores["heun-18"]["value"] < scores["heun-5"]["value"] < scores["heun-1"]["value"]
     assert "fd-lite2@1797" in str(card)
+    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name == "digits-high")
 
 
 def test_bundled_teacher_denoises() -> None:
