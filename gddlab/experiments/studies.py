@@ -20,13 +20,18 @@ from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
 from gddlab.nets import Precond
 from gddlab.probing import probe, weight_change
 from gddlab.probing.inputs import Inputs
+from gddlab.probing.null import Kind
 from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
+from gddlab.teachers import bundled_teachers, load_teacher
 
 OTHER_NOISE = "other noise"
 PROBED, DENOISED = 64, 512
 """Images of the probes, and of the spectra of noised and denoised images."""
+NULLS: tuple[Kind, ...] = ("shuffled", "init", "spectrum")
+DRAWS = 3
+"""Null models of each kind beside a crossed probe."""
 TIMED = 24
 """Iterations timed of each configuration; the median counts."""
 SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
@@ -136,6 +141,51 @@ def layers(s: Subjects) -> Found:
     return Found(frame, {"n": PROBED, "seed": 0})
 
 
+def input_or_level(s: Subjects) -> Found:
+    """What layers respond to, the input or the level told, of the teachers of these data, students and null models.
+
+    Rows of `what` "response" are of `ProbeResult.responses`, "effect" of `effects`, "above null" of `above_null`.
+    """
+    import pandas as pd
+
+    stats = ("rms", "rel_update", "correlation", "cosine")
+    parts: list[pd.DataFrame] = []
+    for name, net in {**_teachers(s), **s.students}.items():
+        sizes: dict[str, Any] = {"data": s.data, "n": PROBED, "stats": stats, "progress": False}
+        result = probe(net, told="cross", nulls=NULLS, null_draws=DRAWS, layers=_in_blocks, **sizes)
+        for similarity in ("correlation", "cosine"):
+            table = result.responses(similarity)
+            for stat in (similarity, *(["rel_update"] if similarity == "correlation" else [])):
+                columns = {stat: "value", **{f"{stat}_{c}": c for c in ("sem", "q25", "q75")}}
+                rows = table[["varied", "network", *columns]].rename(columns=columns | {"network": "null"})
+                parts.append(rows.assign(network=name, what="response", stat=stat))
+        for stat in stats:
+            effects = result.effects(stat)
+            for share in ("input", "told", "both", "spread"):
+                rows = effects[[share, f"sem_{share}"]].set_axis(["value", "sem"], axis=1).reset_index()
+                parts.append(rows.assign(network=name, null="trained", what="effect", stat=stat, varied=share))
+            above = result.diagonal().above_null(stat).rename(columns={"kind": "null"})
+            parts.append(above.assign(network=name, what="above null", stat=stat, varied="both"))
+    texts = ("network", "null", "what", "stat", "varied", "layer")
+    frame = pd.concat(parts, ignore_index=True).astype(dict.fromkeys(texts, "category"))
+    about = {"n": PROBED, "seed": 0, "nulls": list(NULLS), "draws": DRAWS, "layers": "convolutions in blocks"}
+    return Found(frame, about)
+
+
+def _teachers(s: Subjects) -> dict[str, Precond]:
+    """The teacher, and those of the same architecture and images that ship with gddlab."""
+    out = {s.teacher.card.name: s.teacher}
+    for name in bundled_teachers():
+        other = load_teacher(name)
+        if name not in out and other.card.data == s.data and other.init_kwargs == s.teacher.init_kwargs:
+            out[name] = other.to(next(s.teacher.parameters()).device)
+    return out
+
+
+def _in_blocks(name: str, module: Any) -> bool:
+    return name.rpartition(".")[2] in ("conv0", "conv1")
+
+
 def spectra(s: Subjects) -> Found:
     """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
     import pandas as pd
@@ -200,6 +250,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
+        ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
         ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
         ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
     )

@@ -95,6 +95,23 @@ def test_layers(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not moved["layer"].isin(["model", "model.dec", "model.dec.16x16_block1"]).any()
 
 
+def test_input_or_level(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.experiments.studies.PROBED", 4)
+    monkeypatch.setattr("gddlab.experiments.studies.DRAWS", 2)
+    monkeypatch.setattr("gddlab.experiments.studies.NULLS", ("init",))
+    alone = replace(subjects, students={"gdd-i": subjects.students["gdd-i"]})
+    f = found("input-or-level", alone).frame
+    assert set(f["network"]) == {"tiny", "gdd-i"}
+    responses = f[f["what"] == "response"]
+    assert set(responses["null"]) == {"trained", "init"}
+    assert set(responses["stat"]) == {"correlation", "cosine", "rel_update"} and len(responses) == 2 * 3 * 3 * 2
+    effects = f[(f["what"] == "effect") & (f["stat"] == "rms") & (f["varied"] != "spread")]
+    shares = effects.groupby(["network", "layer"], observed=True)["value"].sum()
+    assert shares.between(1 - 1e-9, 1 + 1e-9).all() and len(shares) == len(effects) / 3
+    above = f[f["what"] == "above null"]
+    assert (above["draws"] == 2).all() and set(above["differs"]) == {True, False}
+
+
 def test_spectra(subjects: Subjects) -> None:
     f = found("spectra", subjects).frame
     keys = f[["network", "source"]].drop_duplicates().to_numpy().tolist()
