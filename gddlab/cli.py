@@ -29,7 +29,7 @@ from tyro.conf import Positional
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
-from gddlab.files import check_free, folder_of, is_run, nearest_existing, write_json
+from gddlab.files import check_free, folder_of, path_of, write_json
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -135,8 +135,7 @@ def probe(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite or dry_run)
-    if sigmas:
-        options["timesteps"] = list(sigmas)
+    options |= levels_of(sigmas, options)
     model = gddlab.load_teacher(teacher)
     if dry_run:
         say(gddlab.estimate(model, **options))
@@ -161,8 +160,7 @@ def ablate(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite)
-    if sigmas:
-        options["timesteps"] = list(sigmas)
+    options |= levels_of(sigmas, options)
     save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
@@ -185,9 +183,12 @@ def freeze(
         mask: The mask that invert inverts, or whose share random takes.
         overwrite: Replaces a mask that is there.
     """
+    from gddlab.teachers import bundled_teachers
+
+    gddlab.FreezeMask.check_place(out)
     check_free(out, overwrite)
-    folder = Path(source)
-    measured = (folder / "frame.parquet").exists()
+    folder = path_of("source", source)
+    measured = source not in bundled_teachers() and (folder / "frame.parquet").exists()
     network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
     if mask is not None:
         options["mask"] = gddlab.FreezeMask.load(mask)
@@ -486,23 +487,26 @@ def evaluate(
         overwrite: Replaces that file.
     """
     from gddlab.evaluation import append_records
+    from gddlab.teachers.catalog import run_of
 
     if out is not None:
         check_free(out, overwrite)
     if sigmas is not None:
         options["sigmas"] = sigmas
-    of_run = is_run(model)
-    if snapshot is not None and not of_run:
+    run_dir = None if model.startswith("data:") else run_of(model)
+    if snapshot is not None and run_dir is None:
         raise GddlabError(f"snapshot {snapshot} of {model}, which is no run directory: omit --snapshot")
     source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot)
     scores = gddlab.evaluate(source, **options, **sampler.given)
     if int(os.environ.get("RANK", 0)):
         return  # every rank has the scores, the first one reports them
     say(scores)  # first: a folder may not let them be written
-    if out is not None:
-        write_json(out, [r.to_dict() for r in scores])
-    if of_run:
-        append_records(model, list(scores))
+    try:
+        if out is not None:
+            write_json(out, [r.to_dict() for r in scores])
+    finally:  # whether or not the file could be written
+        if run_dir is not None:
+            append_records(run_dir, list(scores))
 
 
 @command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
@@ -596,11 +600,17 @@ def to_json(value: object) -> str:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that cannot be written, or holds another result, before minutes are spent."""
+    """Refuses a folder that cannot be written, or holds something else, before minutes are spent."""
     folder_of("--out", folder)
-    if not os.access(nearest_existing(folder), os.W_OK):
-        raise GddlabError(f"--out {folder} cannot be written: give another folder")
+    gddlab.ProbeResult.check_place(folder)
     check_free(folder, overwrite)
+
+
+def levels_of(sigmas: tuple[float, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The noise levels of --sigmas as the library takes them."""
+    if sigmas and "timesteps" in options:
+        raise GddlabError("--sigmas and --timesteps: give one of them")
+    return {"timesteps": list(sigmas)} if sigmas else {}
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import pkgutil
 import re
 import sys
@@ -21,6 +22,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
 from gddlab.errors import GddlabError, members
+from gddlab.files import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Command:
             config = (tyro.conf.PositionalMetavarFromFieldName,)
             args = _without_commas(words, several)
             parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=args, config=config)
-        return dict(vars(parsed))
+        # a shell does not expand the ~ of --out=~/x
+        return {k: path_of(k, v) if isinstance(v, Path) else v for k, v in vars(parsed).items()}
 
     def in_shell_words(self, message: str) -> str:
         """A message of the library, with what it says of this command's options as a shell gives them.
@@ -96,9 +99,15 @@ def _flag(name: str) -> str:
 
 
 def _without_commas(words: list[str], several: set[str]) -> list[str]:
-    """The values of options that take several, "80,1" or "80, 1" as "80 1"."""
+    """The values of options that take several, "80,1" or "80, 1" as "80 1".
+
+    Raises:
+        GddlabError: One has no value, which would mean its default or nothing at all.
+    """
     out, inside = [], False
-    for word in words:
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word in several and following.startswith("--"):
+            raise GddlabError(f"{word} without a value: give at least one, or omit it")
         flag, given, value = word.partition("=")
         if word.startswith("--"):
             inside = flag in several

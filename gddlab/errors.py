@@ -77,6 +77,19 @@ def integer(name: str, value: Any) -> int:
     raise GddlabError(f"{name}={shown(value)}: give an integer")
 
 
+def numbers_in(values: Any) -> list[Any]:
+    """The members of a sequence of numbers.
+
+    Raises:
+        TypeError: No sequence; or text or bytes, which Python takes for one; or text or a truth value is in it.
+    """
+    text = isinstance(values, str | bytes | bytearray | memoryview)
+    listed = [] if text else list(values)
+    if text or any(isinstance(x, str | bytes | bool) for x in listed):
+        raise TypeError
+    return listed
+
+
 def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
     """Refuses a function that cannot be called with these arguments; `name` is for the message."""
     try:

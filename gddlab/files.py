@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def folder_of(name: str, value: object, accepted: str = "a folder") -> Path:
     there = nearest_existing(path)
     if not there.is_dir():
         raise GddlabError(f"{name}={str(path)!r} is {'' if there == path else 'below '}a file: give {accepted}")
-    if path.suffix.lower() in FILE_SUFFIXES and there != path:
+    if {path.suffix.lower(), path.name.lower()} & FILE_SUFFIXES and there != path:  # ".png" alone has no suffix
         raise GddlabError(f"{name}={str(path)!r} is the name of a file: give {accepted}")
     return path
 
@@ -73,10 +73,40 @@ def check_free(path: Path, overwrite: bool) -> None:
     """Refuses to replace a result: the one rule for all that is measured, chosen, converted, drawn or scored.
 
     Raises:
-        GddlabError: The path is a file or a folder that is not empty, and `overwrite` is False.
+        GddlabError: The path is a file or a folder that is not empty, and `overwrite` is False; or it cannot be there,
+            as below a file or where the system does not let it be written.
     """
-    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+    if not overwrite and _taken(path):
         raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True, --overwrite)")
+    there = nearest_existing(path if path.is_dir() else path.parent)
+    if not there.is_dir():
+        raise GddlabError(f"{path} is below a file: give another name")
+    if not os.access(there, os.W_OK):
+        raise GddlabError(f"{path} cannot be written: give another name")
+
+
+def check_kind(path: Path, ours: Callable[[Path], bool], what: str) -> None:
+    """Refuses to write over another thing than what is written; `what` that is, is for the message.
+
+    Raises:
+        GddlabError: A file, or a folder that is not empty, is there, of which `ours` is False.
+    """
+    if _taken(path) and not ours(path):
+        holds = "holds other files and" if path.is_dir() else "is there and"
+        raise GddlabError(f"{path} {holds} no {what}: give another name")
+
+
+def _taken(path: Path) -> bool:
+    """Whether a file is there, or a folder with more in it than hidden files, such as a killed process leaves."""
+    return any(not p.name.startswith(".") for p in path.iterdir()) if path.is_dir() else path.exists()
+
+
+def holds_format(path: Path, name: str) -> bool:
+    """Whether a file is a JSON object that says `name` in "format", even a damaged one."""
+    try:
+        return path.is_file() and read_object(path).get("format") == name
+    except GddlabError:
+        return False
 
 
 @contextlib.contextmanager
@@ -92,10 +122,16 @@ def writing(path: Path) -> Iterator[None]:
         raise refusal from None
 
 
+def as_text(source: str | os.PathLike[str]) -> str:
+    """A source by name or path as text: a bare word may be a name, "./word", "word/" and a Path never are."""
+    text = os.fspath(source)
+    return text if isinstance(source, str) or os.sep in text else os.path.join(os.curdir, text)
+
+
 def located(value: Any, names: Collection[str] = ()) -> Any:
     """A path that exists as an absolute one, for it to be found from any folder; names and all else as they are."""
     if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+        value = as_text(value)
     if isinstance(value, str) and value not in names and os.path.exists(path := os.path.expanduser(value)):
         return os.path.abspath(path)
     return value

@@ -18,11 +18,13 @@ from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.freezing import FreezeMask
+from gddlab.nets import save_network
+from gddlab.nets.io import make_student
 from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
-from tests.conftest import tiny_net
+from tests.conftest import tiny_config, tiny_net
 from tests.teachers.pickles import write_snapshot
 
 
@@ -33,6 +35,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     out = capsys.readouterr()
     assert "Traceback" not in out.err
     return out.err
+
+
+def make_run(folder: Path) -> None:
+    """What a finished run of digits leaves, as far as scoring it needs."""
+    tiny_config(folder, Path("digits")).write()
+    save_network(make_student(gddlab.load_teacher("digits")), folder / "student.safetensors", data="digits")
 
 
 def test_probe_freeze_train_sample_evaluate(
@@ -135,6 +143,57 @@ def test_a_result_is_replaced_as_a_whole_and_when_asked(
         main(["sample", str(tiny_teacher), "--n", "1", "--steps", "1", "--out", str(grid), *more])
     assert "x.PNG exists" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", str(grid))
     assert "s.jpg is the name of a file" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", "s.jpg")
+
+
+def test_only_a_result_of_the_same_kind_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/0.png", "config.json", "page.html"):
+        (tmp_path / name).write_text("{}")
+    for words, name in (
+        ("probe digits", "mine"),
+        ("ablate digits", "mine"),
+        ("freeze digits", "config.json"),
+    ):
+        for more in ([], ["--overwrite"]):
+            assert "give another name" in refused(capsys, *words.split(), "--out", str(tmp_path / name), *more)
+    run = str(Path(gddlab.__file__).parents[1] / "data/runs/digits/gdd/seed-0")
+    for name, said in (("config.json", "give a name that ends in .html"), ("page.html", "no page of gddlab")):
+        assert said in refused(capsys, "report", run, "--out", str(tmp_path / name))
+    assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"{}"}
+    assert "page.html/x is below a file" in refused(capsys, "freeze", "digits", "--out", str(tmp_path / "page.html/x"))
+    assert ".png is the name of a file" in refused(capsys, "sample", "digits", "--out", ".png")
+
+
+def test_home_in_out_is_found_before_it_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves ~ in --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main(["freeze", "digits", "--out=~/m.json"])
+    assert f"{tmp_path}/m.json exists: give another name" in refused(capsys, "freeze", "digits", "--out=~/m.json")
+    few = ["--n", "2", "--sigmas", "80", "--layers", "conv", "--stats", "rms"]
+    main(["probe", "digits", *few, "--out=~/p"])
+    assert f"{tmp_path}/p exists: give another name" in refused(capsys, "probe", "digits", *few, "--out=~/p")
+    main(["freeze", "~/p", "--strategy", "budget", "--score", "rms", "--budget", "0.5", "--out", "~/q.json"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "p", "q.json"]
+
+
+def test_a_name_is_no_run_that_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In runs/, `digits` is the teacher, `./digits` the run."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "digits")
+    main(["evaluate", "digits", "--n", "16", "--metrics", "fid", "--steps", "1"])
+    assert not (tmp_path / "digits/evaluation.jsonl").exists()
+    (tmp_path / "file").touch()
+    where = ["--out", "file/x"]
+    assert "below a file" in refused(capsys, "evaluate", "./digits", "--n", "16", "--metrics", "fid", *where)
+    monkeypatch.setattr("gddlab.cli.check_free", lambda path, overwrite: None)  # the disk fills up meanwhile
+    assert "cannot be written" in refused(capsys, "evaluate", "./digits", "--n", "16", "--metrics", "fid", *where)
+    assert load_run("digits").evaluation["metric"].tolist() == ["fd-lite2@16"]
+    assert "no such file: digits/teacher.safetensors" in refused(capsys, "teacher", "score", "digits")
 
 
 @pytest.mark.parametrize("name", ["probe", "ablate", "freeze", "reproduce", "train", "preflight", "teacher train"])
@@ -295,7 +354,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a file: give a folder" in refused(capsys, "probe", "digits", "--out", __file__)
     assert "is a file: give a folder" in refused(capsys, "ablate", "digits", "--out", __file__)
     assert "is a folder: give a file" in refused(capsys, "mask", "show", str(Path(__file__).parent))
-    assert "cannot be written" in refused(capsys, "reproduce", "digits", "--out", __file__)
+    for more in ([], ["--dry-run"]):
+        assert "is a file: give a folder" in refused(capsys, "reproduce", "digits", "--out", __file__, *more)
     assert "--ship with --dry-run" in refused(capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--dry-run")
     assert "no run of 'digits'" in refused(
         capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--out", str(tmp_path / "o")
@@ -372,6 +432,9 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("mask shwo", "gddlab: unknown mask command 'shwo': did you mean 'show'"),
         ("--bogus", "available subcommands: demo, teacher, "),
         ("teacher", "expected one of {train, show, score}; see gddlab teacher --help"),
+        ("probe digits --sigmas", "gddlab: --sigmas without a value: give at least one, or omit it"),
+        ("reproduce digits --only --dry-run", "gddlab: --only without a value"),
+        ("probe digits --sigmas 80 --timesteps 3", "gddlab: --sigmas and --timesteps: give one of them"),
         ("probe digits --sigmas 80;1", "arguments: ['80;1']; the form is --sigmas FLOAT ...; see gddlab probe --help"),
         ("train --classes 3,x", "instantiated from ['3', 'x']; the form is --classes {None}|{[INT"),
         ("train --lr-g -1", "gddlab: --lr-g -1.0: input should be greater than 0"),

@@ -28,13 +28,13 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
-from gddlab.files import HUB_NAME, describe_start, path_of
+from gddlab.files import HUB_NAME, as_text, describe_start, path_of
 
 Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
 """What `open_dataset` takes; `find_source` refuses the rest."""
 
 BUILT_IN = ("digits", "cifar10")
-"""Names that mean a data set also where a folder is called so."""
+"""Names that mean a data set also where a folder is called so, which is then "./digits"."""
 
 
 def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listing:
@@ -52,7 +52,7 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
         return of_list(data)
     if not isinstance(data, str | Path):
         raise refusal_of("data", data, "give a name, a path, a dataset, an array, uint8 (N, H, W, C), or Pillow images")
-    text = str(data)
+    text = as_text(data)
     if text == "digits":
         return digits()
     if text.startswith("hf:"):
@@ -73,7 +73,7 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
             return read_cifar10(path)
         accepted = f"an EDM zip, a folder of images, a .npz or .npy of them, or {ARCHIVE}"
         raise GddlabError(f"{path} is {describe_start(head)}; a dataset is {accepted}")
-    if len(path.parts) > 1 or path.suffix or text.endswith("/") or isinstance(data, Path):
+    if "/" in text or path.suffix:
         hub = f"; of the Hugging Face hub, give 'hf:{text}'" if HUB_NAME.fullmatch(text) else ""
         raise NotFound(f"no such file or folder: {path}{hub}")
     raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
@@ -142,7 +142,7 @@ def open_dataset(
     """A dataset by name or path.
 
     Args:
-        data: One of
+        data: One of the following; "./digits" and Path("digits") are a folder, "digits" alone is not:
             "digits";
             "cifar10": the training images of cifar-10-python.tar.gz or cifar-10-batches-py in the working folder,
             $GDDLAB_HOME or the cache; or the path of either;

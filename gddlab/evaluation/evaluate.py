@@ -21,11 +21,12 @@ from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import is_run, path_of
+from gddlab.files import as_text
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
 from gddlab.runtime import beside_runs
+from gddlab.teachers.catalog import run_of
 
 
 @beside_runs()
@@ -91,14 +92,13 @@ def evaluate(
         raise GddlabError(
             f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
         )
-    about: dict[str, Any] = {"source": None, "data": str(data) if isinstance(data, str | Path) else None}
+    about: dict[str, Any] = {"source": None, "data": as_text(data) if isinstance(data, str | Path) else None}
     if isinstance(source, str | Path):
-        text = str(source)
-        if data is None and text.startswith("data:"):
+        about["source"] = text = as_text(source)
+        if not text.startswith("data:"):
+            about["run_dir"] = run_of(source)
+        elif data is None:
             data = text.removeprefix("data:")
-        if is_run(text):
-            about["run_dir"] = path_of("source", text)
-        about["source"] = text
         source = open_source(text, progress=progress)
     elif isinstance(source, np.ndarray | list | tuple):
         source = open_dataset(list(source) if isinstance(source, tuple) else source, progress=progress)
@@ -176,7 +176,7 @@ def real_split(
     rows = real_rows(real, spec, progress=progress).rows
     shared = time.perf_counter() - start
     images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
-    about = _about(spec, Reference.of(real)) | {"data": str(data) if isinstance(data, str | Path) else None}
+    about = _about(spec, Reference.of(real)) | {"data": as_text(data) if isinstance(data, str | Path) else None}
     about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
     ours, theirs = Extracted(rows[first], images.sha256), rows[second, : spec.dims]
     return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))

@@ -152,9 +152,12 @@ def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool =
 
     Returns:
         The records, those of the teacher first.
+
+    Raises:
+        NotFound: The folder holds no teacher, as the run directory of a student.
     """
     folder = path_of("run_dir", run_dir)
-    teacher = load_teacher(folder)
+    teacher = load_teacher(folder / "teacher.safetensors")
     records: list[Record] = []
     for steps in STEPS:
         save_grid(sample(teacher, 64, steps=steps), folder / f"samples-{steps}.png", columns=8, scale=1)

@@ -14,8 +14,9 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
-from gddlab.errors import GddlabError, shown
+from gddlab.errors import GddlabError, numbers_in, shown
 from gddlab.nets import Precond
+from gddlab.nets.precond import check_level
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import heun_step, one_hot, seed_list
@@ -29,8 +30,6 @@ Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
 
 SIGMA_STUDENT = 80.0
 TRAJECTORY_STEPS = 18
-SLACK = 1e-6
-"""How far a noise level may lie outside of a range: ends are rounded to float32."""
 MOST_LEVELS = 1000
 """Memory grows with the square of their number, where statistics compare them."""
 
@@ -230,18 +229,11 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
         grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
     else:
         try:
-            listed = list(steps)
-            if isinstance(steps, str) or any(isinstance(s, bool) for s in listed):  # "18" is not sigmas 1 and 8
-                raise TypeError
-            grid = [float(s) for s in listed]
+            grid = [float(s) for s in numbers_in(steps)]  # "18" is not sigmas 1 and 8
         except (TypeError, ValueError):
             raise GddlabError(f"timesteps={shown(steps)}: give a whole number, or a list of sigmas") from None
-        card = getattr(model, "card", None)  # its range is that of the training, which the network may not know
-        low, high = max(low, getattr(card, "sigma_min", low)), min(high, getattr(card, "sigma_max", high))
-        wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low * (1 - SLACK) <= s <= high * (1 + SLACK))]
-        if wrong:
-            accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
-            raise GddlabError(f"sigma {wrong[0]:g} in timesteps: this network accepts {accepted}")
+        for sigma in grid:
+            check_level(f"sigma {sigma:g} in timesteps", model, sigma)
         if not grid or len(set(grid)) < len(grid):
             raise GddlabError(f"timesteps={shown(grid)}: give at least one sigma, each once")
     if isinstance(model, Precond):  # iDDPM knows certain levels only

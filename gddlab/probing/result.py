@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path, folder_of, hash_tensors, path_of, read_json
+from gddlab.files import atomic_path, check_kind, folder_of, hash_tensors, holds_format, path_of, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.plots.axes import wide
@@ -313,9 +313,24 @@ class ProbeResult(Heatmaps, Lines):
 
     # On disk.
 
+    @staticmethod
+    def check_place(folder: str | Path) -> Path:
+        """The folder for a result.
+
+        Raises:
+            GddlabError: It is a file, or holds other files and no result.
+        """
+        place = folder_of("folder", folder)
+        check_kind(place, lambda path: holds_format(path / "meta.json", FORMAT), "probe result")
+        return place
+
     def save(self, folder: str | Path) -> None:
-        """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist."""
-        folder = folder_of("folder", folder)
+        """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist.
+
+        Raises:
+            GddlabError: As for `check_place`: only another result is replaced.
+        """
+        folder = self.check_place(folder)
         parquet, npz = io.BytesIO(), io.BytesIO()
         self.frame.to_parquet(parquet, index=False)
         np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError, validated
+from gddlab.nets.precond import check_level
 from gddlab.probing.layers import (
     LayerSelection,
     check_architecture,
@@ -47,10 +48,12 @@ def weight_change(
         all 0. `sem` is NaN: there are no images.
 
     Raises:
-        GddlabError: A chosen layer's parameters differ in name or shape; no layer has parameters.
+        GddlabError: A chosen layer's parameters differ in name or shape; no layer has parameters; no such sigma.
     """
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
+    if sigma is not None:
+        check_level(f"sigma={sigma}", denoiser_of(model), sigma)
     chosen = [layer for layer in select_layers(model, layers) if layer.n_params]
     found: dict[str, dict[str, Statistic]] = {}
     for layer in chosen:

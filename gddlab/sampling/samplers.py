@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gddlab.errors import GddlabError, integer, positive, unknown
+from gddlab.errors import GddlabError, integer, numbers_in, positive, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
-from gddlab.nets.precond import descending
+from gddlab.nets.precond import check_level, descending
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling.schedules import (
@@ -114,6 +114,9 @@ class Sampler:
                 f"noise levels from {hi:g} down to {lo:g}: the network takes {net.sigma_min:g} to {net.sigma_max:g}, "
                 "give sigma_min and sigma_max inside that range"
             )
+        for name, level in (("sigma_min", lo), ("sigma_max", hi)):
+            if (given := getattr(self, name)) is not None:
+                check_level(f"{name}={given:g}", net, level)
         return lo, hi
 
     def noise_levels(self, lo: float, hi: float) -> Float[Tensor, " steps"]:
@@ -281,6 +284,8 @@ def multistep(
 
 def _student_levels(net: OneStepPrecond, sigmas: Any) -> tuple[float, ...]:
     levels = descending("sigmas", sigmas, low=net.eps)
+    if levels and levels[0] > net.sigma_g:
+        raise GddlabError(f"sigmas={levels}: give descending noise levels from {net.sigma_g:g} at most")
     if not levels:
         raise GddlabError("sigmas=(): give descending noise levels, at least one, such as (80.0, 0.8)")
     return levels
@@ -326,7 +331,7 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
             raise GddlabError(f"seed={seed} for {count} images: seeds are 0..{MAX_SEED}")
         return range(first, first + count)
     try:
-        listed = [integer("seeds", s) for s in seeds]
+        listed = [integer("seeds", s) for s in numbers_in(seeds)]
     except TypeError:
         raise GddlabError(f"seeds={seeds!r}: give a list of integers, or seed={seeds!r} for the first") from None
     if not listed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import HUB_NAME, by_number, data_dir, hash_tensors, is_run, path_of, read_json
+from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.unets import UNETS
@@ -124,7 +124,8 @@ def load_teacher(source: str | Path) -> Precond:
             GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
             them and no other;
             the path of a .safetensors file that gddlab wrote;
-            a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student.
+            a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student. One that is called as
+            a bundled teacher is "./digits" or Path("digits").
 
     Returns:
         The network on the CPU, float32, eval mode, gradients off; `teacher.card` describes it.
@@ -134,9 +135,8 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
-    path = path_of("source", source)
-    if str(path) not in bundled_teachers() and is_run(path):
-        return load_student(path.resolve())
+    if (run_dir := run_of(source)) is not None:
+        return load_student(run_dir.resolve())
     name, path = _find(source)
     net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
     net.requires_grad_(False)
@@ -157,9 +157,15 @@ def load_teacher(source: str | Path) -> Precond:
     return net
 
 
+def run_of(source: str | Path) -> Path | None:
+    """The run directory of `gddlab.train` that a source is; None for a name and for all else."""
+    path = path_of("source", source)
+    return path if as_text(source) not in bundled_teachers() and is_run(path) else None
+
+
 def _find(source: str | Path) -> tuple[str, Path]:
     """The name, "" for a path, and the file."""
-    name, path = str(source), path_of("source", source)
+    name, path = as_text(source), path_of("source", source)
     if name in bundled_teachers():
         return name, data_dir() / "teachers" / name / "teacher.safetensors"
     if path.is_dir():
@@ -177,7 +183,7 @@ def _find(source: str | Path) -> tuple[str, Path]:
             f"no such file: {name}; networks of the Hugging Face hub are not fetched: give a name, an EDM .pkl or a "
             ".safetensors file that gddlab wrote, or a run directory; gddlab.wrap probes any network in memory"
         )
-    if len(path.parts) > 1 or path.suffix:
+    if "/" in name or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
 

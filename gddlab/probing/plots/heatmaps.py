@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gddlab.errors import GddlabError, shown, unknown
+from gddlab.nets.unets import TARGET_LAYERS
+from gddlab.probing.layers import difference
 from gddlab.probing.plots.axes import (
     Probed,
     Scale,
@@ -40,6 +42,9 @@ WIDEST = 13
 class Mask(Protocol):
     """What is read of a `FreezeMask`, whose package comes after this one."""
 
+    @property
+    def parameters(self) -> Sequence[tuple[str, Sequence[int]]]: ...
+
     def to_frame(self) -> pd.DataFrame: ...
 
 
@@ -61,7 +66,7 @@ class Heatmaps(Probed):
         """
         table = wide(self.frame, stat)
         rows = rows_of(self.frame, table.index)
-        shares = None if mask is None else _frozen_shares(mask, rows)
+        shares = None if mask is None else _frozen_shares(mask, rows, self.meta["parameters"])
         ax = _layers_down(ax, self.frame, stat, table, rows, shares)
         ax.set_xlabel("noise level σ")
         ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
@@ -236,19 +241,21 @@ def _layers_down(
     return ax
 
 
-def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
+def _frozen_shares(mask: Mask, rows: pd.DataFrame, parameters: Any) -> tuple[np.ndarray, float]:
     """Frozen share of each layer's parameters, its children's too, NaN for a layer without; and of all parameters."""
     if not hasattr(mask, "fingerprint"):
         raise GddlabError(f"mask={shown(mask)}: give a FreezeMask, what select_freeze or FreezeMask.load returns")
+    ours, theirs = (
+        {name: tuple(shape) for name, shape in known if set(TARGET_LAYERS).isdisjoint(name.split("."))}
+        for known in (mask.parameters, parameters)
+    )
+    if where := difference(ours, theirs, ("mask", "network")):
+        raise GddlabError(f"this mask is for another network than was probed: {where}")
     table = mask.to_frame()
     sizes = table[["size"]].assign(still=table["size"].where(table["frozen"], 0))
     out = []
-    for name, count in rows["n_params"].items():
+    for name in rows.index:
         mine = sizes[table["parameter"].str.startswith(f"{name}.")].sum()
-        if count and not mine["size"]:
-            raise GddlabError(
-                f"this mask has no parameters of layer {name!r}: give a mask of the network that was probed"
-            )
         out.append(mine["still"] / mine["size"] if mine["size"] else np.nan)
     return np.array(out), sizes["still"].sum() / sizes["size"].sum()
 
