@@ -53,7 +53,9 @@ class Command:
             SystemExit: After --help.
         """
         options = _options_of(self, words)
-        flags = {_flag(name): kind for name, kind in _named(options, self.parts)}
+        flags: dict[str, Any] = {}
+        for name, kind in _named(options, self.parts):  # kinds of a part may have options of one name
+            flags[_flag(name)] = kind | flags.get(_flag(name), kind)
         several = {flag for flag, kind in flags.items() if "tuple[" in str(kind)}
         _check_words(prog, words, flags)
         required = [f.name.upper() for f in dataclasses.fields(options) if f.default is dataclasses.MISSING]
@@ -90,6 +92,8 @@ class Command:
 def _flat(kind: Any, parts: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Options by their dotted names, with their types; `parts` are fields whose fields are options without a prefix."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if typing.get_origin(hint) is typing.ClassVar:
+            continue
         yield prefix + name, hint
         for member in members(hint):
             if name in parts or hasattr(member, "model_fields"):
@@ -178,8 +182,9 @@ def _check_words(prog: str, words: list[str], flags: Mapping[str, Any]) -> None:
             flag = name.replace("_", "-")
             plain = re.sub(r"(?<=[-.])no-", "", flag, count=1)
             if not {flag, plain} & {*flags, "--help"} and not flag.endswith(".kind"):
-                raise GddlabError(f"{unknown('option', flag, [*flags, '--help'])} (see {prog} --help)")
-            choices = _choices(flags.get(flag))
+                options = [f for f in flags if not any(other.startswith(f"{f}.") for other in flags)]
+                raise GddlabError(f"{unknown('option', flag, [*options, '--help'])} (see {prog} --help)")
+            choices = [] if flag.endswith(".kind") else _choices(flags.get(flag))  # its part says which there are
             if not given:
                 continue
         for part in _between_commas(word) if choices else ():

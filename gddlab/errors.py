@@ -61,7 +61,8 @@ def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
     folded = {str(name).casefold(): name for name in names}
     given = str(value).casefold()
     same = [folded[given]] if given in folded else []
-    near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3)]
+    # fp16 is like float16, list not like stop
+    near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3, cutoff=0.54)]
     if near:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
         if len(names) <= 12:
@@ -86,7 +87,7 @@ def integer(name: str, value: Any) -> int:
 def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
     """Refuses a function that cannot be called with these arguments; `name` is for the message."""
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(getattr(function, "forward", function)).bind(*arguments)  # a network's own takes anything
     except TypeError:
         given = getattr(function, "__name__", type(function).__name__)
         raise GddlabError(f"{name}={given}: give a function of {', '.join(arguments)}") from None

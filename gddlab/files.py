@@ -300,7 +300,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = path_of("folder", folder)
+    path = path_of("path", folder)
     if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
         return False
     if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
