@@ -58,8 +58,8 @@ def shown(value: object) -> str:
 def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
     """The refusal of a name: `value` is not among `accepted`; near matches, whatever their case, come first."""
     names = list(dict.fromkeys(accepted))
-    folded = {str(name).casefold(): name for name in names}
-    given = str(value).casefold()
+    folded = {str(name).lstrip("-").casefold(): name for name in names}
+    given = str(value).lstrip("-").casefold()
     same = [folded[given]] if given in folded else []
     # fp16 is like float16, list not like stop
     near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3, cutoff=0.54)]

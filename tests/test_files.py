@@ -15,6 +15,7 @@ import gddlab
 from gddlab.errors import GddlabError, Unwritable
 from gddlab.evaluation.images import open_source
 from gddlab.files import atomic_path, by_number, check_free, folder_of, path_of, read_jsonl, thin_jsonl, write_text
+from gddlab.runs import list_runs
 from tests.conftest import tiny_config
 
 
@@ -44,12 +45,12 @@ def test_a_name_that_the_system_does_not_take(path: str, why: str) -> None:
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
-    tiny_config(tmp_path / "r").write()
+    tiny_config(tmp_path / "r", tmp_path / "teacher").write()
     run = gddlab.load_run(tmp_path / "r")
     write_text(run.run_dir / "status.json", '{"nimg": "a", "total_nimg": "b"}')
     write_text(run.run_dir / "metrics.jsonl", '{"kimg": 1}\n3\n')
     assert "status.json holds nimg='a', no number: it is damaged" in repr(run)
-    assert gddlab.listing(tmp_path).state.item() == "damaged"
+    assert list_runs(tmp_path)[0]["state"] == "damaged"
     with pytest.raises(GddlabError, match=r"metrics.jsonl is damaged: the line that begins '3'"):
         run.last_metrics  # noqa: B018
     with pytest.raises(GddlabError, match=r"status.json is a file: give a folder"):
