@@ -376,7 +376,7 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("probe digits --states Prior", "unknown --states 'Prior': did you mean 'prior'? Accepted: noised, prior, "),
         (
             "probe digits --dtype=fp16",
-            "unknown --dtype 'fp16': did you mean 'float16'? Accepted: float32, bfloat16, float16",
+            "unknown --dtype 'fp16': did you mean 'float16'? Accepted: float32, bfloat16",
         ),
         ("ablate digits --mode Mean", "unknown --mode 'Mean': did you mean 'mean'?"),
         ("prepare x y.zip --crop Center", "unknown --crop 'Center': did you mean 'center'?"),
