@@ -601,7 +601,7 @@ def to_json(value: object) -> str:
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that cannot be written, or holds something else, before minutes are spent."""
-    folder_of("--out", folder)
+    folder_of("out", folder)
     gddlab.ProbeResult.check_place(folder)
     check_free(folder, overwrite)
 
@@ -728,8 +728,11 @@ def overview(words: list[str]) -> None:
         listed = {n.split()[1]: c.summary for n, c in COMMANDS.items() if n.split()[0] == group}
     else:
         listed = {n.split()[0]: GROUPS.get(n.split()[0], c.summary) for n, c in COMMANDS.items()}
-    if asked and not asked[0].startswith("-"):
-        raise unknown(f"{group} command" if group else "command", asked[0], listed)
+    if asked and asked[0] not in ("-h", "--help"):
+        kind, flags = f"{group} command" if group else "command", ["--help"] if group else ["--help", "--version"]
+        if asked[0].startswith("-"):
+            raise unknown("option", asked[0], flags)
+        raise unknown(kind, asked[0], [*listed, *flags])
     stubs: dict[str, Callable[[], Any]] = {
         name: dataclasses.make_dataclass("Stub", [], namespace={"__doc__": doc}) for name, doc in listed.items()
     }
@@ -751,7 +754,7 @@ def call(name: str, words: list[str]) -> None:
         own = inspect.signature(command.run).parameters
         command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
     except GddlabError as e:
-        raise GddlabError(command.in_shell_words(str(e))) from e
+        raise type(e)(command.in_shell_words(str(e))) from e
 
 
 if __name__ == "__main__":

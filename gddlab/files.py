@@ -35,13 +35,22 @@ def path_of(name: str, value: object) -> Path:
     """`value` as a path; `name` is for the message.
 
     Raises:
-        GddlabError: It is no path, or a URL, or empty, which would mean the working folder.
+        GddlabError: It is no path, or a URL, or empty, which would mean the working folder; or the system takes no such
+            name.
     """
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise GddlabError(f"{name}={shown(value)}: give a path")
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(value)):  # one slash: a Path has no more
-        raise GddlabError(f"{name}={str(value)!r} is a URL: download it, and give the path")
-    return Path(value).expanduser()
+    if url := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(value)):  # a Path has one slash
+        raise GddlabError(f"{name}={f'{url[1]}://{url[2]}'!r} is a URL: give a path on this machine")
+    try:
+        path = Path(value).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as e:  # too long, a home of nobody, a null byte
+        reason = str(getattr(e, "strerror", None) or e).rstrip(".")
+        raise GddlabError(f"{name}={shown(str(value))}: {reason[:1].lower()}{reason[1:]}, give another path") from None
+    return path
 
 
 def folder_of(name: str, value: object, accepted: str = "a folder") -> Path:
@@ -77,7 +86,7 @@ def check_free(path: Path, overwrite: bool) -> None:
             as below a file or where the system does not let it be written.
     """
     if not overwrite and _taken(path):
-        raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True, --overwrite)")
+        raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True)")
     there = nearest_existing(path if path.is_dir() else path.parent)
     if not there.is_dir():
         raise GddlabError(f"{path} is below a file: give another name")
@@ -259,11 +268,9 @@ def read_end(path: str | Path, size: int = 1 << 16) -> list[str]:
 def last_jsonl(path: str | Path) -> dict[str, Any] | None:
     """The last complete line of a .jsonl file, without reading the others; None where there is none."""
     for line in reversed(read_end(path)):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # still being written
-            continue
-        return found
+        with contextlib.suppress(json.JSONDecodeError):  # still being written
+            json.loads(line)
+            return _object(Path(path), line)
     return None
 
 
@@ -329,7 +336,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = Path(folder).expanduser()
+    path = path_of("path", folder)
     if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
         return False
     if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):

@@ -42,9 +42,13 @@ class Run:
             raise NotFound(f"{run_dir} is no run directory: it has no config.json")
 
     def __repr__(self) -> str:
-        s = self.written_status
-        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
-        return f"<run {self.run_dir.name}: {self.status}{share}>"
+        try:
+            s, status = self.written_status, self.status
+        except GddlabError as e:
+            return f"<run {self.run_dir.name}: {e}>"
+        known = {"nimg", "total_nimg"} <= s.keys()
+        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if known else ""
+        return f"<run {self.run_dir.name}: {status}{share}>"
 
     @property
     def config(self) -> TrainConfig:
@@ -194,6 +198,8 @@ def load_runs(folder: str | Path) -> list[Run]:
         NotFound: No such folder, or no run in it.
     """
     folder = path_of("folder", folder)
+    if folder.is_file():
+        raise GddlabError(f"{folder} is a file: give a folder that holds run directories")
     if not folder.is_dir():
         raise NotFound(f"no such folder: {folder}")
     found = sorted(p.parent for p in folder.rglob("config.json") if is_run(p.parent))

@@ -19,15 +19,16 @@ from gddlab.errors import GddlabError, NotFound, Unwritable
 from gddlab.evaluation.images import open_source
 from gddlab.files import atomic_path, by_number, check_free, folder_of, path_of, read_jsonl, thin_jsonl, write_text
 from gddlab.nets import Precond
+from gddlab.runs import list_runs
 from tests.conftest import tiny_config
 
 
 @pytest.mark.parametrize("url", ["https://x/y.pkl", Path("https://x/y.pkl"), "s3://bucket/y"])
 def test_a_url_is_no_path(url: object) -> None:
-    with pytest.raises(GddlabError, match=r"^source='(https|s3):/.* is a URL: download it, and give the path"):
+    with pytest.raises(GddlabError, match=r"^source='(https://x|s3://bucket)/y.* is a URL: give a path on "):
         path_of("source", url)
     for call in (gddlab.load_teacher, gddlab.open_dataset):
-        with pytest.raises(GddlabError, match="is a URL: download it"):
+        with pytest.raises(GddlabError, match=r"://.* is a URL: give a path"):
             call(url)  # type: ignore[arg-type]
 
 
@@ -51,6 +52,35 @@ def test_a_bare_word_may_be_a_name_and_all_else_is_a_path(tmp_path: Path, monkey
         for path in (Path("digits-cond"), "./digits-cond", "digits-cond/"):
             with pytest.raises(NotFound, match="no such file"):
                 call(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("x\0y", "embedded null byte"), ("~nobody-there/x", "could not determine"), ("a" * 300, "file name too long")],
+)
+def test_a_name_that_the_system_does_not_take(path: str, why: str) -> None:
+    for call in (
+        gddlab.open_dataset,
+        gddlab.load_teacher,
+        gddlab.evaluate,
+        lambda path: gddlab.presets.digits(run_dir=path),
+    ):
+        with pytest.raises(GddlabError, match=f"{why}.*, give another path$") as refused:
+            call(path)
+        assert len(str(refused.value)) < 250
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    tiny_config(tmp_path / "r", tmp_path / "teacher").write()
+    run = gddlab.load_run(tmp_path / "r")
+    write_text(run.run_dir / "status.json", '{"nimg": "a", "total_nimg": "b"}')
+    write_text(run.run_dir / "metrics.jsonl", '{"kimg": 1}\n3\n')
+    assert "status.json holds nimg='a', no number: it is damaged" in repr(run)
+    assert list_runs(tmp_path)[0]["state"] == "damaged"
+    with pytest.raises(GddlabError, match=r"metrics.jsonl is damaged: the line that begins '3'"):
+        run.last_metrics  # noqa: B018
+    with pytest.raises(GddlabError, match=r"status.json is a file: give a folder"):
+        gddlab.load_runs(run.run_dir / "status.json")
 
 
 def test_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path) -> None:

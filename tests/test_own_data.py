@@ -92,7 +92,7 @@ def test_other_images_at_the_same_place_are_refused(home: Path, tmp_path: Path) 
             with pytest.raises(GddlabError, match=r"holds other images than this network was trained on"):
                 call()
         config = gddlab.load_run(home / "r").config
-        with pytest.raises(GddlabError, match=r"began with other images than .*own/digits holds now"):
+        with pytest.raises(GddlabError, match=r"holds another run: .*own/digits holds other images now; use a new"):
             gddlab.train(config)
         with pytest.warns(UserWarning, match=r"data has moved from .*own/digits to .*own/elsewhere; its hash is"):
             assert gddlab.train(config.model_copy(update={"data": moved})).status == "done"

@@ -29,6 +29,7 @@ from gddlab.datasets.readers import (
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
 from gddlab.files import HUB_NAME, as_text, describe_start, path_of
+from gddlab.runtime import Seed
 
 Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
 """What `open_dataset` takes; `find_source` refuses the rest."""
@@ -102,8 +103,8 @@ def data_of(card: Any) -> ImageDataset | None:
         raise NotFound(f"{data}, the data of this network, is no longer there: give data= with its new place") from None
     if used.manifest.sha256 != manifest["sha256"]:
         raise GddlabError(
-            f"{data} holds other images than this network was trained on (now {len(used)}, then {manifest['count']}): "
-            "give data="
+            f"{data} holds other images than this network was trained on ({manifest['count']} then, {len(used)} now, "
+            f"sha256 {manifest['sha256'][:8]} then, {used.manifest.sha256[:8]} now): give data="
         )
     return used if options.keys() <= {"classes"} else open_dataset(data, classes=options.get("classes"))
 
@@ -133,7 +134,7 @@ def open_dataset(
     *,
     classes: Sequence[int] | Set[int] | None = None,
     max_images: PositiveInt | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     xflip: bool = False,
     memory: Literal["auto", "ram", "mapped"] = "auto",
     download: bool = False,

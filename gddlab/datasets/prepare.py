@@ -31,7 +31,7 @@ from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
 from gddlab.files import check_free, hash_json, path_of
 from gddlab.progress import progress_bar
-from gddlab.runtime import usable_cores
+from gddlab.runtime import Seed, usable_cores
 
 _MAX_SIDE = 8192
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
@@ -278,7 +278,7 @@ def prepare(
     alpha: Literal["refuse", "white", "black"] = "refuse",
     classes: Sequence[int] | Set[int] | None = None,
     max_images: PositiveInt | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     workers: PositiveInt | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -345,7 +345,7 @@ def prepare(
 
 def _target(source: Source, out: str | Path | None, overwrite: bool) -> Path:
     if out is None:
-        raise GddlabError("out=None: give the zip to make, or dry_run=True to check the source only")
+        raise GddlabError("out is missing: give the zip to make, or dry_run=True to check the source only")
     path = path_of("out", out)
     if path.suffix.lower() != ".zip" or path.is_dir():
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")

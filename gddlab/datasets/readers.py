@@ -25,6 +25,7 @@ from gddlab.datasets.listing import (
     GIVEN,
     LABELS,
     MANIFEST,
+    MAX_CLASSES,
     Listing,
     Problem,
     attempt,
@@ -215,6 +216,8 @@ def of_array(images: np.ndarray, labels: np.ndarray | None = None, *, name: str,
         what = f"{labels.dtype} {labels.shape}"
         raise GddlabError(f"{source}: labels are {what}: give integers from 0 up, ({len(images)},)")
     classes = 0 if labels is None else int(labels.max()) + 1
+    if classes > MAX_CLASSES:
+        raise GddlabError(f"{source}: the largest label is {classes - 1}, accepted are 0..{MAX_CLASSES - 1}")
     if not (images.flags.writeable or isinstance(images, np.memmap)):
         images = images.copy()  # as jax gives them; torch warns of arrays that cannot be written
     if images.shape[1] == images.shape[2]:

@@ -26,6 +26,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import folder_of, located, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
+from gddlab.runtime import Seed
 from gddlab.teachers import bundled_teachers
 
 
@@ -150,7 +151,7 @@ class TrainConfig(RunSettings):
     """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level is two steps."""
     mask: Annotated[FreezeMask | None, BeforeValidator(_mask), tyro.conf.Suppress, tyro.conf.Fixed] = None
     """What is frozen; None trains everything (GDD). On the command line it is given by its file."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of discriminator, projection, order, noise."""
     total_kimg: float = Field(default=5000, gt=0)
     """Length, thousands of real images."""

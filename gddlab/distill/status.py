@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gddlab.errors import GddlabError, shown
 from gddlab.files import read_object, write_json
 
 ACTIVE = ("starting", "running")
@@ -31,7 +32,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         GddlabError: It is damaged.
     """
-    return read_object(run_dir / "status.json")
+    status = read_object(run_dir / "status.json")
+    for name in ("heartbeat", "nimg", "total_nimg"):
+        if not isinstance(status.get(name, 0), int | float):
+            raise GddlabError(f"{run_dir / 'status.json'} holds {name}={shown(status[name])}, no number: it is damaged")
+    return status
 
 
 NAME = re.compile(r"\d+\.\d{3}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
@@ -22,7 +22,7 @@ from gddlab.nets.architectures import NCSNPP
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
-from gddlab.runtime import generator
+from gddlab.runtime import Seed, generator
 from gddlab.sampling import sample, save_grid
 
 
@@ -37,7 +37,7 @@ class TeacherConfig(RunSettings):
     """Whether the network sees class labels."""
     model_channels: int = Field(default=32, ge=4)
     """Base width of the NCSN++ U-Net."""
-    channel_mult: tuple[int, ...] = (1, 2)
+    channel_mult: tuple[PositiveInt, ...] = Field(default=(1, 2), min_length=1)
     """Width of each level, as a multiple of the base."""
     num_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level."""
@@ -63,7 +63,7 @@ class TeacherConfig(RunSettings):
     """Mean of ln sigma."""
     p_std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln sigma."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""

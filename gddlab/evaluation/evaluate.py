@@ -25,7 +25,7 @@ from gddlab.files import as_text
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
-from gddlab.runtime import beside_runs
+from gddlab.runtime import Seed, beside_runs
 from gddlab.teachers.catalog import run_of
 
 
@@ -37,7 +37,7 @@ def evaluate(
     data: Source | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: Annotated[int, Field(ge=2)] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     steps: int | None = None,
     extractor: str = "lite2",
     blocks: PositiveInt = 1,
@@ -140,7 +140,7 @@ def real_split(
     *,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     extractor: str = "lite2",
     progress: bool = True,
 ) -> Scores:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, NotFound, unknown, validated
+from gddlab.errors import GddlabError, NotFound, shown, unknown, validated
 from gddlab.files import check_kind, hash_json, holds_format, path_of, read_json, write_json
 from gddlab.freezing.strategies import STRATEGIES
 from gddlab.nets.unets import TARGET_LAYERS
@@ -399,9 +399,7 @@ class FreezeMask:
             GddlabError: Not a mask, or edited by hand.
         """
         if (name := str(path)) in STRATEGIES and not Path(name).exists():
-            raise NotFound(
-                f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r}) or --strategy {name}"
-            )
+            raise NotFound(f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r})")
         value = read_json(path)
         try:
             return cls.from_dict(value)
@@ -412,7 +410,7 @@ class FreezeMask:
 def check_same_network(mask: FreezeMask, other: FreezeMask) -> None:
     """Refuses what is no mask, or a mask of another architecture."""
     if not isinstance(other, FreezeMask):
-        raise GddlabError(f"{other!r} is no FreezeMask: give what select_freeze or FreezeMask.load returns")
+        raise GddlabError(f"{shown(other)} is no FreezeMask: give what select_freeze or FreezeMask.load returns")
     if mask.fingerprint != other.fingerprint:
         raise GddlabError(f"masks of {mask.n_params:,} and {other.n_params:,} parameters are for different networks")
 

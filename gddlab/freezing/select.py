@@ -206,14 +206,15 @@ def _check(source: object, strategy: Any, given: dict[str, Any]) -> None:
     used = USES[strategy] if isinstance(strategy, str) else ()
     for name in (n for n in given if n not in used):
         others = " or ".join(f'"{s}"' for s in STRATEGIES if name in USES[s])
-        raise GddlabError(f"{name}={describe(given[name])!r} has no meaning for {shown}: omit it, or take {others}")
+        value = "" if name == "mask" else repr(describe(given[name]))
+        raise GddlabError(f"{name}={value} has no meaning for {shown}: omit it, or take {others}")
     if "mask" in given:
         _check_mask(given)
     elif strategy == "invert":
         raise GddlabError('strategy="invert" inverts a mask: give mask=')
     if "score" in used:
         if not isinstance(source, ProbeResult):
-            raise GddlabError(f"{shown} orders layers by a measurement: give the ProbeResult of probe(...)")
+            raise GddlabError(f"{shown} orders layers by a measurement: give the result of a probe")
         if "score" not in given:
             raise GddlabError(f"{shown} needs score=: accepted are {', '.join(source.stats)}, combinations, functions")
         if "at" in given and callable(given["score"]):

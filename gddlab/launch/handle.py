@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class RunFailed(GddlabError):
     """The run ended with an error; the message holds the failing rank's own traceback, or its refusal in one line."""
 
+    whole = True
+
 
 class RunHandle(Run):
     """A run directory and its processes. It holds no connection: closing the kernel does not end the run."""

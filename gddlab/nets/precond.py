@@ -362,7 +362,7 @@ def descending(name: str, sigmas: Any, *, low: float, high: float = math.inf) ->
     try:
         levels = tuple(float(s) for s in numbers_in(sigmas))
     except (TypeError, ValueError):
-        raise GddlabError(f"{name}={sigmas!r}: give a list of noise levels, such as (80.0, 0.8)") from None
+        raise GddlabError(f"{name}={shown(sigmas)}: give a list of noise levels, such as (80.0, 0.8)") from None
     if not all(a > b for a, b in itertools.pairwise((high, *levels, low))):
         below = "" if high == math.inf else f"below {high:g} and "
         raise GddlabError(f"{name}={levels}: give descending noise levels {below}above {low:g}")

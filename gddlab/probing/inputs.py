@@ -222,7 +222,7 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
             raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, omit timesteps (or --sigmas)")
         return [float(getattr(model, "sigma_g", SIGMA_STUDENT))]
     steps: Any = 18 if timesteps is None else timesteps
-    count = len(steps) if isinstance(steps, Sized) else steps
+    count = len(steps) if isinstance(steps, Sized) and getattr(steps, "ndim", None) != 0 else steps
     if isinstance(count, Integral) and int(count) > MOST_LEVELS:
         raise GddlabError(f"timesteps: {count} noise levels, give at most {MOST_LEVELS}")
     if isinstance(steps, Integral) and not isinstance(steps, bool):

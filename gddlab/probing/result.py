@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import atomic_path, check_kind, folder_of, hash_tensors, holds_format, path_of, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
@@ -407,7 +407,7 @@ def _statistic(name: str, identity: str) -> type[Statistic] | None:
 
 def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
     if not isinstance(other, ProbeResult):
-        raise GddlabError(f"{other!r} is no ProbeResult: give what probe, ablate and the like return")
+        raise GddlabError(f"{shown(other)} is no ProbeResult: give what probe, ablate and the like return")
     ours, theirs = (r.meta["model"]["fingerprint"] for r in (first, other))
     if ours != theirs:
         raise GddlabError(

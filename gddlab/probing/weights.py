@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, shown, validated
 from gddlab.nets.precond import check_level
 from gddlab.probing.layers import (
     LayerSelection,
@@ -72,7 +72,7 @@ def weight_change(
         found[layer.name] = {"weight_change": WeightChange([ratio])}
     chosen = [layer for layer in chosen if layer.name in found]
     if not chosen:
-        raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
+        raise GddlabError(f"layers={shown(layers)}: none of these has parameters, choose others")
     meta = network_meta(model, chosen) | {"data": None, "states": "weights", "n_images": 0, "seed": None, "images": []}
     return ProbeResult.of(chosen, [level], found, meta)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
 from gddlab.datasets.pixels import BadImage, array, decode
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, seconds
 from gddlab.files import as_text, folder_of, hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
@@ -110,7 +110,7 @@ def sample_files(
         "dtype": precision(dtype),
         "channels_last": channels_last,
         "device": device,
-        "timeout_s": timeout_s,
+        "timeout_s": seconds("timeout_s", timeout_s),
         **settings,
     }
     if device != "auto" and not isinstance(model, str | Path):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gddlab.errors import GddlabError, NotFound, unknown
+from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
@@ -225,7 +225,7 @@ def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None
         found = [p for p in snapshots_of(run_dir) if str(snapshot) in (p.stem, f"{float(p.stem):g}")]
     if not found:
         have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
-        raise NotFound(f"{run_dir} has no student {snapshot or ''}: snapshots are {have}")
+        raise NotFound(f"{run_dir} has no student {'' if snapshot is None else shown(snapshot)}: snapshots are {have}")
     net, meta = load_network(found[-1])
     if not isinstance(net, OneStepPrecond):
         raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")

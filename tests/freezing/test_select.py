@@ -312,7 +312,7 @@ def test_none_counts_as_not_given(net, rule):
 
 def test_other_refusals(net, rule):
     for strategy in ("budget", "threshold", "per-resolution"):
-        with pytest.raises(GddlabError, match="give the ProbeResult"):
+        with pytest.raises(GddlabError, match="give the result of a probe"):
             select_freeze(net, strategy=strategy, score="rms")
     with pytest.raises(GddlabError, match="source is a str"):
         select_freeze("digits", strategy="gdd-i")

@@ -144,6 +144,9 @@ def test_the_card_names_the_data(net):
         ({"seed": 1.5}, "seed"),
         ({"seed": -1}, "seeds are 0"),
         ({"seed": 2**32}, "seeds are 0"),
+        ({"timesteps": torch.tensor(2)}, r"timesteps=tensor\(2\): give a whole number, or a list"),
+        ({"timesteps": np.array(2)}, r"timesteps=array\(2\): give a whole number, or a list"),
+        ({"device": "meta"}, "device='meta' holds no values: give another, such as cpu"),
         ({"device": "nope"}, "device='nope' cannot be used here"),
         ({"data": 5}, "data=5: give a name"),
         ({"layers": 5}, "layers=5: give a name"),
@@ -158,6 +161,7 @@ def test_the_card_names_the_data(net):
 def test_bad_input_is_refused(net, pictures, kwargs, says):
     with pytest.raises(GddlabError, match=says):
         probe(net, **({"data": pictures, "n": 2, "timesteps": [1.0]} | kwargs))
+    assert next(net.parameters()).device.type == "cpu"
 
 
 def test_sigma_outside_of_the_range_and_images_that_do_not_fit(pictures):

@@ -73,6 +73,14 @@ def test_foreign_pictures_and_a_damaged_line_do_not_end_a_report(tmp_path: Path)
     assert "metrics.jsonl is damaged: the line that begins 'oops' is no JSON object" in " ".join(text_of(page).split())
 
 
+def test_a_damaged_grid_is_named(tmp_path: Path) -> None:
+    run_dir = copied(tmp_path, "run")
+    (run_dir / "samples" / "000000.900.png").write_text("no image")
+    with pytest.raises(GddlabError, match=r"000000\.900\.png is no image .*: remove it$"):
+        gddlab.report(run_dir, out=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_shipped_run_is_told_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, out = DIGITS / "gdd-i" / "seed-0", tmp_path / "page.html"
     main(["report", str(run_dir), "--out", str(out)])

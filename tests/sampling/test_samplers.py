@@ -182,7 +182,7 @@ def test_grid_pixels() -> None:
         (lambda s, t: sample(s, 2, seed=-1), "seed=-1 for 2 images: seeds are 0..4294967295"),
         (lambda s, t: sample(s, 2, seed=2**32 - 1), "seed=4294967295 for 2 images"),
         (lambda s, t: sample(s, seeds=5), "seeds=5: give a list of integers, or seed=5"),
-        (lambda s, t: sample(s, seeds=[]), "seeds is empty"),
+        (lambda s, t: sample(s, seeds=[]), r"seeds=\[\]: give one seed"),
         (lambda s, t: sample(s, 3, seeds=[1, 2]), "n=3 with 2 seeds"),
         (lambda s, t: sample(s, seeds=[1, -2]), "seeds hold -2"),
         (lambda s, t: sample(s, seeds=[0.5]), "seeds=0.5"),
