@@ -304,24 +304,24 @@ def train(
             options = {"rdzv_endpoint": HEAD} | options
         say(prepared(config, Launch(**options), print_launch))
         return
-    run = gddlab.train(config, **options)
-    if not detach:
-        with following(run.run_dir):
+    with following(config.run_dir):
+        run = gddlab.train(config, **options)
+        if not detach:
             run.watch()
     say(run)
 
 
 @contextlib.contextmanager
 def following(run_dir: Path) -> Iterator[None]:
-    """Says on Ctrl-C that the run goes on, and how to end it."""
+    """Says on Ctrl-C whether the run goes on, and how to end it."""
     from gddlab.lock import held
 
     try:
         yield
     except KeyboardInterrupt:
-        if run_dir.is_dir() and held(run_dir):
-            sys.stderr.write(f"\n{run_dir} is still running: gddlab watch, stop or kill {run_dir}\n")
-        raise
+        if held(run_dir):
+            raise KeyboardInterrupt(f"{run_dir} is still running: gddlab watch, stop or kill {run_dir}") from None
+        raise KeyboardInterrupt(f"nothing runs in {run_dir}") from None
 
 
 @command("watch")
@@ -704,7 +704,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk
         sys.stderr.write(f"gddlab: {e.filename or 'file system'}: {e.strerror or e}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        sys.stderr.write(f"\ngddlab: {e}\n" if e.args else "")
         sys.exit(130)
     finally:
         warnings.formatwarning = shown

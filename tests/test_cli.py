@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,12 +18,13 @@ import gddlab
 from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
+from gddlab.errors import NotFound
 from gddlab.freezing import FreezeMask
 from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
-from tests.conftest import tiny_net
+from tests.conftest import tiny_config, tiny_net
 from tests.teachers.pickles import write_snapshot
 
 
@@ -274,6 +276,30 @@ def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     flags = ["--model-channels", "8", "--num-blocks", "1", "--batch", "8", "--total-kimg", "0.016"]
     main(["teacher", "train", "--run-dir", str(tmp_path / "t"), *flags])
     assert (tmp_path / "t" / "teacher.safetensors").exists()
+
+
+def test_a_teacher_is_no_run(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finished or not, its folder is refused where a run is asked for, and the other way round; nothing is written."""
+    done, begun, run = tmp_path / "done", tmp_path / "begun", tmp_path / "run"
+    for folder in (done, begun):
+        gddlab.TeacherConfig(run_dir=folder).write()
+    shutil.copy(tiny_teacher, done / "teacher.safetensors")
+    (begun / "provenance.json").write_text("{}")
+    tiny_config(run, tiny_teacher).write()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for folder in (done, begun):
+        for words in (["watch"], ["stop"], ["kill"], ["report", "--out", str(tmp_path / "r.html")], ["runs"]):
+            said = refused(capsys, *words[:1], str(folder), *words[1:])
+            assert f"{folder} is a teacher's folder, not a run: give" in said
+        for call in (gddlab.attach, gddlab.load_run):
+            with pytest.raises(NotFound, match="is a teacher's folder, not a run"):
+                call(folder)
+        train = ["train", "digits", "--teacher", str(tiny_teacher), "--run-dir", str(folder)]
+        assert f"{folder} holds a teacher, no run: give an empty or new folder" in refused(capsys, *train)
+    teacher = ["teacher", "train", "--run-dir", str(run)]
+    assert f"{run} holds a run, no teacher: give an empty or new folder" in refused(capsys, *teacher)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert "not finished" in refused(capsys, "sample", str(begun), "--out", str(tmp_path / "x.png"))
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from gddlab.distill.status import read_status, write_status
+from gddlab.distill.status import mark, read_status
 from gddlab.errors import GddlabError
 from gddlab.launch.plan import TIMEOUT
 from gddlab.lock import OWNED, Job, sign, take
@@ -45,7 +45,7 @@ def run_rank(run_dir: str | Path) -> int:
         if restarts and read_status(folder).get("cause") == "refused":
             return 1  # it would be refused again
         if rank == 0:
-            write_status(folder, "starting")
+            mark(folder, "starting")
         config = TrainConfig.load(folder)
         world = World.start(config.device, timeout_s=timeout)
         try:
@@ -83,7 +83,7 @@ def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> 
     about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
     cause = "silent" if isinstance(error, RankTimeout) else "refused" if isinstance(error, GddlabError) else "error"
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: log and exit code remain
-        write_status(run_dir, "failed", **about, cause=cause)
+        mark(run_dir, "failed", **about, cause=cause)
 
 
 def _of_the_system(error: Exception, folder: Path) -> GddlabError | None:
