@@ -111,7 +111,8 @@ def prepare(source: Positional[str], out: Positional[Path | None] = None, **opti
         source: Folder, zip, cifar10, cifar-10-python.tar.gz, or hf:NAME[:CONFIG][:SPLIT].
     """
     report = gddlab.prepare(source, out, **options)
-    say(report)
+    for line in str(report).splitlines():
+        say(COMMANDS["prepare"].in_shell_words(line))
     if not report.ok:
         sys.exit(2)
 
@@ -185,10 +186,13 @@ def freeze(
         mask: The mask that invert inverts, or whose share random takes.
         overwrite: Replaces a mask that is there.
     """
-    check_free(out, overwrite)
     folder = Path(source)
     measured = (folder / "frame.parquet").exists()
-    network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    try:
+        network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    except GddlabError as e:
+        raise e if folder.exists() else GddlabError(f"{e}; or a folder that gddlab probe wrote") from None
+    check_free(out, overwrite)
     if mask is not None:
         options["mask"] = gddlab.FreezeMask.load(mask)
     chosen = gddlab.select_freeze(network, strategy=strategy, **options)
@@ -228,7 +232,7 @@ def mask_compare(masks: Positional[tuple[Path, ...]]) -> None:
     say(found.overlap.round(3).to_string())
     if len(loaded) == 2:
         first, second = loaded.values()
-        table = first.diff(second)
+        table = first.diff(second).rename(columns=dict(zip(("self", "other"), loaded, strict=True)))
         say(f"\n{len(table)} parameters differ" + (":" if len(table) else ""))
         if len(table):
             say(table.to_string(index=False))
@@ -701,6 +705,9 @@ def main(argv: list[str] | None = None) -> None:
     except (GddlabError, TimeoutError) as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        sys.exit(1)
     except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk
         sys.stderr.write(f"gddlab: {e.filename or 'file system'}: {e.strerror or e}\n")
         sys.exit(2)

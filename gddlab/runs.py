@@ -203,7 +203,7 @@ def load_runs(folder: str | Path) -> list[Run]:
     """
     folder = path_of("folder", folder)
     if not folder.is_dir():
-        raise NotFound(f"no such folder: {folder}")
+        raise NotFound(f"no such folder: {folder}: give a folder that holds run directories")
     found = sorted(p.parent for p in folder.rglob("config.json") if is_run(p.parent))
     if not found:
         what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"

@@ -302,6 +302,21 @@ def test_a_teacher_is_no_run(tmp_path: Path, tiny_teacher: Path, capsys: pytest.
     assert "not finished" in refused(capsys, "sample", str(begun), "--out", str(tmp_path / "x.png"))
 
 
+def test_who_reads_may_stop(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m gddlab.cli train --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_what_is_missing_comes_before_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mask.json").write_text("mine")
+    said = refused(capsys, "freeze", "nosuch", "--out", str(tmp_path / "mask.json"))
+    assert said.startswith("gddlab: unknown teacher 'nosuch': ")
+    assert said.endswith("; or a folder that gddlab probe wrote\n")
+    assert "a .npz or .npy" in refused(capsys, "prepare", "nosuch", str(tmp_path / "x.zip"))
+    assert (tmp_path / "mask.json").read_text() == "mine"
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "teacher", "show", "digts")
     for strategy in ("gdd_i", "GDD-I"):
@@ -359,6 +374,7 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
         main(["mask", name, a, c])
         shown = capsys.readouterr().out
         assert "Jaccard" in shown and "parameters differ:" in shown
+        assert shown.partition("parameters differ:")[2].count(f"0: {a}") == 1 and " other" not in shown
     assert "1 given: name two files" in refused(capsys, "mask", "compare", a)
     assert "no such file" in refused(capsys, "mask", "show", str(tmp_path / "none.json"))
 

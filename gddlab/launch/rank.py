@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from gddlab.distill.status import mark, read_status
@@ -30,6 +31,7 @@ def run_rank(run_dir: str | Path) -> int:
     with (folder / "log" / f"rank{rank}.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # of a dependency, in each log
     if "WORLD_SIZE" in os.environ:
         end_with(int(os.environ.get(OWNED, os.getppid())))
         # torchrun sends SIGTERM when another rank has died
