@@ -111,7 +111,8 @@ def prepare(source: Positional[str], out: Positional[Path | None] = None, **opti
         source: Folder, zip, cifar10, cifar-10-python.tar.gz, or hf:NAME[:CONFIG][:SPLIT].
     """
     report = gddlab.prepare(source, out, **options)
-    say(report)
+    for line in str(report).splitlines():
+        say(COMMANDS["prepare"].in_shell_words(line))
     if not report.ok:
         sys.exit(2)
 
@@ -185,11 +186,14 @@ def freeze(
     """
     from gddlab.teachers import bundled_teachers
 
-    gddlab.FreezeMask.check_place(out)
-    check_free(out, overwrite)
     folder = path_of("source", source)
     measured = source not in bundled_teachers() and (folder / "frame.parquet").exists()
-    network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    try:
+        network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    except GddlabError as e:
+        raise e if folder.exists() else GddlabError(f"{e}; or a folder that gddlab probe wrote") from None
+    gddlab.FreezeMask.check_place(out)
+    check_free(out, overwrite)
     if mask is not None:
         options["mask"] = gddlab.FreezeMask.load(mask)
     chosen = gddlab.select_freeze(network, strategy=strategy, **options)
@@ -229,7 +233,7 @@ def mask_compare(masks: Positional[tuple[Path, ...]]) -> None:
     say(found.overlap.round(3).to_string())
     if len(loaded) == 2:
         first, second = loaded.values()
-        table = first.diff(second)
+        table = first.diff(second).rename(columns=dict(zip(("self", "other"), loaded, strict=True)))
         say(f"\n{len(table)} parameters differ" + (":" if len(table) else ""))
         if len(table):
             say(table.to_string(index=False))
@@ -305,24 +309,24 @@ def train(
             options = {"rdzv_endpoint": HEAD} | options
         say(prepared(config, Launch(**options), print_launch))
         return
-    run = gddlab.train(config, **options)
-    if not detach:
-        with following(run.run_dir):
+    with following(config.run_dir):
+        run = gddlab.train(config, **options)
+        if not detach:
             run.watch()
     say(run)
 
 
 @contextlib.contextmanager
 def following(run_dir: Path) -> Iterator[None]:
-    """Says on Ctrl-C that the run goes on, and how to end it."""
+    """Says on Ctrl-C whether the run goes on, and how to end it."""
     from gddlab.lock import held
 
     try:
         yield
     except KeyboardInterrupt:
-        if run_dir.is_dir() and held(run_dir):
-            sys.stderr.write(f"\n{run_dir} is still running: gddlab watch, stop or kill {run_dir}\n")
-        raise
+        if held(run_dir):
+            raise KeyboardInterrupt(f"{run_dir} is still running: gddlab watch, stop or kill {run_dir}") from None
+        raise KeyboardInterrupt(f"nothing runs in {run_dir}") from None
 
 
 @command("watch")
@@ -711,10 +715,14 @@ def main(argv: list[str] | None = None) -> None:
     except (GddlabError, TimeoutError) as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        sys.exit(1)
     except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk
         sys.stderr.write(f"gddlab: {e.filename or 'file system'}: {e.strerror or e}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        sys.stderr.write(f"\ngddlab: {e}\n" if e.args else "")
         sys.exit(130)
     finally:
         warnings.formatwarning = shown

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gddlab.errors import GddlabError, NotFound, Unwritable, shown
 
@@ -334,18 +334,26 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
+def made_in(folder: str | Path) -> Literal["run", "teacher"] | None:
+    """What gddlab trained in a folder, finished, damaged or neither: a student's run, a teacher, or None of both."""
+    path = Path(folder).expanduser()
+    if (path / "teacher.safetensors").exists():
+        return "teacher"
+    if not (path / "config.json").is_file():
+        return None
+    fields = None
+    with contextlib.suppress(GddlabError):
+        fields = read_json(path / "config.json")
+    names = fields.keys() if isinstance(fields, dict) else set()
+    if "model_channels" in names:
+        return "teacher"
+    began = any((path / name).exists() for name in ("status.json", "provenance.json", "lock"))
+    return "run" if began or {"teacher", "mask"} <= names else None
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = path_of("path", folder)
-    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
-        return False
-    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
-        return True
-    try:
-        fields = read_json(path / "config.json")
-    except GddlabError:
-        return False
-    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
+    return made_in(folder) == "run"
 
 
 HUB_NAME = re.compile(r"(?!.*\.(pkl|pth?|bin|safetensors|zip|np[yz]|tar|t?gz|png|jpe?g)$)[\w-][\w.-]*/[\w-][\w.-]*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import gddlab
 from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
+from gddlab.errors import NotFound
 from gddlab.freezing import FreezeMask
 from gddlab.nets import save_network
 from gddlab.nets.io import make_student
@@ -335,6 +337,45 @@ def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (tmp_path / "t" / "teacher.safetensors").exists()
 
 
+def test_a_teacher_is_no_run(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finished or not, its folder is refused where a run is asked for, and the other way round; nothing is written."""
+    done, begun, run = tmp_path / "done", tmp_path / "begun", tmp_path / "run"
+    for folder in (done, begun):
+        gddlab.TeacherConfig(run_dir=folder).write()
+    shutil.copy(tiny_teacher, done / "teacher.safetensors")
+    (begun / "provenance.json").write_text("{}")
+    tiny_config(run, tiny_teacher).write()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for folder in (done, begun):
+        for words in (["watch"], ["stop"], ["kill"], ["report", "--out", str(tmp_path / "r.html")], ["runs"]):
+            said = refused(capsys, *words[:1], str(folder), *words[1:])
+            assert f"{folder} is a teacher's folder, not a run: give" in said
+        for call in (gddlab.attach, gddlab.load_run):
+            with pytest.raises(NotFound, match="is a teacher's folder, not a run"):
+                call(folder)
+        train = ["train", "digits", "--teacher", str(tiny_teacher), "--run-dir", str(folder)]
+        assert f"{folder} holds a teacher, no run: give an empty or new folder" in refused(capsys, *train)
+    teacher = ["teacher", "train", "--run-dir", str(run)]
+    assert f"{run} holds a run, no teacher: give an empty or new folder" in refused(capsys, *teacher)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert "not finished" in refused(capsys, "sample", str(begun), "--out", str(tmp_path / "x.png"))
+
+
+def test_who_reads_may_stop(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m gddlab.cli train --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_what_is_missing_comes_before_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mask.json").write_text("mine")
+    said = refused(capsys, "freeze", "nosuch", "--out", str(tmp_path / "mask.json"))
+    assert said.startswith("gddlab: unknown teacher 'nosuch': ")
+    assert said.endswith("; or a folder that gddlab probe wrote\n")
+    assert "a .npz or .npy" in refused(capsys, "prepare", "nosuch", str(tmp_path / "x.zip"))
+    assert (tmp_path / "mask.json").read_text() == "mine"
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "teacher", "show", "digts")
     for strategy in ("gdd_i", "GDD-I"):
@@ -393,6 +434,7 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
         main(["mask", name, a, c])
         shown = capsys.readouterr().out
         assert "Jaccard" in shown and "parameters differ:" in shown
+        assert shown.partition("parameters differ:")[2].count(f"0: {a}") == 1 and " other" not in shown
     assert "1 given: name two files" in refused(capsys, "mask", "compare", a)
     assert "no such file" in refused(capsys, "mask", "show", str(tmp_path / "none.json"))
 

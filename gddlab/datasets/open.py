@@ -77,7 +77,7 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
     if "/" in text or path.suffix:
         hub = f"; of the Hugging Face hub, give 'hf:{text}'" if HUB_NAME.fullmatch(text) else ""
         raise NotFound(f"no such file or folder: {path}{hub}")
-    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
+    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip", "a .npz or .npy"))
 
 
 def data_of(card: Any) -> ImageDataset | None:

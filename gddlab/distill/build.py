@@ -48,18 +48,10 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
 
 def check_unchanged(config: TrainConfig, teacher: Precond, data: ImageDataset) -> None:
     """Refuses to continue a run with another teacher, or other images, than it began with."""
+    config.check_images(data.manifest.sha256)
     known = read_object(config.run_dir / "provenance.json")
-    if known.get("dataset_sha256", data.manifest.sha256) != data.manifest.sha256:
-        raise GddlabError(_other(config, "data", "images"))
     if "teacher_sha256" in known and known["teacher_sha256"] != hash_tensors(teacher.state_dict()):
-        raise GddlabError(_other(config, "teacher", "weights"))
-
-
-def _other(config: TrainConfig, field: str, what: str) -> str:
-    """The refusal of data or a teacher that differ by their hash: another place, or other content there now."""
-    there, here = read_object(config.run_dir / "config.json").get(field), getattr(config, field)
-    differ = f"{field} is {there!r} there, {here!r} here" if there != here else f"{here} holds other {what} now"
-    return f"{config.run_dir} holds another run: {differ}; use a new run_dir"
+        raise config.other_run("teacher", "weights")
 
 
 def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, world_size: int = 1) -> None:

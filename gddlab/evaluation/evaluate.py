@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ def evaluate(
 
     Args:
         source: Student, teacher, data set, or images: a tensor, float32 in [-1, 1], (N, C, R, R), an array, uint8,
-            (N, R, R, C), a list of Pillow images; or by name or path: a run directory, a teacher, a file of weights, a
-            folder, zip, .npz or .npy of images, "data:NAME" for a data set.
+            (N, R, R, C), a list of Pillow images; or by name or path: a run, a teacher, a file of weights, a folder,
+            zip, .npz or .npy of images, "data:NAME" for a data set; or the handle of a run.
         data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
             `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception
@@ -93,6 +94,8 @@ def evaluate(
             f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
         )
     about: dict[str, Any] = {"source": None, "data": as_text(data) if isinstance(data, str | Path) else None}
+    if isinstance(source, os.PathLike):  # a run too
+        source = Path(source)
     if isinstance(source, str | Path):
         about["source"] = text = as_text(source)
         if not text.startswith("data:"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gddlab.errors import GddlabError, NotFound, shown, unknown
-from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, path_of, read_json
+from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.unets import UNETS
@@ -171,6 +171,11 @@ def _find(source: str | Path) -> tuple[str, Path]:
     if path.is_dir():
         if (path / "teacher.safetensors").exists():
             return "", path / "teacher.safetensors"
+        if made_in(path) == "teacher":
+            raise GddlabError(
+                f"{path} holds a teacher whose training is not finished: the same train_teacher call, gddlab teacher "
+                "train in a shell, continues it"
+            )
         raise GddlabError(f"{path} holds no teacher.safetensors: give a run directory")
     if path.exists():
         return "", path
