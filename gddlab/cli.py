@@ -29,7 +29,7 @@ from tyro.conf import Positional
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
-from gddlab.files import check_free, folder_of, is_run, nearest_existing, write_json
+from gddlab.files import check_free, folder_of, path_of, write_json
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -111,7 +111,8 @@ def prepare(source: Positional[str], out: Positional[Path | None] = None, **opti
         source: Folder, zip, cifar10, cifar-10-python.tar.gz, or hf:NAME[:CONFIG][:SPLIT].
     """
     report = gddlab.prepare(source, out, **options)
-    say(report)
+    for line in str(report).splitlines():
+        say(COMMANDS["prepare"].in_shell_words(line))
     if not report.ok:
         sys.exit(2)
 
@@ -141,9 +142,11 @@ def probe(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite or dry_run)
-    options["timesteps"] = list(sigmas) if sigmas else timesteps
+    if timesteps is not None:
+        options["timesteps"] = timesteps
+    options |= levels_of(sigmas, options)
     if told:
-        options["told"] = "cross" if told == ("cross",) else list(told)
+        options["told"] = "cross" if told == ("cross",) else [_number("told", t) for t in told]
     model = gddlab.load_teacher(teacher)
     if dry_run:
         say(gddlab.estimate(model, **options))
@@ -168,8 +171,7 @@ def ablate(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite)
-    if sigmas:
-        options["timesteps"] = list(sigmas)
+    options |= levels_of(sigmas, options)
     save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
@@ -192,10 +194,16 @@ def freeze(
         mask: The mask that invert inverts, or whose share random takes.
         overwrite: Replaces a mask that is there.
     """
+    from gddlab.teachers import bundled_teachers
+
+    folder = path_of("source", source)
+    measured = source not in bundled_teachers() and (folder / "frame.parquet").exists()
+    try:
+        network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
+    except GddlabError as e:
+        raise e if folder.exists() else GddlabError(f"{e}; or a folder that gddlab probe wrote") from None
+    gddlab.FreezeMask.check_place(out)
     check_free(out, overwrite)
-    folder = Path(source)
-    measured = (folder / "frame.parquet").exists()
-    network = gddlab.ProbeResult.load(folder) if measured else gddlab.load_teacher(source)
     if mask is not None:
         options["mask"] = gddlab.FreezeMask.load(mask)
     chosen = gddlab.select_freeze(network, strategy=strategy, **options)
@@ -235,7 +243,7 @@ def mask_compare(masks: Positional[tuple[Path, ...]]) -> None:
     say(found.overlap.round(3).to_string())
     if len(loaded) == 2:
         first, second = loaded.values()
-        table = first.diff(second)
+        table = first.diff(second).rename(columns=dict(zip(("self", "other"), loaded, strict=True)))
         say(f"\n{len(table)} parameters differ" + (":" if len(table) else ""))
         if len(table):
             say(table.to_string(index=False))
@@ -311,24 +319,24 @@ def train(
             options = {"rdzv_endpoint": HEAD} | options
         say(prepared(config, Launch(**options), print_launch))
         return
-    run = gddlab.train(config, **options)
-    if not detach:
-        with following(run.run_dir):
+    with following(config.run_dir):
+        run = gddlab.train(config, **options)
+        if not detach:
             run.watch()
     say(run)
 
 
 @contextlib.contextmanager
 def following(run_dir: Path) -> Iterator[None]:
-    """Says on Ctrl-C that the run goes on, and how to end it."""
+    """Says on Ctrl-C whether the run goes on, and how to end it."""
     from gddlab.lock import held
 
     try:
         yield
     except KeyboardInterrupt:
-        if run_dir.is_dir() and held(run_dir):
-            sys.stderr.write(f"\n{run_dir} is still running: gddlab watch, stop or kill {run_dir}\n")
-        raise
+        if held(run_dir):
+            raise KeyboardInterrupt(f"{run_dir} is still running: gddlab watch, stop or kill {run_dir}") from None
+        raise KeyboardInterrupt(f"nothing runs in {run_dir}") from None
 
 
 @command("watch")
@@ -493,23 +501,26 @@ def evaluate(
         overwrite: Replaces that file.
     """
     from gddlab.evaluation import append_records
+    from gddlab.teachers.catalog import run_of
 
     if out is not None:
         check_free(out, overwrite)
     if sigmas is not None:
         options["sigmas"] = sigmas
-    of_run = is_run(model)
-    if snapshot is not None and not of_run:
+    run_dir = None if model.startswith("data:") else run_of(model)
+    if snapshot is not None and run_dir is None:
         raise GddlabError(f"snapshot {snapshot} of {model}, which is no run directory: omit --snapshot")
     source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot)
     scores = gddlab.evaluate(source, **options, **sampler.given)
     if int(os.environ.get("RANK", 0)):
         return  # every rank has the scores, the first one reports them
     say(scores)  # first: a folder may not let them be written
-    if out is not None:
-        write_json(out, [r.to_dict() for r in scores])
-    if of_run:
-        append_records(model, list(scores))
+    try:
+        if out is not None:
+            write_json(out, [r.to_dict() for r in scores])
+    finally:  # whether or not the file could be written
+        if run_dir is not None:
+            append_records(run_dir, list(scores))
 
 
 @command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
@@ -603,11 +614,24 @@ def to_json(value: object) -> str:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that cannot be written, or holds another result, before minutes are spent."""
-    folder_of("--out", folder)
-    if not os.access(nearest_existing(folder), os.W_OK):
-        raise GddlabError(f"--out {folder} cannot be written: give another folder")
+    """Refuses a folder that cannot be written, or holds something else, before minutes are spent."""
+    folder_of("out", folder)
+    gddlab.ProbeResult.check_place(folder)
     check_free(folder, overwrite)
+
+
+def levels_of(sigmas: tuple[float, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The noise levels of --sigmas as the library takes them."""
+    if sigmas and "timesteps" in options:
+        raise GddlabError("--sigmas and --timesteps: give one of them")
+    return {"timesteps": list(sigmas)} if sigmas else {}
+
+
+def _number(name: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise GddlabError(f'--{name} {word}: give "cross", or noise levels') from None
 
 
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
@@ -713,10 +737,14 @@ def main(argv: list[str] | None = None) -> None:
     except (GddlabError, TimeoutError) as e:
         sys.stderr.write(f"gddlab: {e}\n")
         sys.exit(2)
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        sys.exit(1)
     except OSError as e:  # a path that cannot be read or written: a folder where a file belongs, a full disk
         sys.stderr.write(f"gddlab: {e.filename or 'file system'}: {e.strerror or e}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        sys.stderr.write(f"\ngddlab: {e}\n" if e.args else "")
         sys.exit(130)
     finally:
         warnings.formatwarning = shown
@@ -730,8 +758,11 @@ def overview(words: list[str]) -> None:
         listed = {n.split()[1]: c.summary for n, c in COMMANDS.items() if n.split()[0] == group}
     else:
         listed = {n.split()[0]: GROUPS.get(n.split()[0], c.summary) for n, c in COMMANDS.items()}
-    if asked and not asked[0].startswith("-"):
-        raise unknown(f"{group} command" if group else "command", asked[0], listed)
+    if asked and asked[0] not in ("-h", "--help"):
+        kind, flags = f"{group} command" if group else "command", ["--help"] if group else ["--help", "--version"]
+        if asked[0].startswith("-"):
+            raise unknown("option", asked[0], flags)
+        raise unknown(kind, asked[0], [*listed, *flags])
     stubs: dict[str, Callable[[], Any]] = {
         name: dataclasses.make_dataclass("Stub", [], namespace={"__doc__": doc}) for name, doc in listed.items()
     }
@@ -753,7 +784,7 @@ def call(name: str, words: list[str]) -> None:
         own = inspect.signature(command.run).parameters
         command.run(**{k: v for k, v in values.items() if k in own or (v is not None and k not in command.parts)})
     except GddlabError as e:
-        raise GddlabError(command.in_shell_words(str(e))) from e
+        raise type(e)(command.in_shell_words(str(e))) from e
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import pkgutil
 import re
 import sys
@@ -20,7 +21,8 @@ import docstring_parser
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
-from gddlab.errors import GddlabError, members
+from gddlab.errors import GddlabError, members, unknown
+from gddlab.files import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +55,18 @@ class Command:
             SystemExit: After --help.
         """
         options = _options_of(self, words)
-        several = {_flag(name) for name, kind in _flat(options, self.parts) if "tuple[" in str(kind)}
-        with in_one_line(prog):
+        flags: dict[str, Any] = {}
+        for name, kind in _named(options, self.parts):  # kinds of a part may have options of one name
+            flags[_flag(name)] = kind | flags.get(_flag(name), kind)
+        several = {flag for flag, kind in flags.items() if "tuple[" in str(kind)}
+        _check_words(prog, words, flags)
+        required = [f.name.upper() for f in dataclasses.fields(options) if f.default is dataclasses.MISSING]
+        with in_one_line(prog, *required):
             config = (tyro.conf.PositionalMetavarFromFieldName,)
             args = _without_commas(words, several)
             parsed: Any = tyro.cli(options, prog=prog, description=self.description, args=args, config=config)
-        return dict(vars(parsed))
+        # a shell does not expand the ~ of --out=~/x
+        return {k: path_of(k, v) if isinstance(v, Path) else v for k, v in vars(parsed).items()}
 
     def in_shell_words(self, message: str) -> str:
         """A message of the library, with what it says of this command's options as a shell gives them.
@@ -67,28 +75,39 @@ class Command:
         """
         if "\n" in message:  # a traceback
             return message
-        fields = _flat(_options_of(self, []), self.parts)
-        names = [name for name, kind in fields if tyro.conf.Positional not in typing.get_args(kind)]
+        names = [name for name, _ in _named(_options_of(self, []), self.parts)]
         flags = {name.rpartition(".")[2]: _flag(name) for name in names} | {name: _flag(name) for name in names}
+        if "label" in names:
+            flags["class_labels"] = "--label"
 
         def option(found: re.Match[str]) -> str:
-            flag, value = flags[found[1]], found[2]
+            flag, value = flags[found[1]], found[2] or ""
             if value in ("True", "False"):
                 return flag if value == "True" else re.sub(r"([\w-]+)$", r"no-\1", flag)
             words = [word.strip().strip("'\"") for word in value.strip("()[]").split(",")]
             return " ".join([flag, *filter(None, words)])
 
         value = r"""('[^']*'|"[^"]*"|\([^()]*\)|\[[^][]*\]|[^\s,;:()]+)"""
-        return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, flags))})={value}", option, message)
+        message = re.sub(r"\bselect_freeze\(\w+, ([^()]+)\)", r"\1", message)  # a call by its options
+        return re.sub(rf"(?<![\w.])({'|'.join(map(re.escape, flags))})={value}?", option, message)
 
 
 def _flat(kind: Any, parts: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Options by their dotted names, with their types; `parts` are fields whose fields are options without a prefix."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if typing.get_origin(hint) is typing.ClassVar:
+            continue
         yield prefix + name, hint
         for member in members(hint):
             if name in parts or hasattr(member, "model_fields"):
                 yield from _flat(member, prefix="" if name in parts else f"{prefix}{name}.")
+
+
+def _named(options: type, parts: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """What `_flat` gives, without what a line gives by its place."""
+    for name, kind in _flat(options, parts):
+        if tyro.conf.Positional not in typing.get_args(kind):
+            yield name, kind
 
 
 def _flag(name: str) -> str:
@@ -96,9 +115,15 @@ def _flag(name: str) -> str:
 
 
 def _without_commas(words: list[str], several: set[str]) -> list[str]:
-    """The values of options that take several, "80,1" or "80, 1" as "80 1"."""
+    """The values of options that take several, "80,1" or "80, 1" as "80 1".
+
+    Raises:
+        GddlabError: One has no value, which would mean its default or nothing at all.
+    """
     out, inside = [], False
-    for word in words:
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word in several and following.startswith("--"):
+            raise GddlabError(f"{word} without a value: give at least one, or omit it")
         flag, given, value = word.partition("=")
         if word.startswith("--"):
             inside = flag in several
@@ -115,8 +140,11 @@ def _between_commas(word: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def in_one_line(prog: str) -> Iterator[None]:
-    """Raises what tyro refuses in a box as GddlabError; a refusal by a configuration as it is."""
+def in_one_line(prog: str, *required: str) -> Iterator[None]:
+    """Raises what tyro refuses in a box as GddlabError; a refusal by a configuration as it is.
+
+    `required` are the arguments that a line must have.
+    """
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -128,7 +156,10 @@ def in_one_line(prog: str) -> Iterator[None]:
                 raise cause from None
             cause = cause.__context__
         if e.code:
-            raise GddlabError(f"{_unboxed(printed.getvalue())}; see {prog} --help") from None
+            said = _unboxed(printed.getvalue())
+            if said.startswith("missing from"):  # with the whole help of each
+                said = f"arguments are missing: give {prog} {' '.join(required)}"
+            raise GddlabError(f"{said}; see {prog} --help") from None
         raise
 
 
@@ -146,7 +177,42 @@ def _unboxed(box: str) -> str:
             said += f": {part[:1].lower()}{part[1:]}"
         elif part.startswith("Perhaps") and (option := re.search(r"--[\w.-]+", part)):
             said += f": did you mean {option[0]}"
+    said = re.sub(r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", r"\1 ...", said.replace("{None}|", ""))
     return f"{said[:1].lower()}{said[1:]}"
+
+
+def _check_words(prog: str, words: list[str], flags: Mapping[str, Any]) -> None:
+    """Refuses an option that does not exist, and a value that is not among its choices; the rest is tyro's."""
+    choices: list[str] = []
+    flag = ""
+    for word in words:
+        if re.match("--[a-zA-Z]", word):
+            name, given, word = word.partition("=")
+            flag = name.replace("_", "-")
+            plain = re.sub(r"(?<=[-.])no-", "", flag, count=1)
+            if not {flag, plain} & {*flags, "--help"} and not flag.endswith(".kind"):
+                options = [f for f in flags if not any(other.startswith(f"{f}.") for other in flags)]
+                raise GddlabError(f"{unknown('option', flag, [*options, '--help'])} (see {prog} --help)")
+            choices = [] if flag.endswith(".kind") else _choices(flags.get(flag))  # its part says which there are
+            if not given:
+                continue
+        for part in _between_commas(word) if choices else ():
+            if part not in choices:
+                raise unknown(flag, part, choices)
+        if "tuple[" not in str(flags.get(flag)):
+            choices = []
+
+
+def _choices(kind: Any) -> list[str]:
+    """The names that an option takes; none where it takes anything else too."""
+    found: list[str] = []
+    for member in members(kind):
+        item = typing.get_args(member)[0] if typing.get_origin(member) is tuple else member
+        if typing.get_origin(item) is Literal:
+            found += map(str, typing.get_args(item))
+        elif item is not type(None):
+            return []
+    return found
 
 
 def _options_of(command: Command, words: list[str]) -> type:

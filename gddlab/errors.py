@@ -6,13 +6,14 @@ import collections.abc
 import difflib
 import functools
 import inspect
+import math
 import operator
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 LONGEST = 600
 """Characters of a message."""
@@ -23,11 +24,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 class GddlabError(ValueError):
     """Bad input or a refused action: what was wrong, its value, what is accepted, what to do.
 
-    A message of one line keeps its ends where it would be longer than `LONGEST`.
+    A message of more than three lines becomes one, which keeps its ends where it would be longer than `LONGEST`.
     """
+
+    whole: ClassVar[bool] = False
+    """Whether messages may be as long as they are: those that hold a traceback."""
 
     def __init__(self, message: object = ""):
         text = str(message)
+        if text.count("\n") > 2 and not self.whole:  # the repr of a network
+            text = " ".join(text.split())
         if len(text) > LONGEST and "\n" not in text:
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
         super().__init__(text)
@@ -52,10 +58,11 @@ def shown(value: object) -> str:
 def unknown(kind: str, value: object, accepted: Iterable[str]) -> GddlabError:
     """The refusal of a name: `value` is not among `accepted`; near matches, whatever their case, come first."""
     names = list(dict.fromkeys(accepted))
-    folded = {str(name).casefold(): name for name in names}
-    given = str(value).casefold()
+    folded = {str(name).lstrip("-").casefold(): name for name in names}
+    given = str(value).lstrip("-").casefold()
     same = [folded[given]] if given in folded else []
-    near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3, cutoff=0.5)]
+    # fp16 is like float16, list not like stop
+    near = same or [folded[n] for n in difflib.get_close_matches(given, folded, n=3, cutoff=0.54)]
     if near:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
         if len(names) <= 12:
@@ -77,10 +84,23 @@ def integer(name: str, value: Any) -> int:
     raise GddlabError(f"{name}={shown(value)}: give an integer")
 
 
+def numbers_in(values: Any) -> list[Any]:
+    """The members of a sequence of numbers.
+
+    Raises:
+        TypeError: No sequence; or text or bytes, which Python takes for one; or text or a truth value is in it.
+    """
+    text = isinstance(values, str | bytes | bytearray | memoryview)
+    listed = [] if text else list(values)
+    if text or any(isinstance(x, str | bytes | bool) for x in listed):
+        raise TypeError
+    return listed
+
+
 def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
     """Refuses a function that cannot be called with these arguments; `name` is for the message."""
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(getattr(function, "forward", function)).bind(*arguments)  # a network's own takes anything
     except TypeError:
         given = getattr(function, "__name__", type(function).__name__)
         raise GddlabError(f"{name}={given}: give a function of {', '.join(arguments)}") from None
@@ -101,6 +121,13 @@ def positive(name: str, value: Any, what: str = "") -> int:
     if integer(name, value) < 1:
         raise GddlabError(f"{name}={value}{' ' + what if what else ''}: give at least 1")
     return int(value)
+
+
+def seconds(name: str, value: Any) -> float:
+    """`value` as a time to wait, above 0 and finite; `name` is for the message."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return value
+    raise GddlabError(f"{name}={shown(value)}: give seconds, more than 0")
 
 
 def validated(function: F) -> F:
@@ -140,7 +167,7 @@ def validated(function: F) -> F:
             if e.title != function.__qualname__:  # another validation, inside the function
                 raise
             error = max(e.errors(), key=lambda e: e["type"] == "unexpected_keyword_argument")  # it comes before a value
-            if error["type"].startswith("missing"):
+            if error["type"].startswith("missing_"):
                 raise TypeError(f"{called}() lacks the argument {error['loc'][0]!r}") from None
             names = list(inspect.signature(function).parameters)
             place = error["loc"][0]
@@ -148,6 +175,9 @@ def validated(function: F) -> F:
             if error["type"] == "unexpected_keyword_argument":
                 raise unknown(f"argument of {called}", name, names) from None
             given = inspect.signature(function).bind_partial(*args, **kwargs).arguments.get(name, error["input"])
+            for kind in members(hints.get(name)) if isinstance(given, dict) else ():
+                if hasattr(kind, "model_fields"):  # a configuration, which says itself what does not fit
+                    kind(**given)
             raise refusal_of(name, given, error["msg"], hints.get(name)) from None
 
     return call  # type: ignore[return-value]
@@ -164,7 +194,8 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
 
 def refusal_of(name: str, value: object, message: str, annotation: Any = None) -> GddlabError:
     """The refusal of one argument or field, from pydantic's message and the annotation."""
-    if any(_is_one_of(value, member) for member in members(annotation)):
+    inside = name.rpartition(".")[2].isdigit()  # an item of the sequence
+    if not inside and any(_is_one_of(value, member) for member in members(annotation)):
         return GddlabError(f"{name}={shown(value)}: give a sequence, such as ({value!r},)")
     accepted = list(_literals(annotation))
     if isinstance(value, str) and accepted:

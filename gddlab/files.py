@@ -9,9 +9,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gddlab.errors import GddlabError, NotFound, Unwritable, shown
 
@@ -35,13 +35,22 @@ def path_of(name: str, value: object) -> Path:
     """`value` as a path; `name` is for the message.
 
     Raises:
-        GddlabError: It is no path, or a URL, or empty, which would mean the working folder.
+        GddlabError: It is no path, or a URL, or empty, which would mean the working folder; or the system takes no such
+            name.
     """
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise GddlabError(f"{name}={shown(value)}: give a path")
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(value)):  # one slash: a Path has no more
-        raise GddlabError(f"{name}={str(value)!r} is a URL: download it, and give the path")
-    return Path(value).expanduser()
+    if url := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(value)):  # a Path has one slash
+        raise GddlabError(f"{name}={f'{url[1]}://{url[2]}'!r} is a URL: give a path on this machine")
+    try:
+        path = Path(value).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as e:  # too long, a home of nobody, a null byte
+        reason = str(getattr(e, "strerror", None) or e).rstrip(".")
+        raise GddlabError(f"{name}={shown(str(value))}: {reason[:1].lower()}{reason[1:]}, give another path") from None
+    return path
 
 
 def folder_of(name: str, value: object, accepted: str = "a folder") -> Path:
@@ -54,7 +63,7 @@ def folder_of(name: str, value: object, accepted: str = "a folder") -> Path:
     there = nearest_existing(path)
     if not there.is_dir():
         raise GddlabError(f"{name}={str(path)!r} is {'' if there == path else 'below '}a file: give {accepted}")
-    if path.suffix.lower() in FILE_SUFFIXES and there != path:
+    if {path.suffix.lower(), path.name.lower()} & FILE_SUFFIXES and there != path:  # ".png" alone has no suffix
         raise GddlabError(f"{name}={str(path)!r} is the name of a file: give {accepted}")
     return path
 
@@ -73,10 +82,40 @@ def check_free(path: Path, overwrite: bool) -> None:
     """Refuses to replace a result: the one rule for all that is measured, chosen, converted, drawn or scored.
 
     Raises:
-        GddlabError: The path is a file or a folder that is not empty, and `overwrite` is False.
+        GddlabError: The path is a file or a folder that is not empty, and `overwrite` is False; or it cannot be there,
+            as below a file or where the system does not let it be written.
     """
-    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
-        raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True, --overwrite)")
+    if not overwrite and _taken(path):
+        raise GddlabError(f"{path} exists: give another name, or replace it (overwrite=True)")
+    there = nearest_existing(path if path.is_dir() else path.parent)
+    if not there.is_dir():
+        raise GddlabError(f"{path} is below a file: give another name")
+    if not os.access(there, os.W_OK):
+        raise GddlabError(f"{path} cannot be written: give another name")
+
+
+def check_kind(path: Path, ours: Callable[[Path], bool], what: str) -> None:
+    """Refuses to write over another thing than what is written; `what` that is, is for the message.
+
+    Raises:
+        GddlabError: A file, or a folder that is not empty, is there, of which `ours` is False.
+    """
+    if _taken(path) and not ours(path):
+        holds = "holds other files and" if path.is_dir() else "is there and"
+        raise GddlabError(f"{path} {holds} no {what}: give another name")
+
+
+def _taken(path: Path) -> bool:
+    """Whether a file is there, or a folder with more in it than hidden files, such as a killed process leaves."""
+    return any(not p.name.startswith(".") for p in path.iterdir()) if path.is_dir() else path.exists()
+
+
+def holds_format(path: Path, name: str) -> bool:
+    """Whether a file is a JSON object that says `name` in "format", even a damaged one."""
+    try:
+        return path.is_file() and read_object(path).get("format") == name
+    except GddlabError:
+        return False
 
 
 @contextlib.contextmanager
@@ -92,10 +131,16 @@ def writing(path: Path) -> Iterator[None]:
         raise refusal from None
 
 
+def as_text(source: str | os.PathLike[str]) -> str:
+    """A source by name or path as text: a bare word may be a name, "./word", "word/" and a Path never are."""
+    text = os.fspath(source)
+    return text if isinstance(source, str) or os.sep in text else os.path.join(os.curdir, text)
+
+
 def located(value: Any, names: Collection[str] = ()) -> Any:
     """A path that exists as an absolute one, for it to be found from any folder; names and all else as they are."""
     if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+        value = as_text(value)
     if isinstance(value, str) and value not in names and os.path.exists(path := os.path.expanduser(value)):
         return os.path.abspath(path)
     return value
@@ -223,11 +268,9 @@ def read_end(path: str | Path, size: int = 1 << 16) -> list[str]:
 def last_jsonl(path: str | Path) -> dict[str, Any] | None:
     """The last complete line of a .jsonl file, without reading the others; None where there is none."""
     for line in reversed(read_end(path)):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # still being written
-            continue
-        return found
+        with contextlib.suppress(json.JSONDecodeError):  # still being written
+            json.loads(line)
+            return _object(Path(path), line)
     return None
 
 
@@ -291,18 +334,26 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
+def made_in(folder: str | Path) -> Literal["run", "teacher"] | None:
+    """What gddlab trained in a folder, finished, damaged or neither: a student's run, a teacher, or None of both."""
+    path = Path(folder).expanduser()
+    if (path / "teacher.safetensors").exists():
+        return "teacher"
+    if not (path / "config.json").is_file():
+        return None
+    fields = None
+    with contextlib.suppress(GddlabError):
+        fields = read_json(path / "config.json")
+    names = fields.keys() if isinstance(fields, dict) else set()
+    if "model_channels" in names:
+        return "teacher"
+    began = any((path / name).exists() for name in ("status.json", "provenance.json", "lock"))
+    return "run" if began or {"teacher", "mask"} <= names else None
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of `gddlab.train`, even a damaged one; teachers and others write config.json too."""
-    path = Path(folder).expanduser()
-    if not (path / "config.json").is_file() or (path / "teacher.safetensors").exists():
-        return False
-    if any((path / name).exists() for name in ("status.json", "provenance.json", "lock")):
-        return True
-    try:
-        fields = read_json(path / "config.json")
-    except GddlabError:
-        return False
-    return isinstance(fields, dict) and {"teacher", "mask"} <= fields.keys()
+    return made_in(folder) == "run"
 
 
 HUB_NAME = re.compile(r"(?!.*\.(pkl|pth?|bin|safetensors|zip|np[yz]|tar|t?gz|png|jpe?g)$)[\w-][\w.-]*/[\w-][\w.-]*")

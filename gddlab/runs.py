@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.distill.status import ACTIVE, read_status, where_it_continues
+from gddlab.distill.status import ACTIVE, progress_of, read_status, where_it_continues
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import by_number, is_run, last_jsonl, path_of, read_json, read_jsonl, read_object, thin_jsonl
+from gddlab.files import by_number, is_run, last_jsonl, made_in, path_of, read_json, read_jsonl, read_object, thin_jsonl
 from gddlab.lock import held
 
 if TYPE_CHECKING:
@@ -38,13 +38,19 @@ class Run:
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = path_of("run_dir", run_dir).resolve()
-        if not (self.run_dir / "config.json").is_file():
-            raise NotFound(f"{run_dir} is no run directory: it has no config.json")
+        if not (self.run_dir / "config.json").is_file() or made_in(self.run_dir) == "teacher":
+            raise NotFound(f"{run_dir} is {_what(self.run_dir)}: give the directory of a run")
 
     def __repr__(self) -> str:
-        s = self.written_status
-        share = f", {s['nimg'] / 1000:.1f} of {s['total_nimg'] / 1000:.1f} kimg" if "nimg" in s else ""
-        return f"<run {self.run_dir.name}: {self.status}{share}>"
+        try:
+            share, status = progress_of(self.written_status), self.status
+        except GddlabError as e:
+            return f"<run {self.run_dir.name}: {e}>"
+        return f"<run {self.run_dir.name}: {status}{f', {share} kimg' if share else ''}>"
+
+    def __fspath__(self) -> str:
+        """Its folder, so that what takes the path of a run takes the run."""
+        return str(self.run_dir)
 
     @property
     def config(self) -> TrainConfig:
@@ -178,6 +184,11 @@ class Run:
         return load_student(self.run_dir, snapshot)
 
 
+def _what(folder: Path) -> str:
+    """What a folder is that holds no run."""
+    return "a teacher's folder, not a run" if made_in(folder) == "teacher" else "no run directory, without config.json"
+
+
 def load_run(run_dir: str | Path) -> Run:
     """A run directory to read, running or not.
 
@@ -194,11 +205,14 @@ def load_runs(folder: str | Path) -> list[Run]:
         NotFound: No such folder, or no run in it.
     """
     folder = path_of("folder", folder)
+    if folder.is_file():
+        raise GddlabError(f"{folder} is a file: give a folder that holds run directories")
     if not folder.is_dir():
-        raise NotFound(f"no such folder: {folder}")
+        raise NotFound(f"no such folder: {folder}: give a folder that holds run directories")
     found = sorted(p.parent for p in folder.rglob("config.json") if is_run(p.parent))
     if not found:
-        raise NotFound(f"no run below {folder}: give a folder that holds run directories")
+        what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"
+        raise NotFound(f"{what}: give a folder that holds run directories")
     return [Run(path) for path in found]
 
 
@@ -229,12 +243,11 @@ def list_runs(folder: str | Path) -> list[dict[str, str]]:
         try:
             read_json(run.run_dir / "config.json")
             s, state = run.written_status, run.status
-            seen = f"{s['nimg'] / 1000:.4g} of {s['total_nimg'] / 1000:.4g}" if "total_nimg" in s else ""
             heard = f"{time.time() - s['heartbeat']:.0f} s ago" if state == "running" and "heartbeat" in s else ""
             note = str(s.get("message") or s.get("alarm") or "").partition("\n")[0]
             if state == "failed" and not {"error", "message"} & {*s}:
                 note = f"ended without a word; the same call continues from {where_it_continues(run.run_dir)}"
-            row = (state, seen, str(s.get("world_size", "")), heard, note)
+            row = (state, progress_of(s), str(s.get("world_size", "")), heard, note)
         except (ValueError, KeyError, TypeError, OSError) as e:
             row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
         name = top.name if run.run_dir == top else str(run.run_dir.relative_to(top))

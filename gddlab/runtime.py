@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import torch
+from pydantic import Field
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
 from gddlab.lock import OWNED
 
 
@@ -31,7 +33,7 @@ def chosen_device(name: str = "auto") -> torch.device:
         GddlabError: Another name, or CUDA without a device.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise GddlabError(f"device={name!r}: give auto, cpu or cuda")
+        raise GddlabError(f"device={shown(name)}: give auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise GddlabError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
     if name == "cpu" or not torch.cuda.is_available():
@@ -161,6 +163,11 @@ def usable_memory() -> tuple[int, int]:
         return ram.total, ram.available
     left = ram.available if limits.used is None else min(ram.available, limits.memory - limits.used)
     return limits.memory, max(0, left)
+
+
+MAX_SEED = 2**32 - 1
+"""PyTorch's CPU generator takes 32 bits."""
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 def generator(seed: int, position: int) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,12 +18,15 @@ import gddlab
 from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
+from gddlab.errors import NotFound
 from gddlab.freezing import FreezeMask
+from gddlab.nets import save_network
+from gddlab.nets.io import make_student
 from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
-from tests.conftest import tiny_net
+from tests.conftest import tiny_config, tiny_net
 from tests.teachers.pickles import write_snapshot
 
 
@@ -33,6 +37,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     out = capsys.readouterr()
     assert "Traceback" not in out.err
     return out.err
+
+
+def make_run(folder: Path) -> None:
+    """What a finished run of digits leaves, as far as scoring it needs."""
+    tiny_config(folder, Path("digits")).write()
+    save_network(make_student(gddlab.load_teacher("digits")), folder / "student.safetensors", data="digits")
 
 
 def test_probe_freeze_train_sample_evaluate(
@@ -136,6 +146,57 @@ def test_a_result_is_replaced_as_a_whole_and_when_asked(
         main(["sample", str(tiny_teacher), "--n", "1", "--steps", "1", "--out", str(grid), *more])
     assert "x.PNG exists" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", str(grid))
     assert "s.jpg is the name of a file" in refused(capsys, "sample", str(tiny_teacher), "--n", "1", "--out", "s.jpg")
+
+
+def test_only_a_result_of_the_same_kind_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/0.png", "config.json", "page.html"):
+        (tmp_path / name).write_text("{}")
+    for words, name in (
+        ("probe digits", "mine"),
+        ("ablate digits", "mine"),
+        ("freeze digits", "config.json"),
+    ):
+        for more in ([], ["--overwrite"]):
+            assert "give another name" in refused(capsys, *words.split(), "--out", str(tmp_path / name), *more)
+    run = str(Path(gddlab.__file__).parents[1] / "data/runs/digits/gdd/seed-0")
+    for name, said in (("config.json", "give a name that ends in .html"), ("page.html", "no page of gddlab")):
+        assert said in refused(capsys, "report", run, "--out", str(tmp_path / name))
+    assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"{}"}
+    assert "page.html/x is below a file" in refused(capsys, "freeze", "digits", "--out", str(tmp_path / "page.html/x"))
+    assert ".png is the name of a file" in refused(capsys, "sample", "digits", "--out", ".png")
+
+
+def test_home_in_out_is_found_before_it_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves ~ in --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main(["freeze", "digits", "--out=~/m.json"])
+    assert f"{tmp_path}/m.json exists: give another name" in refused(capsys, "freeze", "digits", "--out=~/m.json")
+    few = ["--n", "2", "--sigmas", "80", "--layers", "conv", "--stats", "rms"]
+    main(["probe", "digits", *few, "--out=~/p"])
+    assert f"{tmp_path}/p exists: give another name" in refused(capsys, "probe", "digits", *few, "--out=~/p")
+    main(["freeze", "~/p", "--strategy", "budget", "--score", "rms", "--budget", "0.5", "--out", "~/q.json"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "p", "q.json"]
+
+
+def test_a_name_is_no_run_that_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In runs/, `digits` is the teacher, `./digits` the run."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "digits")
+    main(["evaluate", "digits", "--n", "16", "--metrics", "fid", "--steps", "1"])
+    assert not (tmp_path / "digits/evaluation.jsonl").exists()
+    (tmp_path / "file").touch()
+    where = ["--out", "file/x"]
+    assert "below a file" in refused(capsys, "evaluate", "./digits", "--n", "16", "--metrics", "fid", *where)
+    monkeypatch.setattr("gddlab.cli.check_free", lambda path, overwrite: None)  # the disk fills up meanwhile
+    assert "cannot be written" in refused(capsys, "evaluate", "./digits", "--n", "16", "--metrics", "fid", *where)
+    assert load_run("digits").evaluation["metric"].tolist() == ["fd-lite2@16"]
+    assert "no such file: digits/teacher.safetensors" in refused(capsys, "teacher", "score", "digits")
 
 
 @pytest.mark.parametrize("name", ["probe", "ablate", "freeze", "reproduce", "train", "preflight", "teacher train"])
@@ -277,6 +338,45 @@ def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (tmp_path / "t" / "teacher.safetensors").exists()
 
 
+def test_a_teacher_is_no_run(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finished or not, its folder is refused where a run is asked for, and the other way round; nothing is written."""
+    done, begun, run = tmp_path / "done", tmp_path / "begun", tmp_path / "run"
+    for folder in (done, begun):
+        gddlab.TeacherConfig(run_dir=folder).write()
+    shutil.copy(tiny_teacher, done / "teacher.safetensors")
+    (begun / "provenance.json").write_text("{}")
+    tiny_config(run, tiny_teacher).write()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for folder in (done, begun):
+        for words in (["watch"], ["stop"], ["kill"], ["report", "--out", str(tmp_path / "r.html")], ["runs"]):
+            said = refused(capsys, *words[:1], str(folder), *words[1:])
+            assert f"{folder} is a teacher's folder, not a run: give" in said
+        for call in (gddlab.attach, gddlab.load_run):
+            with pytest.raises(NotFound, match="is a teacher's folder, not a run"):
+                call(folder)
+        train = ["train", "digits", "--teacher", str(tiny_teacher), "--run-dir", str(folder)]
+        assert f"{folder} holds a teacher, no run: give an empty or new folder" in refused(capsys, *train)
+    teacher = ["teacher", "train", "--run-dir", str(run)]
+    assert f"{run} holds a run, no teacher: give an empty or new folder" in refused(capsys, *teacher)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert "not finished" in refused(capsys, "sample", str(begun), "--out", str(tmp_path / "x.png"))
+
+
+def test_who_reads_may_stop(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m gddlab.cli train --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_what_is_missing_comes_before_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mask.json").write_text("mine")
+    said = refused(capsys, "freeze", "nosuch", "--out", str(tmp_path / "mask.json"))
+    assert said.startswith("gddlab: unknown teacher 'nosuch': ")
+    assert said.endswith("; or a folder that gddlab probe wrote\n")
+    assert "a .npz or .npy" in refused(capsys, "prepare", "nosuch", str(tmp_path / "x.zip"))
+    assert (tmp_path / "mask.json").read_text() == "mine"
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "teacher", "show", "digts")
     for strategy in ("gdd_i", "GDD-I"):
@@ -296,7 +396,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a file: give a folder" in refused(capsys, "probe", "digits", "--out", __file__)
     assert "is a file: give a folder" in refused(capsys, "ablate", "digits", "--out", __file__)
     assert "is a folder: give a file" in refused(capsys, "mask", "show", str(Path(__file__).parent))
-    assert "cannot be written" in refused(capsys, "reproduce", "digits", "--out", __file__)
+    for more in ([], ["--dry-run"]):
+        assert "is a file: give a folder" in refused(capsys, "reproduce", "digits", "--out", __file__, *more)
     assert "--ship with --dry-run" in refused(capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--dry-run")
     assert "no run of 'digits'" in refused(
         capsys, "reproduce", "digits", "--ship", str(tmp_path / "s"), "--out", str(tmp_path / "o")
@@ -334,6 +435,7 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
         main(["mask", name, a, c])
         shown = capsys.readouterr().out
         assert "Jaccard" in shown and "parameters differ:" in shown
+        assert shown.partition("parameters differ:")[2].count(f"0: {a}") == 1 and " other" not in shown
     assert "1 given: name two files" in refused(capsys, "mask", "compare", a)
     assert "no such file" in refused(capsys, "mask", "show", str(tmp_path / "none.json"))
 
@@ -367,14 +469,39 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "train --total-kimg abc",
             "could not convert string to float: 'abc'; the form is --total-kimg FLOAT; see gddlab",
         ),
-        ("train digits --bogus 1", "unrecognized options: --bogus, 1; see gddlab train --help"),
-        ("train --discriminator.kynd lpips", "did you mean --discriminator.kind; see gddlab train --help"),
+        ("train digits --bogus 1", "unknown option '--bogus': accepted: --"),
+        ("train digits --bogus 1", "(see gddlab train --help)"),
+        ("probe --hlep", "unknown option '--hlep': did you mean '--help'? (see gddlab probe --help)"),
+        ("--verison", "gddlab: unknown option '--verison': did you mean '--version'?"),
+        ("version", "gddlab: unknown command 'version': did you mean '--version'?"),
+        ("list", "gddlab: unknown command 'list': accepted: demo, teacher, "),
+        ("convert", "arguments are missing: give gddlab convert SOURCE OUT; see gddlab convert --help"),
+        ("probe digits --states Prior", "unknown --states 'Prior': did you mean 'prior'? Accepted: noised, prior, "),
+        (
+            "probe digits --dtype=fp16",
+            "unknown --dtype 'fp16': did you mean 'float16'? Accepted: float32, bfloat16",
+        ),
+        ("ablate digits --mode Mean", "unknown --mode 'Mean': did you mean 'mean'?"),
+        ("prepare x y.zip --crop Center", "unknown --crop 'Center': did you mean 'center'?"),
+        ("train --stop-on nan,nam", "unknown --stop-on 'nam': did you mean 'nan'?"),
+        ("train digits --run-dir https://x/y", "gddlab: --run-dir https://x/y is a URL: give a path on this machine"),
+        ("prepare nope", "gddlab: out is missing: give the zip to make, or --dry-run to check the source only"),
+        ("sample digits --label 3", "gddlab: --label 3 with an unconditional network: omit it"),
+        ("sample digits --seeds", "gddlab: --seeds: give one seed per image"),
+        ("train --mask gdd-i", "gddlab: mask 'gdd-i' is a strategy, no file: give --strategy gdd-i"),
+        ("freeze digits --strategy budget", "orders layers by a measurement: give the result of a probe"),
+        ("runs pyproject.toml", "pyproject.toml is a file: give a folder that holds run directories"),
+        ("probe digits --out pyproject.toml", "gddlab: --out pyproject.toml is a file: give a folder"),
+        ("train --discriminator.kynd lpips", "unknown option '--discriminator.kynd': did you mean '--discriminator."),
         ("evalute", "gddlab: unknown command 'evalute': did you mean 'evaluate'"),
         ("mask shwo", "gddlab: unknown mask command 'shwo': did you mean 'show'"),
-        ("--bogus", "available subcommands: demo, teacher, "),
+        ("--bogus", "unknown option '--bogus': accepted: --help, --version"),
         ("teacher", "expected one of {train, show, score}; see gddlab teacher --help"),
+        ("probe digits --sigmas", "gddlab: --sigmas without a value: give at least one, or omit it"),
+        ("reproduce digits --only --dry-run", "gddlab: --only without a value"),
+        ("probe digits --sigmas 80 --timesteps 3", "gddlab: --sigmas and --timesteps: give one of them"),
         ("probe digits --sigmas 80;1", "arguments: ['80;1']; the form is --sigmas FLOAT ...; see gddlab probe --help"),
-        ("train --classes 3,x", "instantiated from ['3', 'x']; the form is --classes {None}|{[INT"),
+        ("train --classes 3,x", "instantiated from ['3', 'x']; the form is --classes INT ...; see"),
         ("train --lr-g -1", "gddlab: --lr-g -1.0: input should be greater than 0"),
         ("train --discriminator.cout 0", "gddlab: --discriminator.cout 0: input should be"),
         ("train --nproc 3", "gddlab: --batch 16 on 3 processes: give a multiple of 3"),

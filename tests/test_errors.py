@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from pydantic import Field
@@ -13,6 +14,7 @@ from torch import nn
 
 import gddlab
 from gddlab.errors import GddlabError, validated
+from gddlab.launch.handle import RunFailed
 
 
 @validated
@@ -75,7 +77,24 @@ def test_a_long_answer_keeps_its_ends() -> None:
         with pytest.raises(GddlabError) as refused:
             call()
         assert len(str(refused.value)) < 700 and "\n" not in str(refused.value)
-    assert str(GddlabError("a\n" * 1000)) == "a\n" * 1000  # a traceback, a list of problems
+    assert str(RunFailed("a\n" * 1000)) == "a\n" * 1000  # a traceback
+
+
+def test_a_network_is_named_not_shown() -> None:
+    teacher: Any = gddlab.load_teacher("digits")
+    for call in (
+        lambda: gddlab.probe(teacher, 1, layers=[teacher.model.enc]),
+        lambda: gddlab.probe(teacher, teacher),
+        lambda: gddlab.sample(teacher, seeds=teacher),
+        lambda: gddlab.sample(teacher, class_labels=teacher),
+        lambda: gddlab.select_freeze(teacher, strategy=teacher),
+        lambda: gddlab.presets.digits(run_dir="r", augment=teacher),
+        lambda: gddlab.load_run("data/runs/digits/cd/seed-0").student(teacher),
+    ):
+        with pytest.raises(GddlabError) as refused:
+            call()
+        assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
+    assert str(GddlabError(f"{teacher} does not fit")).count("\n") == 0  # wherever a message shows one
 
 
 def test_a_missing_argument_is_pythons_error() -> None:
@@ -143,6 +162,42 @@ def test_what_is_no_configuration_is_refused() -> None:
         gddlab.train(gddlab.presets.digits(run_dir="r"), nproc="2")  # type: ignore[arg-type]
 
 
+def test_a_configuration_as_a_dict_says_what_does_not_fit() -> None:
+    for call in (gddlab.scaling, gddlab.preflight, gddlab.train_teacher, gddlab.TrainConfig.model_validate):
+        with pytest.raises(GddlabError, match=r"^run_dir is missing: give it$"):
+            call({})  # type: ignore[operator]
+        with pytest.raises(GddlabError, match=r"^unknown .*field.* 'sed': did you mean 'seed'"):
+            call({"run_dir": "r", "sed": 3})  # type: ignore[operator]
+    config = gddlab.presets.digits(run_dir="r")
+    assert config.model_copy(deep=True) == config == gddlab.TrainConfig.model_validate(config)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**80])
+def test_a_seed_has_32_bits(seed: int) -> None:
+    images = np.zeros((4, 16, 16, 1), np.uint8)
+    for call in (
+        lambda: gddlab.presets.digits(run_dir="r", seed=seed),
+        lambda: gddlab.TeacherConfig(run_dir="r", seed=seed),
+        lambda: gddlab.evaluate(images, data="digits", seed=seed),
+        lambda: gddlab.real_split("digits", seed=seed),
+        lambda: gddlab.open_dataset("digits", max_images=5, seed=seed),
+        lambda: gddlab.prepare("digits", dry_run=True, max_images=5, seed=seed),
+    ):
+        with pytest.raises(GddlabError, match=f"^seed={seed}: input should be (greater|less) than or equal to "):
+            call()
+
+
+@pytest.mark.parametrize("value", ["x", -1, 0, True, float("nan")])
+def test_a_time_to_wait_is_seconds(value: Any, tmp_path: Path) -> None:
+    for call in (
+        lambda: gddlab.sample_files("digits", tmp_path / "s", 2, timeout_s=value),
+        lambda: gddlab.train(gddlab.presets.digits(run_dir=tmp_path / "r"), timeout_s=value),
+    ):
+        with pytest.raises(GddlabError, match=f"^timeout_s={value!r}: give seconds, more than 0$"):
+            call()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     mask = gddlab.FreezeMask((), (("w", (1,)),))
     for call in (mask.save, gddlab.FreezeMask.load):
@@ -174,6 +229,7 @@ def test_a_truth_value_is_no_number() -> None:
         ({"stop_on": "nan"}, r"stop_on='nan': give a sequence, such as \('nan',\)$"),
         ({"stop_on": "nam"}, r"unknown stop_on 'nam': did you mean 'nan'\?"),
         ({"classes": 3}, r"classes=3: give a sequence, such as \(3,\)$"),
+        ({"mid_sigmas": [float("nan")]}, r"mid_sigmas.0=nan: input should be a finite number$"),
         ({"mid_sigmas": 2}, r"mid_sigmas=2: give a sequence, such as \(2,\)$"),
     ],
 )

@@ -9,22 +9,78 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from torch import nn
 
 import gddlab
-from gddlab.errors import GddlabError, Unwritable
+from gddlab.errors import GddlabError, NotFound, Unwritable
 from gddlab.evaluation.images import open_source
 from gddlab.files import atomic_path, by_number, check_free, folder_of, path_of, read_jsonl, thin_jsonl, write_text
+from gddlab.nets import Precond
+from gddlab.runs import list_runs
 from tests.conftest import tiny_config
 
 
 @pytest.mark.parametrize("url", ["https://x/y.pkl", Path("https://x/y.pkl"), "s3://bucket/y"])
 def test_a_url_is_no_path(url: object) -> None:
-    with pytest.raises(GddlabError, match=r"^source='(https|s3):/.* is a URL: download it, and give the path"):
+    with pytest.raises(GddlabError, match=r"^source='(https://x|s3://bucket)/y.* is a URL: give a path on "):
         path_of("source", url)
     for call in (gddlab.load_teacher, gddlab.open_dataset):
-        with pytest.raises(GddlabError, match="is a URL: download it"):
+        with pytest.raises(GddlabError, match=r"://.* is a URL: give a path"):
             call(url)  # type: ignore[arg-type]
+
+
+def test_a_bare_word_may_be_a_name_and_all_else_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "cifar10"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(np.full((16, 16), 100 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    assert len(gddlab.open_dataset("digits")) == 1797
+    for path in (Path("digits"), "./digits", "digits/", "./cifar10", Path("cifar10")):
+        assert len(gddlab.open_dataset(path)) == len(open_source(path)) == 2
+        assert gddlab.presets.digits(run_dir="r", data=path).data == str(tmp_path / path)
+    assert isinstance(open_source("digits"), Precond)
+    gddlab.convert("digits", "digits/teacher.safetensors")
+    for path in (Path("digits"), "./digits", "digits/"):
+        assert gddlab.load_teacher(path).card.source == "digits/teacher.safetensors"
+        assert gddlab.presets.digits(run_dir="r", teacher=path).teacher == str(tmp_path / "digits")
+    assert gddlab.load_teacher("digits").card.source == "teachers/digits, ships with gddlab"
+    for call in (gddlab.load_teacher, gddlab.open_dataset):
+        for path in (Path("digits-cond"), "./digits-cond", "digits-cond/"):
+            with pytest.raises(NotFound, match="no such file"):
+                call(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("x\0y", "embedded null byte"), ("~nobody-there/x", "could not determine"), ("a" * 300, "file name too long")],
+)
+def test_a_name_that_the_system_does_not_take(path: str, why: str) -> None:
+    for call in (
+        gddlab.open_dataset,
+        gddlab.load_teacher,
+        gddlab.evaluate,
+        lambda path: gddlab.presets.digits(run_dir=path),
+    ):
+        with pytest.raises(GddlabError, match=f"{why}.*, give another path$") as refused:
+            call(path)
+        assert len(str(refused.value)) < 250
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    tiny_config(tmp_path / "r", tmp_path / "teacher").write()
+    run = gddlab.load_run(tmp_path / "r")
+    write_text(run.run_dir / "status.json", '{"nimg": "a", "total_nimg": "b"}')
+    write_text(run.run_dir / "metrics.jsonl", '{"kimg": 1}\n3\n')
+    assert "status.json holds nimg='a', no number: it is damaged" in repr(run)
+    assert list_runs(tmp_path)[0]["state"] == "damaged"
+    with pytest.raises(GddlabError, match=r"metrics.jsonl is damaged: the line that begins '3'"):
+        run.last_metrics  # noqa: B018
+    with pytest.raises(GddlabError, match=r"status.json is a file: give a folder"):
+        gddlab.load_runs(run.run_dir / "status.json")
 
 
 def test_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path) -> None:
@@ -58,8 +114,25 @@ def test_the_one_rule_for_what_is_there(tmp_path: Path) -> None:
         with pytest.raises(GddlabError, match=f"{there} exists: give another name, or replace it"):
             check_free(tmp_path / there, overwrite=False)
         check_free(tmp_path / there, overwrite=True)
+    (tmp_path / "empty/.frame.parquet.x.tmp").touch()  # of a killed process
     for free in ("empty", "new"):
         check_free(tmp_path / free, overwrite=False)
+    with pytest.raises(GddlabError, match="full/a/b is below a file"):
+        check_free(tmp_path / "full/a/b", overwrite=False)
+
+
+def test_a_mask_and_a_result_replace_their_own_kind_alone(tmp_path: Path) -> None:
+    mask = gddlab.FreezeMask((), (("w", (1,)),))
+    result = gddlab.weight_change(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), "linear")
+    for _ in range(2):
+        mask.save(tmp_path / "mask.json")
+        result.save(tmp_path / "result")
+    write_text(tmp_path / "run/config.json", '{"seed": 0}')
+    with pytest.raises(GddlabError, match=r"config.json is there and no freeze mask: give another name"):
+        mask.save(tmp_path / "run/config.json")
+    with pytest.raises(GddlabError, match=r"run holds other files and no probe result: give another name"):
+        result.save(tmp_path / "run")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "run").iterdir()] == [("config.json", '{"seed": 0}')]
 
 
 def test_functions_that_write_follow_it(tmp_path: Path) -> None:

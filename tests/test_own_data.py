@@ -68,6 +68,8 @@ def test_a_student_is_scored_against_the_classes_it_learnt(here: Path) -> None:
     assert (record.reference, record.reference_n) == ("digits, classes 1", 12)
     assert str(scores).endswith("against 12 images of digits, classes 1")
     by_path = gddlab.evaluate(str(here / "r"), metrics="fid", n=4, progress=False).record("fd-lite2")
+    by_handle = gddlab.evaluate(run, metrics="fid", n=4, progress=False).record("fd-lite2")
+    assert (by_handle.value, by_handle.run_dir) == (by_path.value, by_path.run_dir)
     assert by_path.value == record.value and by_path.reference_sha256 == record.reference_sha256
     again = evaluate_end(run, ("fid",))
     assert all(r.reference_sha256 == record.reference_sha256 for r in again)
@@ -92,7 +94,7 @@ def test_other_images_at_the_same_place_are_refused(home: Path, tmp_path: Path) 
             with pytest.raises(GddlabError, match=r"holds other images than this network was trained on"):
                 call()
         config = gddlab.load_run(home / "r").config
-        with pytest.raises(GddlabError, match=r"began with other images than .*own/digits holds now"):
+        with pytest.raises(GddlabError, match=r"holds another run: .*own/digits holds other images now; use a new"):
             gddlab.train(config)
         with pytest.warns(UserWarning, match=r"data has moved from .*own/digits to .*own/elsewhere; its hash is"):
             assert gddlab.train(config.model_copy(update={"data": moved})).status == "done"

@@ -141,17 +141,18 @@ def read_all(content: BinaryIO) -> bytes:
 def refusal(listing: Listing, problems: Sequence[Problem], *, preparing: bool = False) -> GddlabError:
     """The one line about a source with problems."""
     shown = problems[:3]
-    text = "; ".join(str(p) for p in shown)
+    advice = [HINTS.get(p.kind, "replace or remove the file") for p in shown]
+    if not preparing:
+        advice = [hint.replace("give ", "run gddlab.prepare with ") for hint in advice]
+    same = len({*advice}) == 1
+    text = "; ".join(str(p) if same else f"{p}: {hint}" for p, hint in zip(shown, advice, strict=True))
     if len(problems) > len(shown):
         again = f"gddlab.prepare({listing.source}, dry_run=True)" if listing.source in GIVEN else None
         again = again or f"gddlab prepare {listing.source} --dry-run"
         text += f"; and {len(problems) - len(shown):,} more ({again} lists all)"
-    hints = ", or ".join(dict.fromkeys(HINTS.get(p.kind, "replace or remove the file") for p in shown))
-    if not preparing:
-        hints = hints.replace("give ", "run gddlab.prepare with ")
     images = "1 image" if len(listing) == 1 else f"{len(listing):,} images"
     many = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-    return GddlabError(f"{listing.source} ({images}) has {many}: {text}: {hints}")
+    return GddlabError(f"{listing.source} ({images}) has {many}: {text}{f': {advice[0]}' if same else ''}")
 
 
 def image_files(names: Sequence[str]) -> tuple[list[str], list[Problem], dict[str, int]]:

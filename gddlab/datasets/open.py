@@ -28,13 +28,14 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
-from gddlab.files import HUB_NAME, describe_start, path_of
+from gddlab.files import HUB_NAME, as_text, describe_start, path_of
+from gddlab.runtime import Seed
 
 Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
 """What `open_dataset` takes; `find_source` refuses the rest."""
 
 BUILT_IN = ("digits", "cifar10")
-"""Names that mean a data set also where a folder is called so."""
+"""Names that mean a data set also where a folder is called so, which is then "./digits"."""
 
 
 def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listing:
@@ -52,7 +53,7 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
         return of_list(data)
     if not isinstance(data, str | Path):
         raise refusal_of("data", data, "give a name, a path, a dataset, an array, uint8 (N, H, W, C), or Pillow images")
-    text = str(data)
+    text = as_text(data)
     if text == "digits":
         return digits()
     if text.startswith("hf:"):
@@ -73,10 +74,10 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
             return read_cifar10(path)
         accepted = f"an EDM zip, a folder of images, a .npz or .npy of them, or {ARCHIVE}"
         raise GddlabError(f"{path} is {describe_start(head)}; a dataset is {accepted}")
-    if len(path.parts) > 1 or path.suffix or text.endswith("/") or isinstance(data, Path):
+    if "/" in text or path.suffix:
         hub = f"; of the Hugging Face hub, give 'hf:{text}'" if HUB_NAME.fullmatch(text) else ""
         raise NotFound(f"no such file or folder: {path}{hub}")
-    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip"))
+    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip", "a .npz or .npy"))
 
 
 def data_of(card: Any) -> ImageDataset | None:
@@ -102,8 +103,8 @@ def data_of(card: Any) -> ImageDataset | None:
         raise NotFound(f"{data}, the data of this network, is no longer there: give data= with its new place") from None
     if used.manifest.sha256 != manifest["sha256"]:
         raise GddlabError(
-            f"{data} holds other images than this network was trained on (now {len(used)}, then {manifest['count']}): "
-            "give data="
+            f"{data} holds other images than this network was trained on ({manifest['count']} then, {len(used)} now, "
+            f"sha256 {manifest['sha256'][:8]} then, {used.manifest.sha256[:8]} now): give data="
         )
     return used if options.keys() <= {"classes"} else open_dataset(data, classes=options.get("classes"))
 
@@ -133,7 +134,7 @@ def open_dataset(
     *,
     classes: Sequence[int] | Set[int] | None = None,
     max_images: PositiveInt | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     xflip: bool = False,
     memory: Literal["auto", "ram", "mapped"] = "auto",
     download: bool = False,
@@ -142,7 +143,7 @@ def open_dataset(
     """A dataset by name or path.
 
     Args:
-        data: One of
+        data: One of the following; "./digits" and Path("digits") are a folder, "digits" alone is not:
             "digits";
             "cifar10": the training images of cifar-10-python.tar.gz or cifar-10-batches-py in the working folder,
             $GDDLAB_HOME or the cache; or the path of either;

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, PositiveInt
 
 from gddlab.datasets.base import ContentHash, Manifest
-from gddlab.datasets.listing import HINTS, Listing, Problem, attempt, choose, refusal
+from gddlab.datasets.listing import HINTS, MANIFEST, Listing, Problem, attempt, choose, refusal
 from gddlab.datasets.open import Source, find_source, listed
 from gddlab.datasets.packing import (
     Entry,
@@ -31,7 +34,7 @@ from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
 from gddlab.files import check_free, hash_json, path_of
 from gddlab.progress import progress_bar
-from gddlab.runtime import usable_cores
+from gddlab.runtime import Seed, usable_cores
 
 _MAX_SIDE = 8192
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed
@@ -151,6 +154,16 @@ def make_part(
     return np.stack(made)
 
 
+def settings_of(listing: Listing, recipe: Recipe) -> dict[str, Any]:
+    """What determines the zip; parts made by other settings are of another one."""
+    from PIL import __version__ as pillow
+
+    n, r, c = len(listing), recipe.resolution, recipe.channels
+    per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # independent of the number of workers
+    files = hash_json([listing.fingerprint, list(listing.names)])[:16]
+    return {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
+
+
 def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[str, int]) -> str:
     """Makes the zip, or continues with it; returns the hash of its content.
 
@@ -160,10 +173,9 @@ def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[
     from PIL import __version__ as pillow
 
     n, r, c = len(listing), recipe.resolution, recipe.channels
-    per_part = max(1, min(max(16, n // 128), 512, _PART_BYTES // (r * r * c)))  # independent of the number of workers
+    settings = settings_of(listing, recipe)
+    per_part = settings["per_part"]
     parts = -(-n // per_part)
-    files = hash_json([listing.fingerprint, list(listing.names)])[:16]
-    settings = {"files": files, "images": n, "per_part": per_part, **asdict(recipe), "pillow": pillow}
     content = ContentHash((n, r, r, c))
     problems: list[Problem] = []
     try:
@@ -185,7 +197,12 @@ def make(pool: Pool, listing: Listing, recipe: Recipe, out: Path, changes: dict[
                 raise refusal(listing, problems, preparing=True)
             sha256 = content.digest(listing.labels)
             names = listing.extra.get("class_names")
-            extra = {"class_names": names, "options": listing.options, "changed": changes}
+            extra = {
+                "class_names": names,
+                "options": listing.options,
+                "changed": changes,
+                "made_by": hash_json(settings),
+            }
             resized = changes.keys() & {"reduced", "enlarged"}
             manifest = Manifest(
                 name=out.stem,
@@ -223,7 +240,7 @@ class PrepareReport:
 
     Attributes:
         source, out: Source and target; out is None in a dry run.
-        images: Number of images in the source.
+        images: Number of images in the source; `unusable` of them have problems.
         classes: Number of classes; 0 without labels.
         resolution, channels: Of the images made; None if none can be made.
         problems: Only in a dry run; otherwise they are refused.
@@ -240,13 +257,15 @@ class PrepareReport:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     sha256: str | None = None
+    unusable: int = 0
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def __str__(self) -> str:
-        lines = [f"{self.out or self.source}: {self.images:,} images"]
+        usable = f"{self.images:,} files, {self.images - self.unusable:,} usable" if self.unusable else ""
+        lines = [f"{self.out or self.source}: {usable or f'{self.images:,} images'}"]
         if self.resolution:
             lines[0] += f", {self.resolution}x{self.resolution}, {'RGB' if self.channels == 3 else 'grey'}"
         lines[0] += f", {self.classes:,} classes" if self.classes else ", no labels"
@@ -278,7 +297,7 @@ def prepare(
     alpha: Literal["refuse", "white", "black"] = "refuse",
     classes: Sequence[int] | Set[int] | None = None,
     max_images: PositiveInt | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     workers: PositiveInt | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -287,7 +306,8 @@ def prepare(
 ) -> PrepareReport:
     """Makes an EDM zip: PNG files of one size, not compressed, dataset.json, and a manifest.
 
-    After an interruption the same call continues: finished parts are kept in OUT.parts. OUT appears when complete.
+    After an interruption the same call continues: finished parts are kept in OUT.parts. OUT appears when complete; the
+    same call then returns its report.
 
     Args:
         source: As for `open_dataset`, with images of any size and shape, grey and colour mixed.
@@ -309,9 +329,11 @@ def prepare(
 
     Raises:
         NotFound: No such source.
-        GddlabError: An option or an image cannot be used, OUT is there already, or another process is making it.
+        GddlabError: An option or an image cannot be used, OUT is there already and made by another call, or another
+            process is making it.
     """
-    target = None if dry_run else _target(source, out, overwrite)
+    target = None if dry_run else _target(source, out)
+    made = None if target is None or overwrite else _made(target)
     listing = choose(listed(find_source(source, download=download)), classes, max_images, seed)
     pool = Pool(workers or min(ceil(usable_cores()), max(1, len(listing) // _ALONE)), progress)
     headers, found = scan(pool, listing, alpha)
@@ -326,8 +348,12 @@ def prepare(
         problems += [p for p in more if (p.name, p.kind) not in seen]
     elif problems or recipe is None:
         raise refusal(listing, problems, preparing=True)
-    else:
+    elif made is None:
         sha256 = make(pool, listing, recipe, target, changes)
+    elif made["extra"]["made_by"] == hash_json(settings_of(listing, recipe)):  # by this very call
+        sha256 = made["sha256"]
+    else:
+        check_free(target, overwrite)
     notes = [f"{_NOTES[key]}: {n:,}" for key, n in changes.items() if key in _NOTES]
     notes += [f"files skipped, no images by name ({suffix}): {n:,}" for suffix, n in listing.ignored.items()]
     return PrepareReport(
@@ -340,16 +366,32 @@ def prepare(
         problems=tuple(problems),
         notes=tuple(notes),
         sha256=sha256,
+        unusable=len({p.name for p in problems} & {*listing.names}) if problems else 0,
     )
 
 
-def _target(source: Source, out: str | Path | None, overwrite: bool) -> Path:
+def _made(out: Path) -> dict[str, Any] | None:
+    """The manifest of a zip that `prepare` made; None where there is no file.
+
+    Raises:
+        GddlabError: The file is another.
+    """
+    if not out.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile), zipfile.ZipFile(out) as z:
+        manifest: dict[str, Any] = json.loads(z.read(MANIFEST))
+        if manifest["sha256"] and manifest["extra"]["made_by"]:
+            return manifest
+    check_free(out, overwrite=False)
+    return None
+
+
+def _target(source: Source, out: str | Path | None) -> Path:
     if out is None:
-        raise GddlabError("out=None: give the zip to make, or dry_run=True to check the source only")
+        raise GddlabError("out is missing: give the zip to make, or dry_run=True to check the source only")
     path = path_of("out", out)
     if path.suffix.lower() != ".zip" or path.is_dir():
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")
-    check_free(path, overwrite)
     if isinstance(source, str | Path):
         folder = Path(source).expanduser().resolve()
         if folder.is_dir() and path.resolve().is_relative_to(folder):

@@ -25,6 +25,7 @@ from gddlab.datasets.listing import (
     GIVEN,
     LABELS,
     MANIFEST,
+    MAX_CLASSES,
     Listing,
     Problem,
     attempt,
@@ -34,7 +35,7 @@ from gddlab.datasets.listing import (
     read_all,
 )
 from gddlab.datasets.pixels import BadImage
-from gddlab.errors import GddlabError, NotFound
+from gddlab.errors import GddlabError, NotFound, warn
 from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.published import Published, offline, search_folders
@@ -209,10 +210,14 @@ def of_array(images: np.ndarray, labels: np.ndarray | None = None, *, name: str,
         raise GddlabError(f"{what}: {_GIVE_ARRAY}{', as x.transpose(0, 2, 3, 1) is' if turned else ''}")
     if not images.size:
         raise GddlabError(f"{what}: give at least one image")
+    if images.max() == 1:
+        warn(f"{what}: the highest value is 1, of 255; if 1 is white, multiply by 255")
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0):
         what = f"{labels.dtype} {labels.shape}"
         raise GddlabError(f"{source}: labels are {what}: give integers from 0 up, ({len(images)},)")
     classes = 0 if labels is None else int(labels.max()) + 1
+    if classes > MAX_CLASSES:
+        raise GddlabError(f"{source}: the largest label is {classes - 1}, accepted are 0..{MAX_CLASSES - 1}")
     if not (images.flags.writeable or isinstance(images, np.memmap)):
         images = images.copy()  # as jax gives them; torch warns of arrays that cannot be written
     if images.shape[1] == images.shape[2]:

@@ -20,6 +20,7 @@ from gddlab.errors import GddlabError, NotFound, positive
 from gddlab.nets import OneStepPrecond
 from gddlab.probing.gradients import Batch
 from gddlab.sampling import latents
+from gddlab.sampling.samplers import seed_list
 
 
 class AdversarialProblem(NamedTuple):
@@ -55,6 +56,7 @@ def adversarial_problem(
     """
     config = TrainConfig.load(run_dir)
     size = positive("batch_size", config.batch if batch_size is None else batch_size)
+    seed_list(n, seed, None)
     if positive("n", n) % size:
         raise GddlabError(f"n={n} images in batches of {size}: give a multiple, or another batch_size=")
     if config.discriminator is None:

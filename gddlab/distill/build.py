@@ -48,11 +48,10 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
 
 def check_unchanged(config: TrainConfig, teacher: Precond, data: ImageDataset) -> None:
     """Refuses to continue a run with another teacher, or other images, than it began with."""
+    config.check_images(data.manifest.sha256)
     known = read_object(config.run_dir / "provenance.json")
-    if known.get("dataset_sha256", data.manifest.sha256) != data.manifest.sha256:
-        raise GddlabError(f"{config.run_dir} began with other images than {config.data} holds now: use a new run_dir")
     if "teacher_sha256" in known and known["teacher_sha256"] != hash_tensors(teacher.state_dict()):
-        raise GddlabError(f"{config.run_dir} began with another teacher than {config.teacher}: use a new run_dir")
+        raise config.other_run("teacher", "weights")
 
 
 def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, world_size: int = 1) -> None:

@@ -23,9 +23,10 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
-from gddlab.files import folder_of, located, path_of, read_json, read_object, write_json, writing
+from gddlab.files import folder_of, located, made_in, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
+from gddlab.runtime import Seed
 from gddlab.teachers import bundled_teachers
 
 
@@ -60,6 +61,8 @@ class RunSettings(Settings):
     run_dir: RunDir
     places: ClassVar[tuple[str, ...]] = ()
     """Fields that name what the run knows by its hash too."""
+    made: ClassVar[str] = "run"
+    """What `made_in` says of its folder."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the folder left out."""
@@ -92,8 +95,22 @@ class RunSettings(Settings):
         with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             names = {p.name for p in self.run_dir.iterdir() if not p.name.startswith(".")}
+        kind = made_in(self.run_dir)
+        if kind not in (self.made, None):
+            raise GddlabError(f"{self.run_dir} holds a {kind}, no {self.made}: give an empty or new folder as run_dir")
         if "config.json" not in names and (other := sorted(names - BEFORE)):
             raise GddlabError(f"{self.run_dir} holds {other[0]!r} and no run: give an empty or new folder as run_dir")
+
+    def check_images(self, sha256: str) -> None:
+        """Refuses to continue with other images, by the hash of their manifest, than the run began with."""
+        if read_object(self.run_dir / "provenance.json").get("dataset_sha256", sha256) != sha256:
+            raise self.other_run("data", "images")
+
+    def other_run(self, field: str, what: str) -> GddlabError:
+        """The refusal of data or a teacher that differ by their hash: another place, or other content there now."""
+        there, here = read_object(self.run_dir / "config.json").get(field), getattr(self, field)
+        differ = f"{field} is {there!r} there, {here!r} here" if there != here else f"{here} holds other {what} now"
+        return GddlabError(f"{self.run_dir} holds another run: {differ}; use a new run_dir")
 
     def write(self) -> None:
         """Writes config.json; the same configuration again is accepted.
@@ -150,7 +167,7 @@ class TrainConfig(RunSettings):
     """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level is two steps."""
     mask: Annotated[FreezeMask | None, BeforeValidator(_mask), tyro.conf.Suppress, tyro.conf.Fixed] = None
     """What is frozen; None trains everything (GDD). On the command line it is given by its file."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of discriminator, projection, order, noise."""
     total_kimg: float = Field(default=5000, gt=0)
     """Length, thousands of real images."""

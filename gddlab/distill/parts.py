@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, check_no_bool, refusal_of, unknown
+from gddlab.errors import GddlabError, check_no_bool, refusal_of, shown, unknown
 from gddlab.files import located
 from gddlab.nets import Precond
 
@@ -32,6 +32,14 @@ class Settings(BaseModel):
         except ValidationError as e:
             raise _refusal(type(self), e) from None
 
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, with refusals in one line."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as e:
+            raise _refusal(cls, e) from None
+
     @model_validator(mode="before")
     @classmethod
     def _no_bool(cls, values: Any) -> Any:
@@ -42,8 +50,8 @@ class Settings(BaseModel):
     def __setattr__(self, name: str, value: Any) -> None:
         raise GddlabError(f"{type(self).__name__} is frozen: make another with model_copy(update={{{name!r}: ...}})")
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:  # type: ignore[override]
-        """A copy with other values in place of some; they are checked as all are."""
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values in place of some; they are checked as all are. Values are frozen: `deep` is moot."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**(values | dict(update or {})))
 
@@ -101,11 +109,11 @@ def _no_part(field: str, value: Any, kinds: list[str]) -> GddlabError:
     if not isinstance(value, (*PLAIN, Settings)):
         return GddlabError(not_plain(field, value))
     if not kinds:
-        return GddlabError(f"{field}={value!r}: give a part such as gddlab.Augment(), a dict of its fields, or None")
+        return GddlabError(f"{field}={shown(value)}: give a part, such as gddlab.Augment(), a dict of fields, or None")
     if isinstance(value, dict) and "kind" in value:
         return unknown(f"kind of {field}", value["kind"], kinds)
     accepted = ", ".join(kinds)
-    return GddlabError(f"{field}={value!r}: give a part, a dict with its kind ({accepted}) and fields, or None")
+    return GddlabError(f"{field}={shown(value)}: give a part, a dict with its kind ({accepted}) and fields, or None")
 
 
 FILES = {

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gddlab.errors import GddlabError, shown
 from gddlab.files import read_object, write_json
 
 ACTIVE = ("starting", "running")
 PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
-"""What stays when a run is marked as stopped from outside."""
+"""What stays when a run is marked from outside."""
 
 
 def write_status(run_dir: Path, state: str, **extra: Any) -> None:
@@ -31,7 +32,18 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         GddlabError: It is damaged.
     """
-    return read_object(run_dir / "status.json")
+    status = read_object(run_dir / "status.json")
+    for name in ("heartbeat", "nimg", "total_nimg"):
+        if not isinstance(status.get(name, 0), int | float):
+            raise GddlabError(f"{run_dir / 'status.json'} holds {name}={shown(status[name])}, no number: it is damaged")
+    return status
+
+
+def progress_of(status: dict[str, Any]) -> str:
+    """Thousands of images seen, of all, such as "0.604 of 8"; "" where a run did not begin."""
+    if "nimg" not in status or "total_nimg" not in status:
+        return ""
+    return f"{status['nimg'] / 1000:g} of {status['total_nimg'] / 1000:g}"
 
 
 NAME = re.compile(r"\d+\.\d{3}")
@@ -71,7 +83,7 @@ def where_it_continues(run_dir: Path) -> str:
     return f"the checkpoint of {float(have[-1].name):g} kimg" if have else "the start, as no checkpoint was written"
 
 
-def mark_stopped(run_dir: Path) -> None:
-    """Writes "stopped" for a run whose processes were ended before they could; its last checkpoint remains valid."""
+def mark(run_dir: Path, state: str, **extra: Any) -> None:
+    """Writes a state from outside the training, with how far it came; arguments as for `write_status`."""
     status = read_status(run_dir)
-    write_status(run_dir, "stopped", **{k: status[k] for k in PROGRESS if k in status})
+    write_status(run_dir, state, **{k: status[k] for k in PROGRESS if k in status}, **extra)

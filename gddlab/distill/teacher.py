@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
 from gddlab.distill.config import DataName, RunDir, RunSettings
 from gddlab.ema import ema_beta, ema_update
 from gddlab.errors import GddlabError, validated
-from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_text
+from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_json, write_text
 from gddlab.nets import Precond, from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
 from gddlab.progress import progress_bar
-from gddlab.provenance import versions
-from gddlab.runtime import generator
+from gddlab.provenance import commit, versions
+from gddlab.runtime import Seed, generator
 from gddlab.sampling import sample, save_grid
 
 
 class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters)."""
+
+    places: ClassVar[tuple[str, ...]] = ("data",)
+    made: ClassVar[str] = "teacher"
 
     run_dir: RunDir
     """Folder of log, checkpoint, samples and the finished teacher."""
@@ -38,7 +46,7 @@ class TeacherConfig(RunSettings):
     """Whether the network sees class labels."""
     model_channels: int = Field(default=32, ge=4)
     """Base width of the NCSN++ U-Net."""
-    channel_mult: tuple[int, ...] = (1, 2)
+    channel_mult: tuple[PositiveInt, ...] = Field(default=(1, 2), min_length=1)
     """Width of each level, as a multiple of the base."""
     num_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level."""
@@ -68,7 +76,7 @@ class TeacherConfig(RunSettings):
     """Share of the noise levels that are drawn log-uniform within `uniform_sigmas`, and not log-normal."""
     uniform_sigmas: tuple[float, float] = (5.0, SIGMA_MAX)
     """Lowest and highest of these noise levels."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
@@ -85,6 +93,8 @@ class TeacherConfig(RunSettings):
 def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     """Trains a teacher; the same call continues a run that was stopped.
 
+    Ctrl-C ends it after the present step with a checkpoint; after anything else it continues from the last tick.
+
     Args:
         config: Everything that determines the result.
         progress: Shows a bar when at a terminal.
@@ -93,37 +103,50 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         Path of the finished `teacher.safetensors` in the run directory.
 
     Raises:
-        GddlabError: The run directory holds a run of another configuration.
+        GddlabError: The run directory holds a run of another configuration, or began with other images.
+        KeyboardInterrupt: After Ctrl-C; it says from where the same call continues.
     """
     run = config.run_dir
     data = open_dataset(config.data)
     if config.conditional and not data.classes:
         raise GddlabError(f"conditional=True, but {data.name} has no classes: use conditional=False")
     net = _network(config, data).train()  # first: it may be refused
+    config.check_images(data.manifest.sha256)
     config.write()
     done = run / "teacher.safetensors"
     if done.exists():
         return done
+    if not (run / "checkpoint.pt").exists():
+        about = {"versions": versions(), "commit": commit(), "dataset_sha256": data.manifest.sha256}
+        write_json(run / "provenance.json", about)
 
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     reader = BatchReader(data, batch=config.batch, seed=config.seed)
     step, seconds = 0, 0.0
+    losses: list[Tensor] = []
     saved: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "data": reader}
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True)
         for name, part in saved.items():
             part.load_state_dict(state[name])
         step, seconds = state["step"], state["seconds"]
+        losses = [torch.tensor(loss) for loss in state.get("losses", ())]
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
 
     total = -(-round(config.total_kimg * 1000) // config.batch)
     tick = max(1, round(config.tick_kimg * 1000 / config.batch))
-    losses: list[Tensor] = []
     began = time.perf_counter()
     bar = progress_bar(total=total * config.batch, desc="teacher", unit="img", enabled=progress)
     bar.update(step * config.batch)
-    with bar, torch.autocast("cpu", enabled=False):
+
+    def save(spent: float) -> None:
+        parts = {name: part.state_dict() for name, part in saved.items()}
+        more = {"step": step, "seconds": spent, "losses": [loss.item() for loss in losses]}
+        with atomic_path(run / "checkpoint.pt") as tmp:
+            torch.save(parts | more, tmp)
+
+    with bar, torch.autocast("cpu", enabled=False), interruptions() as interrupted:
         while step < total:
             nimg = reader.position
             loss = _loss(config, net, reader, step)
@@ -139,15 +162,16 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
             ema_update(ema, net, beta)
             losses.append(loss.detach())
             bar.update(config.batch)
+            spent = seconds + time.perf_counter() - began
             if step % tick == 0 or step == total:
-                spent = seconds + time.perf_counter() - began
                 mean = torch.stack(losses).mean().item()
                 lines.append({"kimg": step * config.batch / 1000, "loss": mean, "seconds": round(spent, 1)})
                 losses.clear()
-                with atomic_path(run / "checkpoint.pt") as tmp:
-                    parts = {name: part.state_dict() for name, part in saved.items()}
-                    torch.save(parts | {"step": step, "seconds": spent}, tmp)
+                save(spent)
                 write_text(run / "metrics.jsonl", "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
+            if interrupted():
+                save(spent)
+                raise KeyboardInterrupt(f"{run}: the same call continues from {step * config.batch / 1000:g} kimg")
     save_grid(sample(ema, 100, seed=0), run / "samples.png", columns=10)
     save_network(
         ema,
@@ -163,6 +187,31 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         weights_sha256=hash_tensors(dict(ema.state_dict())),
     )
     return done
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted, for a step to end; a second one interrupts at once.
+
+    Where Ctrl-C does something else, as in a thread or a job in the background, that stays.
+    """
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = usual and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _network(config: TeacherConfig, data: ImageDataset) -> Precond:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from gddlab.evaluation.images import generated_rows, images_of, open_source
 from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import is_run, path_of
+from gddlab.files import as_text
 from gddlab.nets import Precond
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
-from gddlab.runtime import beside_runs
+from gddlab.runtime import Seed, beside_runs
+from gddlab.teachers.catalog import run_of
 
 
 @beside_runs()
@@ -36,7 +38,7 @@ def evaluate(
     data: Source | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: Annotated[int, Field(ge=2)] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     steps: int | None = None,
     extractor: str = "lite2",
     blocks: PositiveInt = 1,
@@ -53,8 +55,8 @@ def evaluate(
 
     Args:
         source: Student, teacher, data set, or images: a tensor, float32 in [-1, 1], (N, C, R, R), an array, uint8,
-            (N, R, R, C), a list of Pillow images; or by name or path: a run directory, a teacher, a file of weights, a
-            folder, zip, .npz or .npy of images, "data:NAME" for a data set.
+            (N, R, R, C), a list of Pillow images; or by name or path: a run, a teacher, a file of weights, a folder,
+            zip, .npz or .npy of images, "data:NAME" for a data set; or the handle of a run.
         data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
             `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception
@@ -91,14 +93,15 @@ def evaluate(
         raise GddlabError(
             f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
         )
-    about: dict[str, Any] = {"source": None, "data": str(data) if isinstance(data, str | Path) else None}
+    about: dict[str, Any] = {"source": None, "data": as_text(data) if isinstance(data, str | Path) else None}
+    if isinstance(source, os.PathLike):  # a run too
+        source = Path(source)
     if isinstance(source, str | Path):
-        text = str(source)
-        if data is None and text.startswith("data:"):
+        about["source"] = text = as_text(source)
+        if not text.startswith("data:"):
+            about["run_dir"] = run_of(source)
+        elif data is None:
             data = text.removeprefix("data:")
-        if is_run(text):
-            about["run_dir"] = path_of("source", text)
-        about["source"] = text
         source = open_source(text, progress=progress)
     elif isinstance(source, np.ndarray | list | tuple):
         source = open_dataset(list(source) if isinstance(source, tuple) else source, progress=progress)
@@ -140,7 +143,7 @@ def real_split(
     *,
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     extractor: str = "lite2",
     progress: bool = True,
 ) -> Scores:
@@ -176,7 +179,7 @@ def real_split(
     rows = real_rows(real, spec, progress=progress).rows
     shared = time.perf_counter() - start
     images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
-    about = _about(spec, Reference.of(real)) | {"data": str(data) if isinstance(data, str | Path) else None}
+    about = _about(spec, Reference.of(real)) | {"data": as_text(data) if isinstance(data, str | Path) else None}
     about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
     ours, theirs = Extracted(rows[first], images.sha256), rows[second, : spec.dims]
     return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))

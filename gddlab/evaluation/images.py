@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, warn
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import (
     Extracted,
@@ -27,7 +27,7 @@ from gddlab.evaluation.features import (
     images_sha256,
 )
 from gddlab.evaluation.references import Reference
-from gddlab.files import cache_dir, hash_json, is_run, path_of
+from gddlab.files import as_text, cache_dir, hash_json, is_run, path_of
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -36,13 +36,15 @@ from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, module_of, resolve, seed_list
-from gddlab.teachers.catalog import load_teacher
+from gddlab.teachers.catalog import bundled_teachers, load_teacher
 from gddlab.workers import run_workers
 
 BLOCK = 50_000
 """Number of images scored against statistics that do not say how many they are of: EDM's protocol."""
 FORMAT = 1
 """Part of the cache key; to be raised when a change of code changes the image of a seed, or its features."""
+DARKEST = -0.5
+"""Images whose least value is above are perhaps in [0, 1]: resizing may take these below 0."""
 KEEP_GIB = 4.0
 """Size of the cache of generated features; beyond it the files used longest ago are removed."""
 
@@ -51,12 +53,14 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     """A model or images by name or path.
 
     Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a teacher's name, a file of
-    weights.
+    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a bundled teacher's name, also
+    where a folder is called so, a file of weights.
     """
-    text = str(source)
+    text = as_text(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
+    if text in bundled_teachers():
+        return load_teacher(text)
     path = path_of("source", source)
     images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
@@ -109,6 +113,11 @@ def images_of(
     check_values(source[:n])
     if (least := source[:n].min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, its distance three times as large
         raise GddlabError(f"images hold no value below 0 (the least is {least:.3g}): give [-1, 1], as 2 * images - 1")
+    if least > DARKEST:
+        warn(
+            f"images span {least:.3g} to {source[:n].max().item():.3g}, they are read as [-1, 1]: if that was [0, 1], "
+            "give 2 * images - 1"
+        )
     return StoredImages(to_uint8(source[:n]), "images")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.datasets import data_of
+from gddlab.datasets import Source, data_of, open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
@@ -140,26 +140,34 @@ STEPS = (1, 5, 18)
 """Numbers of Heun steps at which teachers are scored and shown."""
 
 
-def score_teacher(run_dir: str | Path, *, n: int | None = None, progress: bool = True) -> list[Record]:
+def score_teacher(
+    run_dir: str | Path, *, data: Source | None = None, n: int | None = None, progress: bool = True
+) -> list[Record]:
     """Frechet and kernel distance at 1, 5 and 18 Heun steps, and of two halves of the real set.
 
     Writes scores.json, which the teacher's card then shows, and samples-STEPS.png, 64 images of seeds 0 to 63.
 
     Args:
         run_dir: Run directory of `train_teacher`, or a folder with a teacher.safetensors.
+        data: The real images, as for `open_dataset`; None takes the data set on the teacher's card.
         n: Number of images; that of the real ones if None.
         progress: Shows bars at a terminal.
 
     Returns:
         The records, those of the teacher first.
+
+    Raises:
+        NotFound: The folder holds no teacher, as the run directory of a student.
     """
     folder = path_of("run_dir", run_dir)
-    teacher = load_teacher(folder)
+    teacher = load_teacher(folder / "teacher.safetensors")
+    real = data_of(teacher.card) if data is None else open_dataset(data, progress=progress)
+    if real is None:
+        raise GddlabError(f"no dataset to score against: the teacher in {folder} names none, give data=")
     records: list[Record] = []
     for steps in STEPS:
         save_grid(sample(teacher, 64, steps=steps), folder / f"samples-{steps}.png", columns=8, scale=1)
-        records += evaluate(teacher, n=n, steps=steps, progress=progress)
-    if (real := data_of(teacher.card)) is not None:
-        records += real_split(real, progress=progress)
+        records += evaluate(teacher, data=real, n=n, steps=steps, progress=progress)
+    records += real_split(real, progress=progress)
     write_json(folder / "scores.json", [r.to_dict() for r in records])
     return records

@@ -18,7 +18,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import atomic_path, last_jsonl, path_of, read_json, write_bytes, write_json
+from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult
@@ -96,7 +96,7 @@ def plan(
             raise unknown("experiment", wanted, chosen.names)
     if seeds < 1:
         raise GddlabError(f"seeds={seeds}: give at least 1")
-    folder = path_of("out", out) / name
+    folder = folder_of("out", out) / name
     planned: list[Planned] = []
     for seed, e in itertools.product(range(seeds), chosen.experiments):
         path = folder / e.name / f"seed-{seed}"
@@ -171,7 +171,7 @@ def reproduce(
         GddlabError: Unknown list or experiment. RunFailed: a run failed, with its traceback.
     """
     chosen = find_list(name)
-    folder = path_of("out", out) / name
+    folder = folder_of("out", out) / name
     measured: Measured | None = None
     for item in plan(name, out=out, only=only, seeds=seeds):
         with _claimed(item.folder) as mine:
@@ -286,12 +286,13 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
     Raises:
         GddlabError: No run and no study of these is done.
     """
+    out, to = folder_of("out", out), folder_of("to", to)
     done = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state == "done"]
     if not done:
         raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
     written: list[Path] = []
     for item in done:
-        source, target = item.folder, Path(to) / item.folder.relative_to(out)
+        source, target = item.folder, to / item.folder.relative_to(out)
         study = isinstance(item.item, Study)
         for file in (source / n for n in (STUDY_FILES if study else RUN_FILES)):
             if file.exists():
@@ -303,8 +304,8 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
             for grid in load_run(source).grids()[-1:]:
                 write_bytes(target / "samples" / grid.name, grid.read_bytes())
         written.append(target)
-    measured = Path(out) / name / "measured"
+    measured = out / name / "measured"
     if measured.is_dir():
-        ProbeResult.load(measured).save(Path(to) / name / "measured")
-        written.append(Path(to) / name / "measured")
+        ProbeResult.load(measured).save(to / name / "measured")
+        written.append(to / name / "measured")
     return written

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
 from gddlab.freezing.mask import FreezeMask, Parameters
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
@@ -95,7 +95,7 @@ class Network:
     def ends(self, always_train: str | Iterable[str]) -> set[str]:
         """Names that `always_train` means, "first" and "last" among them."""
         if not isinstance(always_train, Iterable):
-            raise GddlabError(f"always_train={always_train!r}: give first, last, names or globs, or a list of these")
+            raise GddlabError(f"always_train={shown(always_train)}: give first, last, names, globs, or a list of these")
         convs = [n for n in self.own if self.type(n) == "conv"]
         out: set[str] = set()
         for item in [always_train] if isinstance(always_train, str) else always_train:

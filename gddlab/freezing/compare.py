@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
 from gddlab.freezing.candidates import Unit, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import (
     INCH_PER_BLOCK,
@@ -80,8 +80,8 @@ class MaskComparison:
             table[column] = [share_text(v) for v in table[column]]
         parts = [table.to_html(na_rep=""), "<p>Overlap of the frozen sets (Jaccard index)</p>"]
         parts.append(self.overlap.to_html(float_format="{:.2f}".format))
-        for what, shown in (("stage", self.stages), ("resolution", self.resolutions), ("kind of layer", self.kinds)):
-            parts.append(f"<p>Frozen share by {what}</p>" + shown.to_html(float_format="{:.0%}".format, na_rep=""))
+        for what, share in (("stage", self.stages), ("resolution", self.resolutions), ("kind of layer", self.kinds)):
+            parts.append(f"<p>Frozen share by {what}</p>" + share.to_html(float_format="{:.0%}".format, na_rep=""))
         return "".join(parts)
 
 
@@ -154,7 +154,7 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
     listed: list[Any] = [*seeds] if isinstance(seeds, Iterable) else []
     whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in listed)
     if not isinstance(seeds, Iterable) or not whole or len({*listed}) < len(listed):
-        raise GddlabError(f"seeds={seeds!r}: give whole numbers, each once")
+        raise GddlabError(f"seeds={shown(seeds)}: give whole numbers, each once")
     units = recorded(mask)
     candidates = {u.name: u.layers for u in units}
     granularity = mask.arguments.get("granularity", "layer")

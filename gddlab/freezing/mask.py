@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, NotFound, unknown, validated
-from gddlab.files import hash_json, read_json, write_json
+from gddlab.errors import GddlabError, NotFound, shown, unknown, validated
+from gddlab.files import check_kind, hash_json, holds_format, path_of, read_json, write_json
 from gddlab.freezing.strategies import STRATEGIES
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
@@ -379,9 +379,16 @@ class FreezeMask:
             raise GddlabError("this freeze mask was edited: its hash does not fit its names; select it again")
         return mask
 
+    @staticmethod
+    def check_place(path: str | Path) -> Path:
+        """The file for a mask. Raises GddlabError where another file is."""
+        place = path_of("path", path)
+        check_kind(place, lambda path: path.is_dir() or holds_format(path, FORMAT), "freeze mask")
+        return place
+
     def save(self, path: str | Path) -> None:
-        """Writes JSON atomically."""
-        write_json(path, self.to_dict())
+        """Writes JSON atomically. Raises GddlabError where a file is that is no mask; another mask is replaced."""
+        write_json(self.check_place(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> FreezeMask:
@@ -392,9 +399,7 @@ class FreezeMask:
             GddlabError: Not a mask, or edited by hand.
         """
         if (name := str(path)) in STRATEGIES and not Path(name).exists():
-            raise NotFound(
-                f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r}) or --strategy {name}"
-            )
+            raise NotFound(f"mask {name!r} is a strategy, no file: give select_freeze(net, strategy={name!r})")
         value = read_json(path)
         try:
             return cls.from_dict(value)
@@ -405,7 +410,7 @@ class FreezeMask:
 def check_same_network(mask: FreezeMask, other: FreezeMask) -> None:
     """Refuses what is no mask, or a mask of another architecture."""
     if not isinstance(other, FreezeMask):
-        raise GddlabError(f"{other!r} is no FreezeMask: give what select_freeze or FreezeMask.load returns")
+        raise GddlabError(f"{shown(other)} is no FreezeMask: give what select_freeze or FreezeMask.load returns")
     if mask.fingerprint != other.fingerprint:
         raise GddlabError(f"masks of {mask.n_params:,} and {other.n_params:,} parameters are for different networks")
 

@@ -22,6 +22,10 @@ Score = str | Mapping[str, float] | Callable[[ProbeResult], Any]
 """A statistic's name, {statistic: weight}, or a function that returns {layer: number} or a Series of that."""
 
 
+FAR = 10
+"""By which factor the noise level asked for may differ from the nearest one measured."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of a strategy and their defaults."""
@@ -119,6 +123,10 @@ def select_freeze(
     if strategy in RULES:
         names = [name for name, _ in network.parameters]
         frozen = [n for n in names if any(w in n for w in PLACES) and any(w in n for w in RULES[strategy])]
+        if not frozen:
+            raise GddlabError(
+                f'strategy="{strategy}" freezes nothing: it names layers as EDM does, none of which this network has'
+            )
         return _mask(network, frozen, strategy)
     if strategy == "norms-only":
         return _mask(network, _norms_only(network), strategy)
@@ -160,6 +168,12 @@ def _among_candidates(source: Any, network: Network, strategy: str, o: Options, 
         if strategy == "threshold":
             assert o.threshold is not None and scores is not None
             chosen = [u for u in ordered if o.sign * scores[u.name] <= o.sign * o.threshold]
+            if not chosen:
+                low, high = min(scores.values()), max(scores.values())
+                raise GddlabError(
+                    f"threshold={o.threshold:g} freezes nothing: scores are {low:.3g} to {high:.3g}, "
+                    f'give one among them, or strategy="none"'
+                )
         elif strategy == "per-resolution":
             chosen, arguments["reached"] = _fill_resolutions(ordered, o.budget, units=parts, unit=o.unit)
             arguments["unplaced"] = sum(u.resolution is None for u in units)
@@ -192,18 +206,22 @@ def _check(source: object, strategy: Any, given: dict[str, Any]) -> None:
     used = USES[strategy] if isinstance(strategy, str) else ()
     for name in (n for n in given if n not in used):
         others = " or ".join(f'"{s}"' for s in STRATEGIES if name in USES[s])
-        raise GddlabError(f"{name}={describe(given[name])!r} has no meaning for {shown}: omit it, or take {others}")
+        value = "" if name == "mask" else repr(describe(given[name]))
+        raise GddlabError(f"{name}={value} has no meaning for {shown}: omit it, or take {others}")
     if "mask" in given:
         _check_mask(given)
     elif strategy == "invert":
         raise GddlabError('strategy="invert" inverts a mask: give mask=')
     if "score" in used:
         if not isinstance(source, ProbeResult):
-            raise GddlabError(f"{shown} orders layers by a measurement: give the ProbeResult of probe(...)")
+            raise GddlabError(f"{shown} orders layers by a measurement: give the result of a probe")
         if "score" not in given:
             raise GddlabError(f"{shown} needs score=: accepted are {', '.join(source.stats)}, combinations, functions")
         if "at" in given and callable(given["score"]):
             raise GddlabError(f"at={given['at']!r} has no meaning for a score function: omit it")
+        if "at" in given and not 1 / FAR < given["at"] / source.nearest(given["at"]) < FAR:
+            low, high = min(source.sigmas), max(source.sigmas)
+            raise GddlabError(f"at={given['at']:g}: the probe measured sigma {low:g} to {high:g}, give such a level")
     if "threshold" in used and "threshold" not in given:
         raise GddlabError("threshold=None: give a number on the scale of the score")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from gddlab.distill.status import ACTIVE, mark_stopped, read_status, write_status
+from gddlab.distill.status import ACTIVE, mark, read_status, write_status
 from gddlab.launch.plan import Launch, launch_environment
 from gddlab.launch.rank import report_failure, run_rank
 from gddlab.lock import OWNED
@@ -100,7 +100,7 @@ def pass_on_stop(run_dir: Path) -> None:
             seen = time.monotonic()
         time.sleep(0.1)
     if read_status(run_dir)["state"] in ACTIVE:
-        mark_stopped(run_dir)
+        mark(run_dir, "stopped")
     os._exit(0)
 
 

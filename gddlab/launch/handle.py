@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gddlab.distill.status import ACTIVE, mark_stopped, where_it_continues
+from gddlab.distill.status import ACTIVE, mark, progress_of, where_it_continues
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import path_of, read_end
 from gddlab.lock import held, owners
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 class RunFailed(GddlabError):
     """The run ended with an error; the message holds the failing rank's own traceback, or its refusal in one line."""
+
+    whole = True
 
 
 class RunHandle(Run):
@@ -83,7 +86,7 @@ class RunHandle(Run):
             while held(self.run_dir):
                 time.sleep(0.02)
             if self.status == "failed":
-                mark_stopped(self.run_dir)
+                mark(self.run_dir, "stopped")
         return self
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:
@@ -148,18 +151,21 @@ LOG_SECONDS = 30
 
 
 def line(run: RunHandle) -> str:
-    """One line: state, progress, losses, time left."""
-    s, last = run.written_status, run.last_metrics
-    if last is None or "total_nimg" not in s:
-        return f"{run.run_dir.name}: {run.status}"
-    seconds = (s["total_nimg"] - last["nimg"]) / 1000 * last["sec_per_kimg"]
-    left = f"  {duration(seconds)} left" if seconds else ""
+    """One line: state, progress, losses, time left, the last alarm."""
+    alarm = run.written_status.get("alarm")
+    return brief_line(run) + (f"  ALARM {alarm}" if alarm else "")
+
+
+def brief_line(run: RunHandle) -> str:
+    """`line` without the alarm."""
+    s, last, state = run.written_status, run.last_metrics, run.status
+    share = f"  {progress_of(s)} kimg" if progress_of(s) else ""
+    if last is None or not share:
+        return f"{run.run_dir.name}: {state}{share}"
+    seconds = (s["total_nimg"] - s["nimg"]) / 1000 * last["sec_per_kimg"]
+    left = f"  {duration(seconds)} left" if seconds and state in ACTIVE else ""
     losses = "  ".join(f"{title} {last[name]:.3f}" for name, title in LOSSES.items() if name in last)
-    alarm = f"  ALARM {s['alarm']}" if "alarm" in s else ""
-    return (
-        f"{run.run_dir.name}: {run.status}  {last['kimg']:.1f} of {s['total_nimg'] / 1000:.1f} kimg  "
-        f"loss {losses}  {last['sec_per_kimg']:.1f} s/kimg{left}{alarm}"
-    )
+    return f"{run.run_dir.name}: {state}{share}  loss {losses}  {last['sec_per_kimg']:.1f} s/kimg{left}"
 
 
 def audience() -> str:
@@ -178,14 +184,18 @@ def follow(run: RunHandle, interval: float) -> None:
         from IPython.display import display
 
         handle = display(_shown(run), display_id=True)
-    shown, spoke = -1, time.monotonic()
+    shown, spoke, alarm = -1, time.monotonic(), None
     while True:
         running = run.status in ACTIVE
         nimg = int(run.written_status.get("nimg", 0))
         if handle is not None and (nimg != shown or not running):
             handle.update(_shown(run))
         elif who == "terminal":
-            sys.stderr.write("\r\x1b[K" + line(run) + ("" if running else "\n"))
+            if (newest := run.written_status.get("alarm")) != alarm:  # once, on a line of its own
+                alarm = newest
+                sys.stderr.write(f"\r\x1b[K{run.run_dir.name}: ALARM {alarm}\n" if alarm else "")
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written again
+            sys.stderr.write("\r\x1b[K" + (brief_line(run)[:width] if running else brief_line(run) + "\n"))
             sys.stderr.flush()
         elif who == "log" and (time.monotonic() - spoke > LOG_SECONDS or not running):
             spoke = time.monotonic()

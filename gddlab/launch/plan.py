@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gddlab.errors import GddlabError, integer
+from gddlab.errors import GddlabError, integer, seconds, shown
 from gddlab.lock import Job
 
 if TYPE_CHECKING:
@@ -49,16 +48,15 @@ class Launch:
         for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
             if integer(name, getattr(self, name)) < least:
                 raise GddlabError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not (isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf):
-            raise GddlabError(f"timeout_s={self.timeout_s!r}: give seconds, more than 0")
+        seconds("timeout_s", self.timeout_s)
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise GddlabError(
                 f"nnodes={self.nnodes} without rdzv_endpoint: give HOST:PORT of one of the machines, the same on all"
             )
         if self.rdzv_endpoint is not None:
-            found = ENDPOINT.fullmatch(self.rdzv_endpoint)
+            found = ENDPOINT.fullmatch(str(self.rdzv_endpoint))
             if not found or not 0 < int(found[2]) < 65536:
-                raise GddlabError(f"rdzv_endpoint={self.rdzv_endpoint!r}: give HOST:PORT, such as node0:29500")
+                raise GddlabError(f"rdzv_endpoint={shown(self.rdzv_endpoint)}: give HOST:PORT, such as node0:29500")
 
     @property
     def world_size(self) -> int:

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
-from gddlab.distill.status import read_status, write_status
+from gddlab.distill.status import mark, read_status
 from gddlab.errors import GddlabError
 from gddlab.launch.plan import TIMEOUT
 from gddlab.lock import OWNED, Job, sign, take
@@ -30,6 +31,7 @@ def run_rank(run_dir: str | Path) -> int:
     with (folder / "log" / f"rank{rank}.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # of a dependency, in each log
     if "WORLD_SIZE" in os.environ:
         end_with(int(os.environ.get(OWNED, os.getppid())))
         # torchrun sends SIGTERM when another rank has died
@@ -45,7 +47,7 @@ def run_rank(run_dir: str | Path) -> int:
         if restarts and read_status(folder).get("cause") == "refused":
             return 1  # it would be refused again
         if rank == 0:
-            write_status(folder, "starting")
+            mark(folder, "starting")
         config = TrainConfig.load(folder)
         world = World.start(config.device, timeout_s=timeout)
         try:
@@ -83,7 +85,7 @@ def report_failure(run_dir: Path, error: BaseException, *, rank: int | None) -> 
     about = {"rank": rank, "error": text, "message": f"{type(error).__name__}: {error}"}
     cause = "silent" if isinstance(error, RankTimeout) else "refused" if isinstance(error, GddlabError) else "error"
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: log and exit code remain
-        write_status(run_dir, "failed", **about, cause=cause)
+        mark(run_dir, "failed", **about, cause=cause)
 
 
 def _of_the_system(error: Exception, folder: Path) -> GddlabError | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gddlab.distill.status import write_status
+from gddlab.distill.status import mark
 from gddlab.errors import GddlabError, Unwritable
 from gddlab.files import writing
 from gddlab.launch.handle import RunHandle
@@ -82,7 +82,7 @@ def train(
         handle = RunHandle(run_dir)
         if handle.written_status.get("state") == "done":
             return handle
-        write_status(run_dir, "starting")
+        mark(run_dir, "starting")
         (run_dir / "log").mkdir(exist_ok=True)
         # a request to stop that comes while the process starts waits until a checkpoint can be written
         with (run_dir / "log" / "launch.txt").open("ab") as log, blocked(signal.SIGTERM, signal.SIGUSR1):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gddlab.errors import GddlabError
+
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Full precision inside autocast; does nothing where autocast is off, so that exported graphs do not show it."""
@@ -22,7 +24,12 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm`, in float32 where PyTorch's CPU kernel is slow: bfloat16, small maps, groups below 16 channels."""
 
     def __init__(self, channels: int, eps: float):
-        super().__init__(min(32, channels // 4), channels, eps=eps)
+        groups = min(32, channels // 4)
+        if not groups or channels % groups:
+            raise GddlabError(
+                f"{channels} channels in {groups} groups: give model_channels in steps of 4, above 128 of 32"
+            )
+        super().__init__(groups, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.num_channels < 16 * self.num_groups

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, check_free, hash_tensors, path_of
 from gddlab.nets.io import architecture, from_edm
-from gddlab.nets.precond import OneStepPrecond, Precond
+from gddlab.nets.precond import OneStepPrecond, Precond, check_level
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 
@@ -98,8 +98,7 @@ def export(
         raise GddlabError(f"a {type(student).__name__} cannot be exported: give a network of gddlab, as run.student()")
     if sigma is None:
         sigma = _own_sigma(student)
-    if not (sigma > 0 and student.sigma_min <= sigma <= student.sigma_max):
-        raise GddlabError(f"sigma={sigma}: give one in {student.sigma_min:g} to {student.sigma_max:g}, above 0")
+    check_level(f"sigma={sigma}", student, sigma)
     if opset not in OPSETS:
         raise GddlabError(f"opset={opset}: give {OPSETS[0]} to {OPSETS[-1]}")
     if out.suffix == ".onnx":

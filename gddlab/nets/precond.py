@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, shown, unknown
+from gddlab.errors import GddlabError, numbers_in, shown, unknown
 from gddlab.nets.unets import UNETS
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
@@ -347,12 +347,26 @@ class OneStepPrecond(EDMPrecond):
         return out
 
 
+SLACK = 1e-6
+"""How far a noise level may lie outside of a range: ends are rounded to float32."""
+
+
+def check_level(what: str, net: Any, sigma: float) -> None:
+    """Refuses a noise level outside of a network's range, which is that of its training where its card says it."""
+    card = getattr(net, "card", None)
+    low = max(float(getattr(net, "sigma_min", 0.0)), getattr(card, "sigma_min", 0.0))
+    high = min(float(getattr(net, "sigma_max", math.inf)), getattr(card, "sigma_max", math.inf))
+    if not (0 < sigma < math.inf and low * (1 - SLACK) <= sigma <= high * (1 + SLACK)):
+        accepted = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
+        raise GddlabError(f"{what}: this network accepts {accepted}")
+
+
 def descending(name: str, sigmas: Any, *, low: float, high: float = math.inf) -> tuple[float, ...]:
     """Noise levels as numbers; refuses those that do not descend between `high` and `low`, under this name."""
     try:
-        levels = tuple(float(s) for s in sigmas)
+        levels = tuple(float(s) for s in numbers_in(sigmas))
     except (TypeError, ValueError):
-        raise GddlabError(f"{name}={sigmas!r}: give a list of noise levels, such as (80.0, 0.8)") from None
+        raise GddlabError(f"{name}={shown(sigmas)}: give a list of noise levels, such as (80.0, 0.8)") from None
     if not all(a > b for a, b in itertools.pairwise((high, *levels, low))):
         below = "" if high == math.inf else f"below {high:g} and "
         raise GddlabError(f"{name}={levels}: give descending noise levels {below}above {low:g}")

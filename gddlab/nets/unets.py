@@ -66,8 +66,10 @@ class UNet(nn.Module):
         attn_resolutions: Sequence[int],
     ) -> None:
         """Makes encoder and decoder, a level per width."""
-        if not widths:
-            raise GddlabError("channel_mult=(): give a width for at least one level, such as (1, 2)")
+        if not widths or min(widths) < 1:
+            raise GddlabError(
+                f"channel_mult gives widths {list(widths)}: give at least one, all above 0, such as (1, 2)"
+            )
         if img_resolution % (least := 2 ** (len(widths) - 1)):
             raise GddlabError(
                 f"{img_resolution} pixels with {len(widths)} levels (channel_mult), each half as large: give a "

@@ -11,7 +11,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown, validated
+from gddlab.errors import GddlabError, shown, unknown, validated
 from gddlab.probing.effects import denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps
@@ -219,7 +219,7 @@ def _parameters(model: nn.Module, layers: LayerSelection) -> dict[Layer, Filters
         elif layers not in PRESETS:
             raise GddlabError(f"layer {layer.name!r} has no parameters: leave it out of layers=")
     if not out:
-        raise GddlabError(f"layers={layers!r}: none of these has parameters, give others")
+        raise GddlabError(f"layers={shown(layers)}: none of these has parameters, give others")
     return out
 
 

@@ -45,6 +45,8 @@ def _device(name: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).strip().splitlines()[0].rstrip(".")
         raise GddlabError(f"device={str(name)!r} cannot be used here ({reason}): give another, such as cpu") from None
+    if device.type == "meta":  # which holds no values: a network that goes there loses its weights
+        raise GddlabError(f"device={str(name)!r} holds no values: give another, such as cpu")
     return device
 
 

@@ -15,8 +15,9 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
-from gddlab.errors import GddlabError, shown
+from gddlab.errors import GddlabError, numbers_in, shown
 from gddlab.nets import Precond
+from gddlab.nets.precond import check_level
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import heun_step, one_hot, seed_list
@@ -33,8 +34,6 @@ LEVELS, CROSSED = 18, 6
 """How many noise levels are measured by default; the second where each is told each."""
 SIGMA_STUDENT = 80.0
 TRAJECTORY_STEPS = 18
-SLACK = 1e-6
-"""How far a noise level may lie outside of a range: ends are rounded to float32."""
 MOST_LEVELS = 1000
 """Memory grows with the square of their number, where statistics compare them."""
 
@@ -270,26 +269,18 @@ def _listed_levels(model: nn.Module, name: str, steps: Any, accepted: str) -> li
     """Noise levels within the range of the network and of its training, each once; refuses others."""
     _check_count(name, steps)
     try:
-        listed = list(steps)
-        if isinstance(steps, str) or any(isinstance(s, bool) for s in listed):  # "18" is not sigmas 1 and 8
-            raise TypeError
-        grid = [float(s) for s in listed]
+        grid = [float(s) for s in numbers_in(steps)]  # "18" is not sigmas 1 and 8
     except (TypeError, ValueError):
         raise GddlabError(f"{name}={shown(steps)}: give {accepted}") from None
-    low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
-    card = getattr(model, "card", None)  # its range is that of the training, which the network may not know
-    low, high = max(low, getattr(card, "sigma_min", low)), min(high, getattr(card, "sigma_max", high))
-    wrong = [s for s in grid if not (math.isfinite(s) and s > 0 and low * (1 - SLACK) <= s <= high * (1 + SLACK))]
-    if wrong:
-        within = f"{low:g} to {high:g}" if math.isfinite(high) else "above 0 and finite"
-        raise GddlabError(f"sigma {wrong[0]:g} in {name}: this network accepts {within}")
+    for sigma in grid:
+        check_level(f"sigma {sigma:g} in {name}", model, sigma)
     if not grid or len(set(grid)) < len(grid):
         raise GddlabError(f"{name}={shown(grid)}: give at least one sigma, each once")
     return grid
 
 
 def _check_count(name: str, steps: Any) -> None:
-    count = len(steps) if isinstance(steps, Sized) else steps
+    count = len(steps) if isinstance(steps, Sized) and getattr(steps, "ndim", None) != 0 else steps
     if isinstance(count, Integral) and int(count) > MOST_LEVELS:
         raise GddlabError(f"{name}: {count} noise levels, give at most {MOST_LEVELS}")
 

@@ -347,7 +347,7 @@ def select_layers(model: nn.Module, layers: LayerSelection, *, run: bool = False
         check_takes("layers", layers, "name", "module")
         chosen = {n for n in known if layers(n, modules[n])}
         if not chosen:
-            raise GddlabError(f"layers={layers!r} accepts none of {len(known)} modules: return True for some")
+            raise GddlabError(f"layers={shown(layers)} accepts none of {len(known)} modules: return True for some")
     else:
         chosen = match_layers(layers, {n: layer.type for n, layer in known.items()})
     if run:
@@ -365,7 +365,7 @@ def match_layers(selection: object, types: Mapping[str, str], what: str = "layer
     """
     if not isinstance(selection, Iterable):
         raise GddlabError(
-            f"{what}={selection!r}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
+            f"{what}={shown(selection)}: give a name, a glob, 're:...', a list of these, or one of {', '.join(PRESETS)}"
         )
     items = [selection] if isinstance(selection, str) else list(selection)
     if not items:
@@ -375,7 +375,7 @@ def match_layers(selection: object, types: Mapping[str, str], what: str = "layer
 
 def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
     if not isinstance(pattern, str):
-        raise GddlabError(f"{what}: {pattern!r} is no name of a layer; give strings, names or globs")
+        raise GddlabError(f"{what}: {shown(pattern)} is no name of a layer; give strings, names or globs")
     if pattern in PRESETS:
         found = _preset(pattern, types)
         if not found:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import atomic_path, folder_of, hash_tensors, path_of, read_json
+from gddlab.errors import GddlabError, NotFound, shown, unknown
+from gddlab.files import atomic_path, check_kind, folder_of, hash_tensors, holds_format, path_of, read_json
 from gddlab.nets import Precond, architecture
 from gddlab.probing.crossing import Crossing
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
@@ -340,12 +340,26 @@ class ProbeResult(Heatmaps, Lines, Similarities, Crossing, AgainstNulls):
 
     # On disk.
 
+    @staticmethod
+    def check_place(folder: str | Path) -> Path:
+        """The folder for a result.
+
+        Raises:
+            GddlabError: It is a file, or holds other files and no result.
+        """
+        place = folder_of("folder", folder)
+        check_kind(place, lambda path: holds_format(path / "meta.json", FORMAT), "probe result")
+        return place
+
     def save(self, folder: str | Path) -> None:
         """Writes `frame.parquet`, `arrays.npz` and `meta.json`; no old file is replaced before all new ones exist.
 
         Results of null models are in folders inside, "null-KIND-DRAW".
+
+        Raises:
+            GddlabError: As for `check_place`: only another result is replaced.
         """
-        folder = folder_of("folder", folder)
+        folder = self.check_place(folder)
         parquet, npz = io.BytesIO(), io.BytesIO()
         self.frame.to_parquet(parquet, index=False)
         np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]
@@ -440,7 +454,7 @@ def _statistic(name: str, identity: str) -> type[Statistic] | None:
 
 def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
     if not isinstance(other, ProbeResult):
-        raise GddlabError(f"{other!r} is no ProbeResult: give what probe, ablate and the like return")
+        raise GddlabError(f"{shown(other)} is no ProbeResult: give what probe, ablate and the like return")
     ours, theirs = (r.meta["model"]["fingerprint"] for r in (first, other))
     if ours != theirs:
         raise GddlabError(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import SkipValidation
 from torch import Tensor
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, shown, unknown
 from gddlab.probing.layers import Layer, anatomy
 from gddlab.probing.reductions import (
     BANDS,
@@ -540,7 +540,9 @@ def statistic_classes(stats: StatisticSelection) -> list[type[Statistic]]:
             raise unknown("statistic", item, STATISTICS)
         found = STATISTICS[item] if isinstance(item, str) else item
         if not (isinstance(found, type) and issubclass(found, Statistic)):
-            raise GddlabError(f"statistic {item!r}: give names ({', '.join(STATISTICS)}) or subclasses of Statistic")
+            raise GddlabError(
+                f"statistic {shown(item)}: give names ({', '.join(STATISTICS)}) or subclasses of Statistic"
+            )
         _check_declaration(found)
         if out.setdefault(found.name, found) is not found:
             other = out[found.name].__name__

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, shown, validated
+from gddlab.nets.precond import check_level
 from gddlab.probing.layers import (
     LayerSelection,
     check_architecture,
@@ -47,10 +48,12 @@ def weight_change(
         all 0. `sem` is NaN: there are no images.
 
     Raises:
-        GddlabError: A chosen layer's parameters differ in name or shape; no layer has parameters.
+        GddlabError: A chosen layer's parameters differ in name or shape; no layer has parameters; no such sigma.
     """
     ours, theirs = named_layers(model), named_layers(reference)
     level = float(getattr(denoiser_of(model), "sigma_g", 80.0)) if sigma is None else sigma
+    if sigma is not None:
+        check_level(f"sigma={sigma}", denoiser_of(model), sigma)
     chosen = [layer for layer in select_layers(model, layers) if layer.n_params]
     found: dict[str, dict[str, Statistic]] = {}
     for layer in chosen:
@@ -69,7 +72,7 @@ def weight_change(
         found[layer.name] = {"weight_change": WeightChange([ratio])}
     chosen = [layer for layer in chosen if layer.name in found]
     if not chosen:
-        raise GddlabError(f"layers={layers!r}: none of these has parameters, choose others")
+        raise GddlabError(f"layers={shown(layers)}: none of these has parameters, choose others")
     meta = network_meta(model, chosen) | {"data": None, "states": "weights", "n_images": 0, "seed": None, "images": []}
     return ProbeResult.of(chosen, [level], found, meta)
 

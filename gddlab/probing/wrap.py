@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, check_takes, unknown, validated
+from gddlab.errors import GddlabError, check_takes, shown, unknown, validated
 from gddlab.nets.precond import levels_of
 from gddlab.probing.inputs import Data
 from gddlab.probing.layers import denoiser_of
@@ -120,7 +120,7 @@ def _log_sigma(alphas_cumprod: Any) -> Tensor:
     try:
         abar = torch.as_tensor(alphas_cumprod).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError):
-        raise GddlabError(f"alphas_cumprod={alphas_cumprod!r}: give numbers, scheduler.alphas_cumprod") from None
+        raise GddlabError(f"alphas_cumprod={shown(alphas_cumprod)}: give numbers, scheduler.alphas_cumprod") from None
     if abar.ndim == 1 and len(abar) and abar[-1] == 0:
         abar = abar[:-1]
     falling = abar.ndim == 1 and len(abar) > 1 and bool((abar.diff() < 0).all() and abar[0] < 1 and abar[-1] > 0)
@@ -270,7 +270,7 @@ def wrap(
         if names := [n for n, value in unused.items() if value is not None]:
             raise GddlabError(f"{names[0]}= has no use with denoise=: give one of them")
         if not callable(denoise):
-            raise GddlabError(f"denoise={denoise!r}: give a function of (model, x, sigma, class_labels)")
+            raise GddlabError(f"denoise={shown(denoise)}: give a function of (model, x, sigma, class_labels)")
         told = ("told",) if _takes_told(denoise) else ()
         check_takes("denoise", denoise, "model", "x", "sigma", "class_labels", *told)
     else:

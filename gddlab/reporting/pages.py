@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from gddlab.errors import GddlabError
+
 SHORT = 36
 """Table cells of at most this many letters are not broken."""
 WIDEST = 640
@@ -68,7 +70,11 @@ def of_pixels(pixels: np.ndarray, alt: str, *, scale: int = 2) -> Picture:
 def of_file(path: Path, alt: str, *, width: str) -> Picture:
     """A PNG file as it is, or smaller where it has more pixels than a page shows; `alt` is its caption too."""
     content = path.read_bytes()
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for damaged files
+        raise GddlabError(f"{path} is no image ({e.__class__.__name__}): remove it") from None
     if image.width > WIDEST:
         buffer = io.BytesIO()
         size = WIDEST, round(image.height * WIDEST / image.width)

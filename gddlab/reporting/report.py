@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gddlab.errors import GddlabError
-from gddlab.files import path_of, write_text
+from gddlab.files import check_kind, path_of, write_text
 from gddlab.runs import Run, load_runs
 
 
@@ -20,14 +20,14 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
 
     Args:
         runs: Run directories, or folders that hold some at any depth.
-        out: The HTML file; one that is there is replaced.
+        out: The file, which ends in .html; a page that is there is replaced.
 
     Returns:
         Its path.
 
     Raises:
         NotFound: No such folder, or no run in it.
-        GddlabError: No runs, or `out` is a folder.
+        GddlabError: No runs, or `out` is a folder, has another suffix, or is there and no page of gddlab.
     """
     given = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     found = [run for each in given for run in _runs(each)]
@@ -35,8 +35,9 @@ def report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path 
     if not folders:
         raise GddlabError("no runs given: give run directories, or a folder that holds some")
     out = path_of("out", out)
-    if out.is_dir():
-        raise GddlabError(f"out={str(out)!r} is a folder: give the name of an HTML file")
+    if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
+        raise GddlabError(f"out={str(out)!r}{' is a folder' * out.is_dir()}: give a name that ends in .html")
+    check_kind(out, lambda path: b'name="generator" content="gddlab"' in path.read_bytes(), "page of gddlab")
     from gddlab.reporting.run_pages import run_page, runs_page
     from gddlab.reporting.run_summary import Summary
 

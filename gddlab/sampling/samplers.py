@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gddlab.errors import GddlabError, integer, positive, unknown
+from gddlab.errors import GddlabError, integer, numbers_in, positive, shown, unknown
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
-from gddlab.nets.precond import descending
+from gddlab.nets.precond import check_level, descending
 from gddlab.progress import progress_bar
-from gddlab.runtime import beside_runs
+from gddlab.runtime import MAX_SEED, beside_runs
 from gddlab.sampling.schedules import (
     Schedule,
     fit_vp,
@@ -96,7 +96,7 @@ class Sampler:
                 if value is None and name in ("sigma_min", "sigma_max"):
                     continue
                 if not isinstance(value, int | float) or not fits(value):
-                    raise GddlabError(f"{name}={value!r}: give {wanted}")
+                    raise GddlabError(f"{name}={shown(value)}: give {wanted}")
 
     def sigma_range(self, net: Precond) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
@@ -114,6 +114,9 @@ class Sampler:
                 f"noise levels from {hi:g} down to {lo:g}: the network takes {net.sigma_min:g} to {net.sigma_max:g}, "
                 "give sigma_min and sigma_max inside that range"
             )
+        for name, level in (("sigma_min", lo), ("sigma_max", hi)):
+            if (given := getattr(self, name)) is not None:
+                check_level(f"{name}={given:g}", net, level)
         return lo, hi
 
     def noise_levels(self, lo: float, hi: float) -> Float[Tensor, " steps"]:
@@ -281,6 +284,8 @@ def multistep(
 
 def _student_levels(net: OneStepPrecond, sigmas: Any) -> tuple[float, ...]:
     levels = descending("sigmas", sigmas, low=net.eps)
+    if levels and levels[0] > net.sigma_g:
+        raise GddlabError(f"sigmas={levels}: give descending noise levels from {net.sigma_g:g} at most")
     if not levels:
         raise GddlabError("sigmas=(): give descending noise levels, at least one, such as (80.0, 0.8)")
     return levels
@@ -307,7 +312,6 @@ def latents(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-MAX_SEED = 2**32 - 1  # PyTorch's CPU generator takes 32 bits
 
 
 def precision(dtype: torch.dtype | str | None) -> str:
@@ -326,11 +330,13 @@ def seed_list(n: int | None, seed: int, seeds: Sequence[int] | None) -> Sequence
             raise GddlabError(f"seed={seed} for {count} images: seeds are 0..{MAX_SEED}")
         return range(first, first + count)
     try:
-        listed = [integer("seeds", s) for s in seeds]
+        listed = [integer("seeds", s) for s in numbers_in(seeds)]
     except TypeError:
-        raise GddlabError(f"seeds={seeds!r}: give a list of integers, or seed={seeds!r} for the first") from None
+        raise GddlabError(
+            f"seeds={shown(seeds)}: give a list of integers, or seed={shown(seeds)} for the first"
+        ) from None
     if not listed:
-        raise GddlabError("seeds is empty: give one seed per image")
+        raise GddlabError("seeds=[]: give one seed per image")
     if n is not None and n != len(listed):
         raise GddlabError(f"n={n} with {len(listed)} seeds: give one seed per image, or omit n")
     for s in listed:
@@ -344,7 +350,7 @@ def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int]
     n = len(seeds)
     if not label_dim:
         if labels is not None:
-            raise GddlabError("class_labels given to an unconditional network: omit them")
+            raise GddlabError(f"class_labels={shown(labels)} with an unconditional network: omit it")
         return None
     if labels is None:
         ids = torch.tensor(list(seeds)) % label_dim
@@ -352,7 +358,7 @@ def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int]
         try:
             ids = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError):
-            raise GddlabError(f"class_labels={labels!r}: give class ids or one-hot labels") from None
+            raise GddlabError(f"class_labels={shown(labels)}: give class ids or one-hot labels") from None
         if ids.ndim == 2:
             if ids.shape != (n, label_dim):
                 raise GddlabError(f"class_labels are {tuple(ids.shape)}: give ({n}, {label_dim})")
@@ -447,7 +453,7 @@ def resolve(
     module = module_of(net)
     if isinstance(module, OneStepPrecond):
         for name, value in settings.items():
-            raise GddlabError(f"{name}={value!r} with a one-step student: it takes steps=N or sigmas=(80.0, ...)")
+            raise GddlabError(f"{name}={shown(value)} with a one-step student: it takes steps=N or sigmas=(80.0, ...)")
         if sigmas is not None:
             if steps is not None:
                 raise GddlabError(f"steps={steps} and sigmas={sigmas}: give one of them")

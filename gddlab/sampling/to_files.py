@@ -19,8 +19,8 @@ from torch import Tensor
 from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
 from gddlab.datasets.pixels import BadImage, array, decode
-from gddlab.errors import GddlabError
-from gddlab.files import folder_of, hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
+from gddlab.errors import GddlabError, seconds
+from gddlab.files import as_text, folder_of, hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
@@ -110,9 +110,11 @@ def sample_files(
         "dtype": precision(dtype),
         "channels_last": channels_last,
         "device": device,
-        "timeout_s": timeout_s,
+        "timeout_s": seconds("timeout_s", timeout_s),
         **settings,
     }
+    if device != "auto" and not isinstance(model, str | Path):
+        raise GddlabError(f"device={device!r} with a network: it stays on its device, omit device")
     nproc = positive("nproc", nproc)
     if nproc > 1 and not isinstance(model, str | Path):
         raise GddlabError(f"nproc={nproc} with a network: give its name, file or run directory, or nproc=1")
@@ -123,7 +125,8 @@ def sample_files(
         if nproc == 1:
             make_share(model, **job, report=bar.update)
         else:
-            run_workers({"model": str(model), **job}, nproc, bar.update)
+            assert isinstance(model, str | Path)
+            run_workers({"model": as_text(model), **job}, nproc, bar.update)
     if world == 1:
         for leftover in out.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)

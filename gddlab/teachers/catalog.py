@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.files import HUB_NAME, by_number, data_dir, hash_tensors, is_run, path_of, read_json
+from gddlab.errors import GddlabError, NotFound, shown, unknown
+from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.unets import UNETS
@@ -141,7 +141,8 @@ def load_teacher(source: str | Path) -> Precond:
             GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
             them and no other;
             the path of a .safetensors file that gddlab wrote;
-            a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student.
+            a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student. One that is called as
+            a bundled teacher is "./digits" or Path("digits").
 
     Returns:
         The network on the CPU, float32, eval mode, gradients off; `teacher.card` describes it.
@@ -151,9 +152,8 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
-    path = path_of("source", source)
-    if str(path) not in bundled_teachers() and is_run(path):
-        return load_student(path.resolve())
+    if (run_dir := run_of(source)) is not None:
+        return load_student(run_dir.resolve())
     name, path = _find(source)
     net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
     net.requires_grad_(False)
@@ -174,14 +174,25 @@ def load_teacher(source: str | Path) -> Precond:
     return net
 
 
+def run_of(source: str | Path) -> Path | None:
+    """The run directory of `gddlab.train` that a source is; None for a name and for all else."""
+    path = path_of("source", source)
+    return path if as_text(source) not in bundled_teachers() and is_run(path) else None
+
+
 def _find(source: str | Path) -> tuple[str, Path]:
     """The name, "" for a path, and the file."""
-    name, path = str(source), path_of("source", source)
+    name, path = as_text(source), path_of("source", source)
     if name in bundled_teachers():
         return name, data_dir() / "teachers" / name / "teacher.safetensors"
     if path.is_dir():
         if (path / "teacher.safetensors").exists():
             return "", path / "teacher.safetensors"
+        if made_in(path) == "teacher":
+            raise GddlabError(
+                f"{path} holds a teacher whose training is not finished: the same train_teacher call, gddlab teacher "
+                "train in a shell, continues it"
+            )
         raise GddlabError(f"{path} holds no teacher.safetensors: give a run directory")
     if path.exists():
         return "", path
@@ -194,7 +205,7 @@ def _find(source: str | Path) -> tuple[str, Path]:
             f"no such file: {name}; networks of the Hugging Face hub are not fetched: give a name, an EDM .pkl or a "
             ".safetensors file that gddlab wrote, or a run directory; gddlab.wrap probes any network in memory"
         )
-    if len(path.parts) > 1 or path.suffix:
+    if "/" in name or path.suffix:
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
 
@@ -236,7 +247,7 @@ def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None
         found = [p for p in snapshots_of(run_dir) if str(snapshot) in (p.stem, f"{float(p.stem):g}")]
     if not found:
         have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
-        raise NotFound(f"{run_dir} has no student {snapshot or ''}: snapshots are {have}")
+        raise NotFound(f"{run_dir} has no student {'' if snapshot is None else shown(snapshot)}: snapshots are {have}")
     net, meta = load_network(found[-1])
     if not isinstance(net, OneStepPrecond):
         raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")

@@ -110,7 +110,7 @@ def fixed(field: FieldInfo) -> bool:
 def entry(name: str, field: FieldInfo, meaning: str) -> str:
     """One field as an item of a list."""
     kinds = [kind(part) for part in parts(field.annotation)]
-    bounds = [f"{WORDS[k]} {v:g}" for m in field.metadata for k, v in limits(m) if k in WORDS]
+    bounds = [f"{WORDS[k]} {v:.12g}" for m in field.metadata for k, v in limits(m) if k in WORDS]
     return item(f"`{name}`: {', '.join([' or '.join(kinds), *bounds])}; {default(field)}. {meaning}")
 
 

@@ -138,6 +138,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no array": (write(np.savez), "holds nothing: give the images as arr_0"),
     "labels": (write(np.savez, arr_0=RGB, arr_1=np.zeros(4)), r"labels are float64 \(4,\): give integers from 0 up, "),
     "negative": (write(np.savez, arr_0=RGB, arr_1=np.full(5, -1)), "labels are int64"),
+    "classes": (write(np.savez, arr_0=RGB, arr_1=np.full(5, 10**9)), "label is 1000000000, accepted are 0..99999"),
     "objects": (write(np.savez, arr_0=OBJECTS), "cannot be read as arrays .*allow_pickle=False"),
     "text": (text, "plain text .*a dataset is an EDM zip, a folder of images, a .npz or .npy of them"),
     "cut off": (cut, "set.npy cannot be read as arrays"),

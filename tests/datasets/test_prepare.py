@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
+from gddlab.cli import main
 from gddlab.datasets import PrepareReport, digits, open_dataset, prepare
 from gddlab.datasets.packing import Entry, in_workers
 from gddlab.errors import GddlabError, NotFound
@@ -400,3 +401,41 @@ def test_a_second_prepare_waits_not(photos: Path, tmp_path: Path) -> None:
 def test_report_reads_well() -> None:
     report = PrepareReport(source="x", out=None, images=1200, classes=0, resolution=64, channels=3)
     assert str(report) == "x: 1,200 images, 64x64, RGB, no labels, nothing wrong"
+
+
+def test_the_same_call_on_a_finished_zip_returns_its_report(tmp_path: Path) -> None:
+    data = digits()
+    for i in range(6):
+        Image.fromarray(data.uint8[i, :, :, 0]).save(tmp_path / f"{i}.png")
+    out = tmp_path.parent / f"{tmp_path.name}.zip"
+    first = prepare(tmp_path, out, progress=False)
+    before = out.stat()
+    assert prepare(tmp_path, out, progress=False) == first
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+    for other in ({"max_images": 5}, {"resolution": 8}):
+        with pytest.raises(GddlabError, match=r"zip exists: give another name, or replace it"):
+            prepare(tmp_path, out, progress=False, **other)
+    Image.fromarray(data.uint8[6, :, :, 0]).save(tmp_path / "5.png")
+    with pytest.raises(GddlabError, match=r"zip exists: give another name, or replace it"):
+        prepare(tmp_path, out, progress=False)
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+    assert prepare(tmp_path, out, progress=False, overwrite=True).sha256 != first.sha256
+
+
+def test_unusable_images_are_counted_and_each_has_its_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = digits()
+    for i in range(4):
+        Image.fromarray(data.uint8[i, :, :, 0]).save(tmp_path / f"{i}.png")
+    Image.new("RGBA", (16, 16)).save(tmp_path / "clear.png")
+    Image.new("L", (16, 12)).save(tmp_path / "wide.png")
+    with pytest.raises(SystemExit):
+        main(["prepare", str(tmp_path), "--dry-run"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}: 6 files, 4 usable, 16x16, ")
+    assert "(give --alpha white or --alpha black)" in said and "(give --crop center)" in said
+    with pytest.raises(GddlabError) as e:
+        prepare(tmp_path, tmp_path.parent / "x.zip", progress=False)
+    assert "(mode RGBA): give alpha='white' or alpha='black'; wide.png: not square" in str(e.value)
+    assert str(e.value).endswith("give crop='center'")

@@ -38,7 +38,7 @@ ALONE = World(0, 1, torch.device("cpu"))
         ({"input_size": 32}, "belongs to a part, give discriminator.input_size"),
         ({"augment": {"ops": ("colour",)}}, "did you mean 'color'"),
         ({"augment": {"ops": ("color", "color")}}, "twice"),
-        ({"augment": ("color",)}, "give a part such as gddlab.Augment"),
+        ({"augment": ("color",)}, "give a part, such as gddlab.Augment"),
         ({"augment": {"p": 0.5, "ada_target": 0.6}}, "moves the probability"),
         ({"precision": "float64", "precision_d": "bfloat16"}, "float64"),
         ({"batch_per_device": 3}, "divisor"),

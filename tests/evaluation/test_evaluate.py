@@ -71,6 +71,15 @@ def test_images_that_cannot_be_in_minus_1_to_1_are_refused(some, others, counter
     assert counter == []
 
 
+def test_images_that_are_perhaps_of_another_range_are_named(some, others, counter):
+    """Resizing takes [0, 1] a little below 0."""
+    x = (as_float(others) + 1) / 2
+    with pytest.warns(UserWarning, match=r"images span -0.01 to 0.99, they are read as \[-1, 1\]"):
+        evaluate(x - 0.01, data=some, metrics="fid")
+    with pytest.warns(UserWarning, match=r"the highest value is 1, of 255; if 1 is white, multiply by 255"):
+        evaluate(others.uint8 // 255, data=some, metrics="fid")
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "warns"),
     [("png", "jpg", True), ("jpg", "png", True), ("png", "png+bmp", False), ("jfif", "jpg", False)],

@@ -117,7 +117,7 @@ def test_nothing_finished_is_nothing_to_ship(tiny_list: list[int], tmp_path: Pat
     with pytest.raises(GddlabError, match="no run of 'tiny' below"):
         ship("tiny", tmp_path, tmp_path / "data")
     (tmp_path / "file").write_text("")
-    with pytest.raises(GddlabError, match="cannot be written"):
+    with pytest.raises(GddlabError, match="is a file: give a folder"):
         reproduce("tiny", out=tmp_path / "file")
 
 

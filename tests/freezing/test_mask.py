@@ -177,6 +177,7 @@ def test_files_that_are_no_masks_are_refused(mask, tmp_path):
     path.write_text("{}")
     with pytest.raises(GddlabError, match="no freeze mask"):
         FreezeMask.load(path)
+    path.unlink()
     mask.save(path)
     value = json.loads(path.read_text())
     value["frozen"].pop()

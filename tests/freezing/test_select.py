@@ -54,6 +54,8 @@ def test_what_freezes_nothing_is_refused(net, result):
     ):
         with pytest.raises(GddlabError, match=r"budget=1e-05 freezes nothing: the smallest candidate takes 0\."):
             select_freeze(source, **options)
+    with pytest.raises(GddlabError, match=r'strategy="gdd-i" freezes nothing: it names layers as EDM does'):
+        select_freeze(torch.nn.Linear(2, 2), strategy="gdd-i")
     none = select_freeze(result, strategy="per-resolution", score="rms", budget={16: 0})
     assert none.frozen == ()
 
@@ -133,7 +135,8 @@ def test_threshold(net, result, freeze):
     assert set(frozen_layers(mask)) == chosen
     assert mask.arguments["threshold"] == 10
     assert mask.arguments["reached"] == mask.fraction
-    assert select_freeze(made, strategy="threshold", score="rms", threshold=-1).frozen == ()
+    with pytest.raises(GddlabError, match=r"threshold=.* freezes nothing: scores are 0 to .*, give one among them"):
+        select_freeze(made, strategy="threshold", score="rms", threshold=-1 if freeze == "low" else 1e9, freeze=freeze)
 
 
 def test_each_resolution_has_its_budget(net, result):
@@ -261,6 +264,10 @@ def test_invert(net, result, rule):
             "of the candidates at resolution 16",
         ),
         ({"strategy": "threshold", "score": "rms"}, "threshold=None: give a number"),
+        (
+            {"strategy": "budget", "score": "rms", "at": 1e9},
+            r"at=1e\+09: the probe measured sigma .* to .*, give",
+        ),
         ({"strategy": "threshold", "score": "rms", "threshold": float("nan")}, "threshold=nan"),
         ({"strategy": "invert"}, "give mask="),
         ({"strategy": "invert", "mask": "mask.json"}, "mask is a str: give a FreezeMask"),
@@ -305,7 +312,7 @@ def test_none_counts_as_not_given(net, rule):
 
 def test_other_refusals(net, rule):
     for strategy in ("budget", "threshold", "per-resolution"):
-        with pytest.raises(GddlabError, match="give the ProbeResult"):
+        with pytest.raises(GddlabError, match="give the result of a probe"):
             select_freeze(net, strategy=strategy, score="rms")
     with pytest.raises(GddlabError, match="source is a str"):
         select_freeze("digits", strategy="gdd-i")

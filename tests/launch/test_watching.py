@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from gddlab.cli import main
-from gddlab.distill.status import write_status
+from gddlab.distill.status import mark, progress_of, write_status
 from gddlab.launch import attach
 from gddlab.launch.handle import _picture, audience, follow, line
 from gddlab.lock import take
+from gddlab.runs import list_runs
 from tests.conftest import tiny_config
 
 TICK = {
@@ -42,7 +43,7 @@ def run(tmp_path: Path, tiny_teacher: Path):  # type: ignore[no-untyped-def]
 
 def test_line_says_progress_and_time_left(run) -> None:  # type: ignore[no-untyped-def]
     text = line(run)
-    assert text.startswith("a: done  0.0 of 0.0 kimg  loss G 0.700  D 1.400  10.0 s/kimg")
+    assert text.startswith("a: done  0.016 of 0.048 kimg  loss G 0.700  D 1.400  10.0 s/kimg")
 
 
 def test_plain_in_a_log(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
@@ -69,7 +70,36 @@ def test_interrupting_the_shell_says_how_to_end_the_run(
         assert "is still running: gddlab watch, stop or kill " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["watch", str(run.run_dir)])
-    assert capsys.readouterr().err == ""  # nothing runs
+    assert capsys.readouterr().err == f"\ngddlab: nothing runs in {run.run_dir}\n"
+
+
+def test_one_number_says_how_far_a_run_is(run) -> None:  # type: ignore[no-untyped-def]
+    """Everywhere the same, in thousands of images, and kept when a run is started again and ended at once."""
+    write_status(run.run_dir, "running", nimg=24, total_nimg=48)
+    fd = take(run.run_dir)
+    assert line(run).startswith("a: running  0.024 of 0.048 kimg  loss G 0.700  D 1.400  10.0 s/kimg  0 s left")
+    os.close(fd)
+    for state in ("starting", "failed", "stopped"):
+        mark(run.run_dir, state)
+    assert line(run) == "a: stopped  0.024 of 0.048 kimg  loss G 0.700  D 1.400  10.0 s/kimg"
+    assert repr(run) == "<run a: stopped, 0.024 of 0.048 kimg>"
+    assert list_runs(run.run_dir)[0]["kimg"] == "0.024 of 0.048"
+    assert progress_of({"nimg": 123_456, "total_nimg": 200_000_000}) == "123.456 of 200000"
+
+
+def test_a_terminal_is_not_filled(run, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """The live line is cut to the width, for it to be written again; an alarm is shown once, on its own line."""
+    monkeypatch.setattr("gddlab.launch.handle.audience", lambda: "terminal")
+    monkeypatch.setenv("COLUMNS", "40")
+    alarm = "the discriminator wins: " + "lower lr_d " * 20
+    states = iter(["running"] * 3 + ["done"])
+    monkeypatch.setattr("gddlab.launch.handle.RunHandle.status", property(lambda self: next(states)))
+    monkeypatch.setattr("gddlab.launch.handle.brief_line", lambda run: "a: running  " + "x" * 200)
+    write_status(run.run_dir, "running", nimg=16, total_nimg=48, alarm=alarm)
+    follow(run, 0.01)
+    *shown, end = capsys.readouterr().err.split("\r\x1b[K")[1:]
+    assert shown == [f"a: ALARM {alarm}\n", *["a: running  " + "x" * 27] * 3]
+    assert end == "a: running  " + "x" * 200 + "\n"
 
 
 def test_a_long_log_costs_nothing(run) -> None:  # type: ignore[no-untyped-def]
@@ -86,7 +116,7 @@ def test_a_long_log_costs_nothing(run) -> None:  # type: ignore[no-untyped-def]
     tracemalloc.start()
     try:
         assert run.tail(lines=2) == "line 98\nline 99"
-        assert "50.0 of 0.0 kimg" in line(run)
+        assert "0.016 of 0.048 kimg" in line(run)
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()

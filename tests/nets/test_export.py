@@ -102,7 +102,7 @@ def test_refusals(student: Precond, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export(student, tmp_path / "student.pth")
     with pytest.raises(GddlabError, match="Linear cannot be exported"):
         export(torch.nn.Linear(2, 2), tmp_path / "student.pt2")  # type: ignore[arg-type]
-    with pytest.raises(GddlabError, match="sigma=0: give one in 0 to inf, above 0"):
+    with pytest.raises(GddlabError, match="sigma=0: this network accepts above 0 and finite"):
         export(student, tmp_path / "student.pt2", sigma=0)
     two = make_student(tiny_net(), mid_sigmas=(0.8,))
     with pytest.raises(GddlabError, match="takes 2 steps, an exported one takes one: give sigma=80"):

@@ -256,6 +256,15 @@ def test_a_size_that_cannot_be_halved_is_refused(kind: str) -> None:
         from_edm("EDMPrecond", **changes)
 
 
+@pytest.mark.parametrize("channels", [3, 14, 132])
+def test_channels_are_whole_groups(channels: int) -> None:
+    with pytest.raises(GddlabError, match=r"\d+ channels in \d+ groups: give model_channels in steps of 4"):
+        from_edm("EDMPrecond", **SONG | {"model_channels": channels})
+
+
 def test_a_network_has_levels() -> None:
-    with pytest.raises(GddlabError, match=r"channel_mult=\(\): give a width for at least one level"):
+    for mult in ([0], [1, -1]):
+        with pytest.raises(GddlabError, match=r"channel_mult gives widths .*: give at least one, all above 0"):
+            from_edm("EDMPrecond", **SONG | {"channel_mult": mult})
+    with pytest.raises(GddlabError, match=r"channel_mult gives widths \[\]: give at least one"):
         from_edm("EDMPrecond", **SONG | {"channel_mult": []})

@@ -52,6 +52,7 @@ def probed(net, values, sigmas=SIGMAS, states="noised"):
     grid = 1 - 0.1 * np.abs(i - j) - 0.001 * np.abs(i**2 - j**2)  # no symmetry but the diagonal's
     cosine = {layer.name: grid - 0.01 * k * (grid < 1) for k, layer in enumerate(layers)}
     meta = {"n_images": 6, "states": states, "data": {"name": "pictures"}, "layers": [a.to_dict() for a in layers]}
+    meta["parameters"] = [[name, list(p.shape)] for name, p in net.named_parameters()]
     return ProbeResult(frame, meta, {"cosine": cosine})
 
 
@@ -65,9 +66,7 @@ def large():
     """102 convolutions."""
     with torch.device("meta"):
         net = from_edm("EDMPrecond", **CIFAR)
-    out = probed(net, lambda i, j: 1.0 + i % 7 + j)
-    out.meta["parameters"] = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
-    return out
+    return probed(net, lambda i, j: 1.0 + i % 7 + j)
 
 
 @pytest.fixture(autouse=True)
@@ -280,8 +279,11 @@ def test_a_mask_is_drawn_beside_its_layers(small):
     expected["model.dec.8x8_in0.conv0"] = part.weight.numel() / (part.weight.numel() + part.bias.numel())
     assert shares == pytest.approx(expected)
     assert texts(ax.get_legend().get_texts()) == [f"frozen, {mask.fraction:.1%} of all parameters", "trained"]
-    with pytest.raises(GddlabError, match=r"no parameters of layer 'model.enc.16x16_conv': give a mask of the network"):
-        small.heatmap("rms", mask=FreezeMask((), (("other.weight", (3,)),)))
+    for other in ((("other.weight", (3,)),), (*parameters, ("model.map_label.weight", (8, 10)))):
+        with pytest.raises(GddlabError, match=r"for another network than was probed: '(other|model.map_label).weight'"):
+            small.heatmap("rms", mask=FreezeMask((), other))
+    added = FreezeMask(tuple(frozen), (*parameters, ("model.map_target0.weight", (8, 8))))  # of a student's
+    assert small.heatmap("rms", mask=added) is not None
 
 
 def test_few_lines_have_names_and_bands_of_one_standard_error(small):

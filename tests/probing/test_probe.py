@@ -147,6 +147,9 @@ def test_the_card_names_the_data(net):
         ({"timesteps": [1.0, 1.0]}, "each once"),
         ({"timesteps": 0}, "0 noise levels"),
         ({"timesteps": True}, "timesteps=True"),
+        ({"timesteps": b"18"}, "timesteps=b'18'"),
+        ({"timesteps": memoryview(b"18")}, "timesteps=<memory"),
+        ({"timesteps": ["80"]}, "timesteps=.'80'.: give a whole number, or a list of sigmas"),
         ({"timesteps": [True, 2.0]}, r"timesteps=\[True, 2.0\]: give a whole number, or a list"),
         ({"timesteps": "18"}, "timesteps='18': give a whole number, or a list"),
         ({"timesteps": 100_000}, "timesteps: 100000 noise levels, give at most 1000"),
@@ -162,6 +165,9 @@ def test_the_card_names_the_data(net):
         ({"seed": 1.5}, "seed"),
         ({"seed": -1}, "seeds are 0"),
         ({"seed": 2**32}, "seeds are 0"),
+        ({"timesteps": torch.tensor(2)}, r"timesteps=tensor\(2\): give a whole number, or a list"),
+        ({"timesteps": np.array(2)}, r"timesteps=array\(2\): give a whole number, or a list"),
+        ({"device": "meta"}, "device='meta' holds no values: give another, such as cpu"),
         ({"device": "nope"}, "device='nope' cannot be used here"),
         ({"data": 5}, "data=5: give a name"),
         ({"layers": 5}, "layers=5: give a name"),
@@ -177,6 +183,7 @@ def test_the_card_names_the_data(net):
 def test_bad_input_is_refused(net, pictures, kwargs, says):
     with pytest.raises(GddlabError, match=says):
         probe(net, **({"data": pictures, "n": 2, "timesteps": [1.0]} | kwargs))
+    assert next(net.parameters()).device.type == "cpu"
 
 
 def test_sigma_outside_of_the_range_and_images_that_do_not_fit(pictures):

@@ -73,5 +73,7 @@ def test_other_networks_are_refused():
         weight_change(tiny(), tiny(model_channels=16))
     with pytest.raises(GddlabError, match=r"8x8_aux_residual.weight' is .*, missing in the reference"):
         weight_change(tiny(), tiny(encoder_type="standard"))
+    with pytest.raises(GddlabError, match="sigma=nan: this network accepts"):
+        weight_change(tiny(), tiny(), sigma=math.nan)
     with pytest.raises(GddlabError, match="none of these has parameters"):
         weight_change(nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU()), "0")

@@ -73,6 +73,14 @@ def test_foreign_pictures_and_a_damaged_line_do_not_end_a_report(tmp_path: Path)
     assert "metrics.jsonl is damaged: the line that begins 'oops' is no JSON object" in " ".join(text_of(page).split())
 
 
+def test_a_damaged_grid_is_named(tmp_path: Path) -> None:
+    run_dir = copied(tmp_path, "run")
+    (run_dir / "samples" / "000000.900.png").write_text("no image")
+    with pytest.raises(GddlabError, match=r"000000\.900\.png is no image .*: remove it$"):
+        gddlab.report(run_dir, out=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_shipped_run_is_told_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, out = DIGITS / "gdd-i" / "seed-0", tmp_path / "page.html"
     main(["report", str(run_dir), "--out", str(out)])
@@ -277,7 +285,7 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_page_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "p.html"
-    out.write_text("old")
+    out.write_text(old := '<meta name="generator" content="gddlab">old')
 
     def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
@@ -289,5 +297,5 @@ def test_a_page_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         gddlab.report(DIGITS / "gdd" / "seed-0", out)
-    assert out.read_text() == "old"
+    assert out.read_text() == old
     assert [p.name for p in tmp_path.iterdir()] == ["p.html"]

@@ -16,6 +16,7 @@ from gddlab.nets.io import make_student
 from gddlab.sampling import Sampler, integrate, karras_sigmas, latents, multistep, sample
 from gddlab.sampling.grid import image_grid
 from gddlab.sampling.samplers import ImageNoise, resolve, sampler_name
+from gddlab.teachers import load_teacher
 from tests.conftest import tiny_net
 
 
@@ -181,7 +182,7 @@ def test_grid_pixels() -> None:
         (lambda s, t: sample(s, 2, seed=-1), "seed=-1 for 2 images: seeds are 0..4294967295"),
         (lambda s, t: sample(s, 2, seed=2**32 - 1), "seed=4294967295 for 2 images"),
         (lambda s, t: sample(s, seeds=5), "seeds=5: give a list of integers, or seed=5"),
-        (lambda s, t: sample(s, seeds=[]), "seeds is empty"),
+        (lambda s, t: sample(s, seeds=[]), r"seeds=\[\]: give one seed"),
         (lambda s, t: sample(s, 3, seeds=[1, 2]), "n=3 with 2 seeds"),
         (lambda s, t: sample(s, seeds=[1, -2]), "seeds hold -2"),
         (lambda s, t: sample(s, seeds=[0.5]), "seeds=0.5"),
@@ -190,6 +191,16 @@ def test_grid_pixels() -> None:
         (lambda s, t: sample(s, 2, sigmas=80.0), "sigmas=80.0: give a list of noise levels"),
         (lambda s, t: sample(s, 2, sigmas=(0.8, 80)), "give descending noise levels above 0.002"),
         (lambda s, t: sample(s, 2, steps=2, sigmas=(80, 1)), "give one of them"),
+        (lambda s, t: sample(s, 2, sigmas=[90]), r"sigmas=\(90.0,\): give descending noise levels from 80 at most"),
+        *(
+            (lambda s, t, wrong=wrong: sample(s, 2, sigmas=wrong), "sigmas=.*: give a list of noise levels")
+            for wrong in ([True], ["80"], "8", b"P", bytearray(b"P"))
+        ),
+        (lambda s, t: sample(s, seeds=b"12"), "seeds=b'12': give a list of integers"),
+        (
+            lambda s, t: sample(load_teacher("digits"), 2, sigma_max=1e9),
+            r"sigma_max=1e\+09: this network accepts 0",
+        ),
         (lambda s, t: sample(t, 2, steps=0), "steps=0"),
         (lambda s, t: sample(t, 2, steps=18.0), "steps=18.0"),
         (lambda s, t: sample(t, 2, sigmas=(80, 1)), "only a one-step student takes sigmas"),

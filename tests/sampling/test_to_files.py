@@ -226,7 +226,7 @@ def test_under_torchrun(student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         GddlabError, match=r"2 of 5 parts are missing after \d+ s, the first is due from process 1 of 2"
     ):
-        sample_files(student, out, 10, batch_size=2, timeout_s=0.0)
+        sample_files(student, out, 10, batch_size=2, timeout_s=0.01)
     monkeypatch.setenv("RANK", "1")
     sample_files(student, out, 10, batch_size=2)
     assert not out.exists()

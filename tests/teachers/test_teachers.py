@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from gddlab.datasets import open_dataset
 from gddlab.distill import teacher as training_module
 from gddlab.distill.teacher import TeacherConfig, train_teacher
 from gddlab.errors import GddlabError, NotFound
+from gddlab.evaluation.run_scores import score_teacher
 from gddlab.files import data_dir, hash_tensors, read_json, read_jsonl
 from gddlab.nets import OneStepPrecond, load_network, save_network
 from gddlab.nets.io import make_student
@@ -43,26 +48,41 @@ def test_loss_is_the_formula() -> None:
             assert_close(got[i], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_continued_training_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("by", "where"), [("an error", "0.032"), ("Ctrl-C", "0.04")])
+def test_continued_training_is_bit_identical(
+    by: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C is heeded after the step, which lies between two ticks."""
     whole = load_network(train_teacher(config(tmp_path / "a")))[0]
     calls = 0
     original = training_module.edm_loss
 
-    def dies(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def disturbed(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
+        if calls == 5:
+            if by == "an error":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as m:
-        m.setattr(training_module, "edm_loss", dies)
-        with pytest.raises(KeyboardInterrupt):
+        m.setattr(training_module, "edm_loss", disturbed)
+        with pytest.raises(
+            KeyboardInterrupt, match="the same call continues from 0.04 kimg$" if by == "Ctrl-C" else None
+        ):
             train_teacher(config(tmp_path / "b"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    state = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
+    assert state["step"] * 8 / 1000 == float(where)
+    with pytest.raises(GddlabError, match=r"b holds a teacher whose training is not finished: the same train_teacher"):
+        load_teacher(tmp_path / "b")
     continued = load_network(train_teacher(config(tmp_path / "b")))[0]
     for (name, p), (_, q) in zip(whole.state_dict().items(), continued.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
-    assert [m["kimg"] for m in read_jsonl(tmp_path / "b" / "metrics.jsonl")] == [0.016, 0.032, 0.048, 0.064]
+    a, b = (read_jsonl(tmp_path / run / "metrics.jsonl") for run in "ab")
+    assert [(m["kimg"], m["loss"]) for m in a] == [(m["kimg"], m["loss"]) for m in b]
+    assert [m["kimg"] for m in a] == [0.016, 0.032, 0.048, 0.064]
     with pytest.raises(GddlabError, match=r"lr is 0\.001 there, 0\.002 here"):
         train_teacher(config(tmp_path / "b", lr=0.002))
 
@@ -90,6 +110,24 @@ def test_a_share_of_the_levels_is_log_uniform(tmp_path: Path, monkeypatch: pytes
     assert "25 % log-uniform in 1000 to 4000" in str(load_teacher(tmp_path / "mixed").card)
     with pytest.raises(GddlabError, match=r"uniform_sigmas.*lowest and the highest"):
         config(tmp_path / "x", uniform_sigmas=(80.0, 5.0))
+
+
+def test_images_may_move_and_not_change(tmp_path: Path) -> None:
+    """A teacher finds them again by their hash, as a run does."""
+    digits = open_dataset("digits").uint8
+    for name, pixels in (("mine", digits[:16]), ("other", digits[16:32])):
+        np.save(tmp_path / f"{name}.npy", pixels)
+    own = {"data": tmp_path / "mine.npy", "total_kimg": 0.016}
+    path = train_teacher(config(tmp_path / "t", **own))
+    moved = (tmp_path / "mine.npy").rename(tmp_path / "moved.npy")
+    with pytest.warns(UserWarning, match=r"data has moved from .*mine.npy to .*moved.npy; its hash is the same"):
+        assert train_teacher(config(tmp_path / "t", **own | {"data": moved})) == path
+    with pytest.raises(GddlabError, match=r"holds another run: data is .*other.npy' here"):
+        train_teacher(config(tmp_path / "t", **own | {"data": tmp_path / "other.npy"}))
+    with pytest.raises(NotFound, match="is no longer there: give data="):
+        score_teacher(tmp_path / "t")
+    records = score_teacher(tmp_path / "t", data=moved, progress=False)
+    assert {r.reference_n for r in records} == {8, 16}
 
 
 def test_trained_teacher_loads_from_its_run_directory(tmp_path: Path) -> None:

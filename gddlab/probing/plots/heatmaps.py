@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gddlab.errors import GddlabError, shown
+from gddlab.nets.unets import TARGET_LAYERS
+from gddlab.probing.layers import difference
 from gddlab.probing.plots.axes import (
     Probed,
     Scale,
@@ -37,6 +39,9 @@ STRIP = 0.13
 class Mask(Protocol):
     """What is read of a `FreezeMask`, whose package comes after this one."""
 
+    @property
+    def parameters(self) -> Sequence[tuple[str, Sequence[int]]]: ...
+
     def to_frame(self) -> pd.DataFrame: ...
 
 
@@ -59,7 +64,7 @@ class Heatmaps(Probed):
         """
         table = wide(self.frame, stat)
         rows = rows_of(self.frame, table.index)
-        shares = None if mask is None else _frozen_shares(mask, rows)
+        shares = None if mask is None else _frozen_shares(mask, rows, self.meta["parameters"])
         nulls = {kind: values.mean(0) for kind, values in self._of_nulls(stat, table).items()}
         ax = layers_down(ax, self.frame, stat, table, rows, shares, nulls=nulls)
         ax.set_xlabel("noise level σ")
@@ -197,18 +202,20 @@ def layers_down(
     return ax
 
 
-def _frozen_shares(mask: Mask, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
+def _frozen_shares(mask: Mask, rows: pd.DataFrame, parameters: Any) -> tuple[np.ndarray, float]:
     """Frozen share of each layer's parameters, its children's too, NaN for a layer without; and of all parameters."""
     if not hasattr(mask, "fingerprint"):
         raise GddlabError(f"mask={shown(mask)}: give a FreezeMask, what select_freeze or FreezeMask.load returns")
+    ours, theirs = (
+        {name: tuple(shape) for name, shape in known if set(TARGET_LAYERS).isdisjoint(name.split("."))}
+        for known in (mask.parameters, parameters)
+    )
+    if where := difference(ours, theirs, ("mask", "network")):
+        raise GddlabError(f"this mask is for another network than was probed: {where}")
     table = mask.to_frame()
     sizes = table[["size"]].assign(still=table["size"].where(table["frozen"], 0))
     out = []
-    for name, count in rows["n_params"].items():
+    for name in rows.index:
         mine = sizes[table["parameter"].str.startswith(f"{name}.")].sum()
-        if count and not mine["size"]:
-            raise GddlabError(
-                f"this mask has no parameters of layer {name!r}: give a mask of the network that was probed"
-            )
         out.append(mine["still"] / mine["size"] if mine["size"] else np.nan)
     return np.array(out), sizes["still"].sum() / sizes["size"].sum()
