@@ -116,7 +116,8 @@ def draw_cells(
     import seaborn as sns
 
     ax.set_facecolor(MISSING)
-    given = scale.colours() | more
+    # beside a norm the ends are not used: without them seaborn looks for some, and warns where there is no value
+    given = {"vmin": scale.low, "vmax": scale.high} | scale.colours() | more
     figure = ax.figure.canvas.figure
     engine = figure.get_layout_engine()
     figure.set_layout_engine("none")  # sns.heatmap draws the figure, which costs half without a layout
