@@ -57,6 +57,11 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
     check_ran([name for name in changes if name not in ran])
 
 
+def keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
+    """A change for `tapped` that changes nothing, and keeps the output."""
+    kept[part] = output.clone()
+
+
 def denoised(model: Callable[..., Any], rows: Rows) -> Float[Tensor, "b c h w"]:
     """The network's answer, refused if it has another shape than the states."""
     out = model(*rows)
