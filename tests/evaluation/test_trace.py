@@ -1,6 +1,7 @@
 """Tracing against sampling with a hook by hand, and on networks of which the answer is known."""
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import math
@@ -42,6 +43,24 @@ def net():
 def pictures():
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 1), dtype=np.uint8)
     return ImageDataset(images, name="pictures", source="random")
+
+
+MODULE = importlib.import_module("gddlab.evaluation.trace")  # the package has the function under this name
+
+
+def pooled(images, *args, **kwargs):
+    """Stands for an extractor: 16 numbers per image."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Features that cost nothing, and torch-fidelity's distance of which costs little; `real` of 40 images."""
+    real = pooled(torch.randint(0, 256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(MODULE, "find_extractor", lambda name: dataclasses.replace(find_extractor(name), dims=16))
+    monkeypatch.setattr(MODULE, "image_features", pooled)
+    monkeypatch.setattr(Reference, "against", lambda *args, **kwargs: real)
+    return real
 
 
 def sampled(net, levels, disturb=None, n=4, seed=0, labels=None):
@@ -141,7 +160,7 @@ def test_the_last_step_is_one_ablated_denoising(net):
     torch.testing.assert_close(torch.tensor(last), expected, rtol=1e-5, atol=0)
 
 
-def test_a_layer_that_adds_nothing_is_not_needed(net, pictures):
+def test_a_layer_that_adds_nothing_is_not_needed(net, pictures, quick):
     with torch.no_grad():
         for part in PARTS:
             for p in net.get_submodule(part).parameters():
@@ -177,26 +196,26 @@ def test_a_step_beyond_which_a_layer_does_nothing():
     assert half > 0  # its first call, at 3, is disturbed; the second, at 0.9, does not see the layer
 
 
-def test_features_and_distances(net, pictures):
+def test_features_and_distances(net, pictures, quick):
     result = trace(net, LEVELS, CONV, "zero", n=6, data=pictures, progress=False)
-    spec, whole = find_extractor("lite0"), sampled(net, LEVELS, n=6)
-    real = real_features(pictures, spec)
-    before = image_features(to_uint8(whole), spec).double()
+    before = pooled(to_uint8(sampled(net, LEVELS, n=6))).double()
     for k, sigma in enumerate(LEVELS):
         images = sampled(net, LEVELS, lambda step, call, args, k=k: {CONV: lambda y: 0 * y} if step == k else {}, n=6)
-        after = image_features(to_uint8(images), spec).double()
+        after = pooled(to_uint8(images)).double()
         distance = (after - before).norm(dim=1)
         rows = result.frame[result.frame["sigma"] == sigma].set_index("stat")
         assert rows.loc["trace_lite0_zero", "value"] == pytest.approx(float(distance.mean()), rel=1e-3)
         assert rows.loc["trace_lite0_zero", "sem"] == pytest.approx(float(distance.std() / 6**0.5), rel=1e-3)
 
         def farther(keep, after=after):
-            return frechet(after[keep], real)[0].value - frechet(before[keep], real)[0].value
+            return frechet(after[keep], quick)[0].value - frechet(before[keep], quick)[0].value
 
-        assert rows.loc["trace_fd_lite0_zero", "value"] == pytest.approx(farther(slice(None)), rel=1e-3, abs=0.01)
+        value, sem = (rows.loc["trace_fd_lite0_zero", c] for c in ("value", "sem"))
+        assert value == pytest.approx(farther(slice(None)), rel=1e-3, abs=0.1)
         each = torch.tensor([farther([i for i in range(6) if i != left]) for left in range(6)])
-        error = float(((each - each.mean()).square().sum() * 5 / 6).sqrt())
-        assert rows.loc["trace_fd_lite0_zero", "sem"] == pytest.approx(error, rel=1e-2)
+        assert sem == pytest.approx(float(((each - each.mean()).square().sum() * 5 / 6).sqrt()), rel=1e-2)
+        assert abs(value) > 1
+        assert set(rows["n_images"]) == {6}
     assert "final images of 6 seeds to pictures" in result.meta["stats"]["trace_fd_lite0_zero"]["definition"]
 
 
@@ -206,8 +225,7 @@ def test_a_distance_of_many_images_equals_torch_fidelitys(monkeypatch):
     g = torch.Generator().manual_seed(0)
     real = Reference("real", "", 50, features=torch.randn(50, spec.dims, generator=g))
     features = torch.randn(90, spec.dims, generator=g).double() + 0.1
-    module = importlib.import_module("gddlab.evaluation.trace")  # the package has the function under this name
-    monkeypatch.setattr(module, "image_features", lambda images, *a, **k: features[: len(images)])
+    monkeypatch.setattr(MODULE, "image_features", lambda images, *a, **k: features[: len(images)])
     compared = Compared(torch.rand(90, 1, 8, 8), spec, real, torch.device("cpu"))
     found = compared._distances
     assert len(found) == 33
@@ -217,7 +235,7 @@ def test_a_distance_of_many_images_equals_torch_fidelitys(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["mean", "zero", "resample", "donor"])
-def test_numbers_do_not_depend_on_the_batch_size(net, mode, pictures):
+def test_numbers_do_not_depend_on_the_batch_size(net, mode, pictures, quick):
     donor = tiny(seed=1) if mode == "donor" else None
     how = {"donor": donor, "n": 6, "data": pictures, "progress": False}
     whole = trace(net, LEVELS[1:], [CONV, BLOCK], mode, **how)
@@ -225,7 +243,7 @@ def test_numbers_do_not_depend_on_the_batch_size(net, mode, pictures):
         other = trace(net, LEVELS[1:], [CONV, BLOCK], mode, batch_size=batch_size, **how)
         numbers = ["value", "sem"]
         pd.testing.assert_frame_equal(other.frame.drop(columns=numbers), whole.frame.drop(columns=numbers))
-        for stat, close in (("pixels", 1e-5), ("lite0", 1e-1), ("fd_lite0", 2)):  # a pixel may round to another byte
+        for stat, close in (("pixels", 1e-5), ("lite0", 0.1), ("fd_lite0", 20)):  # a pixel may round to another byte
             a, b = (r.frame[r.frame["stat"] == f"trace_{stat}_{mode}"][numbers] for r in (other, whole))
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=close)
 
@@ -321,7 +339,7 @@ def test_the_network_is_left_as_it_was(net):
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
-def test_what_is_not_finite_is_named(net):
+def test_what_is_not_finite_is_named(net, pictures, quick):
     spoiled = net.model.enc["16x16_block0"]
 
     def spoil(module, args):
@@ -332,14 +350,14 @@ def test_what_is_not_finite_is_named(net):
 
     spoiled.register_forward_pre_hook(spoil)
     with pytest.warns(RuntimeWarning, match=r"model.enc.16x16_conv \(disturbed\) at sigma 5"):
-        result = trace(net, [5.0, 0.5], ["model.enc.16x16_conv", CONV], "zero", n=4, data="digits", progress=False)
+        result = trace(net, [5.0, 0.5], ["model.enc.16x16_conv", CONV], "zero", n=4, data=pictures, progress=False)
     table = result.frame.set_index("layer")["value"]
     assert table.loc["model.enc.16x16_conv"].isna().all()
     assert table.loc[CONV].notna().all()
     assert math.isfinite(result.meta["settings"]["distance"])
 
 
-def test_saved_loaded_joined(net, pictures, tmp_path):
+def test_saved_loaded_joined(net, pictures, tmp_path, quick):
     result = trace(net, LEVELS, [CONV, UP], "zero", n=4, data=pictures, progress=False)
     result.save(tmp_path)
     again = ProbeResult.load(tmp_path)

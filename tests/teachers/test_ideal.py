@@ -8,6 +8,7 @@ import gddlab
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.nets import ideal as module
+from gddlab.nets import save_network
 from gddlab.probing.inputs import Inputs
 from gddlab.teachers import ideal_denoiser
 
@@ -80,7 +81,7 @@ def test_samples_are_images_of_the_set(pictures):
     assert (made[:, None] - images[pictures.class_ids == 2][None]).abs().amax((2, 3, 4)).amin(1).max() < 1e-5
 
 
-def test_other_calls_take_it(pictures):
+def test_other_calls_take_it(pictures, tmp_path):
     net = ideal_denoiser(pictures)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (3, 8, 0)
     assert (net.sigma_min, net.sigma_max) == (0.0, float("inf"))
@@ -95,6 +96,8 @@ def test_other_calls_take_it(pictures):
     assert not any(p.requires_grad for p in net.parameters())
     double = ideal_denoiser(pictures).double()
     assert double(torch.zeros(1, 3, 8, 8, dtype=torch.float64), 1.0).dtype == torch.float64
+    with pytest.raises(GddlabError, match="^IdealPrecond has no file format"):
+        save_network(net, tmp_path / "ideal.safetensors")
     assert ideal_denoiser(pictures).to("meta").model.images.device.type == "meta"
 
 
