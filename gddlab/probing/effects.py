@@ -151,7 +151,8 @@ class Effects:
         """The table over all noise levels; warns of what is not finite.
 
         Args:
-            side: What was not finite: the network's output with a layer "ablated" or "patched", or an "attribution".
+            side: What was not finite: the network's output with a layer "ablated", "patched" or "disturbed", or an
+                "attribution".
             given: One more statistic by layer, a measure. `merge` refuses such a result, which lacks its sums.
         """
         sums = stacked(self._parts)
