@@ -21,6 +21,7 @@ from gddlab.errors import GddlabError as GddlabError
 from gddlab.evaluation import evaluate as evaluate
 from gddlab.evaluation import real_split as real_split
 from gddlab.evaluation import reference as reference
+from gddlab.evaluation import trace as trace
 from gddlab.experiments import reproduce as reproduce
 from gddlab.freezing import FreezeMask as FreezeMask
 from gddlab.freezing import compare as compare
@@ -47,6 +48,7 @@ from gddlab.runs import load_study as load_study
 from gddlab.sampling import sample as sample
 from gddlab.sampling import sample_files as sample_files
 from gddlab.teachers import convert as convert
+from gddlab.teachers import ideal_denoiser as ideal_denoiser
 from gddlab.teachers import load_teacher as load_teacher
 
 __version__: str

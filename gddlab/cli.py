@@ -175,6 +175,34 @@ def ablate(
     save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
+@command(
+    "trace", "gddlab.evaluation.trace:trace", "gddlab.probing:ablate", "gddlab.probing:probe", omit="donor class_labels"
+)
+def trace(
+    teacher: Positional[str],
+    out: Path = Path("trace"),
+    steps: int | None = None,
+    sigmas: tuple[float, ...] = (),
+    donor: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Disturbs one layer in one step of the sampler, one after the other, and measures the final images.
+
+    Args:
+        teacher: Name, EDM pickle, .safetensors file, or run directory; of a student, too.
+        out: Folder for the result.
+        steps: Number of steps; by default 18 of a teacher, a student's own.
+        sigmas: The noise levels that the steps start from, in place of --steps.
+        donor: With --mode donor the network that gives the outputs, as TEACHER.
+        overwrite: Replaces a result that is there.
+    """
+    check_folder(out, overwrite)
+    other = None if donor is None else gddlab.load_teacher(donor)
+    how = list(sigmas) or steps
+    save_result(gddlab.trace(gddlab.load_teacher(teacher), how, donor=other, **options), out)
+
+
 @command("freeze", "gddlab.freezing:select_freeze")
 def freeze(
     source: Positional[str],

@@ -135,8 +135,8 @@ def test_a_result_is_replaced_as_a_whole_and_when_asked(
     main(["probe", str(tiny_teacher), "--stats", "rms", "correlation", *how])
     assert sorted(p.name for p in folder.glob("*.png")) == ["correlation.png", "rms.png", "similarities.png"]
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    for command in ("probe", "ablate"):
-        assert f"{folder} exists: give another name" in refused(capsys, command, "digits", *how)
+    for command, given in (("probe", how), ("ablate", how), ("trace", how[2:])):
+        assert f"{folder} exists: give another name" in refused(capsys, command, "digits", *given)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
     main(["probe", str(tiny_teacher), "--stats", "rms", *how, "--dry-run"])
     main(["probe", str(tiny_teacher), "--stats", "rms", *how, "--overwrite"])
@@ -420,6 +420,14 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
     main(["ablate", teacher, "--out", str(tmp_path / "ablation"), *few, "--layers", "block", "--mode", "zero"])
     assert "ablation_output_zero" in capsys.readouterr().out
     assert (tmp_path / "ablation" / "ablation_loss_zero.png").exists()
+    how = ["--n", "2", "--layers", "model.dec.16x16_up", "model.enc.16x16_block0"]
+    main(["trace", teacher, "--out", str(tmp_path / "trace"), "--sigmas", "5", "0.5", *how])
+    assert "2 layers at 2 noise levels; statistics trace_pixels_mean, trace_lite0" in capsys.readouterr().out
+    assert (tmp_path / "trace" / "trace_pixels_mean.png").exists()
+    donor = ["--mode", "donor", "--donor", "digits"]
+    assert "give two networks of the same architecture" in refused(
+        capsys, "trace", teacher, "--out", str(tmp_path / "other"), "--steps", "2", *how, *donor
+    )
     main(["probe", teacher, "--out", str(tmp_path / "student"), "--n", "2", "--states", "student", "--stats", "rms"])
     assert ProbeResult.load(tmp_path / "student").sigmas == [80.0]
 

@@ -8,6 +8,7 @@ from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, Trace, append_records, compare, load_records
 from gddlab.evaluation.references import reference
 from gddlab.evaluation.run_scores import evaluate_end, evaluate_snapshots, missing_at_end, scorer
+from gddlab.evaluation.trace import trace
 
 __all__ = [
     "EXTRACTORS",
@@ -29,4 +30,5 @@ __all__ = [
     "reference",
     "register",
     "scorer",
+    "trace",
 ]

@@ -85,7 +85,7 @@ def images_of(
         GddlabError: The source is of another kind or shape than expected, has too few images, or is not finite.
     """
     if isinstance(source, Precond):
-        _check_shape((source.img_channels, source.img_resolution), real, "the model's images")
+        check_shape((source.img_channels, source.img_resolution), real, "the model's images")
         how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
         count = n or real.n or BLOCK
         seed_list(count, seed, None)
@@ -96,7 +96,7 @@ def images_of(
     if n is not None and isinstance(source, ImageDataset | Tensor) and n > len(source):
         raise GddlabError(f"n={n} images: only {len(source)} were given")
     if isinstance(source, ImageDataset):
-        _check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
+        check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
         if n is None or n == len(source):
             return StoredImages(source.uint8, "data", whole=source)
         some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
@@ -109,7 +109,7 @@ def images_of(
     if source.ndim != 4 or not source.is_floating_point():
         what = f"{source.dtype} {tuple(source.shape)}"
         raise GddlabError(f"images are {what}: give float (N, C, R, R) in [-1, 1], or an array, uint8 (N, R, R, C)")
-    _check_shape((source.shape[1], *source.shape[2:]), real, "images")
+    check_shape((source.shape[1], *source.shape[2:]), real, "images")
     check_values(source[:n])
     if (least := source[:n].min().item()) >= 0:  # [0, 1] read as [-1, 1] is pale, its distance three times as large
         raise GddlabError(f"images hold no value below 0 (the least is {least:.3g}): give [-1, 1], as 2 * images - 1")
@@ -132,8 +132,8 @@ def classes_of(net: Precond, real: Reference, n: int, seed: int) -> Tensor | Non
     return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real.class_ids)]
 
 
-def _check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
-    """`given` is (channels, side) or (channels, height, width)."""
+def check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:
+    """Refuses images that do not fit the real ones; `given` is (channels, side) or (channels, height, width)."""
     if real.channels is None or real.resolution is None:
         return  # statistics alone
     c, h, w = (*given, given[-1])[:3]

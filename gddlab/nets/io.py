@@ -106,9 +106,15 @@ def architecture(net: Precond) -> dict[str, Any]:
 
 
 def save_network(net: Precond, path: str | Path, **meta: Any) -> None:
-    """Writes weights and architecture atomically; `meta` is JSON and comes back from `load_network`."""
+    """Writes weights and architecture atomically; `meta` is JSON and comes back from `load_network`.
+
+    Raises:
+        GddlabError: A network that `load_network` could not build again, such as an ideal denoiser.
+    """
     from safetensors.torch import save_file
 
+    if (kind := type(net).__name__) not in PRECONDS:
+        raise GddlabError(f"{kind} has no file format: accepted are {', '.join(PRECONDS)}")
     header = {"format": FORMAT, **architecture(net), "meta": meta}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     with atomic_path(path) as tmp:

@@ -13,7 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
-from gddlab.probing.effects import Change, Effects, change_statistics, denoised, tapped, weighted_error
+from gddlab.probing.effects import Change, Effects, change_statistics, denoised, keep, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
@@ -103,7 +103,7 @@ def ablate(
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
     net, selected, modules = inputs.denoiser, select_layers(model, layers, run=True), named_layers(model)
-    outputs = {layer.name: _outputs(layer, modules) for layer in selected}
+    outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
     effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
     levels, passes = inputs.split(batch_size, group)
@@ -132,7 +132,7 @@ def ablate(
                     intact = denoised(net, rows)
                 before = None if clean is None else weighted_error(intact, clean, sigmas)
                 for layer in selected:
-                    changes = _changes(model, net, rows, outputs[layer.name], mode, means, j - i)
+                    changes = changes_of(model, net, rows, outputs[layer.name], mode, means, j - i)
                     with tapped(model, changes, len(rows[0])):
                         ablated = denoised(net, rows)
                     found = [weighted_error(ablated, intact, sigmas).sqrt()]
@@ -141,7 +141,7 @@ def ablate(
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()
-    effects.layers = [_sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
+    effects.layers = [sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
     settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     result = effects.result(side="ablated", settings=settings)
@@ -149,7 +149,7 @@ def ablate(
     return result.copy(statistics={}) if mode == "mean" else result
 
 
-def _outputs(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
+def outputs_of(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
     """Whose outputs are replaced: the layer itself; of a block, the last layers of its branch and of its attention."""
     parts = anatomy(modules[layer.name])
     if parts is None:
@@ -158,9 +158,14 @@ def _outputs(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name in names if name in modules]
 
 
-def _changes(
+def changes_of(
     model: nn.Module, net: nn.Module, rows: Rows, parts: Sequence[str], mode: str, means: Mapping[str, Tensor], n: int
 ) -> dict[str, Change]:
+    """What `tapped` puts in the place of `parts`, the outputs of one layer, in a pass over `rows` of `n` images.
+
+    Args:
+        means: By part, of each channel at each noise level of a row, (S, C); for mode "mean".
+    """
     if mode == "zero":
         return dict.fromkeys(parts, torch.zeros_like)
     if mode == "mean":
@@ -168,16 +173,12 @@ def _changes(
     if len(parts) == 1:
         return {parts[0]: functools.partial(swapped, n)}
     kept: dict[str, Tensor] = {}  # of an intact pass: an output after an ablated one is no longer its own
-    with tapped(model, {part: functools.partial(_keep, kept, part) for part in parts}):
+    with tapped(model, {part: functools.partial(keep, kept, part) for part in parts}):
         net(*rows)
     return {part: swapped(n, output) for part, output in kept.items()}
 
 
-def _keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
-    kept[part] = output.clone()
-
-
-def _sized(layer: Layer, shape: torch.Size) -> Layer:
+def sized(layer: Layer, shape: torch.Size) -> Layer:
     """With the resolution of its output, where its name does not say one."""
     known = layer.resolution is not None or len(shape) != 4
     return layer if known else dataclasses.replace(layer, resolution=shape[-2])

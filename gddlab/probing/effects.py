@@ -57,6 +57,11 @@ def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = N
     check_ran([name for name in changes if name not in ran])
 
 
+def keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
+    """A change for `tapped` that changes nothing, and keeps the output."""
+    kept[part] = output.clone()
+
+
 def denoised(model: Callable[..., Any], rows: Rows) -> Float[Tensor, "b c h w"]:
     """The network's answer, refused if it has another shape than the states."""
     out = model(*rows)
@@ -146,7 +151,8 @@ class Effects:
         """The table over all noise levels; warns of what is not finite.
 
         Args:
-            side: What was not finite: the network's output with a layer "ablated" or "patched", or an "attribution".
+            side: What was not finite: the network's output with a layer "ablated", "patched" or "disturbed", or an
+                "attribution".
             given: One more statistic by layer, a measure. `merge` refuses such a result, which lacks its sums.
         """
         sums = stacked(self._parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, check_takes, validated
-from gddlab.probing.effects import Effects, change_statistics, denoised, tapped, weighted_error
+from gddlab.probing.effects import Effects, change_statistics, denoised, keep, tapped, weighted_error
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
 from gddlab.probing.layers import (
@@ -221,15 +222,15 @@ def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, layer `name` of `model` returns what `donor`'s, which is run first, returns for the same arguments."""
-    kept: list[Tensor] = []
-    with tapped(model, {name: lambda _: kept[0]}) as ran:
+def activations_of(donor: nn.Module, model: nn.Module, *names: str) -> Iterator[None]:
+    """Inside, layers `names` of `model` return what `donor`'s, which is run first, return for the same arguments."""
+    kept: dict[str, Tensor] = {}
+    with tapped(model, {name: functools.partial(_kept, kept, name) for name in names}) as ran:
 
         def run_donor(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             ran.clear()
             kept.clear()
-            with tapped(donor, {name: lambda output: kept.append(output.clone())}):
+            with tapped(donor, {name: functools.partial(keep, kept, name) for name in names}):
                 denoiser_of(donor)(*args, **kwargs)
 
         handle = denoiser_of(model).register_forward_pre_hook(run_donor, with_kwargs=True)
@@ -237,3 +238,7 @@ def activations_of(donor: nn.Module, model: nn.Module, name: str) -> Iterator[No
             yield
         finally:
             handle.remove()
+
+
+def _kept(kept: Mapping[str, Tensor], name: str, output: Tensor) -> Tensor:
+    return kept[name]

@@ -2,6 +2,7 @@
 
 from gddlab.teachers.catalog import PUBLISHED, TeacherCard, bundled_teachers, load_teacher
 from gddlab.teachers.convert import Converted, convert
+from gddlab.teachers.ideal import ideal_denoiser
 
 __all__ = [
     "PUBLISHED",
@@ -9,5 +10,6 @@ __all__ = [
     "TeacherCard",
     "bundled_teachers",
     "convert",
+    "ideal_denoiser",
     "load_teacher",
 ]
