@@ -103,7 +103,7 @@ def ablate(
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
     net, selected, modules = inputs.denoiser, select_layers(model, layers, run=True), named_layers(model)
-    outputs = {layer.name: _outputs(layer, modules) for layer in selected}
+    outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
     effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
     levels, passes = inputs.split(batch_size, group)
@@ -141,7 +141,7 @@ def ablate(
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()
-    effects.layers = [_sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
+    effects.layers = [sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
     settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     result = effects.result(side="ablated", settings=settings)
@@ -149,7 +149,7 @@ def ablate(
     return result.copy(statistics={}) if mode == "mean" else result
 
 
-def _outputs(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
+def outputs_of(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
     """Whose outputs are replaced: the layer itself; of a block, the last layers of its branch and of its attention."""
     parts = anatomy(modules[layer.name])
     if parts is None:
@@ -177,7 +177,7 @@ def _keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
     kept[part] = output.clone()
 
 
-def _sized(layer: Layer, shape: torch.Size) -> Layer:
+def sized(layer: Layer, shape: torch.Size) -> Layer:
     """With the resolution of its output, where its name does not say one."""
     known = layer.resolution is not None or len(shape) != 4
     return layer if known else dataclasses.replace(layer, resolution=shape[-2])

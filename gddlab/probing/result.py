@@ -26,6 +26,7 @@ from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table
 from gddlab.probing.plots.axes import wide
 from gddlab.probing.plots.heatmaps import Heatmaps
 from gddlab.probing.plots.lines import Lines
+from gddlab.probing.plots.readouts import Readouts
 from gddlab.probing.statistics import Given, Statistic
 from gddlab.provenance import versions
 from gddlab.sampling.schedules import nearest_level
@@ -59,7 +60,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult(Heatmaps, Lines):
+class ProbeResult(Heatmaps, Lines, Readouts):
     """Statistics of layers over noise levels.
 
     Methods that draw take `ax` and return it; without one they make a figure that fits. `stat` is always the name of a
