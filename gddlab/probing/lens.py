@@ -153,7 +153,7 @@ class Lens:
         npz = io.BytesIO()
         np.savez_compressed(npz, images=self.images.numpy(), clean=self.clean.numpy(), noisy=self.noisy.numpy())
         about: dict[str, Any] = {"format": FORMAT, "sha256": hashlib.sha256(npz.getvalue()).hexdigest()}
-        about |= {"layers": list(self.layers), "sigmas": list(self.sigmas), **self.meta}
+        about |= {"layers": list(self.layers), **self.meta}
         text = json.dumps(about, indent=2, allow_nan=False) + "\n"
         with atomic_path(folder / "lens.npz") as arrays, atomic_path(folder / "lens.json") as meta:
             arrays.write_bytes(npz.getvalue())
@@ -178,7 +178,7 @@ class Lens:
             raise GddlabError(f"{folder / 'lens.npz'} is not the file that lens.json names: make or restore it again")
         with np.load(io.BytesIO(content), allow_pickle=False) as z:
             arrays = {name: torch.from_numpy(z[name]) for name in ("images", "clean", "noisy")}
-        return cls(layers=tuple(meta.pop("layers")), sigmas=tuple(meta.pop("sigmas")), meta=meta, **arrays)
+        return cls(layers=tuple(meta.pop("layers")), sigmas=tuple(meta["sigmas"]), meta=meta, **arrays)
 
 
 def _step_names(layers: Sequence[str]) -> list[str]:
