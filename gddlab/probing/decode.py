@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
@@ -145,13 +146,14 @@ def decode(
     selected = select_layers(model, layers, run=True)
     reader = Reader(model, inputs.denoiser, selected, dims, seed)
     fitting, judging = spans(0, n, batch_size), spans(n, inputs.n, batch_size)
+    by_level = [t for t in wanted if t != "sigma"]
     kinds = {name: kind for target in wanted for name, kind in STATISTICS[target].items()}
     parts: list[dict[str, dict[str, Statistic]]] = [
         {a.name: {name: kind() for name, kind in kinds.items()} for a in selected} for _ in inputs.sigmas
     ]
     whole = {a.name: Ridge() for a in selected}  # of all noise levels, for "sigma"
-    bad: dict[tuple[str, float], int] = {}
-    passes = len(fitting) + len(judging) * (1 + ("sigma" in wanted))
+    bad: defaultdict[tuple[str, float], dict[int, int]] = defaultdict(dict)
+    passes = len(fitting) + len(judging) * (bool(by_level) + ("sigma" in wanted))
     with (
         as_it_was(inputs.denoiser, device=device, dtype=dtype) as target,
         torch.no_grad(),
@@ -163,36 +165,27 @@ def decode(
             for i, j in images:
                 found = reader(inputs.rows(i, j, device=target, sigmas=[sigma]))
                 for name, x in found.items():
-                    bad[name, sigma] = bad.get((name, sigma), 0) + int((~x.isfinite()).any(1).sum())
+                    if count := int((~x.isfinite()).any(1).sum()):
+                        bad[name, sigma][i] = count  # by image: held-out ones come twice
                 yield i, j, found
                 bar.update()
 
         for s, sigma in enumerate(inputs.sigmas):
-            ridges = {a.name: Ridge() for a in selected}
-            kept: dict[str, list[Tensor]] = {a.name: [] for a in selected}
+            fits = {a.name: (Ridge(), Logistic()) for a in selected}
             for i, j, found in features(sigma, fitting):
                 if not s and not i:
                     warn_few(max(x.shape[1] for x in found.values()), n=n, held_out=held_out)
-                pixels, levels = answers.pixels(i, j), answers.levels(i, j, s)
+                pixels, classes, levels = answers.pixels(i, j), answers.classes(i, j), answers.levels(i, j, s)
                 for name, x in found.items():
-                    ridges[name].add(x, pixels)
+                    fits[name][0].add(x, pixels)
+                    fits[name][1].add(x, classes)
                     whole[name].add(x, levels)
-                    if "class" in wanted:
-                        kept[name].append(x.float().cpu())
-            readouts = {name: {t: ridge.readout(t) for t in ridge.targets} for name, ridge in ridges.items()}
-            classifiers = {
-                (name, t): Classifier.of(torch.cat(x).numpy(), y[:n])
-                for name, x in kept.items()
-                for t, y in answers.classes.items()
-            }
-            for i, j, found in features(sigma, judging):
-                pixels = answers.pixels(i, j)
+            fitted = {name: {t: fit.readout(t) for fit in both for t in fit.targets} for name, both in fits.items()}
+            for i, j, found in features(sigma, judging if by_level else ()):
+                right = answers.pixels(i, j) | answers.classes(i, j)
                 for name, x in found.items():
-                    for t, y in pixels.items():
-                        parts[s][name][f"decode_{t}"].update(x=readouts[name][t].score(x, y)[:, None])
-                    for t, ids in answers.classes.items():
-                        right = classifiers[name, t].score(x.float().cpu().numpy(), ids[i:j])
-                        parts[s][name][f"decode_{t}"].update(x=right[:, None])
+                    for t, y in right.items():
+                        parts[s][name][f"decode_{t}"].update(x=fitted[name][t].score(x, y)[:, None])
         if "sigma" in wanted:
             readouts = {name: {t: ridge.readout(t) for t in ridge.targets} for name, ridge in whole.items()}
             for s, sigma in enumerate(inputs.sigmas):
@@ -202,7 +195,9 @@ def decode(
                         for t, y in levels.items():
                             error = readouts[name][t].score(x, y)[:, 0]
                             parts[s][name][f"decode_{t}"].update(x=(1 - error / answers.variance)[:, None])
-    found_bad = [{"layer": a, "side": "output", "sigma": s, "images": c} for (a, s), c in bad.items() if c]
+    found_bad = [
+        {"layer": a, "side": "output", "sigma": s, "images": sum(counts.values())} for (a, s), counts in bad.items()
+    ]
     warn_nonfinite(found_bad, "activations")
     measured = [sized(layer, reader.shapes[layer.name]) for layer in selected]
     meta = network_meta(model, measured) | inputs.describe() | {"nonfinite": found_bad}
@@ -250,7 +245,6 @@ class Answers:
         wanted: Targets.
 
     Attributes:
-        classes: Class ids of all images, by target.
         variance: Of ln sigma over the noise levels.
     """
 
@@ -265,7 +259,7 @@ class Answers:
         if "sigma" in wanted and len(inputs.sigmas) < 2:
             where = f"noise level {inputs.sigmas[0]:g} alone"
             raise GddlabError(f'target "sigma" at {where}: give several, or targets={_without("sigma", wanted)}')
-        self.classes: dict[str, np.ndarray] = {}
+        self._classes: dict[str, Tensor] = {}
         if "class" in wanted:
             ids, few = inputs.class_ids(), n - n // SET_ASIDE
             if ids is None:
@@ -273,7 +267,7 @@ class Answers:
                 raise GddlabError(f'target "class": {data} has no labels, give targets={_without("class", wanted)}')
             if len(np.unique(ids[:few])) < 2:
                 raise GddlabError(f'target "class": the first {few} of n={n} images are of one class, give a larger n')
-            self.classes = {"class": ids, "class_chance": ids[self._other.numpy()]}
+            self._classes = {"class": torch.from_numpy(ids), "class_chance": torch.from_numpy(ids)[self._other]}
 
     def pixels(self, i: int, j: int) -> dict[str, Float[Tensor, "b k"]]:
         """Clean images and noise of images i to j, as wanted, float64."""
@@ -284,6 +278,10 @@ class Answers:
                 shuffled = [read(k, k + 1) for k in self._other[i:j].tolist()]
                 out[f"{target}_chance"] = torch.cat(shuffled).flatten(1).double()
         return out
+
+    def classes(self, i: int, j: int) -> dict[str, Int[Tensor, " b"]]:
+        """Class ids of images i to j, if wanted."""
+        return {name: ids[i:j] for name, ids in self._classes.items()}
 
     def levels(self, i: int, j: int, s: int) -> dict[str, Float[Tensor, "b 1"]]:
         """ln sigma of level `s`, and that of another level for each image."""
@@ -415,19 +413,33 @@ class Ridge:
         return Readout(vectors @ (along / (size + best)[:, None]), centre, mean)
 
 
-class Classifier(NamedTuple):
-    """scikit-learn's multinomial logistic regression on standardised features; None where they are not finite."""
+class Logistic:
+    """scikit-learn's multinomial logistic regressions on the same rows, which are kept, with standardised features.
 
-    model: Any
+    The strength is that of `INVERSE_STRENGTHS` with the lowest log loss on the last of the rows, one in `SET_ASIDE`;
+    the fit is then repeated with all.
+    """
 
-    @classmethod
-    def of(cls, x: Float[np.ndarray, "n d"], y: np.ndarray) -> Classifier:
-        """Fits; the strength is that of `INVERSE_STRENGTHS` with the lowest log loss on the last fitting images.
+    def __init__(self) -> None:
+        self._rows: list[np.ndarray] = []
+        self._classes: dict[str, list[np.ndarray]] = {}
 
-        One of `SET_ASIDE` is set aside for that, and the fit repeated with all.
-        """
+    @property
+    def targets(self) -> list[str]:
+        return list(self._classes)
+
+    def add(self, x: Float[Tensor, "b d"], targets: Mapping[str, Int[Tensor, " b"]]) -> None:
+        """Adds rows, which are kept in float32."""
+        if targets:
+            self._rows.append(x.float().cpu().numpy())
+        for name, ids in targets.items():
+            self._classes.setdefault(name, []).append(ids.numpy())
+
+    def readout(self, target: str) -> Classifier:
+        """The readout of one target, with the class NaN for every row if features were not finite."""
+        x, y = np.concatenate(self._rows), np.concatenate(self._classes[target])
         if not np.isfinite(x).all():
-            return cls(None)
+            return Classifier(None)
         few = len(x) - len(x) // SET_ASIDE
         losses = {}
         for c in INVERSE_STRENGTHS if few < len(x) else ():
@@ -436,14 +448,22 @@ class Classifier(NamedTuple):
             likely = np.pad(model.predict_proba(x[few:]), ((0, 0), (0, 1)))  # the last column: classes not seen
             at = [column.get(k, -1) for k in y[few:]]
             losses[c] = -np.log(np.maximum(likely[np.arange(len(at)), at], 1e-12)).mean()
-        return cls(_logistic(min(losses, key=losses.__getitem__) if losses else 1e-2).fit(x, y))
+        best = min(losses, key=losses.__getitem__) if losses else INVERSE_STRENGTHS[0]
+        return Classifier(_logistic(best).fit(x, y))
 
-    def score(self, x: Float[np.ndarray, "b d"], y: np.ndarray) -> Float[Tensor, " b"]:
+
+class Classifier(NamedTuple):
+    """A fitted model of scikit-learn's; None gives NaN."""
+
+    model: Any
+
+    def score(self, x: Float[Tensor, "b d"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """1 where the class is found, 0 elsewhere; NaN where features are not finite."""
-        finite = np.isfinite(x).all(1) & (self.model is not None)
-        found = np.full(len(x), np.nan)
+        rows, ids = x.float().cpu().numpy(), y.numpy()
+        finite = np.isfinite(rows).all(1) & (self.model is not None)
+        found = np.full(len(rows), np.nan)
         if finite.any():
-            found[finite] = self.model.predict(x[finite]) == y[finite]
+            found[finite] = self.model.predict(rows[finite]) == ids[finite]
         return torch.from_numpy(found)
 
 

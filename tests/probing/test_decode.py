@@ -268,8 +268,8 @@ def test_values_that_are_not_finite_are_named(spots):
     )
     with pytest.warns(RuntimeWarning, match=r"seen \(output\) at sigma 80"):
         result = decode(net, layers=["seen", "told"], data=spots, **FEW)
-    assert result.meta["nonfinite"][0]["sigma"] == 80.0
-    assert {b["layer"] for b in result.meta["nonfinite"]} == {"seen"}
+    (bad,) = result.meta["nonfinite"]
+    assert bad == {"layer": "seen", "side": "output", "sigma": 80.0, "images": N + HELD_OUT}
     for stat in ("decode_image", "decode_class"):
         assert result.pivot(stat).isna().to_numpy().tolist() == [[True, False], [False, False]]
     assert result.pivot("decode_sigma").isna().to_numpy().tolist() == [[True, True], [False, False]]
@@ -296,6 +296,9 @@ def test_the_network_is_left_as_it_was_and_no_output_outlives_its_pass(spots):
     decode(net, SIGMAS, ["image", "sigma"], layers=["seen", "wide"], data=spots, n=32, held_out=32, dims=16)
     assert len(alive) == 6 and max(alive) == 0  # fitted, scored, and scored for sigma, at two levels
     assert net.training
+    del alive[:]
+    decode(net, SIGMAS, "sigma", layers="seen", data=spots, n=32, held_out=32, dims=16)
+    assert len(alive) == 4  # held-out images are passed once where no level has readouts of its own
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
@@ -327,7 +330,7 @@ def test_readouts_are_drawn_with_chance_behind(found, result):
         heights = ax.collections[0].get_paths()[0].vertices[:, 1]
         assert heights.min() == pytest.approx(chance.min(axis=None))
         assert heights.max() == pytest.approx(chance.max(axis=None))
-    assert "chance: shuffled targets" in [t.get_text() for t in panels[0].get_legend().get_texts()]
+    assert "chance: shuffled targets" in [t.get_text() for t in figure.legends[0].get_texts()]
     assert len(found.readouts("seen").axes[0].lines) == 1
     plt.close("all")
     with pytest.raises(GddlabError, match="nothing was read out"):

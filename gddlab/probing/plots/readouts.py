@@ -68,7 +68,7 @@ class Readouts(Probed):
             low = float(np.nanmin([table.to_numpy(), chance.to_numpy()]))
             ax.set_ylim(0 if target == "class" else max(FLOOR, min(-0.03, low - 0.03)), 1.03)
             sigma_axis(ax, table.columns)
-        axes[0, 0].legend(loc="best")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right")
         bar = figure.colorbar(
             ScalarMappable(scale, shades), ax=axes, pad=0.01, aspect=25, label="layer, in the order of the network"
         )
