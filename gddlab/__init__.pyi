@@ -30,12 +30,15 @@ from gddlab.freezing import select_freeze as select_freeze
 from gddlab.launch import attach as attach
 from gddlab.launch import train as train
 from gddlab.nets.export import export as export
+from gddlab.probing import Lens as Lens
 from gddlab.probing import Probe as Probe
 from gddlab.probing import ProbeResult as ProbeResult
 from gddlab.probing import ablate as ablate
 from gddlab.probing import attribute as attribute
+from gddlab.probing import decode as decode
 from gddlab.probing import estimate as estimate
 from gddlab.probing import grad_probe as grad_probe
+from gddlab.probing import lens as lens
 from gddlab.probing import null as null
 from gddlab.probing import patch as patch
 from gddlab.probing import probe as probe

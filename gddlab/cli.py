@@ -29,7 +29,7 @@ from tyro.conf import Positional
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
-from gddlab.files import check_free, folder_of, path_of, write_json
+from gddlab.files import atomic_path, check_free, folder_of, path_of, write_json
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -201,6 +201,62 @@ def trace(
     other = None if donor is None else gddlab.load_teacher(donor)
     how = list(sigmas) or steps
     save_result(gddlab.trace(gddlab.load_teacher(teacher), how, donor=other, **options), out)
+
+
+@command("decode", "gddlab.probing:decode", "gddlab.probing:probe", omit="class_labels")
+def decode(
+    teacher: Positional[str],
+    out: Path = Path("decode"),
+    sigmas: tuple[float, ...] = (),
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Reads image, noise, class and noise level out of each layer by linear readouts, scored on held-out images.
+
+    Saves the table, heat maps, and readouts.png with the chance level.
+
+    Args:
+        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        out: Folder for the result.
+        sigmas: The noise levels themselves, in place of --timesteps.
+        overwrite: Replaces a result that is there.
+    """
+    from gddlab.theme import save_figure
+
+    check_folder(out, overwrite)
+    options |= levels_of(sigmas, options)
+    result = gddlab.decode(gddlab.load_teacher(teacher), **options)
+    save_result(result, out)
+    save_figure(result.readouts(), out / "readouts.png")
+
+
+@command("lens", "gddlab.probing:lens", "gddlab.probing:probe", omit="class_labels timesteps")
+def lens(
+    teacher: Positional[str],
+    out: Path = Path("lens"),
+    sigmas: tuple[float, ...] = (80, 5, 1, 0.2),
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Shows the denoised image as it is after each layer, with the rest bypassed, or as a readout finds it there.
+
+    Saves the images, their distances to the output and to the clean images, and grid.png.
+
+    Args:
+        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        out: Folder for the result.
+        sigmas: The noise levels.
+        overwrite: Replaces a result that is there.
+    """
+    from gddlab.theme import save_figure
+
+    check_folder(out, overwrite)
+    found = gddlab.lens(gddlab.load_teacher(teacher), list(sigmas), **options)
+    found.save(out)
+    with atomic_path(out / "distances.csv") as path:
+        found.to_frame().to_csv(path, index=False)
+    save_figure(found.grid(), out / "grid.png")
+    say(f"{out}: {found}")
 
 
 @command("freeze", "gddlab.freezing:select_freeze")

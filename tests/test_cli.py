@@ -431,6 +431,21 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
     main(["probe", teacher, "--out", str(tmp_path / "student"), "--n", "2", "--states", "student", "--stats", "rms"])
     assert ProbeResult.load(tmp_path / "student").sigmas == [80.0]
 
+    few = ["--sigmas", "80", "1", "--n", "40", "--held-out", "20", "--dims", "8", "--layers", "block"]
+    main(["decode", teacher, "--out", str(tmp_path / "decode"), *few, "--targets", "image,sigma"])
+    assert "decode_sigma_chance" in capsys.readouterr().out
+    assert ProbeResult.load(tmp_path / "decode").stats[0] == "decode_image"
+    assert (tmp_path / "decode" / "readouts.png").exists() and (tmp_path / "decode" / "decode_image.png").exists()
+    several = refused(capsys, "decode", teacher, "--out", str(tmp_path / "d"), "--sigmas", "1", "--targets", "imge")
+    assert "imge" in several
+    for mode in ("bypass", "readout"):
+        where = tmp_path / "lens" / mode
+        main(["lens", teacher, "--out", str(where), "--sigmas", "5", "--n", "2", "--fit", "20", "--mode", mode])
+        assert "lens" in capsys.readouterr().out
+        assert gddlab.Lens.load(where).sigmas == (5.0,)
+        assert {"grid.png", "distances.csv"} <= {p.name for p in where.iterdir()}
+    assert "exists: give another name" in refused(capsys, "lens", teacher, "--out", str(where))
+
     a, b, c = (str(tmp_path / f"{x}.json") for x in "abc")
     main(["freeze", str(folder), "--strategy", "budget", "--score", "rms", "--budget", "0.5", "--out", a])
     main(["freeze", str(folder), "--strategy", "threshold", "--score", "rms", "--threshold", "0.5", "--out", b])

@@ -2,9 +2,11 @@
 
 from gddlab.probing.ablate import ablate
 from gddlab.probing.attribute import attribute
+from gddlab.probing.decode import decode
 from gddlab.probing.gradients import Batch, grad_probe
 from gddlab.probing.hooks import Probe
 from gddlab.probing.layers import Layer, select_layers
+from gddlab.probing.lens import Lens, lens
 from gddlab.probing.null import null
 from gddlab.probing.patch import patch
 from gddlab.probing.probe import Estimate, estimate, probe
@@ -19,14 +21,17 @@ __all__ = [
     "Batch",
     "Estimate",
     "Layer",
+    "Lens",
     "PerImage",
     "Probe",
     "ProbeResult",
     "Statistic",
     "ablate",
     "attribute",
+    "decode",
     "estimate",
     "grad_probe",
+    "lens",
     "null",
     "patch",
     "probe",

@@ -9,6 +9,7 @@ from collections.abc import Sequence, Sized
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import SkipValidation
@@ -101,7 +102,7 @@ class Inputs:
             timesteps = CROSSED if crossed and states != "student" else LEVELS
         self.sigmas = _noise_levels(self.denoiser, timesteps, states)
         self.told = self.sigmas if crossed else _told_levels(self.denoiser, told)
-        self.dataset = _dataset(self.denoiser, data, states)
+        self.dataset = dataset_of(self.denoiser, data, states)
         self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
         label_dim = int(getattr(self.denoiser, "label_dim", 0))
         names = ("img_channels", "img_resolution", "img_resolution")
@@ -164,6 +165,11 @@ class Inputs:
         if self.dataset is None or self._index is None:
             return torch.zeros(j - i, *self.shape)
         return self.dataset.images(self._index[i:j])
+
+    def class_ids(self) -> np.ndarray | None:
+        """The class of each image in its dataset, (n,) int64; None without labels."""
+        ids = None if self.dataset is None else self.dataset.class_ids
+        return None if ids is None or self._index is None else ids[self._index.numpy()]
 
     def noise(self, i: int, j: int) -> Float[Tensor, "n c h w"]:
         """Standard normal noise of seeds `seed + start + i` and so on."""
@@ -291,7 +297,8 @@ def _descending(model: nn.Module, grid: list[float]) -> list[float]:
     return sorted(set(grid), reverse=True)
 
 
-def _dataset(model: nn.Module, data: Data, states: str) -> ImageDataset | None:
+def dataset_of(model: nn.Module, data: Data, states: str) -> ImageDataset | None:
+    """The images that `data` means, or the network's card; None for states without images."""
     if states != "noised":
         if data is not None:
             raise GddlabError(f'states="{states}" needs no images: omit data=')

@@ -28,6 +28,7 @@ from gddlab.probing.null import AgainstNulls
 from gddlab.probing.plots.axes import wide
 from gddlab.probing.plots.heatmaps import Heatmaps
 from gddlab.probing.plots.lines import Lines
+from gddlab.probing.plots.readouts import Readouts
 from gddlab.probing.plots.similarities import Similarities
 from gddlab.probing.statistics import Given, Statistic
 from gddlab.provenance import versions
@@ -62,7 +63,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeResult(Heatmaps, Lines, Similarities, Crossing, AgainstNulls):
+class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNulls):
     """Statistics of layers over noise levels.
 
     Methods that draw take `ax` and return it; without one they make a figure that fits. `stat` is always the name of a

@@ -11,7 +11,7 @@ import numpy as np
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import match_layers
-from gddlab.theme import DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
+from gddlab.theme import CHANCE, DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -302,6 +302,12 @@ def sigma_axis(ax: Axes, sigmas: Iterable[Any]) -> None:
     ax.set_xticks(sigmas, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("noise level σ")
+
+
+def chance_band(ax: Axes, table: pd.DataFrame, label: str) -> None:
+    """A grey band behind lines: the range over layers, at each noise level, of what would be found by chance."""
+    low, high = table.min(axis=0), table.max(axis=0)
+    ax.fill_between(table.columns.astype(float), low, high, color=CHANCE, linewidth=1.5, zorder=0, label=label)
 
 
 def borders_of(centres: Any) -> np.ndarray:
