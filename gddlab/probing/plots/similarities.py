@@ -166,15 +166,17 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
     for ax in list(grid.flat)[len(places) :]:
         ax.set_axis_off()
     low = min(float(np.nanmin(y, initial=0)) for _, y in lines.values())
+    high = max(float(np.nanmax(y, initial=1)) for _, y in lines.values())  # an unbiased "cka" may be above 1
     for ax in grid.flat:
-        ax.set_ylim(low - 0.03, 1.03)
+        ax.set_ylim(low - 0.03, high + 0.03)
         if low < 0:
             ax.axhline(0, color="0.4", linewidth=0.8, zorder=1)
     for ax in grid[:, 0]:
         ax.set_ylabel(f"{kind} with σ = {plain(level)}")
     counts = sorted(Counter(colours.values()).items(), key=lambda item: item[0][0] == "other")
     handles = [Line2D([], [], color=c, linewidth=1.6, label=f"{label} ({n})") for (label, c), n in counts]
-    handles.append(Line2D([], [], color=BLACK, linewidth=1.8, label="median of the panel"))
+    if any(line.get_linewidth() == 1.8 for ax in grid.flat for line in ax.lines):
+        handles.append(Line2D([], [], color=BLACK, linewidth=1.8, label="median of the panel"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label=f"σ = {plain(level)}"))
     handles += grid.flat[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside right upper", title="kind of layer")
