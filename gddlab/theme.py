@@ -22,8 +22,8 @@ SEQUENTIAL, DIVERGING = "viridis", "vlag"
 """Colour maps: for values of one sign, and around 0."""
 MISSING = "0.8"
 """Colour of cells without a value."""
-CHANCE = "0.75"
-"""Colour of what would be found by chance."""
+NULLS = ("0.82", "0.7", "0.58")
+"""Greys of null models, by kind; the first also of what chance would find."""
 FROZEN, TRAINED = PALETTE[0], PALETTE[1]
 """Colours of frozen and of trained parameters."""
 RESOLUTIONS = ("#86cfae", "#23907f", "#0f5560", "#0a3442", "#061c28")

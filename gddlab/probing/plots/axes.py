@@ -11,7 +11,7 @@ import numpy as np
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.layers import match_layers
-from gddlab.theme import CHANCE, DIVERGING, GREY, RESOLUTIONS, SEQUENTIAL
+from gddlab.theme import DIVERGING, GREY, NULLS, RESOLUTIONS, SEQUENTIAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,14 +134,10 @@ def titled(text: str, values: np.ndarray) -> str:
     return f"{text}; {missing} of {len(values)} layers without a value" if missing else text
 
 
-SHADES = ("0.86", "0.78", "0.7")
-"""Greys of the kinds of null models."""
-
-
-def null_bands(ax: Axes, x: Any, bands: Mapping[str, tuple[Any, Any]], what: str) -> None:
-    """Grey bands of null models behind lines, from low to high, named in the legend with `what` they hold."""
-    for shade, (kind, (low, high)) in zip(SHADES, bands.items(), strict=False):
-        ax.fill_between(x, low, high, color=shade, alpha=0.6, linewidth=0, zorder=0, label=f"{kind}: {what}")
+def grey_bands(ax: Axes, x: Any, bands: Mapping[str, tuple[Any, Any]]) -> None:
+    """Grey bands behind lines, from low to high, of what null models have or chance would find, named in the legend."""
+    for shade, (label, (low, high)) in zip(NULLS, bands.items(), strict=False):
+        ax.fill_between(x, low, high, color=shade, alpha=0.7, linewidth=1.5, zorder=0, label=label)
 
 
 def central(values: Any, axis: Any) -> tuple[Any, Any]:
@@ -302,12 +298,6 @@ def sigma_axis(ax: Axes, sigmas: Iterable[Any]) -> None:
     ax.set_xticks(sigmas, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("noise level σ")
-
-
-def chance_band(ax: Axes, table: pd.DataFrame, label: str) -> None:
-    """A grey band behind lines: the range over layers, at each noise level, of what would be found by chance."""
-    low, high = table.min(axis=0), table.max(axis=0)
-    ax.fill_between(table.columns.astype(float), low, high, color=CHANCE, linewidth=1.5, zorder=0, label=label)
 
 
 def borders_of(centres: Any) -> np.ndarray:

@@ -9,13 +9,12 @@ import numpy as np
 
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import (
-    SHADES,
     Probed,
     Scale,
     borders_of,
     central,
+    grey_bands,
     mark_places,
-    null_bands,
     plain,
     rows_of,
     short_names,
@@ -28,7 +27,7 @@ from gddlab.probing.plots.axes import (
     x_of,
 )
 from gddlab.sampling.schedules import nearest_level
-from gddlab.theme import BLACK, PALETTE, SEQUENTIAL, axes_of, banded, themed
+from gddlab.theme import BLACK, NULLS, PALETTE, SEQUENTIAL, axes_of, banded, themed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,8 +84,8 @@ class Lines(Probed):
             table = table[_chosen(table.columns, at)]
             ax = _depth_axes(ax, len(rows))
             _over_depth(ax, table, sems, rows)
-            ranges = {k: (v.min((0, 2)), v.max((0, 2))) for k, v in self._of_nulls(stat, table).items()}
-            null_bands(ax, x_of(rows)[0], ranges, "range")
+            ranges = {f"{k}: range": (v.min((0, 2)), v.max((0, 2))) for k, v in self._of_nulls(stat, table).items()}
+            grey_bands(ax, x_of(rows)[0], ranges)
         else:
             ax = axes_of(ax, 7.2, 4.0)
             if len(rows) <= NAMED:
@@ -94,8 +93,8 @@ class Lines(Probed):
             else:
                 _many(ax, table, rows)
                 note = "thin: single layers"
-            middle = {kind: central(v, (0, 1)) for kind, v in self._of_nulls(stat, table).items()}
-            null_bands(ax, table.columns.to_numpy(), middle, "90 % of layers")
+            middle = {f"{kind}: 90 % of layers": central(v, (0, 1)) for kind, v in self._of_nulls(stat, table).items()}
+            grey_bands(ax, table.columns.to_numpy(), middle)
             sigma_axis(ax, table.columns)
         ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table, unit_of(self.frame, stat))))
         handles, labels = ax.get_legend_handles_labels()
@@ -127,9 +126,9 @@ class Lines(Probed):
         for x, y, e, colour, stage in zip(x_of(rows)[0], values, errors, rows["colour"], rows["stage"], strict=True):
             ax.vlines(x, floor, y, color=colour, linewidth=1.2, alpha=0.55)
             ax.errorbar(x, y, e, fmt=MARKERS.get(stage, "D"), color=colour, elinewidth=1, capsize=2)
-        for shade, (kind, found) in zip(SHADES, self._of_nulls(stat, table[[sigma]]).items(), strict=False):
+        for shade, (kind, found) in zip(NULLS, self._of_nulls(stat, table[[sigma]]).items(), strict=False):
             ends = found.min((0, 2)), found.max((0, 2))
-            ax.vlines(x_of(rows)[0], *ends, color=shade, linewidth=5, alpha=0.6, zorder=0, label=kind)
+            ax.vlines(x_of(rows)[0], *ends, color=shade, linewidth=5, zorder=0, label=kind)
         if self.nulls:
             ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="null models")
         ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, values, unit_of(self.frame, stat))))

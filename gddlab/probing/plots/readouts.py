@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gddlab.errors import GddlabError
-from gddlab.probing.plots.axes import Probed, chance_band, rows_of, sigma_axis, wide
+from gddlab.probing.plots.axes import Probed, grey_bands, rows_of, sigma_axis, wide
 from gddlab.theme import SEQUENTIAL, themed
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class Readouts(Probed):
         for ax, target in zip(axes[0], found, strict=True):
             table = wide(self.frame, PREFIX + target).loc[names]
             chance = wide(self.frame, PREFIX + target + SUFFIX).loc[names]
-            chance_band(ax, chance, "chance: shuffled targets")
+            range_ = chance.min(axis=0), chance.max(axis=0)  # over layers
+            grey_bands(ax, chance.columns.astype(float), {"chance: shuffled targets": range_})
             for k, name in enumerate(names, 1):
                 dash = "--" if rows.loc[name, "stage"] == "dec" else "-"
                 ax.plot(table.columns, table.loc[name], color=shades(scale(k)), linewidth=0.9, linestyle=dash)

@@ -16,8 +16,8 @@ from gddlab.probing.plots.axes import (
     Probed,
     Scale,
     central,
+    grey_bands,
     neighbours,
-    null_bands,
     plain,
     rows_of,
     short_names,
@@ -157,8 +157,8 @@ def _panels(result: Probed, kind: str, rows: pd.DataFrame, at: float) -> Figure:
         bands: dict[str, tuple[Any, Any]] = {}
         for null, draws in result.nulls.items():
             found = [r.matrices[kind][n][::-1, ::-1][_sigmas(r, kind, n).index(level)] for r in draws for n in here]
-            bands[null] = central(np.stack(found), 0)
-        null_bands(ax, lines[here[0]][0], bands, "90 % of layers")
+            bands[f"{null}: 90 % of layers"] = central(np.stack(found), 0)
+        grey_bands(ax, lines[here[0]][0], bands)
         ax.set_title(f"{place or 'all'}: {len(here)} layer{'s' if len(here) > 1 else ''}", loc="left")
         sigma_axis(ax, lines[here[0]][0])
         ax.set_xlabel("noise level σ" if i + columns >= len(places) else "")
