@@ -28,6 +28,8 @@ from gddlab.ranks import present_ranks, share
 from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import precision
 
+SIZES = (16, 32, 64, 128)
+"""Rows of a pass that are tried where no number is given."""
 Nulls = SkipValidation[Kind | Sequence[Kind]]
 
 
@@ -46,7 +48,7 @@ def probe(
     nulls: Nulls = (),
     null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
-    batch_size: PositiveInt = 64,
+    batch_size: PositiveInt | None = 64,
     class_labels: Labels = None,
     seed: int = 0,
     start: NonNegativeInt = 0,
@@ -90,6 +92,8 @@ def probe(
         batch_size: Rows of one forward pass, images times noise levels. Statistics that compare noise levels need all
             levels of their images in one pass, even where that is more rows: of one image for "cosine", of 2 for
             "correlation", of 8 for "cka". An image without a partner counts for the other statistics alone.
+            In Python also None: a few sizes are timed first, which costs up to a tenth, and the fastest is taken; its
+            numbers then differ from call to call by float32 rounding.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim). None takes
             the images' labels, or the classes in turn where there are no images.
         seed: Of the images' order and the noise.
@@ -135,7 +139,7 @@ class _How(NamedTuple):
     layers: LayerSelection
     stats: StatisticSelection
     per_channel: bool
-    batch_size: int
+    batch_size: int | None
     device: str | torch.device | None
     dtype: Precision
     blocks: int = 1
@@ -143,6 +147,7 @@ class _How(NamedTuple):
 
 def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: int = 0) -> ProbeResult:
     """One network; `times` is how often as many passes will follow, for the bar, whose first user says so."""
+    how = _with_rows(model, inputs, how)
     measures, passes = _plan(model, inputs, how)
     if times:
         bar.reset(total=times * len(measures) * sum(map(len, passes)))
@@ -171,6 +176,26 @@ def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: i
     return ProbeResult.of(measures[0].layers, inputs.sigmas, whole, meta, parts)
 
 
+def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
+    """With a number of rows where none is given: that of `SIZES` at which the bare network takes least time per row."""
+    if how.batch_size is not None:
+        return how
+    pace: dict[int, float] = {}
+    tried = [s for s in SIZES if s * 20 <= inputs.n * len(inputs.sigmas) * len(inputs.told or [0])] or [64]
+    with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
+        for size in tried if len(tried) > 1 else ():
+            measures, blocks = _plan(model, inputs, how._replace(batch_size=size))
+            rows, keyword = inputs.shown(*blocks[0][0], device=target, sigmas=measures[0].sigmas)
+            for _ in range(2):  # the first also chooses kernels
+                _wait(target)
+                began = time.perf_counter()
+                inputs.denoiser(*rows, **keyword)
+                _wait(target)
+                pace[size] = (time.perf_counter() - began) / len(rows[0])
+    best = min(tried, key=lambda size: pace.get(size, 0.0))
+    return how._replace(batch_size=present_ranks().gather_objects(best)[0])  # one plan for all processes
+
+
 def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], list[list[tuple[int, int]]]]:
     """A probe for each part of the noise levels, and of each block first and last image of this process's passes."""
     layers = how.layers
@@ -184,7 +209,7 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
     ranks = present_ranks()
     across = any(s.across for s in chosen)
     levels, passes = inputs.split(
-        how.batch_size, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
+        how.batch_size or 64, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
     )
     count = max(1, min([how.blocks, *ranks.gather_objects(len(passes))]))  # as many blocks on every rank
     blocks = [passes[slice(*share(len(passes), 1, k, count))] for k in range(count)]
@@ -256,7 +281,7 @@ def estimate(
     nulls: Nulls = (),
     null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
-    batch_size: PositiveInt = 64,
+    batch_size: PositiveInt | None = 64,
     class_labels: Labels = None,
     seed: int = 0,
     start: NonNegativeInt = 0,
@@ -272,6 +297,7 @@ def estimate(
         model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
     )
     kinds, how = _null_kinds(nulls), _How(layers, stats, per_channel, batch_size, device, dtype)
+    how = _with_rows(model, inputs, how)
     measures, (passes,) = _plan(model, inputs, how)
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)
     with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():

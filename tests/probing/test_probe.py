@@ -1,3 +1,4 @@
+import time
 import warnings
 
 import numpy as np
@@ -54,6 +55,26 @@ def test_one_image_has_all_default_statistics_but_a_correlation(net, pictures):
     assert merged.frame["value"].notna().all()
     pairs = merged.frame["stat"] == "correlation"
     assert set(merged.frame.loc[pairs, "n_images"]) == {4} and set(merged.frame.loc[~pairs, "n_images"]) == {5}
+
+
+def test_rows_of_a_pass_are_timed_where_none_are_given(net, pictures, monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    rows = []
+
+    def runs(module, args):  # 32 rows are fastest
+        rows.append(len(args[0]))
+        clock["now"] += len(args[0]) * (1 if len(args[0]) == 32 else 2)
+
+    net.register_forward_pre_hook(runs)
+    sigmas = [2.0 ** (i / 50) for i in range(250)]
+    auto = probe(net, sigmas, data=pictures, n=12, batch_size=None, stats="rms")
+    assert rows[:8] == [16, 16, 32, 32, 64, 64, 128, 128] and set(rows[8:-12]) == {32}
+    given = probe(net, sigmas, data=pictures, n=12, batch_size=32, stats="rms")
+    np.testing.assert_array_equal(auto.frame["value"], given.frame["value"])
+    rows.clear()
+    assert estimate(net, [2.0, 1.0], data=pictures, n=2, batch_size=None, stats="rms").rows == 4
+    assert rows == [4] * 3  # too few to be worth a try
 
 
 def test_noise_levels_share_passes_only_where_they_fit_or_must(net, pictures):
