@@ -250,7 +250,7 @@ def lens(
     """
     from gddlab.theme import save_figure
 
-    check_folder(out, overwrite)
+    check_folder(out, overwrite, kind=gddlab.Lens)
     found = gddlab.lens(gddlab.load_teacher(teacher), list(sigmas), **options)
     found.save(out)
     with atomic_path(out / "distances.csv") as path:
@@ -697,10 +697,13 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that cannot be written, or holds something else, before minutes are spent."""
+def check_folder(folder: Path, overwrite: bool, *, kind: Any = None) -> None:
+    """Refuses a folder that cannot be written, or holds something else, before minutes are spent.
+
+    `kind` is the class of what is written, ProbeResult if not given.
+    """
     folder_of("out", folder)
-    gddlab.ProbeResult.check_place(folder)
+    (kind or gddlab.ProbeResult).check_place(folder)
     check_free(folder, overwrite)
 
 

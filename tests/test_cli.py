@@ -510,7 +510,7 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("train digits --run-dir https://x/y", "gddlab: --run-dir https://x/y is a URL: give a path on this machine"),
         ("prepare nope", "gddlab: out is missing: give the zip to make, or --dry-run to check the source only"),
         ("sample digits --label 3", "gddlab: --label 3 with an unconditional network: omit it"),
-        ("sample digits --seeds", "gddlab: --seeds: give one seed per image"),
+        ("sample digits --seeds", "gddlab: --seeds without a value: give at least one, or omit it"),
         ("train --mask gdd-i", "gddlab: mask 'gdd-i' is a strategy, no file: give --strategy gdd-i"),
         ("freeze digits --strategy budget", "orders layers by a measurement: give the result of a probe"),
         ("runs pyproject.toml", "pyproject.toml is a file: give a folder that holds run directories"),

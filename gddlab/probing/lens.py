@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound, shown, validated
-from gddlab.files import atomic_path, folder_of, path_of, read_json
+from gddlab.files import atomic_path, check_kind, folder_of, holds_format, path_of, read_json
 from gddlab.probing.ablate import outputs_of, spread
 from gddlab.probing.decode import Reader, Readout, Ridge, Spans, inputs_for, spans, warn_few
 from gddlab.probing.effects import denoised, tapped
@@ -147,9 +147,16 @@ class Lens:
         figure.suptitle(f"{data}: {MODES[settings['mode']]}", x=0.01, ha="left", fontsize=8, wrap=True)
         return figure
 
+    @staticmethod
+    def check_place(folder: str | Path) -> Path:
+        """The folder for a lens. Raises GddlabError where it is a file, or holds other files and no lens."""
+        place = folder_of("folder", folder)
+        check_kind(place, lambda path: holds_format(path / "lens.json", FORMAT), "lens")
+        return place
+
     def save(self, folder: str | Path) -> None:
-        """Writes `lens.npz` and `lens.json`."""
-        folder = folder_of("folder", folder)
+        """Writes `lens.npz` and `lens.json`. Raises GddlabError as `check_place`: only another lens is replaced."""
+        folder = self.check_place(folder)
         npz = io.BytesIO()
         np.savez_compressed(npz, images=self.images.numpy(), clean=self.clean.numpy(), noisy=self.noisy.numpy())
         about: dict[str, Any] = {"format": FORMAT, "sha256": hashlib.sha256(npz.getvalue()).hexdigest()}
