@@ -41,7 +41,9 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 def progress_of(status: dict[str, Any]) -> str:
     """Thousands of images seen, of all, such as "0.604 of 8"; "" where a run did not begin."""
-    if "nimg" not in status or "total_nimg" not in status:
+    if missing := [name for name in ("nimg", "total_nimg") if name not in status]:
+        if len(missing) == 1:
+            raise GddlabError(f"status.json lacks {missing[0]}: it is damaged")
         return ""
     return f"{status['nimg'] / 1000:g} of {status['total_nimg'] / 1000:g}"
 

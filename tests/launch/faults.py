@@ -60,8 +60,14 @@ def until(what: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 def reached(run: RunHandle, nimg: int) -> Callable[[], bool]:
-    """Whether a run has seen so many images; its end, or a failure, counts as well."""
-    return lambda: run.written_status.get("nimg", 0) >= nimg or run.status in ("done", "failed", "stopped")
+    """Whether a run has seen this many images since its start; its end, or a failure, counts as well."""
+
+    def seen() -> bool:
+        status = run.written_status  # one that is starting still says how far it was before
+        began = status.get("state") == "running" and status.get("nimg", 0) >= nimg
+        return began or run.status in ("done", "failed", "stopped")
+
+    return seen
 
 
 def lines(run_dir: Path) -> list[dict[str, float]]:

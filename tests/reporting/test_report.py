@@ -269,7 +269,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NotFound, match=r"^no such folder: .*nowhere$"):
+    with pytest.raises(NotFound, match=r"^no such folder: .*nowhere: give a folder that holds run directories$"):
         gddlab.report(tmp_path / "nowhere")
     with pytest.raises(NotFound, match=r"^no run below .*: give a folder that holds run directories"):
         gddlab.report(tmp_path)

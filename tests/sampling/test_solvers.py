@@ -188,7 +188,7 @@ def test_multistep_by_hand() -> None:
     [
         ({"solver": "huen"}, "unknown solver 'huen': did you mean 'heun'"),
         ({"discretization": "edn"}, "did you mean 'edm'"),
-        ({"schedule": "cosine"}, "Accepted: vp, ve, linear"),
+        ({"schedule": "cosine"}, "accepted: vp, ve, linear"),
         ({"scaling": 1}, "unknown scaling 1"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 2.5}, "steps=2.5"),

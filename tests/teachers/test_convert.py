@@ -83,7 +83,7 @@ def test_refusals(tmp_path: Path) -> None:
         convert(path, tmp_path / "y.safetensors")
     assert (tmp_path / "y.safetensors").read_bytes() == b"precious"
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(GddlabError, match="cannot be written"):
+    with pytest.raises(GddlabError, match="is below a file"):
         convert(path, tmp_path / "file" / "y.safetensors")
 
 
