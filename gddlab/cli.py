@@ -199,6 +199,8 @@ def trace(
     """
     check_folder(out, overwrite)
     other = None if donor is None else gddlab.load_teacher(donor)
+    if sigmas and steps is not None:
+        raise GddlabError("--sigmas and --steps: give one of them")
     how = list(sigmas) or steps
     save_result(gddlab.trace(gddlab.load_teacher(teacher), how, donor=other, **options), out)
 

@@ -28,12 +28,6 @@ BLOCKS = 16
 """Blocks of images whose sums are kept, so that any number derived from a result has an error."""
 NOTHING = 1e-12
 """Variation below this share of the size is rounding."""
-VARIED = {
-    "both": "the input and what the network is told",
-    "input": "the input, the network being told {at:g}",
-    "told": "what the network is told, the input staying at {at:g}",
-}
-"""Rows of `responses`."""
 
 Statistics = Mapping[str, Mapping[str, Statistic]]
 
@@ -59,7 +53,8 @@ class Crossing(Probed):
             sigma: The input's noise level; in the result, the column `sigma` is the level told.
 
         Returns:
-            A result without `told`, with all methods of one; similarities are to the largest level of the line.
+            A result without `told`, with all methods of one but `merge`, for which the crossed results are merged
+            first; similarities are to the largest level of the line.
 
         Raises:
             GddlabError: The result is not crossed, or not one of the two is given.
@@ -68,7 +63,7 @@ class Crossing(Probed):
         if (told is None) == (sigma is None):
             raise GddlabError(f"fixed(told={told}, sigma={sigma}): give one of them")
         axis = 0 if told is None else 1
-        value = nearest_level(levels[axis], next(x for x in given if x is not None))
+        value = nearest_level(levels[axis], next(x for x in given if x is not None), ("sigma", "told")[axis])
         where = levels[axis].index(value)
         grid = np.arange(len(levels[0]) * len(levels[1])).reshape(len(levels[0]), -1)
         line = grid[:, where] if axis else grid[where]
@@ -84,7 +79,7 @@ class Crossing(Probed):
         shared = [s for s in sigmas if s in told]
         if not shared:
             raise GddlabError(f"no input's level is told, of {sigmas} and {told}: give fixed(told=) one of the latter")
-        return self._at([sigmas.index(s) * len(told) + told.index(s) for s in shared], shared, {})
+        return self._at([sigmas.index(s) * len(told) + told.index(s) for s in shared], shared, {"fixed": {}})
 
     def effects(self, stat: str) -> pd.DataFrame:
         """Shares of a statistic's variation that are due to the input, to what the network is told, and to both.
@@ -121,21 +116,29 @@ class Crossing(Probed):
         Returns:
             One row for each thing varied, of this network and of each kind of null model: `varied`, `network`, and for
             both statistics the median over layers, its standard error (over images by the jackknife over `blocks`; of
-            null models over draws), and the quartiles over layers. Without `told`, input and level vary together.
+            null models over draws), and the quartiles over layers. Without `told`, input and level vary together; with
+            neither `told` nor null models there are no blocks, and the error is NaN.
 
         Raises:
             GddlabError: A statistic was not measured, or is not of this kind.
         """
         import pandas as pd
 
+        for stat, across in ((similarity, True), (size, False)):
+            name, _ = self._find(stat)
+            if next(by[name] for by in self.statistics.values() if name in by).across != across:
+                kind = "compares no noise levels" if across else "compares noise levels"
+                raise GddlabError(
+                    f"{stat!r} {kind}: give similarity= a statistic that does, and size= one that does not"
+                )
         rows = []
         for varied, line in self._lines(at).items():
-            row: dict[str, Any] = {"varied": VARIED[varied].format(at=at), "network": "trained"}
+            row: dict[str, Any] = {"varied": varied, "network": "trained"}
             for stat in (similarity, size):
                 row |= self._response(stat, line)
             rows.append(row)
             for kind, draws in self.nulls.items():
-                row = {"varied": row["varied"], "network": kind}
+                row = {"varied": varied, "network": kind}
                 for stat in (similarity, size):
                     found = [draw._response(stat, line) for draw in draws]
                     row |= {key: float(np.mean([f[key] for f in found])) for key in found[0]}
@@ -147,14 +150,22 @@ class Crossing(Probed):
     def effects_heatmap(self, stat: str, ax: Axes | None = None) -> Axes:
         """Draws `effects`: of each layer's variation, the shares due to the input, to the level told, and to both.
 
+        Null models are strips at the right, the mean over their draws.
+
         Raises:
             GddlabError: The result is not crossed; `stat` was not measured.
         """
+        columns = ["input", "told", "both"]
         table = self.effects(stat)
         rows = rows_of(self.frame, table.index)
-        parts = table[["input", "told", "both"]].rename(columns={"told": "level told"})
+        parts = table[columns].rename(columns={"told": "level told"})
+        nulls = {
+            kind: np.mean([draw.effects(stat).loc[table.index, columns] for draw in draws], axis=0)
+            for kind, draws in self.nulls.items()
+        }
         scale = Scale("linear", 0.0, 1.0, 1.0, missing=bool(parts.isna().any(axis=None)))
-        ax = layers_down(ax, self.frame, stat, parts, rows, width=4.6, scale=scale, label="share of the variance")
+        look: dict[str, Any] = {"width": 4.6, "scale": scale, "label": "share of the variance", "nulls": nulls}
+        ax = layers_down(ax, self.frame, stat, parts, rows, **look)
         ax.set_title(f"{stat}: what it responds to\n{self._about(stat)}", loc="left")
         return ax
 
@@ -163,18 +174,23 @@ class Crossing(Probed):
     def _crossed(self) -> tuple[list[float], list[float]]:
         if not self.told:
             raise GddlabError('this result is not crossed: probe with told="cross", or a list of levels to tell')
+        if not self.statistics:
+            raise GddlabError("this result has lost its sums over images: ask before results are joined")
         return [float(s) for s in self.meta["sigmas"]], self.told
 
     def _lines(self, at: float) -> dict[str, list[int]]:
-        """Positions of the rows that differ in one thing, or in both together, largest level first."""
+        """What varies, and the positions of the rows that differ in it, largest level first."""
         sigmas = [float(s) for s in self.meta["sigmas"]]
+        both = "the input and what the network is told"
         if not self.told:
-            return {"both": list(range(len(sigmas)))}
+            return {both: list(range(len(sigmas)))}
         told = self.told
-        t, s = told.index(nearest_level(told, at)), sigmas.index(nearest_level(sigmas, at))
-        own = [i * len(told) + told.index(x) for i, x in enumerate(sigmas) if x in told]
-        lines = {"both": own, "input": [i * len(told) + t for i in range(len(sigmas))]}
-        lines["told"] = [s * len(told) + j for j in range(len(told))]
+        t, s = nearest_level(told, at), nearest_level(sigmas, at)
+        lines = {both: [i * len(told) + told.index(x) for i, x in enumerate(sigmas) if x in told]}
+        alone = f"the input, the network being told {t:g}"
+        lines[alone] = [i * len(told) + told.index(t) for i in range(len(sigmas))]
+        label = f"what the network is told, the input staying at {s:g}"
+        lines[label] = [sigmas.index(s) * len(told) + j for j in range(len(told))]
         return {k: v for k, v in lines.items() if len(v) > 1}
 
     def _at(self, rows: Sequence[int], levels: list[float], about: dict[str, Any]) -> ProbeResult:
@@ -193,6 +209,9 @@ class Crossing(Probed):
             mine = out.frame["stat"] == stat
             where = out.frame.loc[mine, ["layer", "sigma"]].itertuples(index=False, name=None)
             out.frame.loc[mine, "sem"] = [errors[key] for key in where]
+        empty = out.frame[out.frame["value"].isna()]
+        cells = {(n, about["fixed"].get("sigma", s)) for n, s in zip(empty["layer"], empty["sigma"], strict=True)}
+        out.meta["nonfinite"] = [b for b in out.meta["nonfinite"] if (b["layer"], b["sigma"]) in cells]
         nulls = {kind: tuple(r._at(rows, levels, about) for r in draws) for kind, draws in self.nulls.items()}
         return out.copy(nulls=nulls)
 
@@ -211,7 +230,11 @@ class Crossing(Probed):
             torch.stack([number(w.without(b[n][name]), part) for w, n in zip(whole, layers, strict=True)])
             for b in self.blocks
         ]
-        return layers, value.numpy(), jackknife(left, value).numpy()
+        return layers, value.numpy(), jackknife(left, value, self._sizes(name)).numpy()
+
+    def _sizes(self, name: str) -> list[int]:
+        """Samples of a statistic in each block."""
+        return [next(by[name].samples for by in b.values() if name in by) for b in self.blocks]
 
     def _find(self, stat: str) -> tuple[str, int]:
         """The statistic behind a name of the frame, and which of its parts it is."""
@@ -251,8 +274,8 @@ class Crossing(Probed):
 
         value, each = median(lambda n: self.statistics[n][name])
         left = [median(lambda n, b=b: self.statistics[n][name].without(b[n][name]))[0] for b in self.blocks]  # type: ignore[misc]
-        low, high = np.nanquantile(each.numpy(), [0.25, 0.75])
-        out = {"": value, "_sem": jackknife(left, value), "_q25": low, "_q75": high}
+        low, high = each.nanquantile(torch.tensor([0.25, 0.75], dtype=each.dtype)).tolist()
+        out = {"": value, "_sem": jackknife(left, value, self._sizes(name)), "_q25": low, "_q75": high}
         return {f"{stat}{suffix}": float(x) for suffix, x in out.items()}
 
 
@@ -278,13 +301,23 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def jackknife(left: Sequence[Tensor], whole: Tensor) -> Tensor:
-    """Standard error of a number from its values without each of K equal parts of the images; NaN for fewer than two.
+def jackknife(left: Sequence[Tensor], whole: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Standard error of a number from its values without each of several parts of the images; NaN for fewer than two.
 
-    The root of (K - 1) / K times the sum of squared deviations from their mean (Efron & Tibshirani 1993, section 11.2).
+    Parts may differ in size (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for unequal m"). Of K equal
+    parts it is the root of (K - 1) / K times the sum of squared deviations from their mean.
+
+    Args:
+        left: The number without each part.
+        whole: The number from all.
+        sizes: Images of each part.
     """
     k = len(left)
     if k < 2:
         return torch.full_like(whole, torch.nan)
+    part = torch.tensor(sizes, dtype=whole.dtype)
+    part = (part / part.sum()).reshape(-1, *[1] * whole.ndim)  # (K, 1, ...)
     values = torch.stack(list(left))
-    return ((k - 1) / k * (values - values.mean(0)).square().sum(0)).sqrt()
+    pseudo = (whole - (1 - part) * values) / part  # (K, ...)
+    estimate = k * whole - ((1 - part) * values).sum(0)
+    return (((pseudo - estimate).square() * part / (1 - part)).sum(0) / k).sqrt()

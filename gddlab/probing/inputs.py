@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Sequence, Sized
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -97,6 +97,8 @@ class Inputs:
         seed_list(n, seed, None)
         seed_list(n, seed + start, None)
         self.states, self.n, self.start, self.seed = states, n, start, seed
+        if told is not None:
+            _check_told(self.denoiser, told)
         crossed = isinstance(told, str) and told == "cross"
         if timesteps is None:
             timesteps = CROSSED if crossed and states != "student" else LEVELS
@@ -261,14 +263,18 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
 def _told_levels(model: nn.Module, told: Any) -> list[float] | None:
     if told is None:
         return None
+    number = (isinstance(told, Real) and not isinstance(told, bool)) or getattr(told, "ndim", None) == 0
+    levels = [told] if number else told
+    return _descending(model, _listed_levels(model, "told", levels, '"cross", a sigma, or a list of sigmas'))
+
+
+def _check_told(model: nn.Module, told: Any) -> None:
+    """Refuses a network that cannot be told another noise level than its input's."""
     if not isinstance(model, Precond) and "told" not in inspect.signature(model.forward).parameters:
         raise GddlabError(
             f"told={shown(told)}: this network takes no level but its input's; give its forward an argument told, or "
             "gddlab.wrap a denoise= with one"
         )
-    number = isinstance(told, int | float) and not isinstance(told, bool)
-    levels = [told] if number else told
-    return _descending(model, _listed_levels(model, "told", levels, '"cross", a sigma, or a list of sigmas'))
 
 
 def _listed_levels(model: nn.Module, name: str, steps: Any, accepted: str) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, NotFound, shown, validated
+from gddlab.errors import GddlabError, NotFound, numbers_in, shown, validated
 from gddlab.files import atomic_path, check_kind, folder_of, holds_format, path_of, read_json
 from gddlab.probing.ablate import outputs_of, spread
 from gddlab.probing.decode import Reader, Readout, Ridge, Spans, inputs_for, spans, warn_few
@@ -116,9 +117,12 @@ class Lens:
         import matplotlib.pyplot as plt
 
         n = len(self.clean)
-        chosen = list(range(min(n, SHOWN)) if images is None else images)
-        if not chosen or not all(isinstance(k, int) and 0 <= k < n for k in chosen):
-            raise GddlabError(f"images={shown(chosen)}: give positions in 0..{n - 1}")
+        try:
+            chosen = [operator.index(k) for k in numbers_in(range(min(n, SHOWN)) if images is None else images)]
+        except TypeError:
+            chosen = []
+        if not chosen or not all(0 <= k < n for k in chosen):
+            raise GddlabError(f"images={shown(images)}: give a list of positions in 0..{n - 1}")
         names = ["clean image", "input", *_step_names(self.layers)]
         size, columns = INCH_PER_IMAGE, len(chosen)
         room = 0.058 * max(map(len, names)) + 0.1
@@ -181,6 +185,8 @@ class Lens:
         if not (folder / "lens.npz").is_file():
             raise NotFound(f"no such file: {folder / 'lens.npz'}")
         content = (folder / "lens.npz").read_bytes()
+        if missing := {"sha256", "layers", "sigmas", "settings", "data"} - meta.keys():
+            raise GddlabError(f"{folder / 'lens.json'} lacks {min(missing)!r}: make or restore it again")
         if hashlib.sha256(content).hexdigest() != meta.pop("sha256"):
             raise GddlabError(f"{folder / 'lens.npz'} is not the file that lens.json names: make or restore it again")
         with np.load(io.BytesIO(content), allow_pickle=False) as z:

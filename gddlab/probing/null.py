@@ -41,7 +41,8 @@ def null(model: Any, kind: Kind = "shuffled", *, seed: NonNegativeInt = 0) -> nn
         seed: Of all that is random.
 
     Returns:
-        The copy, in the mode and on the device of the original, with its shapes, types, buffers and card.
+        The copy, in the mode and on the device of the original, with its shapes, types, buffers and card, and without
+        hooks on outputs.
 
     Raises:
         GddlabError: An unknown kind; for "init", a network with parameters that no `reset_parameters` makes anew.
@@ -49,6 +50,8 @@ def null(model: Any, kind: Kind = "shuffled", *, seed: NonNegativeInt = 0) -> nn
     if kind not in get_args(Kind):
         raise unknown("kind of null model", kind, get_args(Kind))
     out = copy.deepcopy(denoiser_of(model))
+    for module in out.modules():
+        module._forward_hooks.clear()  # a recorder of the original's outputs is not the copy's
     g = generator(seed, 0)
     with torch.no_grad():
         if kind == "init":
@@ -82,6 +85,7 @@ def _directions(n: int, k: int, g: torch.Generator) -> Tensor:
 
 def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
     trained = {name: p.detach().clone() for name, p in net.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(net, Precond):
@@ -98,6 +102,8 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
                         f'kind="init": {where!r} has no reset_parameters that would make it anew: give "shuffled" or '
                         '"spectrum"'
                     )
+    for name, b in net.named_buffers():  # running means of BatchNorm are made anew, too
+        b.copy_(buffers[name])
     for name, p in net.named_parameters():
         size = trained[name].square().mean().sqrt()
         if p.ndim > 1 and p.square().mean().sqrt() < ZERO * size:

@@ -30,7 +30,7 @@ from gddlab.sampling.samplers import precision
 
 SIZES = (16, 32, 64, 128)
 """Rows of a pass that are tried where no number is given."""
-Nulls = SkipValidation[Kind | Sequence[Kind]]
+Nulls = SkipValidation[Kind | Sequence[Kind] | None]
 
 
 @beside_runs()
@@ -70,8 +70,8 @@ def probe(
             `gddlab.wrap` makes of any other network; also compiled (it runs eagerly here) or in
             DistributedDataParallel.
         timesteps: Number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
-            network's range; None means 18, or 6 with told="cross". In Python also the levels themselves, standard
-            deviations on the scale of [-1, 1].
+            network's range. In Python also the levels themselves, standard deviations on the scale of [-1, 1], or None
+            for 18 levels, 6 where each is told each.
         told: What noise level the network is told. None means the input's own; "cross" tells it each level for each
             input, so that `effects` can say what a layer responds to. In Python also a level, or a list of levels, told
             for every input. The input is scaled as its own level asks.
@@ -110,13 +110,15 @@ def probe(
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
             images than there are; labels or images that do not fit the network; a layer that cannot be measured.
     """
-    asked: dict[str, Any] = {"timesteps": timesteps, "told": told, "data": data, "states": states}
+    asked: dict[str, Any] = {"timesteps": _again(timesteps), "told": _again(told), "data": data, "states": states}
     asked |= {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
-    kinds = _null_kinds(nulls)
-    how = _How(layers, stats, per_channel, batch_size, device, dtype, blocks=BLOCKS if kinds or told is not None else 1)
+    inputs, kinds = Inputs(model, **asked), _null_kinds(nulls)
+    blocks = BLOCKS if kinds or told is not None else 1
+    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, blocks)
+    how = _with_rows(model, inputs, how)
     networks = [(kind, draw) for kind in kinds for draw in range(null_draws)]
     with progress_bar(desc="probing", unit="pass", enabled=progress) as bar:
-        result = _measured(model, Inputs(model, **asked), how, bar, times=1 + len(networks))
+        result = _measured(model, inputs, how, bar, times=1 + len(networks))
         drawn: dict[str, tuple[ProbeResult, ...]] = {}
         for kind, draw in networks:
             other = null(model, kind, seed=draw)
@@ -126,11 +128,16 @@ def probe(
 
 def _null_kinds(nulls: Nulls) -> list[Kind]:
     """Kinds of null models, each once."""
-    listed: list[Any] = [nulls] if isinstance(nulls, str) else list(nulls)
-    for kind in listed:
+    listed: list[Any] = [nulls] if isinstance(nulls, str) else list(nulls) if isinstance(nulls, Iterable) else [nulls]
+    for kind in listed if nulls is not None else ():
         if kind not in get_args(Kind):
             raise unknown("kind of null model", kind, get_args(Kind))
-    return list(dict.fromkeys(listed))
+    return [] if nulls is None else list(dict.fromkeys(listed))
+
+
+def _again(argument: Any) -> Any:
+    """An argument that can be read more than once, for several networks and parts of the noise levels."""
+    return list(argument) if isinstance(argument, Iterator) else argument
 
 
 class _How(NamedTuple):
@@ -147,7 +154,6 @@ class _How(NamedTuple):
 
 def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: int = 0) -> ProbeResult:
     """One network; `times` is how often as many passes will follow, for the bar, whose first user says so."""
-    how = _with_rows(model, inputs, how)
     measures, passes = _plan(model, inputs, how)
     if times:
         bar.reset(total=times * len(measures) * sum(map(len, passes)))
@@ -181,7 +187,7 @@ def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
     if how.batch_size is not None:
         return how
     pace: dict[int, float] = {}
-    tried = [s for s in SIZES if s * 20 <= inputs.n * len(inputs.sigmas) * len(inputs.told or [0])] or [64]
+    tried = [s for s in SIZES if s * 40 <= inputs.n * len(inputs.sigmas) * len(inputs.told or [0])] or [64]
     with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
         for size in tried if len(tried) > 1 else ():
             measures, blocks = _plan(model, inputs, how._replace(batch_size=size))
@@ -198,9 +204,6 @@ def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
 
 def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], list[list[tuple[int, int]]]]:
     """A probe for each part of the noise levels, and of each block first and last image of this process's passes."""
-    layers = how.layers
-    if isinstance(layers, Iterable) and not isinstance(layers, str):
-        layers = list(layers)  # a generator can be read once, and each probe reads it
     chosen = statistic_classes(how.stats)
     group = max(s.group for s in chosen)
     if inputs.n < group and how.stats != DEFAULT:
@@ -208,14 +211,17 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
         raise GddlabError(f"n={inputs.n} images: {name!r} compares {group} with each other, give n={group} or more")
     ranks = present_ranks()
     across = any(s.across for s in chosen)
-    levels, passes = inputs.split(
-        how.batch_size or 64, group, together=across, images=share(inputs.n, group, ranks.rank, ranks.size)
-    )
-    count = max(1, min([how.blocks, *ranks.gather_objects(len(passes))]))  # as many blocks on every rank
-    blocks = [passes[slice(*share(len(passes), 1, k, count))] for k in range(count)]
+    mine = share(inputs.n, group, ranks.rank, ranks.size)
+    count = max(1, min(how.blocks, inputs.n // group))
+    blocks = []
+    for k in range(count):  # whatever the rows of a pass, and the number of processes
+        first, last = share(inputs.n, group, k, count)
+        images = max(first, mine[0]), min(last, mine[1])
+        levels, passes = inputs.split(how.batch_size or 64, group, together=across, images=images)
+        blocks.append(passes)
     wanted: StatisticSelection = DEFAULT if how.stats == DEFAULT else chosen
     told = len(inputs.told or [0])
-    probes = [Probe(model, s, told=told, layers=layers, stats=wanted, per_channel=how.per_channel) for s in levels]
+    probes = [Probe(model, s, told=told, layers=how.layers, stats=wanted, per_channel=how.per_channel) for s in levels]
     return probes, blocks
 
 
@@ -296,7 +302,7 @@ def estimate(
     inputs = Inputs(
         model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
     )
-    kinds, how = _null_kinds(nulls), _How(layers, stats, per_channel, batch_size, device, dtype)
+    kinds, how = _null_kinds(nulls), _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype)
     how = _with_rows(model, inputs, how)
     measures, (passes,) = _plan(model, inputs, how)
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)

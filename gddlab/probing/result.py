@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,14 +74,15 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         frame: One row per layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network,
             sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
-            and the network's parameters, from which masks are made. Where inputs and levels told were crossed, `told`.
+            and the network's parameters, from which masks are made. Where inputs and levels told were crossed, `told`;
+            of a part of such a result, `fixed`.
         matrices: By statistic ("correlation", "cosine", "cka") and layer: noise levels against each other, (S, S)
             float64, in the order of `sigmas`, or of sigmas x told.
         channels: By layer: "mean" and "var" of each channel, (S, C) float64, with `per_channel=True`.
         statistics: The sums behind the table, by layer and statistic, by which results merge. Empty where values are
             not means over images.
-        blocks: The same sums of each of several blocks of the images, from which errors of derived numbers follow;
-            kept where inputs and levels told were crossed.
+        blocks: The same sums of each of up to 16 blocks of the images, from which errors of derived numbers follow;
+            kept where inputs and levels told were crossed, or null models measured.
         nulls: Results of null models on the same inputs, by kind, one per draw.
     """
 
@@ -263,8 +265,13 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
                 raise GddlabError(
                     "a result without its sums over images does not merge: measure it with all images at once"
                 )
-        if any({*r.nulls} != {*self.nulls} for r in others):
-            raise GddlabError("these results have different null models: probe with the same nulls=")
+        counts = [{kind: len(draws) for kind, draws in r.nulls.items()} for r in (self, *others)]
+        if any(c != counts[0] for c in counts):
+            raise GddlabError("these results have different null models: probe with the same nulls= and null_draws=")
+        if any("fixed" in r.meta for r in (self, *others)):
+            raise GddlabError(
+                "a part of a crossed result does not merge: merge the crossed results, then take the part"
+            )
         for other in others:
             _check_same_measurement(self, other)
             _check_other_images(meta, other.meta)
@@ -294,7 +301,7 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         """Puts layers, statistics or noise levels of other results of the same network beside these.
 
         Merge first: a joined result has no sums, since these belong to one grid of noise levels. Matrices and channels
-        are kept where all results have the same noise levels.
+        are kept where all results have the same noise levels; null models where one result has them, or all the same.
 
         Raises:
             GddlabError: Another network, or the same layer, statistic and sigma twice.
@@ -310,7 +317,7 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
                 raise GddlabError(
                     f"{kind!r} compares the noise levels of one measurement: join results with equal sigmas"
                 )
-        if len({tuple(r.told) for r in results}) > 1:
+        if len({(tuple(r.told), *(r.meta.get("fixed") or {}).items()) for r in results}) > 1:
             raise GddlabError("these results are crossed differently: join what fixed() or diagonal() gives of each")
         frame = pd.concat([r.frame for r in results], ignore_index=True)
         twice = frame.duplicated(["layer", "sigma", "stat", *frame.columns.intersection(["told"])])
@@ -337,7 +344,8 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         frame = frame.assign(_order=frame["layer"].map(depth).fillna(len(depth))).sort_values(
             ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
         )
-        return ProbeResult(frame.drop(columns="_order").reset_index(drop=True), meta, matrices, channels)
+        frame = frame.drop(columns="_order").reset_index(drop=True)
+        return ProbeResult(frame, meta, matrices, channels, nulls=_joined_nulls(results))
 
     # On disk.
 
@@ -364,17 +372,29 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         parquet, npz = io.BytesIO(), io.BytesIO()
         self.frame.to_parquet(parquet, index=False)
         np.savez_compressed(npz, **self._arrays())  # type: ignore[arg-type]
-        for name, null in self._null_folders().items():
-            null.save(folder / name)
         files = {"frame.parquet": parquet.getvalue(), "arrays.npz": npz.getvalue()}
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         meta = {"format": FORMAT, "files": sums, **self.meta}
-        if self.nulls:
-            meta["nulls"] = {kind: len(draws) for kind, draws in self.nulls.items()}
+        nulls = self._null_folders()
+        if nulls:
+            meta["nulls"] = {kind: [draw.hash for draw in draws] for kind, draws in self.nulls.items()}
+        for name, null in nulls.items():
+            null.save(folder / name)
         files["meta.json"] = (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode()
         with contextlib.ExitStack() as stack:
             for name, content in files.items():
                 stack.enter_context(atomic_path(folder / name)).write_bytes(content)
+        for old in folder.glob("null-*-*"):
+            if old.name not in nulls and holds_format(old / "meta.json", FORMAT):
+                shutil.rmtree(old)
+
+    @classmethod
+    def _null(cls, folder: Path, expected: str) -> ProbeResult:
+        """A null model that belongs to a result."""
+        found = cls.load(folder)
+        if found.hash != expected:
+            raise GddlabError(f"{folder} is not the null model that meta.json names: probe again, or restore it")
+        return found
 
     def _null_folders(self) -> dict[str, ProbeResult]:
         return {f"null-{kind}-{i}": null for kind, draws in self.nulls.items() for i, null in enumerate(draws)}
@@ -434,12 +454,26 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
                     else:
                         stat.sums[what] = torch.from_numpy(z[key])
         nulls = {
-            kind: tuple(cls.load(folder / f"null-{kind}-{i}") for i in range(count))
-            for kind, count in meta.pop("nulls", {}).items()
+            kind: tuple(cls._null(folder / f"null-{kind}-{i}", expected) for i, expected in enumerate(hashes))
+            for kind, hashes in meta.pop("nulls", {}).items()
         }
         statistics, *blocks = found.values()
         frame = pd.read_parquet(io.BytesIO(content["frame.parquet"]))
         return cls(frame, meta, matrices, channels, statistics, tuple(blocks), nulls)
+
+
+def _joined_nulls(results: Sequence[ProbeResult]) -> dict[str, tuple[ProbeResult, ...]]:
+    """Null models of joined results: those of the one that has some, or joined draw by draw."""
+    having = [r.nulls for r in results if r.nulls]
+    if len(having) < 2:
+        return having[0] if having else {}
+    if len({tuple((kind, len(draws)) for kind, draws in sorted(nulls.items())) for nulls in having}) > 1:
+        raise GddlabError("these results have different null models: probe with the same nulls= and null_draws=")
+    first, *others = having
+    return {
+        kind: tuple(own.join(*more) for own, *more in zip(draws, *(o[kind] for o in others), strict=True))
+        for kind, draws in first.items()
+    }
 
 
 def html_table(caption: str, rows: Mapping[str, str]) -> str:

@@ -52,14 +52,14 @@ def iddpm_sigmas(*, C_1: float, C_2: float, M: int) -> Float[Tensor, " M"]:
     return torch.tensor(u[:0:-1], dtype=torch.float64)
 
 
-def nearest_level(sigmas: Iterable[float], sigma: float) -> float:
+def nearest_level(sigmas: Iterable[float], sigma: float, name: str = "at") -> float:
     """The one of `sigmas` that is nearest to `sigma` on a log scale; the first of two.
 
     Raises:
         GddlabError: `sigma` is no noise level.
     """
     if isinstance(sigma, bool) or not isinstance(sigma, Real) or not (math.isfinite(sigma) and sigma > 0):
-        raise GddlabError(f"at={sigma!r}: give a noise level above 0, such as 80")
+        raise GddlabError(f"{name}={sigma!r}: give a noise level above 0, such as 80")
     return min(sigmas, key=lambda s: abs(math.log(s / sigma)))
 
 

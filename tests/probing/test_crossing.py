@@ -43,10 +43,10 @@ def test_rows_are_each_input_told_each_level(net, pictures):
     seen, labels = [], []
     net.register_forward_pre_hook(lambda m, a, k: seen.append((*a, k)), with_kwargs=True)
     net.model.register_forward_pre_hook(lambda m, a: labels.append(a[:2]))
-    probe(net, [3.0, 1.0], told=[2.0, 0.5], data=pictures, n=2, stats="rms")
-    probe(net, [3.0, 1.0], data=pictures, n=2, stats="rms")
+    probe(net, [3.0, 1.0], told=[2.0, 0.5], data=pictures, n=1, stats="rms")
+    probe(net, [3.0, 1.0], data=pictures, n=1, stats="rms")
     (x, sigma, _, keyword), (plain, _, _, nothing) = seen
-    assert sigma.tolist() == [3.0, 3.0, 1.0, 1.0] * 2 and keyword["told"].tolist() == [2.0, 0.5] * 4 and not nothing
+    assert sigma.tolist() == [3.0, 3.0, 1.0, 1.0] and keyword["told"].tolist() == [2.0, 0.5] * 2 and not nothing
     torch.testing.assert_close(x, plain.repeat_interleave(2, 0), rtol=0, atol=0)
     scaled, noise = labels[0]
     torch.testing.assert_close(
@@ -134,8 +134,29 @@ def test_shares_are_the_analysis_of_variance_of_vectors():
 def test_the_jackknife_gives_the_standard_error_of_a_mean():
     x = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     left = [(x.sum() - v) / 15 for v in x]
-    torch.testing.assert_close(jackknife(left, x.mean()), x.std() / 4)
-    assert jackknife(left[:1], x.mean()).isnan()
+    torch.testing.assert_close(jackknife(left, x.mean(), [1] * 16), x.std() / 4)
+    assert jackknife(left[:1], x.mean(), [1]).isnan()
+
+
+def test_the_jackknife_takes_parts_of_any_size():
+    """Of the mean the spread over many data sets is known; parts treated as equal would be far off."""
+    x = torch.randn(4000, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes = [1, 2, 3, 4, 5, 6]
+    parts = x.split(sizes, 1)
+    left = [(x.sum(1) - p.sum(1)) / (21 - p.shape[1]) for p in parts]
+    errors = jackknife(left, x.mean(1), sizes)
+    torch.testing.assert_close(errors.square().mean().sqrt(), torch.tensor(21**-0.5).double(), rtol=0.05, atol=0)
+
+
+def test_errors_do_not_depend_on_the_batch_size(pictures):
+    a, b = (
+        probe(tiny(), SIGMAS, told="cross", data=pictures, n=12, batch_size=size, stats=("rms", "correlation"))
+        for size in (9, 500)
+    )
+    assert len(a.blocks) == len(b.blocks) == 6
+    for stat in ("rms", "correlation"):
+        np.testing.assert_allclose(a.effects(stat), b.effects(stat), rtol=1e-2, atol=1e-6)
+    assert a.effects("correlation")["sem_input"].gt(0).all()
 
 
 def test_responses_name_what_varied(crossed):
@@ -148,6 +169,17 @@ def test_responses_name_what_varied(crossed):
     assert octaves.min() <= table.loc[1, "rel_update"] <= octaves.max()
     assert table["cosine_sem"].gt(0).all()
     assert "told 80" in table.loc[1, "varied"] and "staying at 80" in table.loc[2, "varied"]
+    assert "told 1" in crossed.responses(at=2)["varied"][1]  # the nearest one measured
+    with pytest.raises(GddlabError, match="'rms' compares no noise levels"):
+        crossed.responses("rms")
+
+
+def test_pictures_say_which_part_they_are_of(crossed):
+    of_input, of_level = crossed.fixed(told=80), crossed.fixed(sigma=1)
+    assert "told σ = 80" in of_input.heatmap("rms").get_title("left")
+    for ax in (of_level.heatmap("rms"), of_level.lines("rms")):
+        assert "input at σ = 1" in ax.get_title("left") and ax.get_xlabel() == "noise level σ told"
+    assert of_input.lines("rms").get_xlabel() == "noise level σ"
 
 
 def test_crossed_results_merge_and_come_back(crossed, pictures, tmp_path):
@@ -199,6 +231,48 @@ def test_refusals(net, crossed, result, pictures):
         probe(net, SIGMAS, told=[2.0], data=pictures, n=1, stats="rms").diagonal()
     with pytest.raises(GddlabError, match="did you mean"):
         crossed.effects("rmss")
+    with pytest.raises(GddlabError, match="told=-1: give a noise level"):
+        crossed.fixed(told=-1)
+    for part in (crossed.fixed(told=80), crossed.diagonal()):
+        with pytest.raises(GddlabError, match="merge the crossed results, then take the part"):
+            part.merge(part)
+    with pytest.raises(GddlabError, match="crossed differently"):
+        crossed.fixed(told=80).join(crossed.fixed(told=1))
+    joined = probe(net, [1.0], told="cross", data=pictures, n=1, stats="rms").join(
+        probe(net, [1.0], told="cross", data=pictures, n=1, stats="mean")
+    )
+    with pytest.raises(GddlabError, match="ask before results are joined"):
+        joined.diagonal()
+    plain = torch.nn.Module()
+    plain.layer, plain.forward = nn.Conv2d(1, 1, 1), lambda x, sigma, labels=None: plain.layer(x)
+    for told in ("cross", 1.0):
+        with pytest.raises(GddlabError, match="give its forward an argument told"):
+            probe(plain, SIGMAS, told=told, data=pictures, n=1)
+
+
+def test_kinds_of_numbers_and_iterators(net, pictures):
+    wanted = probe(net, SIGMAS, told=[1.0], data=pictures, n=1, stats="rms").frame
+    for told in (np.float32(1), torch.tensor(1.0), np.ones(1), iter([1.0])):
+        found = probe(net, iter(SIGMAS), told=told, data=pictures, n=1, stats=iter(["rms"])).frame
+        pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_a_part_lists_its_own_failures(pictures):
+    """Values that are not finite at one level told alone are no business of the others."""
+
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x, level):
+            return self.layer(torch.where(level[:, None, None, None] == 1.0, torch.nan, x))[:, :1]
+
+    net = wrap(Fails(), lambda model, x, sigma, labels, told: model(x, told))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        result = probe(net, SIGMAS, told="cross", data=pictures, n=4, layers="all", stats="rms")
+    assert {b["sigma"] for b in result.fixed(told=1).meta["nonfinite"]} == set(SIGMAS)
+    assert result.fixed(told=80).meta["nonfinite"] == []
 
 
 def test_the_heat_map_of_effects_shows_three_shares(crossed):

@@ -187,7 +187,7 @@ def test_a_grid_has_layers_down_and_levels_across(net, crowd):
     np.testing.assert_array_equal(drawn[top : top + 16, 51:67, 0], pixels)
     assert found.grid([5, 0]).axes[0].images[0].get_array().shape[1] == 2 * 17 - 1
     for images in ([6], [], [-1], ["a"]):
-        with pytest.raises(GddlabError, match=r"give positions in 0\.\.5"):
+        with pytest.raises(GddlabError, match=r"give a list of positions in 0\.\.5"):
             found.grid(images)
     plt.close("all")
 

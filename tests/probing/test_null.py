@@ -76,6 +76,16 @@ def test_any_network_has_null_models(pictures):
         null(net, "shufled")
 
 
+def test_hooks_and_running_means_are_not_drawn_anew(pictures):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
+    net.eval()[1].running_mean.fill_(3)
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(1))
+    other = null(wrap(net, lambda model, x, sigma, labels: model(x)), "init")
+    other(torch.zeros(1, 1, 16, 16), 1.0)
+    assert not seen and other.gddlab_bare[1].running_mean.tolist() == [3, 3]
+
+
 @pytest.fixture(scope="module")
 def compared(pictures) -> ProbeResult:
     draws = {"nulls": ("shuffled", "init"), "null_draws": 2}
@@ -118,6 +128,22 @@ def test_nulls_are_saved_merged_and_refused(compared, pictures, tmp_path):
         halves[0].merge(probe(tiny(), [80.0, 1.0], data=pictures, n=4, start=4, stats="rms"))
     with pytest.raises(GddlabError, match="probe with nulls="):
         back.nulls["init"][0].above_null("rms")
+    with pytest.raises(GddlabError, match="different null models"):
+        halves[0].merge(
+            probe(tiny(), [80.0, 1.0], nulls="init", null_draws=2, data=pictures, n=4, start=4, stats="rms")
+        )
+    joined = back.join(probe(tiny(), back.sigmas, data=pictures, n=4, stats="spectral_share"))
+    assert joined.above_null("rms")["differs"].equals(back.above_null("rms")["differs"])
+    joined.heatmap("spectral_share_0")  # which has no null models
+    back.copy(nulls={}).save(tmp_path / "r")
+    assert not list((tmp_path / "r").glob("null-*"))
+    compared.save(tmp_path / "s")
+    back.nulls["init"][0].save(tmp_path / "s" / "null-init-1")
+    with pytest.raises(GddlabError, match=r"null-init-1 is not the null model that meta\.json names"):
+        ProbeResult.load(tmp_path / "s")
+    with pytest.raises(GddlabError, match="unknown kind of null model 5"):
+        probe(tiny(), [1.0], nulls=5, data=pictures, n=1)
+    assert not probe(tiny(), [1.0], nulls=None, data=pictures, n=1).nulls
     with pytest.raises(GddlabError, match="kind of null model"):
         probe(tiny(), [1.0], nulls=("shuffled", "permuted"), data=pictures, n=1)
 

@@ -67,7 +67,7 @@ def test_rows_of_a_pass_are_timed_where_none_are_given(net, pictures, monkeypatc
         clock["now"] += len(args[0]) * (1 if len(args[0]) == 32 else 2)
 
     net.register_forward_pre_hook(runs)
-    sigmas = [2.0 ** (i / 50) for i in range(250)]
+    sigmas = [2.0 ** (i / 100) for i in range(500)]
     auto = probe(net, sigmas, data=pictures, n=12, batch_size=None, stats="rms")
     assert rows[:8] == [16, 16, 32, 32, 64, 64, 128, 128] and set(rows[8:-12]) == {32}
     given = probe(net, sigmas, data=pictures, n=12, batch_size=32, stats="rms")

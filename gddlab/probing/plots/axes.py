@@ -43,6 +43,7 @@ class Probed:
         return {
             kind: np.stack([wide(r.frame, stat).loc[like.index, like.columns] for r in draws])
             for kind, draws in self.nulls.items()
+            if all((r.frame["stat"] == stat).any() for r in draws)  # others were joined to it
         }
 
     def _pick(self, known: Iterable[str], layers: str | Iterable[str] | None) -> list[str]:
@@ -57,7 +58,13 @@ class Probed:
         known = [self.meta["data"]["name"]] if self.meta.get("data") else []
         images = self.frame.loc[self.frame["stat"] == stat, "n_images"]
         n = int(images.max()) if len(images) else self.meta["n_images"]
-        return ", ".join([*known, self.meta["states"], f"n = {n}"])
+        fixed = {"told": "told σ = {:g}", "sigma": "input at σ = {:g}"}
+        held = [fixed[name].format(level) for name, level in (self.meta.get("fixed") or {}).items()]
+        return ", ".join([*known, self.meta["states"], *held, f"n = {n}"])
+
+    def _varied(self) -> str:
+        """What noise levels of the result are of, for an axis."""
+        return "noise level σ told" if "sigma" in (self.meta.get("fixed") or {}) else "noise level σ"
 
 
 def wide(frame: pd.DataFrame, stat: str, values: str = "value", across: str = "sigma") -> pd.DataFrame:

@@ -67,7 +67,7 @@ class Heatmaps(Probed):
         shares = None if mask is None else _frozen_shares(mask, rows, self.meta["parameters"])
         nulls = {kind: values.mean(0) for kind, values in self._of_nulls(stat, table).items()}
         ax = layers_down(ax, self.frame, stat, table, rows, shares, nulls=nulls)
-        ax.set_xlabel("noise level σ")
+        ax.set_xlabel(self._varied())
         ax.set_title(f"{stat}: {self._about(stat)}", loc="left", pad=None if mask is None else 18)  # above the legend
         return ax
 

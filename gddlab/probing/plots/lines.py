@@ -96,6 +96,7 @@ class Lines(Probed):
             middle = {f"{kind}: 90 % of layers": central(v, (0, 1)) for kind, v in self._of_nulls(stat, table).items()}
             grey_bands(ax, table.columns.to_numpy(), middle)
             sigma_axis(ax, table.columns)
+            ax.set_xlabel(self._varied())
         ax.set_ylabel(stat_label(self.frame, stat, value_axis(ax, table, unit_of(self.frame, stat))))
         handles, labels = ax.get_legend_handles_labels()
         if over == "depth":  # drawn from the lowest level up, named from the top down
