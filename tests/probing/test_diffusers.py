@@ -276,3 +276,22 @@ def test_the_middle_stands_before_the_decoder():
     assert sorted(names) == sorted(n for n, _ in unet().named_modules() if n)
     depths = [layer.depth for layer in inventory(unet()).values()]
     assert depths == sorted(depths)
+
+
+def test_it_is_told_another_level_and_the_input_stays(pictures):
+    network = Answer(torch.zeros(2, 1, 4, 4))
+    x, sigma, told = torch.randn(2, 1, 4, 4), sigma_at(torch.tensor([100, 900])), sigma_at(torch.tensor([500, 500]))
+    model = wrap(network, prediction="epsilon", alphas_cumprod=ABAR)
+    plain = model(x, sigma), network.sample
+    crossed = model(x, sigma, told=told), network.sample
+    for a, b in zip(plain, crossed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(network.timestep, torch.tensor([500.0, 500.0]), rtol=0, atol=1e-3)
+    net = wrap(unet(), prediction="epsilon", alphas_cumprod=ABAR)
+    effects = probe(net, [10.0, 0.1], told="cross", data=pictures, n=4, stats="rms", layers="down_blocks.*").effects(
+        "rms"
+    )
+    first = effects.loc["conv_in"]  # before anything is told
+    assert first["input"] == pytest.approx(1) and effects["told"].max() > 0.001
+    with pytest.raises(GddlabError, match=r"sigma 500 in told: this network accepts"):
+        probe(net, [10.0], told=500.0, data=pictures, n=1)
