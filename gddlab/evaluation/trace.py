@@ -395,7 +395,7 @@ class Sampling:
         return heun_step(slope, x, sigma, following)
 
     def _noise(self, i: int, j: int, k: int) -> Tensor:
-        """What a student's step k adds: each image's generator goes on behind the noise it starts from."""
+        """What a student's step k adds: each image's generator continues after its first noise."""
         noise = ImageNoise(range(self.inputs.seed + i, self.inputs.seed + j), self.inputs.shape)
         noise(torch.float32)
         return [noise() for _ in range(k)][-1]

@@ -33,7 +33,7 @@ Statistics = Mapping[str, Mapping[str, Statistic]]
 
 
 class Crossing(Probed):
-    """What a `ProbeResult` says of inputs and noise levels told that were crossed."""
+    """What a `ProbeResult` says of inputs and noise levels told that were crossed; attributes as there."""
 
     statistics: Statistics
     blocks: tuple[Statistics, ...]
@@ -57,7 +57,7 @@ class Crossing(Probed):
             first; similarities are to the largest level of the line.
 
         Raises:
-            GddlabError: The result is not crossed, or not one of the two is given.
+            GddlabError: The result is not crossed, or both or neither is given.
         """
         levels, given = self._crossed(), [told, sigma]
         if (told is None) == (sigma is None):
@@ -90,8 +90,8 @@ class Crossing(Probed):
         as vectors, from the inner products of all pairs.
 
         Returns:
-            One row per layer: `input`, `told`, `both`, which add up to 1, NaN where nothing varies; `spread`, the root
-            of the variance over the mean square; and their standard errors over images, `sem_input` and so on, by the
+            One row per layer: `input`, `told`, `both`, which add up to 1, NaN where nothing varies; `spread`,
+            sqrt(variance / mean square); and their standard errors over images, `sem_input` and so on, by the
             jackknife over `blocks`.
 
         Raises:
@@ -280,11 +280,11 @@ class Crossing(Probed):
 
 
 def shares(inner: Float[Tensor, "s t s t"]) -> Float[Tensor, " 4"]:
-    """Shares of the variance of vectors on an S x T grid due to rows, to columns and to both, and the spread.
+    """Shares of the variance of vectors on an S x T grid due to rows, to columns and to both, and the spread, (4,).
 
     `inner` holds their inner products. With a the vectors, a_s their means over t, a_t over s and m over all: the
     variance is mean |a - m|^2; of it rows explain mean |a_s - m|^2, columns mean |a_t - m|^2 (two-way analysis of
-    variance without replication). The spread is the root of the variance over mean |a|^2.
+    variance without replication). The spread is sqrt(variance / mean |a|^2). Shares are NaN where nothing varies.
     """
     s, t = inner.shape[:2]
     size, middle = torch.einsum("stst->", inner) / (s * t), inner.mean()
@@ -297,7 +297,7 @@ def shares(inner: Float[Tensor, "s t s t"]) -> Float[Tensor, " 4"]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; NaN for one."""
+    """The standard error of the mean of independent values; NaN for one."""
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
@@ -308,8 +308,8 @@ def jackknife(left: Sequence[Tensor], whole: Tensor, sizes: Sequence[int]) -> Te
     parts it is the root of (K - 1) / K times the sum of squared deviations from their mean.
 
     Args:
-        left: The number without each part.
-        whole: The number from all.
+        left: The number without each of K parts, each of the shape of `whole`.
+        whole: The number from all; one or several.
         sizes: Images of each part.
     """
     k = len(left)

@@ -127,7 +127,8 @@ class AgainstNulls(Probed):
         the errors over images explain: p is the largest of the two-sided p of a normal test against each draw (an
         intersection-union test; Berger 1982), 1 inside of the range. It is corrected for all layers and noise levels of
         a kind by Benjamini & Hochberg (1995). The test is against the null models drawn: with few of them, another one
-        may well lie outside of their range too, so see how far `value` is from it.
+        may well lie outside of their range too, so see how far `value` is from it. Errors are taken as independent,
+        though images and noise are the same: the test is conservative.
 
         Returns:
             One row per kind, layer and noise level: `value`, `sem`, `null_low` and `null_high` (range over draws),

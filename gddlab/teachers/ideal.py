@@ -18,9 +18,9 @@ def ideal_denoiser(data: Source, *, conditional: bool = False) -> Precond:
 
     D(x; sigma) is the exact posterior mean E[y | x] of an image y of the set, all equally likely, given
     x = y + sigma * noise (Karras et al. 2022, equation 57, appendix B.3): the mean of the images with weights
-    softmax(-|x - y|^2 / 2 sigma^2). At small sigma it is the nearest image, at large sigma the mean image; sampled with
-    many steps it gives images of the set themselves. `sample`, `evaluate`, `probe` and the like take it as a teacher;
-    it has no layers. A call compares with every image: time and memory grow with the set, which it holds as float32.
+    softmax(-|x - y|^2 / (2 sigma^2)). At small sigma it is the nearest image, at large sigma the mean image; sampled
+    with many steps it gives images of the set themselves. `sample`, `evaluate`, `probe` and the like take it as a
+    teacher; it has no layers. A call compares with every image: time and memory grow with the set, held as float32.
 
     Args:
         data: The images, as for `open_dataset`.
