@@ -121,8 +121,9 @@ def decode(
         layers: Whose outputs are read: "block" for residual blocks; presets, names, globs and so on, as in `probe`.
         n: Images that readouts are fitted on, the first of the dataset's order under `seed`.
         held_out: Images that they are scored on, those that follow.
-        dims: Numbers kept of each output; an output with fewer is used whole. Fewer images than numbers give poor
-            readouts and uncertain scores, which a warning says.
+        dims: Numbers kept of each output; an output with fewer is used whole. Of noise no more than a share `dims` /
+            (numbers of an image) can be found, so compare layers, and results of equal `dims`. Fewer images than
+            numbers give poor readouts and uncertain scores, which a warning says.
         batch_size: Images of one forward pass, which holds one noise level.
         seed: Of the images' order, the noise, the projection and the shuffles.
 
