@@ -198,9 +198,9 @@ def trace(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite)
-    other = None if donor is None else gddlab.load_teacher(donor)
     if sigmas and steps is not None:
         raise GddlabError("--sigmas and --steps: give one of them")
+    other = None if donor is None else gddlab.load_teacher(donor)
     how = list(sigmas) or steps
     save_result(gddlab.trace(gddlab.load_teacher(teacher), how, donor=other, **options), out)
 
@@ -223,13 +223,9 @@ def decode(
         sigmas: The noise levels themselves, in place of --timesteps.
         overwrite: Replaces a result that is there.
     """
-    from gddlab.theme import save_figure
-
     check_folder(out, overwrite)
     options |= levels_of(sigmas, options)
-    result = gddlab.decode(gddlab.load_teacher(teacher), **options)
-    save_result(result, out)
-    save_figure(result.readouts(), out / "readouts.png")
+    save_result(gddlab.decode(gddlab.load_teacher(teacher), **options), out)
 
 
 @command("lens", "gddlab.probing:lens", "gddlab.probing:probe", omit="class_labels timesteps")
@@ -726,7 +722,7 @@ def _number(name: str, word: str) -> float:
 def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
     """Writes a result with its figures, without those of one that it replaces; prints what it is.
 
-    A heat map per statistic; "similarities" where noise levels were compared.
+    A heat map per statistic; "similarities" where noise levels were compared, "readouts" where these were fitted.
     """
     from gddlab.theme import save_figure
 
@@ -734,12 +730,14 @@ def save_result(result: gddlab.ProbeResult, folder: Path) -> None:
     with contextlib.suppress(GddlabError):
         replaced = gddlab.ProbeResult.load(folder).stats
     result.save(folder)
-    for stat in (*replaced, "similarities"):
+    for stat in (*replaced, "similarities", "readouts"):
         (folder / f"{stat}.png").unlink(missing_ok=True)
     for stat in result.stats:
         save_figure((result.effects_heatmap if result.told else result.heatmap)(stat), folder / f"{stat}.png")
     if result.matrices and len(result.sigmas) > 1 and not result.told:
         save_figure(result.similarities(), folder / "similarities.png")
+    if result.meta["settings"].get("tier") == "decode":
+        save_figure(result.readouts(), folder / "readouts.png")
     for bad in result.meta["nonfinite"][:5]:
         where = f"{bad['layer']} ({bad['side']}) at sigma {bad['sigma']:g}"
         sys.stderr.write(f"not finite: {where}, {bad['images']} images\n")

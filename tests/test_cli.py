@@ -436,6 +436,14 @@ def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.C
     assert "decode_sigma_chance" in capsys.readouterr().out
     assert ProbeResult.load(tmp_path / "decode").stats[0] == "decode_image"
     assert (tmp_path / "decode" / "readouts.png").exists() and (tmp_path / "decode" / "decode_image.png").exists()
+    crossed = ["--sigmas", "80", "1", "--nulls", "shuffled", "--null-draws", "2", "--n", "2", "--stats", "rms"]
+    main(["probe", teacher, "--out", str(tmp_path / "decode"), "--overwrite", "--told", "cross", *crossed])
+    replaced = ProbeResult.load(tmp_path / "decode")
+    assert replaced.told == [80.0, 1.0] and len(replaced.nulls["shuffled"]) == 2
+    assert {p.name for p in (tmp_path / "decode").glob("*.png")} == {"rms.png"}
+    main(["probe", teacher, "--out", str(tmp_path / "told"), "--told", "5", "--sigmas", "1", "--n", "2"])
+    assert ProbeResult.load(tmp_path / "told").told == [5.0]
+    assert 'give "cross", or noise levels' in refused(capsys, "probe", teacher, "--told", "x", "--out", "y")
     several = refused(capsys, "decode", teacher, "--out", str(tmp_path / "d"), "--sigmas", "1", "--targets", "imge")
     assert "imge" in several
     for mode in ("bypass", "readout"):

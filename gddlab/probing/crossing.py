@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from gddlab.probing.result import ProbeResult
-
 BLOCKS = 16
 """Blocks of images whose sums are kept, so that any number derived from a result has an error."""
 NOTHING = 1e-12
@@ -37,14 +35,13 @@ class Crossing(Probed):
 
     statistics: Statistics
     blocks: tuple[Statistics, ...]
-    nulls: dict[str, tuple[ProbeResult, ...]]
 
     @property
     def told(self) -> list[float]:
         """Noise levels that the network was told for every input, descending; empty where it was told the input's."""
         return [float(t) for t in self.meta.get("told", ())]
 
-    def fixed(self, *, told: float | None = None, sigma: float | None = None) -> ProbeResult:
+    def fixed(self, *, told: float | None = None, sigma: float | None = None) -> Self:
         """One line of a crossed result: one level told and all inputs, or one input and all levels told.
 
         Args:
@@ -69,7 +66,7 @@ class Crossing(Probed):
         line = grid[:, where] if axis else grid[where]
         return self._at(line.tolist(), levels[1 - axis], {"fixed": {"told" if axis else "sigma": value}})
 
-    def diagonal(self) -> ProbeResult:
+    def diagonal(self) -> Self:
         """The part of a crossed result in which the network is told its input's level: what `probe` measures without.
 
         Raises:
@@ -193,7 +190,7 @@ class Crossing(Probed):
         lines[label] = [sigmas.index(s) * len(told) + j for j in range(len(told))]
         return {k: v for k, v in lines.items() if len(v) > 1}
 
-    def _at(self, rows: Sequence[int], levels: list[float], about: dict[str, Any]) -> ProbeResult:
+    def _at(self, rows: Sequence[int], levels: list[float], about: dict[str, Any]) -> Self:
         """The result at some rows of the grid, as one over `levels`."""
         result: Any = self
 
@@ -202,7 +199,7 @@ class Crossing(Probed):
 
         meta = {k: v for k, v in copy.deepcopy(self.meta).items() if k != "told"} | about
         blocks = [chosen(b) for b in self.blocks]
-        out: ProbeResult = result.of(result._measured(), levels, chosen(self.statistics), meta, blocks)
+        out: Any = result.of(result._measured(), levels, chosen(self.statistics), meta, blocks)
         for stat in [s for s in out.stats if s in out.matrices]:  # sums of their squares are for another first level
             layers, _, sem = out._derived(stat, lambda s, _: s.result()[0])
             errors = {(n, level): sem[i, j] for i, n in enumerate(layers) for j, level in enumerate(levels)}
@@ -216,18 +213,21 @@ class Crossing(Probed):
         return out.copy(nulls=nulls)
 
     def _derived(
-        self, stat: str, number: Callable[[Statistic, int], Tensor]
+        self,
+        stat: str,
+        number: Callable[[Statistic, int], Tensor],
+        summary: Callable[[Tensor], Tensor] = lambda each: each,
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Layers that have a statistic, a number (or several) derived from it, and its error by the jackknife.
 
-        `number` takes the statistic of a layer and which of its parts is meant.
+        `number` takes the statistic of a layer and which of its parts is meant; `summary` the numbers of all layers.
         """
         name, part = self._find(stat)
         layers = [layer for layer, by in self.statistics.items() if name in by]
         whole = [self.statistics[layer][name] for layer in layers]
-        value = torch.stack([number(s, part) for s in whole])
+        value = summary(torch.stack([number(s, part) for s in whole]))
         left = [
-            torch.stack([number(w.without(b[n][name]), part) for w, n in zip(whole, layers, strict=True)])
+            summary(torch.stack([number(w.without(b[n][name]), part) for w, n in zip(whole, layers, strict=True)]))
             for b in self.blocks
         ]
         return layers, value.numpy(), jackknife(left, value, self._sizes(name)).numpy()
@@ -265,17 +265,9 @@ class Crossing(Probed):
             v = s.result()[0].reshape(len(s.sums["first"]), -1)[rows, part]
             return (v.amax() / v.amin()).log2() if v.amin() > 0 else v.new_full((), torch.nan)
 
-        name, part = self._find(stat)
-        layers = [layer for layer, by in self.statistics.items() if name in by]
-
-        def median(of: Callable[[str], Statistic]) -> tuple[Tensor, Tensor]:
-            each = torch.stack([change(of(layer), part) for layer in layers])
-            return each.nanquantile(0.5), each
-
-        value, each = median(lambda n: self.statistics[n][name])
-        left = [median(lambda n, b=b: self.statistics[n][name].without(b[n][name]))[0] for b in self.blocks]  # type: ignore[misc]
-        low, high = each.nanquantile(torch.tensor([0.25, 0.75], dtype=each.dtype)).tolist()
-        out = {"": value, "_sem": jackknife(left, value, self._sizes(name)), "_q25": low, "_q75": high}
+        quartiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+        _, value, sem = self._derived(stat, change, lambda each: each.nanquantile(quartiles))
+        out = {"": value[0], "_sem": sem[0], "_q25": value[1], "_q75": value[2]}
         return {f"{stat}{suffix}": float(x) for suffix, x in out.items()}
 
 

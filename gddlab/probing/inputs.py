@@ -182,7 +182,9 @@ class Inputs:
         """Images i to j at all noise levels, or at `sigmas`, on `device`; float64 where the network is."""
         return self.noised(i, j, device=device, sigmas=sigmas)[:3]
 
-    def shown(self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float]) -> tuple[Rows, dict[str, Tensor]]:
+    def told_rows(
+        self, i: int, j: int, *, device: torch.device, sigmas: Sequence[float]
+    ) -> tuple[Rows, dict[str, Tensor]]:
         """`rows` at each level that the network is told, and the keyword argument that tells it, if any."""
         x, sigma, labels = self.rows(i, j, device=device, sigmas=sigmas)
         if self.told is None:

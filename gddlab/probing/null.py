@@ -19,8 +19,6 @@ from gddlab.runtime import generator
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gddlab.probing.result import ProbeResult
-
 Kind = Literal["init", "shuffled", "spectrum"]
 LEVEL = 0.05
 """Of the test against null models, after correction."""
@@ -107,7 +105,7 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
     for name, p in net.named_parameters():
         size = trained[name].square().mean().sqrt()
         if p.ndim > 1 and p.square().mean().sqrt() < ZERO * size:
-            p.copy_(size * torch.randn(p.shape, generator=g))
+            p.copy_(size * torch.randn(p.shape, generator=g).to(p))
 
 
 def _arguments(net: Precond) -> dict[str, Any]:
@@ -117,8 +115,6 @@ def _arguments(net: Precond) -> dict[str, Any]:
 
 class AgainstNulls(Probed):
     """What a `ProbeResult` says of null models that were measured on the same inputs."""
-
-    nulls: dict[str, tuple[ProbeResult, ...]]
 
     def above_null(self, stat: str) -> pd.DataFrame:
         """Tests at which layers and noise levels a statistic differs from what null models have.

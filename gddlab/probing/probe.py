@@ -128,11 +128,12 @@ def probe(
 
 def _null_kinds(nulls: Nulls) -> list[Kind]:
     """Kinds of null models, each once."""
-    listed: list[Any] = [nulls] if isinstance(nulls, str) else list(nulls) if isinstance(nulls, Iterable) else [nulls]
-    for kind in listed if nulls is not None else ():
+    listed: list[Any] = list(nulls or ()) if nulls is None or isinstance(nulls, Iterable) else [nulls]
+    kinds = [nulls] if isinstance(nulls, str) else listed
+    for kind in kinds:
         if kind not in get_args(Kind):
             raise unknown("kind of null model", kind, get_args(Kind))
-    return [] if nulls is None else list(dict.fromkeys(listed))
+    return list(dict.fromkeys(kinds))
 
 
 def _again(argument: Any) -> Any:
@@ -166,7 +167,7 @@ def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: i
                 for block in passes:
                     measure.reset()
                     for i, j in block:
-                        rows, keyword = inputs.shown(i, j, device=target, sigmas=measure.sigmas)
+                        rows, keyword = inputs.told_rows(i, j, device=target, sigmas=measure.sigmas)
                         with measure.images(j - i):
                             inputs.denoiser(*rows, **keyword)
                         bar.update()
@@ -191,7 +192,7 @@ def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
     with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
         for size in tried if len(tried) > 1 else ():
             measures, blocks = _plan(model, inputs, how._replace(batch_size=size))
-            rows, keyword = inputs.shown(*blocks[0][0], device=target, sigmas=measures[0].sigmas)
+            rows, keyword = inputs.told_rows(*blocks[0][0], device=target, sigmas=measures[0].sigmas)
             for _ in range(2):  # the first also chooses kernels
                 _wait(target)
                 began = time.perf_counter()
@@ -308,7 +309,7 @@ def estimate(
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)
     with as_it_was(inputs.denoiser, device=device, dtype=dtype) as target, torch.no_grad():
         began = time.perf_counter()
-        rows, keyword = inputs.shown(i, j, device=target, sigmas=measure.sigmas)
+        rows, keyword = inputs.told_rows(i, j, device=target, sigmas=measure.sigmas)
         made = time.perf_counter() - began
 
         def bare() -> float:

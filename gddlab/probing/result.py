@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -265,9 +265,7 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
                 raise GddlabError(
                     "a result without its sums over images does not merge: measure it with all images at once"
                 )
-        counts = [{kind: len(draws) for kind, draws in r.nulls.items()} for r in (self, *others)]
-        if any(c != counts[0] for c in counts):
-            raise GddlabError("these results have different null models: probe with the same nulls= and null_draws=")
+        nulls = _draw_by_draw((self, *others), ProbeResult.merge)
         if any("fixed" in r.meta for r in (self, *others)):
             raise GddlabError(
                 "a part of a crossed result does not merge: merge the crossed results, then take the part"
@@ -282,10 +280,6 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
                     statistic.merge(other.statistics[layer][name])
         meta["n_images"] = sum(stop - start for _, start, stop in meta["images"])
         blocks = [b for r in (self, *others) for b in r.blocks]
-        nulls = {
-            kind: tuple(own.merge(*more) for own, *more in zip(draws, *(r.nulls[kind] for r in others), strict=True))
-            for kind, draws in self.nulls.items()
-        }
         return ProbeResult.of(self._measured(), self.sigmas, statistics, meta, blocks).copy(nulls=nulls)
 
     def _measured(self) -> list[Layer]:
@@ -345,7 +339,9 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
             ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
         )
         frame = frame.drop(columns="_order").reset_index(drop=True)
-        return ProbeResult(frame, meta, matrices, channels, nulls=_joined_nulls(results))
+        having = [r for r in results if r.nulls]
+        nulls = having[0].nulls if len(having) == 1 else _draw_by_draw(having, ProbeResult.join)
+        return ProbeResult(frame, meta, matrices, channels, nulls=nulls)
 
     # On disk.
 
@@ -462,17 +458,15 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         return cls(frame, meta, matrices, channels, statistics, tuple(blocks), nulls)
 
 
-def _joined_nulls(results: Sequence[ProbeResult]) -> dict[str, tuple[ProbeResult, ...]]:
-    """Null models of joined results: those of the one that has some, or joined draw by draw."""
-    having = [r.nulls for r in results if r.nulls]
-    if len(having) < 2:
-        return having[0] if having else {}
-    if len({tuple((kind, len(draws)) for kind, draws in sorted(nulls.items())) for nulls in having}) > 1:
+def _draw_by_draw(
+    results: Sequence[ProbeResult], together: Callable[..., ProbeResult]
+) -> dict[str, tuple[ProbeResult, ...]]:
+    """Null models of results that become one by `together`."""
+    if len({tuple((kind, len(draws)) for kind, draws in sorted(r.nulls.items())) for r in results}) > 1:
         raise GddlabError("these results have different null models: probe with the same nulls= and null_draws=")
-    first, *others = having
     return {
-        kind: tuple(own.join(*more) for own, *more in zip(draws, *(o[kind] for o in others), strict=True))
-        for kind, draws in first.items()
+        kind: tuple(together(*draws) for draws in zip(*(r.nulls[kind] for r in results), strict=True))
+        for kind in (results[0].nulls if results else ())
     }
 
 

@@ -73,12 +73,12 @@ class TeacherCard:
             licence=meta.get("licence"),
             scores=tuple(scores),
             manifest=meta.get("manifest"),
-            levels=_levels_of(meta.get("training") or {}),
+            levels=meta.get("levels") or _levels_of(meta.get("training") or {}),
         )
 
     def to_meta(self) -> dict[str, Any]:
         """What a weights file keeps of the card: all that cannot be derived from the network."""
-        keep = ("name", "data", "manifest", "sigma_min", "sigma_max", "kimg", "original", "licence")
+        keep = ("name", "data", "manifest", "sigma_min", "sigma_max", "kimg", "original", "licence", "levels")
         return {k: v for k in keep if (v := getattr(self, k)) is not None}
 
     def to_dict(self) -> dict[str, Any]:

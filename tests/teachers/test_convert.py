@@ -102,3 +102,9 @@ def test_a_converted_network_that_differs_is_not_kept(tmp_path: Path, monkeypatc
     with pytest.raises(GddlabError, match="differs"):
         convert(path, tmp_path / "y.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pkl"]
+
+
+def test_the_card_keeps_how_noise_levels_were_drawn(tmp_path: Path) -> None:
+    for name in ("digits", "digits-high"):
+        copy = load_teacher(convert(name, tmp_path / f"{name}.safetensors").path)
+        assert copy.card.levels == load_teacher(name).card.levels and "ln sigma" in str(copy.card)
