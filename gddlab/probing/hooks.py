@@ -50,7 +50,7 @@ class Probe:
     Args:
         model: Any network.
         sigmas: Noise levels of the rows of one image, largest first.
-        told: How many levels the network is told for each of them, in rows that follow each other.
+        rows_per_level: Rows of an image at each of them, which follow each other, as where several levels are told.
         layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
         stats: Names of statistics, or your own subclasses of `Statistic`.
         per_channel: Also sums each channel's moments, as the statistic "channel_moments".
@@ -68,12 +68,12 @@ class Probe:
         model: nn.Module,
         sigmas: Sequence[float],
         *,
-        told: int = 1,
+        rows_per_level: int = 1,
         layers: LayerSelection = "conv",
         stats: StatisticSelection = DEFAULT,
         per_channel: bool = False,
     ):
-        self.model, self.told = model, told
+        self.model, self.rows_per_level = model, rows_per_level
         self.sigmas = [float(s) for s in sigmas]
         descend = all(a > b for a, b in itertools.pairwise(self.sigmas))
         if not self.sigmas or not all(map(math.isfinite, self.sigmas)) or not descend:
@@ -169,8 +169,9 @@ class Probe:
         if not self._n:
             return
         x: Any = output if side == "output" else next(iter((*args, *kwargs.values())), None)
-        rows = self._n * len(self.sigmas) * self.told
-        levels = f"{len(self.sigmas)} noise levels" + (f", told {self.told} each," if self.told > 1 else "")
+        rows = self._n * len(self.sigmas) * self.rows_per_level
+        each = f", {self.rows_per_level} rows each," if self.rows_per_level > 1 else ""
+        levels = f"{len(self.sigmas)} noise levels{each}"
         why = f"{self._n} images at {levels} are {rows} rows: give one per image and noise level"
         check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
@@ -199,7 +200,7 @@ class Probe:
 
     @contextlib.contextmanager
     def images(self, n: int) -> Iterator[None]:
-        """Measures one forward pass of `n` images, `n * len(sigmas) * told` rows.
+        """Measures one forward pass of `n` images, `n * len(sigmas) * rows_per_level` rows.
 
         Nothing is counted after an error inside.
         """
@@ -245,7 +246,7 @@ class Probe:
         return [
             {"layer": name, "side": side, "sigma": sigma, "images": int(count)}
             for (name, side), counts in self._nonfinite.items()
-            for sigma, count in zip(self.sigmas, counts.view(-1, self.told).amax(1).tolist(), strict=True)
+            for sigma, count in zip(self.sigmas, counts.view(-1, self.rows_per_level).amax(1).tolist(), strict=True)
             if count
         ]
 
@@ -275,6 +276,6 @@ class Probe:
         ours, theirs = (
             {n: {k: type(s) for k, s in by.items()} for n, by in p.statistics.items()} for p in (self, other)
         )
-        if ours != theirs or (self.sigmas, self.told) != (other.sigmas, other.told):
+        if ours != theirs or (self.sigmas, self.rows_per_level) != (other.sigmas, other.rows_per_level):
             raise GddlabError("these probes measure different layers, statistics or noise levels: merge equal ones")
         self.add(other.state())

@@ -148,6 +148,11 @@ class Inputs:
             )
         return order(len(self.dataset), self.seed, self.start, self.n)
 
+    @property
+    def rows_per_level(self) -> int:
+        """Rows of an image at one noise level: one for each level that the network is told."""
+        return len(self.told or [0])
+
     def split(
         self, batch_size: int, group: int = 1, *, together: bool = False, images: tuple[int, int] | None = None
     ) -> tuple[list[list[float]], list[tuple[int, int]]]:
@@ -156,7 +161,7 @@ class Inputs:
         A pass holds groups of `group` images, among `images` (first, last) or all, and with `together` all levels.
         """
         first, last = (0, self.n) if images is None else images
-        each = len(self.told or [0])
+        each = self.rows_per_level
         width = len(self.sigmas) if together else min(len(self.sigmas), max(1, batch_size // group // each))
         levels = [self.sigmas[i : i + width] for i in range(0, len(self.sigmas), width)]
         step = max(1, batch_size // (width * each) // group) * group

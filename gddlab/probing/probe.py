@@ -188,7 +188,7 @@ def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
     if how.batch_size is not None:
         return how
     pace: dict[int, float] = {}
-    tried = [s for s in SIZES if s * 40 <= inputs.n * len(inputs.sigmas) * len(inputs.told or [0])] or [64]
+    tried = [s for s in SIZES if s * 40 <= inputs.n * len(inputs.sigmas) * inputs.rows_per_level] or [64]
     with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
         for size in tried if len(tried) > 1 else ():
             measures, blocks = _plan(model, inputs, how._replace(batch_size=size))
@@ -221,8 +221,8 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
         levels, passes = inputs.split(how.batch_size or 64, group, together=across, images=images)
         blocks.append(passes)
     wanted: StatisticSelection = DEFAULT if how.stats == DEFAULT else chosen
-    told = len(inputs.told or [0])
-    probes = [Probe(model, s, told=told, layers=how.layers, stats=wanted, per_channel=how.per_channel) for s in levels]
+    same: dict[str, Any] = {"rows_per_level": inputs.rows_per_level, "layers": how.layers}
+    probes = [Probe(model, s, stats=wanted, per_channel=how.per_channel, **same) for s in levels]
     return probes, blocks
 
 
