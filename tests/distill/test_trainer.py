@@ -53,13 +53,13 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
-def assert_continued(tmp_path: Path, teacher: Path, **fields: Any) -> None:
+def assert_continued(tmp_path: Path, teacher: Path, world: World = ALONE, **fields: Any) -> None:
     """A run of six iterations equals, bit for bit, one that was stopped after three and continued."""
-    whole = Trainer(tiny_config(tmp_path / "a", teacher, **fields), ALONE)
+    whole = Trainer(tiny_config(tmp_path / "a", teacher, **fields), world)
     assert whole.train() == "done"
 
     config = tiny_config(tmp_path / "b", teacher, **fields)
-    first = Trainer(config, ALONE)
+    first = Trainer(config, world)
     iterate = first.iterate
 
     def iterate_and_stop() -> None:
@@ -69,7 +69,7 @@ def assert_continued(tmp_path: Path, teacher: Path, **fields: Any) -> None:
     first.iterate = iterate_and_stop  # type: ignore[method-assign]
     assert first.train() == "stopped"
     assert read_json(config.run_dir / "status.json")["state"] == "stopped"
-    second = Trainer(config, ALONE)
+    second = Trainer(config, world)
     assert second.train() == "done"
 
     a, b = tensors(whole), tensors(second)
