@@ -62,7 +62,12 @@ def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set
     assert seen > 30
 
 
-def test_training(case: Case, device: torch.device = CPU) -> None:
+def test_training(case: Case) -> None:
+    check_training(case, CPU)
+
+
+def check_training(case: Case, device: torch.device) -> None:
+    """Compares two iterations on a device with the case."""
     s, m = build(case, device), case.meta
     case = case.to(device)
     frozen = set(m["frozen"])

@@ -106,7 +106,7 @@ def test_training_in_float64(path: Path, cuda: torch.device) -> None:
 
     As on a CPU; images to 1e-5.
     """
-    test_training.test_training(Case(path), cuda)
+    test_training.check_training(Case(path), cuda)
 
 
 # Of the norm of all gradients. With the random heads of the case a CPU's bfloat16 is off by 0.21; TF32's rounding is a
