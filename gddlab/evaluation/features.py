@@ -219,7 +219,8 @@ def extract_part(
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     """By the settings since PyTorch 2.9: the older ones raise where a user has set one of these."""
-    settings: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    backends: Any = torch.backends
+    settings = [backends.cudnn.conv, backends.cuda.matmul]
     before = [s.fp32_precision for s in settings]
     try:
         for s in settings:

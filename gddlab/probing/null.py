@@ -107,7 +107,7 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
     for name, p in net.named_parameters():
         size = trained[name].square().mean().sqrt()
         if p.ndim > 1 and p.square().mean().sqrt() < ZERO * size:
-            p.copy_(size * torch.randn(p.shape, generator=g))
+            p.copy_(size.cpu() * torch.randn(p.shape, generator=g))
 
 
 def _arguments(net: Precond) -> dict[str, Any]:

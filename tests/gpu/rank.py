@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from gddlab.distill.distributed import World
 from gddlab.distill.step import adam, update
 from gddlab.distill.trainer import Trainer
-from gddlab.nets.io import make_student
 from gddlab.nets.blocks import UNetBlock
+from gddlab.nets.io import make_student
 from gddlab.sampling import latents
 from tests.conftest import tiny_config, tiny_net
 
