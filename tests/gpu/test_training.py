@@ -16,6 +16,7 @@ from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
+from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
 from tests.distill.test_trainer import assert_continued, by, tensors
@@ -98,6 +99,20 @@ def test_frozen_stays_frozen(cuda: torch.device, tmp_path: Path, tiny_teacher: P
     before = dict(teacher.named_parameters())
     moved = [n for n, p in t.step.g.named_parameters() if n not in mask.frozen and not torch.equal(p, before[n])]
     assert len(moved) > 0.9 * (len(before) - len(mask.frozen))
+
+
+def test_probes_and_images_of_a_run(cuda: torch.device, tmp_path: Path, tiny_teacher: Path) -> None:
+    """A run on the card probes its average, compares it with the teacher and writes images; frozen layers stay."""
+    mask = select_freeze(load_teacher(tiny_teacher), strategy="gdd-i")
+    config = tiny_config(tmp_path / "run", tiny_teacher, mask=mask, probe_kimg=0.048)
+    config.write()
+    assert Trainer(config, alone(cuda)).train() == "done"
+    frame = load_run(config.run_dir).probes
+    assert sorted(set(frame["kimg"])) == [0.0, 0.048]
+    moved = frame[frame["stat"] == "weight_change"].pivot(index="layer", columns="kimg", values="value")
+    frozen = {n.rpartition(".")[0] for n in mask.frozen} & set(moved.index)
+    assert frozen and (moved.loc[sorted(frozen)] == 0).all(axis=None) and (moved[0.048] > 0).any()
+    assert any((config.run_dir / "samples").iterdir())
 
 
 CONTINUED: dict[str, dict[str, Any]] = {
