@@ -177,6 +177,7 @@ def test_masks(budget: float, cuda: torch.device, pictures: ImageDataset) -> Non
         assert masks[0].fingerprint == masks[1].fingerprint
 
 
+@pytest.mark.usefixtures("cuda")
 def test_scores_of_masks_do_not_tie(pictures: ImageDataset) -> None:
     """What `test_masks` relies on, on the CPU: neighbouring layers' scores differ by more than rounding, 1e-4."""
     result = probe(tiny(), [80.0, 1.0, 0.01], data=pictures, n=16, progress=False)
