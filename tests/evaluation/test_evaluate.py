@@ -349,8 +349,12 @@ def test_images_of_another_range_are_refused(some):
         evaluate(as_float(some) * 127.5 - 0.5, data=some)
 
 
-def test_features_where_tf32_was_allowed_by_the_newer_setting(counter, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-    assert features.image_features(images, EXTRACTORS["lite0"]).shape == (4, 48)
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+def test_features_where_tf32_was_allowed_by_the_newer_setting(counter):
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+        assert features.image_features(images, EXTRACTORS["lite0"]).shape == (4, 48)
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before
