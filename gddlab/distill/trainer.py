@@ -305,6 +305,16 @@ class Trainer:
         world.barrier()
         return state
 
+    def _too_large(self) -> GddlabError:
+        """Says which field to change where a device's memory does not suffice."""
+        part = self.config.batch // self.world.size
+        held = self.config.batch_per_device or part
+        smaller = max((n for n in range(1, held) if part % n == 0), default=None)
+        advice = "take a larger device, or shard=True on several"
+        if smaller is not None:
+            advice = f"give batch_per_device={smaller} or less in a new run, which hardly changes its result"
+        return GddlabError(f"{self.world.device} is out of memory with {held} images at once: {advice}")
+
     def _loop(self, score: Score | None) -> str:
         """The remaining iterations, and what is due after each."""
         c, recorder = self.config, self.recorder
@@ -312,7 +322,10 @@ class Trainer:
             began = time.perf_counter()
             if recorder:
                 recorder.beat(self.nimg)
-            self.iterate()
+            try:
+                self.iterate()
+            except torch.OutOfMemoryError as e:
+                raise self._too_large() from e
             self.seconds += time.perf_counter() - began
             if self.every(c.tick_kimg):
                 self.check_losses()

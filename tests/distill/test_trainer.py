@@ -53,13 +53,13 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
-def assert_continued(tmp_path: Path, teacher: Path, **fields: Any) -> None:
+def assert_continued(tmp_path: Path, teacher: Path, world: World = ALONE, **fields: Any) -> None:
     """A run of six iterations equals, bit for bit, one that was stopped after three and continued."""
-    whole = Trainer(tiny_config(tmp_path / "a", teacher, **fields), ALONE)
+    whole = Trainer(tiny_config(tmp_path / "a", teacher, **fields), world)
     assert whole.train() == "done"
 
     config = tiny_config(tmp_path / "b", teacher, **fields)
-    first = Trainer(config, ALONE)
+    first = Trainer(config, world)
     iterate = first.iterate
 
     def iterate_and_stop() -> None:
@@ -69,7 +69,7 @@ def assert_continued(tmp_path: Path, teacher: Path, **fields: Any) -> None:
     first.iterate = iterate_and_stop  # type: ignore[method-assign]
     assert first.train() == "stopped"
     assert read_json(config.run_dir / "status.json")["state"] == "stopped"
-    second = Trainer(config, ALONE)
+    second = Trainer(config, world)
     assert second.train() == "done"
 
     a, b = tensors(whole), tensors(second)
@@ -324,3 +324,24 @@ def test_the_trained_student_can_be_kept_beside_its_average(tmp_path: Path, tiny
     t.train()
     net, _ = load_network(tmp_path / "run" / "snapshots" / "raw" / "000000.048.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), t.step.g.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "with 8 images at once: give batch_per_device=4 or less in a new run"),
+        ({"batch_per_device": 1}, "with 1 images at once: take a larger device"),
+    ],
+)
+def test_out_of_memory_says_which_field_to_change(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
+) -> None:
+    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, **fields), ALONE)
+
+    def refuse(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(t.step, "g_step", refuse)
+    with pytest.raises(GddlabError, match=said) as e:
+        t.train()
+    assert "\n" not in str(e.value)

@@ -347,3 +347,14 @@ def test_blocks(some, counter):
 def test_images_of_another_range_are_refused(some):
     with pytest.raises(GddlabError, match=r"images span -128..127: give values in \[-1, 1\]"):
         evaluate(as_float(some) * 127.5 - 0.5, data=some)
+
+
+def test_features_where_tf32_was_allowed_by_the_newer_setting(counter):
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+        assert features.image_features(images, EXTRACTORS["lite0"]).shape == (4, 48)
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zlib
@@ -42,6 +43,12 @@ class Case:
 
     def get(self, name: str) -> torch.Tensor | None:
         return self.arrays.get(name)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Case:
+        """The same case with its arrays on a device, of their own type or another."""
+        out = copy.copy(self)
+        out.arrays = {k: v.to(device, dtype) for k, v in self.arrays.items()}
+        return out
 
     def prefixed(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.testing import assert_close
 
-from gddlab.distill.config import TrainConfig
+from gddlab.distill.config import DTYPES, TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.distill.projected import Projected, ProjectedDiscriminator
 from gddlab.distill.step import GanStep
@@ -23,8 +24,12 @@ def before_batchnorm(name: str) -> bool:
     return name.endswith(".main.0.bias")
 
 
-def build(case: Case) -> GanStep:
-    m = case.meta
+CPU = torch.device("cpu")
+
+
+def build(case: Case, device: torch.device = CPU, **fields: Any) -> GanStep:
+    """The step of a case, in float64 unless `fields` of the configuration say otherwise."""
+    m, dtype = case.meta, DTYPES[fields.get("precision", "float64")]
     g = from_edm("OneStepPrecond", **m["init_kwargs"]).double().eval()
     assert isinstance(g, OneStepPrecond)
     params = {k: fill(m["seed_g"], k, tuple(s)).double() for k, s in m["shapes"]["g"].items()}
@@ -42,10 +47,9 @@ def build(case: Case) -> GanStep:
     frozen = set(m["frozen"])
     for name, p in g.named_parameters():
         p.requires_grad_(name not in frozen)
-    config = TrainConfig(
-        run_dir=Path("unused"), lr_g=1e-4, lr_d=1e-4, adversarial_weight=4, r1_gamma=m["r1_gamma"], loss=m["loss_type"]
-    )
-    return GanStep(config, g, d.train(), World(0, 1, torch.device("cpu")))
+    fields = {"lr_g": 1e-4, "lr_d": 1e-4, "adversarial_weight": 4, "r1_gamma": m["r1_gamma"], **fields}
+    config = TrainConfig(run_dir=Path("unused"), loss=m["loss_type"], **fields)
+    return GanStep(config, g.to(device, dtype), d.train().to(device, dtype), World(0, 1, device))
 
 
 def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set[str]) -> None:
@@ -59,7 +63,13 @@ def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set
 
 
 def test_training(case: Case) -> None:
-    s, m = build(case), case.meta
+    check_training(case, CPU)
+
+
+def check_training(case: Case, device: torch.device) -> None:
+    """Compares two iterations on a device with the case."""
+    s, m = build(case, device), case.meta
+    case = case.to(device)
     frozen = set(m["frozen"])
     records = iter(m["records"])
 
@@ -87,7 +97,7 @@ def test_training(case: Case) -> None:
                     state[name].double().norm().item(), norm, rtol=RTOL, atol=1e-12, msg=lambda e, n=name: f"{n}: {e}"
                 )
     with torch.no_grad():
-        labels = torch.eye(s.g.label_dim, dtype=torch.float64)[:2] if m["cond"] else None
+        labels = torch.eye(s.g.label_dim, dtype=torch.float64, device=device)[:2] if m["cond"] else None
         assert_close(s.g.generate(case["gen_z"], labels), case["gen_x"], rtol=1e-5, atol=1e-6)
         last = m["records"][-1]
         features = s.d.features(case["feat_in"])
