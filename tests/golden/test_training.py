@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from gddlab.nets import OneStepPrecond, from_edm
 from tests.golden.conftest import Case, fill
 
 RTOL = 1e-6
+Close = Callable[..., None]
+"""Compares as `torch.testing.assert_close`: found, expected, rtol, atol, msg."""
 BACKBONE = "tf_efficientnet_lite0"
 
 
@@ -52,12 +55,14 @@ def build(case: Case, device: torch.device = CPU, **fields: Any) -> GanStep:
     return GanStep(config, g.to(device, dtype), d.train().to(device, dtype), World(0, 1, device))
 
 
-def check_grads(module: torch.nn.Module, expected: dict[str, float], frozen: set[str]) -> None:
+def check_grads(
+    module: torch.nn.Module, expected: dict[str, float], frozen: set[str], close: Close = assert_close
+) -> None:
     seen = 0
     for name, p in module.named_parameters():
         if name in expected and name not in frozen and not before_batchnorm(name):
             grad = torch.zeros(()) if p.grad is None else p.grad.norm()
-            assert_close(grad.item(), expected[name], rtol=RTOL, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            close(grad.item(), expected[name], rtol=RTOL, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
             seen += 1
     assert seen > 30
 
@@ -66,7 +71,7 @@ def test_training(case: Case) -> None:
     check_training(case, CPU)
 
 
-def check_training(case: Case, device: torch.device) -> None:
+def check_training(case: Case, device: torch.device, close: Close = assert_close) -> None:
     """Compares two iterations on a device with the case."""
     s, m = build(case, device), case.meta
     case = case.to(device)
@@ -76,8 +81,8 @@ def check_training(case: Case, device: torch.device) -> None:
     def check(stats: dict[str, torch.Tensor], names: dict[str, str], module: torch.nn.Module) -> None:
         record = next(records)
         for theirs, ours in names.items():
-            assert_close(stats[ours].item(), record["stats"][theirs], rtol=RTOL, atol=1e-12)
-        check_grads(module, record["grad_norm"], frozen)
+            close(stats[ours].item(), record["stats"][theirs], rtol=RTOL, atol=1e-12)
+        check_grads(module, record["grad_norm"], frozen, close)
 
     for it in range(2):
         images, labels = case[f"img{it}"], case[f"lab{it}"] if m["cond"] else None
@@ -93,14 +98,14 @@ def check_training(case: Case, device: torch.device) -> None:
         state = module.state_dict()
         for name, norm in m["norms_after"][key].items():
             if name in state and not before_batchnorm(name):
-                assert_close(
+                close(
                     state[name].double().norm().item(), norm, rtol=RTOL, atol=1e-12, msg=lambda e, n=name: f"{n}: {e}"
                 )
     with torch.no_grad():
         labels = torch.eye(s.g.label_dim, dtype=torch.float64, device=device)[:2] if m["cond"] else None
-        assert_close(s.g.generate(case["gen_z"], labels), case["gen_x"], rtol=1e-5, atol=1e-6)
+        close(s.g.generate(case["gen_z"], labels), case["gen_x"], rtol=1e-5, atol=1e-6)
         last = m["records"][-1]
         features = s.d.features(case["feat_in"])
         for i, f in enumerate(features):
             assert list(f.shape) == last["feature_shape"][0][str(i)]
-            assert_close(f.square().mean().sqrt().item(), last["feature_rms"][0][str(i)], rtol=RTOL, atol=0)
+            close(f.square().mean().sqrt().item(), last["feature_rms"][0][str(i)], rtol=RTOL, atol=0)

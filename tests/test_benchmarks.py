@@ -1,0 +1,162 @@
+"""The script for a card runs on a CPU, with what a bare machine has and what its docstring says to bring."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.benchmarks import gpu
+
+CLONE = Path(__file__).resolve().parents[1]
+WITHOUT = """
+import importlib.machinery, os, sys
+
+class Finder(importlib.machinery.PathFinder):
+    absent = frozenset(os.environ["GDDLAB_TEST_ABSENT"].split(","))
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in cls.absent else super().find_spec(name, path, target)
+
+sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+"""A sitecustomize.py that hides packages from this process and those that it starts."""
+TINY = """
+import dataclasses, sys
+from tests.benchmarks.gpu import SMALL, main
+
+changes = {"channels": 8, "seconds": 0.01, "product": 64, "copied": 1, "probed": (16,), "sampled": (2,)}
+changes |= {"heun": 1, "kimg": 0.032, "batch": 2}
+sys.exit(main(["--device", "cpu", "--small", *sys.argv[1:]], dataclasses.replace(SMALL, **changes)))
+"""
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def with_needs(names: set[str]) -> set[str]:
+    """Distributions and, of those that are installed here, all that they need."""
+    found: set[str] = set()
+    left = set(names)
+    while left:
+        name = left.pop()
+        found.add(name)
+        try:
+            wanted = [Requirement(r) for r in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        left |= {normal(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})} - found
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that finds only what the script's docstring names."""
+    text = " ".join((gpu.__doc__ or "").split())
+    there = re.search(r"network that has ([^.]*), bring the clone", text)
+    wheels = re.search(r"--dest wheels \\ ([a-z0-9 \\-]*) \(pydantic-core", text)
+    assert there is not None and wheels is not None
+    has, brought = {normal(n) for n in re.findall(r"[\w-]+", there[1])} - {"and"}, set(wheels[1].split()) - {"\\"}
+    assert {"torch", "pytest"} <= has and {"pandas", "tyro"} <= brought and not has & brought
+    allowed = with_needs(has) | brought
+    absent = {top for top, of in metadata.packages_distributions().items() if not {normal(n) for n in of} & allowed}
+    assert {"torch_fidelity", "lpips", "pooch", "diffusers"} <= absent
+    assert not {"torch", "numpy", "scipy", "PIL", "pandas", "gddlab", "jinja2"} & absent
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(WITHOUT)
+    path = os.pathsep.join([str(folder), str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "GDDLAB_TEST_ABSENT": ",".join(sorted(absent - {"gddlab"}))}
+
+
+def test_the_script_for_a_card_on_a_cpu(bare: dict[str, str], tmp_path: Path) -> None:
+    """Every step is done, or skipped since it needs a card; lines and file say the same."""
+    out = tmp_path / "gpu.json"
+    words = [sys.executable, "-c", TINY, "--out", str(out)]
+    ran = subprocess.run(words, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    found = json.loads(out.read_text())
+    assert "CPU" in found["device"] and found["goal_images_per_s"] == 463
+    steps = found["steps"]
+    assert [line[:36].strip() for line in ran.stdout.splitlines()] == list(steps)
+    card = {n for n, s in steps.items() if s["state"] == "skipped"}
+    assert card == {f"training: {n}" for n, m in (gpu.MODES | gpu.COMPILED).items() if m.card} | {
+        f"sampling: {n}" for n, (tf32, _) in gpu.SAMPLING.items() if tf32
+    }
+    assert {s["state"] for n, s in steps.items() if n not in card} == {"done"}
+    assert 0 <= steps["golden network"]["largest_difference"] < 1e-4
+    assert 0 < steps["golden training"]["largest_difference"] < 2e-6
+    for name in ("fast", "reference", "plain"):
+        mode = steps[f"training: {name}"]
+        cycle = 16 * mode["iteration_s"] + mode["r1_s"]
+        assert mode["images_per_s"] == pytest.approx(16 * 2 / cycle, rel=1e-2)
+        assert mode["of_goal"] == pytest.approx(mode["images_per_s"] / 463, rel=1e-2)
+        gflop = mode["work"]["gflop_per_image"] + mode["work"]["gflop_per_image_r1"] / 16
+        assert mode["tflops"] == pytest.approx(gflop * mode["images_per_s"] / 1e3, rel=1e-2)
+        assert mode["rise_mib"] > 0 and len(mode["operations"]["most"]) == 10
+        assert isinstance(mode["waits"], dict) and mode["images_at_once"] == 2
+    works = {n: steps[f"training: {n}"]["work"]["gflop_per_image"] for n in ("fast", "reference", "plain")}
+    assert works["fast"] < works["reference"] <= works["plain"] * 1.01
+    assert steps["probe: 16 channels"]["ratio"] > 0.5 and steps["probe: DiT of width 64"]["layers"] > 8
+    assert steps["demo"] | {"scored": False, "state": "done", "kimg": 0.032} == steps["demo"]
+
+
+def test_the_tests_for_a_card_are_found_there(bare: dict[str, str]) -> None:
+    """`pytest -m gpu tests/gpu` imports all that it needs."""
+    words = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests/gpu", "--collect-only", "-q"]
+    ran = subprocess.run(words, env=bare, cwd=CLONE, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert int(re.findall(r"(\d+) tests collected", ran.stdout)[0]) >= 20
+
+
+def test_a_wrong_device_stops_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where golden numbers differ, only --anyway continues; what was found is in the file, errors by their place."""
+
+    def wrong(b: gpu.Bench, found: gpu.Found) -> str:
+        found["largest_difference"] = 0.5
+        raise AssertionError("off by 0.5")
+
+    def fine(b: gpu.Bench, found: gpu.Found, *given: object) -> str:
+        return "fine"
+
+    steps = ("card", "rates", "agreement", "training", "probing", "sampling", "heun", "demo")
+    for name in ("about" if s == "card" else s for s in (*steps, "golden_training")):
+        monkeypatch.setattr(gpu, name, fine)
+    monkeypatch.setattr(gpu, "golden_network", wrong)
+    out = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--small", "--out", str(out)]
+    assert gpu.main(words) == 1
+    found = json.loads(out.read_text())["steps"]
+    assert list(found) == ["card", "rates", "golden network", "golden training"]
+    network = found["golden network"]
+    assert network | {"state": "failed", "error": "AssertionError: off by 0.5", "largest_difference": 0.5} == network
+    assert re.fullmatch(r"tests/test_benchmarks\.py:\d+", network["at"])
+    assert gpu.main([*words, "--anyway"]) == 1
+    found = json.loads(out.read_text())["steps"]
+    assert len(found) > 20 and sum(s["state"] == "failed" for s in found.values()) == 1
+
+
+def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    """A step has a limit, and one for which no time is left is skipped."""
+    report = gpu.Report(gpu.Bench(gpu.chosen_device("cpu"), gpu.SMALL), tmp_path / "gpu.json", {}, limit=100)
+
+    def slow(b: gpu.Bench, found: gpu.Found) -> str:
+        found["begun"] = True
+        while True:
+            sum(range(1000))
+
+    assert not report.step("slow", slow, most=0.1)
+    report.limit = 0
+    assert report.step("late", slow)
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert steps["slow"]["begun"] and steps["slow"]["error"].startswith("TimeoutError: took more than")
+    assert steps["late"]["why"] == "no time left"
