@@ -30,6 +30,7 @@ import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import atomic_path, check_free, folder_of, path_of, write_json
+from gddlab.memory import keep_memory
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -806,6 +807,8 @@ def print_findings(found: Doctor, console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 2 and one line on bad input."""
+    if argv is None:  # the process is ours
+        keep_memory()
     words = sys.argv[1:] if argv is None else argv
     shown = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"gddlab: {message}\n"  # Python's own shows a line of code too

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -53,6 +53,26 @@ def peak_memory_mib(device: torch.device | None = None) -> float:
         return int(found[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, float32 convolutions and matrix products on CUDA use TF32, 10 bits of mantissa, or do not.
+
+    PyTorch's own default is to use it in convolutions. By the settings since PyTorch 2.9: the older ones raise where a
+    user has set one of these, or where only some of them are set.
+    """
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    settings, wanted = (cudnn.conv, cudnn.rnn, products), "tf32" if allowed else "ieee"
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = wanted
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
 
 
 # What this process may use: containers and clusters limit it by control groups.

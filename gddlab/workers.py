@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
+from gddlab.memory import keep_memory
 
 SAMPLING = "gddlab.sampling.to_files:make_share"
-# glibc returns freed megabytes to the system at once, and the next tensor of that size gets its pages again, which
-# takes about a tenth of a step on a CPU.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 # By default libgomp's threads spin for milliseconds until others are done. As soon as another process takes a core, a
 # run then all but stops; with a thousand turns it is a seventh slower alone, and half as fast beside another.
 WAIT = {"GOMP_SPINCOUNT": "1000"}
@@ -36,7 +34,7 @@ JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADD
 def fresh_environment(nproc: int) -> dict[str, str]:
     """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
     own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **MALLOC, **WAIT, **own}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **WAIT, **own}
     env["PYTHONSAFEPATH"] = "1"  # a random.py in the working folder is not Python's
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
@@ -136,6 +134,7 @@ def _why(code: int, rank: int, nproc: int, log: IO[bytes], hint: str) -> str:
 
 def main() -> int:
     """The worker's side of `run_workers`."""
+    keep_memory()
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     out = os.fdopen(os.dup(1), "w", buffering=1)

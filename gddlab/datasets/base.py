@@ -241,10 +241,10 @@ class BatchReader:
         self.position += self.batch
         return self.dataset.images(index), self.dataset.labels(index)
 
-    def indices(self) -> Tensor:
-        """Indices of the images that `next` reads here, int64 (batch / world_size,)."""
-        n = self.batch // self.world_size
-        return order(len(self.dataset), self.seed, self.position, self.batch)[self.rank * n : (self.rank + 1) * n]
+    def indices(self, position: int | None = None) -> Tensor:
+        """Indices of the images that `next` reads here, or at another position, int64 (batch / world_size,)."""
+        n, start = self.batch // self.world_size, self.position if position is None else position
+        return order(len(self.dataset), self.seed, start, self.batch)[self.rank * n : (self.rank + 1) * n]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "seed": self.seed, "dataset_sha256": self.dataset.manifest.sha256}

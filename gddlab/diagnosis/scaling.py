@@ -225,11 +225,12 @@ def count(folder: str, batch: int, stand_in: bool, report: Callable[[int], Any])
     if step.g.label_dim:
         device = trainer.world.device
         labels = torch.eye(step.g.label_dim, device=device)[torch.arange(batch) % step.g.label_dim]
+    student_pass = drawer.place(drawer.latents(0, 0)), labels, drawer.place(drawer.draw(0, 0))
     with Counter() as student:
-        step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0)).sum().backward()
+        step.generate(*student_pass).sum().backward()
     if step.adversarial and not config.reuse_fakes:
         with torch.no_grad(), student:
-            step.generate(drawer.latents(0, 0), labels, drawer.draw(0, 0))
+            step.generate(*student_pass)
     plain = iteration(1)
     lazy = iteration(config.r1_interval) if step.due_r1(config.r1_interval) else plain
     counted = Counted(

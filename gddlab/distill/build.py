@@ -14,6 +14,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_object
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
+from gddlab.runtime import chosen_device
 from gddlab.teachers import load_teacher
 
 
@@ -72,6 +73,9 @@ def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, worl
             )
     if config.batch % world_size:
         raise GddlabError(f"batch={config.batch} on {world_size} processes: give a multiple of {world_size}")
+    if config.cuda_graph and (world_size > 1 or chosen_device(config.device).type == "cpu"):
+        here = "the CPU" if world_size == 1 else f"{world_size} processes"
+        raise GddlabError(f"cuda_graph=True on {here}: it needs one process on a GPU, give cuda_graph=False")
     part = config.batch // world_size
     held = config.batch_per_device or part
     if part % held:

@@ -208,6 +208,10 @@ class TrainConfig(RunSettings):
     """Of the discriminator's passes in the generator and discriminator steps; R1 stays float32."""
     channels_last: bool = False
     """Memory format of student and discriminator: faster on GPUs, and on CPUs with bfloat16."""
+    tf32: bool = False
+    """Whether float32 convolutions and matrix products use TF32 on a GPU, 10 bits of mantissa; the authors' do not."""
+    cuda_graph: bool = False
+    """Runs the iteration on one GPU as a CUDA graph: the same kernels, without the time to launch them."""
     compile: bool = False
     """torch.compile on the student and the frozen features."""
     shard: bool = False
@@ -269,6 +273,11 @@ class TrainConfig(RunSettings):
             raise GddlabError(
                 f"shard=True with instance={self.instance.kind!r}: its passes hold parts of the student constant, "
                 "give one of them"
+            )
+        varies = [f for f in ("mid_sigmas", "instance", "shard") if getattr(self, f)]
+        if self.cuda_graph and varies:
+            raise GddlabError(
+                f"cuda_graph=True with {varies[0]}: its iterations are not all the same kernels, give one of them"
             )
         if self.shard and self.compile:
             raise GddlabError("shard=True with compile=True: the two were never tried together, give one of them")

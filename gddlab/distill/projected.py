@@ -154,9 +154,9 @@ class SNConv2d(nn.Module):
                 if self.training:
                     v = F.normalize(w.t() @ u, dim=0, eps=1e-12)
                     u = F.normalize(w @ v, dim=0, eps=1e-12)
-                    # New tensors: earlier passes keep theirs for their backward.
-                    kept = v.view(*shape[1:], shape[0]).permute(2, 0, 1).flatten() if last else v
-                    self.weight_u, self.weight_v = u, kept
+                    # Copies: earlier passes keep theirs for their backward, and a CUDA graph reads at one place.
+                    self.weight_u.copy_(u)
+                    self.weight_v.copy_(v.view(*shape[1:], shape[0]).permute(2, 0, 1).flatten() if last else v)
             y: Tensor = _Normalise.apply(w, u, v)
         return y.view(-1, *shape[1:], shape[0]).permute(0, 3, 1, 2) if last else y.view_as(p)
 

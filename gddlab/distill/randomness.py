@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gddlab.distill.config import DTYPES, TrainConfig
 from gddlab.distill.distributed import World
@@ -14,12 +16,14 @@ from gddlab.distill.instance import InstanceLoss
 from gddlab.nets import OneStepPrecond
 from gddlab.runtime import generator
 
+Drawn = TypeVar("Drawn")
+"""A tensor, or what holds tensors."""
+
 SIDE = 2**31
 """Positions of the sequence from which everything but latents is drawn; latents are at 2 * iteration + stream."""
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What is random in a pass beside the latents; this rank's part of the global batch.
 
     Attributes:
@@ -36,16 +40,41 @@ class Draw:
         return Draw(tuple(x[s] for x in self.noise), self.exit, None if self.u is None else self.u[s])
 
 
-class InstanceBatch(NamedTuple):
-    """What the instance loss takes in an iteration, this rank's part: real images, noise, indices of noise levels."""
+class InstanceDraw(NamedTuple):
+    """What is random in the instance loss, of this rank: noise, (B, C, H, W), and indices of noise levels, (3, B)."""
 
-    images: Tensor
     noise: Tensor
     at: Tensor
 
 
+class Batch(NamedTuple):
+    """What an iteration takes, this rank's part.
+
+    Attributes:
+        z, draw: Latents of the generator step, (B, C, H, W), and what else is random in it.
+        z_d, draw_d: Those of the images that the discriminator learns from; None where it takes the generator step's.
+        labels: One-hot, (B, label_dim), or None.
+        images: Real, (B, C, H, W) in [-1, 1]; None where the iteration takes none.
+        features: Theirs where they are kept, of each level, (B, ...), in place of computed ones.
+        u: Uniforms of their augmentation, (B, width), or None.
+        instance: What is random in the instance loss, or None.
+    """
+
+    z: Tensor
+    draw: Draw = Draw()
+    z_d: Tensor | None = None
+    draw_d: Draw = Draw()
+    labels: Tensor | None = None
+    images: Tensor | None = None
+    features: list[Tensor] | None = None
+    u: Tensor | None = None
+    instance: InstanceDraw | None = None
+
+
 class Drawer:
     """Latents and all other random numbers of a rank; neither processes nor micro-batches change them.
+
+    All are drawn on the CPU, since each kind of device has its own sequence.
 
     Args:
         config: Batch, seed, steps of the student, precision, memory format.
@@ -60,25 +89,30 @@ class Drawer:
         self.batch, self.seed, self.steps = config.batch, config.seed, 1 + len(config.mid_sigmas)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
-    def place(self, images: Tensor) -> Tensor:
-        """Images or noise where and how the networks take them."""
-        return self._move(images).contiguous(memory_format=self.layout)
+    def pinned(self, drawn: Drawn) -> Drawn:
+        """Tensors on the CPU, in memory from which the copy to a CUDA device does not wait for it."""
+        return tree_map_only(Tensor, Tensor.pin_memory, drawn) if self.world.device.type == "cuda" else drawn
 
-    def _move(self, x: Tensor) -> Tensor:
-        if self.world.device.type == "cuda":  # from pinned memory the copy does not wait for the device
-            return x.pin_memory().to(self.world.device, self.dtype, non_blocking=True)
-        return x.to(self.world.device, self.dtype)
+    def place(self, drawn: Drawn) -> Drawn:
+        """Images, noise and labels where and how the networks take them; indices stay on the CPU, where they choose."""
+        return tree_map_only(Tensor, self._placed, drawn)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        x = x.to(self.world.device, self.dtype, non_blocking=True)
+        return x.contiguous(memory_format=self.layout) if x.ndim == 4 else x
 
     def _noise(self, g: torch.Generator) -> Tensor:
-        return self.place(self.world.shard(torch.randn((self.batch, *self.shape), generator=g)))
+        return self.world.shard(torch.randn((self.batch, *self.shape), generator=g))
 
     def _uniforms(self, g: torch.Generator) -> Tensor | None:
         if not self.width:
             return None
-        return self._move(self.world.shard(torch.rand((self.batch, self.width), generator=g, dtype=torch.float64)))
+        return self.world.shard(torch.rand((self.batch, self.width), generator=g, dtype=torch.float64))
 
     def latents(self, iteration: int, stream: int) -> Tensor:
-        """Of the generator step (stream 0) or the discriminator step (1), (B, C, H, W)."""
+        """Of the generator step (stream 0) or the discriminator step (1), (B, C, H, W), on the CPU."""
         return self._noise(generator(self.seed, 2 * iteration + stream))
 
     def draw(self, iteration: int, stream: int) -> Draw:
@@ -93,8 +127,31 @@ class Drawer:
         """Uniforms of the augmentation of real images."""
         return self._uniforms(generator(self.seed, SIDE + 4 * iteration + 2))
 
-    def instance(self, iteration: int, images: Tensor, loss: InstanceLoss) -> InstanceBatch:
-        """Noise and noise levels of the instance loss, with this rank's real images."""
+    def instance(self, iteration: int, loss: InstanceLoss) -> InstanceDraw:
+        """Noise and noise levels of the instance loss."""
         g = generator(self.seed, SIDE + 4 * iteration + 3)
         noise = self._noise(g)
-        return InstanceBatch(images, noise, self.world.shard(loss.draw(self.batch, g).T).T)
+        return InstanceDraw(noise, self.world.shard(loss.draw(self.batch, g).T).T)
+
+
+class Ahead:
+    """Makes what the next iteration takes while the present one runs on its device.
+
+    Args:
+        make: Takes iteration and position in the data.
+        step: Images of an iteration.
+        thread: Whether to do so; on a CPU the thread would take a core from the training.
+    """
+
+    def __init__(self, make: Callable[[int, int], Batch], step: int, *, thread: bool):
+        self.make, self.step = make, step
+        self.pool = ThreadPoolExecutor(1, "ahead") if thread else None
+        self.made: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def __call__(self, iteration: int, position: int) -> Batch:
+        key = iteration, position
+        batch = self.made[1].result() if self.made is not None and self.made[0] == key else self.make(*key)
+        if self.pool is not None:
+            following = iteration + 1, position + self.step
+            self.made = following, self.pool.submit(self.make, *following)
+        return batch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
@@ -174,32 +175,44 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device = device
         self.kind = torch.float64 if device.type == "cpu" else torch.float32
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.absent = torch.full((), torch.nan, device=device, dtype=self.kind)
+        self.names: list[str] = []
+        self.totals = torch.zeros(2, 0, device=device, dtype=self.kind)
+        """Sums and counts, in the order of `names`: one operation for all, since each costs a launch."""
         self.streak = torch.zeros((), device=device)
         self.longest = torch.zeros((), device=device)
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.totals[0].unbind(), strict=True))
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.totals[1].unbind(), strict=True))
+
     def add(self, stats: Mapping[str, Tensor]) -> None:
         """Adds an iteration's scalars, whether gradients were sanitised, and whether a loss was not finite."""
-        losses = [v.detach() for k, v in stats.items() if k.startswith("loss/")]
-        finite = torch.stack([x.isfinite() for x in losses]).all()
+        finite = torch.stack([v.detach() for k, v in stats.items() if k.startswith("loss/")]).isfinite().all()
         self.streak = torch.where(finite, 0.0, self.streak + 1)
         self.longest = torch.maximum(self.longest, self.streak)
         shares = {f"sanitised/{k[-1]}": v > 0 for k, v in stats.items() if k.startswith("nonfinite/")}
-        for name, value in {**stats, **shares, "nonfinite/loss": ~finite}.items():
-            value = value.detach().to(self.kind)
-            known = value.isfinite()
-            zero = torch.zeros((), device=self.device, dtype=self.kind)
-            self.sums[name] = self.sums.get(name, zero) + torch.where(known, value, 0.0)
-            self.counts[name] = self.counts.get(name, zero) + known
+        given = {**stats, **shares, "nonfinite/loss": ~finite}
+        new = [name for name in given if name not in self.names]
+        if new:
+            self.names += new
+            self.totals = F.pad(self.totals, (0, len(new)))
+        values = torch.stack([given[n].detach().to(self.kind) if n in given else self.absent for n in self.names])
+        known = values.isfinite()
+        self.totals += torch.stack([torch.where(known, values, 0.0), known.to(self.kind)])
 
     def _reduced(self, world: World) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and counts by name, means over ranks."""
-        names = sorted(self.sums)
-        if not names:
+        if not self.names:
             return {}, {}
-        flat = world.mean(torch.stack([*(self.sums[k] for k in names), *(self.counts[k] for k in names)])).tolist()
-        return dict(zip(names, flat, strict=False)), dict(zip(names, flat[len(names) :], strict=True))
+        order = [self.names.index(name) for name in sorted(self.names)]  # ranks may have met them in another order
+        sums, counts = world.mean(self.totals[:, order]).tolist()
+        names = sorted(self.names)
+        return dict(zip(names, sums, strict=True)), dict(zip(names, counts, strict=True))
 
     def means(self, world: World) -> dict[str, float]:
         """Means over iterations and ranks since the last `reset`; a name without any finite value is left out."""
@@ -207,8 +220,8 @@ class Meter:
         return {k: total / counts[k] for k, total in sums.items() if counts[k]}
 
     def reset(self) -> None:
-        self.sums.clear()
-        self.counts.clear()
+        self.names.clear()
+        self.totals = self.totals[:, :0]
         self.longest = self.streak.clone()
 
     def state_dict(self, world: World) -> dict[str, Any]:
@@ -217,10 +230,8 @@ class Meter:
         return {"sums": sums, "counts": counts, "streak": self.streak.item(), "longest": self.longest.item()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        def tensor(x: float) -> Tensor:
-            return torch.tensor(x, dtype=self.kind, device=self.device)
-
-        self.sums = {k: tensor(v) for k, v in state["sums"].items()}
-        self.counts = {k: tensor(v) for k, v in state["counts"].items()}
+        self.names = list(state["sums"])
+        totals = [[state[part][name] for name in self.names] for part in ("sums", "counts")]
+        self.totals = torch.tensor(totals, dtype=self.kind, device=self.device).reshape(2, -1)
         self.streak = torch.tensor(state["streak"], device=self.device)
         self.longest = torch.tensor(state["longest"], device=self.device)

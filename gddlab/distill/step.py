@@ -16,7 +16,7 @@ from gddlab.distill.distributed import World
 from gddlab.distill.instance import InstanceLoss
 from gddlab.distill.losses import constant, d_loss_fake, d_loss_real, g_loss, r1_penalty
 from gddlab.distill.parts import Discriminator
-from gddlab.distill.randomness import Draw, InstanceBatch
+from gddlab.distill.randomness import Batch, Draw, InstanceDraw
 from gddlab.ema import local_shard
 from gddlab.nets import OneStepPrecond
 
@@ -32,7 +32,8 @@ def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = No
     One kernel makes the whole step. The state exists from the start, so that a checkpoint always has the same form.
     """
     c = interval / (interval + 1) if interval else 1.0
-    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
+    graphs = any(p.is_cuda for p in params)  # a step may be recorded there
+    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True, capturable=graphs)
     for p in params:
         step = torch.zeros((), device=p.device)  # the kernel counts it there
         opt.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -158,10 +159,37 @@ class GanStep:
         """Features of a part of the generated images."""
         return self.features(self.generate(z[s], _at(labels, s), draw.part(s)), _at(draw.u, s))
 
+    def iteration(self, batch: Batch) -> Stats:
+        """Generator and discriminator step."""
+        instance = None
+        if batch.instance is not None:
+            assert batch.images is not None
+            instance = batch.images, batch.instance
+        stats, fakes = self.g_step(batch.z, batch.labels, batch.draw, instance)
+        if not self.adversarial:
+            return stats
+        if batch.z_d is not None:
+            del fakes
+            fakes = self.fake_features(batch.z_d, batch.labels, batch.draw_d)
+        reals = batch.features
+        if reals is None:
+            assert batch.images is not None
+            reals = self.real_features(batch.images, batch.u)
+        return stats | self.d_step(fakes, reals, batch.labels)
+
     def g_step(
-        self, z: Tensor, labels: Tensor | None, draw: Draw = PLAIN, instance: InstanceBatch | None = None
+        self,
+        z: Tensor,
+        labels: Tensor | None,
+        draw: Draw = PLAIN,
+        instance: tuple[Tensor, InstanceDraw] | None = None,
     ) -> tuple[Stats, list[Tensor]]:
-        """Generator step; returns the features of the images it made too, which `d_step` can use again."""
+        """Generator step; returns the features of the images it made too, which `d_step` can use again.
+
+        Args:
+            z, labels, draw: See `Batch`.
+            instance: Real images, and what is random in the instance loss.
+        """
         self.opt_g.zero_grad(set_to_none=True)
         stats: Stats = {}
         features: list[Tensor] = []
@@ -169,7 +197,7 @@ class GanStep:
             with constant(self.d_params):
                 stats, features = self._adversarial(z, labels, draw)
         if instance is not None:
-            stats["loss/instance"] = self._instance(instance, labels)
+            stats["loss/instance"] = self._instance(*instance, labels)
         return stats | {"nonfinite/g": update(self.opt_g, self.g_params, self.world)}, features
 
     def _adversarial(self, z: Tensor, labels: Tensor | None, draw: Draw) -> tuple[Stats, list[Tensor]]:
@@ -196,13 +224,13 @@ class GanStep:
             kept = _cat(made)
         return {"loss/g": total, "logits/g": mean}, kept
 
-    def _instance(self, batch: InstanceBatch, labels: Tensor | None) -> Tensor:
+    def _instance(self, images: Tensor, drawn: InstanceDraw, labels: Tensor | None) -> Tensor:
         assert self.instance is not None
-        n = len(batch.images)
-        total = torch.zeros((), device=batch.images.device, dtype=batch.images.dtype)
+        n = len(images)
+        total = torch.zeros((), device=images.device, dtype=images.dtype)
         for s in self._parts(n):
-            with self._cast(self.autocast, batch.images):
-                losses = self.instance.loss(self.g, batch.images[s], _at(labels, s), batch.noise[s], batch.at[:, s])
+            with self._cast(self.autocast, images):
+                losses = self.instance.loss(self.g, images[s], _at(labels, s), drawn.noise[s], drawn.at[:, s])
             loss = losses.sum() / n
             (self.instance_weight * loss).backward()
             total = total + loss.detach()

@@ -19,17 +19,19 @@ from gddlab.distill.build import build_step, check
 from gddlab.distill.checkpoints import Checkpoints, Loaded, set_training_state, training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
+from gddlab.distill.graph import Graphed
 from gddlab.distill.health import Alarm, Health, Thresholds
-from gddlab.distill.randomness import Drawer
+from gddlab.distill.randomness import Ahead, Batch, Draw, Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder
 from gddlab.distill.status import name_of, where_it_continues
+from gddlab.distill.step import Stats
 from gddlab.ema import ema_beta, ema_update, local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.nets.io import make_student
 from gddlab.probing import DEFAULT, probe, weight_change
-from gddlab.runtime import peak_memory_mib
+from gddlab.runtime import peak_memory_mib, tf32
 
 Score = Callable[[Path], tuple[str, float, float | None]]
 """Scores the student in a file: name of the metric, value (lower is better, nan if diverged), spread if known."""
@@ -71,6 +73,11 @@ class Trainer:
         )
         width = 0 if self.step.augment is None else self.step.augment.width
         self.drawer = Drawer(config, g, world, width=width)
+        self.ahead = Ahead(self.draw, config.batch, thread=world.device.type == "cuda")
+        self.run: Callable[[Batch], Stats] = self.step.iteration
+        self.run_r1: Callable[[tuple[Tensor, Tensor | None]], Stats] = lambda given: self.step.r1_step(*given)
+        if config.cuda_graph:
+            self.run, self.run_r1 = Graphed(self.run, world.device), Graphed(self.run_r1, world.device)
         self.meter = Meter(world.device)
         real = self.data.images(order(len(self.data), 0, 0, min(GRID, len(self.data))))
         settled, learned = SETTLED * config.batch / 1000, LEARNED * config.batch / 1000
@@ -100,35 +107,49 @@ class Trainer:
         if discriminator is None or not discriminator.caches() or self.config.augment is not None:
             return
         parts: list[list[Tensor]] = []
-        for i in range(0, len(self.data), 128):
-            parts.append(self.step.real_features(self.drawer.place(self.data.images(slice(i, i + 128)))))
+        with tf32(self.config.tf32):
+            for i in range(0, len(self.data), 128):
+                parts.append(self.step.real_features(self.drawer.place(self.data.images(slice(i, i + 128)))))
         self.real = [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether each iteration takes real images, and not their features."""
+        return self.step.instance is not None or (self.step.adversarial and self.real is None)
+
+    def draw(self, iteration: int, position: int) -> Batch:
+        """What an iteration takes, on the CPU: a function of iteration and position in the data."""
+        step, drawer, index = self.step, self.drawer, self.reader.indices(position)
+        fresh = step.adversarial and not self.config.reuse_fakes
+        batch = Batch(
+            z=drawer.latents(iteration, 0),
+            draw=drawer.draw(iteration, 0),
+            z_d=drawer.latents(iteration, 1) if fresh else None,
+            draw_d=drawer.draw(iteration, 1) if fresh else Draw(),
+            labels=self.data.labels(index) if step.g.label_dim else None,
+            images=self.data.images(index) if self.takes_images or step.due_r1(iteration) else None,
+            u=drawer.real(iteration),
+            instance=None if step.instance is None else drawer.instance(iteration, step.instance),
+        )
+        return drawer.pinned(batch)
 
     def iterate(self) -> None:
         """One iteration: G, D, and R1 where due."""
-        c, step, drawer, it = self.config, self.step, self.drawer, self.iteration
-        index = self.reader.indices()
-        due = step.due_r1(it)
-        needed = due or step.instance is not None or (step.adversarial and self.real is None)
-        images = drawer.place(self.data.images(index)) if needed else torch.empty(0)
-        labels = None
-        if step.g.label_dim:
-            labels = self.data.labels(index).to(self.world.device, drawer.dtype)
-        instance = None if step.instance is None else drawer.instance(it, images, step.instance)
-        stats, features = step.g_step(drawer.latents(it, 0), labels, drawer.draw(it, 0), instance)
-        if step.adversarial:
-            if not c.reuse_fakes:
-                del features
-                features = step.fake_features(drawer.latents(it, 1), labels, drawer.draw(it, 1))
-            if self.real is None:
-                reals = step.real_features(images, drawer.real(it))
-            else:
-                reals = [f[index.to(self.world.device)] for f in self.real]
-            stats |= step.d_step(features, reals, labels)
-        if due:
-            bad = stats.pop("nonfinite/d")
-            stats |= step.r1_step(images, labels)
-            stats["nonfinite/d"] = stats["nonfinite/d"] + bad
+        c, step = self.config, self.step
+        batch = self.drawer.place(self.ahead(self.iteration, self.nimg))
+        images = batch.images
+        if not self.takes_images:
+            batch = batch._replace(images=None)
+        if self.real is not None:
+            index = self.reader.indices().to(self.world.device)
+            batch = batch._replace(features=[f[index] for f in self.real])
+        with tf32(c.tf32):
+            stats = self.run(batch)
+            if step.due_r1(self.iteration):
+                assert images is not None
+                bad = stats.pop("nonfinite/d")
+                stats |= self.run_r1((images, batch.labels))
+                stats["nonfinite/d"] = stats["nonfinite/d"] + bad
         self.iteration += 1
         self.reader.position += c.batch
         ema_update(self.ema, step.g, ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
 from gddlab.nets import Precond, architecture
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
-from gddlab.runtime import chosen_device
+from gddlab.runtime import chosen_device, tf32
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, sampler_name
 
@@ -216,26 +215,11 @@ def extract_part(
     return out
 
 
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """By the settings since PyTorch 2.9: the older ones raise where a user has set one of these."""
-    backends: Any = torch.backends
-    settings = [backends.cudnn.conv, backends.cuda.matmul]
-    before = [s.fp32_precision for s in settings]
-    try:
-        for s in settings:
-            s.fp32_precision = "ieee"
-        yield
-    finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
-
-
 @torch.inference_mode()
 def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
     """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32 and autocast."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
-    with _without_tf32(), torch.autocast(device.type, enabled=False):
+    with tf32(False), torch.autocast(device.type, enabled=False):
         rgb = (part.to(device).expand(-1, 3, -1, -1) for part in images.split(batch))  # grey is repeated
         rows = torch.cat([torch.cat(net(x), 1).cpu() for x in rgb])
     if rows.shape[1] != extractor.width:

@@ -17,6 +17,7 @@ from gddlab.distill.status import mark, read_status
 from gddlab.errors import GddlabError
 from gddlab.launch.plan import TIMEOUT
 from gddlab.lock import OWNED, Job, sign, take
+from gddlab.memory import keep_memory
 
 
 class RankTimeout(GddlabError):
@@ -25,6 +26,7 @@ class RankTimeout(GddlabError):
 
 def run_rank(run_dir: str | Path) -> int:
     """Trains as the rank that the environment names; output goes to log/rankN.txt. Returns the exit code."""
+    keep_memory()
     folder = Path(run_dir)
     rank, restarts = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     (folder / "log").mkdir(exist_ok=True)

@@ -123,7 +123,8 @@ def gradients(path: Path, teacher: Path, **fields: Any) -> dict[str, torch.Tenso
     """Gradients of the three steps, and the state of BatchNorm and spectral norm; no optimiser steps."""
     t = Trainer(tiny_config(path, teacher, precision="float64", augment={"ops": ("color", "geom")}, **fields), ALONE)
     step, drawer, out = t.step, t.drawer, {}
-    images = drawer.place(t.data.images(t.reader.indices()))
+    place = drawer.place
+    images = place(t.data.images(t.reader.indices()))
     for opt in (step.opt_g, step.opt_d):
         opt.step = lambda: None  # type: ignore[assignment, method-assign, union-attr]
 
@@ -131,9 +132,9 @@ def gradients(path: Path, teacher: Path, **fields: Any) -> dict[str, torch.Tenso
         out.update({f"{name}/{k}": v for k, v in stats.items()})
         out.update({f"{name}/{k}": p.grad for k, p in net.named_parameters() if p.grad is not None})
 
-    keep("g", step.g_step(drawer.latents(0, 0), None, drawer.draw(0, 0))[0], step.g)
-    fakes = step.fake_features(drawer.latents(0, 1), None, drawer.draw(0, 1))
-    keep("d", step.d_step(fakes, step.real_features(images, drawer.real(0)), None), step.d)
+    keep("g", step.g_step(place(drawer.latents(0, 0)), None, place(drawer.draw(0, 0)))[0], step.g)
+    fakes = step.fake_features(place(drawer.latents(0, 1)), None, place(drawer.draw(0, 1)))
+    keep("d", step.d_step(fakes, step.real_features(images, place(drawer.real(0))), None), step.d)
     keep("r1", step.r1_step(images, None), step.d)
     return {k: v.clone() for k, v in out.items()} | {f"state/{k}": v for k, v in step.d.state_dict().items()}
 
@@ -254,7 +255,7 @@ def test_cached_real_features_change_nothing(tmp_path: Path, tiny_teacher: Path)
 def test_reused_fakes_are_those_of_the_generator_step(tmp_path: Path, tiny_teacher: Path) -> None:
     """The first D step on reused fakes equals one on fresh fakes of the same noise and the previous generator."""
     t = Trainer(tiny_config(tmp_path / "run", tiny_teacher, precision="float64"), ALONE)
-    z, images = t.drawer.latents(0, 0), t.data.images(slice(0, 8)).double()
+    z, images = t.drawer.place(t.drawer.latents(0, 0)), t.data.images(slice(0, 8)).double()
     with torch.no_grad():
         expected = t.step.d.features(t.step.g.generate(z))
     _, features = t.step.g_step(z, None)

@@ -87,6 +87,61 @@ def test_losses_of_a_compiled_run(card: torch.device, tmp_path: Path, tiny_teach
     assert found == pytest.approx(losses(tmp_path / "eager", tiny_teacher, card), rel=1e-3, abs=1e-3)
 
 
+GRAPHS: dict[str, dict[str, Any]] = {
+    "gdd": {},
+    "fast": {"precision": "bfloat16", "precision_d": "bfloat16", "channels_last": True, "reuse_fakes": True},
+    "parts of a batch": {"batch_per_device": 2},
+    "kept features": {"discriminator": {"cache_real": True}},
+    "stylegan2": {"discriminator": {"kind": "stylegan2"}},
+    "augmented": {"augment": {"ops": ("blit", "geom", "color"), "ada_target": 0.6, "ada_kimg": 0.1}},
+    "compiled": {"compile": True},
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_cuda_graph_of_an_iteration(kind: str, card: torch.device, tmp_path: Path, tiny_teacher: Path) -> None:
+    """Ten iterations, R1 in every second one, as a CUDA graph against launched ones: metrics to 1e-2 of about 1.
+
+    The first three of each kind are launched, so most are replayed; spectral norm's vectors move on in replays.
+    """
+    lines, vectors = [], []
+    with deterministic(warn_only=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for graph in (False, True):
+            config = tiny_config(tmp_path / str(graph), tiny_teacher, cuda_graph=graph, **GRAPHS[kind])
+            t = Trainer(config, alone(card))
+            t.cache_real()
+            for i in range(10):
+                if i == 8:
+                    before = {n: x.clone() for n, x in tensors(t).items() if n.endswith("weight_u")}
+                t.iterate()
+            lines.append({k: v for k, v in t.tick().items() if "/" in k or k == "r1"})
+            vectors.append({n: x for n, x in tensors(t).items() if n in before})
+            assert all(not torch.equal(x, before[n]) for n, x in vectors[-1].items() if len(x) > 1)
+    assert lines[0].keys() == lines[1].keys()
+    for name, value in lines[0].items():
+        assert lines[1][name] == pytest.approx(value, rel=1e-2, abs=1e-2), name
+
+
+def test_an_iteration_on_the_card_does_not_wait(cuda: torch.device, tmp_path: Path, tiny_teacher: Path) -> None:
+    """Iterations with R1, average and metrics, without a synchronisation of CPU and card once the kernels are chosen.
+
+    Torch raises at each one under `set_sync_debug_mode("error")`.
+    """
+    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher), alone(cuda))
+    for _ in range(4):
+        t.iterate()
+    if cuda.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            t.iterate()
+    finally:
+        if cuda.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert t.iteration == 6
+
+
 def test_frozen_stays_frozen(cuda: torch.device, tmp_path: Path, tiny_teacher: Path) -> None:
     """After six iterations on the card frozen parameters and buffers are the teacher's to the bit; others moved."""
     teacher = load_teacher(tiny_teacher)
@@ -164,7 +219,7 @@ def test_repeated_iteration_without_deterministic_kernels(
     runs = []
     for name in "ab":
         t = Trainer(tiny_config(tmp_path / name, tiny_teacher), alone(cuda))
-        t.step.g_step(t.drawer.latents(0, 0), None)
+        t.step.g_step(t.drawer.place(t.drawer.latents(0, 0)), None)
         runs.append([p.grad.clone() for p in t.step.g_params if p.grad is not None])
     largest = max(g.abs().max().item() for g in runs[0])
     for a, b in zip(*runs, strict=True):

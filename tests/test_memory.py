@@ -1,0 +1,62 @@
+"""Memory that the C library keeps: page faults of tensors that come and go, in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gddlab.memory import keep_memory
+from gddlab.workers import run_workers
+
+glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc"
+)
+ALONE = "import tests.test_memory as t; print(t.keep_memory(), t.faults())"
+
+
+def faults(report: object = None) -> int:
+    """Page faults of ten tensors of 64 MiB, one after the other, after some that fetched the memory."""
+    for _ in range(4):
+        torch.zeros(1 << 24).add_(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(1 << 24).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def in_a_process(**environment: str) -> tuple[bool, int]:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment
+    out = subprocess.run([sys.executable, "-c", ALONE], env=own, capture_output=True, text=True, check=True).stdout
+    took, found = out.split()
+    return took == "True", int(found)
+
+
+@glibc
+def test_kept_memory_is_not_fetched_again() -> None:
+    took, found = in_a_process()
+    assert took and found < 10
+
+
+@glibc
+@pytest.mark.parametrize("environment", [{"GDDLAB_KEEP_MEMORY": "0"}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=str)
+def test_it_is_switched_off(environment: dict[str, str]) -> None:
+    """By gddlab's own variable, and by a setting of glibc's, which is not overwritten."""
+    took, found = in_a_process(**environment)
+    assert not took and found >= 10  # as few where pages are huge
+
+
+@glibc
+def test_workers_keep_memory() -> None:
+    (found,) = run_workers({}, entry="tests.test_memory:faults")
+    assert found < 10
+
+
+def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_memory() is False
