@@ -71,7 +71,7 @@ from gddlab.nets.io import make_student
 from gddlab.probing import Probe
 from gddlab.probing.probe import peak_memory
 from gddlab.provenance import commit, hardware, versions
-from gddlab.runtime import chosen_device, peak_memory_mib
+from gddlab.runtime import chosen_device, peak_memory_mib, tf32
 from gddlab.sampling import karras_sigmas, sample
 from gddlab.sampling.samplers import prepared
 from tests.benchmarks.loops import BOTH, Loop, Ours, Plain, Setting, check, teacher_of, work
@@ -253,18 +253,6 @@ def median_time(run: Callable[[], object], device: torch.device, seconds: float,
     laps([run], device)
     (one,) = laps([run], device)
     return statistics.median(laps([run] * max(1, min(most, int(seconds / max(one, 1e-6)))), device))
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Allows TF32 in matrix products and convolutions, or forbids it."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique", "unique_", "is_nonzero")
@@ -511,7 +499,7 @@ def timed(b: Bench, found: Found, name: str, mode: Mode, make: Callable[[], Loop
     def iterate(n: int) -> list[float]:
         return laps([loop.iterate] * n, b.device)
 
-    warm = 3 * INTERVAL + 1 if mode.work else INTERVAL + 1  # to capture or to compile takes more
+    warm = 4 * INTERVAL + 1 if mode.work else INTERVAL + 1  # graphs are recorded in the fourth call, of R1 too
     began = time.monotonic()
     iterate(warm)
     warm_s = time.monotonic() - began
@@ -793,7 +781,6 @@ def main(arguments: Sequence[str] | None = None, size: Sizes | None = None) -> i
         device = chosen_device(given.device)
     except GddlabError as e:
         parser.error(str(e))
-    warnings.filterwarnings("ignore", message=".*TF32 behavior.*")  # torch announces the new settings
     size = size or (SMALL if given.small else Sizes())
     machine = {
         "what": "tests/benchmarks/gpu.py",
