@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
@@ -28,7 +28,7 @@ from gddlab.nets.architectures import NCSNPP
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
 from gddlab.progress import progress_bar
 from gddlab.provenance import commit, versions
-from gddlab.runtime import Seed, generator
+from gddlab.runtime import Seed, chosen_device, generator, tf32
 from gddlab.sampling import sample, save_grid
 
 
@@ -80,6 +80,10 @@ class TeacherConfig(RunSettings):
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run: auto is CUDA where there is a device, else the CPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the network under autocast; parameters and their average stay float32."""
 
     @field_validator("uniform_sigmas")
     @classmethod
@@ -106,11 +110,11 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         GddlabError: The run directory holds a run of another configuration, or began with other images.
         KeyboardInterrupt: After Ctrl-C; it says from where the same call continues.
     """
-    run = config.run_dir
+    run, device = config.run_dir, chosen_device(config.device)
     data = open_dataset(config.data)
     if config.conditional and not data.classes:
         raise GddlabError(f"conditional=True, but {data.name} has no classes: use conditional=False")
-    net = _network(config, data).train()  # first: it may be refused
+    net = _network(config, data).to(device).train()  # first: it may be refused
     config.check_images(data.manifest.sha256)
     config.write()
     done = run / "teacher.safetensors"
@@ -127,11 +131,11 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     losses: list[Tensor] = []
     saved: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "data": reader}
     if (run / "checkpoint.pt").exists():
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=device)
         for name, part in saved.items():
             part.load_state_dict(state[name])
         step, seconds = state["step"], state["seconds"]
-        losses = [torch.tensor(loss) for loss in state.get("losses", ())]
+        losses = [torch.tensor(loss, device=device) for loss in state.get("losses", ())]
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
 
     total = -(-round(config.total_kimg * 1000) // config.batch)
@@ -146,7 +150,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         with atomic_path(run / "checkpoint.pt") as tmp:
             torch.save(parts | more, tmp)
 
-    with bar, torch.autocast("cpu", enabled=False), interruptions() as interrupted:
+    low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    with bar, low, tf32(False), interruptions() as interrupted:
         while step < total:
             nimg = reader.position
             loss = _loss(config, net, reader, step)
@@ -237,6 +242,8 @@ def _loss(config: TeacherConfig, net: Precond, reader: BatchReader, step: int) -
         low, high = map(math.log, config.uniform_sigmas)
         sigma = torch.where(chosen, (low + (high - low) * torch.rand(config.batch, generator=g)).exp(), sigma)
     noise = torch.randn(x.shape, generator=g)
+    device = next(net.parameters()).device
+    x, labels, sigma, noise = (t.to(device) for t in (x, labels, sigma, noise))
     torch.manual_seed(generator(config.seed, step).initial_seed())  # dropout
     denoised = net(x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels if config.conditional else None)
     return edm_loss(denoised, x, sigma).mean()

@@ -87,6 +87,16 @@ def test_continued_training_is_bit_identical(
         train_teacher(config(tmp_path / "b", lr=0.002))
 
 
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        path = train_teacher(config(tmp_path / precision, precision=precision, device="cpu"))
+        losses[precision] = [m["loss"] for m in read_jsonl(path.parent / "metrics.jsonl")]
+        assert {p.dtype for p in load_network(path)[0].parameters()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert_close(torch.tensor(losses["bfloat16"]), torch.tensor(losses["float32"]), rtol=0.05, atol=0.0)
+
+
 def test_a_share_of_the_levels_is_log_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
 
