@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from tests.benchmarks import gpu
@@ -33,8 +35,7 @@ TINY = """
 import dataclasses, sys
 from tests.benchmarks.gpu import SMALL, main
 
-changes = {"channels": 8, "seconds": 0.01, "product": 64, "copied": 1, "probed": (16,), "sampled": (2,)}
-changes |= {"heun": 1, "kimg": 0.032, "batch": 2}
+changes = {"seconds": 0.01, "product": 64, "copied": 1, "probed": (16,), "sampled": (2,), "heun": 1, "kimg": 0.032}
 sys.exit(main(["--device", "cpu", "--small", *sys.argv[1:]], dataclasses.replace(SMALL, **changes)))
 """
 
@@ -58,6 +59,12 @@ def with_needs(names: set[str]) -> set[str]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage takes long in a process of tests."""
+    monkeypatch.setattr(gpu, "clean_up", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process that finds only what the script's docstring names."""
@@ -69,18 +76,27 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert {"torch", "pytest"} <= has and {"pandas", "tyro"} <= brought and not has & brought
     allowed = with_needs(has) | brought
     absent = {top for top, of in metadata.packages_distributions().items() if not {normal(n) for n in of} & allowed}
+    absent -= {"gddlab", "tests"}  # some packages install their tests
     assert {"torch_fidelity", "lpips", "pooch", "diffusers"} <= absent
-    assert not {"torch", "numpy", "scipy", "PIL", "pandas", "gddlab", "jinja2"} & absent
+    assert not {"torch", "numpy", "scipy", "PIL", "pandas", "jinja2"} & absent
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(WITHOUT)
     path = os.pathsep.join([str(folder), str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "GDDLAB_TEST_ABSENT": ",".join(sorted(absent - {"gddlab"}))}
+    hidden = {"GDDLAB_TEST_ABSENT": ",".join(sorted(absent)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return os.environ | {"PYTHONPATH": path} | hidden
 
 
-def test_the_script_for_a_card_on_a_cpu(bare: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "only",
+    [
+        pytest.param(("*[!g]",), id="without the golden training case"),  # which tests/golden runs too
+        pytest.param(("*",), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_script_for_a_card_on_a_cpu(only: tuple[str, ...], bare: dict[str, str], tmp_path: Path) -> None:
     """Every step is done, or skipped since it needs a card; lines and file say the same."""
     out = tmp_path / "gpu.json"
-    words = [sys.executable, "-c", TINY, "--out", str(out)]
+    words = [sys.executable, "-c", TINY, "--out", str(out), "--only", *only]
     ran = subprocess.run(words, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
@@ -94,7 +110,8 @@ def test_the_script_for_a_card_on_a_cpu(bare: dict[str, str], tmp_path: Path) ->
     }
     assert {s["state"] for n, s in steps.items() if n not in card} == {"done"}
     assert 0 <= steps["golden network"]["largest_difference"] < 1e-4
-    assert 0 < steps["golden training"]["largest_difference"] < 2e-6
+    assert ("golden training" in steps) == (only == ("*",))
+    assert 0 <= steps.get("golden training", {"largest_difference": 0})["largest_difference"] < 2e-6
     for name in ("fast", "reference", "plain"):
         mode = steps[f"training: {name}"]
         cycle = 16 * mode["iteration_s"] + mode["r1_s"]
@@ -145,18 +162,66 @@ def test_a_wrong_device_stops_the_script(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(found) > 20 and sum(s["state"] == "failed" for s in found.values()) == 1
 
 
+def test_all_golden_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst of all numbers is reported, also where several differ; nearly 0 counts by the absolute tolerance."""
+
+    def numbers(case: object, device: object, close: Callable[..., None]) -> None:
+        close(1.0 + 4e-7, 1.0, rtol=1e-6, atol=1e-12)
+        close(torch.tensor([1e-13, 2.0]), torch.tensor([0.0, 2.0]), rtol=1e-6, atol=1e-12)
+        for off in differences:
+            close(1.0 + off, 1.0, rtol=1e-6, atol=1e-12, msg=lambda m: f"this one: {m}")
+
+    monkeypatch.setattr(gpu.test_training, "check_training", numbers)
+    bench, found = gpu.Bench(gpu.chosen_device("cpu"), gpu.SMALL), {}
+    differences: tuple[float, ...] = ()
+    assert gpu.golden_training(bench, found).startswith("off by 4e-07")
+    differences = (1e-3, 1e-2)
+    with pytest.raises(AssertionError, match=r"2 numbers differ, the worst by 0\.01 of itself: this one"):
+        gpu.golden_training(bench, found)
+    assert found["differ"] == 2
+
+
+def test_waits_are_found_by_their_line() -> None:
+    """On a CPU: an item, an index by a mask, each once; nothing in what stays on the device."""
+    x, device = torch.randn(8), gpu.chosen_device("cpu")
+    assert gpu.waits(lambda: (x * 2).sum() + x[1:].mean(), device) == {}
+    found = gpu.waits(lambda: x[x > 0].sum().item(), device)
+    assert sum(found.values()) == 2 and all(k.startswith("tests/test_benchmarks.py:") for k in found)
+
+
+def test_memory_that_does_not_suffice_halves_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode is tried again with parts of the batch, the plain loop with a smaller one; the file says so."""
+    held = []
+
+    def timed(b: gpu.Bench, found: gpu.Found, name: str, mode: gpu.Mode, make: Callable[[], object]) -> None:
+        held.append(make())
+        if len(held) % 3:
+            raise torch.OutOfMemoryError("no memory")
+        found.update({"images_per_s": 1.0, "of_goal": 0.1, "peak_mib": 1.0, "waits": {}})
+
+    monkeypatch.setattr(gpu, "timed", timed)
+    monkeypatch.setattr(gpu, "Ours", lambda setting, **fields: (setting.batch, fields.get("batch_per_device")))
+    monkeypatch.setattr(gpu, "Plain", lambda setting: setting.batch)
+    bench = gpu.Bench(gpu.chosen_device("cpu"), gpu.Sizes())
+    for name, expected in (("fast", [(256, None), (256, 128), (256, 64)]), ("plain", [256, 128, 64])):
+        held.clear()
+        found: gpu.Found = {}
+        assert gpu.training(bench, found, name, gpu.MODES[name]).endswith("64 images at once")
+        assert held == expected and found["images_at_once"] == 64 and found["out_of_memory_with"] == [256, 128]
+
+
 def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     """A step has a limit, and one for which no time is left is skipped."""
     report = gpu.Report(gpu.Bench(gpu.chosen_device("cpu"), gpu.SMALL), tmp_path / "gpu.json", {}, limit=100)
 
-    def slow(b: gpu.Bench, found: gpu.Found) -> str:
+    def endless(b: gpu.Bench, found: gpu.Found) -> str:
         found["begun"] = True
         while True:
             sum(range(1000))
 
-    assert not report.step("slow", slow, most=0.1)
+    assert not report.step("slow", endless, most=0.1)
     report.limit = 0
-    assert report.step("late", slow)
+    assert report.step("late", endless)
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert steps["slow"]["begun"] and steps["slow"]["error"].startswith("TimeoutError: took more than")
     assert steps["late"]["why"] == "no time left"

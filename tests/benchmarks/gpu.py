@@ -1,6 +1,6 @@
-"""All that is to be known of a card, in one command of less than six minutes: one line per step, and JSON.
+r"""All that is to be known of a card, in one command of less than six minutes: one line per step, and JSON.
 
-    python tests/benchmarks/gpu.py [--out gpu.json] [--anyway] [--limit SECONDS]
+    python tests/benchmarks/gpu.py [--out gpu.json] [--anyway] [--limit SECONDS] [--only NAME ...]
     python tests/benchmarks/gpu.py --device cpu --small     # tries the script itself, three minutes on two cores
 
 Steps: the card and its rates; a golden network and a golden training case (if one differs, the rest runs only with
@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import fnmatch
 import gc
 import importlib.util
 import itertools
@@ -92,7 +93,7 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        batch, channels, backbones: Of the training iteration; channels None for the published ones.
+        batch, student, backbones, input_size: Of the training iteration, see `Setting`.
         agreement: Images of the comparison with the plain loop.
         product, copied: Side of the matrices, and MiB, by which the card's rates are measured.
         seconds: Of repetitions of what is timed.
@@ -104,8 +105,9 @@ class Sizes:
     """
 
     batch: int = 256
-    channels: int | None = None
+    student: tuple[tuple[str, int], ...] = ()
     backbones: tuple[str, ...] = BOTH
+    input_size: int = 224
     agreement: int = 16
     product: int = 8192
     copied: int = 2048
@@ -120,9 +122,10 @@ class Sizes:
 
 SMALL = Sizes(
     batch=2,
-    channels=16,
+    student=(("model_channels", 16), ("num_blocks", 1)),
     backbones=("tf_efficientnet_lite0",),
-    agreement=2,
+    input_size=64,
+    agreement=4,
     product=512,
     copied=16,
     seconds=1.0,
@@ -146,8 +149,9 @@ Found = dict[str, Any]
 class Report:
     """Runs steps, prints a line for each, and writes the file after each."""
 
-    def __init__(self, bench: Bench, out: Path, about: dict[str, Any], limit: float):
-        self.bench, self.out, self.about, self.began, self.limit = bench, out, about, time.monotonic(), limit
+    def __init__(self, bench: Bench, out: Path, about: dict[str, Any], limit: float, only: Sequence[str] = ("*",)):
+        self.bench, self.out, self.about, self.only = bench, out, about, only
+        self.began, self.limit = time.monotonic(), limit
         self.steps: dict[str, dict[str, Any]] = {}
 
     def left(self) -> float:
@@ -156,6 +160,8 @@ class Report:
 
     def step(self, name: str, run: Callable[..., str], *given: Any, most: float = 120.0) -> bool:
         """Runs a step for at most this many seconds; whether it was done, or skipped for a reason of its own."""
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only):
+            return True
         began = time.monotonic()
         found: Found = {}
         try:
@@ -406,7 +412,7 @@ def golden_training(b: Bench, found: Found) -> str:
 
     def close(got: Any, expected: Any, *, rtol: float, atol: float, msg: Any = None) -> None:
         nonlocal worst
-        a, e = (torch.as_tensor(x).double().cpu() for x in (got, expected))
+        a, e = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (got, expected))
         worst = max(worst, ((a - e).abs() / e.abs().clamp(min=max(atol / rtol, 1e-300))).max().item())
         try:
             assert_close(got, expected, rtol=rtol, atol=atol, msg=msg)
@@ -448,8 +454,8 @@ COMPILED = {"fast, compiled": Mode(FAST | {"compile": True}, "bfloat16", work="f
 
 
 def setting_of(b: Bench, batch: int) -> Setting:
-    images = 50_000 if b.card else 64
-    return Setting(batch, b.size.channels, b.size.backbones, INTERVAL, images, b.device)
+    size, images = b.size, 50_000 if b.card else 64
+    return Setting(batch, size.student, size.backbones, size.input_size, INTERVAL, images, b.device)
 
 
 def agreement(b: Bench, found: Found) -> str:
@@ -501,12 +507,11 @@ def timed(b: Bench, found: Found, name: str, mode: Mode, make: Callable[[], Loop
 
     warm = 4 * INTERVAL + 1 if mode.work else INTERVAL + 1  # graphs are recorded in the fourth call, of R1 too
     began = time.monotonic()
-    iterate(warm)
+    one = iterate(warm)[-INTERVAL:]
     warm_s = time.monotonic() - began
     losses = loop.losses() if isinstance(loop, Ours) else {}
     assert not losses.get("nonfinite/loss"), losses
-    one = iterate(INTERVAL)
-    n = INTERVAL * max(2, min(25, int(b.size.seconds / sum(one))))
+    n = INTERVAL * max(2 if b.card else 1, min(25, int(b.size.seconds / sum(one))))
     first, times = loop.number, iterate(n)
     due = [number % INTERVAL == 0 for number in range(first, first + n)]
     iteration = statistics.median(t for t, r in zip(times, due, strict=True) if not r)
@@ -662,6 +667,10 @@ def probing(b: Bench, found: Found, make: Callable[[], Any], layers: str, dtype:
     return f"{found['ratio']:.3f} times bare ({min(ratios):.3f} to {max(ratios):.3f}), {pairs} pairs"
 
 
+def ncsnpp(size: Sizes, channels: int) -> Any:
+    return build("ncsnpp-cifar10", **dict(size.student) | {"model_channels": channels})
+
+
 def dit(width: int, depth: int, heads: int) -> Any:
     return gddlab.wrap(
         DiT(width, depth, heads),
@@ -685,7 +694,7 @@ def sampling(b: Bench, found: Found, allowed: bool, how: dict[str, Any]) -> str:
     """Images per second of `sample` in one step, all at once, and of the network alone."""
     if allowed and not b.card:
         raise Skip("needs a card")
-    net = make_student(teacher_of(b.size.channels)).to(b.device)
+    net = make_student(teacher_of(b.size.student)).to(b.device)
     assert isinstance(net, OneStepPrecond)
     layout = torch.channels_last if how.get("channels_last") else torch.contiguous_format
     by_size = found["images"] = {}
@@ -706,7 +715,7 @@ def sampling(b: Bench, found: Found, allowed: bool, how: dict[str, Any]) -> str:
 
 def heun(b: Bench, found: Found) -> str:
     """Images per second of Heun's 18 steps, 35 passes, float32 with TF32 where there is a card."""
-    net, n = copy.deepcopy(teacher_of(b.size.channels)).to(b.device), b.size.heun
+    net, n = copy.deepcopy(teacher_of(b.size.student)).to(b.device), b.size.heun
     with tf32(b.card):
         seconds = b.median(lambda: sample(net, n, steps=18, batch_size=n), 0.3)
     found |= {"images": n, "images_per_s": n / seconds, "tf32": b.card}
@@ -753,7 +762,7 @@ def run(report: Report, *, anyway: bool) -> bool:
             return False
     fine += [*right, step("agreement", agreement)]
     fine += [step(f"training: {name}", training, name, mode) for name, mode in MODES.items()]
-    networks = {f"{c} channels": (partial(build, "ncsnpp-cifar10", model_channels=c), "conv") for c in size.probed}
+    networks = {f"{c} channels": (partial(ncsnpp, size, c), "conv") for c in size.probed}
     networks[f"DiT of width {size.dit[0]}"] = partial(dit, *size.dit), "linear"
     for name, network in networks.items():
         fine.append(step(f"probe: {name}", probing, *network, None))
@@ -772,6 +781,7 @@ def main(arguments: Sequence[str] | None = None, size: Sizes | None = None) -> i
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks and few images")
     parser.add_argument("--anyway", action="store_true", help="continue where golden numbers differ")
+    parser.add_argument("--only", nargs="+", default=["*"], help="steps by name, such as 'golden*' 'training: fast*'")
     parser.add_argument("--limit", type=float, default=350, help="seconds; what has not begun by then is skipped")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     given = parser.parse_args(arguments)
@@ -791,7 +801,7 @@ def main(arguments: Sequence[str] | None = None, size: Sizes | None = None) -> i
         "hardware": hardware(),
         "versions": versions("torchvision", "triton", "pandas"),
     }
-    report = Report(Bench(device, size), given.out, machine, given.limit)
+    report = Report(Bench(device, size), given.out, machine, given.limit, given.only)
     return 0 if run(report, anyway=given.anyway) else 1
 
 

@@ -41,16 +41,18 @@ class Setting:
 
     Attributes:
         batch: Images of an iteration.
-        channels: Base width of student and teacher; None for the published 128.
+        student: What differs from the published architecture of student and teacher, names and values.
         backbones: Of the discriminator.
+        input_size: Of the backbones, pixels.
         interval: Iterations between two R1 steps.
         images: Number of real images.
         device: Where it runs.
     """
 
     batch: int = 8
-    channels: int | None = None
+    student: tuple[tuple[str, int], ...] = ()
     backbones: tuple[str, ...] = BOTH
+    input_size: int = 224
     interval: int = 16
     images: int = 512
     device: torch.device = CPU
@@ -58,13 +60,13 @@ class Setting:
     def part(self) -> dict[str, Any]:
         """Fields of the discriminator."""
         weights = {name: "random" for name in self.backbones if name == "vgg16_bn"}
-        return {"backbones": self.backbones, "weights": weights}
+        return {"backbones": self.backbones, "weights": weights, "input_size": self.input_size}
 
 
 @functools.lru_cache(maxsize=1)
-def teacher_of(channels: int | None) -> Precond:
+def teacher_of(student: tuple[tuple[str, int], ...]) -> Precond:
     torch.manual_seed(0)
-    return build("ncsnpp-cifar10", **({} if channels is None else {"model_channels": channels})).eval()
+    return build("ncsnpp-cifar10", **dict(student)).eval()
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,7 +78,7 @@ def data_of(n: int) -> ImageDataset:
 def config_of(setting: Setting, **fields: Any) -> TrainConfig:
     """The preset with these fields in place of its own."""
     given = {"batch": setting.batch, "r1_interval": setting.interval, "r1_gamma": GAMMA, "lr_g": LR, "lr_d": LR}
-    mask = select_freeze(teacher_of(setting.channels), strategy="gdd-i")
+    mask = select_freeze(teacher_of(setting.student), strategy="gdd-i")
     given |= {"adversarial_weight": WEIGHT, "discriminator": setting.part(), "device": setting.device.type}
     return cifar10(run_dir="unused", mask=mask, **(given | fields))
 
@@ -88,8 +90,11 @@ class PlainDiscriminator(nn.Module):
         super().__init__()
         ours = ProjectedDiscriminator(Projected(**setting.part()), fold=False).to(setting.device)
         self.frozen = [(n, b.net.eval(), ours.projections[n]) for n, b in ours.backbones.items()]
+        self.size = setting.input_size
+        largest = 128 if self.size == 224 else self.size // 2
+        starts = [largest, largest // 2, largest // 4, largest // 8]
         self.heads = nn.ModuleList(
-            nn.ModuleList(self.head(c, start) for c, start in zip((64, 64, 128, 256), (128, 64, 32, 16), strict=True))
+            nn.ModuleList(self.head(c, s, min(8, starts[-1])) for c, s in zip((64, 64, 128, 256), starts, strict=True))
             for _ in self.frozen
         ).to(setting.device)
         state = {k: v for k, v in ours.state_dict().items() if k.startswith("discriminators.")}
@@ -99,15 +104,15 @@ class PlainDiscriminator(nn.Module):
         self.train()
 
     @staticmethod
-    def head(channels: int, res: int) -> nn.Sequential:
-        widths = {64: 64, 32: 128, 16: 256, 8: 512}
+    def head(channels: int, res: int, end: int) -> nn.Sequential:
+        widths = {64: 64, 32: 128, 16: 256, 8: 512, 4: 512, 2: 512}
         layers: list[nn.Module] = []
-        while res > 8:
+        while res > end:
             res //= 2
             conv = spectral_norm(nn.Conv2d(channels, widths[res], 4, stride=2, padding=1))
             layers += [conv, nn.BatchNorm2d(widths[res]), nn.LeakyReLU(0.2)]
             channels = widths[res]
-        return nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels, 1, 4, bias=False)))
+        return nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels, 1, max(1, end // 2), bias=False)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         logits = []
@@ -115,7 +120,8 @@ class PlainDiscriminator(nn.Module):
             vgg = name == "vgg16_bn"
             mean = torch.tensor([0.485, 0.456, 0.406] if vgg else [0.5] * 3, device=images.device)[:, None, None]
             std = torch.tensor([0.229, 0.224, 0.225] if vgg else [0.5] * 3, device=images.device)[:, None, None]
-            x = F.interpolate(((images + 1) / 2 - mean) / std, size=(224, 224), mode="bilinear", align_corners=False)
+            x = ((images + 1) / 2 - mean) / std
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
             maps = []
             if vgg:
                 for i, layer in enumerate(net):
@@ -123,7 +129,7 @@ class PlainDiscriminator(nn.Module):
                     if i in (12, 22, 32, 42):
                         maps.append(x)
             else:
-                maps = [m for m in net.forward_intermediates(x, intermediates_only=True) if m.shape[-1] < 112]
+                maps = net.forward_intermediates(x, intermediates_only=True)[-4:]
             above: Tensor | None = None
             mixed: list[Tensor] = []
             for i in (3, 2, 1, 0):
@@ -140,7 +146,7 @@ class Plain:
     """The plainest correct loop: everything afresh, one parameter after the other."""
 
     def __init__(self, setting: Setting):
-        teacher, config = teacher_of(setting.channels), config_of(setting)
+        teacher, config = teacher_of(setting.student), config_of(setting)
         self.setting, self.number, self.nimg = setting, 0, 0
         self.g = make_student(teacher).eval().to(setting.device)
         assert config.mask is not None
@@ -213,7 +219,7 @@ class Ours:
 
     def __init__(self, setting: Setting, **fields: Any):
         self.setting = setting
-        given = teacher_of(setting.channels), data_of(setting.images)
+        given = teacher_of(setting.student), data_of(setting.images)
         self.trainer = Trainer(config_of(setting, **fields), World(0, 1, setting.device), given=given)
         self.g_params, self.d_params = self.trainer.step.g_params, self.trainer.step.d_params
 
