@@ -207,7 +207,7 @@ class TrainConfig(RunSettings):
     precision_d: Literal["float32", "bfloat16"] = "float32"
     """Of the discriminator's passes in the generator and discriminator steps; R1 stays float32."""
     channels_last: bool = False
-    """Memory format of student and discriminator: faster on GPUs, and on CPUs with bfloat16."""
+    """Memory format of student and discriminator: equal up to rounding, and faster for large networks."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products use TF32 on a GPU, 10 bits of mantissa; the authors' do not."""
     cuda_graph: bool = False
@@ -274,10 +274,11 @@ class TrainConfig(RunSettings):
                 f"shard=True with instance={self.instance.kind!r}: its passes hold parts of the student constant, "
                 "give one of them"
             )
-        varies = [f for f in ("mid_sigmas", "instance", "shard") if getattr(self, f)]
-        if self.cuda_graph and varies:
+        other = [f for f in ("mid_sigmas", "instance", "augment", "shard") if getattr(self, f)]
+        if self.cuda_graph and other:
             raise GddlabError(
-                f"cuda_graph=True with {varies[0]}: its iterations are not all the same kernels, give one of them"
+                f"cuda_graph=True with {other[0]}: such an iteration does not consist of the same kernels on the GPU "
+                "alone, give one of them"
             )
         if self.shard and self.compile:
             raise GddlabError("shard=True with compile=True: the two were never tried together, give one of them")

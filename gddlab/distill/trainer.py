@@ -141,7 +141,7 @@ class Trainer:
         if not self.takes_images:
             batch = batch._replace(images=None)
         if self.real is not None:
-            index = self.reader.indices().to(self.world.device)
+            index = self.drawer.pinned(self.reader.indices()).to(self.world.device, non_blocking=True)
             batch = batch._replace(features=[f[index] for f in self.real])
         with tf32(c.tf32):
             stats = self.run(batch)

@@ -28,7 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "parts": {"batch_per_device": 2},
     "kept features": {"discriminator": {"cache_real": True}},
     "stylegan2": {"discriminator": {"kind": "stylegan2"}},
-    "augmented": {"augment": {"ops": ("blit", "geom", "color"), "ada_target": 0.6, "ada_kimg": 0.1}},
 }
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique"}
 """Operations that wait for a device, or copy from the CPU's memory, where their tensors are on one."""
@@ -131,6 +130,7 @@ def test_a_jump_is_drawn_anew() -> None:
     [
         ({"mid_sigmas": (0.8,)}, 1, "cuda_graph=True with mid_sigmas"),
         ({"instance": by("cd")}, 1, "cuda_graph=True with instance"),
+        ({"augment": {"ops": ("blit",)}}, 1, "cuda_graph=True with augment"),
         ({}, 2, "cuda_graph=True on 2 processes"),
         ({}, 1, "cuda_graph=True on the CPU"),
     ],

@@ -95,7 +95,6 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "parts of a batch": {"batch_per_device": 2},
     "kept features": {"discriminator": {"cache_real": True}},
     "stylegan2": {"discriminator": {"kind": "stylegan2"}},
-    "augmented": {"augment": {"ops": ("blit", "geom", "color"), "ada_target": 0.6, "ada_kimg": 0.1}},
     "compiled": {"compile": True},
 }
 
