@@ -93,7 +93,7 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        batch, student, backbones, input_size: Of the training iteration, see `Setting`.
+        batch, student, backbones, input_size, head_width: Of the training iteration, see `Setting`.
         agreement: Images of the comparison with the plain loop.
         product, copied: Side of the matrices, and MiB, by which the card's rates are measured.
         seconds: Of repetitions of what is timed.
@@ -108,6 +108,7 @@ class Sizes:
     student: tuple[tuple[str, int], ...] = ()
     backbones: tuple[str, ...] = BOTH
     input_size: int = 224
+    head_width: int = 512
     agreement: int = 16
     product: int = 8192
     copied: int = 2048
@@ -125,6 +126,7 @@ SMALL = Sizes(
     student=(("model_channels", 16), ("num_blocks", 1)),
     backbones=("tf_efficientnet_lite0",),
     input_size=64,
+    head_width=16,
     agreement=4,
     product=512,
     copied=16,
@@ -455,7 +457,8 @@ COMPILED = {"fast, compiled": Mode(FAST | {"compile": True}, "bfloat16", work="f
 
 def setting_of(b: Bench, batch: int) -> Setting:
     size, images = b.size, 50_000 if b.card else 64
-    return Setting(batch, size.student, size.backbones, size.input_size, INTERVAL, images, b.device)
+    network = size.student, size.backbones, size.input_size, size.head_width
+    return Setting(batch, *network, INTERVAL, images, b.device)
 
 
 def agreement(b: Bench, found: Found) -> str:

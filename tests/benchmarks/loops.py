@@ -43,7 +43,7 @@ class Setting:
         batch: Images of an iteration.
         student: What differs from the published architecture of student and teacher, names and values.
         backbones: Of the discriminator.
-        input_size: Of the backbones, pixels.
+        input_size, head_width: Pixels of the backbones, and the most channels of the heads.
         interval: Iterations between two R1 steps.
         images: Number of real images.
         device: Where it runs.
@@ -53,6 +53,7 @@ class Setting:
     student: tuple[tuple[str, int], ...] = ()
     backbones: tuple[str, ...] = BOTH
     input_size: int = 224
+    head_width: int = 512
     interval: int = 16
     images: int = 512
     device: torch.device = CPU
@@ -60,7 +61,8 @@ class Setting:
     def part(self) -> dict[str, Any]:
         """Fields of the discriminator."""
         weights = {name: "random" for name in self.backbones if name == "vgg16_bn"}
-        return {"backbones": self.backbones, "weights": weights, "input_size": self.input_size}
+        sizes = {"input_size": self.input_size, "head_width": self.head_width}
+        return {"backbones": self.backbones, "weights": weights} | sizes
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,11 +92,12 @@ class PlainDiscriminator(nn.Module):
         super().__init__()
         ours = ProjectedDiscriminator(Projected(**setting.part()), fold=False).to(setting.device)
         self.frozen = [(n, b.net.eval(), ours.projections[n]) for n, b in ours.backbones.items()]
-        self.size = setting.input_size
+        self.size, most = setting.input_size, setting.head_width
         largest = 128 if self.size == 224 else self.size // 2
         starts = [largest, largest // 2, largest // 4, largest // 8]
+        end = min(8, starts[-1])
         self.heads = nn.ModuleList(
-            nn.ModuleList(self.head(c, s, min(8, starts[-1])) for c, s in zip((64, 64, 128, 256), starts, strict=True))
+            nn.ModuleList(self.head(c, s, end, most) for c, s in zip((64, 64, 128, 256), starts, strict=True))
             for _ in self.frozen
         ).to(setting.device)
         state = {k: v for k, v in ours.state_dict().items() if k.startswith("discriminators.")}
@@ -104,8 +107,9 @@ class PlainDiscriminator(nn.Module):
         self.train()
 
     @staticmethod
-    def head(channels: int, res: int, end: int) -> nn.Sequential:
+    def head(channels: int, res: int, end: int, most: int) -> nn.Sequential:
         widths = {64: 64, 32: 128, 16: 256, 8: 512, 4: 512, 2: 512}
+        widths = {k: min(v, most) for k, v in widths.items()}
         layers: list[nn.Module] = []
         while res > end:
             res //= 2
