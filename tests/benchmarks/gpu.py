@@ -19,8 +19,8 @@ seaborn, rich, tqdm, psutil, tensorboard and pytest, bring the clone, and fetche
 
 (pydantic-core in the version that pydantic names). Then there, in the clone, without installing gddlab:
 
-    pip install --no-index --no-deps --target site wheels/*.whl
-    export PYTHONPATH=$PWD:$PWD/site
+    pip install --no-index --no-deps --target ~/packages wheels/*.whl
+    export PYTHONPATH=$PWD:$HOME/packages
     python tests/benchmarks/gpu.py
     python -m pytest -o addopts= -m gpu tests/gpu
 
