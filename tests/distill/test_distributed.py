@@ -31,16 +31,17 @@ BUCKET = 4096
 ITERATIONS = 3
 """The last one with R1."""
 
+STYLEGAN2: dict[str, Any] = {"discriminator": {"kind": "stylegan2"}, "batch": 16, "batch_per_device": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "GDD-I": {},
     "accumulation": {"batch_per_device": 2},
     "synchronised BatchNorm": {"discriminator": {"sync_batchnorm": True}},  # its collectives are between the buckets'
-    "stylegan2": {"discriminator": {"kind": "stylegan2"}, "batch": 16, "batch_per_device": 4},
-    "instance loss": {"instance": by("ctm"), "batch_per_device": 2},
+    "stylegan2": STYLEGAN2,
+    "instance loss": {"instance": by("ctm"), **STYLEGAN2},
     "instance loss alone": {"instance": by("ctm"), "discriminator": None},
-    "two steps, augmentation": {"mid_sigmas": (0.8,), "augment": {"ops": ("color",), "ada_target": 0.1}},
+    "two steps, augmentation": {"mid_sigmas": (0.8,), "augment": {"ops": ("color",), "ada_target": 0.1}, **STYLEGAN2},
     "channels_last": {"channels_last": True},
-    "sharded": {"shard": True},
+    "sharded": {"shard": True, **STYLEGAN2},
 }
 
 
@@ -86,8 +87,7 @@ class Events(list[str]):
 
 def order(folder: Path, teacher: str, world: World) -> dict[str, tuple[int, list[str]]]:
     """Number of buckets and events of each step of an iteration in two micro-batches."""
-    fields = {"batch": 16, "batch_per_device": 4, "instance": by("ctm"), "discriminator": {"kind": "stylegan2"}}
-    t = Trainer(tiny_config(folder, Path(teacher), **fields), world)
+    t = Trainer(tiny_config(folder, Path(teacher), instance=by("ctm"), **STYLEGAN2), world)
     step, drawer, out = t.step, t.drawer, {}
     images = drawer.place(t.data.images(t.reader.indices()))
     z = drawer.latents(0, 0)
@@ -190,12 +190,11 @@ def test_r1_leaves_parameters_without_a_gradient(found: list[dict[str, Any]]) ->
 
 def test_hooks_are_where_gradients_are_sent(found: list[dict[str, Any]]) -> None:
     """On what is trained; on nothing that is frozen or sharded, and on nothing in a single process."""
-    hooks, trained = (found[0][f"GDD-I/buckets/{what}"] for what in ("hooks", "trained"))
+    hooks, trained = (found[0][f"stylegan2/buckets/{what}"] for what in ("hooks", "trained"))
     assert hooks == trained and {k[0] for k in hooks} == {"g", "d"}
-    assert not found[0]["GDD-I/one message/hooks"]
-    assert [k for k in found[0]["sharded/buckets/hooks"] if k not in found[0]["sharded/one message/hooks"]] == [
-        k for k in trained if k.startswith("d/")
-    ]
+    assert not found[0]["stylegan2/one message/hooks"]
+    own, foreign = (found[0][f"sharded/{form}/hooks"] for form in ("buckets", "one message"))
+    assert [k for k in own if k not in foreign] == [k for k in trained if k.startswith("d/")]
     p = nn.Parameter(torch.ones(3))
     gradients = Gradients([p], World(0, 1, CPU))
     gradients.expect(1)
