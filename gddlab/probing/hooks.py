@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing.guard import check_ran, check_seen, eager, full_precision
+from gddlab.probing.guard import check_ran, check_seen, eager, exactly, is_compiled
 from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
 from gddlab.probing.reductions import (
     FOLLOW,
@@ -101,7 +101,8 @@ class Probe:
             )
         self._layers = [known[n] for n in self._plan]
         self._reductions = self._taps()
-        self._forms = {r: compiled(r) if compile else r for found in self._reductions.values() for r in found}
+        chosen_forms = {r for found in self._reductions.values() for r in found}
+        self._forms = {r: compiled(r, beside=is_compiled(model)) if compile else r for r in chosen_forms}
         self._modules = {name: modules[name] for name, _ in self._reductions}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
@@ -185,7 +186,7 @@ class Probe:
         check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision(x.device):
+        with exactly(x.device):
             version = None if x.is_inference() else x._version
             before, x = x, x.detach()
             x = x if x.dtype == torch.float64 else x.float()

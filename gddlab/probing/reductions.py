@@ -7,6 +7,7 @@ updated from these after the pass; no activation outlives its hook.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -71,7 +72,7 @@ def _row_means(blocks: Tensor, x: Tensor, n: int) -> Tensor:
 
 def _chunk(x: Tensor, width: int) -> int:
     """Blocks of `width` numbers whose copy stays in a CPU's cache; an accelerator takes more at once."""
-    return max(1, (1 << (19 if x.device.type == "cpu" else 26)) // width)
+    return max(1, (1 << (20 if x.device.type == "cpu" else 26)) // width)
 
 
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
@@ -122,8 +123,9 @@ def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
         _sum(torch.abs(part, out=place), out=magnitude)
     total, away, magnitude = double(found).unflatten(1, (len(x), -1)) / p  # (rows, blocks of a row)
     middle = total.mean(1, keepdim=True)
-    off = total - double(found[0] / p).view_as(total)  # distances were taken from the mean rounded to float32
-    spread = p * away.square() - off.square() + (total - middle).square()
+    spread = p * away.square() + (total - middle).square()
+    if p & (p - 1):  # distances were taken from a mean that is rounded to float32, unless divided by a power of two
+        spread -= (total - double(found[0] / p).view_as(total)).square()
     return torch.stack([middle[:, 0], spread.mean(1), magnitude.mean(1)], -1).unflatten(0, (n, -1))
 
 
@@ -324,8 +326,11 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def compiled(reduction: Reduction) -> Reduction:
+def compiled(reduction: Reduction, *, beside: bool = False) -> Reduction:
     """The same reduction by compiled code where there is such: of float32, and of sizes that divide into short sums.
+
+    Args:
+        beside: Whether it is called where compiled networks are made to run as Python.
 
     Raises:
         GddlabError: In a call: PyTorch has no compiler for this device.
@@ -341,7 +346,7 @@ def compiled(reduction: Reduction) -> Reduction:
         if x.dtype != torch.float32 or size == 1 or (p < size and p < SHORT >> 2):
             return reduction(x, n)
         try:
-            with torch.compiler.set_stance("default"):  # "force_eager" is for the network's own compiled parts
+            with torch.compiler.set_stance("default") if beside else contextlib.nullcontext():
                 if reduction is moments:
                     found = _compiled(_moments)(v.unflatten(-1, (-1, p)))
                 elif v.is_contiguous():
