@@ -103,8 +103,8 @@ def probe(
         dtype: "bfloat16" or "float16" run the network under autocast; statistics are float32 and float64 all the same.
         compile: Reads activations by code that torch.compile makes, in one pass over memory; the network is not
             compiled. Numbers are the same but for rounding. Needs a C++ compiler on a CPU, Triton on a GPU. On a CPU
-            compiling takes 20 s once per machine and 5 s in later processes, and saves a quarter of what hooks cost:
-            about 4 % of a pass. It pays from some 100 passes on.
+            compiling takes 20 s once per machine and 5 s in later processes, and saves a quarter to a third of what
+            hooks cost, about 4 % of a pass: it pays in long probes, of 100 passes and more.
         progress: Shows a bar at a terminal.
 
     Returns:
