@@ -30,7 +30,7 @@ COUNTS = Counted(
 
 
 def config(**fields: object) -> TrainConfig:
-    return presets.cifar10(run_dir="unused", precision="float32", **fields)
+    return presets.cifar10(run_dir="unused", **{"precision": "float32", "tf32": True} | fields)
 
 
 def test_counts_by_hand() -> None:
@@ -97,6 +97,18 @@ def test_times_follow_from_counts() -> None:
 def test_parts_of_a_batch_start_their_own_kernels() -> None:
     table = scaling(config(batch_per_device=8), COUNTS, gpus=(8,))
     assert table["kernels_ms"][0] == pytest.approx(4 * 2100 * 8e-3)
+
+
+def test_precision_and_graph_set_the_rates() -> None:
+    def row(**fields: object) -> object:
+        return scaling(config(**fields), COUNTS, gpus=(1,)).iloc[0]
+
+    exact = 256 * (60e9 + 40e9 + 1e9) / (0.5 * 19.5e12)
+    assert row(tf32=False)["arithmetic_ms"] == pytest.approx(1e3 * exact)
+    student = 256 * 60e9 * (1 / (0.2 * 312e12) - 1 / (0.5 * 19.5e12))
+    low = row(tf32=False, precision="bfloat16")["arithmetic_ms"]
+    assert low == pytest.approx(1e3 * (exact + student))
+    assert row(cuda_graph=True)["kernels_ms"] == pytest.approx(2100 * 1.5e-3)
 
 
 def test_refusals() -> None:

@@ -30,30 +30,35 @@ class Hardware:
 
     Attributes:
         name: For people.
-        bf16, tf32: Peaks of dense matrix products, TFLOP/s; torch takes TF32 for float32 convolutions on these GPUs.
+        bf16, tf32, float32: Peaks of dense matrix products, TFLOP/s; what is not bfloat16 takes TF32 where the
+            configuration allows it.
         link_gb_s: Between the GPUs of a machine, GB/s in one direction.
         network_gb_s: Between machines, GB/s in one direction.
         gpus: Per machine.
-        achieved: Share of the peak that these networks reach when arithmetic is the limit.
+        achieved: Share of the peak of bfloat16 and TF32 that these networks reach when arithmetic is the limit.
+        achieved_float32: Of the peak of float32, which is lower and easier to reach.
         bus: Share of link and network that an all-reduce reaches.
-        kernel_us: Time to start a kernel from Python, microseconds.
+        kernel_us, graph_us: Time to start a kernel from Python, and within a CUDA graph, microseconds.
         latency_us: Of one hop of an all-reduce, microseconds.
     """
 
     name: str
     bf16: float
     tf32: float
+    float32: float
     link_gb_s: float
     network_gb_s: float
     gpus: int = 8
     achieved: float = 0.2
+    achieved_float32: float = 0.5
     bus: float = 0.7
     kernel_us: float = 8.0
+    graph_us: float = 1.5
     latency_us: float = 10.0
 
 
-A100 = Hardware("A100 SXM", bf16=312, tf32=156, link_gb_s=300, network_gb_s=200)
-H100 = Hardware("H100 SXM", bf16=989, tf32=495, link_gb_s=450, network_gb_s=400)
+A100 = Hardware("A100 SXM", bf16=312, tf32=156, float32=19.5, link_gb_s=300, network_gb_s=200)
+H100 = Hardware("H100 SXM", bf16=989, tf32=495, float32=67, link_gb_s=450, network_gb_s=400)
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,11 @@ def scaling(
     hardware: Hardware = A100,
     gpus: Sequence[int] = (1, 8, 64),
 ) -> pd.DataFrame:
-    """Predicts the time of a step: the longer of arithmetic and starting kernels, and the all-reduce after it.
+    """Predicts the time of a step: the longer of arithmetic and starting kernels, and the all-reduce in full.
 
-    Gradients of all trained parameters are averaged in one message after the backward pass, so communication adds to
-    the step. A ring moves 2 (N - 1) / N of the bytes through the slowest connection.
+    Gradients of all trained parameters are averaged in buckets that are sent during the backward pass; none of that is
+    taken to be hidden behind it, so a step is no longer than this. A ring moves 2 (N - 1) / N of the bytes through the
+    slowest connection.
 
     Args:
         config: The run; its batch is over all GPUs.
@@ -124,8 +130,9 @@ def scaling(
     """
 
     def rate(precision: str = "float32") -> float:
-        peak = hardware.bf16 if precision == "bfloat16" else hardware.tf32
-        return hardware.achieved * peak * 1e12
+        if precision != "bfloat16" and not config.tf32:
+            return hardware.achieved_float32 * hardware.float32 * 1e12
+        return hardware.achieved * (hardware.bf16 if precision == "bfloat16" else hardware.tf32) * 1e12
 
     if wrong := [n for n in gpus if n < 1 or config.batch % n]:
         raise GddlabError(f"batch={config.batch} on {wrong[0]} GPUs: give numbers that divide it")
@@ -133,13 +140,14 @@ def scaling(
     lazy = 1 / config.r1_interval if config.has_r1 else 0.0
     n = np.array(gpus)
     part = config.batch // n
+    start = hardware.graph_us if config.cuda_graph else hardware.kernel_us
     passes = part // np.minimum(part, config.batch_per_device or part)
     per_image = c.student / rate(config.precision) + c.rest / rate(config.precision_d) + lazy * c.r1 / rate()
     messages = [(c.trained, 1.0), (c.discriminator, 1.0 + lazy)]
     seconds = pd.DataFrame(
         {
             "arithmetic": part * per_image,
-            "kernels": passes * (c.kernels + lazy * c.kernels_r1) * hardware.kernel_us * 1e-6,
+            "kernels": passes * (c.kernels + lazy * c.kernels_r1) * start * 1e-6,
             "all-reduce": sum(times * _all_reduce(FLOAT * size, n, hardware) for size, times in messages if size),
         }
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
+import math
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
@@ -23,6 +27,8 @@ from gddlab.runtime import chosen_device
 
 ROLL_CALL_S = 10.0
 CPU = torch.device("cpu")
+BUCKET = 25 << 20
+"""Bytes of gradients that are sent at once: latency hardly counts, and what is complete need not wait for the rest."""
 
 
 def _timed_out(error: BaseException | None) -> bool:
@@ -142,24 +148,71 @@ class World(Ranks):
             dist.all_reduce(t, op=dist.ReduceOp.MAX)
         return t
 
-    @torch.no_grad()
-    def average_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        """Averages gradients over ranks in one message.
 
-        Not DDP: R1's second derivative reaches only some parameters (a bias behind the last activation has none), which
-        DDP's reducer takes for an error. One mechanism serves all three steps.
-        """
-        if self.size == 1:
-            return
-        grads = [p.grad for p in params if p.grad is not None]
-        if not grads:
-            return
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        flat /= self.size
-        torch._foreach_copy_(
-            grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
-        )
+class Gradients:
+    """Gradients of the parameters of one optimiser, averaged over ranks in flat buckets during the backward pass.
+
+    A bucket is sent as soon as all of its gradients are complete, in the order of the buckets, so that every rank sends
+    the same in the same order even where gradients come in another one. What is not complete at the end is sent then,
+    zeros where a gradient is missing. (Not DDP: R1's second derivative reaches only some parameters, a bias behind the
+    last activation has no gradient, which DDP's reducer takes for an error.) Which parameters have a gradient is the
+    same on all ranks. Where a gradient was, there is then a view of its bucket.
+
+    Args:
+        params: The trained parameters. Sharded ones average their gradients themselves.
+        world: The processes of the run. A single one sends nothing and has no hooks.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], world: World):
+        self.params, self.world = params, world
+        self.buckets: list[list[nn.Parameter]] = []
+        room = 0
+        for p in reversed(params):  # about the order in which a backward pass completes them
+            if world.size == 1 or isinstance(p, DTensor):
+                continue
+            if p.nbytes > room:
+                self.buckets.append([])
+                room = BUCKET
+            self.buckets[-1].append(p)
+            room -= p.nbytes
+            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, len(self.buckets) - 1))
+        self.expect(math.inf)
+
+    def expect(self, passes: float) -> None:
+        """Announces how many backward passes there are before `average`; infinity: all is sent there."""
+        self.missing = [passes * len(bucket) for bucket in self.buckets]
+        self.sent: list[tuple[dist.Work, Tensor]] = []
+
+    def _arrived(self, bucket: int, _: Tensor) -> None:
+        self.missing[bucket] -= 1
+        assert self.missing[bucket] >= 0, "more backward passes than announced"
+        while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            self._send()
+
+    def _send(self) -> None:
+        """Starts to sum the next bucket over ranks."""
+        bucket = self.buckets[len(self.sent)]
+        # vectorised kernels need gradients that start at multiples of 16 bytes
+        starts = [0, *itertools.accumulate(-(-p.numel() // 4) * 4 for p in bucket)]
+        flat = bucket[0].new_zeros(starts[-1])
+        views = [flat.as_strided(p.shape, p.stride(), i) for p, i in zip(bucket, starts, strict=False)]
+        given = [(p, v, p.grad) for p, v in zip(bucket, views, strict=True) if p.grad is not None]
+        if given:
+            torch._foreach_copy_([v for _, v, _ in given], [grad for _, _, grad in given])
+        for p, v, _ in given:
+            p.grad = v
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self.sent.append((work, flat))
+
+    def average(self) -> None:
+        """Returns when every gradient is the mean over ranks."""
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for work, flat in self.sent:
+            work.wait()
+            flat /= self.world.size
+        self.expect(math.inf)
 
 
 def shard(net: OneStepPrecond, world: World) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gddlab.distill.augment import Augmentation
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.distributed import World
+from gddlab.distill.distributed import Gradients, World
 from gddlab.distill.instance import InstanceLoss
 from gddlab.distill.losses import constant, d_loss_fake, d_loss_real, g_loss, r1_penalty
 from gddlab.distill.parts import Discriminator
@@ -40,19 +40,18 @@ def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = No
     return opt
 
 
-def update(opt: torch.optim.Optimizer, params: Sequence[nn.Parameter], world: World) -> Tensor:
+def update(opt: torch.optim.Optimizer, gradients: Gradients) -> Tensor:
     """Averages gradients over ranks, replaces values that are not finite (nan by 0, +-inf by +-1e5), steps.
 
     Returns:
         The number of gradient tensors that were not finite, (), without waiting for the device.
     """
-    # a sharded network's backward pass averages its gradients itself
-    world.average_gradients([p for p in params if not isinstance(p, DTensor)])
-    own = [p.grad for p in params if p.grad is not None]
+    gradients.average()
+    own = [p.grad for p in gradients.params if p.grad is not None]
     grads = [local_shard(g) for g in own]
     bad = (~torch.stack(torch._foreach_norm(grads)).isfinite()).sum()
     if any(isinstance(g, DTensor) for g in own):
-        bad = world.greatest(bad)  # a shard does not see the others
+        bad = gradients.world.greatest(bad)  # a shard does not see the others
     for g in grads:
         torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
     opt.step()
@@ -87,7 +86,7 @@ class GanStep:
         augment: Augmentation | None = None,
     ):
         assert d is not None or instance is not None
-        self.g, self.world, self.loss, self.weight = g, world, config.loss, config.adversarial_weight
+        self.g, self.loss, self.weight = g, config.loss, config.adversarial_weight
         self.autocast, self.autocast_d = AUTOCAST[config.precision], AUTOCAST[config.precision_d]
         self.r1_gamma, self.r1_interval = config.r1_gamma, config.r1_interval
         self.batch, self.micro = config.batch, config.batch_per_device
@@ -95,12 +94,14 @@ class GanStep:
         self.instance_weight = 1.0 if config.instance is None else config.instance.weight
         self.g_params = [p for p in g.parameters() if p.requires_grad]
         self.opt_g = adam(self.g_params, config.lr_g)
+        self.gradients_g = Gradients(self.g_params, world)
         self._d = d
         self.d_params: list[nn.Parameter] = []
         self.opt_d: torch.optim.Adam | None = None
         if d is not None:
             self.d_params = [p for p in d.parameters() if p.requires_grad]
             self.opt_d = adam(self.d_params, config.lr_d, interval=self.r1_interval if self.r1_gamma else None)
+            self.gradients_d = Gradients(self.d_params, world)
             self._features: Callable[[Tensor], list[Tensor]] = (
                 torch.compile(d.features) if config.compile else d.features
             )
@@ -191,6 +192,10 @@ class GanStep:
             instance: Real images, and what is random in the instance loss.
         """
         self.opt_g.zero_grad(set_to_none=True)
+        passes = len(self._parts(len(z))) if self.adversarial else 0
+        if instance is not None:
+            passes += len(self._parts(len(instance[0])))
+        self.gradients_g.expect(passes)
         stats: Stats = {}
         features: list[Tensor] = []
         if self.adversarial:
@@ -198,7 +203,7 @@ class GanStep:
                 stats, features = self._adversarial(z, labels, draw)
         if instance is not None:
             stats["loss/instance"] = self._instance(*instance, labels)
-        return stats | {"nonfinite/g": update(self.opt_g, self.g_params, self.world)}, features
+        return stats | {"nonfinite/g": update(self.opt_g, self.gradients_g)}, features
 
     def _adversarial(self, z: Tensor, labels: Tensor | None, draw: Draw) -> tuple[Stats, list[Tensor]]:
         parts, n = self._parts(len(z)), len(z)
@@ -240,9 +245,10 @@ class GanStep:
         """Discriminator step on features of generated and of real images, which share their labels."""
         assert self.opt_d is not None
         self.opt_d.zero_grad(set_to_none=True)
+        self.gradients_d.expect(len(self._judged(len(fakes[0]))) + len(self._judged(len(reals[0]))))
         loss_fake, fake, _ = self._judge(fakes, labels, d_loss_fake)
         loss_real, real, signs = self._judge(reals, labels, d_loss_real)
-        bad = update(self.opt_d, self.d_params, self.world)
+        bad = update(self.opt_d, self.gradients_d)
         stats = {"loss/d": loss_fake + loss_real, "logits/fake": fake, "logits/real": real, "signs/real": signs}
         ada = {} if self.augment is None else self.augment.observe(signs, self.batch)
         return stats | ada | {"nonfinite/d": bad}
@@ -268,12 +274,13 @@ class GanStep:
         assert self.opt_d is not None
         self.opt_d.zero_grad(set_to_none=True)
         n, penalty = len(images), torch.zeros((), device=images.device, dtype=images.dtype)
+        self.gradients_d.expect(len(self._judged(n)))
         for s in self._judged(n):
             share, parts = len(images[s]) / n, self._parts(len(images[s]))
             part, surrogate = r1_penalty(self.d, images[s], _at(labels, s), parts=parts)
             (self.r1_gamma / 2 * self.r1_interval * share * surrogate).backward()
             penalty = penalty + share * part
-        bad = update(self.opt_d, self.d_params, self.world)
+        bad = update(self.opt_d, self.gradients_d)
         return {"r1": penalty, "loss/r1": self.r1_gamma / 2 * penalty, "nonfinite/d": bad}
 
     def due_r1(self, iteration: int) -> bool:

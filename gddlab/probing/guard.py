@@ -71,11 +71,16 @@ def eager(model: nn.Module) -> Iterator[None]:
 
     The compiler's stance belongs to the process, so other compiled networks run as Python inside, too.
     """
-    if not any(_is_compiled(m) for m in model.modules()):
+    if not is_compiled(model):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of it is."""
+    return any(_is_compiled(m) for m in model.modules())
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -116,6 +121,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def exactly(device: torch.device) -> contextlib.ExitStack:
+    """Without gradients, autocast and TF32, as a context that costs nothing where none of them is on."""
+    stack = contextlib.ExitStack()
+    if torch.is_grad_enabled():
+        stack.enter_context(torch.no_grad())
+    if torch.is_autocast_enabled(device.type):
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    stack.enter_context(full_precision(device))
+    return stack
 
 
 def warn_nonfinite(nonfinite: Sequence[dict[str, Any]], what: str = "values") -> None:

@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
-from gddlab.probing.guard import check_ran, check_seen, eager, full_precision
+from gddlab.probing.guard import check_ran, check_seen, eager, exactly, is_compiled
 from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
 from gddlab.probing.reductions import (
+    FOLLOW,
     Reduction,
     Tap,
     channel_square,
+    compiled,
     double,
-    gram,
+    follow,
     mean,
     mean_magnitude,
     mean_square,
-    moments,
+    one_reading,
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
 
@@ -54,9 +56,7 @@ class Probe:
         layers: See `LayerSelection`. Statistics of blocks are taken of each residual block that holds a selected layer.
         stats: Names of statistics, or your own subclasses of `Statistic`.
         per_channel: Also sums each channel's moments, as the statistic "channel_moments".
-
-    Attributes:
-        statistics: By layer name and statistic name.
+        compile: Reads activations by compiled code, see `probe`.
 
     Raises:
         GddlabError: Unknown layer or statistic; a statistic asked for by name that no selected layer has.
@@ -72,6 +72,7 @@ class Probe:
         layers: LayerSelection = "conv",
         stats: StatisticSelection = DEFAULT,
         per_channel: bool = False,
+        compile: bool = False,
     ):
         self.model, self.rows_per_level = model, rows_per_level
         self.sigmas = [float(s) for s in sigmas]
@@ -100,6 +101,8 @@ class Probe:
             )
         self._layers = [known[n] for n in self._plan]
         self._reductions = self._taps()
+        chosen_forms = {r for found in self._reductions.values() for r in found}
+        self._forms = {r: compiled(r, beside=is_compiled(model)) if compile else r for r in chosen_forms}
         self._modules = {name: modules[name] for name, _ in self._reductions}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
@@ -109,11 +112,22 @@ class Probe:
     def reset(self) -> None:
         """Forgets what was measured."""
         classes = {s.name: s for s in self.stats}
-        self.statistics: dict[str, dict[str, Statistic]] = {
+        self._statistics: dict[str, dict[str, Statistic]] = {
             layer: {name: classes[name]() for name in by_stat} for layer, by_stat in self._plan.items()
         }
+        self._together: dict[tuple[str, ...], Statistic] = {}
         self._nonfinite: dict[tuple[str, str], Tensor] = {}
         self._sizes: dict[str, int] = {}
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Statistic]]:
+        """What was measured, by layer name and statistic name."""
+        for (name, *layers), several in self._together.items():
+            for i, layer in enumerate(layers):
+                sums = {k: x[i].clone() for k, x in several.sums.items()}  # a view would keep all layers
+                self._statistics[layer][name].add(several.samples, **sums)
+        self._together.clear()
+        return self._statistics
 
     @property
     def layers(self) -> list[Layer]:
@@ -128,7 +142,7 @@ class Probe:
         """Images measured so far."""
         return max(s.n_images for by_stat in self.statistics.values() for s in by_stat.values())
 
-    def _taps(self) -> dict[tuple[str, str], set[Reduction]]:
+    def _taps(self) -> dict[tuple[str, str], tuple[Reduction, ...]]:
         """Reductions by module and side."""
         out: defaultdict[tuple[str, str], set[Reduction]] = defaultdict(set)
         for by_stat in self._plan.values():
@@ -136,13 +150,9 @@ class Probe:
                 for tap in taps.values():
                     out[tap.module, tap.side].add(tap.reduction)
         for reductions in out.values():
-            if moments in reductions:
-                reductions -= {mean, mean_square, mean_magnitude}  # they follow from it
-            if gram in reductions:
-                reductions.discard(mean_square)  # its diagonal is free
-            elif not reductions & {*_LEVELS, moments}:
+            if not {*reductions, *(part for r in reductions for part in FOLLOW.get(r, ()))} & {*_LEVELS}:
                 reductions.add(mean_square)  # a share is finite even where activations are not
-        return dict(out)
+        return {key: one_reading(reductions) for key, reductions in out.items()}
 
     def __enter__(self) -> Probe:
         if self._hooks is not None:
@@ -176,14 +186,14 @@ class Probe:
         check_seen(x, name, side, again=(name, side) in self._reduced, rows=rows, why=why)
         if side == "output" and x.ndim == 4:
             self._sizes[name] = x.shape[-2]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision(x.device):
+        with exactly(x.device):
             version = None if x.is_inference() else x._version
             before, x = x, x.detach()
             x = x if x.dtype == torch.float64 else x.float()
             found = {}
             for reduction in self._reductions[name, side]:
                 try:
-                    found[reduction] = reduction(x, self._n)
+                    found[reduction] = self._forms[reduction](x, self._n)
                 except ValueError as e:
                     raise GddlabError(f"layer {name!r}: {e}") from None
         if version is not None and before._version != version:
@@ -191,11 +201,6 @@ class Probe:
                 f"a statistic of layer {name!r} writes into what it is given, the network's own activation: "
                 "copy it first"
             )
-        if moments in found:
-            middle, within, magnitude = found[moments].unbind(-1)
-            found |= {mean: middle, mean_square: middle.square() + within, mean_magnitude: magnitude}
-        if gram in found:
-            found[mean_square] = found[gram].diagonal(dim1=-2, dim2=-1)
         self._reduced[name, side] = found
 
     @contextlib.contextmanager
@@ -219,24 +224,47 @@ class Probe:
         self._reduced.clear()
 
     def _count(self) -> None:
-        """Adds the pass to the statistics; rows that are not finite become NaN in each of them."""
-        reduced = {
-            key: {r: x.cpu().double() if x.device.type == "mps" else double(x) for r, x in found.items()}
-            for key, found in self._reduced.items()
-        }
-        for key, found in reduced.items():
-            level = next(found[r] for r in _LEVELS if r in found)
-            level = level.mean(-1) if level.ndim == 3 else level  # of channels
-            bad = ~level.isfinite()  # (n, S)
-            for r, x in found.items():
-                if x.shape[:2] == bad.shape:
-                    found[r] = torch.where(bad.reshape(*bad.shape, *[1] * (x.ndim - 2)), torch.nan, x)
-            self._add_nonfinite(key, bad.sum(0))
+        """Adds the pass to the statistics; rows that are not finite become NaN in each of them.
+
+        Layers whose reductions have equal shapes are counted together: there are hundreds, of a few numbers each.
+        """
+        alike: defaultdict[tuple[Any, ...], list[tuple[str, str]]] = defaultdict(list)
+        for key, found in self._reduced.items():
+            alike[tuple((r, x.shape, x.device) for r, x in found.items())].append(key)
+        place = {key: (group, i) for group, keys in enumerate(alike.values()) for i, key in enumerate(keys)}
+        groups = []
+        for keys in alike.values():
+            several = {r: torch.stack([self._reduced[key][r] for key in keys]) for r in self._reduced[keys[0]]}
+            several = {r: x.cpu().double() if x.device.type == "mps" else double(x) for r, x in several.items()}
+            several |= follow(several)
+            level = next(several[r] for r in _LEVELS if r in several)
+            level = level.mean(-1) if level.ndim == 4 else level  # of channels
+            bad = ~level.isfinite()  # (layers, n, S)
+            for r, x in several.items():
+                if x.shape[:3] == bad.shape:
+                    several[r] = torch.where(bad.reshape(*bad.shape, *[1] * (x.ndim - 3)), torch.nan, x)
+            for key, count in zip(keys, bad.sum(1), strict=True):
+                self._add_nonfinite(key, count)
+            groups.append(several)
+        together: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
         for layer, by_stat in self._plan.items():
-            for stat, taps in by_stat.items():
-                self.statistics[layer][stat].update(
-                    **{role: reduced[t.module, t.side][t.reduction] for role, t in taps.items()}
-                )
+            for name, taps in by_stat.items():
+                same = tuple((role, t.reduction, place[t.module, t.side][0]) for role, t in taps.items())
+                own = type(self._statistics[layer][name]).update is not Statistic.update  # counts one layer at a time
+                together[name, same, layer if own else None].append(layer)
+        for (name, same, own), layers in together.items():
+            reduced = {}
+            for role, reduction, group in same:
+                rows = [place[t.module, t.side][1] for t in (self._plan[layer][name][role] for layer in layers)]
+                x = groups[group][reduction]
+                x = x if rows == list(range(len(x))) else torch.stack([x[i] for i in rows])
+                reduced[role] = x.flatten(0, 1)
+            if own:
+                self._statistics[own][name].update(**reduced)
+                continue
+            kind = type(self._statistics[layers[0]][name])
+            samples, sums = kind().totals(len(layers), **reduced)
+            self._together.setdefault((name, *layers), kind()).add(samples, **sums)
 
     def _add_nonfinite(self, key: tuple[str, str], count: Tensor) -> None:
         self._nonfinite[key] = self._nonfinite[key] + count if key in self._nonfinite else count

@@ -54,6 +54,7 @@ def probe(
     start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     dtype: Precision = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> ProbeResult:
     """Measures how active each layer of a network is at each noise level.
@@ -100,6 +101,10 @@ def probe(
         start: Position of the first image; results of other images of the same seed add up with `ProbeResult.merge`.
         device: Where to run, such as cuda; by default where the network is, to which it returns.
         dtype: "bfloat16" or "float16" run the network under autocast; statistics are float32 and float64 all the same.
+        compile: Reads activations by code that torch.compile makes, in one pass over memory; the network is not
+            compiled. Numbers are the same but for rounding. Needs a C++ compiler on a CPU, Triton on a GPU. On a CPU
+            compiling takes 20 s once per machine and 5 s in later processes, and saves a quarter to a third of what
+            hooks cost, about 4 % of a pass: it pays in long probes, of 100 passes and more.
         progress: Shows a bar at a terminal.
 
     Returns:
@@ -108,13 +113,14 @@ def probe(
 
     Raises:
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
-            images than there are; labels or images that do not fit the network; a layer that cannot be measured.
+            images than there are; labels or images that do not fit the network; a layer that cannot be measured;
+            `compile` without a compiler.
     """
     asked: dict[str, Any] = {"timesteps": _again(timesteps), "told": _again(told), "data": data, "states": states}
     asked |= {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
     inputs, kinds = Inputs(model, **asked), _null_kinds(nulls)
     blocks = BLOCKS if kinds or told is not None else 1
-    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, blocks)
+    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, compile, blocks)
     how = _with_rows(model, inputs, how)
     networks = [(kind, draw) for kind in kinds for draw in range(null_draws)]
     with progress_bar(desc="probing", unit="pass", enabled=progress) as bar:
@@ -150,6 +156,7 @@ class _How(NamedTuple):
     batch_size: int | None
     device: str | torch.device | None
     dtype: Precision
+    compile: bool
     blocks: int = 1
 
 
@@ -221,7 +228,7 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
         levels, passes = inputs.split(how.batch_size or 64, group, together=across, images=images)
         blocks.append(passes)
     wanted: StatisticSelection = DEFAULT if how.stats == DEFAULT else chosen
-    same: dict[str, Any] = {"rows_per_level": inputs.rows_per_level, "layers": how.layers}
+    same: dict[str, Any] = {"rows_per_level": inputs.rows_per_level, "layers": how.layers, "compile": how.compile}
     probes = [Probe(model, s, stats=wanted, per_channel=how.per_channel, **same) for s in levels]
     return probes, blocks
 
@@ -294,6 +301,7 @@ def estimate(
     start: NonNegativeInt = 0,
     device: str | torch.device | None = None,
     dtype: Precision = None,
+    compile: bool = False,
 ) -> Estimate:
     """Estimates time and memory of `probe` with the same arguments, by measuring one pass.
 
@@ -303,7 +311,8 @@ def estimate(
     inputs = Inputs(
         model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
     )
-    kinds, how = _null_kinds(nulls), _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype)
+    kinds = _null_kinds(nulls)
+    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, compile)
     how = _with_rows(model, inputs, how)
     measures, (passes,) = _plan(model, inputs, how)
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)

@@ -7,9 +7,10 @@ updated from these after the pass; no activation outlives its hook.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ BLOCK, PIECE = 1 << 12, 1 << 14
 
 The error stays below 1e-7 of the sum of magnitudes.
 """
+
+SHORT = 1 << 8
+"""The same, where numbers are added in sequence."""
 
 GROUP = 8
 """Images that CKA compares with each other."""
@@ -68,7 +72,7 @@ def _row_means(blocks: Tensor, x: Tensor, n: int) -> Tensor:
 
 def _chunk(x: Tensor, width: int) -> int:
     """Blocks of `width` numbers whose copy stays in a CPU's cache; an accelerator takes more at once."""
-    return max(1, (1 << (19 if x.device.type == "cpu" else 26)) // width)
+    return max(1, (1 << (20 if x.device.type == "cpu" else 26)) // width)
 
 
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
@@ -109,25 +113,20 @@ def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     its digits.
     """
     blocks = _blocks(x)
-    size = _chunk(blocks, blocks.shape[1])
-    total, away, magnitude = torch.empty(3, len(blocks), dtype=x.dtype, device=x.device)
+    p, size = blocks.shape[1], _chunk(blocks, blocks.shape[1])
+    found = torch.empty(3, len(blocks), dtype=x.dtype, device=x.device)
     buffer = torch.empty_like(blocks[:size])
-    for i in range(0, len(blocks), size):
-        part, chunk = blocks[i : i + size], slice(i, i + size)
+    for part, total, away, magnitude in zip(blocks.split(size), *(f.split(size) for f in found), strict=True):
         place = buffer[: len(part)]
-        _sum(part, out=total[chunk])
-        middle = (total[chunk] / blocks.shape[1])[:, None]
-        _norm(torch.sub(part, middle, out=place), out=away[chunk])
-        _sum(torch.abs(part, out=place), out=magnitude[chunk])
-    rows, p = len(x), blocks.shape[1]
-    exact = double(total).reshape(rows, -1) / p  # (rows, blocks of a row)
-    middle = exact.mean(1)
-    # the distance was taken from the mean rounded to float32
-    off = exact - double(total / p).reshape(rows, -1)
-    within = double(away).square().reshape(rows, -1) / p - off.square()
-    spread = within.mean(1) + (exact - middle[:, None]).square().mean(1)
-    found = torch.stack([middle, spread, double(magnitude).reshape(rows, -1).sum(1) / x[0].numel()], -1)
-    return found.unflatten(0, (n, -1))
+        _sum(part, out=total)
+        _norm(torch.sub(part, (total / p)[:, None], out=place), out=away)
+        _sum(torch.abs(part, out=place), out=magnitude)
+    total, away, magnitude = double(found).unflatten(1, (len(x), -1)) / p  # (rows, blocks of a row)
+    middle = total.mean(1, keepdim=True)
+    spread = p * away.square() + (total - middle).square()
+    if p & (p - 1):  # distances were taken from a mean that is rounded to float32, unless divided by a power of two
+        spread -= (total - double(found[0] / p).view_as(total)).square()
+    return torch.stack([middle[:, 0], spread.mean(1), magnitude.mean(1)], -1).unflatten(0, (n, -1))
 
 
 def mean_magnitude(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
@@ -161,41 +160,54 @@ def pair_gram(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "pairs s s"
     the covariance over images, summed over the values of a layer: what images share drops out before anything is
     multiplied.
     """
-    v = flat(x).unflatten(0, (n, -1))  # (n, S, D)
-    s, d = v.shape[1:]
+    v = flat(x).unflatten(0, (n, -1))[: n // 2 * 2].unflatten(0, (-1, 2))  # (pairs, 2, S, D)
+    pairs, _, s, d = v.shape
     p = math.gcd(d, PIECE >> 1)
-    equal = [v.unflatten(2, (-1, p)).transpose(1, 2)] if p >= 1024 else [v[:, None] for v in v.split(PIECE, -1)]
-    out = double(v.new_zeros(n // 2, s, s))
-    for pieces in equal:  # (n, pieces, S, p)
-        size = _chunk(x, s * pieces.shape[-1])
-        buffer = torch.empty_like(pieces[0, :size], memory_format=torch.contiguous_format)
-        for found, first, second in zip(out, pieces[0::2], pieces[1::2], strict=False):
-            for a, b in zip(first.split(size), second.split(size), strict=True):
-                away = torch.sub(a, b, out=buffer[: len(a)])
-                found += double(torch.bmm(away, away.mT)).sum(0)
+    equal = [v.unflatten(3, (-1, p)).transpose(2, 3)] if p >= 1024 else [v[:, :, None] for v in v.split(PIECE, -1)]
+    out = double(v.new_zeros(pairs, s, s))
+    buffer = x.new_empty(0)
+    for pieces in equal:  # (pairs, 2, pieces, S, p)
+        size = _chunk(x, s * pieces.shape[-1])  # pieces; as many pairs as are no more than that
+        for found, some in zip(*(a.split(max(1, size // pieces.shape[2])) for a in (out, pieces)), strict=True):
+            for part in some.split(size, 2):
+                a, b = part.unbind(1)
+                if buffer.numel() < a.numel():
+                    buffer = x.new_empty(a.numel())
+                away = torch.sub(a, b, out=buffer[: a.numel()].view(a.shape)).flatten(0, 1)
+                found += double(torch.bmm(away, away.mT)).unflatten(0, a.shape[:2]).sum(1)
     return out / (2 * d)
 
 
-def _channels(x: Tensor, n: int, total: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Mean over pixels of (B, C, H, W), or over tokens of (B, T, C); (B, C) has none.  -> (n, S, C)"""
+def _by_channel(x: Tensor) -> Tensor:
+    """Pixels of (B, C, H, W), or tokens of (B, T, C); (B, C) has one. No copy is made.  -> (B, C, pixels)"""
     if x.ndim == 3:
-        x = x.mT
+        return x.mT
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        v, dim, piece = x.permute(0, 2, 3, 1).flatten(1, 2), 1, PIECE >> 6  # this kernel adds in sequence
-    else:
-        v, dim, piece = x.flatten(2) if x.ndim > 2 else x[:, :, None], 2, PIECE
-    parts = [double(total(part, dim)) for part in v.split(piece, dim)]
-    return (functools.reduce(torch.add, parts) / v.shape[dim]).unflatten(0, (n, -1))
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mT
+    return x.flatten(2) if x.ndim > 2 else x[:, :, None]
+
+
+def _channels(x: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over pixels.  -> (n, S, C)"""
+    v = _by_channel(x)
+    piece = SHORT if v.stride(1) == 1 else PIECE  # where channels lie side by side, numbers are added in sequence
+    parts = [double(total(part)) for part in v.split(piece, 2)]
+    return (functools.reduce(torch.add, parts) / v.shape[2]).unflatten(0, (n, -1))
 
 
 def channel_mean(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
     """Mean of each channel of each row."""
-    return _channels(x, n, lambda v, dim: v.sum(dim))
+    return _channels(x, n, _sum)
 
 
 def channel_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
     """Mean of squares of each channel of each row."""
-    return _channels(x, n, lambda v, dim: double(torch.linalg.vector_norm(v, 2, dim)).square())
+    return _channels(x, n, lambda v: double(_norm(v)).square())
+
+
+def activity(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 1+c"]:
+    """Share of values above 0 of each row, then the mean of squares of each channel.  (n * S, ...) -> (n, S, 1 + C)"""
+    return torch.cat([positive_share(x, n)[..., None], channel_square(x, n)], -1)
 
 
 def channel_variance(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s c"]:
@@ -257,6 +269,99 @@ def hsic(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "groups s s"]:
         found = trace + torch.outer(total, total) / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows @ rows.mT
         out.append(found[None] / (m * (m - 3)))
     return torch.cat(out)
+
+
+FOLLOW: dict[Reduction, dict[Reduction, Callable[[Tensor], Tensor]]] = {
+    moments: {
+        mean: lambda x: x[..., 0],
+        mean_square: lambda x: x[..., 0].square() + x[..., 1],
+        mean_magnitude: lambda x: x[..., 2],
+    },
+    gram: {mean_square: lambda x: x.diagonal(dim1=-2, dim2=-1)},
+    activity: {positive_share: lambda x: x[..., 0], channel_square: lambda x: x[..., 1:]},
+}
+"""What follows from one reduction's numbers: reading the activation is what costs time, so it is read once for all."""
+
+
+def follow(found: Mapping[Reduction, Tensor]) -> dict[Reduction, Tensor]:
+    """What follows from these reductions' numbers, (..., n, S, ...)."""
+    return {part: take(x) for r, x in found.items() for part, take in FOLLOW.get(r, {}).items()}
+
+
+def one_reading(wanted: Collection[Reduction]) -> tuple[Reduction, ...]:
+    """What to compute of an activation, so that all that are wanted are there or follow."""
+    left = set(wanted)
+    if FOLLOW[activity].keys() <= left:
+        left.add(activity)
+    for whole in left & FOLLOW.keys():
+        left -= FOLLOW[whole].keys()
+    return tuple(sorted(left, key=lambda r: getattr(r, "__name__", "")))
+
+
+# The same numbers by compiled code, whose temporaries are registers: one call, one pass over memory. Compiled code adds
+# in sequence, so that sums in float32 are of no more than SHORT numbers here.
+
+
+def _moments(v: Tensor) -> Tensor:
+    """See `moments`.  (rows, pieces, P) -> (rows, 3)"""
+    p = v.shape[2]
+    middle = v.sum(2, keepdim=True) / p
+    away = v - middle
+    off = double(away.sum(2)) / p  # what rounding left in `middle`
+    total = double(middle[..., 0]) + off
+    mean = total.mean(1)
+    spread = double(away.square().sum(2)) / p - off.square() + (total - mean[:, None]).square()
+    return torch.stack([mean, spread.mean(1), (double(v.abs().sum(2)) / p).mean(1)], -1)
+
+
+def _activity(v: Tensor, dim: int) -> Tensor:
+    """See `activity`.  (rows, C, pieces, P), dim -1, or (rows, pieces, P, C), dim -2 -> (rows, 1 + C)"""
+    positive = double((v > 0).to(v.dtype).sum(dim)).flatten(1).sum(1) / v[0].numel()
+    square = double(v.square().sum(dim)).mean(dim) / v.shape[dim]
+    return torch.cat([positive[:, None], square], 1)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def compiled(reduction: Reduction, *, beside: bool = False) -> Reduction:
+    """The same reduction by compiled code where there is such: of float32, and of sizes that divide into short sums.
+
+    Args:
+        beside: Whether it is called where compiled networks are made to run as Python.
+
+    Raises:
+        GddlabError: In a call: PyTorch has no compiler for this device.
+    """
+    if reduction not in (moments, activity):
+        return reduction
+
+    @functools.wraps(reduction)
+    def run(x: Tensor, n: int) -> Tensor:
+        v = flat(x) if reduction is moments else _by_channel(x)
+        size = v.shape[-1]
+        p = size if size <= SHORT else math.gcd(size, SHORT)
+        if x.dtype != torch.float32 or size == 1 or (p < size and p < SHORT >> 2):
+            return reduction(x, n)
+        try:
+            with torch.compiler.set_stance("default") if beside else contextlib.nullcontext():
+                if reduction is moments:
+                    found = _compiled(_moments)(v.unflatten(-1, (-1, p)))
+                elif v.is_contiguous():
+                    found = _compiled(_activity)(v.unflatten(-1, (-1, p)), -1)
+                else:
+                    found = _compiled(_activity)(v.mT.contiguous().unflatten(1, (-1, p)), -2)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # more kinds of sizes than PyTorch compiles one function for
+            return reduction(x, n)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            needs = "a C++ compiler, such as g++" if x.device.type == "cpu" else "Triton"
+            why = str(e).strip().splitlines()[0]
+            raise GddlabError(f"compile=True needs {needs} that PyTorch can use ({why}): omit compile") from None
+        return found.unflatten(0, (n, -1))
+
+    return run
 
 
 @functools.lru_cache(maxsize=256)

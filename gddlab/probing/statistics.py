@@ -108,6 +108,14 @@ class Statistic:
 
     def update(self, **reduced: Float[Tensor, "n s ..."]) -> None:
         """Adds a batch: float64 reductions by role."""
+        samples, sums = self.totals(1, **reduced)
+        self.add(samples, **{name: x[0] for name, x in sums.items()})
+
+    def totals(self, layers: int, **reduced: Float[Tensor, "rows s ..."]) -> tuple[int, dict[str, Tensor]]:
+        """Samples of each of some layers, whose images follow each other, and their sums, layers first.
+
+        Of many layers at once, since most of the time of so few numbers is that of the calls.
+        """
         q = self.quantities(**reduced)
         if q.ndim == 2:
             q = q[..., None]
@@ -116,7 +124,8 @@ class Statistic:
                 f"statistic {self.name!r} gives {q.shape[2]} numbers per row and names {len(self.parts)} parts: "
                 "name as many, or override value"
             )
-        self.add(len(q), first=q.sum(0), second=torch.einsum("nsi,nsj->sij", q, q))
+        q = _by_layer(q, layers)
+        return q.shape[1], {"first": q.sum(1), "second": torch.einsum("lnsi,lnsj->lsij", q, q)}
 
     def add(self, samples: int, **sums: Tensor) -> None:
         self.samples += samples
@@ -191,6 +200,11 @@ class Statistic:
             "target": cls.target,
             "class": cls.identity(),
         }
+
+
+def _by_layer(x: Tensor, layers: int) -> Tensor:
+    """(layers * n, ...) -> (layers, n, ...)"""
+    return x.unflatten(0, (layers, len(x) // layers))
 
 
 S = TypeVar("S", bound=Statistic)
@@ -278,9 +292,9 @@ class StandardDeviation(_Activation):
         mean, within, _ = x.unbind(-1)
         return torch.stack([mean, mean.square() + within], -1)
 
-    def update(self, **reduced: Tensor) -> None:
-        super().update(**reduced)
-        self.add(0, within=reduced["x"][..., 1].sum(0))
+    def totals(self, layers: int, **reduced: Tensor) -> tuple[int, dict[str, Tensor]]:
+        samples, sums = super().totals(layers, **reduced)
+        return samples, sums | {"within": _by_layer(reduced["x"][..., 1], layers).sum(1)}
 
     def value(self, means: Tensor) -> Tensor:
         return (means[:, 1] - means[:, 0].square()).clamp(min=0).sqrt()
@@ -378,9 +392,9 @@ class _Likeness(Statistic):
     unit = "similarity"
     across = True
 
-    def update(self, **reduced: Tensor) -> None:
-        super().update(**reduced)
-        self.add(0, matrix=reduced["x"].sum(0))
+    def totals(self, layers: int, **reduced: Tensor) -> tuple[int, dict[str, Tensor]]:
+        samples, sums = super().totals(layers, **reduced)
+        return samples, sums | {"matrix": _by_layer(reduced["x"], layers).sum(1)}
 
     def quantities(self, x: Tensor) -> Tensor:
         """m(s, 0), m(s, s), m(0, 0), where 0 is the largest noise level.  (n, S, S) -> (n, S, 3)"""
@@ -442,12 +456,15 @@ class Correlation(_Likeness):
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
         return {"x": Tap(layer.name, "output", pair_gram), "level": Tap(layer.name, "output", mean_square)}
 
-    def update(self, x: Tensor, level: Tensor) -> None:  # type: ignore[override]
-        of_pairs = level[: 2 * len(x)].unflatten(0, (len(x), 2)).mean(1)  # (pairs, S)
+    def totals(  # type: ignore[override]
+        self, layers: int, x: Tensor, level: Tensor
+    ) -> tuple[int, dict[str, Tensor]]:
+        pairs = len(x) // layers
+        of_pairs = _by_layer(level, layers)[:, : 2 * pairs].unflatten(1, (pairs, 2)).mean(2).flatten(0, 1)  # (pairs, S)
         spread = x.diagonal(dim1=-2, dim2=-1)
         differ, finite = spread > self.least**2 * of_pairs, (of_pairs + spread).isfinite()
         x = torch.where(differ[:, :, None] & differ[:, None], x, 0)
-        super().update(x=torch.where(finite[:, :, None] & finite[:, None], x, torch.nan))
+        return super().totals(layers, x=torch.where(finite[:, :, None] & finite[:, None], x, torch.nan))
 
 
 class CenteredKernelAlignment(_Likeness):
@@ -493,9 +510,10 @@ class ChannelMoments(Statistic):
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
         return {"x": Tap(layer.name, "output", channel_mean), "within": Tap(layer.name, "output", channel_variance)}
 
-    def update(self, **reduced: Tensor) -> None:
-        x = reduced["x"]
-        self.add(len(x), mean=x.sum(0), square=x.square().sum(0), within=reduced["within"].sum(0))
+    def totals(self, layers: int, **reduced: Tensor) -> tuple[int, dict[str, Tensor]]:
+        x = _by_layer(reduced["x"], layers)
+        within = _by_layer(reduced["within"], layers).sum(1)
+        return x.shape[1], {"mean": x.sum(1), "square": x.square().sum(1), "within": within}
 
     def channels(self) -> dict[str, Tensor]:
         """Adds the variance within images and that between their means: only float64 means are subtracted."""

@@ -70,6 +70,7 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
         "four cheapest, correlation": probed(stats=(*CHEAP, "correlation")),
         "four cheapest, cosine": probed(stats=(*CHEAP, "cosine")),
         "default": probed(),
+        "default, compiled": probed(compile=True),
         "default, cosine for correlation": probed(stats=tuple("cosine" if s == "correlation" else s for s in DEFAULT)),
         "default, cosine, spectral": probed(stats=(*DEFAULT, "cosine", "spectral_share")),
         "clones, mean square": cloned,

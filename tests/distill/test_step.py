@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gddlab.datasets import ImageDataset
-from gddlab.distill.distributed import World
+from gddlab.distill.distributed import Gradients, World
 from gddlab.distill.step import adam, update
 from gddlab.distill.trainer import Trainer
 from gddlab.ema import ema_beta, ema_update
@@ -48,7 +48,7 @@ def test_adam_is_the_formula(interval: int | None) -> None:
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             v.mul_(beta2).add_((1 - beta2) * p.grad**2)
             e -= lr * c * p.grad / ((v / (1 - beta2**t)).sqrt() + 1e-8)
-        assert update(opt, ps, ALONE) == 0
+        assert update(opt, Gradients(ps, ALONE)) == 0
         for p, e in zip(ps, expected, strict=True):
             assert_close(p.detach(), e, rtol=1e-12, atol=1e-14)
 
@@ -60,7 +60,7 @@ def test_adam_state_has_one_form() -> None:
     form = {k: {n: (t.shape, t.dtype) for n, t in s.items()} for k, s in opt.state_dict()["state"].items()}
     assert set(form) == {0, 1}
     ps[0].grad, ps[1].grad = torch.ones(3, 4).double(), None  # the second one has no part in this step
-    update(opt, ps, ALONE)
+    update(opt, Gradients(ps, ALONE))
     state = opt.state_dict()
     assert {k: {n: (t.shape, t.dtype) for n, t in s.items()} for k, s in state["state"].items()} == form
     assert [s["step"].item() for s in state["state"].values()] == [1, 0]
@@ -70,8 +70,8 @@ def test_adam_state_has_one_form() -> None:
     for p, q in zip(ps, others, strict=True):
         q.data.copy_(p.data)
         p.grad, q.grad = torch.full_like(p, 0.3), torch.full_like(q, 0.3)
-    update(opt, ps, ALONE)
-    update(again, others, ALONE)
+    update(opt, Gradients(ps, ALONE))
+    update(again, Gradients(others, ALONE))
     assert_close([p.detach() for p in others], [p.detach() for p in ps], rtol=0, atol=0)
 
 
@@ -81,7 +81,7 @@ def test_what_is_not_finite_is_replaced_and_counted() -> None:
     ps[0].grad = torch.tensor([math.nan, math.inf, -math.inf, 2.0], dtype=torch.float64)
     ps[1].grad = torch.tensor([math.nan, math.nan], dtype=torch.float64)
     ps[2].grad = torch.ones(3, dtype=torch.float64)
-    bad = update(torch.optim.SGD(ps, lr=1.0), ps, ALONE)
+    bad = update(torch.optim.SGD(ps, lr=1.0), Gradients(ps, ALONE))
     assert bad == 2 and bad.shape == ()
     assert_close(ps[0].grad, torch.tensor([0, 1e5, -1e5, 2], dtype=torch.float64))
     for p, b in zip(ps, before, strict=True):

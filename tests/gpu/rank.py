@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from gddlab.distill.distributed import World
+from gddlab.distill.distributed import Gradients, World
 from gddlab.distill.step import adam, update
 from gddlab.distill.trainer import Trainer
 from gddlab.nets.blocks import UNetBlock
@@ -65,7 +65,7 @@ def sharded(device: torch.device) -> dict[str, torch.Tensor]:
         params = list(net.parameters())
         opt = adam(params, 1e-3)
         net.generate(z).square().mean().backward()
-        update(opt, params, World(0, 1, device))
+        update(opt, Gradients(params, World(0, 1, device)))
         for k, p in net.named_parameters():
             out[f"{name}/{k}"] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
     return out

@@ -55,6 +55,11 @@ def test_every_statistic(cuda: torch.device, pictures: ImageDataset) -> None:
     assert_alike(found, expected)
 
 
+def test_statistics_by_compiled_code(cuda: torch.device, pictures: ImageDataset) -> None:
+    """`compile=True`, which is Triton on a card, against the CPU without it: 1e-3 and 1e-4 absolute."""
+    assert_alike(probed(cuda, pictures, layers="all", compile=True), probed("cpu", pictures, layers="all"))
+
+
 def test_statistics_by_channel(cuda: torch.device, pictures: ImageDataset) -> None:
     """Mean and variance of each channel on the card against the CPU, 1e-3 and 1e-4 absolute."""
     tables = [probed(where, pictures, per_channel=True, stats="rms").channels for where in (cuda, "cpu")]

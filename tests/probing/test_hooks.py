@@ -272,6 +272,33 @@ def test_a_users_statistic_stands_beside_the_others(net, pictures, tmp_path):
     assert merged.pivot("clipped").loc["model.enc.16x16_block0.conv0"].tolist() == pytest.approx(row.tolist())
 
 
+class Counted(Clipped):
+    """Adds up by itself, and so layer by layer."""
+
+    name = "counted"
+
+    def update(self, **reduced):
+        super().update(**reduced)
+        self.add(0, passes=torch.ones(2))
+
+
+def test_layers_are_counted_together_and_a_users_own_count_by_layer(net, pictures, monkeypatch):
+    asked, totals = [], Statistic.totals
+
+    def spy(self, layers, **reduced):
+        asked.append((self.name, layers))
+        return totals(self, layers, **reduced)
+
+    monkeypatch.setattr(Statistic, "totals", spy)
+    result = probe(net, [2.0, 1.0], data=pictures, n=4, batch_size=4, stats=["rms", Clipped, Counted])
+    layers = len(result.layers)
+    assert asked.count(("rms", layers)) == asked.count(("clipped", layers)) == 2  # passes; all outputs are alike
+    assert asked.count(("counted", 1)) == 2 * layers
+    assert len(asked) == 4 + 2 * layers
+    assert result.pivot("counted").equals(result.pivot("clipped"))
+    assert all(by["counted"].sums["passes"].tolist() == [2, 2] for by in result.statistics.values())
+
+
 def test_what_a_users_function_gives_is_checked(net, pictures):
     wrong = type("Wrong", (Clipped,), {"name": "wrong", "reduce": staticmethod(lambda x: x.sum())})
     with pytest.raises(GddlabError, match=r"layer 'model.enc.16x16_conv': reduce gave \(\) for 4 rows"):

@@ -1,13 +1,144 @@
-"""Radial power: Parseval, single waves, white noise."""
+"""Compiled reductions are those that they replace. Radial power: Parseval, single waves, white noise."""
 
 from __future__ import annotations
+
+import os
+import shutil
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
-from gddlab.probing.reductions import radial_power
+from gddlab.probing import Probe, reductions
+from gddlab.probing.reductions import activity, compiled, moments, one_reading, radial_power
+from tests.probing.networks import tiny
+
+compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="compiles for the CPU")
+N, S = 3, 2
+
+
+def exact(x: torch.Tensor) -> dict[reductions.Reduction, torch.Tensor]:
+    d, c = x.double().reshape(N, S, -1), x.double().reshape(N, S, *x.shape[1:])
+    c = c.mT if x.ndim == 3 else c  # channels of tokens are last
+    c = c.reshape(N, S, c.shape[2], -1)
+    return {
+        moments: torch.stack([d.mean(-1), d.var(-1, correction=0), d.abs().mean(-1)], -1),
+        activity: torch.cat([(d > 0).double().mean(-1, keepdim=True), c.square().mean(-1)], -1),
+    }
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("shape", "by_compiled"),
+    [
+        ((8, 32, 32), {moments, activity}),
+        ((8, 32, 32, "last"), {moments, activity}),
+        ((16, 8, 8), {moments, activity}),
+        ((64, 12), {moments, activity}),  # tokens
+        ((3, 7, 5), {moments, activity}),
+        ((3, 7, 5, "last"), {moments, activity}),
+        ((64,), {moments}),
+        ((1, 61, 67), set()),  # too long for one short sum, and not divisible
+    ],
+)
+@torch.no_grad()
+def test_compiled_reductions_are_those_that_they_replace(shape, by_compiled, monkeypatch):
+    x = torch.randn(N * S, *(k for k in shape if k != "last"), generator=torch.Generator().manual_seed(0))
+    if "last" in shape:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for reduction in (moments, activity):
+        for y in (x, x - 3, 100 + 0.1 * x):
+            found, value = compiled(reduction)(y, N), exact(y)[reduction]
+            assert found.dtype == torch.float64
+            # of a mean the error is relative to that of absolute values
+            scale = value[..., 2:].expand_as(value) if reduction is moments else value
+            scale = torch.where(torch.arange(3) == 0, scale, value) if reduction is moments else value
+            assert_close(found / scale, value / scale, rtol=0, atol=1e-6, equal_nan=True)
+            assert_close(found, reduction(y, N), rtol=2e-5, atol=2e-6)
+        spoilt = x.clone()
+        spoilt[1], spoilt[2] = torch.nan, torch.inf
+        found = compiled(reduction)(spoilt, N)[..., 1:].isfinite().flatten(0, 1).all(-1)  # a share may be finite
+        assert found.tolist() == [True, False, False, True, True, True]
+        assert_close(compiled(reduction)(x.double(), N), exact(x)[reduction], rtol=1e-13, atol=1e-13)
+    monkeypatch.setattr(reductions, "_blocks", lambda x: 1 / 0)  # what all eager ones begin with
+    for reduction in (moments, activity):
+        if reduction in by_compiled:
+            compiled(reduction)(x, N)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                compiled(reduction)(x, N)
+
+
+@compiler
+@torch.no_grad()
+@pytest.mark.parametrize("reduction", [moments, activity])
+def test_compiled_reductions_make_no_temporary_of_the_activations_size(reduction):
+    x = torch.randn(8, 64, 32, 32)
+    run = compiled(reduction)
+    run(x, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(x, 4)
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert sizes
+    assert max(sizes) < x.nbytes / 16
+
+
+@compiler
+@pytest.mark.parametrize("network_too", [False, True])
+def test_a_compiled_probe_measures_the_same(network_too, monkeypatch):
+    net = tiny()
+    with torch.no_grad():
+        net.model.enc["16x16_block0"].conv0.weight[0, 0, 0, 0] = torch.nan
+    model = torch.compile(net, backend="eager") if network_too else net
+    x, sigmas = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)), [2.0, 1.0]
+    used, original = set(), reductions._compiled
+
+    def spy(function):
+        used.add((function.__name__, torch._dynamo.eval_frame._stance.stance))
+        return original(function)
+
+    monkeypatch.setattr(reductions, "_compiled", spy)
+    probes = [Probe(model, sigmas, per_channel=True, compile=how) for how in (False, True)]
+    for probe in probes:
+        assert not used
+        with torch.no_grad(), probe, probe.images(4):
+            model(x, torch.tensor(sigmas).repeat(4))
+    assert used == {("_moments", "default"), ("_activity", "default")}
+    plain, fast = probes
+    assert plain.nonfinite() == fast.nonfinite() != []
+    for layer, by_stat in plain.statistics.items():
+        for name, stat in by_stat.items():
+            for key, sums in stat.sums.items():
+                assert_close(fast.statistics[layer][name].sums[key], sums, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_without_a_compiler_one_line_says_so():
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    torch.compiler.reset()
+    says = r"^compile=True needs a C\+\+ compiler, .*no-such-compiler.*\Z"  # one line: . matches no line's end
+    with fresh_cache(), config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(GddlabError, match=says):
+        compiled(moments)(torch.zeros(4, 64, 16, 16), 2)
+    torch.compiler.reset()
+
+
+def test_one_reading_gives_all_that_is_wanted():
+    r = reductions
+    for wanted, read in (
+        ({r.mean, r.mean_square, r.moments}, (moments,)),
+        ({r.mean, r.mean_square}, (r.mean, r.mean_square)),
+        ({r.positive_share, r.channel_square}, (activity,)),
+        ({r.positive_share}, (r.positive_share,)),
+        ({r.gram, r.mean_square, r.hsic}, (r.gram, r.hsic)),
+    ):
+        assert one_reading(wanted) == read
+        x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        found = {reduction: reduction(x, 3) for reduction in read}
+        found |= r.follow(found)
+        for reduction in wanted:
+            assert_close(found[reduction], reduction(x, 3), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("h", [15, 16])
