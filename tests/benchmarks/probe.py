@@ -3,7 +3,8 @@ JSON.
 
 python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME] [CHANNELS]
 
-IMAGES are those of one pass, an even number: correlations are between pairs.
+IMAGES are those of one pass, an even number: correlations are between pairs. Memory is kept (`gddlab.memory`), as in
+gddlab's commands; GDDLAB_KEEP_MEMORY=0 gives it back.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from gddlab.memory import keep_memory
 from gddlab.nets import build
 from gddlab.probing import DEFAULT, Probe
 from gddlab.probing.probe import peak_memory
@@ -84,6 +86,7 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
 
 
 def main(rounds: int, images: int, levels: int, name: str, channels: int | None) -> None:
+    kept = keep_memory()
     torch.manual_seed(0)
     net = build(name, **({"model_channels": channels} if channels else {})).eval()
     sigmas = karras_sigmas(levels).tolist()
@@ -107,6 +110,8 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
                 "levels; medians, "
                 "ratios from pairs within a round",
                 "rounds": rounds,
+                "memory kept": kept,
+                "threads": torch.get_num_threads(),
                 "layers": sum(isinstance(m, nn.Conv2d) for m in net.modules()),
                 "seconds": {k: round(statistics.median(t), 3) for k, t in times.items()},
                 "ratio_to_bare": {

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gddlab.distill.presets import FAST
+from gddlab.memory import keep_memory
 from gddlab.probing.probe import peak_memory
 from gddlab.provenance import hardware, versions
 from tests.benchmarks.loops import Loop, Ours, Plain, Setting, check, work
@@ -60,9 +61,7 @@ def memory(mode: str, n: int) -> dict[str, float | None]:
         with peak_memory(torch.device("cpu")) as rise:
             run()
         out[f"rise in the {name}, MiB"] = rise[0] and round(rise[0])
-    status = Path(
-        "/proc/self/status"
-    ).read_text()  # not ru_maxrss, which a process inherits from the one that started it
+    status = Path("/proc/self/status").read_text()  # not ru_maxrss, inherited from the process that started this one
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]
     return {"peak of the process, MiB": round(int(peak) / 1024)} | out
 
@@ -124,6 +123,7 @@ def main(pairs: int, n: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()  # as a launched run does
     if sys.argv[1:2] == ["--memory"]:
         print(json.dumps(memory(sys.argv[2], int(sys.argv[3]))))
     else:
