@@ -59,12 +59,12 @@ def peak_memory_mib(device: torch.device | None = None) -> float:
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, float32 convolutions and matrix products on CUDA use TF32, 10 bits of mantissa, or do not.
 
-    PyTorch's own default is to use it in convolutions. By the settings since PyTorch 2.9: the older ones raise where a
-    user has set one of these, or where only some of them are set.
+    PyTorch's own default is to use it in convolutions. By the settings since PyTorch 2.9, which raise nothing; the
+    older ones cannot be read inside.
     """
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
-    settings, wanted = (cudnn.conv, cudnn.rnn, products), "tf32" if allowed else "ieee"
+    settings, wanted = (cudnn.conv, products), "tf32" if allowed else "ieee"
     before = [s.fp32_precision for s in settings]
     try:
         for s in settings:

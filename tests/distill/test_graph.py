@@ -146,9 +146,21 @@ def test_where_there_is_no_graph(
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_set_and_set_back(allowed: bool) -> None:
-    """In both of torch's ways to ask; the older one raises where the settings differ."""
-    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    """Afterwards torch's older settings can be read again: they raise where they differ from the newer ones."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [s.fp32_precision for s in settings]
     with tf32(allowed):
-        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
-    assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
-    assert torch.backends.cudnn.allow_tf32 is True
+        assert [s.fp32_precision for s in settings] == 2 * ["tf32" if allowed else "ieee"]
+    assert [s.fp32_precision for s in settings] == before
+    assert torch.backends.cudnn.allow_tf32 is True and torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_run_says_what_float32_is(
+    allowed: bool, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = new(tmp_path / "run", tiny_teacher, tf32=allowed)
+    seen, run = [], t.run
+    monkeypatch.setattr(t, "run", lambda b: (seen.append(torch.backends.cudnn.conv.fp32_precision), run(b))[1])
+    t.iterate()
+    assert seen == ["tf32" if allowed else "ieee"]
