@@ -19,6 +19,7 @@ from gddlab.datasets import ImageDataset
 from gddlab.distill.checkpoints import training_state
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
+from gddlab.distill.graph import WARM
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, validated
 from gddlab.files import nearest_existing
@@ -320,11 +321,14 @@ def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callabl
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    skipped = 1 + WARM if config.cuda_graph else 1
     trainer.iteration = 1
-    plain, lazy = [seconds() for _ in range(steps + 1)][1:], 0.0
+    plain, lazy = [seconds() for _ in range(steps + skipped)][skipped:], 0.0
     if config.has_r1:
-        trainer.iteration = config.r1_interval
-        lazy = max(0.0, seconds() - statistics.median(plain)) / config.r1_interval
+        for _ in range(skipped if config.cuda_graph else 1):
+            trainer.iteration = config.r1_interval
+            found = seconds()
+        lazy = max(0.0, found - statistics.median(plain)) / config.r1_interval
     peak = peak_memory_mib(device)
     state = training_state(trainer.step, trainer.ema)
     tensors = [t for part in state.values() for t in part.values()]

@@ -280,6 +280,8 @@ class TrainConfig(RunSettings):
                 f"cuda_graph=True with {other[0]}: such an iteration does not consist of the same kernels on the GPU "
                 "alone, give one of them"
             )
+        if self.tf32 and self.compile:
+            raise GddlabError("tf32=True with compile=True: the two were never tried together, give one of them")
         if self.shard and self.compile:
             raise GddlabError("shard=True with compile=True: the two were never tried together, give one of them")
         if self.student == "scratch" and self.mask is not None:

@@ -17,9 +17,11 @@ WARM = 3
 class Graphed(Generic[Given]):
     """Runs a function of tensors on a CUDA device: as it is at first, then as the graph that one call recorded.
 
+    Each graph keeps the memory of what it computes for itself.
+
     Args:
         run: Takes tensors, or what holds tensors, of the same shapes in each call, and returns some. What it changes
-            besides must keep its place in memory, must not depend on values, and must not be made on the CPU.
+            besides must keep its place in memory; no value may be read, and nothing copied from the CPU.
         device: Where the tensors are.
     """
 
@@ -27,6 +29,7 @@ class Graphed(Generic[Given]):
         self.run, self.device = run, device
         self.calls = 0
         self.replay: Callable[[], object] | None = None
+        self.aside: torch.cuda.Stream | None = None
 
     def __call__(self, given: Given) -> dict[str, Tensor]:
         self.calls += 1
@@ -42,13 +45,16 @@ class Graphed(Generic[Given]):
     def _recorded(self) -> Callable[[], object]:
         """Records `run` of `given`; what is returned runs it, and leaves what it gives in `out`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread draws ahead
+        with torch.cuda.graph(
+            graph, stream=self.aside, capture_error_mode="thread_local"
+        ):  # another thread draws ahead
             self.out = self.run(self.given)
         return graph.replay
 
     def _aside(self, given: Given) -> dict[str, Tensor]:
         """On a stream beside the others, as it will be recorded."""
-        here, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        here = torch.cuda.current_stream(self.device)
+        self.aside = aside = self.aside or torch.cuda.Stream(self.device)  # one: memory is cached by stream
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             out = self.run(given)

@@ -140,12 +140,14 @@ class Ahead:
     Args:
         make: Takes iteration and position in the data.
         step: Images of an iteration.
-        thread: Whether to do so; on a CPU the thread would take a core from the training.
+        device: Where it runs; on a CPU, whose cores train, each is made when it is asked for.
     """
 
-    def __init__(self, make: Callable[[int, int], Batch], step: int, *, thread: bool):
+    def __init__(self, make: Callable[[int, int], Batch], step: int, device: torch.device):
         self.make, self.step = make, step
-        self.pool = ThreadPoolExecutor(1, "ahead") if thread else None
+        self.pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            self.pool = ThreadPoolExecutor(1, "ahead", initializer=torch.cuda.set_device, initargs=(device,))
         self.made: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def __call__(self, iteration: int, position: int) -> Batch:

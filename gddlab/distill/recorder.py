@@ -186,10 +186,6 @@ class Meter:
     def sums(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.totals[0].unbind(), strict=True))
 
-    @property
-    def counts(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.totals[1].unbind(), strict=True))
-
     def add(self, stats: Mapping[str, Tensor]) -> None:
         """Adds an iteration's scalars, whether gradients were sanitised, and whether a loss was not finite."""
         finite = torch.stack([v.detach() for k, v in stats.items() if k.startswith("loss/")]).isfinite().all()

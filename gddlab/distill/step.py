@@ -26,14 +26,15 @@ Stats = dict[str, Tensor]
 PLAIN = Draw()
 
 
-def adam(params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None) -> torch.optim.Adam:
+def adam(
+    params: Sequence[nn.Parameter], lr: float, *, interval: int | None = None, graph: bool = False
+) -> torch.optim.Adam:
     """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects both for a lazy regulariser (StyleGAN2, appendix B).
 
-    One kernel makes the whole step. The state exists from the start, so that a checkpoint always has the same form.
+    One kernel makes the whole step; `graph` where a CUDA graph may hold it. The state exists from the start, so that a checkpoint always has the same form.
     """
     c = interval / (interval + 1) if interval else 1.0
-    graphs = any(p.is_cuda for p in params)  # a step may be recorded there
-    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True, capturable=graphs)
+    opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True, capturable=graph)
     for p in params:
         step = torch.zeros((), device=p.device)  # the kernel counts it there
         opt.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -93,14 +94,15 @@ class GanStep:
         self.augment, self.instance = augment, instance
         self.instance_weight = 1.0 if config.instance is None else config.instance.weight
         self.g_params = [p for p in g.parameters() if p.requires_grad]
-        self.opt_g = adam(self.g_params, config.lr_g)
+        self.opt_g = adam(self.g_params, config.lr_g, graph=config.cuda_graph)
         self.gradients_g = Gradients(self.g_params, world)
         self._d = d
         self.d_params: list[nn.Parameter] = []
         self.opt_d: torch.optim.Adam | None = None
         if d is not None:
             self.d_params = [p for p in d.parameters() if p.requires_grad]
-            self.opt_d = adam(self.d_params, config.lr_d, interval=self.r1_interval if self.r1_gamma else None)
+            interval = self.r1_interval if self.r1_gamma else None
+            self.opt_d = adam(self.d_params, config.lr_d, interval=interval, graph=config.cuda_graph)
             self.gradients_d = Gradients(self.d_params, world)
             self._features: Callable[[Tensor], list[Tensor]] = (
                 torch.compile(d.features) if config.compile else d.features

@@ -131,7 +131,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     losses: list[Tensor] = []
     saved: dict[str, Any] = {"net": net, "ema": ema, "optimizer": optimizer, "data": reader}
     if (run / "checkpoint.pt").exists():
-        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=device)
+        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
         for name, part in saved.items():
             part.load_state_dict(state[name])
         step, seconds = state["step"], state["seconds"]
@@ -150,7 +150,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         with atomic_path(run / "checkpoint.pt") as tmp:
             torch.save(parts | more, tmp)
 
-    low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    # without autocast's cache of low-precision weights: it lasts as long as the context, here for all steps
+    low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False)
     with bar, low, tf32(False), interruptions() as interrupted:
         while step < total:
             nimg = reader.position

@@ -73,7 +73,7 @@ class Trainer:
         )
         width = 0 if self.step.augment is None else self.step.augment.width
         self.drawer = Drawer(config, g, world, width=width)
-        self.ahead = Ahead(self.draw, config.batch, thread=world.device.type == "cuda")
+        self.ahead = Ahead(self.draw, config.batch, world.device)
         self.run: Callable[[Batch], Stats] = self.step.iteration
         self.run_r1: Callable[[tuple[Tensor, Tensor | None]], Stats] = lambda given: self.step.r1_step(*given)
         if config.cuda_graph:
@@ -338,7 +338,7 @@ class Trainer:
 
     def _loop(self, score: Score | None) -> str:
         """The remaining iterations, and what is due after each."""
-        c, recorder = self.config, self.recorder
+        c, world, recorder = self.config, self.world, self.recorder
         while self.iteration < self.total:
             began = time.perf_counter()
             if recorder:
@@ -347,6 +347,8 @@ class Trainer:
                 self.iterate()
             except torch.OutOfMemoryError as e:
                 raise self._too_large() from e
+            if world.device.type == "cuda" and self.every(c.tick_kimg):
+                torch.cuda.synchronize(world.device)  # kernels that are only launched are not done
             self.seconds += time.perf_counter() - began
             if self.every(c.tick_kimg):
                 self.check_losses()

@@ -508,12 +508,15 @@ def timed(b: Bench, found: Found, name: str, mode: Mode, make: Callable[[], Loop
     def iterate(n: int) -> list[float]:
         return laps([loop.iterate] * n, b.device)
 
-    warm = 4 * INTERVAL + 1 if mode.work else INTERVAL + 1  # graphs are recorded in the fourth call, of R1 too
+    # graphs are recorded in the fourth call, of R1 too; the last iterations of these say how long one takes
+    warm = 5 * INTERVAL + 1 if mode.work else INTERVAL + 1
     began = time.monotonic()
     one = iterate(warm)[-INTERVAL:]
     warm_s = time.monotonic() - began
     losses = loop.losses() if isinstance(loop, Ours) else {}
     assert not losses.get("nonfinite/loss"), losses
+    if b.card:  # a graph's memory is reserved, and not allocated while it is replayed
+        found["reserved_mib"] = torch.cuda.max_memory_reserved(b.device) / 2**20
     n = INTERVAL * max(2 if b.card else 1, min(25, int(b.size.seconds / sum(one))))
     first, times = loop.number, iterate(n)
     due = [number % INTERVAL == 0 for number in range(first, first + n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_recorded_iterations_are_the_same(
 @pytest.mark.parametrize("fields", [{}, {"mid_sigmas": (0.8,)}, {"instance": by("cd")}], ids=["gdd", "two", "cd"])
 def test_drawn_ahead_is_the_same(fields: dict[str, Any], tmp_path: Path, tiny_teacher: Path) -> None:
     plain, ahead = (new(tmp_path / name, tiny_teacher, **fields) for name in "ab")
-    ahead.ahead = Ahead(ahead.draw, ahead.config.batch, thread=True)
+    ahead.ahead.pool = ThreadPoolExecutor(1)
     for _ in range(3):
         plain.iterate()
         ahead.iterate()
@@ -120,7 +121,8 @@ def test_a_jump_is_drawn_anew() -> None:
         made.append((iteration, position))
         return Batch(torch.tensor([iteration, position]))
 
-    ahead = Ahead(make, 8, thread=True)
+    ahead = Ahead(make, 8, torch.device("cpu"))
+    ahead.pool = ThreadPoolExecutor(1)
     assert [ahead(i, p).z.tolist() for i, p in ((0, 0), (1, 8), (5, 8))] == [[0, 0], [1, 8], [5, 8]]
     assert made[:2] == [(0, 0), (1, 8)]
 
