@@ -45,9 +45,8 @@ class Graphed(Generic[Given]):
     def _recorded(self) -> Callable[[], object]:
         """Records `run` of `given`; what is returned runs it, and leaves what it gives in `out`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, stream=self.aside, capture_error_mode="thread_local"
-        ):  # another thread draws ahead
+        mode = "thread_local"  # another thread draws ahead
+        with torch.cuda.graph(graph, stream=self.aside, capture_error_mode=mode):
             self.out = self.run(self.given)
         return graph.replay
 

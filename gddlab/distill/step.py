@@ -31,7 +31,8 @@ def adam(
 ) -> torch.optim.Adam:
     """Adam with betas (0, 0.99), eps 1e-8; `interval` corrects both for a lazy regulariser (StyleGAN2, appendix B).
 
-    One kernel makes the whole step; `graph` where a CUDA graph may hold it. The state exists from the start, so that a checkpoint always has the same form.
+    One kernel makes the whole step; `graph` where a CUDA graph may hold it. The state exists from the start, so that a
+    checkpoint always has the same form.
     """
     c = interval / (interval + 1) if interval else 1.0
     opt = torch.optim.Adam(params, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True, capturable=graph)
