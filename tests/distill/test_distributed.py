@@ -90,10 +90,10 @@ def order(folder: Path, teacher: str, world: World) -> dict[str, tuple[int, list
     t = Trainer(tiny_config(folder, Path(teacher), instance=by("ctm"), **STYLEGAN2), world)
     step, drawer, out = t.step, t.drawer, {}
     images = drawer.place(t.data.images(t.reader.indices()))
-    z = drawer.latents(0, 0)
+    z, noise = (drawer.place(x) for x in (drawer.latents(0, 0), drawer.instance(0, step.instance)))
     fakes, reals = step.fake_features(z, None), step.real_features(images)
     runs = {
-        "g": lambda: step.g_step(z, None, instance=drawer.instance(0, images, step.instance)),
+        "g": lambda: step.g_step(z, None, instance=(images, noise)),
         "d": lambda: step.d_step(fakes, reals, None),
         "r1": lambda: step.r1_step(images, None),
     }

@@ -90,7 +90,7 @@ def test_continued_training_is_bit_identical(
 def test_bfloat16_is_near_float32_and_keeps_float32_weights(tmp_path: Path) -> None:
     """Over forty steps that halve the loss: low-precision copies of the first step's weights would not follow them."""
     losses = {}
-    quick = {"device": "cpu", "total_kimg": 0.32, "tick_kimg": 0.08, "lr": 1e-2, "lr_rampup_kimg": 0}
+    quick = {"device": "cpu", "total_kimg": 0.32, "tick_kimg": 0.08, "lr": 3e-3, "lr_rampup_kimg": 0}
     for precision in ("float32", "bfloat16"):
         path = train_teacher(config(tmp_path / precision, precision=precision, **quick))
         losses[precision] = [m["loss"] for m in read_jsonl(path.parent / "metrics.jsonl")]
