@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
@@ -164,6 +163,8 @@ class Gradients:
     """
 
     def __init__(self, params: Sequence[nn.Parameter], world: World):
+        from torch.distributed.tensor import DTensor  # takes a second
+
         self.params, self.world = params, world
         self.buckets: list[list[nn.Parameter]] = []
         room = 0
