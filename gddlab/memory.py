@@ -16,8 +16,8 @@ def keep_memory() -> bool:
     """Makes this process keep the memory that torch frees on a CPU, for the next tensor.
 
     glibc takes each large tensor's memory from the system and gives it back at once. The next layer then waits for the
-    system to clear the same pages again, which costs large passes up to half of their time. Afterwards memory stays
-    with the process until it ends, up to the most that it needed at once and a tenth more.
+    system to clear the same pages again, which costs large passes up to a third of their time. Afterwards memory stays
+    with the process until it ends: as a rule the most that it needed at once, in large passes up to half more.
 
     gddlab's commands, the ranks of runs and its worker processes call this when they start. In a notebook call it once,
     before the first network. The environment variable GDDLAB_KEEP_MEMORY=0 switches it off, and so does any setting of

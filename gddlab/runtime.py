@@ -56,23 +56,26 @@ def peak_memory_mib(device: torch.device | None = None) -> float:
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Inside, float32 convolutions and matrix products on CUDA use TF32, 10 bits of mantissa, or do not.
-
-    PyTorch's own default is to use it in convolutions. By the settings since PyTorch 2.9, which raise nothing; the
-    older ones cannot be read inside.
-    """
-    cudnn: Any = torch.backends.cudnn
-    products: Any = torch.backends.cuda.matmul
-    settings, wanted = (cudnn.conv, products), "tf32" if allowed else "ieee"
-    before = [s.fp32_precision for s in settings]
+def switched(name: str, value: Any, *owners: Any) -> Iterator[None]:
+    """Inside, this attribute of each owner has the value; afterwards its own again."""
+    before = [getattr(owner, name) for owner in owners]
     try:
-        for s in settings:
-            s.fp32_precision = wanted
+        for owner in owners:
+            setattr(owner, name, value)
         yield
     finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
+        for owner, own in zip(owners, before, strict=True):
+            setattr(owner, name, own)
+
+
+def tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside, float32 convolutions and matrix products on CUDA use TF32, 10 bits of mantissa, or do not.
+
+    PyTorch's own default is to use it in convolutions. By the settings since PyTorch 2.9; the older ones may raise
+    where they are read inside.
+    """
+    backends: Any = torch.backends
+    return switched("fp32_precision", "tf32" if allowed else "ieee", backends.cudnn.conv, backends.cuda.matmul)
 
 
 # What this process may use: containers and clusters limit it by control groups.

@@ -7,10 +7,13 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from gddlab import cli
+from gddlab.launch import rank
 from gddlab.memory import keep_memory
 from gddlab.workers import run_workers
 
@@ -55,6 +58,25 @@ def test_it_is_switched_off(environment: dict[str, str]) -> None:
 def test_workers_keep_memory() -> None:
     (found,) = run_workers({}, entry="tests.test_memory:faults")
     assert found < 10
+
+
+class Kept(Exception):
+    """Raised in place of keeping the memory of the tests' own process."""
+
+
+def refuse() -> None:
+    raise Kept
+
+
+def test_commands_and_ranks_keep_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the process is their own: not where a test, or a notebook, calls a command as a function."""
+    monkeypatch.setattr(cli, "keep_memory", refuse)
+    monkeypatch.setattr(rank, "keep_memory", refuse)
+    with pytest.raises(Kept):
+        cli.main()
+    cli.main(["--version"])
+    with pytest.raises(Kept):
+        rank.run_rank(tmp_path)
 
 
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from gddlab.errors import GddlabError, NotFound, warn
 from gddlab.files import cache_dir, hash_json
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.published import Published, offline, search_folders
-from gddlab.runtime import usable_memory
+from gddlab.runtime import switched, usable_memory
 
 _MAX_FILE = 256 << 20  # bytes of one image
 _MAX_TABLE = 1 << 30  # of dataset.json or manifest.json
@@ -423,15 +423,9 @@ def _hub() -> Iterator[None]:
     if not offline():
         yield
         return
-    switches: list[Any] = [importlib.import_module(name) for name in ("huggingface_hub.constants", "datasets.config")]
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    try:
-        for switch in switches:
-            switch.HF_HUB_OFFLINE = True
+    clients = [importlib.import_module(name) for name in ("huggingface_hub.constants", "datasets.config")]
+    with switched("HF_HUB_OFFLINE", True, *clients):
         yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value
 
 
 ARCHIVE = "cifar-10-python.tar.gz"

@@ -321,14 +321,16 @@ def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callabl
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    skipped = 1 + WARM if config.cuda_graph else 1
+    def seconds_of_r1() -> float:
+        trainer.iteration = config.r1_interval
+        return seconds()
+
+    recording = WARM + 1 if config.cuda_graph else 0  # calls until a graph is there
     trainer.iteration = 1
-    plain, lazy = [seconds() for _ in range(steps + skipped)][skipped:], 0.0
+    plain, lazy = [seconds() for _ in range(steps + max(1, recording))][-steps:], 0.0
     if config.has_r1:
-        for _ in range(skipped if config.cuda_graph else 1):
-            trainer.iteration = config.r1_interval
-            found = seconds()
-        lazy = max(0.0, found - statistics.median(plain)) / config.r1_interval
+        *_, last = (seconds_of_r1() for _ in range(recording + 1))
+        lazy = max(0.0, last - statistics.median(plain)) / config.r1_interval
     peak = peak_memory_mib(device)
     state = training_state(trainer.step, trainer.ema)
     tensors = [t for part in state.values() for t in part.values()]

@@ -110,8 +110,7 @@ def scaling(
     """Predicts the time of a step: the longer of arithmetic and starting kernels, and the all-reduce in full.
 
     Gradients of all trained parameters are averaged in buckets that are sent during the backward pass; none of that is
-    taken to be hidden behind it, so a step is no longer than this. A ring moves 2 (N - 1) / N of the bytes through the
-    slowest connection.
+    taken to be hidden behind it. A ring moves 2 (N - 1) / N of the bytes through the slowest connection.
 
     Args:
         config: The run; its batch is over all GPUs.

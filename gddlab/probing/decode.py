@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, shown, validated, warn
 from gddlab.probing.ablate import sized
 from gddlab.probing.effects import tapped
-from gddlab.probing.guard import as_it_was, eager, full_precision, warn_nonfinite
+from gddlab.probing.guard import as_it_was, eager, exactly, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, dataset_of
 from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, select_layers
 from gddlab.probing.reductions import PIECE
@@ -318,7 +318,7 @@ class Reader:
         found: dict[str, Tensor] = {}
 
         def read(name: str, output: Tensor) -> None:
-            with torch.autocast(output.device.type, enabled=False), full_precision(output.device):
+            with exactly(output.device):
                 found[name] = self.features(output)
 
         with tapped(self.model, {name: functools.partial(read, name) for name in self.names}, len(rows[0])) as shapes:

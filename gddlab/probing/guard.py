@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
+from gddlab.runtime import switched
 from gddlab.sampling.samplers import precision
 
 
@@ -107,30 +108,19 @@ def check_ran(absent: Collection[str]) -> None:
         raise GddlabError(f"layer {name!r} did not run in this pass: leave it out of layers=")
 
 
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Keeps TF32 and bfloat16 out of our own matrix products where the user allows them in the network's."""
-    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = backend.matmul
-    before = matmul.fp32_precision
-    if before in ("none", "ieee"):
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def exactly(device: torch.device) -> contextlib.ExitStack:
-    """Without gradients, autocast and TF32, as a context that costs nothing where none of them is on."""
+    """Without gradients, autocast and matrix products in TF32 or bfloat16, which the user may allow in the network.
+
+    A context that costs nothing where none of them is on.
+    """
     stack = contextlib.ExitStack()
     if torch.is_grad_enabled():
         stack.enter_context(torch.no_grad())
     if torch.is_autocast_enabled(device.type):
         stack.enter_context(torch.autocast(device.type, enabled=False))
-    stack.enter_context(full_precision(device))
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    if backend.matmul.fp32_precision not in ("none", "ieee"):
+        stack.enter_context(switched("fp32_precision", "ieee", backend.matmul))
     return stack
 
 

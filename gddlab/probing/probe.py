@@ -102,9 +102,8 @@ def probe(
         device: Where to run, such as cuda; by default where the network is, to which it returns.
         dtype: "bfloat16" or "float16" run the network under autocast; statistics are float32 and float64 all the same.
         compile: Reads activations by code that torch.compile makes, in one pass over memory; the network is not
-            compiled. Numbers are the same but for rounding. Needs a C++ compiler on a CPU, Triton on a GPU. On a CPU
-            compiling takes 20 s once per machine and 5 s in later processes, and saves a quarter to a third of what
-            hooks cost, about 4 % of a pass: it pays in long probes, of 100 passes and more.
+            compiled. Numbers are the same but for rounding. Needs a C++ compiler on a CPU, Triton on a GPU. Compiling
+            takes some 20 s once per machine and a few in later processes, so it is for long probes.
         progress: Shows a bar at a terminal.
 
     Returns:

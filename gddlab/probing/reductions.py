@@ -190,7 +190,7 @@ def _by_channel(x: Tensor) -> Tensor:
 def _channels(x: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean over pixels.  -> (n, S, C)"""
     v = _by_channel(x)
-    piece = SHORT if v.stride(1) == 1 else PIECE  # where channels lie side by side, numbers are added in sequence
+    piece = SHORT if v.stride(1) == 1 else PIECE  # where channels lie side by side, a CPU adds in sequence
     parts = [double(total(part)) for part in v.split(piece, 2)]
     return (functools.reduce(torch.add, parts) / v.shape[2]).unflatten(0, (n, -1))
 

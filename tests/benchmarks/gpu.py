@@ -48,7 +48,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,6 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gddlab
 from gddlab.diagnosis import doctor
@@ -75,7 +74,7 @@ from gddlab.provenance import commit, hardware, versions
 from gddlab.runtime import chosen_device, peak_memory_mib, tf32
 from gddlab.sampling import karras_sigmas, sample
 from gddlab.sampling.samplers import prepared
-from tests.benchmarks.loops import BOTH, Loop, Ours, Plain, Setting, check, teacher_of, work
+from tests.benchmarks.loops import CLONE, Loop, Ours, Plain, Setting, Waits, check, place, teacher_of, work
 from tests.golden import test_networks, test_training
 from tests.golden.conftest import ROOT, Case
 
@@ -85,7 +84,9 @@ CYCLE = 16
 """Iterations per R1 step of the preset."""
 INTERVAL = 4
 """Iterations per R1 step here, so that few iterations show several; the time of R1 does not depend on it."""
-CLONE = Path(__file__).resolve().parents[2]
+
+
+FULL = Setting(batch=256, images=50_000, interval=INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        batch, student, backbones, input_size, head_width: Of the training iteration, see `Setting`.
+        setting: Of the training iteration.
         agreement: Images of the comparison with the plain loop.
         product, copied: Side of the matrices, and MiB, by which the card's rates are measured.
         seconds: Of repetitions of what is timed.
@@ -104,11 +105,7 @@ class Sizes:
         kimg: Thousands of images that the demo trains on; None for the whole demo.
     """
 
-    batch: int = 256
-    student: tuple[tuple[str, int], ...] = ()
-    backbones: tuple[str, ...] = BOTH
-    input_size: int = 224
-    head_width: int = 512
+    setting: Setting = FULL
     agreement: int = 16
     product: int = 8192
     copied: int = 2048
@@ -122,11 +119,15 @@ class Sizes:
 
 
 SMALL = Sizes(
-    batch=2,
-    student=(("model_channels", 16), ("num_blocks", 1)),
-    backbones=("tf_efficientnet_lite0",),
-    input_size=64,
-    head_width=16,
+    setting=Setting(
+        batch=2,
+        student=(("model_channels", 16), ("num_blocks", 1)),
+        backbones=("tf_efficientnet_lite0",),
+        input_size=64,
+        head_width=16,
+        images=64,
+        interval=INTERVAL,
+    ),
     agreement=4,
     product=512,
     copied=16,
@@ -207,12 +208,6 @@ def place_of(error: BaseException) -> str | None:
     return next((at for f in reversed(frames) if (at := place(f.filename, f.lineno)) is not None), None)
 
 
-def place(file: str, line: int | None) -> str | None:
-    """FILE:LINE of what is in the clone."""
-    path = Path(file)
-    return f"{path.relative_to(CLONE)}:{line}" if path.is_relative_to(CLONE) else None
-
-
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raises a TimeoutError inside after this time."""
@@ -261,27 +256,6 @@ def median_time(run: Callable[[], object], device: torch.device, seconds: float,
     laps([run], device)
     (one,) = laps([run], device)
     return statistics.median(laps([run] * max(1, min(most, int(seconds / max(one, 1e-6)))), device))
-
-
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique", "unique_", "is_nonzero")
-"""Operations for whose result Python, or the size of a tensor, waits."""
-
-
-class Waits(TorchDispatchMode):
-    """Counts, on a CPU, operations that would wait for a card, by the line that asks for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        masked = name.startswith("index.") and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if masked or name.startswith(WAITS):
-            frames = traceback.extract_stack()[:-1]
-            at = (p for f in reversed(frames) if (p := place(f.filename, f.lineno)) and "benchmarks/gpu.py" not in p)
-            self.seen[next(at, name)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def waits(run: Callable[[], object], device: torch.device) -> dict[str, int]:
@@ -456,9 +430,7 @@ COMPILED = {"fast, compiled": Mode(FAST | {"compile": True}, "bfloat16", work="f
 
 
 def setting_of(b: Bench, batch: int) -> Setting:
-    size, images = b.size, 50_000 if b.card else 64
-    network = size.student, size.backbones, size.input_size, size.head_width
-    return Setting(batch, *network, INTERVAL, images, b.device)
+    return replace(b.size.setting, batch=batch, device=b.device)
 
 
 def agreement(b: Bench, found: Found) -> str:
@@ -474,7 +446,7 @@ def training(b: Bench, found: Found, name: str, mode: Mode) -> str:
     """A mode at the batch of the setting, all images at once; where memory does not suffice, in parts."""
     if mode.card and not b.card:
         raise Skip("needs a card")
-    batch, too_many = b.size.batch, []
+    batch, too_many = b.size.setting.batch, []
     for held in (batch, batch // 2, batch // 4):
         found.clear()
         found |= {"images_at_once": held, "out_of_memory_with": too_many}
@@ -674,7 +646,7 @@ def probing(b: Bench, found: Found, make: Callable[[], Any], layers: str, dtype:
 
 
 def ncsnpp(size: Sizes, channels: int) -> Any:
-    return build("ncsnpp-cifar10", **dict(size.student) | {"model_channels": channels})
+    return build("ncsnpp-cifar10", **dict(size.setting.student) | {"model_channels": channels})
 
 
 def dit(width: int, depth: int, heads: int) -> Any:
@@ -700,7 +672,7 @@ def sampling(b: Bench, found: Found, allowed: bool, how: dict[str, Any]) -> str:
     """Images per second of `sample` in one step, all at once, and of the network alone."""
     if allowed and not b.card:
         raise Skip("needs a card")
-    net = make_student(teacher_of(b.size.student)).to(b.device)
+    net = make_student(teacher_of(b.size.setting.student)).to(b.device)
     assert isinstance(net, OneStepPrecond)
     layout = torch.channels_last if how.get("channels_last") else torch.contiguous_format
     by_size = found["images"] = {}
@@ -721,7 +693,7 @@ def sampling(b: Bench, found: Found, allowed: bool, how: dict[str, Any]) -> str:
 
 def heun(b: Bench, found: Found) -> str:
     """Images per second of Heun's 18 steps, 35 passes, float32 with TF32 where there is a card."""
-    net, n = copy.deepcopy(teacher_of(b.size.student)).to(b.device), b.size.heun
+    net, n = copy.deepcopy(teacher_of(b.size.setting.student)).to(b.device), b.size.heun
     with tf32(b.card):
         seconds = b.median(lambda: sample(net, n, steps=18, batch_size=n), 0.3)
     found |= {"images": n, "images_per_s": n / seconds, "tf32": b.card}

@@ -5,10 +5,13 @@ Random weights of teacher, VGG16 and images (times do not depend on them); `trai
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gddlab.datasets import ImageDataset
 from gddlab.diagnosis.scaling import Counter
@@ -31,6 +35,7 @@ from gddlab.nets.io import make_student
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Real images in [-1, 1] and the latents of both steps, each (B, 3, 32, 32)."""
+CLONE = Path(__file__).resolve().parents[2]
 BOTH = ("vgg16_bn", "tf_efficientnet_lite0")
 WEIGHT, GAMMA, LR = 64, 1e-4, 1e-4
 
@@ -289,3 +294,38 @@ def work(run: Callable[[], object]) -> tuple[float, int]:
     with Counter() as counter:
         run()
     return counter.flops / 1e9, counter.kernels
+
+
+# What a card would wait for.
+
+
+def place(file: str, line: int | None) -> str | None:
+    """FILE:LINE of what is in the clone."""
+    path = Path(file)
+    return f"{path.relative_to(CLONE)}:{line}" if path.is_relative_to(CLONE) else None
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique", "unique_", "is_nonzero")
+"""Operations for whose result Python, or the size of a tensor, waits."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts, on a CPU, operations that would wait for a card, by the line that asks for them.
+
+    Args:
+        more: Other operations that count.
+    """
+
+    def __init__(self, *more: str) -> None:
+        super().__init__()
+        self.names = *WAITS, *more
+        self.seen: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        masked = name.startswith("index.") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if masked or name.startswith(self.names):
+            frames = traceback.extract_stack()[:-1]
+            at = (p for f in reversed(frames) if (p := place(f.filename, f.lineno)) and "benchmarks/" not in p)
+            self.seen[next(at, name)] += 1
+        return func(*args, **(kwargs or {}))

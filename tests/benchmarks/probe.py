@@ -93,6 +93,7 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
     runs = variants(net, sigmas, images)
     times: dict[str, list[float]] = {k: [] for k in runs}
     memory: dict[str, list[float]] = {k: [] for k in runs}
+    first: dict[str, float] = {}
     with torch.no_grad():
         for i in range(rounds + 1):
             for key, run in list(runs.items())[:: 1 if i % 2 else -1]:  # each is first as often as it is last
@@ -100,7 +101,9 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
                     began = time.perf_counter()
                     run()
                     took = time.perf_counter() - began
-                if i:  # the first round warms up
+                if not i:  # it warms up, and compiles
+                    first[key] = took
+                else:
                     times[key].append(took)
                     memory[key].append(peak[0])
     print(
@@ -118,6 +121,10 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
                     k: round(statistics.median(b / a for a, b in zip(times["bare"], t, strict=True)), 3)
                     for k, t in times.items()
                 },
+                "ratio_to_bare, each pair": {
+                    k: [round(b / a, 2) for a, b in zip(times["bare"], t, strict=True)] for k, t in times.items()
+                },
+                "seconds of the first pass": {k: round(t, 1) for k, t in first.items()},
                 "peak_mib_in_a_pass": {k: round(max(m)) for k, m in memory.items()},
                 "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "hardware": hardware(),

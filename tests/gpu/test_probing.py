@@ -19,7 +19,7 @@ from gddlab.files import hash_tensors
 from gddlab.probing import STATISTICS, ProbeResult, ablate, null, probe
 from gddlab.probing.decode import decode
 from gddlab.probing.gradients import grad_probe
-from gddlab.probing.guard import full_precision
+from gddlab.probing.guard import exactly
 from gddlab.probing.null import Kind
 from tests.gpu.conftest import tf32
 from tests.probing.networks import tiny
@@ -160,9 +160,9 @@ def test_probe_under_autocast(cuda: torch.device, pictures: ImageDataset) -> Non
 
 
 def test_own_products_are_exact_where_tf32_is_allowed(cuda: torch.device) -> None:
-    """`full_precision`: a product of 1024 x 1024 against float64, 1e-5 of its size, though TF32 (5e-4) is allowed."""
+    """`exactly`: a product of 1024 x 1024 against float64, 1e-5 of its size, though TF32 (5e-4) is allowed."""
     a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(cuda)
-    with tf32(True), full_precision(cuda):
+    with tf32(True), exactly(cuda):
         off = ((a @ a).double() - a.double() @ a.double()).abs().max().item()
     assert off < 1e-5 * 32  # the root of 1024 is the size of an entry
 

@@ -21,6 +21,7 @@ from gddlab.freezing import select_freeze
 from gddlab.runs import load_run
 from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config
+from tests.distill.test_graph import KINDS
 from tests.distill.test_trainer import assert_continued, by, tensors
 from tests.gpu.conftest import deterministic
 
@@ -90,14 +91,7 @@ def test_losses_of_a_compiled_run(card: torch.device, tmp_path: Path, tiny_teach
     assert found == pytest.approx(losses(tmp_path / "eager", tiny_teacher, card), rel=1e-3, abs=1e-3)
 
 
-GRAPHS: dict[str, dict[str, Any]] = {
-    "gdd": {},
-    "fast": {"precision": "bfloat16", "precision_d": "bfloat16", "channels_last": True, "reuse_fakes": True},
-    "parts of a batch": {"batch_per_device": 2},
-    "kept features": {"discriminator": {"cache_real": True}},
-    "stylegan2": {"discriminator": {"kind": "stylegan2"}},
-    "compiled": {"compile": True},
-}
+GRAPHS: dict[str, dict[str, Any]] = KINDS | {"compiled": {"compile": True}}
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
