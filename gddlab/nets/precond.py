@@ -8,26 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, numbers_in, shown, unknown
+from gddlab.nets.path import Coefficients
 from gddlab.nets.unets import UNETS
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 """EDM's range of noise levels and standard deviation of the data, images in [-1, 1] (Karras et al. 2022, table 1)."""
-
-
-class Coefficients(NamedTuple):
-    """c_skip, c_out, c_in: (B, 1, 1, 1); c_noise: (B,)."""
-
-    c_skip: Tensor
-    c_out: Tensor
-    c_in: Tensor
-    c_noise: Tensor
 
 
 class Precond(nn.Module):
