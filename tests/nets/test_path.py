@@ -48,19 +48,21 @@ def denoised(path: Path, f: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     return c.c_skip * x + c.c_out * f
 
 
-def check(path: Path, sigma: Tensor, *, t: float, x: Tensor, f: Tensor, input: Tensor, clean: Tensor) -> None:
+def check(
+    path: Path, sigma: Tensor, *, t: float, x: Tensor, f: Tensor, input: Tensor, clean: Tensor, off: float = 1e-6
+) -> None:
     """Compares at one noise level: float32 on their side, float64 on ours."""
     c = path.coefficients(sigma.reshape(1, 1, 1, 1))
     assert_close(c.c_in * x, input.double(), rtol=1e-6, atol=1e-6 * input.abs().max().item())
     assert c.c_noise.item() == pytest.approx(t, abs=2e-3)
-    assert_close(denoised(path, f, x, sigma), clean.double(), rtol=0, atol=1e-6 * clean.abs().max().item())
+    assert_close(denoised(path, f, x, sigma), clean.double(), rtol=0, atol=off * clean.abs().max().item())
 
 
 def chosen(scheduler: Any) -> list[int]:
-    """Positions of five noise levels, the first and the last too; of two calls per step, the first one."""
+    """Positions of five noise levels, the first and the last too; of two calls per step, the first one's."""
     scheduler.set_timesteps(10)
     t = scheduler.timesteps
-    own = [i for i in range(len(t)) if i == 0 or t[i] != t[i - 1]]
+    own = [i for i in range(len(t)) if t[i] != t[i - 1] and (len(t) == 10 or t[i] == t[i].round())]
     return [own[round(k)] for k in torch.linspace(0, len(own) - 1, LEVELS).tolist()]
 
 
@@ -95,7 +97,7 @@ def test_schedulers_that_scale_their_sample(name: str, prediction: str, betas: d
 @pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("name", NOISED)
 def test_schedulers_that_add_noise_to_their_sample(name: str, prediction: str, betas: dict[str, Any]) -> None:
-    if name == "EulerAncestralDiscreteScheduler" and prediction == "sample":
+    if name in ("EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler") and prediction == "sample":
         pytest.skip("not implemented there")
     path = Path.of(made(name, prediction_type=prediction, **NOISED[name], **betas))
     x, f = drawn()
@@ -123,8 +125,9 @@ def test_flow_schedulers(name: str, shift: float) -> None:
     x, f = drawn()
     for i in chosen(scheduler):
         share = scheduler.sigmas[i].double()
-        sigma = share / (1 - share) if share < 1 else torch.tensor(PURE, dtype=torch.float64)
-        xt = x * (1 - share) if share < 1 else x / PURE
+        image = share < 1 - 1e-5  # UniPC stops at a share of 1 - 1e-6, which is pure noise here
+        sigma = share / (1 - share) if image else torch.tensor(PURE, dtype=torch.float64)
+        xt = x * (1 - share) if image else x / PURE
         scheduler._step_index = i
         if solver:
             clean = scheduler.convert_model_output(f.float(), sample=xt.float())
@@ -134,7 +137,7 @@ def test_flow_schedulers(name: str, shift: float) -> None:
             assert_close(step.double(), xt + (scheduler.sigmas[i + 1].double() - share) * f, rtol=1e-5, atol=1e-5)
         t = 1000 * share.item()  # solvers cut their own times to integers
         assert abs(scheduler.timesteps[i].item() - t) < (1 if solver else 1e-3)
-        check(path, sigma, t=t, x=x, f=f, input=xt, clean=clean)
+        check(path, sigma, t=t, x=x, f=f, input=xt, clean=clean, off=1e-6 if image else 2e-6)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -161,7 +164,7 @@ def test_the_time_of_euler_with_continuous_v_is_that_of_edm() -> None:
 def test_zero_terminal_snr_ends_in_pure_noise() -> None:
     """There the network sees the noise alone, and what it says is the image alone."""
     for prediction in ("v_prediction", "sample"):
-        settings = {"prediction_type": prediction, "rescale_betas_zero_snr": True, "clip_sample": False}
+        settings = {"prediction_type": prediction, "rescale_betas_zero_snr": True, "clip_sample": False} | BETAS[1]
         scheduler = made("DDIMScheduler", timestep_spacing="trailing", **settings)
         scheduler.set_timesteps(10)
         path = Path.of(scheduler)
@@ -174,7 +177,7 @@ def test_zero_terminal_snr_ends_in_pure_noise() -> None:
         assert 2000 < below < 2500 and path.time(torch.tensor([below])).item() == pytest.approx(998, abs=0.01)
         with pytest.raises(GddlabError, match="between step 998 and pure noise there is none"):
             path.sigma(998.5)
-    epsilon = made("DDIMScheduler", prediction_type="epsilon", rescale_betas_zero_snr=True)
+    epsilon = made("DDIMScheduler", prediction_type="epsilon", rescale_betas_zero_snr=True, **BETAS[1])
     assert not Path.of(epsilon).ends_in_noise and Path.of(epsilon).sigma_max == pytest.approx(below, rel=1e-4)
 
 
@@ -228,7 +231,7 @@ def test_a_path_is_json(name: str) -> None:
 
 
 def test_refusals() -> None:
-    for name in ("SCMScheduler", "LCMScheduler", "TCDScheduler", "ScoreSdeVeScheduler"):
+    for name in ("SCMScheduler", "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"):
         with pytest.raises(GddlabError, match=f"the schedule of a {name} is not known here: give path=") as e:
             Path.of(made(name))
         assert "\n" not in str(e.value)
