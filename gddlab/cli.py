@@ -65,7 +65,7 @@ def demo(out: Path = Path("demo"), **options: Any) -> None:
         demo(out, **options)
 
 
-@command("teacher train", config=lambda words: gddlab.TeacherConfig(run_dir=Path("runs/teacher")))
+@command("teacher train", config=lambda words: teacher_of(words))
 def teacher_train(config: gddlab.TeacherConfig) -> None:
     """Trains a diffusion teacher. The same command continues."""
     say(gddlab.train_teacher(config))
@@ -349,6 +349,13 @@ def preset_of(words: list[str]) -> gddlab.TrainConfig:
     if any(w.startswith("--augment.") or (w == "--help" and None not in parts.values()) for w in words):
         parts["augment"] = {}
     return gddlab.presets.preset(name, run_dir=f"runs/{name}", **parts)
+
+
+def teacher_of(words: list[str]) -> gddlab.TeacherConfig:
+    """The defaults of `gddlab teacher train`: those of the network that --network names."""
+    words = [w for word in words for w in word.split("=", 1)]
+    dit = ("--network", "dit") in itertools.pairwise(words)
+    return gddlab.TeacherConfig(run_dir=Path("runs/teacher"), network="dit" if dit else "unet")
 
 
 def kinds_of(words: list[str]) -> Any:

@@ -19,6 +19,7 @@ from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import NotFound
+from gddlab.files import read_json
 from gddlab.freezing import FreezeMask
 from gddlab.nets import save_network
 from gddlab.nets.io import make_student
@@ -336,6 +337,10 @@ def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     flags = ["--model-channels", "8", "--num-blocks", "1", "--batch", "8", "--total-kimg", "0.016"]
     main(["teacher", "train", "--run-dir", str(tmp_path / "t"), *flags])
     assert (tmp_path / "t" / "teacher.safetensors").exists()
+    dit = ["--network", "dit", "--model-channels", "12", "--num-blocks", "1", "--batch", "8", "--total-kimg", "0.016"]
+    main(["teacher", "train", "--run-dir", str(tmp_path / "d"), *dit])
+    asked = read_json(tmp_path / "d" / "config.json")
+    assert (asked["network"], asked["conditional"], asked["label_dropout"], asked["num_heads"]) == ("dit", True, 0.1, 3)
 
 
 def test_a_teacher_is_no_run(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ jaxtyping.install_import_hook(packages, "tests.shapes.check")
 sys.exit(pytest.main(["-q", "-x", "-n0", "-p", "no:cacheprovider", "-k", "not refusals", *sys.argv[1:]]))
 """
 FILES = (
+    "tests/golden/test_models.py",
     "tests/golden/test_samplers.py",
     "tests/sampling/test_solvers.py",
     "tests/probing/test_effects.py",

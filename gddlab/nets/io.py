@@ -11,6 +11,7 @@ import torch
 
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import atomic_path, path_of
+from gddlab.nets.dit import DiTPrecond
 from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
 COUNTS = {
@@ -23,12 +24,14 @@ COUNTS = {
     "channel_mult_noise": (1, 64),
     "num_blocks": (1, 64),
     "M": (1, 100_000),
+    "patch_size": (1, 64),
+    "num_heads": (1, 1024),
 }
 NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
 NUMBERS |= {"dropout", "label_dropout"}
 LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096), "mid_sigmas": (0, 4096)}
-FLAGS = {"target_time"}
-NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type"}
+FLAGS = {"target_time", "learn_sigma"}
+NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type", "kind"}
 
 
 def refusal(kwargs: dict[Any, Any], tensors: int) -> str | None:
@@ -39,7 +42,7 @@ def refusal(kwargs: dict[Any, Any], tensors: int) -> str | None:
             shown = shown if isinstance(shown, (int, float, str)) else f"<{type(value).__name__}>"
             return f"{str(name)[:40]}={str(shown)[:42]}: {accepted}"
     blocks, levels = kwargs.get("num_blocks", 1), len(kwargs.get("channel_mult", [1]))
-    if 20 * blocks * levels > tensors:  # at least ten tensors per block, up and down
+    if 8 * blocks * levels > tensors:  # at least four tensors per block, up and down
         return f"{blocks} blocks in {levels} levels, but only {tensors} tensors"
     return None
 
@@ -70,6 +73,7 @@ PRECONDS: dict[str, type[Precond]] = {
     "VEPrecond": VEPrecond,
     "iDDPMPrecond": iDDPMPrecond,
     "OneStepPrecond": OneStepPrecond,
+    "DiTPrecond": DiTPrecond,
 }
 
 
@@ -77,7 +81,8 @@ def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
     """Builds a network from the class name and keyword arguments found in an EDM pickle.
 
     Args:
-        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond".
+        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond", which EDM's
+            pickles name, or "DiTPrecond".
         **init_kwargs: As in the pickle; `use_fp16` is accepted and has no meaning here (autocast decides).
 
     Returns:

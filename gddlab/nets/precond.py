@@ -135,8 +135,20 @@ class Precond(nn.Module):
         c = self.coefficients(sigma)
         c_target = None if target is None else self.coefficients(levels_of(target, x)).c_noise
         c_noise = c.c_noise if told is None else self.coefficients(levels_of(told, x)).c_noise
-        f = self.model(c.c_in * x, c_noise, class_labels, augment_labels, c_target)
+        f = self.run(c.c_in * x, c_noise, class_labels, augment_labels, c_target)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
+
+    def run(
+        self,
+        x: Float[Tensor, "b c h w"],
+        time: Float[Tensor, " b"],
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        target: Tensor | None,
+    ) -> Float[Tensor, "b cout h w"]:
+        """F, the network itself: `time` and `target` are c_noise, `x` is scaled by c_in, class labels are one-hot."""
+        out: Tensor = self.model(x, time, class_labels, augment_labels, target)
+        return out
 
 
 def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:

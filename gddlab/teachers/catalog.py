@@ -12,8 +12,11 @@ from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
+from gddlab.nets.dit import DiT
+from gddlab.nets.path import Path as NoisePath
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.published import Published
+from gddlab.teachers.dit import check_options
 from gddlab.teachers.edm import read_edm
 from gddlab.teachers.torchfiles import format_of
 
@@ -49,6 +52,8 @@ class TeacherCard:
     """Of the images that it was trained on; None where they are not known."""
     levels: str | None = None
     """How the noise levels of its training were drawn; None where that is not known."""
+    path: str | None = None
+    """What its network predicts, along which path and at which times; None for EDM's preconditionings."""
 
     @classmethod
     def of(
@@ -74,6 +79,7 @@ class TeacherCard:
             scores=tuple(scores),
             manifest=meta.get("manifest"),
             levels=meta.get("levels") or _levels_of(meta.get("training") or {}),
+            path=_path_text(path) if isinstance(path := getattr(net, "path", None), NoisePath) else None,
         )
 
     def to_meta(self) -> dict[str, Any]:
@@ -85,12 +91,11 @@ class TeacherCard:
         return asdict(self)
 
     def __repr__(self) -> str:
-        kw = {k: p.default for k, p in inspect.signature(UNETS[self.unet]).parameters.items()} | self.init_kwargs
-        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
         rows = [
             ("teacher", self.name),
-            ("network", f"{self.unet} ({kw.get('encoder_type', 'ADM')} encoder), {levels}"),
+            ("network", f"{self.unet}{self._sizes()}"),
             ("preconditioning", self.precond),
+            *([] if self.path is None else [("path", self.path)]),
             ("images", f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' * (self.channels > 1)}"),
             ("classes", str(self.classes) if self.classes else "none (unconditional)"),
             ("parameters", f"{self.parameters:,}"),
@@ -113,6 +118,27 @@ class TeacherCard:
         width = max(len(k) for k, _ in rows)
         return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
 
+    def _sizes(self) -> str:
+        """How large the network is, for the table."""
+        kinds: dict[str, Any] = {**UNETS, "DiT": DiT, "SiT": DiT}
+        kw = {k: p.default for k, p in inspect.signature(kinds[self.unet]).parameters.items()} | self.init_kwargs
+        if self.unet not in UNETS:
+            p, blocks = kw["patch_size"], f"{kw['num_blocks']} blocks, {kw['num_heads']} heads"
+            return f", patches of {p}x{p}, width {kw['model_channels']}, {blocks}"
+        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
+        return f" ({kw.get('encoder_type', 'ADM')} encoder), {levels}"
+
+
+def _path_text(path: NoisePath) -> str:
+    """What a network predicts, along which path, and the times that it is told."""
+    if path.kind == "edm":
+        return f"EDM, sigma_data {path.sigma_data:g}"
+    if path.kind == "vp":
+        predicts = {"epsilon": "the noise", "v_prediction": "the velocity v", "sample": "the image"}[path.prediction]
+        return f"variance preserving, {len(path.alphas_cumprod):,} steps; predicts {predicts}"
+    start, end = ("noise", "image") if path.reversed else ("image", "noise")
+    return f"flow matching, time 0 ({start}) to {path.time_scale:g} ({end}); predicts {end} - {start}"
+
 
 def _levels_of(training: dict[str, Any]) -> str | None:
     """How a `TeacherConfig` draws noise levels."""
@@ -125,7 +151,7 @@ def _levels_of(training: dict[str, Any]) -> str | None:
     return text
 
 
-def load_teacher(source: str | Path) -> Precond:
+def load_teacher(source: str | Path, *, family: str | None = None, heads: int | None = None) -> Precond:
     """Loads a teacher, or a student: a network that denoises.
 
     A pickle is read as data: nothing that it names is imported or called, its embedded source is never run. The code of
@@ -134,15 +160,19 @@ def load_teacher(source: str | Path) -> Precond:
     Args:
         source: One of
             the name of a bundled teacher: "digits"; "digits-cond", with classes; "digits-high", trained with a tenth of
-                its noise levels log-uniform in 5 to 80, where the others saw next to none;
+                its noise levels log-uniform in 5 to 80, where these two saw next to none; "digits-dit", a transformer
+                with classes, trained like it;
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve"), which is
             downloaded unless a copy is found;
             the path of an EDM pickle (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
             GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
             them and no other;
+            the path of a .pt file of a DiT or SiT, its weights or a checkpoint of its train.py;
             the path of a .safetensors file that gddlab wrote;
             a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student. One that is called as
             a bundled teacher is "./digits" or Path("digits").
+        family: "dit" or "sit", where a .pt file tells neither by its options nor by its name: weights are named alike.
+        heads: Attention heads of such a network, where its width is none of the published ones.
 
     Returns:
         The network on the CPU, float32, eval mode, gradients off; `teacher.card` describes it.
@@ -152,10 +182,16 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
+    check_options(family, heads)
     if (run_dir := run_of(source)) is not None:
         return load_student(run_dir.resolve())
     name, path = _find(source)
-    net, meta = load_network(path) if format_of(path) == "safetensors" else read_edm(path)
+    if format_of(path) == "safetensors":
+        if family or heads:
+            raise GddlabError(f"{path} says what network it holds: omit family and heads")
+        net, meta = load_network(path)
+    else:
+        net, meta = read_edm(path, family=family, heads=heads)
     net.requires_grad_(False)
     if name in PUBLISHED:
         meta = PUBLISHED[name].check(net, path) | meta

@@ -36,14 +36,21 @@ class Converted:
         )
 
 
-def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> Converted:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    family: str | None = None,
+    heads: int | None = None,
+) -> Converted:
     """Writes a teacher (or published student) as safetensors.
 
     The metadata keeps architecture, preconditioning, sigma range, classes, the data set if known, and name, class and
     sha256 of the original file. The file is read back and its outputs are compared before it gets its name.
 
     Args:
-        source: As for `load_teacher`.
+        source, family, heads: As for `load_teacher`.
         out: Path that ends in .safetensors.
         overwrite: Replaces a file that is there.
 
@@ -54,7 +61,7 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
     if out.suffix != ".safetensors":
         raise GddlabError(f"{out} does not end in .safetensors: give such a name")
     check_free(out, overwrite)
-    net = load_teacher(source)
+    net = load_teacher(source, family=family, heads=heads)
     try:
         with atomic_path(out) as tmp:
             save_network(net, tmp, **net.card.to_meta())

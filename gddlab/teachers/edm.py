@@ -1,4 +1,4 @@
-"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), read as data; nothing in them is run."""
+"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), and from weights alone; nothing is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from gddlab.files import data_dir, file_sha256, hash_json
 from gddlab.nets import Precond, from_edm, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.io import make_student, refusal
+from gddlab.nets.unets import UNETS
 from gddlab.pickles import Record, Refused, a, printable
+from gddlab.teachers import dit
 from gddlab.teachers.torchfiles import TensorData, load_pickle
 
 CLASSES = {
@@ -26,13 +28,14 @@ CLASSES = {
     "GDDPrecond": "OneStepPrecond",
     "D2OPrecond": "OneStepPrecond",
     "OneStepPrecond": "OneStepPrecond",
+    "DiTPrecond": "DiTPrecond",
 }
 """Classes of networks in pickles, and ours."""
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file may keep its network, the preferred one first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-_IN_ALL = "model.map_layer0.weight"
-"""A parameter that all U-Nets here have."""
+_IN_ALL = ("model.map_layer0.weight", "model.pos_embed")
+"""Parameters of which all networks here have one."""
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
 
@@ -46,10 +49,11 @@ def read_pickle(path: Path) -> Any:
         return load_pickle(path)
 
 
-def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
+def read_edm(path: Path, *, family: str | None = None, heads: int | None = None) -> tuple[Precond, dict[str, Any]]:
     """A network from a `network-snapshot-*.pkl`, or another pickle or torch file with a network of these classes.
 
-    Weights alone, a state dict, are taken where names and shapes fit one network that gddlab knows, and no other.
+    Weights alone, a state dict, are taken where names and shapes fit one network that gddlab knows, and no other; or
+    where they are a DiT's or SiT's: `family` and `heads` are for these, as for `load_teacher`.
 
     Returns:
         The network on the CPU, float32, eval mode; and what the file says: class, key, data, sha256 of the file.
@@ -59,7 +63,13 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     """
     with _refusals(path):
         content = load_pickle(path)
-        if weights := _weights_alone(content):
+        key, weights = _weights_alone(content)
+        if dit.is_transformer(weights):
+            args = content.get("args")
+            record, kwargs, weights = dit.recognise(path, weights, args, family=family, heads=heads)
+        elif family or heads:
+            raise GddlabError(printable(f"{path} is no .pt file of a DiT or SiT: omit family and heads"))
+        elif weights:
             key, record, kwargs = _recognised(weights, path)
         else:
             key, record = _network(content)
@@ -96,20 +106,21 @@ def _network(content: Any) -> tuple[str, Record]:
     raise Refused(0, f"it holds no network under {', '.join(KEYS)}; it holds {held}")
 
 
-def _weights_alone(content: Any) -> dict[str, TensorData]:
-    """The tensors of a state dict, at the top of a file or under a key; {} where there is none."""
-    found = [content, *(content.get(key) for key in (*KEYS, "state_dict"))] if isinstance(content, dict) else []
-    for state in found:
+def _weights_alone(content: Any) -> tuple[str, dict[str, TensorData]]:
+    """The tensors of a state dict and its key, "" at the top of a file; {} where there is none."""
+    keys = (*KEYS, "state_dict") if isinstance(content, dict) else ()
+    for key in ("", *keys):
+        state = content.get(key) if key else content
         if isinstance(state, dict) and state and all(isinstance(t, TensorData) for t in state.values()):
-            return {str(name): t for name, t in state.items()}
-    return {}
+            return key, {str(name): t for name, t in state.items()}
+    return "", {}
 
 
 def _recognised(weights: dict[str, TensorData], path: Path) -> tuple[str, Record, dict[str, Any]]:
     """Key, class and arguments of the network that a state dict fits; dropout, which they do not tell, may differ."""
     shapes = {name: t.size for name, t in weights.items()}
     fitting: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, (precond, kwargs) in _known() if _IN_ALL in shapes else ():
+    for name, (precond, kwargs) in _known() if any(name in shapes for name in _IN_ALL) else ():
         with torch.device("meta"):
             net = from_edm(precond, **kwargs)
             nets = {name: net} | ({f"a student of {name}": make_student(net)} if precond == "EDMPrecond" else {})
@@ -150,7 +161,7 @@ def _arguments(record: Record) -> dict[str, Any]:
         if name in record.state and name not in kwargs:
             kwargs[name] = record.state[name]
     unet = _members(record, "_modules").get("model")
-    if isinstance(unet, Record):
+    if isinstance(unet, Record) and unet.cls in UNETS:
         kwargs["model_type"] = unet.cls
     kwargs.pop("use_fp16", None)
     if kwargs.get("sigma_max") == math.inf:  # the default, and no number in JSON

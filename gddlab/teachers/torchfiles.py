@@ -312,7 +312,7 @@ STORAGES = {(module, name) for name in DTYPES for module in ("torch", "torch.sto
 TENSOR_DTYPES = {("torch", str(d).removeprefix("torch.")) for d in set(DTYPES.values())}
 RECORDS = re.compile(
     r"(torch\.nn\.modules|training|torch_utils|dnnlib)\..*"
-    r"|gddlab\.nets\.(blocks|unets|precond)|gddlab\.teachers\.catalog"
+    r"|gddlab\.nets\.(blocks|dit|path|precond|unets)|gddlab\.teachers\.catalog"
 )
 """Modules whose classes may appear as records."""
 
@@ -327,7 +327,7 @@ def find_edm(module: str, name: str) -> Name:
         return Name(module, name, call=persistent_object)
     if name == "EasyDict" and module.split(".")[-2:] == ["dnnlib", "util"]:
         return Name(module, name, new=new_dict)
-    if RECORDS.fullmatch(module) and name.isidentifier():
+    if (RECORDS.fullmatch(module) and name.isidentifier()) or (module, name) == ("argparse", "Namespace"):
         return Name(module, name, new=lambda reader, args, kwargs: Record(name, args, kwargs, at=reader.at))
     return find_plain(module, name)
 

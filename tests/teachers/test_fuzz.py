@@ -6,12 +6,15 @@ import io
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gddlab.teachers import dit
+from tests.nets.test_dit import tiny_dit
 from tests.teachers.attacks import (
     CALLS,
     FLOAT,
@@ -27,18 +30,20 @@ from tests.teachers.attacks import (
     zipped,
 )
 from tests.teachers.pickles import name, opcodes, snapshot, text
+from tests.teachers.test_dit import checkpoint
 
 
-def torch_file(new: bool) -> bytes:
+def torch_file(content: dict[str, Any], new: bool) -> bytes:
     out = io.BytesIO()
-    torch.save(
-        {"x": torch.arange(6.0).view(2, 3).T, "y": torch.ones(2).half()}, out, _use_new_zipfile_serialization=new
-    )
+    torch.save(content, out, _use_new_zipfile_serialization=new)
     return out.getvalue()
 
 
 SNAPSHOTS = [snapshot(small_net(), protocol=p, zipped=z) for p, z in ((2, False), (3, True), (4, False), (5, True))]
-TORCH_FILES = [torch_file(new) for new in (False, True)]
+VIEWS = {"x": torch.arange(6.0).view(2, 3).T, "y": torch.ones(2).half()}
+SMALL_DIT = tiny_dit("dit", img_resolution=4, model_channels=4, num_heads=1, num_blocks=1)
+TORCH_FILES = [torch_file(VIEWS, new) for new in (False, True)]
+TRAINED = [torch_file(checkpoint(SMALL_DIT, model="DiT-XL/2"), new) for new in (False, True)]
 ATTACKS = [c for c in corpus().values() if len(c) < 2000]
 
 # A file of opcodes, most of them with arguments that make sense.
@@ -104,7 +109,7 @@ structured = st.one_of(
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
     """A valid file or an attack, cut, spliced, doubled or with other numbers in it, at a few places."""
-    content = bytearray(draw(st.one_of(*map(st.sampled_from, (SNAPSHOTS, TORCH_FILES, ATTACKS)))))
+    content = bytearray(draw(st.one_of(*map(st.sampled_from, (SNAPSHOTS, TORCH_FILES, TRAINED, ATTACKS)))))
     for _ in range(draw(st.integers(1, 6))):
         if not content:
             break
@@ -161,6 +166,11 @@ FILES = {"opcodes": structured, "changed files": mutated(), "random bytes": head
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "x.pkl"
+
+
+@pytest.fixture(autouse=True)
+def heads_of_the_small_dit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dit.HEADS, 4, 1)
 
 
 @pytest.mark.parametrize("kind", FILES)

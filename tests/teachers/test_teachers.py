@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.datasets import open_dataset
+from gddlab.datasets import BatchReader, open_dataset
 from gddlab.distill import teacher as training_module
 from gddlab.distill.teacher import TeacherConfig, train_teacher
 from gddlab.errors import GddlabError, NotFound
@@ -151,7 +151,89 @@ def test_trained_teacher_loads_from_its_run_directory(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "samples.png").exists()
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-high"])
+def dit_config(run_dir: Path, **fields: Any) -> TeacherConfig:
+    settings = {"network": "dit", "model_channels": 12, "num_blocks": 1, "batch": 8, "total_kimg": 0.064}
+    return config(run_dir, **(settings | {"tick_kimg": 0.032} | fields))
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+def test_the_loss_of_a_transformer_is_the_error_of_its_prediction(prediction: str, tmp_path: Path) -> None:
+    c = dit_config(tmp_path, prediction=prediction, batch=64, label_dropout=0.0)
+    data = open_dataset("digits")
+    net = training_module._network(c, data)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.update(x=args[0], t=args[1], ids=args[2], out=out)
+
+    net.model.register_forward_hook(keep)
+    with torch.no_grad():
+        loss = training_module._loss(c, net, BatchReader(data, batch=64, seed=0), 0)
+    x, labels = BatchReader(data, batch=64, seed=0).next()
+    assert torch.equal(seen["ids"], labels.argmax(1))
+    sigma = torch.tensor([net.path.sigma(t) for t in seen["t"].tolist()]).reshape(-1, 1, 1, 1)
+    if prediction == "flow":
+        t = seen["t"].reshape(-1, 1, 1, 1) / 1000
+        noise = (seen["x"] - (1 - t) * x) / t
+        wanted = noise - x
+    else:
+        noise = wanted = (seen["x"] * (1 + sigma**2).sqrt() - x) / sigma
+    assert 0.9 < noise.std() < 1.1
+    assert_close(loss, (seen["out"] - wanted).square().mean(), rtol=1e-3, atol=1e-3)
+    levels = sigma.log()
+    assert -1.9 < levels.median() < -0.5 and (sigma > 5).sum() > 1  # log-normal, and a tenth above 5
+
+
+def test_a_transformer_is_trained_like_a_u_net(tmp_path: Path) -> None:
+    """Reproducibly, with a card; it learns what a class is, and to do without."""
+    paths = [train_teacher(dit_config(tmp_path / name)) for name in "ab"]
+    a, b = (load_network(path)[0].state_dict() for path in paths)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    card = load_teacher(tmp_path / "a").card
+    assert (card.classes, card.sigma_min, card.sigma_max, card.data) == (10, 0.002, 80.0, "digits")
+    assert card.init_kwargs["label_dropout"] == 0.1 and card.init_kwargs["kind"] == "flow"
+    assert "time 0 (image) to 1000 (noise); predicts noise - image" in str(card)
+    assert "10 % log-uniform in 5 to 80" in str(card)
+    noise = train_teacher(dit_config(tmp_path / "noise", prediction="epsilon", conditional=False, label_dropout=0))
+    card = load_teacher(noise.parent).card
+    assert (card.classes, card.sigma_max) == (0, 80.0) and card.sigma_min == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_transformer_learns(tmp_path: Path) -> None:
+    fast = {"lr": 5e-3, "lr_rampup_kimg": 0, "batch": 32, "total_kimg": 3.2, "tick_kimg": 0.8}
+    path = train_teacher(dit_config(tmp_path / "run", model_channels=24, **fast))
+    losses = [m["loss"] for m in read_jsonl(path.parent / "metrics.jsonl")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_fields_of_the_other_network_are_refused(tmp_path: Path) -> None:
+    made = TeacherConfig(run_dir=tmp_path, network="dit")
+    assert (made.model_channels, made.num_blocks, made.num_heads, made.conditional) == (96, 6, 3, True)
+    assert (made.total_kimg, made.label_dropout, made.uniform_share) == (400, 0.1, 0.1)
+    assert TeacherConfig(run_dir=tmp_path, network="dit", total_kimg=5).total_kimg == 5
+    assert TeacherConfig(run_dir=tmp_path, **made.to_json()) == made
+    for fields, message in (
+        ({"patch_size": 4}, r"patch_size=4 is of network='dit': omit it"),
+        ({"prediction": "epsilon"}, r"prediction='epsilon' is of network='dit'"),
+        ({"network": "dit", "channel_mult": (1,)}, r"channel_mult=\(1,\) is of network='unet'"),
+        ({"network": "dit", "dropout": 0.1}, r"dropout=0\.1 is of network='unet'"),
+        ({"label_dropout": 0.1}, r"label_dropout=0\.1 without labels: give conditional=True"),
+        ({"network": "dits"}, "unknown network 'dits': did you mean 'dit'"),
+    ):
+        with pytest.raises(GddlabError, match=message) as e:
+            TeacherConfig(run_dir=tmp_path, **fields)
+        assert "\n" not in str(e.value)
+
+
+def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
+    path = train_teacher(config(tmp_path / "run", conditional=True, label_dropout=0.2, total_kimg=0.016))
+    assert load_network(path)[0].model.label_dropout == 0.2
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-dit", "digits-high"])
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
     teacher = load_teacher(name)
@@ -161,7 +243,7 @@ def test_bundled_teachers(name: str) -> None:
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (name == "digits-cond")
+    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     for file in ("samples.png", "samples-1.png", "samples-5.png", "samples-18.png"):
         assert (folder / file).exists()
@@ -170,7 +252,7 @@ def test_bundled_teachers(name: str) -> None:
     assert all(s["model_sha256"] == card.sha256 for k, s in scores.items() if k != "data")
     assert scores["heun-18"]["value"] < scores["heun-5"]["value"] < scores["heun-1"]["value"]
     assert "fd-lite2@1797" in str(card)
-    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name == "digits-high")
+    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in ("digits-dit", "digits-high"))
 
 
 def test_bundled_teacher_denoises() -> None:
