@@ -231,7 +231,7 @@ class Point(NamedTuple):
 
     Attributes:
         part: What was added to the stream since the point before: "attn", "cross" (attention to the context), "mlp", or
-            "block", all of it, where parts are added as one sum or are not known. "" at the block's input.
+            "all" where parts are added as one sum or are not known. "" at the block's input.
         module: Path inside the block; "" for the block itself.
         side: Whether the stream is the module's input or output.
         stream: "image" or "context".
@@ -296,7 +296,7 @@ def points_of(module: nn.Module) -> list[Point]:
             between = ()
         out.append(Point("", "", "input", stream))
         out += [Point(part, place, "input", stream) for part, place in between]
-        out.append(Point("mlp" if between else "block", "", "output", stream))
+        out.append(Point("mlp" if between else "all", "", "output", stream))
     return out
 
 
