@@ -267,12 +267,12 @@ def freeze(
     overwrite: bool = False,
     **options: Any,
 ) -> None:
-    """Chooses a freeze mask, by a rule on names or by a measured score, and saves it as JSON.
+    """Chooses a freeze mask, by a rule on roles of layers or by a measured score, and saves it as JSON.
 
     Args:
         source: A teacher, or a folder that `gddlab probe` or `gddlab ablate` wrote.
         out: File for the mask.
-        strategy: By names: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only. By --score: budget, per-resolution,
+        strategy: By rules: gdd-i, gdd-i-2, gdd-i-3, none, all-conv, norms-only. By --score: budget, per-resolution,
             threshold. By chance: random. The opposite of --mask: invert.
         mask: The mask that invert inverts, or whose share random takes.
         overwrite: Replaces a mask that is there.
@@ -393,7 +393,7 @@ def train(
         preset: First word: the preset that gives the fields not named here: digits, cifar10, cifar10_cond, afhqv2,
             ffhq, imagenet64.
         mask: Freeze mask (GDD-I), a file that `gddlab freeze` wrote. Without mask and strategy: GDD.
-        strategy: A rule on names in place of a file, such as gdd-i: makes the mask from the names of the teacher's
+        strategy: A rule in place of a file, such as gdd-i: makes the mask from the names and classes of the teacher's
             layers.
         fast: Fast mode: bfloat16 in student and discriminator, fakes reused, channels last. Results differ from those
             of the preset.

@@ -128,7 +128,7 @@ class Rows:
             return self(name, what, mask=mask, feeds=feeds, seconds=seconds, **fields)
 
         rows = [
-            row("gdd-i", "GDD-I: the authors' rule on names", ruled),
+            row("gdd-i", "GDD-I: the authors' rule", ruled),
             row("gdd", "GDD: everything is trained", free),
             row("random", "random masks of the rule's share, another one for each seed", at_random()),
         ]

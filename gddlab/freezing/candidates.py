@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown
-from gddlab.freezing.mask import FreezeMask, Parameters
+from gddlab.freezing.mask import FreezeMask, Parameters, parameters_of
+from gddlab.freezing.strategies import AUTO
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import (
     Layer,
@@ -21,14 +22,14 @@ from gddlab.probing.layers import (
     inventory,
     match_layers,
     owner_of,
-    parameter_table,
     plain_name,
+    role_of,
     select_layers,
     stage_and_resolution,
 )
 
 ENDS = ("first", "last")
-"""First and last convolution of a network: trained unless the call says otherwise."""
+"""First and last convolution of a network outside of MLPs: trained unless the call says otherwise."""
 
 _WEIGHT = re.compile(r"weight|parametrizations\.weight\.")
 
@@ -47,7 +48,7 @@ class Network:
         self.parameters: Parameters
         self._known: dict[str, Layer] = {}
         if isinstance(source, nn.Module):
-            self.parameters, self._known = parameter_table(source), inventory(source)
+            self.parameters, self._known = parameters_of(source), inventory(source)
         elif isinstance(source, ProbeResult):
             self.parameters = tuple((name, tuple(shape)) for name, shape in source.meta["parameters"])
             self._known = {plain_name(layer["name"]): Layer(**layer) for layer in source.meta["layers"]}
@@ -73,6 +74,19 @@ class Network:
         weights = (p for p in self.own.get(name, ()) if _WEIGHT.match(p[len(name) + 1 :]))
         return "conv" if any(len(self._shapes[p]) == 4 for p in weights) else ""
 
+    def role(self, name: str) -> str:
+        """What a layer with parameters of its own, or a parameter, is there for; "" where nothing says."""
+        if name in self._shapes:
+            return self.role(owner_of(name)) or role_of(name)
+        known = self._known[name].role if name in self._known else ""
+        return known or (role_of(name) if name in self.own else "")
+
+    def auto(self) -> set[str]:
+        """Convolutions; where there are MLPs, so transformer blocks, projections of attention and MLPs too."""
+        roles = {n: self.role(n) for n in self.own}
+        more = AUTO if "mlp" in roles.values() else ()
+        return {n for n, role in roles.items() if role in more or self.type(n) == "conv"}
+
     def block(self, name: str) -> str:
         """The residual block around a layer; "" outside of blocks."""
         return next((self._known[n].block for n in _around(name) if n in self._known), "")
@@ -83,20 +97,22 @@ class Network:
 
     def select(self, selection: LayerSelection, what: str) -> list[str]:
         """Names that a selection of layers means; `what` is the argument's name."""
-        types = {n: self.type(n) for n in self.names}
         if callable(selection):
             if self.model is None:
                 raise GddlabError(f"{what} is a function of modules: give the network as source, or names or globs")
             found = {layer.name for layer in select_layers(self.model, selection)}
+        elif isinstance(selection, str) and selection == "auto":
+            found = self.auto()
         else:
-            found = match_layers(selection, types, what)
+            types, roles = {n: self.type(n) for n in self.names}, {n: self.role(n) for n in self.names}
+            found = match_layers(selection, types, what, roles)
         return [n for n in self.names if n in found]
 
     def ends(self, always_train: str | Iterable[str]) -> set[str]:
         """Names that `always_train` means, "first" and "last" among them."""
         if not isinstance(always_train, Iterable):
             raise GddlabError(f"always_train={shown(always_train)}: give first, last, names, globs, or a list of these")
-        convs = [n for n in self.own if self.type(n) == "conv"]
+        convs = [n for n in self.own if self.type(n) == "conv" and self.role(n) != "mlp"]
         out: set[str] = set()
         for item in [always_train] if isinstance(always_train, str) else always_train:
             if item in ENDS:
@@ -161,13 +177,13 @@ def choose(
 
 
 def recorded(mask: FreezeMask) -> list[Unit]:
-    """What a mask was chosen among; for a rule on names, the convolutions without the ends, and what it freezes."""
+    """What a mask was chosen among; for a rule on roles, the candidates by default, and what it freezes."""
     network = Network(mask.parameters)
     if mask.candidates is not None:
         groups = {name: list(layers) for name, layers in mask.candidates.items()}
     else:
-        convs = [n for n in network.own if network.type(n) == "conv"]
-        groups = {n: [n] for n in convs[1:-1]}
+        among = network.auto() - network.ends(ENDS)
+        groups = {n: [n] for n in network.own if n in among}
     grouped = {layer for layers in groups.values() for layer in layers}
     frozen = {owner_of(name) for name in mask.frozen}
     groups |= {layer: [layer] for layer in network.own if layer in frozen - grouped}

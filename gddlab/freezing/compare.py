@@ -140,7 +140,7 @@ def controls(mask: FreezeMask, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Fr
     The budget is the share of all parameters that `mask` freezes; it is not exceeded. The inverse freezes the
     candidates that `mask` trains, and then, where room is left, those that it froze last: both in the opposite order of
     the scores, unscored ones after scored; without scores in random order (seed 0). For a mask that records no
-    candidates, like the rules on names, these are the convolutions but the first and the last, and whatever it freezes.
+    candidates, like the rules on roles, these are `select_freeze`'s default, and whatever it freezes.
 
     Args:
         mask: What to compare with.

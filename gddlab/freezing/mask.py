@@ -7,18 +7,18 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound, shown, unknown, validated
 from gddlab.files import check_kind, hash_json, holds_format, path_of, read_json, write_json
-from gddlab.freezing.strategies import STRATEGIES
+from gddlab.freezing.strategies import RULES, STRATEGIES
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
     difference,
@@ -28,6 +28,7 @@ from gddlab.probing.layers import (
     owner_of,
     parameter_table,
     plain_name,
+    role_of,
     stage_and_resolution,
     unwrap,
 )
@@ -42,13 +43,28 @@ if TYPE_CHECKING:
 FORMAT = "gddlab-mask-1"
 
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of a network's parameters, in its order, without `map_augment`."""
+"""Names and shapes of a network's parameters, in its order, without `map_augment` and LoRA's matrices."""
 
 NOWHERE = "-"
 """Stage or resolution of what has none: embeddings, layers whose names do not say."""
 
 INCH_PER_BLOCK = 0.2
 """Width of a block in a figure."""
+
+
+def parameters_of(model: nn.Module) -> Parameters:
+    """Names and shapes of the parameters that a mask freezes or trains.
+
+    Raises:
+        GddlabError: Quantised weights, which cannot be trained.
+    """
+    for name, p in unwrap(model).named_parameters():
+        if not (p.is_floating_point() or p.is_complex()):
+            raise GddlabError(
+                f"{plain_name(name)!r} is {str(p.dtype).removeprefix('torch.')}: quantised weights cannot be trained, "
+                "give the network before it was quantised"
+            )
+    return parameter_table(model)
 
 
 def fingerprint(parameters: Parameters) -> str:
@@ -62,8 +78,8 @@ class FreezeMask:
     """Which parameters of a network stay as the teacher has them.
 
     A mask made for a teacher fits its student: `map_augment`, which students drop, belongs to neither; the embedding
-    of a target time, which some students add (`map_target0`, `map_target1`), is trained. Prefixes that
-    DistributedDataParallel and torch.compile put before names do not matter.
+    of a target time, which some students add (`map_target0`, `map_target1`), is trained, as are LoRA's matrices.
+    Prefixes that DistributedDataParallel, torch.compile and PEFT put before names do not matter.
 
     Attributes:
         frozen: Names of the frozen parameters, relative to the `Precond`, in the order of the network.
@@ -145,7 +161,7 @@ class FreezeMask:
             Names that the mask and `model` do not share with one shape; () without `force`.
 
         Raises:
-            GddlabError: `model` is another architecture; with `force`, nothing matches.
+            GddlabError: `model` is another architecture; with `force`, nothing matches; or it is quantised.
         """
         rest: tuple[str, ...] = ()
         if force:
@@ -187,14 +203,15 @@ class FreezeMask:
 
     def _check(self, model: nn.Module) -> None:
         if where := difference(dict(self.parameters), dict(self._table(model)), ("mask", "network")):
-            raise GddlabError(
-                f"this mask is for another network ({self.n_params:,} parameters; {where}): select one for this network"
-            )
+            what = "select one for this network"
+            if re.search(r"to_(added_)?q?kv\.", where):
+                what = "its attention was fused or split since, undo that, or select one for it as it is now"
+            raise GddlabError(f"this mask is for another network ({self.n_params:,} parameters; {where}): {what}")
 
     def _table(self, model: nn.Module) -> Parameters:
         """Parameters of `model`, without those that a student with a target time adds to its teacher's."""
         known = dict(self.parameters)
-        table = parameter_table(model)
+        table = parameters_of(model)
         return tuple((n, shape) for n, shape in table if n in known or set(TARGET_LAYERS).isdisjoint(n.split(".")))
 
     # For another architecture.
@@ -202,8 +219,9 @@ class FreezeMask:
     def transfer(self, model: nn.Module, *, by: str = "resolution") -> FreezeMask:
         """The mask's decisions for another architecture.
 
-        Each parameter takes the decision of this network's parameter of equal stage, resolution, kind of layer and name
-        (weight, bias), at the nearest relative position among these. What has no such counterpart is trained, and
+        Each parameter takes the decision of this network's parameter of equal stage, resolution, part of its block and
+        name (weight, bias), in the block at the nearest relative depth. Where this network calls no part so, it is that
+        of a parameter of equal role, for the roles that rules freeze. What has no such counterpart is trained, and
         listed.
 
         Args:
@@ -219,21 +237,25 @@ class FreezeMask:
         """
         if by not in ("resolution", "level"):
             raise unknown("by", by, ("resolution", "level"))
-        parameters = parameter_table(model)
+        parameters = parameters_of(model)
         theirs, ours = _groups(self.parameters, by), _groups(parameters, by)
-        kinds = {key[:3] for key in theirs}
+        parts = {key.part_only for key in theirs}
+        by_role, ours_by_role = _by_role(self.parameters, by), _by_role(parameters, by)
+        alike = {a: b for role in by_role.keys() & ours_by_role for a, b in _twins(ours_by_role[role], by_role[role])}
         decided, sizes = set(self.frozen), {name: prod(shape) for name, shape in parameters}
         frozen: list[str] = []
         unmapped: list[str] = []
         lost: list[str] = []
         for key, names in ours.items():
-            if key not in theirs:
-                parts = key if key[:3] in kinds else key[:3]  # a single tensor, or the whole kind of layer
-                unmapped.append("/".join(str(part or NOWHERE) if part != 0 else "0" for part in parts))
+            if key in theirs:
+                twins = dict(_twins(names, theirs[key]))
+            elif key.part_only not in parts and alike.keys() >= {*names}:
+                twins = alike
+            else:
+                unmapped.append(str(key if key.part_only in parts else key.part_only))  # one tensor, or all of a part
                 lost += names
                 continue
-            twins = theirs[key]
-            frozen += [n for i, n in enumerate(names) if twins[_nearest(i, len(names), len(twins))] in decided]
+            frozen += [n for n in names if twins[n] in decided]
         mapped = 1 - sum(sizes[n] for n in lost) / sum(sizes.values())
         if not mapped:
             raise GddlabError(
@@ -251,17 +273,20 @@ class FreezeMask:
         return self
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per parameter: columns parameter, block, stage, resolution (pixels), kind, size (numbers), frozen."""
+        """One row per parameter: parameter, block, stage, resolution (pixels), kind, role, size (numbers), frozen.
+
+        `kind` is the layer's path inside its block ("conv0", "attn.proj"), `role` what it is there for.
+        """
         import pandas as pd
 
         frozen = set(self.frozen)
         rows = []
         for name, shape in self.parameters:
-            layer = owner_of(name)
+            layer = bearer_of(name)
             stage, resolution = stage_and_resolution(layer)
-            where = (block_of(layer), stage or NOWHERE, resolution, kind_of(layer))
+            where = (block_of(layer), stage or NOWHERE, resolution, part_of(layer), role_of(layer))
             rows.append((name, *where, prod(shape), name in frozen))
-        columns = ["parameter", "block", "stage", "resolution", "kind", "size", "frozen"]
+        columns = ["parameter", "block", "stage", "resolution", "kind", "role", "size", "frozen"]
         return pd.DataFrame(rows, columns=columns).astype({"resolution": "Int64"})
 
     def summary(self) -> pd.DataFrame:
@@ -325,7 +350,7 @@ class FreezeMask:
         """What is frozen, and what is trained whole, by kind of layer without numbers: "frozen conv 99%, proj; ..."."""
         still, total, frozen = Counter[str](), Counter[str](), {*self.frozen}
         for name, shape in self.parameters:
-            kind = kind_of(owner_of(name)).rstrip("0123456789")
+            kind = part_of(bearer_of(name)).rstrip("0123456789")
             total[kind] += prod(shape)
             still[kind] += prod(shape) if name in frozen else 0
         parts = [k if still[k] == n else f"{k} {min(still[k] / n, 0.999):.1%}" for k, n in total.items() if still[k]]
@@ -427,13 +452,25 @@ def share_text(value: Any) -> str:
 # Blocks, in tables and figures.
 
 
+def bearer_of(parameter: str) -> str:
+    """The layer of a parameter; the parameter itself where a block or the network holds it, no layer (`pos_embed`)."""
+    layer = owner_of(parameter)
+    return layer if role_of(layer) or not role_of(parameter) else parameter
+
+
+def part_of(layer: str) -> str:
+    """Its path inside its block, without a last number ("conv0", "attn.proj"); outside of blocks its `kind_of`."""
+    inside = layer.removeprefix(block_of(layer)).strip(".")
+    return re.sub(r"(\.\d+)+$", "", inside) if re.search(r"[^.\d]", inside) else kind_of(layer)
+
+
 def block_of(layer: str) -> str:
     """The module along depth that a layer belongs to.
 
-    Up to the part of its name with a resolution (EDM), else up to the last number (diffusers, `nn.Sequential`), else
-    itself.
+    Up to the part of its name with a resolution (EDM), else up to the last number (diffusers, `nn.Sequential`) that is
+    none of an MLP's, else itself.
     """
-    found = re.match(r"(.*?\d+x\d+_[^.]+)(?:\.|$)", layer) or re.match(r"(.*\.\d+)\.[^.]+", layer)
+    found = re.match(r"(.*?\d+x\d+_[^.]+)(?:\.|$)", layer) or re.match(r"(.*(?<!\.net)\.\d+)\.[^.]+", layer)
     return found[1] if found else layer
 
 
@@ -543,18 +580,63 @@ def _unmatched(mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...
     return out
 
 
-def _groups(parameters: Parameters, by: str) -> dict[tuple[str, int | None, str, str], list[str]]:
-    """Names by stage, resolution or level, kind of layer, and last part of the name, in the order of the network."""
+class _Group(NamedTuple):
+    """What parameters of two networks have in common; `where` is a resolution or a level, `tensor` "weight" or so."""
+
+    stage: str
+    where: int | None
+    part: str
+    role: str
+    tensor: str | None = None
+
+    @property
+    def part_only(self) -> _Group:
+        return self._replace(tensor=None)
+
+    def __str__(self) -> str:
+        place = (self.stage or NOWHERE, NOWHERE if self.where is None else str(self.where), self.part)
+        return "/".join([*place, *([self.tensor] if self.tensor else [])])
+
+
+def _groups(parameters: Parameters, by: str) -> dict[_Group, list[str]]:
+    """Names of parameters by what they have in common, in the order of the network."""
     names = [name for name, _ in parameters]
     top = max((r for name in names if (r := stage_and_resolution(owner_of(name))[1]) is not None), default=0)
-    out: dict[tuple[str, int | None, str, str], list[str]] = {}
+    out: dict[_Group, list[str]] = {}
     for name in names:
-        layer = owner_of(name)
+        layer = bearer_of(name)
         stage, where = stage_and_resolution(layer)
         if by == "level" and where is not None:
             where = round(math.log2(top / where))
-        out.setdefault((stage, where, kind_of(layer), name[len(layer) :].strip(".")), []).append(name)
+        group = _Group(stage, where, part_of(layer), role_of(layer), name[len(layer) :].strip("."))
+        out.setdefault(group, []).append(name)
     return out
+
+
+def _by_role(parameters: Parameters, by: str) -> dict[_Group, list[str]]:
+    """The same whatever the part of the block, for the roles that rules freeze."""
+    place = {name: i for i, (name, _) in enumerate(parameters)}
+    out: dict[_Group, list[str]] = {}
+    for group, names in _groups(parameters, by).items():
+        if group.role in RULES["gdd-i-3"]:
+            out.setdefault(group._replace(part=""), []).extend(names)
+    return {group: sorted(names, key=place.__getitem__) for group, names in out.items()}
+
+
+def _twins(names: Iterable[str], others: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each name with one of the others: of the block at the nearest relative depth, and in that likewise."""
+    mine, theirs = _in_blocks(names), _in_blocks(others)
+    for i, inside in enumerate(mine):
+        across = theirs[_nearest(i, len(mine), len(theirs))]
+        for j, name in enumerate(inside):
+            yield name, across[_nearest(j, len(inside), len(across))]
+
+
+def _in_blocks(names: Iterable[str]) -> list[list[str]]:
+    out: dict[str, list[str]] = {}
+    for name in names:
+        out.setdefault(block_of(bearer_of(name)), []).append(name)
+    return list(out.values())
 
 
 def _nearest(i: int, n: int, m: int) -> int:

@@ -1,12 +1,14 @@
-"""`select_freeze`: a mask by a rule on names, or from candidates, their scores and a budget."""
+"""`select_freeze`: a mask by a rule on roles of layers, or from candidates, their scores and a budget."""
 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, SkipValidation
 from torch import nn
@@ -14,9 +16,12 @@ from torch import nn
 from gddlab.errors import GddlabError, check_takes, unknown, validated
 from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import FreezeMask, fingerprint
-from gddlab.freezing.strategies import AMONG, PLACES, RULES, STRATEGIES, USES
+from gddlab.freezing.strategies import AMONG, RULES, STRATEGIES, UNDERSTOOD, USES, USUAL
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import LayerSelection, owner_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Score = str | Mapping[str, float] | Callable[[ProbeResult], Any]
 """A statistic's name, {statistic: weight}, or a function that returns {layer: number} or a Series of that."""
@@ -36,7 +41,7 @@ class Options:
     budget: float | Mapping[int, float] = 0.85
     unit: str = "params"
     granularity: str = "layer"
-    candidates: LayerSelection = "conv"
+    candidates: LayerSelection = "auto"
     always_train: str | Iterable[str] = ENDS
     seed: int = 0
     mask: FreezeMask | None = None
@@ -68,7 +73,10 @@ def select_freeze(
     """Chooses which parameters to freeze.
 
     Strategies:
-        "gdd-i", "gdd-i-2", "gdd-i-3": The published rules on names, options 1 to 3 (Zheng & Yang 2024).
+        "gdd-i", "gdd-i-2", "gdd-i-3": The published rules, options 1 to 3 (Zheng & Yang 2024), by what layers are there
+            for: 1 freezes the convolutions of residual blocks, MLPs, and projections out of and around attention; 2 the
+            projections into attention too; 3 those on skip paths too. Norms, modulation, embeddings, gains, first and
+            last layers are trained. In EDM's networks these are the parameters that the released code freezes.
         "none": Nothing is frozen: GDD.
         "all-conv": Every candidate convolution is frozen.
         "norms-only": Norm layers are trained, all else is frozen.
@@ -80,13 +88,16 @@ def select_freeze(
             the opposite choice of equal budget see `controls`.)
         A function of `source` that returns names of parameters or layers to freeze.
 
+    A warning says where less than 1 % or more than 99.5 % of the parameters are frozen, unless by "none".
+
     Args:
         source: A probe's result, or a network where nothing measured is needed.
         strategy: One of the above.
         score: A statistic's name. In Python also {statistic: weight}, the weighted mean of ranks among candidates, 0 to
             1, reversed by a negative weight, or a function of the probe's result that returns {layer: number}. A
-            block's value counts for its layers that have none. Candidates without a score are trained, and counted as
-            "unscored".
+            block's value counts for its layers that have none. Where a layer was measured in several streams or
+            branches of guidance, the image's and the condition's count; where it ran several times, the mean.
+            Candidates without a score are trained, and counted as "unscored".
         at: Sigma at which statistics are read, the nearest one probed (log scale); 80 by default.
         freeze: "low" (the default) or "high" scores first.
         budget: Share to freeze, not exceeded; 0.85 by default: of all parameters, between 0 and 1. For
@@ -94,10 +105,12 @@ def select_freeze(
         unit: "params" (the default), or "layers": the budget is a share of the number of candidates.
         granularity: What is frozen together: "layer" (the default); "block", its candidates, by the block's own value
             or else their mean weighted by parameters; "tensor", weight and bias separately.
-        candidates: Layers that may be frozen, "conv" by default: a preset ("conv", "linear", ...), names, globs,
-            "re:...". In Python, with a network as source, also a function of name and module. A block or container
-            includes all that is inside.
-        always_train: Candidates to omit, "first" and "last" convolution of the network by default; names, globs.
+        candidates: Layers that may be frozen: a preset ("conv", "attention", "mlp", ...), names, globs, "re:...". By
+            default "auto": the convolutions, and where there are transformer blocks their attention and MLPs too. In
+            Python, with a network as source, also a function of name and module. A block or container includes all that
+            is inside.
+        always_train: Candidates to omit, "first" and "last" convolution of the network by default, those in MLPs not
+            counted; names, globs.
         seed: Of "random"; 0 by default.
         mask: Required by "invert", optional for "random"; its candidates are kept if none are given.
         threshold: On the scale of the score.
@@ -107,7 +120,8 @@ def select_freeze(
 
     Raises:
         GddlabError: Unknown strategy, score, layer; a budget out of reach; a score that is not finite; an option that
-            the strategy needs is missing, or one is given that it does not use.
+            the strategy needs is missing, or one is given that it does not use; a rule for a network less than 95 % of
+            which has a role; quantised weights.
     """
     options: dict[str, Any] = {"score": score, "at": at, "freeze": freeze, "budget": budget, "unit": unit}
     options |= {"granularity": granularity, "candidates": candidates, "always_train": always_train}
@@ -118,21 +132,25 @@ def select_freeze(
     network = Network(source)
     if mask is not None and mask.fingerprint != fingerprint(network.parameters):
         raise GddlabError(f"mask= ({mask.n_params:,} parameters) is for another network than source")
+    chosen = _chosen(source, network, strategy, Options(**given), "candidates" in given)
+    if strategy != "none" and not USUAL[0] <= chosen.fraction <= USUAL[1]:
+        warnings.warn(
+            f'strategy="{chosen.strategy}" freezes {chosen.fraction:.2%} of this network: see mask.summary()',
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _chosen(source: Any, network: Network, strategy: Any, o: Options, chosen_anew: bool) -> FreezeMask:
     if not isinstance(strategy, str):
         return _mask(network, _by_function(network, source, strategy), describe(strategy))
     if strategy in RULES:
-        names = [name for name, _ in network.parameters]
-        frozen = [n for n in names if any(w in n for w in PLACES) and any(w in n for w in RULES[strategy])]
-        if not frozen:
-            raise GddlabError(
-                f'strategy="{strategy}" freezes nothing: it names layers as EDM does, none of which this network has'
-            )
-        return _mask(network, frozen, strategy)
+        return _mask(network, _by_role(network, strategy), strategy, {"roles": list(RULES[strategy])})
     if strategy == "norms-only":
         return _mask(network, _norms_only(network), strategy)
     if strategy == "none":
         return _mask(network, (), strategy)
-    return _among_candidates(source, network, strategy, Options(**given), "candidates" in given)
+    return _among_candidates(source, network, strategy, o, chosen_anew)
 
 
 def _among_candidates(source: Any, network: Network, strategy: str, o: Options, chosen_anew: bool) -> FreezeMask:
@@ -239,6 +257,27 @@ def _check_mask(given: dict[str, Any]) -> None:
 # Rules.
 
 
+def _by_role(network: Network, rule: str) -> list[str]:
+    """Parameters of the roles that a rule freezes; refuses a network whose layers are not understood."""
+    roles = {name: network.role(name) for name, _ in network.parameters}
+    sizes = {name: math.prod(shape) for name, shape in network.parameters}
+    odd = [name for name, role in roles.items() if not role]
+    understood = 1 - sum(sizes[name] for name in odd) / network.n_params
+    if understood < UNDERSTOOD:
+        names = sorted(odd, key=lambda name: -sizes[name])
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise GddlabError(
+            f'strategy="{rule}" goes by what layers are there for, known of {understood:.1%} of this network, not of '
+            f"{', '.join(names[:5])}{more}: give names by a function as strategy, or strategy=\"budget\""
+        )
+    frozen = [name for name, role in roles.items() if role in RULES[rule]]
+    if not frozen:
+        raise GddlabError(
+            f'strategy="{rule}" freezes nothing: this network has neither residual blocks nor transformer blocks'
+        )
+    return frozen
+
+
 def _norms_only(network: Network) -> list[str]:
     norms = {n for n in network.own if network.type(n) == "norm"}
     if not norms:
@@ -294,12 +333,28 @@ def score_units(
 def _of_statistic(result: ProbeResult, units: Sequence[Unit], stat: str, at: float) -> tuple[dict[str, float], float]:
     sigma = result.nearest(at, stat)
     what = f"score {stat!r} at sigma {sigma:g}"
-    column = result.frame[(result.frame["stat"] == stat) & (result.frame["sigma"] == sigma)]
-    scores = _of_units(units, dict(zip(column["layer"], column["value"].astype(float), strict=True)), what)
+    scores = _of_units(units, _by_layer(result.frame, stat, sigma), what)
     low, high = min(scores.values()), max(scores.values())
     if len(scores) > 1 and high - low <= 1e-9 * max(abs(low), abs(high)):  # as the cosine with the noise level itself
         raise GddlabError(f"{what} is {low:g} for every layer: give another score or at=")
     return scores, sigma
+
+
+def _by_layer(frame: pd.DataFrame, stat: str, sigma: float) -> dict[str, float]:
+    """One value per layer: of the image's stream and the condition's branch where it has these, the mean over calls."""
+    rows = frame[(frame["stat"] == stat) & (frame["sigma"] == sigma)]
+    layers = rows["layer"].str.replace(_SITE, "", regex=True)
+    far = 0 * rows["sigma"]
+    for column, wanted in (("branch", ("cond",)), ("stream", ("", "image"))):
+        if column in rows:
+            far = 2 * far + ~rows[column].isin(wanted)
+    nearest = far == far.groupby(layers).transform("min")
+    means = rows["value"].astype(float)[nearest].groupby(layers[nearest], sort=False).mean()
+    return {str(layer): float(value) for layer, value in means.items()}
+
+
+_SITE = re.compile(r"(?:@\d+)?(?::\w+)*$")
+"""What a measured place adds to its layer's name: call, stream and branch."""
 
 
 def _combined(

@@ -1,12 +1,23 @@
-"""The strategies by which a mask is chosen: their names, the rules on names among them, and the options of each."""
+"""The strategies by which a mask is chosen: their names, the rules on roles of layers among them, and their options."""
 
 from __future__ import annotations
 
-RULES = {"gdd-i": ("conv", "proj"), "gdd-i-2": ("conv", "proj", "qkv"), "gdd-i-3": ("conv", "proj", "qkv", "skip")}
-"""GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): words of which a frozen parameter's name contains one."""
+_FIRST = ("res.conv", "resample", "mlp", "attn.out", "attn.io")
+RULES = {"gdd-i": _FIRST, "gdd-i-2": (*_FIRST, "attn.qkv"), "gdd-i-3": (*_FIRST, "attn.qkv", "skip")}
+"""GDD-I's options 1, 2 and 3 (Zheng & Yang 2024): roles of which a frozen parameter has one.
 
-PLACES = ("block", "up", "down", "in")
-"""... and words of which it contains another: the released code looks for substrings of the whole name."""
+The released code looks for words in names, conv and proj, then qkv, then skip, together with block, up, down or in. For
+EDM's networks both choose the same parameters; roles mean the same in others.
+"""
+
+UNDERSTOOD = 0.95
+"""Share of the parameters that must have a role for a rule to mean anything."""
+
+USUAL = (0.01, 0.995)
+"""Frozen shares outside of these are worth a warning."""
+
+AUTO = ("attn.qkv", "attn.out", "attn.io", "mlp")
+"""Roles that are candidates beside convolutions where there are transformer blocks."""
 
 AMONG = ("candidates", "always_train")
 """Options of those that choose among candidates."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import SkipValidation
 from torch import Tensor, nn
@@ -17,15 +17,26 @@ from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
 
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "AveragedModel": "module"}
-"""Where torch's wrappers hold the network; by class name, since importing the compiler takes a second."""
+_WRAPPERS = {
+    **{"OptimizedModule": "_orig_mod", "AveragedModel": "module"},
+    **{"PeftModel": "base_model", "PeftMixedModel": "base_model", "LoraModel": "model"},
+}
+"""Where wrappers of torch and PEFT hold the network; by class name, since importing the compiler takes a second."""
+
+_PREFIXES = ("module.", "_orig_mod.", "gddlab_bare.", "base_model.model.")
 
 
 def plain_name(name: str) -> str:
-    """A name without the prefixes of `gddlab.wrap`, DistributedDataParallel and torch.compile."""
-    while name.startswith(("module.", "_orig_mod.", "gddlab_bare.")):
-        name = name.partition(".")[2]
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    """A name without what `gddlab.wrap`, DistributedDataParallel, torch.compile and PEFT add to it."""
+    while prefix := next((p for p in _PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+    return name.removesuffix("._orig_mod").removesuffix(".base_layer")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a module or parameter is one of LoRA's, beside the layer that it changes."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 def owner_of(parameter: str) -> str:
@@ -67,7 +78,8 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of the bare network by plain name, in its order; the root is ""."""
     out: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
-        if type(module).__name__ != "OptimizedModule":  # its `_orig_mod` follows under the same plain name
+        # `_orig_mod` of an OptimizedModule follows under the same plain name; `base_layer` is seen in what is around it
+        if type(module).__name__ != "OptimizedModule" and not name.endswith(".base_layer"):
             plain = plain_name(name)
             if plain in out:
                 raise GddlabError(f"two modules are called {plain!r}, one of them {name!r}: rename an attribute")
@@ -81,9 +93,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_table(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of all parameters in the order of the network, without `map_augment`, which a student drops."""
+    """Names and shapes of all parameters in the order of the network.
+
+    Without `map_augment`, which a student drops, and LoRA's matrices, which are trained whatever is frozen.
+    """
     named: list[tuple[str, Tensor]] = [(plain_name(name), p) for name, p in unwrap(model).named_parameters()]
-    return tuple((name, tuple(p.shape)) for name, p in named if "map_augment" not in name.split("."))
+    own = [(name, p) for name, p in named if "map_augment" not in name.split(".") and not is_adapter(name)]
+    return tuple((name, tuple(p.shape)) for name, p in own)
 
 
 def difference(ours: Mapping[str, object], theirs: Mapping[str, object], words: tuple[str, str]) -> str:
@@ -138,9 +154,9 @@ _ANATOMY: Mapping[str, Anatomy] = {
     "UNetBlock": Anatomy("conv1", "skip", ("conv0", "conv1"), "proj", "norm2"),
     "ResnetBlock2D": _RESNET,
     "ResnetBlockCondNorm2D": _RESNET,
-    "Attention": Anatomy("to_out.0", "", ()),
+    "Block": Anatomy("conv_res1", "conv_skip", ("conv_res0", "conv_res1"), "attn_proj", "attn_qkv"),
 }
-"""Residual blocks by class name: those of gddlab and EDM, then those of diffusers."""
+"""Residual blocks by class name: those of gddlab and EDM, those of diffusers, that of EDM2."""
 
 _LAST = {"DhariwalUNet": "out_conv", "UNet2DModel": "conv_out"}
 """Last convolutions of U-Nets, by class name."""
@@ -154,6 +170,8 @@ def anatomy(module: nn.Module | None) -> Anatomy | None:
         return None
     if kind == "Attention" and getattr(module, "residual_connection", None) is not True:
         return None  # the sum is taken elsewhere
+    if kind == "Block":  # in the encoder both paths start behind a norm; in the decoder upsampling repeats pixels
+        return parts._replace(skip="norm") if _has(module, "norm") else parts
     if parts is not _RESNET or not _resamples(module):
         return parts
     # One resampling serves branch and skip path, so its two outputs cannot be separated; conv1 follows it.
@@ -185,12 +203,13 @@ def _weight_ndim(module: nn.Module) -> int:
         inside = module.get_submodule("parametrizations.weight")
         return max(t.ndim for t in (*inside.parameters(recurse=False), *inside.buffers(recurse=False)))
     weight = getattr(module, "weight", None)
+    weight = getattr(getattr(module, "base_layer", module), "weight", None)  # PEFT's layers hold the one they change
     return weight.ndim if isinstance(weight, Tensor) else 0
 
 
 def type_of(module: nn.Module) -> str:
-    """ "block", "conv", "linear", "norm", or "" """
-    if anatomy(module) is not None:
+    """ "block" (residual, or of a transformer), "conv", "linear", "norm", or "" """
+    if anatomy(module) is not None or (type(module).__name__ in _PARTS and _mixes(module)):
         return "block"
     if is_conv(module):
         return "conv"
@@ -202,6 +221,204 @@ def type_of(module: nn.Module) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
+
+
+# Transformer blocks, whose parts read from streams of tokens and add to them.
+
+
+class Point(NamedTuple):
+    """Where the residual stream of a transformer block can be read.
+
+    Attributes:
+        part: What was added to the stream since the point before: "attn", "cross" (attention to the context), "mlp", or
+            "all" where parts are added as one sum or are not known. "" at the block's input.
+        module: Path inside the block; "" for the block itself.
+        side: Whether the stream is the module's input or output.
+        stream: "image" or "context".
+    """
+
+    part: str
+    module: str
+    side: Literal["input", "output"]
+    stream: str
+
+
+_Between = tuple[tuple[str, str], ...]
+"""Points between input and output of a block: what was added, and the module whose input is the stream then."""
+
+_TWO_NORMS: _Between = (("attn", "norm2"),)
+_JOINT: Mapping[str, _Between] = {"image": _TWO_NORMS, "context": (("attn", "norm2_context"),)}
+
+_PARTS: Mapping[str, Mapping[str, _Between]] = {
+    **dict.fromkeys(("DiTBlock", "SiTBlock"), {"image": _TWO_NORMS}),
+    "BasicTransformerBlock": {"image": ()},  # see _between
+    "SanaTransformerBlock": {"image": (("attn", "attn2"), ("cross", "norm2"))},
+    **dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock"), _JOINT),
+    **dict.fromkeys(("ChromaTransformerBlock", "Flux2TransformerBlock"), _JOINT),
+    "QwenImageTransformerBlock": {"image": (("attn", "img_norm2"),), "context": (("attn", "txt_norm2"),)},
+    "FluxSingleTransformerBlock": {"image": (), "context": ()},
+    "AuraFlowJointTransformerBlock": {"image": (), "context": ()},  # its attention is added through the MLP alone
+}
+"""Transformer blocks by class name, those of DiT and SiT, then those of diffusers: streams, and points inside."""
+
+_TUPLES: Mapping[str, tuple[str, ...]] = {
+    **{kind: ("context", "image") for kind, streams in _PARTS.items() if "context" in streams},
+    **dict.fromkeys(("CogView3PlusTransformerBlock", "CogView4TransformerBlock"), ("image", "context")),
+}
+
+
+def streams_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parts of a tuple output, in its order: "image" and "context"; () for what returns one tensor.
+
+    A joint attention returns the image first, most of the blocks around it the context.
+    """
+    kind = type(module).__name__
+    if "Attention" in kind and getattr(module, "added_kv_proj_dim", None) is not None:
+        return ("image", "context")
+    return _TUPLES.get(kind, ())
+
+
+def points_of(module: nn.Module) -> list[Point]:
+    """Points of a transformer block's residual streams, stream by stream in the order of the block; [] for all else.
+
+    The difference of two points is what the part in between has added, gates included.
+    """
+    if not _mixes(module) or anatomy(module) is not None:
+        return []
+    kind = type(module).__name__
+    streams = _PARTS.get(kind) or dict.fromkeys(("image", *streams_of(module)), _NOTHING)
+    out = []
+    for stream, between in streams.items():
+        between = _between(module) if kind == "BasicTransformerBlock" else between
+        if not all(_has(module, place) for _, place in between):
+            if stream == "context":  # in a last block it ends in the attention
+                continue
+            between = ()
+        out.append(Point("", "", "input", stream))
+        out += [Point(part, place, "input", stream) for part, place in between]
+        out.append(Point("mlp" if between else "all", "", "output", stream))
+    return out
+
+
+_NOTHING: _Between = ()
+
+
+def _between(block: nn.Module) -> _Between:
+    """Of diffusers' `BasicTransformerBlock`, where the names of norms depend on their kind."""
+    single = getattr(block, "norm_type", "") == "ada_norm_single"
+    last = "norm2" if single else "norm3"
+    first = "cross" if getattr(block, "only_cross_attention", False) else "attn"
+    second = "attn" if getattr(block, "double_self_attention", False) else "cross"
+    if first == second or not _has(block, "attn2"):
+        return ((first, last),)
+    return ((first, "attn2" if single else "norm2"), (second, last))
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether attention and an MLP are inside, as in every transformer block."""
+    roles = {role_of(plain_name(name)) for name, _ in module.named_modules() if name}
+    return "mlp" in roles and any(role.startswith("attn.") for role in roles)
+
+
+def transformer_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the transformer blocks among a network's modules, in its order.
+
+    They are known by class, or by the classes that a network of diffusers names as its repeated blocks. Where there are
+    none of these, they are the members of lists, all of one class, that hold attention and an MLP; the innermost ones.
+    """
+    listed = {
+        str(kind)
+        for module in modules.values()
+        for attribute in ("_no_split_modules", "_repeated_blocks")
+        for kind in getattr(module, attribute, None) or ()
+    }
+    known = {kind for kind in listed if kind.endswith("Block")} | _PARTS.keys()
+    found = [n for n, m in modules.items() if n and type(m).__name__ in known and anatomy(m) is None and _mixes(m)]
+    if found:
+        return found
+    members: set[int] = set()
+    for module in modules.values():
+        inside = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        if len({type(m) for m in inside}) == 1 and all(map(_mixes, inside)):
+            members |= {id(m) for m in inside}
+    found = [n for n, m in modules.items() if id(m) in members]
+    return [n for n in found if not any(other.startswith(f"{n}.") for other in found)]
+
+
+# What a layer is there for.
+
+ROLES = (
+    *("res.conv", "resample", "attn.qkv", "attn.out", "attn.io", "mlp"),
+    *("modulation", "norm", "skip", "embed", "ends", "gain"),
+)
+"""Roles of layers and parameters: convolutions of residual blocks, and between resolutions; projections into attention,
+out of it, and around a transformer inside a U-Net; MLPs; what scales, shifts and gates by noise level and class; norms;
+projections on a skip path; embeddings of image, noise level, class and text; first and last layers; gains."""
+
+
+def _patterns(**of_role: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    return tuple((role.replace("_", "."), re.compile(p, re.IGNORECASE)) for role, p in of_role.items())
+
+
+_NAMES = _patterns(
+    gain=r"(?:^|\.|_)gain$|(?:^|\.)(?:gamma_?\d?|ls\d?|layer_?scale_?\d?)$",
+    modulation=r"(?:^|\.)(?:affine|time_emb_proj|emb_linear|emb_layers\.\d+|scale_shift_(?:table|factor)|proj_out_1"
+    r"|\w*norm\w*\.linear(?:_1)?|time_embed\.linear"
+    r"|(?:\w*(?:ada_?ln|modulation)\w*|(?:img|txt)_mod)(?:\.\d+|\.lin\w*)?)$",
+    norm=r"[^.]*norm[^.]*$|(?:^|\.)ln(?:_\w+|\d)?$",
+    embed=r"(?:^|\.)(?:[^.]*embed[^.]*|emb|emb_\w+|label_emb|map_\w+|caption_projection|encoder_hid_\w+|time_step_proj"
+    r"|\w+_tokens?|(?:img|txt|time|vector|guidance|context)_in|distilled_guidance_layer)(?:\.|$)",
+    attn_qkv=r"(?:^|\.)(?:to_(?:q|k|v|qkv|kv|added_qkv)(?:_\w+)?|add_[qkv]_proj|(?:attn_)?qkv|[qkv]_proj"
+    r"|query|key|value|\w*attn\w*\.[qkv]|in_proj_(?:weight|bias))$",
+    attn_out=r"(?:^|\.)(?:to_out(?:\.\d+)?|to_add_out|attn_proj|proj_attn|\d+x\d+_\w+\.proj"
+    r"|\w*(?:attn|attention)\w*\.(?:proj|proj_out|out|o|out_proj|c_proj|o_proj))$",
+    mlp=r"(?:^|\.)(?:\w+_)?(?:ff|ffn|mlp|feed_?forward)(?:_\w+)?\.|(?:^|\.)(?:proj_mlp|fc[12])$"
+    r"|transformer_blocks\.\d+\.proj_out$|single_blocks\.\d+\.linear\d$",
+    attn_io=r"(?:attentions|motion_modules)\.\d+\.proj_(?:in|out)$",
+    skip=r"(?:^|\.)(?:skip|skip_(?:connection|linear)|(?:conv_|nin_)?shortcut|conv_skip)$",
+    resample=r"(?:^|\.)(?:up|down)sample(?:rs?)?\.(?:\d+\.)?\w+$",
+    res_conv=r"\.conv(?:_res)?\d$|(?:^|\.)(?:in|out)_layers\.\d+$",
+    ends=r"(?:^|\.)(?:conv_in|conv_out|out_conv|logvar_\w+|proj_in|proj_out(?:_2)?|norm_out\.linear_2"
+    r"|\w*final_layer\.(?:[^.]+\.)?linear|\d+x\d+_(?:conv|aux_\w+))$",
+)
+"""What a path says, tried in this order: embeddings hold MLPs, and norms what modulates them."""
+
+_CLASSES = _patterns(
+    embed=r"embed",
+    modulation=r"ada(?:ptive)?_?(?:ln|layer_?norm|group_?norm|norm)|modulat",
+    mlp=r"feed_?forward|mlp|[gr]eglu|swiglu",
+    attn=r"^(?!.*(?:block|transformer|net)).*(?:attention|attn)",
+    resample=r"(?:up|down)sample",
+    res_conv=r"res(?:net|idual)?_?block|unetblock",
+)
+"""What the class of a module says, or of one around it, where its path says nothing."""
+
+
+def role_of(name: str, modules: Mapping[str, nn.Module] | None = None) -> str:
+    """What a layer or a parameter is there for, one of `ROLES`; "" where neither path nor classes say.
+
+    Args:
+        name: Plain name of a module; or of a parameter, where that of its module says nothing (`pos_embed`).
+        modules: Modules of the network, for their classes.
+    """
+    role = next((role for role, pattern in _NAMES if pattern.search(name)), "")
+    if role or modules is None or name not in modules:
+        return role
+    module = modules[name]
+    if _is_norm(module):
+        return "norm"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embed"
+    around = name
+    while around:
+        kind = type(modules[around]).__name__ if around in modules else ""
+        role = next((role for role, pattern in _CLASSES if pattern.search(kind)), "")
+        if role == "attn":
+            return "attn.out" if re.search(r"out|proj$", name[len(around) :]) else "attn.qkv"
+        if role:  # the only linear layers of a residual block scale and shift
+            return "modulation" if role == "res.conv" and not is_conv(module) else role
+        around = around.rpartition(".")[0]
+    return ""
 
 
 # What a name says.
@@ -221,7 +438,7 @@ def stage_and_resolution(name: str) -> tuple[str, int | None]:
 
 
 def kind_of(name: str) -> str:
-    """Role of a layer: the last part of its name without resolution or number, "to_out" of "to_out.0"."""
+    """What a layer is called: the last part of its name without resolution or number, "to_out" of "to_out.0"."""
     return re.sub(r"^\d+x\d+_", "", re.sub(r"(?<=[^.\d])(\.\d+)+$", "", name).rpartition(".")[2])
 
 
@@ -234,17 +451,20 @@ class Layer:
 
     Attributes:
         name: Its `named_modules()` path in the bare network, verbatim.
-        block: Path of the residual block that holds it (or that it is); "" outside of blocks.
-        kind: Its role: "conv0", "conv1", "skip", "qkv", "proj", "block", "aux_conv" and so on: the last part of its
-            name without the resolution.
+        block: Path of the innermost block, residual or of a transformer, that holds it (or that it is); "" outside.
+        kind: What it is called: "conv0", "conv1", "skip", "qkv", "proj", "block", "aux_conv" and so on: the last part
+            of its name without the resolution.
         stage: "enc", "mid" or "dec"; "" where the name does not say.
         resolution: Resolution in its name, pixels; else that of its output when it was probed; None where neither is
             known.
-        depth: Number of convolutions before it, in the order of `named_modules()`.
+        depth: Number of convolutions before it, in the order of `named_modules()`; of blocks, where all blocks are a
+            transformer's (`depth_of` says which).
         n_params: Parameters, its own and its children's.
         type: "block", "conv" (a 4-d weight), "linear", "norm", or "" for anything else.
         activated_input: True where its input is known to be the output of an activation: convolutions in the residual
             blocks of gddlab and diffusers, except one behind its resampling, and the last convolution of their U-Nets.
+        role: What it is there for, one of `ROLES`; "" for blocks, containers, and where it is not known.
+        index: Number of its block among the network's, from 0; None outside of blocks.
     """
 
     name: str
@@ -256,6 +476,8 @@ class Layer:
     n_params: int
     type: str
     activated_input: bool
+    role: str = ""  # results of older versions have neither
+    index: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -266,28 +488,49 @@ def inventory(model: nn.Module) -> dict[str, Layer]:
 
     The middle of a diffusers network precedes its decoder, as it runs, although `named_modules()` lists it last.
     """
-    modules = {n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")}
-    modules = _middle_first(modules)
-    blocks = [n for n, m in modules.items() if anatomy(m) is not None]
+    modules = _in_order(model)
+    blocks, by_blocks = _blocks(modules)
     out: dict[str, Layer] = {}
-    depth = 0
+    convs = begun = 0
     for name, module in modules.items():
         if name:
             stage, resolution = stage_and_resolution(name)
-            kind = type_of(module)
+            block = max((b for b in blocks if f"{name}.".startswith(f"{b}.")), key=len, default="")
+            kind = "block" if name in blocks else type_of(module)
+            weighs = kind != "block" and (kind or any(True for _ in module.parameters(recurse=False)))
             out[name] = Layer(
                 name=name,
-                block=max((b for b in blocks if f"{name}.".startswith(f"{b}.")), key=len, default=""),
+                block=block,
                 kind="block" if kind == "block" else kind_of(name),
                 stage=stage,
                 resolution=resolution,
-                depth=depth,
+                depth=(blocks[block] if block else begun) if by_blocks else convs,
                 n_params=sum(p.numel() for p in module.parameters()),
                 type=kind,
                 activated_input=_follows_activation(name, modules),
+                role=role_of(name, modules) if weighs else "",
+                index=blocks.get(block),
             )
-        depth += is_conv(module)
+        convs += is_conv(module)
+        begun += name in blocks
     return out
+
+
+def depth_of(model: nn.Module) -> Literal["convolutions", "blocks"]:
+    """What `Layer.depth` counts."""
+    return "blocks" if _blocks(_in_order(model))[1] else "convolutions"
+
+
+def _blocks(modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], bool]:
+    """Numbers of the blocks in order, and whether there are some and all are a transformer's."""
+    tokens = {*transformer_blocks(modules)}
+    names = [n for n, m in modules.items() if n and (n in tokens or anatomy(m) is not None)]
+    return {n: i for i, n in enumerate(names)}, bool(names) and tokens.issuperset(names)
+
+
+def _in_order(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of the bare network by name, in the order in which they run, without the inside of parametrizations."""
+    return _middle_first({n: m for n, m in named_layers(model).items() if "parametrizations" not in n.split(".")})
 
 
 def _middle_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -315,15 +558,22 @@ def _follows_activation(name: str, modules: Mapping[str, nn.Module]) -> bool:
 # Selection.
 
 LayerSelection = SkipValidation[str | Iterable[str] | Callable[[str, nn.Module], bool]]
-"""A preset ("conv", "block", "attention", "norm", "linear", "all"), a name, a glob, "re:" and a pattern, a list of
-these, or a function of name and module."""
+"""A preset ("conv", "block", "attention", "mlp", "modulation", "norm", "linear", "all"), a name, a glob, "re:" and a
+pattern, a list of these, or a function of name and module."""
 
 _NO_FORWARD: Any = nn.Module.forward
 """Of containers, such as `nn.ModuleList`."""
-PRESETS = ("conv", "block", "attention", "norm", "linear", "all")
+PRESETS = ("conv", "block", "attention", "mlp", "modulation", "norm", "linear", "all")
 
-_ATTENTION = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
-"""Projections of self-attention, found beside a layer of this name."""
+_BESIDE = {"qkv": ("qkv", "proj", "proj_out"), "to_q": ("to_q", "to_k", "to_v", "to_out.0")}
+"""Projections of attention, found beside a layer of this name whatever is around them."""
+
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""Projections that no longer run beside one that was made of them."""
 
 
 def select_layers(model: nn.Module, layers: LayerSelection, *, run: bool = False) -> list[Layer]:
@@ -349,7 +599,8 @@ def select_layers(model: nn.Module, layers: LayerSelection, *, run: bool = False
         if not chosen:
             raise GddlabError(f"layers={shown(layers)} accepts none of {len(known)} modules: return True for some")
     else:
-        chosen = match_layers(layers, {n: layer.type for n, layer in known.items()})
+        roles = {n: layer.role for n, layer in known.items()}
+        chosen = match_layers(layers, {n: layer.type for n, layer in known.items()}, roles=roles)
     if run:
         containers = {n for n in chosen if type(modules[n]).forward is _NO_FORWARD}
         inside = {n for n in known if known[n].type and any(n.startswith(f"{c}.") for c in containers)}
@@ -358,10 +609,13 @@ def select_layers(model: nn.Module, layers: LayerSelection, *, run: bool = False
     return [layer for name, layer in known.items() if name in chosen]
 
 
-def match_layers(selection: object, types: Mapping[str, str], what: str = "layers") -> set[str]:
+def match_layers(
+    selection: object, types: Mapping[str, str], what: str = "layers", roles: Mapping[str, str] | None = None
+) -> set[str]:
     """The names in `types`, {name: `Layer.type`}, that a preset, name, glob, "re:..." or a list of these means.
 
-    `what` is the argument's name. An item that matches nothing is refused, with near matches.
+    `what` is the argument's name; `roles` is {name: `Layer.role`}, None for what names say. An item that matches
+    nothing is refused, with near matches.
     """
     if not isinstance(selection, Iterable):
         raise GddlabError(
@@ -370,14 +624,16 @@ def match_layers(selection: object, types: Mapping[str, str], what: str = "layer
     items = [selection] if isinstance(selection, str) else list(selection)
     if not items:
         raise GddlabError(f"{what} is an empty list: give names, a glob, or one of {', '.join(PRESETS)}")
-    return {n for item in items for n in _matches(item, types, what)}
+    if roles is None:
+        roles = {n: role_of(n) for n, kind in types.items() if kind in ("conv", "linear")}
+    return {n for item in items for n in _matches(item, types, what, roles)}
 
 
-def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
+def _matches(pattern: object, types: Mapping[str, str], what: str, roles: Mapping[str, str]) -> set[str]:
     if not isinstance(pattern, str):
         raise GddlabError(f"{what}: {shown(pattern)} is no name of a layer; give strings, names or globs")
     if pattern in PRESETS:
-        found = _preset(pattern, types)
+        found = _preset(pattern, types, roles)
         if not found:
             raise GddlabError(f"{what}={pattern!r}: this network has none; give names or globs instead")
         return found
@@ -395,16 +651,27 @@ def _matches(pattern: object, types: Mapping[str, str], what: str) -> set[str]:
     return found
 
 
-def _preset(name: str, types: Mapping[str, str]) -> set[str]:
-    """All of a type; "attention": the projections of self-attention; "all": convolutions, linear layers, norms, blocks.
+def _preset(name: str, types: Mapping[str, str], roles: Mapping[str, str]) -> set[str]:
+    """All of a type or role; "attention": projections into and out of attention; "all": whatever has a type.
 
-    Without the embedding of EDM's augmentation labels, which runs only while a teacher is trained.
+    Without the embedding of EDM's augmentation labels, which runs only while a teacher is trained, without LoRA's
+    matrices, and without projections in whose place fused ones run.
     """
-    if name != "attention":
+    if name == "attention":
+        chosen = {n for n, role in roles.items() if role in ("attn.qkv", "attn.out")} | _beside(types, _BESIDE)
+        chosen = {n for n in chosen if types.get(n) in ("conv", "linear", "")}  # "": a convolution over tokens
+    elif name in ("mlp", "modulation"):
+        chosen = {n for n, role in roles.items() if role == name and types.get(n) in ("conv", "linear")}
+    else:
         chosen = {n for n, kind in types.items() if kind and name in (kind, "all")}
-        return {n for n in chosen if "map_augment" not in n.split(".")}
-    found = set()
-    for n in types:
-        parent, dot, leaf = n.rpartition(".")
-        found |= {parent + dot + beside for beside in _ATTENTION.get(leaf, ())}
-    return {n for n in found if types.get(n) in ("conv", "linear", "")}  # "": a convolution over tokens, for example
+    chosen -= _beside(types, _FUSED)
+    return {n for n in chosen if "map_augment" not in n.split(".") and not is_adapter(n)}
+
+
+def _beside(names: Iterable[str], leaves: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names of what lies beside layers whose names end in one of `leaves`."""
+    out = set()
+    for name in names:
+        parent, dot, leaf = name.rpartition(".")
+        out |= {parent + dot + other for other in leaves.get(leaf, ())}
+    return out
