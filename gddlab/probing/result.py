@@ -361,6 +361,7 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
             meta["sites"] = sites
         if not_run := {name: why for r in results for name, why in r.meta.get("not_run", {}).items()}:
             meta["not_run"] = not_run
+        meta["layers"] = _all_layers([r.meta["layers"] for r in results])
         depth = {layer["name"]: i for i, layer in enumerate(meta["layers"])}
         places = dict.fromkeys(frame["layer"])
         depths = {key: depth.get(sites.get(key, {}).get("layer", key), len(depth)) for key in places}
@@ -546,6 +547,19 @@ def _check_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
             low, high = max(start + shift, a), min(stop + shift, b)
             if same and low < high:
                 raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
+
+
+def _all_layers(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Layers of one network from lists that hold some of them, each in its order."""
+    out = {layer["name"]: layer for layer in lists[0]}
+    for layers in lists[1:]:
+        if new := [i for i, layer in enumerate(layers) if layer["name"] not in out]:
+            order = list(out)
+            for i in new:
+                order.insert(order.index(layers[i - 1]["name"]) + 1 if i else 0, layers[i]["name"])
+            out |= {layers[i]["name"]: layers[i] for i in new}
+            out = {name: out[name] for name in order}
+    return list(out.values())
 
 
 def _counted(*lists: list[dict[str, Any]]) -> list[dict[str, Any]]:

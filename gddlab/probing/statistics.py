@@ -33,7 +33,7 @@ from gddlab.probing.reductions import (
     per_row,
     positive_share,
 )
-from gddlab.probing.sites import ancestors, is_attention, points_of
+from gddlab.probing.sites import ancestors, is_attention, points_of, streams_of
 
 
 class Statistic:
@@ -350,14 +350,14 @@ class DeadChannels(_Activated):
 def _between(layer: Layer, modules: Mapping[str, Any], part: str = "") -> list[dict[str, Tap]]:
     """How far the stream of a transformer block moves where `part` is added to it, or in all, by stream."""
     points = points_of(modules[layer.name])
-    streams = list(dict.fromkeys(p.stream for p in points))
+    streams, joint = dict.fromkeys(p.stream for p in points), bool(streams_of(modules[layer.name]))
     out = []
     for stream in streams:
         line = [p for p in points if p.stream == stream]
         steps = [(a, b) for a, b in itertools.pairwise(line) if b.part == part] if part else [(line[0], line[-1])]
         for a, b in steps:
             first, last = (f"{layer.name}.{p.module}".rstrip(".") for p in (a, b))
-            label = stream if len(streams) > 1 else ""
+            label = stream if joint else ""
             update = Tap(last, b.side, mean_square, (first, a.side), label)
             out.append({"update": update, "base": Tap(first, a.side, mean_square, stream=label)})
     return out

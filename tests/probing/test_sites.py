@@ -232,11 +232,11 @@ def test_one_doubled_call_two_calls_and_no_guidance_give_the_same_numbers(kind, 
 
 
 def test_a_branch_that_is_not_there_is_refused():
-    with pytest.raises(GddlabError, match="unknown branch 'uncon'; did you mean 'uncond'"):
+    with pytest.raises(GddlabError, match="unknown branch 'uncon': did you mean 'uncond'"):
         measured(made("dit", ORDER), "linear", branch="uncon")
     with pytest.raises(GddlabError, match="unknown branch 'uncond'"):
         measured(made("dit"), "linear", branch="uncond")
-    with pytest.raises(GddlabError, match="unknown stream 'imag'; did you mean 'image'"):
+    with pytest.raises(GddlabError, match="unknown stream 'imag': did you mean 'image'"):
         measured(made("dit"), "linear", stream="imag")
 
 
@@ -244,9 +244,7 @@ def test_rows_that_no_branch_is_named_for_are_refused():
     model = made("dit", ORDER)
     model.branches = ("cond",)
     model.call = lambda x, sigma, group: Denoiser.call(model, x, sigma, ORDER)[: len(x)]
-    with pytest.raises(
-        GddlabError, match=r"'transformer_blocks.1.ff.net.2' is \(8, .*2 images at 2 noise levels are 4"
-    ):
+    with pytest.raises(GddlabError, match=r"'transformer_blocks.1' is \(8, .*2 images at 2 noise levels are 4"):
         measured(model, ["transformer_blocks.1.ff.net.2"])
 
 
@@ -255,7 +253,7 @@ def test_rows_that_no_branch_is_named_for_are_refused():
 
 def test_a_layer_that_runs_twice_is_numbered_or_averaged():
     model = made("dit")
-    each = measured(model, [EMBEDDER, "proj_out_1"])
+    each = measured(model, [EMBEDDER, "proj_out_1"], stats="rms")
     assert each.layers == [EMBEDDER, f"{EMBEDDER}@2", "proj_out_1"]
     assert each.frame.groupby("layer", sort=False)["call"].first().to_dict() == {
         EMBEDDER: 1,
@@ -267,7 +265,7 @@ def test_a_layer_that_runs_twice_is_numbered_or_averaged():
         ("last", [f"{EMBEDDER}@2"], [2]),
         ("mean", [EMBEDDER], [0]),
     ):
-        found = measured(model, [EMBEDDER], calls=calls)
+        found = measured(model, [EMBEDDER], calls=calls, stats="rms")
         assert found.layers == layers
         assert sorted({*found.frame["call"]}) == numbers
 
@@ -317,7 +315,7 @@ def test_recomputation_of_checkpointed_blocks_is_not_seen():
             out.sum().backward()
             sums.append(Counter(p._window._runs))
         assert sums[0] == sums[1]
-        found.append({k: by["rms"].result()[0] for k, by in p.statistics.items()})
+        found.append({k: by["rms"].result()[0] for k, by in p.statistics.items() if "rms" in by})
     assert found[0].keys() == found[1].keys()
     for key, values in found[0].items():
         torch.testing.assert_close(found[1][key], values, rtol=0, atol=0)
@@ -627,14 +625,14 @@ def test_a_stream_that_is_changed_in_place_is_refused_by_name():
 
         def __init__(self):
             super().__init__()
-            self.block = Clips()
+            self.inner = Clips()
 
         def forward(self, x, sigma, class_labels=None):
-            return self.block(x.flatten(2).mT.reshape(len(x), 4, 4).clone()).reshape(x.shape)
+            return self.inner(x.flatten(2).mT.reshape(len(x), 4, 4).clone()).reshape(x.shape)
 
-    with pytest.raises(GddlabError, match=r"writes into the input of 'block' before 'block.norm2' has run"):
-        measured(Net(), "block")
-    assert measured(Net(), "block", stats="rms").layers == ["block"]
+    with pytest.raises(GddlabError, match=r"writes into the input of 'inner' before 'inner.norm2' has run"):
+        measured(Net(), "inner")
+    assert measured(Net(), "inner", stats="rms").layers == ["inner"]
 
 
 def test_held_streams_are_released_as_soon_as_they_are_compared():
@@ -762,8 +760,9 @@ def test_layers_that_a_preset_brought_and_that_do_not_run_are_left_out():
     assert len(warned) == 1
     assert found.layers == ["layer"]
     assert found.meta["not_run"] == {"idle": "did not run"}
-    with pytest.warns(UserWarning, match="'idle' did not run and 1 more"):
+    with pytest.warns(UserWarning, match="and 1 more"):
         both = measured(Idle(), "re:.")
+    assert both.meta["not_run"]["idle"] == "did not run"
     assert both.meta["not_run"]["pair"] == "has a tuple as its output, no tensor"
     for named, says in (("idle", "'idle' did not run"), ("pair", "'pair' is a tuple, no tensor")):
         with pytest.raises(GddlabError, match=says):
@@ -807,14 +806,16 @@ def test_every_measure_leaves_them_out(what, pictures):
 
 # All measures, on all networks.
 
-LAYERS = {"linear": "linear", "norm": "norm", "conv": "conv", "all": "all", "attention": "attention"}
+LAYERS = ("linear", "norm", "conv", "all", "attention")
 
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network_is_measured_with_every_preset(kind, guided):
     model = made(kind, ORDER if guided else ("cond",))
-    for layers in LAYERS.values():
+    for layers in LAYERS:
+        if kind == "flux" and layers == "conv":
+            continue
         found = measured(model, layers, branch="all", stream="all", stats=("rms", "std", "correlation"), n=2)
         assert found.frame["value"].notna().any()
         assert len(found.layers) == len({*found.layers})
@@ -841,7 +842,10 @@ def test_layers_are_changed_by_the_same_keys(kind, guided):
     for mode in ("zero", "mean", "resample"):
         found = ablate(model, SIGMAS, keys, mode, **ask)
         assert {*found.layers} == {*keys}
-        assert (found.pivot(f"ablation_output_{mode}") > 0).all(axis=None), mode
+        changes = found.pivot(f"ablation_output_{mode}")
+        alike = [key for key in keys if mode != "zero" and EMBEDDER in key]  # all images are told one level
+        assert (changes.loc[alike] == 0).all(axis=None)
+        assert (changes.drop(alike) > 0).all(axis=None), mode
     zero = ablate(model, SIGMAS, keys, "zero", **ask).pivot("ablation_output_zero")
     if guided:
         assert not np.allclose(zero.loc[keys[1]], zero.loc[f"{keys[1]}:uncond"])
@@ -944,7 +948,7 @@ def test_later_passes_have_the_same_sites():
     passes = iter([(1, 2), (1, 2, 3)])
     net.forward = lambda x, sigma, class_labels=None: sum(net.layer(k * x)[:, :1] for k in next(passes))
     with pytest.raises(GddlabError, match="'layer@3' was not there in the first pass"):
-        measured(net, "layer", n=2, batch_size=2)
+        measured(net, "layer", n=2, batch_size=2, stats="rms")
 
 
 def test_a_null_model_leaves_out_the_same_layers():
