@@ -23,8 +23,8 @@ from gddlab.evaluation.metrics import Statistics, statistics
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.nets import OneStepPrecond
 from gddlab.probing.ablate import MODES as REPLACED
-from gddlab.probing.ablate import changes_of, outputs_of, sized
-from gddlab.probing.effects import Effects, denoised, tapped
+from gddlab.probing.ablate import all_sites, changes_of, means_of, outputs_of, select_sites, sized
+from gddlab.probing.effects import Effects, denoised, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps
@@ -34,12 +34,12 @@ from gddlab.probing.layers import (
     denoiser_of,
     named_layers,
     named_tensors,
-    select_layers,
     unwrap,
 )
 from gddlab.probing.patch import activations_of
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.statistics import ChannelMoments, Given, PerImage, declare
+from gddlab.probing.sites import again
+from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling import ImageNoise, heun_step
@@ -166,17 +166,16 @@ def trace(
     if mode == "resample" and n % 2:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
     sampling = Sampling(model, steps, n=n, seed=seed, class_labels=class_labels)
-    selected, modules = select_layers(model, layers, run=True), named_layers(model)
+    layers = again(layers)
+    selected, modules = select_sites(model, layers), named_layers(model)
     other = _donor(model, donor, mode)
     real = None if spec is None else _real(sampling.inputs, data, spec, progress)
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
-    every = {part: None for parts in outputs.values() for part in parts}
     kinds = [PIXELS[mode]] + ([] if spec is None else [FEATURES[mode, spec.label]])
-    effects = Effects(model, sampling.inputs, selected, kinds)
     size = max(batch_size, 2) // 2 * 2 if mode == "resample" else batch_size
     parts = [(i, min(i + size, n)) for i in range(0, n, size)]
-    farther: dict[str, list[tuple[float, float]]] = {layer.name: [] for layer in selected}
     shapes: dict[str, torch.Size] = {}
+    sites: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(as_it_was(sampling.net, device=device, dtype=dtype))
         if other is not None:
@@ -184,25 +183,32 @@ def trace(
             stack.enter_context(eager(other))
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager(model))
+        one = sampling.inputs.rows(0, 1, device=target, sigmas=sampling.inputs.sigmas[:1])
+        selected, not_run = that_run(model, one, selected, layers, outputs)
+        every = {part: None for layer in selected for part in outputs[layer.name]}
+        effects = Effects(model, sampling.inputs, selected, kinds)
+        farther: dict[str, list[tuple[float, float]]] = {layer.name: [] for layer in selected}
         total = len(parts) * len(sampling) * len(selected)
         bar = stack.enter_context(progress_bar(total=total, desc="tracing", unit="sampling", enabled=progress))
 
         probes = [
-            [_means(model, sigma, every) for sigma in calls] if mode == "mean" else [] for calls in sampling.calls
+            [all_sites(model, [sigma], every) for sigma in calls] if mode == "mean" else [] for calls in sampling.calls
         ]
         whole = torch.empty(n, *sampling.inputs.shape)
         for i, j in parts:
             x = sampling.begin(i, j, target)
             for k in range(len(sampling)):
-                x = sampling.step(k, x, i, j, functools.partial(_seen, model, every, shapes, probes[k]))
+                x = sampling.step(k, x, i, j, functools.partial(_seen, model, every, shapes, sites, probes[k]))
             whole[i:j] = final(x)
-        means = [[_found(probe) for probe in of_step] for of_step in probes]
+        means = [[means_of(probe) for probe in of_step] for of_step in probes]
         intact = None if spec is None else Compared(whole, spec, real, target)
 
         states = [sampling.begin(i, j, target) for i, j in parts]
         for k, sigma in enumerate(sampling.inputs.sigmas):
             for layer in selected:
-                around = functools.partial(_disturbed, model, sampling.net, outputs[layer.name], mode, means[k], other)
+                around = functools.partial(
+                    _disturbed, model, sampling.net, sites, outputs[layer.name], mode, means[k], other
+                )
                 images = torch.empty_like(whole)
                 for (i, j), state in zip(parts, states, strict=True):
                     x = sampling.step(k, state, i, j, around)
@@ -230,7 +236,7 @@ def trace(
         given = {name: kind(value, sem, n) for name, (value, sem) in columns.items()}
         distance = intact.distance if math.isfinite(intact.distance) else None
         settings |= {"data": real.name, "data_sha256": real.sha256, "distance": distance}
-    result = effects.result(side="disturbed", settings=settings, given=given)
+    result = effects.result(side="disturbed", settings=settings, given=given, not_run=not_run)
     # the means are of these images, as in `ablate`
     return result.copy(statistics={}) if mode == "mean" else result
 
@@ -263,20 +269,12 @@ def _real(inputs: Inputs, data: Data, spec: Extractor, progress: bool) -> Refere
     return real
 
 
-def _means(model: nn.Module, sigma: float, parts: Mapping[str, None]) -> Probe:
-    return Probe(model, [sigma], layers=lambda name, _: name in parts, stats=ChannelMoments)
-
-
-def _found(probe: Probe) -> dict[str, Tensor]:
-    """Means of the channels of each output, (1, C)."""
-    return {name: by["channel_moments"].channels()["mean"] for name, by in probe.statistics.items()}
-
-
 @contextlib.contextmanager
 def _seen(
     model: nn.Module,
     parts: Mapping[str, None],
     shapes: dict[str, torch.Size],
+    sites: dict[str, list[str]],
     probes: Sequence[Probe],
     call: int,
     rows: Rows,
@@ -289,12 +287,14 @@ def _seen(
         ran = stack.enter_context(tapped(model, parts, len(rows[0])))
         yield
     shapes.update(ran)
+    sites.update(ran.sites)
 
 
 @contextlib.contextmanager
 def _disturbed(
     model: nn.Module,
     net: nn.Module,
+    sites: Mapping[str, Sequence[str]],
     parts: Sequence[str],
     mode: str,
     means: Sequence[Mapping[str, Tensor]],
@@ -308,7 +308,7 @@ def _disturbed(
             yield
         return
     n = len(rows[0])
-    changes = changes_of(model, net, rows, parts, mode, means[call] if means else {}, n)
+    changes = changes_of(model, net, rows, sites, parts, mode, means[call] if means else {}, n)
     with tapped(model, changes, n):
         yield
 

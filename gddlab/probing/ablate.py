@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,12 +13,23 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, validated
-from gddlab.probing.effects import Change, Effects, change_statistics, denoised, keep, tapped, weighted_error
+from gddlab.probing.effects import (
+    AtSite,
+    Change,
+    Effects,
+    change_statistics,
+    denoised,
+    keep,
+    tapped,
+    that_run,
+    weighted_error,
+)
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
-from gddlab.probing.layers import Layer, LayerSelection, anatomy, named_layers, select_layers
+from gddlab.probing.layers import Layer, LayerSelection, anatomy, inventory, named_layers, select_layers
 from gddlab.probing.result import ProbeResult
+from gddlab.probing.sites import again, branches_in, channel_axis, layer_of, spread
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -80,7 +91,8 @@ def ablate(
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
         timesteps, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
         layers: What is ablated, each on its own; presets, names, globs and so on, as in `probe`; "block" for residual
-            blocks.
+            blocks. A layer is ablated wherever it gives something: in each of its runs, each stream of tokens and each
+            guidance branch; "name@2" means its second run, "name:context" a stream, "name:uncond" a branch alone.
         mode: "mean" replaces an output by its mean over all `n` images and all pixels, of each channel, at the same
             sigma (a first pass measures it); "zero" by zeros; "resample" by its output for another image at the same
             sigma, where images are swapped in pairs.
@@ -94,7 +106,7 @@ def ablate(
         replacements are these images' own. `meta["nonfinite"]` lists layers and noise levels without a finite value.
 
     Raises:
-        GddlabError: An unknown mode; an odd `n` with "resample"; a layer that does not run exactly once, or returns no
+        GddlabError: An unknown mode; an odd `n` with "resample"; a named layer that does not run, one that returns no
             tensor with one row per image and noise level; a network whose answer is no image; and whatever `probe`
             refuses.
     """
@@ -102,37 +114,42 @@ def ablate(
     group = 2 if mode == "resample" else 1
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
-    net, selected, modules = inputs.denoiser, select_layers(model, layers, run=True), named_layers(model)
+    layers = again(layers)
+    net, selected, modules = inputs.denoiser, select_sites(model, layers), named_layers(model)
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
-    every = {part: None for parts in outputs.values() for part in parts}
-    effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
+    not_run: dict[str, str] = {}
     levels, passes = inputs.split(batch_size, group)
-    total = len(levels) * len(passes) * (len(selected) + (mode == "mean"))
     shapes: dict[str, torch.Size] = {}
     with (
         as_it_was(net, device=device, dtype=dtype) as target,
         torch.no_grad(),
         eager(model),
-        progress_bar(total=total, desc="ablating", unit="pass", enabled=progress) as bar,
+        progress_bar(desc="ablating", unit="pass", enabled=progress) as bar,
     ):
+        one = inputs.rows(0, 1, device=target, sigmas=levels[0])
+        selected, not_run = that_run(model, one, selected, layers, outputs)
+        every = {part: None for layer in selected for part in outputs[layer.name]}
+        effects = Effects(model, inputs, selected, STATISTICS[mode] if states == "noised" else STATISTICS[mode][:1])
+        bar.reset(total=len(levels) * len(passes) * (len(selected) + (mode == "mean")))
         for sigmas in levels:
             means: dict[str, Tensor] = {}
             if mode == "mean":
-                with Probe(model, sigmas, layers=lambda name, _: name in every, stats=ChannelMoments) as measure:
+                with all_sites(model, sigmas, every) as measure:
                     for i, j in passes:
                         rows = inputs.rows(i, j, device=target, sigmas=sigmas)
                         with measure.images(j - i):
                             net(*rows)
                         bar.update()
-                means = {k: by["channel_moments"].channels()["mean"] for k, by in measure.statistics.items()}
+                means = means_of(measure)
             for i, j in passes:
                 shown = inputs.noised(i, j, device=target, sigmas=sigmas)
                 rows, clean = shown[:3], shown.clean
-                with tapped(model, every, len(rows[0])) as shapes:  # every layer, to refuse early
+                with tapped(model, every, len(rows[0])) as ran:  # every layer, to refuse early
                     intact = denoised(net, rows)
+                shapes |= ran
                 before = None if clean is None else weighted_error(intact, clean, sigmas)
                 for layer in selected:
-                    changes = changes_of(model, net, rows, outputs[layer.name], mode, means, j - i)
+                    changes = changes_of(model, net, rows, ran.sites, outputs[layer.name], mode, means, j - i)
                     with tapped(model, changes, len(rows[0])):
                         ablated = denoised(net, rows)
                     found = [weighted_error(ablated, intact, sigmas).sqrt()]
@@ -144,49 +161,99 @@ def ablate(
     effects.layers = [sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
     settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
-    result = effects.result(side="ablated", settings=settings)
+    result = effects.result(side="ablated", settings=settings, not_run=not_run)
     # the means are of these images: to add others would mix two measurements, and merge refuses a result without sums
     return result.copy(statistics={}) if mode == "mean" else result
 
 
+def select_sites(model: nn.Module, layers: LayerSelection) -> list[Layer]:
+    """The layers that `layers` names, and parts of what a layer gives, by what `Sites` describes.
+
+    Raises:
+        GddlabError: Nothing matches, as for `select_layers`.
+    """
+    if callable(layers):
+        return select_layers(model, layers, run=True)
+    known, modules = inventory(model), named_layers(model)
+    listed = [layers] if isinstance(layers, str) else layers
+    if not isinstance(listed, Iterable):
+        return select_layers(model, layers, run=True)
+    items = list(listed)
+    keys = [x for x in items if isinstance(x, str) and x not in known and layer_of(x, modules) in known]
+    rest = [x for x in items if x not in keys]
+    found = select_layers(model, rest if not isinstance(layers, str) else layers, run=True) if rest or not keys else []
+    single = [dataclasses.replace(known[layer_of(key, modules)], name=key) for key in dict.fromkeys(keys)]
+    order = {name: i for i, name in enumerate(known)}
+    return sorted([*found, *single], key=lambda layer: order[layer_of(layer.name, modules)])
+
+
 def outputs_of(layer: Layer, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Whose outputs are replaced: the layer itself; of a block, the last layers of its branch and of its attention."""
-    parts = anatomy(modules[layer.name])
-    if parts is None:
+    """Whose outputs are replaced: the layer itself; of a block, the last layers of its branch and of its attention.
+
+    Of a transformer block, its attentions and its MLP, of both streams.
+    """
+    name = layer_of(layer.name, modules)
+    parts, module = anatomy(modules[name]), modules[name]
+    if inside := branches_in(module):
+        names = [f"{name}.{child}" for child in inside]
+    elif parts is None:
         return [layer.name]
-    names = [f"{layer.name}.{part}" for part in (parts.branch, parts.attention) if part]
-    return [name for name in names if name in modules]
+    else:
+        names = [f"{name}.{part}" for part in (parts.branch, parts.attention) if part]
+    return [part + layer.name.removeprefix(name) for part in names if part in modules]
 
 
 def changes_of(
-    model: nn.Module, net: nn.Module, rows: Rows, parts: Sequence[str], mode: str, means: Mapping[str, Tensor], n: int
+    model: nn.Module,
+    net: nn.Module,
+    rows: Rows,
+    sites: Mapping[str, Sequence[str]],
+    parts: Sequence[str],
+    mode: str,
+    means: Mapping[str, Tensor],
+    n: int,
 ) -> dict[str, Change]:
     """What `tapped` puts in the place of `parts`, the outputs of one layer, in a pass over `rows` of `n` images.
 
     Args:
-        means: By part, of each channel at each noise level of a row, (S, C); for mode "mean".
+        sites: Keys of their sites, as `tapped` saw them in an intact pass.
+        means: By key of the site, of each channel at each noise level of a row, (S, C); for mode "mean".
     """
     if mode == "zero":
         return dict.fromkeys(parts, torch.zeros_like)
     if mode == "mean":
-        return {part: functools.partial(spread, means[part].repeat(n, 1)) for part in parts}
-    if len(parts) == 1:
+        modules = named_layers(model)
+        axes = {part: channel_axis(modules[layer_of(part, modules)]) for part in parts}
+
+        def mean_at(axis: int | None, output: Tensor, key: str) -> Tensor:
+            return spread(means[key].repeat(n, 1), output, axis)
+
+        return {part: AtSite(functools.partial(mean_at, axis)) for part, axis in axes.items()}
+    if len({key for part in parts for key in sites.get(part, [part])}) == 1:
         return {parts[0]: functools.partial(swapped, n)}
     kept: dict[str, Tensor] = {}  # of an intact pass: an output after an ablated one is no longer its own
-    with tapped(model, {part: functools.partial(keep, kept, part) for part in parts}):
+    with tapped(model, dict.fromkeys(parts, keep(kept))):
         net(*rows)
-    return {part: swapped(n, output) for part, output in kept.items()}
+    return dict.fromkeys(parts, AtSite(lambda output, key: swapped(n, kept[key])))
+
+
+def all_sites(model: nn.Module, sigmas: Sequence[float], parts: Collection[str]) -> Probe:
+    """Measures the channel means of every site of layers; `parts` are names or keys."""
+    modules = named_layers(model)
+    names = {layer_of(part, modules) for part in parts}
+    where: Any = {"branch": "all", "stream": "all", "calls": "each"}
+    return Probe(model, sigmas, layers=lambda name, _: name in names, stats=ChannelMoments, **where)
+
+
+def means_of(probe: Probe) -> dict[str, Float[Tensor, "s c"]]:
+    """Means of channels by site, of what `all_sites` has measured."""
+    return {key: by["channel_moments"].channels()["mean"] for key, by in probe.statistics.items()}
 
 
 def sized(layer: Layer, shape: torch.Size) -> Layer:
     """With the resolution of its output, where its name does not say one."""
     known = layer.resolution is not None or len(shape) != 4
     return layer if known else dataclasses.replace(layer, resolution=shape[-2])
-
-
-def spread(mean: Float[Tensor, "rows c"], output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-    """Means of channels in the shape that expands over the pixels of `output`, or over the tokens of (B, T, C)."""
-    return mean[:, None] if output.ndim == 3 else mean.reshape(*mean.shape, *[1] * (output.ndim - 2))
 
 
 def swapped(n: int, output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:

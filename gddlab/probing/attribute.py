@@ -11,14 +11,15 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from gddlab.errors import validated
+from gddlab.errors import GddlabError, shown, validated, warn
 from gddlab.probing.effects import WEIGHT, Effects, denoised, denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Noised, States, Timesteps
-from gddlab.probing.layers import LayerSelection, named_layers
+from gddlab.probing.layers import Layer, LayerSelection, named_layers
 from gddlab.probing.reductions import mean, mean_magnitude
 from gddlab.probing.result import ProbeResult
+from gddlab.probing.sites import Window, again, left_out, named_in
 from gddlab.probing.statistics import PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -130,8 +131,8 @@ def attribute(
         `meta["stats"]`. Results join with a probe of the same network, and those of other images merge.
 
     Raises:
-        GddlabError: An unknown method; a layer that does not run exactly once, or returns no tensor; whatever `probe`
-            refuses.
+        GddlabError: An unknown method; a named layer that does not run exactly once, or returns no tensor; several
+            guidance branches; whatever `probe` refuses.
     """
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
     points = {"LayerConductance": steps + 1, "LayerIntegratedGradients": steps}.get(method, 1)
@@ -140,12 +141,14 @@ def attribute(
     net, modules = inputs.denoiser, named_layers(model)
     loss = functools.partial(denoising_loss, net)
     with as_it_was(net, device=device) as target, eager(model), differentiable(net):
-        check = Probe(model, levels[0], layers=layers, stats="mean_abs")
+        layers = again(layers)
+        check = Probe(model, levels[0], layers=layers, stats="mean_abs", branch="all", stream="all")
         first = inputs.rows(0, 1, sigmas=levels[0], device=target)
         with check, check.images(1), torch.no_grad():  # refuses layers that captum would misread
             denoised(net, first)
-        effects = Effects(model, inputs, check.layers, METHODS[method])
-        total = len(levels) * len(passes) * len(check.layers)
+        selected, not_run = _single(model, check, layers)
+        effects = Effects(model, inputs, selected, METHODS[method])
+        total = len(levels) * len(passes) * len(selected)
         with progress_bar(total=total, desc="attributing", unit="layer", enabled=progress) as bar:
             for sigmas in levels:
                 for i, j in passes:
@@ -153,7 +156,7 @@ def attribute(
                     rest = (rows.sigma, rows.labels, rows.clean)
                     with torch.no_grad():
                         change = (loss(rows.x, *rest) - loss(rows.origin, *rest)).cpu().double().reshape(j - i, -1)
-                    for layer in check.layers:
+                    for layer in selected:
                         found = _attributions(method, loss, modules[layer.name], rows, steps, piece)
                         found = found if found.dtype == torch.float64 else found.float()
                         whole = mean(found, j - i).cpu().double() * found[0].numel()
@@ -162,7 +165,30 @@ def attribute(
                         effects.add(layer.name, sigmas, *numbers[: len(METHODS[method])])
                         bar.update()
     settings = {"tier": "attribution", "method": method, "steps": steps}
-    return effects.result(side="attribution", settings=settings)
+    return effects.result(side="attribution", settings=settings, not_run=not_run)
+
+
+def _single(model: nn.Module, seen: Probe, layers: LayerSelection) -> tuple[list[Layer], dict[str, str]]:
+    """Layers that run once and give one tensor, which captum reads right, and why others are left out."""
+    branches = Window(model).names
+    if len(branches) > 1:
+        raise GddlabError(
+            f"attributions are of one guidance branch, this denoiser has {', '.join(branches)}: wrap it without "
+            "guidance="
+        )
+    why = dict(seen.not_run)
+    for key, site in seen.sites.items():
+        if key != site.layer or site.stream:
+            why[site.layer] = "gives several streams" if site.stream else "ran twice in one pass"
+    named = named_in(layers)
+    for name in filter(named, why):
+        raise GddlabError(f"layer {name!r} {why[name]}: leave it out of layers=")
+    found = [layer for layer in seen.layers if layer.name in seen.sites and seen.sites[layer.name].layer not in why]
+    if not found:
+        raise GddlabError(f"layers={shown(layers)}: none of these runs once and gives one tensor, give others")
+    if why:
+        warn(left_out(why))
+    return found, why
 
 
 def _attributions(
@@ -179,4 +205,4 @@ def _attributions(
     else:
         there = captum.attribute(rows.x, rows.origin, method="riemann_trapezoid", **path).detach()
         found = (there - captum.attribute(rows.origin, rows.x, method="riemann_trapezoid", **path)) / 2
-    return found.detach()
+    return (found[0] if isinstance(found, tuple) else found).detach()

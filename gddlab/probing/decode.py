@@ -15,13 +15,14 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown, validated, warn
-from gddlab.probing.ablate import sized
-from gddlab.probing.effects import tapped
+from gddlab.probing.ablate import select_sites, sized
+from gddlab.probing.effects import AtSite, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager, exactly, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, dataset_of
-from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, select_layers
+from gddlab.probing.layers import Layer, LayerSelection, denoiser_of
 from gddlab.probing.reductions import PIECE
 from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.sites import again
 from gddlab.probing.statistics import PerImage, Statistic, declare, stacked
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs, generator
@@ -136,7 +137,7 @@ def decode(
 
     Raises:
         GddlabError: Unknown targets; "class" of images without labels, or of one class; "sigma" at a single noise
-            level; more images than there are; a layer that does not run exactly once, or returns no tensor with one
+            level; more images than there are; a named layer that does not run, one that returns no tensor with one
             row per image; and whatever `probe` refuses.
     """
     wanted: list[str] = list(dict.fromkeys([targets] if isinstance(targets, str) else targets))
@@ -144,15 +145,11 @@ def decode(
         raise GddlabError(f"targets is empty: accepted are {', '.join(TARGETS)}")
     inputs = inputs_for(model, timesteps, data, seed, class_labels, n=n, held_out=held_out)
     answers = Answers(inputs, n, wanted)
-    selected = select_layers(model, layers, run=True)
-    reader = Reader(model, inputs.denoiser, selected, dims, seed)
+    layers = again(layers)
+    chosen = select_sites(model, layers)
     fitting, judging = spans(0, n, batch_size), spans(n, inputs.n, batch_size)
     by_level = [t for t in wanted if t != "sigma"]
     kinds = {name: kind for target in wanted for name, kind in STATISTICS[target].items()}
-    parts: list[dict[str, dict[str, Statistic]]] = [
-        {a.name: {name: kind() for name, kind in kinds.items()} for a in selected} for _ in inputs.sigmas
-    ]
-    whole = {a.name: Ridge() for a in selected}  # of all noise levels, for "sigma"
     bad: defaultdict[tuple[str, float], dict[int, int]] = defaultdict(dict)
     passes = len(fitting) + len(judging) * (bool(by_level) + ("sigma" in wanted))
     with (
@@ -161,6 +158,13 @@ def decode(
         eager(model),
         progress_bar(total=passes * len(inputs.sigmas), desc="decoding", unit="pass", enabled=progress) as bar,
     ):
+        one = inputs.rows(0, 1, device=target, sigmas=inputs.sigmas[:1])
+        selected, not_run = that_run(model, one, chosen, layers)
+        reader = Reader(model, inputs.denoiser, selected, dims, seed)
+        parts: list[dict[str, dict[str, Statistic]]] = [
+            {a.name: {name: kind() for name, kind in kinds.items()} for a in selected} for _ in inputs.sigmas
+        ]
+        whole = {a.name: Ridge() for a in selected}  # of all noise levels, for "sigma"
 
         def features(sigma: float, images: Spans) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
             for i, j in images:
@@ -202,6 +206,7 @@ def decode(
     warn_nonfinite(found_bad, "activations")
     measured = [sized(layer, reader.shapes[layer.name]) for layer in selected]
     meta = network_meta(model, measured) | inputs.describe() | {"nonfinite": found_bad}
+    meta |= {"not_run": not_run} if not_run else {}
     meta["settings"] = {"tier": "decode", "dims": dims, "n": n, "held_out": held_out, "dtype": precision(dtype)}
     # a sum over other held-out images would be of other readouts: without sums, merge refuses
     return ProbeResult.of(measured, inputs.sigmas, stacked(parts), meta).copy(statistics={})
@@ -299,6 +304,7 @@ def _without(target: str, wanted: Sequence[str]) -> str:
 class Reader:
     """Runs a network and keeps of each layer's output at most `dims` numbers per row: its features.
 
+    Of a layer with several sites they are of that which its name means: its first run, the image, the branch "cond".
     They are products with a seeded Gaussian matrix, or all numbers where there are not more. One matrix serves all
     layers, an output of D numbers takes its first D rows; it is made in pieces as larger outputs come, so that a
     layer's features do not depend on which others are read.
@@ -317,11 +323,13 @@ class Reader:
         """Features by layer, float64; on the CPU where the device has no float64."""
         found: dict[str, Tensor] = {}
 
-        def read(name: str, output: Tensor) -> None:
-            with exactly(output.device):
-                found[name] = self.features(output)
+        def read(name: str, output: Tensor, key: str) -> None:
+            if key == name or name not in found:  # of several sites the one that the name means
+                with exactly(output.device):
+                    found[name] = self.features(output)
 
-        with tapped(self.model, {name: functools.partial(read, name) for name in self.names}, len(rows[0])) as shapes:
+        readers = {name: AtSite(functools.partial(read, name)) for name in self.names}
+        with tapped(self.model, readers, len(rows[0])) as shapes:
             self.net(*rows)
         self.shapes = shapes
         return {name: found[name] for name in self.names}

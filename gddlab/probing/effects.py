@@ -5,61 +5,164 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, warn
+from gddlab.nets import Precond
 from gddlab.nets.precond import edm_loss, edm_weight
 from gddlab.probing.guard import check_ran, check_seen, warn_nonfinite
 from gddlab.probing.inputs import Inputs, Rows
-from gddlab.probing.layers import Layer, named_layers
+from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.sites import Site, Sites, View, Window, layer_of, left_out, named_in, points_of
 from gddlab.probing.statistics import Given, PerImage, Statistic, declare, stacked
 
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
 """For definitions of statistics."""
 
-Change = Callable[[Tensor], Tensor | None] | Tensor | None
+
+class AtSite(NamedTuple):
+    """A change that depends on where it is made: a function of the output and the key of its site."""
+
+    function: Callable[[Tensor, str], Tensor | None]
+
+
+Change = Callable[[Tensor], Tensor | None] | AtSite | Tensor | None
 """What replaces a layer's output, of the same shape or one that expands to it, or a function of the output that returns
 it; None keeps the output."""
 
 
-@contextlib.contextmanager
-def tapped(model: nn.Module, changes: Mapping[str, Change], rows: int | None = None) -> Iterator[dict[str, torch.Size]]:
-    """Inside, in one forward pass, the outputs of some layers, by name, are seen and changed.
+class Ran(dict[str, torch.Size]):
+    """Shape of each output that was seen, by key of `changes`; cleared before another pass.
 
-    Yields the shape of each output, once its layer has run; clear it before another pass. Refuses a layer that does not
-    run exactly once, returns no tensor, or has another number of `rows`, where these are given.
+    Attributes:
+        sites: Keys of all sites that a key of `changes` means.
+        absent: Layers that were allowed not to run or to give no tensor, and why they cannot be changed.
+    """
+
+    def __init__(self, window: Window, rows: int | None):
+        super().__init__()
+        self._window, self._rows = window, rows
+        self.sites: dict[str, list[str]] = {}
+        self.absent: dict[str, str] = {}
+        window.start(rows)
+
+    def clear(self) -> None:
+        super().clear()
+        self.sites.clear()
+        self._window.start(self._rows)
+
+
+@contextlib.contextmanager
+def tapped(
+    model: nn.Module, changes: Mapping[str, Change], rows: int | None = None, *, may_lack: Collection[str] = ()
+) -> Iterator[Ran]:
+    """Inside, in one forward pass, the outputs of some layers are seen and changed.
+
+    A layer's name means all that it gives in the pass: each run, stream and guidance branch; what is appended to it
+    chooses some, see `Sites`.
+
+    Yields the shape of each output, by key, once its layer has run; clear it before another pass. Refuses a layer that
+    does not run, unless it is among `may_lack`, returns no tensor, or has another number of `rows`, where these are
+    given; and a pass in which the network is called again.
     """
     modules = named_layers(model)
-    ran: dict[str, torch.Size] = {}
+    window = Window(model)
+    ran = Ran(window, rows)
+    wanted: dict[str, dict[str, Sites]] = {}
+    for key in changes:
+        wanted.setdefault(layer_of(key, modules), {})[key] = Sites.of(key, modules)
 
-    def hook_of(name: str, change: Change) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            why = f"this pass has {rows} rows: leave it out of layers="
-            check_seen(output, name, "output", again=name in ran, rows=rows, why=why)
-            ran[name] = output.shape
-            found = change(output) if callable(change) else change
-            # a separate tensor, in the output's memory format: later layers may write into it
-            return None if found is None else torch.empty_like(output).copy_(found)
+    def hook_of(name: str, asked: Mapping[str, Sites]) -> Callable[..., Any]:
+        view = View(name, modules, window)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call = window.run(name)
+            if call is None:
+                return None
+            parts = view.output(output)
+            if parts is None and name in may_lack:
+                ran.absent[name] = f"has a {type(output).__name__} as its output, no tensor"
+                return None
+            seen = window.expected()
+            why = f"this pass has {seen} rows: leave it out of layers="
+            new: list[tuple[str, int, Tensor]] = []
+            for stream, x in parts or [("", output)]:
+                check_seen(x, name, "output", again=not window.branches, rows=seen, why=why)
+                for i, (branch, part) in enumerate(window.parts(x)):
+                    site = Site(name, call, stream, branch)
+                    for key in (key for key, sites in asked.items() if sites.hold(site)):
+                        if key == site.key or key not in ran:
+                            ran[key] = part.shape
+                        ran.sites.setdefault(key, []).append(site.key)
+                        change = changes[key]
+                        if isinstance(change, AtSite):
+                            found = change.function(part, site.key)
+                        else:
+                            found = change(part) if callable(change) else change
+                        if found is not None:
+                            new.append((stream, i, found))
+            return view.replaced(output, new) if new else None
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        for name, change in changes.items():
-            stack.callback(modules[name].register_forward_hook(hook_of(name, change)).remove)
+        for remove in window.hooks():
+            stack.callback(remove)
+        for name, asked in wanted.items():
+            stack.callback(modules[name].register_forward_hook(hook_of(name, asked)).remove)
         yield ran
-    check_ran([name for name in changes if name not in ran])
+    missing = [key for key in changes if key not in ran]
+    ran.absent |= {key: "did not run" for key in missing if key in may_lack and key not in ran.absent}
+    check_ran([key for key in missing if key not in may_lack])
 
 
-def keep(kept: dict[str, Tensor], part: str, output: Tensor) -> None:
-    """A change for `tapped` that changes nothing, and keeps the output."""
-    kept[part] = output.clone()
+def keep(kept: dict[str, Tensor]) -> AtSite:
+    """A change for `tapped` that changes nothing, and keeps the output of each site."""
+
+    def function(output: Tensor, key: str) -> None:
+        kept[key] = output.clone()
+
+    return AtSite(function)
+
+
+def that_run(
+    model: nn.Module,
+    rows: Rows,
+    selected: Sequence[Layer],
+    layers: LayerSelection,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[list[Layer], dict[str, str]]:
+    """The selected layers whose outputs can be changed, and why the others cannot, which a warning says.
+
+    A layer that `layers` names must run. gddlab's own U-Nets run all layers that presets bring; others take a pass over
+    `rows` to find out.
+
+    Args:
+        parts: Whose outputs are changed for a layer, by its name; by default its own.
+    """
+    named = named_in(layers)
+    brought = {a.name for a in selected if not named(a.name)}
+    convolutions = isinstance(denoiser_of(model), Precond) and not any(map(points_of, denoiser_of(model).modules()))
+    if convolutions or not brought:
+        return list(selected), {}
+    parts = {a.name: [a.name] for a in selected} if parts is None else parts
+    every = {part: None for name in parts for part in parts[name]}
+    with tapped(model, every, len(rows[0]), may_lack={part for name in brought for part in parts[name]}) as ran:
+        denoiser_of(model)(*rows)
+    absent = {name: ran.absent[p] for name in brought for p in parts[name] if p in ran.absent}
+    found = [a for a in selected if a.name not in absent]
+    if not found:
+        check_ran(list(absent))
+    if absent:
+        warn(left_out(absent))
+    return found, absent
 
 
 def denoised(model: Callable[..., Any], rows: Rows) -> Float[Tensor, "b c h w"]:
@@ -147,10 +250,18 @@ class Effects:
         for sigma, count in zip(sigmas, bad.sum(0).tolist(), strict=True):
             self._bad[layer, sigma] += count
 
-    def result(self, *, side: str, settings: dict[str, Any], given: Mapping[str, Given] | None = None) -> ProbeResult:
+    def result(
+        self,
+        *,
+        side: str,
+        settings: dict[str, Any],
+        given: Mapping[str, Given] | None = None,
+        not_run: Mapping[str, str] | None = None,
+    ) -> ProbeResult:
         """The table over all noise levels; warns of what is not finite.
 
         Args:
+            not_run: Layers that are left out, and why.
             side: What was not finite: the network's output with a layer "ablated", "patched" or "disturbed", or an
                 "attribution".
             given: One more statistic by layer, a measure. `merge` refuses such a result, which lacks its sums.
@@ -163,4 +274,5 @@ class Effects:
             bad += [{"layer": layer, "side": "measure", "sigma": s, "images": 1} for s in where]
         warn_nonfinite(bad)
         meta = network_meta(self.model, self.layers) | self.inputs.describe() | {"settings": settings, "nonfinite": bad}
+        meta |= {"not_run": dict(not_run)} if not_run else {}
         return ProbeResult.of(self.layers, self.inputs.sigmas, sums, meta)

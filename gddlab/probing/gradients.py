@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, shown, unknown, validated
+from gddlab.errors import GddlabError, shown, unknown, validated, warn
 from gddlab.probing.effects import denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps
 from gddlab.probing.layers import PRESETS, Layer, LayerSelection, denoiser_of, named_layers, select_layers
 from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.sites import again, left_out, named_in
 from gddlab.probing.statistics import Given, Statistic, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -126,6 +127,7 @@ def grad_probe(
         GddlabError: What `probe` refuses; a layer without parameters, or that the loss does not depend on; a loss that
             is no scalar; batches of one sigma that do not follow each other.
     """
+    layers = again(layers)
     layers_of = _parameters(model, layers)
     inputs: Inputs | None = None
     if not callable(loss):
@@ -146,6 +148,9 @@ def grad_probe(
     net, name = denoiser_of(model), getattr(loss, "__qualname__", type(loss).__name__)
     wanted = {p: layer.name for layer, filters in layers_of.items() for group in filters for p in group}
     levels: dict[float, _Level] = {}
+    named = named_in(layers)
+    may_lack = {layer.name for layer in layers_of if not named(layer.name)}  # as the first batch shows
+    not_run: dict[str, str] = {}
     with as_it_was(net, device=device) as target, eager(model), differentiable(net, wanted):
         if inputs is not None:
             loss, batches, name = _mean_loss, _noised(inputs, batch_size, target), "denoising"
@@ -161,12 +166,21 @@ def grad_probe(
                     )
                 moments = _Moments(layers_of)
                 for batch in level:
-                    moments.add(_gradients(loss(net, batch.inputs), wanted), batch.n)
+                    found, idle = _gradients(loss(net, batch.inputs), layers_of, may_lack)
+                    may_lack = set()
+                    if idle:
+                        not_run = dict.fromkeys(idle, "has parameters that the loss does not depend on")
+                        layers_of = {layer: filters for layer, filters in layers_of.items() if layer.name not in idle}
+                        moments = _Moments(layers_of)
+                    moments.add(found, batch.n)
                     bar.update()
                 levels[sigma] = moments.result()
     if not levels:
         raise GddlabError("batches is empty: give at least one Batch(sigma, inputs, n)")
     about = {"data": None, "states": "given", "seed": None, "images": []} if inputs is None else inputs.describe()
+    if not_run:
+        about["not_run"] = not_run
+        warn(left_out(not_run))
     about["settings"] = {"loss": name, "batches": [len(levels[s].images) for s in sorted(levels, reverse=True)]}
     return _table(model, list(layers_of), levels, about)
 
@@ -299,18 +313,28 @@ def _batch(item: Any) -> Batch:
     return batch._replace(sigma=sigma)
 
 
-def _gradients(loss: Any, wanted: Mapping[nn.Parameter, str]) -> dict[Tensor, Tensor]:
-    """Gradient of a batch's loss by parameter; `wanted` names the layer of each."""
+def _gradients(
+    loss: Any, layers: Mapping[Layer, Filters], may_lack: Collection[str] = ()
+) -> tuple[dict[Tensor, Tensor], list[str]]:
+    """Gradient of a batch's loss by parameter, and those of `may_lack` with parameters that it does not depend on."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = str(tuple(loss.shape)) if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise GddlabError(f"loss gave {what}: return a scalar tensor, the mean over the batch's images")
     if not loss.requires_grad:
         raise GddlabError("the loss depends on none of the layers: compute it from the network that it is given")
-    found = torch.autograd.grad(loss.reshape(()), list(wanted), allow_unused=True)
-    for g, layer in zip(found, wanted.values(), strict=True):
-        if g is None:
-            raise GddlabError(f"the loss does not depend on all parameters of layer {layer!r}: leave it out of layers=")
-    return dict(zip(wanted, found, strict=True))
+    wanted = {p: layer.name for layer, filters in layers.items() for group in filters for p in group}
+    found = dict(zip(wanted, torch.autograd.grad(loss.reshape(()), list(wanted), allow_unused=True), strict=True))
+    idle = []
+    for layer, filters in layers.items():
+        if any(found[p] is None for group in filters for p in group):
+            if layer.name not in may_lack:
+                raise GddlabError(
+                    f"the loss does not depend on all parameters of layer {layer.name!r}: leave it out of layers="
+                )
+            idle.append(layer.name)
+    if len(idle) == len(layers):
+        raise GddlabError(f"the loss does not depend on all parameters of layer {idle[0]!r}: leave it out of layers=")
+    return {p: g for p, g in found.items() if g is not None}, idle
 
 
 def _noised(inputs: Inputs, size: int, device: torch.device) -> Iterator[Batch]:

@@ -21,8 +21,16 @@ def as_it_was(
     """Eval mode, autocast to `dtype`, on `device`, which is yielded; afterwards modes and device are as before.
 
     None as device or dtype leaves the network where it is, in its own precision, also where the caller has autocast on.
+    A network that accelerate or diffusers offloads runs where its hooks bring it.
+
+    Raises:
+        GddlabError: A device that cannot be used, or any for a network that is offloaded.
     """
     origin = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if (home := _offloaded_to(model)) is not None:
+        if device is not None:
+            raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {home}, omit device")
+        origin = home
     target = origin if device is None else _device(device)
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}
@@ -37,6 +45,16 @@ def as_it_was(
             model.to(origin)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _offloaded_to(model: nn.Module) -> torch.device | None:
+    """Where the hooks of accelerate let an offloaded network run, whose parameters are elsewhere; None for others."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (home := getattr(each, "execution_device", None)) is not None:
+                return torch.device(home)
+    return None
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound, numbers_in, shown, validated
 from gddlab.files import atomic_path, check_kind, folder_of, holds_format, path_of, read_json
-from gddlab.probing.ablate import outputs_of, spread
+from gddlab.probing.ablate import all_sites, means_of, outputs_of, select_sites
 from gddlab.probing.decode import Reader, Readout, Ridge, Spans, inputs_for, spans, warn_few
-from gddlab.probing.effects import denoised, tapped
+from gddlab.probing.effects import AtSite, Change, denoised, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager
-from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps
-from gddlab.probing.layers import LayerSelection, named_layers, select_layers
+from gddlab.probing.layers import LayerSelection, named_layers
 from gddlab.probing.plots.axes import plain, short_names
 from gddlab.probing.result import network_meta
-from gddlab.probing.statistics import ChannelMoments
+from gddlab.probing.sites import again, channel_axis, layer_of, spread
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.runtime import beside_runs
@@ -255,25 +254,30 @@ def lens(
         them, and `to_frame` says how far each is from the output and from the clean image.
 
     Raises:
-        GddlabError: An unknown mode; more images than there are; a layer that does not run exactly once, or returns no
+        GddlabError: An unknown mode; more images than there are; a named layer that does not run, one that returns no
             tensor with one row per image; a network whose answer is no image; and whatever `probe` refuses.
     """
     counts = {"n": n} if mode == "bypass" else {"n": n, "fit": fit}
     inputs = inputs_for(model, timesteps, data, seed, class_labels, **counts)
-    net, selected, modules = inputs.denoiser, select_layers(model, layers, run=True), named_layers(model)
-    names = [layer.name for layer in selected]
-    outputs = [outputs_of(layer, modules) for layer in selected]
-    parts = {part for by in outputs for part in by}
+    layers = again(layers)
+    net, chosen, modules = inputs.denoiser, select_sites(model, layers), named_layers(model)
     showing, fitting = spans(0, n, batch_size), spans(n, inputs.n, batch_size)
-    images = torch.empty(len(names) + 1, len(inputs.sigmas), n, *inputs.shape)
-    noisy = torch.empty(images.shape[1:])
-    passes = len(fitting) + len(showing) * (2 if mode == "readout" else len(names) + 1)
+    by_name = {a.name: outputs_of(a, modules) for a in chosen}
     with (
         as_it_was(net, device=device, dtype=dtype) as target,
         torch.no_grad(),
         eager(model),
-        progress_bar(total=passes * len(inputs.sigmas), desc="looking", unit="pass", enabled=progress) as bar,
+        progress_bar(desc="looking", unit="pass", enabled=progress) as bar,
     ):
+        one = inputs.rows(0, 1, device=target, sigmas=inputs.sigmas[:1])
+        selected, not_run = that_run(model, one, chosen, layers, None if mode == "readout" else by_name)
+        names = [layer.name for layer in selected]
+        outputs = [by_name[name] for name in names]
+        parts = {part for by in outputs for part in by}
+        images = torch.empty(len(names) + 1, len(inputs.sigmas), n, *inputs.shape)
+        noisy = torch.empty(images.shape[1:])
+        passes = len(fitting) + len(showing) * (2 if mode == "readout" else len(names) + 1)
+        bar.reset(total=passes * len(inputs.sigmas))
         reader = Reader(model, net, selected, dims, seed)
         for s, sigma in enumerate(inputs.sigmas):
 
@@ -285,7 +289,7 @@ def lens(
                 readouts = _readouts(reader, rows_of, inputs, fitting)
             else:
                 means = _channel_means(model, net, parts, sigma, rows_of, fitting) if mode == "mean" else {}
-                changes = [{part: _replacement(means.get(part)) for part in by} for by in outputs]
+                changes = [{part: _replacement(part, means, modules) for part in by} for by in outputs]
             for i, j in showing:
                 rows = rows_of(i, j)
                 noisy[s, i:j] = rows[0]
@@ -302,6 +306,7 @@ def lens(
     if mode == "readout":
         warn_few(max(len(readout.weight) for readout in readouts.values()), fit=fit)
     meta = {"model": network_meta(model)["model"], "versions": versions()} | inputs.describe()
+    meta |= {"not_run": not_run} if not_run else {}
     meta["settings"] = {"mode": mode, "n": n, "dtype": precision(dtype)}
     meta["settings"] |= {"fit": fit} if mode != "bypass" else {}
     meta["settings"] |= {"dims": dims} if mode == "readout" else {}
@@ -309,22 +314,27 @@ def lens(
     return Lens(images, steps, tuple(inputs.sigmas), inputs.clean(0, n), noisy, meta)
 
 
-def _replacement(mean: Float[Tensor, "1 c"] | None) -> Callable[[Tensor], Tensor]:
-    """Zeros, or the mean of each channel."""
-    if mean is None:
+def _replacement(part: str, means: Mapping[str, Float[Tensor, "1 c"]], modules: Mapping[str, nn.Module]) -> Change:
+    """Zeros, or the mean of each channel at its site."""
+    if not means:
         return torch.zeros_like
-    return lambda output: spread(mean.expand(len(output), -1), output).expand(output.shape)
+    axis = channel_axis(modules[layer_of(part, modules)])
+
+    def mean_at(output: Tensor, key: str) -> Tensor:
+        return spread(means[key].expand(len(output), -1), output, axis).expand(output.shape)
+
+    return AtSite(mean_at)
 
 
 def _channel_means(
     model: nn.Module, net: nn.Module, parts: set[str], sigma: float, rows_of: Callable[[int, int], Rows], fitting: Spans
 ) -> dict[str, Float[Tensor, "1 c"]]:
-    """Mean of each channel of each of the `parts` over the fitting images and all pixels."""
-    with Probe(model, [sigma], layers=lambda name, _: name in parts, stats=ChannelMoments) as measure:
+    """Mean of each channel of each site of the `parts` over the fitting images and all pixels."""
+    with all_sites(model, [sigma], parts) as measure:
         for i, j in fitting:
             with measure.images(j - i):
                 net(*rows_of(i, j))
-    return {k: by["channel_moments"].channels()["mean"] for k, by in measure.statistics.items()}
+    return means_of(measure)
 
 
 def _readouts(

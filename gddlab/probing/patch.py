@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -13,7 +12,18 @@ from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, check_takes, validated
-from gddlab.probing.effects import Effects, change_statistics, denoised, keep, tapped, weighted_error
+from gddlab.probing.ablate import select_sites
+from gddlab.probing.effects import (
+    AtSite,
+    Effects,
+    Ran,
+    change_statistics,
+    denoised,
+    keep,
+    tapped,
+    that_run,
+    weighted_error,
+)
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
 from gddlab.probing.layers import (
@@ -26,6 +36,7 @@ from gddlab.probing.layers import (
     unwrap,
 )
 from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.sites import again, layer_of
 from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -143,11 +154,12 @@ def patch(
     states: Any = "student" if into == "student" else "noised"
     inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
     net, other = inputs.denoiser, denoiser_of(donor)
-    selected = select_layers(model, layers, run=what == "activations")
-    if strange := [a.name for a in selected if a.name not in named_layers(donor)]:
+    layers = again(layers)
+    selected = select_sites(model, layers) if what == "activations" else select_layers(model, layers)
+    theirs = named_layers(donor)
+    if strange := [a.name for a in selected if layer_of(a.name, theirs) not in theirs]:
         raise GddlabError(f"layer {strange[0]!r} is in the {into} alone: leave it out of layers=")
     patched = weights_of if what == "weights" else activations_of
-    effects = Effects(model, inputs, selected, [STATISTICS[what]["output"], STATISTICS[what][into]])
     measured: dict[str, float] = {}
     levels, passes = inputs.split(batch_size)
     with contextlib.ExitStack() as stack:
@@ -155,6 +167,10 @@ def patch(
         stack.enter_context(as_it_was(other, device=target))
         for context in (torch.no_grad(), eager(model), eager(donor)):
             stack.enter_context(context)
+        not_run: dict[str, str] = {}
+        if what == "activations":
+            selected, not_run = that_run(model, inputs.rows(0, 1, device=target, sigmas=levels[0]), selected, layers)
+        effects = Effects(model, inputs, selected, [STATISTICS[what]["output"], STATISTICS[what][into]])
         equal = {a.name for a in selected if what == "weights" and equal_weights(donor, model, a.name)}
         total = (len(levels) * len(passes) + (measure is not None)) * len(selected)
         bar = stack.enter_context(progress_bar(total=total, desc="patching", unit="pass", enabled=progress))
@@ -184,7 +200,7 @@ def patch(
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     finite = {name: x if math.isfinite(x) else math.nan for name, x in measured.items()}
     given = {name: MEASURES[what]([x] * len(inputs.sigmas)) for name, x in finite.items()}
-    return effects.result(side="patched", settings=settings, given=given)
+    return effects.result(side="patched", settings=settings, given=given, not_run=not_run)
 
 
 def _number(measure: Measure, model: nn.Module) -> float:
@@ -225,20 +241,25 @@ def equal_weights(donor: nn.Module, model: nn.Module, name: str) -> bool:
 def activations_of(donor: nn.Module, model: nn.Module, *names: str) -> Iterator[None]:
     """Inside, layers `names` of `model` return what `donor`'s, which is run first, return for the same arguments."""
     kept: dict[str, Tensor] = {}
-    with tapped(model, {name: functools.partial(_kept, kept, name) for name in names}) as ran:
+    seen: list[Ran] = []
 
-        def run_donor(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            ran.clear()
-            kept.clear()
-            with tapped(donor, {name: functools.partial(keep, kept, name) for name in names}):
-                denoiser_of(donor)(*args, **kwargs)
+    def run_donor(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen[0].clear()
+        kept.clear()
+        with tapped(donor, dict.fromkeys(names, keep(kept))):
+            denoiser_of(donor)(*args, **kwargs)
 
-        handle = denoiser_of(model).register_forward_pre_hook(run_donor, with_kwargs=True)
-        try:
+    # before the hooks of `tapped`: each call of the network is a pass of its own
+    handle = denoiser_of(model).register_forward_pre_hook(run_donor, with_kwargs=True)
+    try:
+        with tapped(model, dict.fromkeys(names, AtSite(lambda _, key: _kept(kept, key)))) as ran:
+            seen.append(ran)
             yield
-        finally:
-            handle.remove()
+    finally:
+        handle.remove()
 
 
-def _kept(kept: Mapping[str, Tensor], name: str, output: Tensor) -> Tensor:
-    return kept[name]
+def _kept(kept: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in kept:
+        raise GddlabError(f"{key!r} is in one of the networks alone: leave it out of layers=")
+    return kept[key]

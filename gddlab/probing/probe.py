@@ -14,14 +14,15 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import nn
 
-from gddlab.errors import GddlabError, unknown, validated
+from gddlab.errors import GddlabError, unknown, validated, warn
 from gddlab.probing.crossing import BLOCKS
 from gddlab.probing.guard import as_it_was, warn_nonfinite
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps, Told
 from gddlab.probing.layers import LayerSelection
 from gddlab.probing.null import Kind, null
-from gddlab.probing.result import ProbeResult, network_meta
+from gddlab.probing.result import ProbeResult, network_meta, sites_meta
+from gddlab.probing.sites import Calls, again, left_out
 from gddlab.probing.statistics import DEFAULT, Statistic, StatisticSelection, stacked, statistic_classes
 from gddlab.progress import progress_bar
 from gddlab.ranks import present_ranks, share
@@ -45,6 +46,9 @@ def probe(
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
+    branch: str = "cond",
+    stream: str = "image",
+    calls: Calls = "each",
     nulls: Nulls = (),
     null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
@@ -85,6 +89,10 @@ def probe(
         stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`. Of the
             default ones, "correlation" is NaN for n=1: one image has no covariance.
         per_channel: Keeps mean and variance of each channel too. In Python: `ProbeResult.channels`.
+        branch: Guidance branch that is measured, by the denoiser's own names, "cond" or "uncond"; "all" measures each.
+        stream: Tokens that are measured where a layer holds several streams: "image", "context", or "all", each.
+        calls: What is measured of a layer that runs several times in one call of the network: "each" run, the "mean"
+            over them, the "first" or the "last" one.
         nulls: Kinds of null models that are measured on the same inputs, "init", "shuffled", "spectrum", see `null`;
             pictures show them, and `above_null` tests against them.
         null_draws: Null models of each kind; each costs as much as the network itself.
@@ -108,7 +116,10 @@ def probe(
 
     Returns:
         The table of values with standard errors over images, and sigma x sigma correlations; with `told` a column of
-        that name beside `sigma`.
+        that name beside `sigma`. A row is of a layer, or of one of its sites: `layer` is then the layer's name with
+        "@2" for its second run in a call of the network, ":context" for another stream than the image's, ":uncond" for
+        another branch than "cond", and `call`, `stream` and `branch` say the same. Layers that a preset or a glob
+        brought and that do not run, or give no tensor, are left out with a warning; `meta["not_run"]` lists them.
 
     Raises:
         GddlabError: Unknown dataset, states, layers or statistics; noise levels outside of the network's range; more
@@ -119,7 +130,8 @@ def probe(
     asked |= {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
     inputs, kinds = Inputs(model, **asked), _null_kinds(nulls)
     blocks = BLOCKS if kinds or told is not None else 1
-    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, compile, blocks)
+    where = _Where(branch, stream, calls)
+    how = _How(again(layers), _again(stats), per_channel, batch_size, device, dtype, compile, where, blocks)
     how = _with_rows(model, inputs, how)
     networks = [(kind, draw) for kind in kinds for draw in range(null_draws)]
     with progress_bar(desc="probing", unit="pass", enabled=progress) as bar:
@@ -146,6 +158,14 @@ def _again(argument: Any) -> Any:
     return list(argument) if isinstance(argument, Iterator) else argument
 
 
+class _Where(NamedTuple):
+    """Which sites of layers are measured: see `probe`."""
+
+    branch: str
+    stream: str
+    calls: Calls
+
+
 class _How(NamedTuple):
     """How a network is measured: see `probe`. `blocks`: parts of the images whose sums are kept apart, if possible."""
 
@@ -156,6 +176,7 @@ class _How(NamedTuple):
     device: str | torch.device | None
     dtype: Precision
     compile: bool
+    where: _Where
     blocks: int = 1
 
 
@@ -180,7 +201,11 @@ def _measured(model: nn.Module, inputs: Inputs, how: _How, bar: Any, *, times: i
                     states[-1].append(measure.state())
         for measure, found in zip(measures, states, strict=True):
             blocks.append(_add_ranks(measure, found))
-    meta = network_meta(model, measures[0].layers) | inputs.describe()
+    meta = network_meta(model, measures[0].planned) | inputs.describe() | sites_meta(measures[0].sites)
+    if not_run := measures[0].not_run:
+        meta["not_run"] = not_run
+        if times:  # null models leave out the same
+            warn(left_out(not_run))
     meta["nonfinite"] = [b for m in measures for b in m.nonfinite()]
     meta["settings"] = {"dtype": precision(how.dtype)}
     warn_nonfinite(meta["nonfinite"], "activations")
@@ -228,6 +253,7 @@ def _plan(model: nn.Module, inputs: Inputs, how: _How) -> tuple[list[Probe], lis
         blocks.append(passes)
     wanted: StatisticSelection = DEFAULT if how.stats == DEFAULT else chosen
     same: dict[str, Any] = {"rows_per_level": inputs.rows_per_level, "layers": how.layers, "compile": how.compile}
+    same |= how.where._asdict()
     probes = [Probe(model, s, stats=wanted, per_channel=how.per_channel, **same) for s in levels]
     return probes, blocks
 
@@ -291,6 +317,9 @@ def estimate(
     layers: LayerSelection = "conv",
     stats: StatisticSelection = DEFAULT,
     per_channel: bool = False,
+    branch: str = "cond",
+    stream: str = "image",
+    calls: Calls = "each",
     nulls: Nulls = (),
     null_draws: PositiveInt = 3,
     n: PositiveInt = 256,
@@ -311,7 +340,8 @@ def estimate(
         model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
     )
     kinds = _null_kinds(nulls)
-    how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, compile)
+    where = _Where(branch, stream, calls)
+    how = _How(again(layers), _again(stats), per_channel, batch_size, device, dtype, compile, where)
     how = _with_rows(model, inputs, how)
     measures, (passes,) = _plan(model, inputs, how)
     measure, (i, j) = measures[0], passes[0] if passes else (0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,13 +37,24 @@ GROUP = 8
 BANDS = (0.0, 0.25, 0.5, 1.0, math.inf)
 """Edges of bands of radial frequency, as a share of the Nyquist frequency; the spectrum's corners are above 1."""
 
+Side = Literal["input", "output", "attention"]
+
 
 class Tap(NamedTuple):
-    """Where a number is read: a module's output or first input, and the reduction applied there."""
+    """Where a number is read: a module's output or first input, and the reduction applied there.
+
+    Attributes:
+        side: "attention" reads the entropies of the module's softmax attention, (B, heads), see `entropies`.
+        before: With a module and side that run earlier, the reduction is of how the output or input differs from
+            theirs, which has the same shape.
+        stream: Stream of tokens that it belongs to, where the layer it is read for has several.
+    """
 
     module: str
-    side: Literal["input", "output"]
+    side: Side
     reduction: Reduction
+    before: tuple[str, Side] | None = None
+    stream: str = ""
 
 
 def double(x: Tensor) -> Tensor:
@@ -247,6 +258,11 @@ def _radial(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return band.to(device), weight.to(device)
 
 
+def per_head(x: Float[Tensor, "rows heads"], n: int) -> Float[Tensor, "n s heads"]:
+    """A number of each head, as it is."""
+    return double(x).unflatten(0, (n, -1))
+
+
 def hsic(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "groups s s"]:
     """Unbiased HSIC between noise levels within whole groups of `GROUP` images; a group that is not full is omitted.
 
@@ -296,6 +312,16 @@ def one_reading(wanted: Collection[Reduction]) -> tuple[Reduction, ...]:
     for whole in left & FOLLOW.keys():
         left -= FOLLOW[whole].keys()
     return tuple(sorted(left, key=lambda r: getattr(r, "__name__", "")))
+
+
+def mean_over_calls(reduction: Reduction, found: Sequence[Tensor]) -> Tensor:
+    """A reduction's numbers of several runs of a layer as those of one, whose output holds theirs side by side."""
+    x = torch.stack(list(found))
+    if reduction is not moments:
+        return x.mean(0)
+    mean, within, magnitude = x.unbind(-1)
+    between = (mean - mean.mean(0)).square()
+    return torch.stack([mean.mean(0), (within + between).mean(0), magnitude.mean(0)], -1)
 
 
 # The same numbers by compiled code, whose temporaries are registers: one call, one pass over memory. Compiled code adds

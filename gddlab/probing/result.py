@@ -31,6 +31,7 @@ from gddlab.probing.plots.heatmaps import Heatmaps
 from gddlab.probing.plots.lines import Lines
 from gddlab.probing.plots.readouts import Readouts
 from gddlab.probing.plots.similarities import Similarities
+from gddlab.probing.sites import COND, Site
 from gddlab.probing.statistics import Given, Statistic
 from gddlab.provenance import versions
 from gddlab.sampling.schedules import nearest_level
@@ -42,10 +43,20 @@ FORMAT = "gddlab-probe-2"
 
 COLUMNS = (
     *("layer", "block", "kind", "stage", "resolution", "depth", "n_params"),
+    *("stream", "branch", "call"),
     *("sigma", "stat", "value", "sem", "n_images", "unit"),
 )
+SITE: Mapping[str, Any] = dict(zip(COLUMNS[7:10], ("", COND, 1), strict=True))
+"""Columns of where in a layer a number was read, and what they are of a layer that has one such place."""
+
 Statistics = Mapping[str, Mapping[str, Statistic]]
-"""By layer name and statistic name."""
+"""By layer name, or key of a site, and statistic name."""
+
+
+def sites_meta(sites: Mapping[str, Site]) -> dict[str, Any]:
+    """For the meta data of a result: by key, the sites that are not simply a layer."""
+    found = {key: site._asdict() for key, site in sites.items() if site != Site(key)}
+    return {"sites": found} if found else {}
 
 
 def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, Any]:
@@ -72,7 +83,9 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
 
     Attributes:
         frame: One row per layer, noise level and statistic, columns `COLUMNS`; layers in the order of the network,
-            sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
+            those with several measured places (see `probe`) as often as they have such: `layer` is the key of the
+            place, `stream`, `branch` and `call` what it is, "", "cond" and 1 where there is one, 0 for a mean over
+            calls; sigma (data scale) descending; `sem` is the standard error over images, NaN for one image.
         meta: Network, data, seed, noise levels, versions, definitions of the statistics, non-finite activations,
             and the network's parameters, from which masks are made. Where inputs and levels told were crossed, `told`;
             of a part of such a result, `fixed`.
@@ -126,15 +139,18 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         about: dict[str, dict[str, str]] = {}
         told = [[t] for t in meta.get("told", ())] or [[]]
         levels = [(sigma, *t) for sigma in sigmas for t in told]
-        columns = [*COLUMNS[:8], *(["told"] if "told" in meta else []), *COLUMNS[8:]]
+        at = COLUMNS.index("sigma") + 1
+        columns = [*COLUMNS[:at], *(["told"] if "told" in meta else []), *COLUMNS[at:]]
+        sites = meta.get("sites", {})
         for layer in layers:
             where = [getattr(layer, c) for c in COLUMNS[1:7]]
+            where += [(SITE | sites.get(layer.name, {}))[c] for c in SITE]
             for stat in statistics[layer.name].values():
                 about[stat.name] = stat.describe()
                 if (matrix := stat.matrix()) is not None:
                     matrices.setdefault(stat.name, {})[layer.name] = matrix.cpu().numpy()
                 if found := stat.channels():
-                    channels[layer.name] = {k: v.cpu().numpy() for k, v in found.items()}
+                    channels.setdefault(layer.name, {}).update({k: v.cpu().numpy() for k, v in found.items()})
                 if not stat.in_frame:
                     continue
                 value, sem = (x.reshape(len(levels), -1).tolist() for x in stat.result())
@@ -181,7 +197,10 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
     @property
     def hash(self) -> str:
         """sha256 of the frame and of the network's fingerprint."""
-        table = self.frame.to_csv(index=False, float_format="%.17g")
+        frame = self.frame
+        if all((frame[column] == value).all() for column, value in SITE.items()):
+            frame = frame.drop(columns=[*SITE])  # as it was before there were other places
+        table = frame.to_csv(index=False, float_format="%.17g")
         return hashlib.sha256((str(self.meta["model"]["fingerprint"]) + table).encode()).hexdigest()
 
     def to_frame(self) -> pd.DataFrame:
@@ -289,7 +308,11 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         known = {d["name"]: d for d in self.meta["layers"]}
         size = dict(zip(self.frame["layer"], self.frame["resolution"], strict=True))
         pixels = {n: None if pd.isna(r) else int(r) for n, r in size.items()}
-        return [Layer(**{**known[n], "resolution": pixels.get(n, known[n]["resolution"])}) for n in self.statistics]
+        out = []
+        for key in self.statistics:
+            layer = known[self._layer(key)]
+            out.append(Layer(**{**layer, "name": key, "resolution": pixels.get(key, layer["resolution"])}))
+        return out
 
     def join(self, *others: ProbeResult) -> ProbeResult:
         """Puts layers, statistics or noise levels of other results of the same network beside these.
@@ -334,8 +357,16 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         meta["nonfinite"] = _counted(*(r.meta["nonfinite"] for r in results))
         keys = ("states", "data", "n_images", "seed", "stats", "settings")
         meta["joined"] = [{k: r.meta[k] for k in keys if k in r.meta} | {"hash": r.hash} for r in results]
+        if sites := {key: site for r in results for key, site in r.meta.get("sites", {}).items()}:
+            meta["sites"] = sites
+        if not_run := {name: why for r in results for name, why in r.meta.get("not_run", {}).items()}:
+            meta["not_run"] = not_run
+        meta["layers"] = _all_layers([r.meta["layers"] for r in results])
         depth = {layer["name"]: i for i, layer in enumerate(meta["layers"])}
-        frame = frame.assign(_order=frame["layer"].map(depth).fillna(len(depth))).sort_values(
+        places = dict.fromkeys(frame["layer"])
+        depths = {key: depth.get(sites.get(key, {}).get("layer", key), len(depth)) for key in places}
+        place = {key: i for i, key in enumerate(sorted(places, key=depths.__getitem__))}
+        frame = frame.assign(_order=frame["layer"].map(place if sites else depths)).sort_values(
             ["_order", "stat", "sigma"], ascending=[True, True, False], kind="stable"
         )
         frame = frame.drop(columns="_order").reset_index(drop=True)
@@ -455,6 +486,9 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
         }
         statistics, *blocks = found.values()
         frame = pd.read_parquet(io.BytesIO(content["frame.parquet"]))
+        for column, value in SITE.items():  # older results have none
+            if column not in frame:
+                frame.insert(COLUMNS.index(column), column, value)
         return cls(frame, meta, matrices, channels, statistics, tuple(blocks), nulls)
 
 
@@ -492,7 +526,7 @@ def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
 
 
 def _check_same_measurement(first: ProbeResult, other: ProbeResult) -> None:
-    for key in ("states", "sigmas", "told", "labels", "settings"):
+    for key in ("states", "sigmas", "told", "labels", "settings", "sites"):
         if first.meta.get(key) != other.meta.get(key):
             raise GddlabError(
                 f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
@@ -513,6 +547,19 @@ def _check_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
             low, high = max(start + shift, a), min(stop + shift, b)
             if same and low < high:
                 raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
+
+
+def _all_layers(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Layers of one network from lists that hold some of them, each in its order."""
+    out = {layer["name"]: layer for layer in lists[0]}
+    for layers in lists[1:]:
+        if new := [i for i, layer in enumerate(layers) if layer["name"] not in out]:
+            order = list(out)
+            for i in new:
+                order.insert(order.index(layers[i - 1]["name"]) + 1 if i else 0, layers[i]["name"])
+            out |= {layers[i]["name"]: layers[i] for i in new}
+            out = {name: out[name] for name in order}
+    return list(out.values())
 
 
 def _counted(*lists: list[dict[str, Any]]) -> list[dict[str, Any]]:

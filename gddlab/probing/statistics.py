@@ -29,9 +29,11 @@ from gddlab.probing.reductions import (
     mean_square,
     moments,
     pair_gram,
+    per_head,
     per_row,
     positive_share,
 )
+from gddlab.probing.sites import ancestors, is_attention, points_of, streams_of
 
 
 class Statistic:
@@ -60,8 +62,10 @@ class Statistic:
     definition: ClassVar[str]
     axes: ClassVar[str]
     unit: ClassVar[str]
-    target: ClassVar[Literal["layer", "block"]] = "layer"
-    """ "block" for a statistic of every residual block that holds a selected layer."""
+    target: ClassVar[Literal["layer", "block", "attention"]] = "layer"
+    """ "block" for a statistic of every residual or transformer block that holds a selected layer, "attention" for one
+    of every attention that holds, or is held by, a selected layer."""
+
     parts: ClassVar[tuple[str, ...]] = ()
     """Where a value is several numbers: the suffix of each one's name."""
     across: ClassVar[bool] = False
@@ -102,8 +106,9 @@ class Statistic:
         return True
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        """What to read for `layer`, by role; None where the statistic has no meaning."""
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | list[dict[str, Tap]] | None:
+        """What to read for `layer`, by role, or a list of that by stream; None where the statistic has no meaning."""
+
         return {"x": Tap(layer.name, cls.side, cls.reduction or per_row(cls.reduce))} if cls.applies(layer) else None
 
     def update(self, **reduced: Float[Tensor, "n s ..."]) -> None:
@@ -342,19 +347,40 @@ class DeadChannels(_Activated):
         return torch.where(x.isfinite().all(-1), share, torch.nan)
 
 
+def _between(layer: Layer, modules: Mapping[str, Any], part: str = "") -> list[dict[str, Tap]]:
+    """How far the stream of a transformer block moves where `part` is added to it, or in all, by stream."""
+    points = points_of(modules[layer.name])
+    streams, joint = dict.fromkeys(p.stream for p in points), bool(streams_of(modules[layer.name]))
+    out = []
+    for stream in streams:
+        line = [p for p in points if p.stream == stream]
+        steps = [(a, b) for a, b in itertools.pairwise(line) if b.part == part] if part else [(line[0], line[-1])]
+        for a, b in steps:
+            first, last = (f"{layer.name}.{p.module}".rstrip(".") for p in (a, b))
+            label = stream if joint else ""
+            update = Tap(last, b.side, mean_square, (first, a.side), label)
+            out.append({"update": update, "base": Tap(first, a.side, mean_square, stream=label)})
+    return out
+
+
+_MOVES = "how far it moves the stream of tokens: |stream after - stream before| / |stream before|"
+
+
 class RelativeUpdate(Statistic):
     name = "rel_update"
     definition = (
         "mean over images of |branch| / |skip path|, Euclidean norms of one image's activations; the branch is the "
         "output of the block's last convolution (conv1; conv2 in diffusers), the skip path is the skip module's "
-        "output, or the block's input where there is none"
+        f"output, or the block's input where there is none; of a transformer block {_MOVES}"
     )
     axes = "norm over channels, pixels; mean over images"
     unit = "ratio"
     target = "block"
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | list[dict[str, Tap]] | None:
+        if lines := _between(layer, modules):
+            return lines
         parts = anatomy(modules[layer.name])
         if parts is None or parts.skip is None:
             return None
@@ -371,11 +397,14 @@ class RelativeAttentionUpdate(RelativeUpdate):
     name = "rel_update_attn"
     definition = (
         "mean over images of |proj(...)| / |x|, Euclidean norms of one image's activations; "
-        "x is what the attention's output is added to, the input of norm2"
+        "x is what the attention's output is added to, the input of norm2; of a transformer block's self-attention or "
+        f"joint attention {_MOVES}"
     )
 
     @classmethod
-    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | list[dict[str, Tap]] | None:
+        if lines := _between(layer, modules, "attn"):
+            return lines
         parts = anatomy(modules[layer.name])
         if parts is None or f"{layer.name}.{parts.attention}" not in modules:
             return None
@@ -383,6 +412,49 @@ class RelativeAttentionUpdate(RelativeUpdate):
             "update": Tap(f"{layer.name}.{parts.attention}", "output", mean_square),
             "base": Tap(f"{layer.name}.{parts.attention_base}", "input", mean_square),
         }
+
+
+class RelativeCrossUpdate(RelativeUpdate):
+    name = "rel_update_cross"
+    definition = f"mean over images; of a transformer block's cross-attention {_MOVES}"
+    axes = "norm over channels, tokens; mean over images"
+    part: ClassVar[str] = "cross"
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | list[dict[str, Tap]] | None:
+        return _between(layer, modules, cls.part) or None
+
+
+class RelativeMlpUpdate(RelativeCrossUpdate):
+    name = "rel_update_mlp"
+    definition = f"mean over images; of a transformer block's MLP {_MOVES}"
+    part = "mlp"
+
+
+class AttentionEntropy(Statistic):
+    name = "attention_entropy"
+    definition = (
+        "entropy -sum over keys of p ln p of the softmax attention p of a query, mean over queries, heads and images; "
+        "its exponential is the number of keys that a query attends to evenly; of each head in "
+        "`ProbeResult.channels`, with its standard error"
+    )
+    axes = "sum over keys; mean over queries, heads, images"
+    unit = "nat"
+    target = "attention"
+
+    @classmethod
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        return {"x": Tap(layer.name, "attention", per_head)} if is_attention(modules[layer.name]) else None
+
+    def value(self, means: Tensor) -> Tensor:
+        return means.mean(1)
+
+    def channels(self) -> dict[str, Tensor]:
+        """Of each head, (S, heads)."""
+        n = self.samples
+        mean, square = self.sums["first"] / n, self.sums["second"].diagonal(dim1=-2, dim2=-1) / n
+        sem = ((square - mean.square()).clamp(min=0) / (n - 1)).sqrt() if n > 1 else torch.full_like(mean, torch.nan)
+        return {self.name: mean, f"{self.name}_sem": sem}
 
 
 class _Likeness(Statistic):
@@ -485,7 +557,7 @@ class SpectralShare(Statistic):
         "share of the power of the layer's output in a band of radial frequency, 0 at the constant and 1 at the "
         "Nyquist frequency of an axis: "
         + ", ".join(f"{i} from {a:g} to {b:g}" for i, (a, b) in enumerate(itertools.pairwise(BANDS)))
-        + "; share of one image over all channels, mean over images"
+        + "; share of one image over all channels, mean over images; of tokens in their places in the image"
     )
     axes = "power over channels, frequencies; mean over images"
     unit = "share"
@@ -493,8 +565,11 @@ class SpectralShare(Statistic):
     reduction = band_share
 
     @classmethod
-    def applies(cls, layer: Layer) -> bool:
-        return layer.type in ("conv", "block")
+    def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
+        around = (layer.name, *ancestors(layer.name))
+        tokens = any(points_of(modules[a]) for a in around if a in modules)
+        applies = layer.type in ("conv", "block") or tokens
+        return {"x": Tap(layer.name, "output", band_share)} if applies else None
 
 
 class ChannelMoments(Statistic):
@@ -533,15 +608,19 @@ STATISTICS: Mapping[str, type[Statistic]] = {
         DeadChannels,
         RelativeUpdate,
         RelativeAttentionUpdate,
+        RelativeCrossUpdate,
+        RelativeMlpUpdate,
         Correlation,
         Cosine,
         CenteredKernelAlignment,
         SpectralShare,
+        AttentionEntropy,
     )
 }
 """All statistics that `probe` measures, by name."""
 
-DEFAULT = tuple(name for name in STATISTICS if name not in ("cosine", "cka", "spectral_share"))
+_ON_REQUEST = ("cosine", "cka", "spectral_share", "attention_entropy")
+DEFAULT = tuple(name for name in STATISTICS if name not in _ON_REQUEST)
 """What `probe` measures by default."""
 
 StatisticSelection = SkipValidation[str | type[Statistic] | Iterable[str | type[Statistic]]]
@@ -577,10 +656,10 @@ def _check_declaration(found: type[Statistic]) -> None:
             raise GddlabError(f"statistic {found.__name__} does not say its {attribute}: set it as a class attribute")
     if "/" in found.name or not found.name:
         raise GddlabError(f"a statistic is called {found.name!r}: give a name without a slash")
-    if found.target not in ("layer", "block") or found.side not in ("input", "output"):
+    if found.target not in ("layer", "block", "attention") or found.side not in ("input", "output"):
         raise GddlabError(
-            f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer or "
-            "block, input or output"
+            f"statistic {found.name!r} has target {found.target!r} and side {found.side!r}: accepted are layer, "
+            "block or attention, and input or output"
         )
     own_taps = found.taps.__func__ is not Statistic.taps.__func__  # type: ignore[attr-defined]
     if not (own_taps or found.reduction or hasattr(found, "reduce")):

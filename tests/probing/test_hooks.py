@@ -124,14 +124,18 @@ class Odd(nn.Module):
         return self.twice(self.twice(x))
 
 
-@pytest.mark.parametrize(
-    ("layer", "says"), [("twice", "ran twice"), ("never", "did not run"), ("pair", "is a tuple, no tensor")]
-)
+@pytest.mark.parametrize(("layer", "says"), [("never", "did not run"), ("pair", "is a tuple, no tensor")])
 def test_a_layer_that_cannot_be_measured_is_named(layer, says):
     net = Odd()
     with pytest.raises(GddlabError, match=f"'{layer}' {says}"), Probe(net, [1.0], layers=[layer]) as p, p.images(2):
         net(torch.ones(2, 1, 4, 4))
     assert all(h == (0, 0) for _, *h in hooks(net) for h in [tuple(h)])
+
+
+def test_a_second_call_of_the_network_in_one_pass_is_refused():
+    net = Odd()
+    with pytest.raises(GddlabError, match="'twice' ran twice"), Probe(net, [1.0], layers="twice") as p, p.images(2):
+        net(net(torch.ones(2, 1, 4, 4)))
 
 
 def test_a_wrong_number_of_rows_is_refused(net):

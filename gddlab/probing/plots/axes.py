@@ -46,10 +46,15 @@ class Probed:
             if all((r.frame["stat"] == stat).any() for r in draws)  # others were joined to it
         }
 
+    def _layer(self, key: str) -> str:
+        """Name of the layer that a measured place, by its key in the frame, belongs to."""
+        name: str = self.meta.get("sites", {}).get(key, {}).get("layer", key)
+        return name
+
     def _pick(self, known: Iterable[str], layers: str | Iterable[str] | None) -> list[str]:
         """The layers among `known` that a selection means, in their order; all for None."""
         types = {layer["name"]: layer["type"] for layer in self.meta["layers"]}
-        types = {name: types.get(name, "") for name in known}
+        types = {name: types.get(self._layer(name), "") for name in known}
         chosen = types if layers is None else match_layers(layers, types)
         return [name for name in types if name in chosen]
 

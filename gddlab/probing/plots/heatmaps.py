@@ -64,7 +64,10 @@ class Heatmaps(Probed):
         """
         table = wide(self.frame, stat)
         rows = rows_of(self.frame, table.index)
-        shares = None if mask is None else _frozen_shares(mask, rows, self.meta["parameters"])
+        shares = None
+        if mask is not None:
+            layers = rows.set_axis([self._layer(key) for key in rows.index])
+            shares = _frozen_shares(mask, layers, self.meta["parameters"])
         nulls = {kind: values.mean(0) for kind, values in self._of_nulls(stat, table).items()}
         ax = layers_down(ax, self.frame, stat, table, rows, shares, nulls=nulls)
         ax.set_xlabel(self._varied())
