@@ -169,6 +169,9 @@ def trace(
     layers = again(layers)
     selected, modules = select_sites(model, layers), named_layers(model)
     other = _donor(model, donor, mode)
+    inputs = sampling.inputs
+    if inputs.codec is None and getattr(inputs.denoiser, "latent", False):
+        raise GddlabError("this network makes latents, and images are compared here: give gddlab.wrap vae=")
     real = None if spec is None else _real(sampling.inputs, data, spec, progress)
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     kinds = [PIXELS[mode]] + ([] if spec is None else [FEATURES[mode, spec.label]])
@@ -194,12 +197,12 @@ def trace(
         probes = [
             [all_sites(model, [sigma], every) for sigma in calls] if mode == "mean" else [] for calls in sampling.calls
         ]
-        whole = torch.empty(n, *sampling.inputs.shape)
+        whole = torch.empty(n, *inputs.image_shape)
         for i, j in parts:
             x = sampling.begin(i, j, target)
             for k in range(len(sampling)):
                 x = sampling.step(k, x, i, j, functools.partial(_seen, model, every, shapes, sites, probes[k]))
-            whole[i:j] = final(x)
+            whole[i:j] = final(inputs.shown(x))
         means = [[means_of(probe) for probe in of_step] for of_step in probes]
         intact = None if spec is None else Compared(whole, spec, real, target)
 
@@ -214,7 +217,7 @@ def trace(
                     x = sampling.step(k, state, i, j, around)
                     for later in range(k + 1, len(sampling)):
                         x = sampling.step(later, x, i, j)
-                    images[i:j] = final(x)
+                    images[i:j] = final(inputs.shown(x))
                     bar.update()
                 numbers = [(images - whole).double().square().mean((1, 2, 3)).sqrt()]
                 if intact is not None:
@@ -265,7 +268,7 @@ def _real(inputs: Inputs, data: Data, spec: Extractor, progress: bool) -> Refere
     if data is None:
         return None
     real = open_reference(data, spec, progress=progress)
-    check_shape(inputs.shape, real, "the network's images")
+    check_shape(inputs.image_shape, real, "the network's images")
     return real
 
 

@@ -17,10 +17,10 @@ from gddlab.nets import Precond
 from gddlab.nets.precond import edm_loss, edm_weight
 from gddlab.probing.guard import check_ran, check_seen, warn_nonfinite
 from gddlab.probing.inputs import Inputs, Rows
-from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers
+from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers, points_of
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.sites import Site, Sites, View, Window, layer_of, left_out, named_in, points_of
+from gddlab.probing.sites import Site, Sites, View, Window, layer_of, left_out, named_in
 from gddlab.probing.statistics import Given, PerImage, Statistic, declare, stacked
 
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
+from gddlab.nets.bare import device_of, is_offloaded
 from gddlab.runtime import switched
 from gddlab.sampling.samplers import precision
 
@@ -26,12 +27,10 @@ def as_it_was(
     Raises:
         GddlabError: A device that cannot be used, or any for a network that is offloaded.
     """
-    origin = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    if (home := _offloaded_to(model)) is not None:
-        if device is not None:
-            raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {home}, omit device")
-        origin = home
+    origin = device_of(model)
     target = origin if device is None else _device(device)
+    if target != origin and is_offloaded(model):
+        raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {origin}, omit device=")
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}
     try:
@@ -45,16 +44,6 @@ def as_it_was(
             model.to(origin)
         for module, mode in modes.items():
             module.training = mode
-
-
-def _offloaded_to(model: nn.Module) -> torch.device | None:
-    """Where the hooks of accelerate let an offloaded network run, whose parameters are elsewhere; None for others."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            if (home := getattr(each, "execution_device", None)) is not None:
-                return torch.device(home)
-    return None
 
 
 def _device(name: torch.device | str) -> torch.device:

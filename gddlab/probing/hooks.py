@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.probing.attention import Softmaxes
 from gddlab.probing.guard import check_ran, check_seen, eager, exactly, is_compiled
-from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, select_layers
+from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, points_of, select_layers
 from gddlab.probing.reductions import (
     FOLLOW,
     Reduction,
@@ -47,7 +47,6 @@ from gddlab.probing.sites import (
     is_attention,
     named_in,
     on_grid,
-    points_of,
     version_of,
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import unknown
-from gddlab.probing.layers import PRESETS, LayerSelection, anatomy, denoiser_of, plain_name, type_of, unwrap
+from gddlab.probing.layers import (
+    PRESETS,
+    LayerSelection,
+    anatomy,
+    denoiser_of,
+    plain_name,
+    points_of,
+    streams_of,
+    type_of,
+    unwrap,
+)
 
 COND = "cond"
 """The guidance branch of a network that has one."""
@@ -96,66 +106,8 @@ def named_in(layers: LayerSelection) -> Callable[[str], bool]:
     return lambda name: name in names
 
 
-# Streams and points of a transformer block: these two are worth a table of classes, kept beside `anatomy`.
-
-
-class Point(NamedTuple):
-    """Where the residual stream of a block can be read.
-
-    Attributes:
-        part: What was added since the point before: "attn", "cross" or "mlp", "all" where that cannot be separated; ""
-            at the block's input.
-        module: Path inside the block; "" is the block itself.
-        side: Its input or its output.
-        stream: "image" or "context".
-    """
-
-    part: str
-    module: str
-    side: Literal["input", "output"]
-    stream: str
-
-
-_JOINT_BLOCKS = (
-    *("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock", "Flux2TransformerBlock"),
-    *("ChromaTransformerBlock", "ChromaSingleTransformerBlock", "QwenImageTransformerBlock"),
-)
 _SINGLE_BLOCKS = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
 """Those that hold the tokens of both streams in one tensor, context first."""
-
-
-def streams_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parts of a tuple output; () for a module whose output is one."""
-    kind = type(module).__name__
-    if kind in _JOINT_BLOCKS:
-        return (CONTEXT, IMAGE)
-    joint = "Attention" in kind and isinstance(getattr(module, "add_k_proj", None), nn.Module)
-    return (IMAGE, CONTEXT) if joint else ()
-
-
-def points_of(module: nn.Module) -> list[Point]:
-    """Points of the residual stream of a transformer block, in the order in which they run; [] for anything else."""
-    kind = type(module).__name__
-    if kind in _SINGLE_BLOCKS:
-        return [p for s in (IMAGE, CONTEXT) for p in (Point("", "", "input", s), Point("all", "", "output", s))]
-    if kind in _JOINT_BLOCKS:
-        ends = {IMAGE: "norm2", CONTEXT: "norm2_context"}
-        whole = [s for s, norm in ends.items() if isinstance(getattr(module, norm, None), nn.Module)]
-        return [p for s in whole for p in _line({"attn": ends[s]}, s)]
-    if kind in ("DiTBlock", "SiTBlock"):
-        return _line({"attn": "norm2"}, IMAGE)
-    if kind not in ("BasicTransformerBlock", "SanaTransformerBlock"):
-        return []
-    cross = isinstance(getattr(module, "attn2", None), nn.Module)
-    bare = kind == "SanaTransformerBlock" or getattr(module, "norm_type", "") == "ada_norm_single"
-    after_attention, last = ("attn2", "norm2") if bare else ("norm2", "norm3")
-    return _line({"attn": after_attention, "cross": last} if cross else {"attn": last}, IMAGE)
-
-
-def _line(after: Mapping[str, str], stream: str) -> list[Point]:
-    """Points of a block that ends in an MLP: what was added, and the module whose input the stream then is."""
-    inside = [Point(part, module, "input", stream) for part, module in after.items()]
-    return [Point("", "", "input", stream), *inside, Point("mlp", "", "output", stream)]
 
 
 def branches_in(module: nn.Module) -> list[str]:

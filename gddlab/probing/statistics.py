@@ -13,7 +13,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from gddlab.errors import GddlabError, shown, unknown
-from gddlab.probing.layers import Layer, anatomy
+from gddlab.probing.layers import Layer, anatomy, points_of, streams_of
 from gddlab.probing.reductions import (
     BANDS,
     GROUP,
@@ -33,7 +33,7 @@ from gddlab.probing.reductions import (
     per_row,
     positive_share,
 )
-from gddlab.probing.sites import ancestors, is_attention, points_of, streams_of
+from gddlab.probing.sites import ancestors, is_attention
 
 
 class Statistic:

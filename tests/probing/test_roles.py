@@ -55,10 +55,21 @@ def test_every_parameter_of_gddlab_and_of_the_authors_dit_has_a_role():
     assert unknown_in(nn.ModuleDict({"model": AuthorsDiT(2, 16, 10)})) == []
 
 
-EDM2_NAMES = """unet.emb_noise.weight unet.emb_label.weight unet.out_gain logvar_linear.weight unet.out_conv.weight
-unet.enc.16x16_conv.weight unet.enc.8x8_down.emb_gain unet.enc.8x8_block0.emb_linear.weight
-unet.dec.8x8_block0.conv_res0.weight unet.dec.8x8_block0.conv_res1.weight unet.dec.8x8_block0.conv_skip.weight
-unet.dec.8x8_block0.attn_qkv.weight unet.dec.8x8_block0.attn_proj.weight""".split()
+EDM2_NAMES = [
+    "unet.emb_noise.weight",
+    "unet.emb_label.weight",
+    "unet.out_gain",
+    "logvar_linear.weight",
+    "unet.out_conv.weight",
+    "unet.enc.16x16_conv.weight",
+    "unet.enc.8x8_down.emb_gain",
+    "unet.enc.8x8_block0.emb_linear.weight",
+    "unet.dec.8x8_block0.conv_res0.weight",
+    "unet.dec.8x8_block0.conv_res1.weight",
+    "unet.dec.8x8_block0.conv_skip.weight",
+    "unet.dec.8x8_block0.attn_qkv.weight",
+    "unet.dec.8x8_block0.attn_proj.weight",
+]
 
 
 @pytest.mark.parametrize(
