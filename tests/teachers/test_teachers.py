@@ -50,9 +50,11 @@ def test_loss_is_the_formula() -> None:
 
 @pytest.mark.parametrize(("by", "where"), [("an error", "0.032"), ("Ctrl-C", "0.04")])
 def test_continued_training_is_bit_identical(
-    by: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Ctrl-C is heeded after the step, which lies between two ticks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     whole = load_network(train_teacher(config(tmp_path / "a")))[0]
     calls = 0
     original = training_module.edm_loss
