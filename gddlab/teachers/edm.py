@@ -1,4 +1,4 @@
-"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), read as data; nothing in them is run."""
+"""Networks from the pickles of EDM, EDM2 and EDM's descendants (GDD, D2O, SiD), read as data; nothing is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gddlab.files import data_dir, file_sha256, hash_json
 from gddlab.nets import Precond, from_edm, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.io import make_student, refusal
-from gddlab.pickles import Record, Refused, a, printable
+from gddlab.nets.precond import SIGMA_DATA
+from gddlab.pickles import Array, Record, Refused, a, printable
 from gddlab.teachers.torchfiles import TensorData, load_pickle
 
 CLASSES = {
@@ -26,13 +27,15 @@ CLASSES = {
     "GDDPrecond": "OneStepPrecond",
     "D2OPrecond": "OneStepPrecond",
     "OneStepPrecond": "OneStepPrecond",
+    "Precond": "EDM2Precond",
+    "EDM2Precond": "EDM2Precond",
 }
 """Classes of networks in pickles, and ours."""
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file may keep its network, the preferred one first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-_IN_ALL = "model.map_layer0.weight"
-"""A parameter that all U-Nets here have."""
+_IN_ALL = ("model.map_layer0.weight", "unet.emb_noise.weight")
+"""Parameters of which all networks here have one."""
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
 
@@ -52,7 +55,8 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
     Weights alone, a state dict, are taken where names and shapes fit one network that gddlab knows, and no other.
 
     Returns:
-        The network on the CPU, float32, eval mode; and what the file says: class, key, data, sha256 of the file.
+        The network on the CPU, float32, eval mode; and what the file says: `original` (class, key, data, sha256 of the
+        file) and, where it tells, `training` (how noise levels were drawn) and `codec` (that of `TeacherCard`).
 
     Raises:
         GddlabError: No network, an unknown class, weights that do not fit, or a pickle that cannot be read.
@@ -65,11 +69,12 @@ def read_edm(path: Path) -> tuple[Precond, dict[str, Any]]:
             key, record = _network(content)
             kwargs, weights = _arguments(record), tensors_of(record)
         net = _build(record, kwargs, weights, path.stat().st_size)
+        about = {"training": _levels(content), "codec": _codec(content, net)}
         sha256 = file_sha256(path)
     original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
     if trained_on := _trained_on(content):
         original["data"] = trained_on
-    return net, {"original": original}
+    return net, {"original": original} | {k: v for k, v in about.items() if v}
 
 
 @contextlib.contextmanager
@@ -109,7 +114,7 @@ def _recognised(weights: dict[str, TensorData], path: Path) -> tuple[str, Record
     """Key, class and arguments of the network that a state dict fits; dropout, which they do not tell, may differ."""
     shapes = {name: t.size for name, t in weights.items()}
     fitting: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, (precond, kwargs) in _known() if _IN_ALL in shapes else ():
+    for name, (precond, kwargs) in _known() if any(name in shapes for name in _IN_ALL) else ():
         with torch.device("meta"):
             net = from_edm(precond, **kwargs)
             nets = {name: net} | ({f"a student of {name}": make_student(net)} if precond == "EDMPrecond" else {})
@@ -241,3 +246,45 @@ def _trained_on(content: Any) -> str | None:
         if isinstance(about, dict) and isinstance(about.get("path"), str):
             return printable(about["path"][-1000:].replace("\\", "/").rstrip("/").rpartition("/")[2][:120])
     return None
+
+
+def _levels(content: Any) -> dict[str, float]:
+    """Mean and deviation of ln sigma in training, as the file's loss holds them; {} where these are no numbers."""
+    loss = content.get("loss_fn") if isinstance(content, dict) else None
+    held: dict[str, Any] = loss.state if isinstance(loss, Record) else {}
+    found = [held.get(key) for key in ("P_mean", "P_std")]
+    plain = [float(v) for v in found if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= 1e6]
+    return {"p_mean": plain[0], "p_std": plain[1]} if len(plain) == 2 else {}
+
+
+def _codec(content: Any, net: Precond) -> dict[str, Any] | None:
+    """How images became the latents that a network of EDM2 denoises, as `TeacherCard.codec`; None for one of pixels."""
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if not isinstance(encoder, Record) or encoder.cls == "StandardRGBEncoder":
+        return None
+    if encoder.cls != "StabilityVAEEncoder":
+        return {"class": printable(encoder.cls[:60])}
+    state, scale, bias = encoder.state, *(_numbers(encoder, key, net.img_channels) for key in ("scale", "bias"))
+    if not all(s > 0 for s in scale):
+        raise Refused(encoder.at, f"the scale of its {encoder.cls} is {scale}: no positive numbers")
+    if not isinstance(name := state.get("vae_name"), str):
+        raise Refused(encoder.at, f"its {encoder.cls} names no VAE")
+    final = getattr(net, "sigma_data", SIGMA_DATA)
+    return {
+        "vae": printable(name[:120]),
+        "factor": 8,
+        "range": [0, 1],
+        "mean": [float(f"{(0.0 - b) / s:.6g}") for s, b in zip(scale, bias, strict=True)],
+        "std": [float(f"{final / s:.6g}") for s in scale],
+        "final_std": final,
+    }
+
+
+def _numbers(record: Record, key: str, n: int) -> list[float]:
+    """An array of `n` finite numbers in an object's state."""
+    held = record.state.get(key)
+    value = held.value if isinstance(held, Array) else None
+    if value is None or value.shape != (n,) or value.dtype.kind != "f" or not all(map(math.isfinite, value.tolist())):
+        what = a(held) if value is None else f"an array of shape {value.shape}"
+        raise Refused(record.at, f"the {key} of its {record.cls} is {what}: no {n} finite numbers, one per channel")
+    return [float(v) for v in value.tolist()]

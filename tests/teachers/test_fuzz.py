@@ -21,12 +21,13 @@ from tests.teachers.attacks import (
     in_bytes,
     legacy,
     load,
+    small_edm2,
     small_net,
     tensor,
     u64,
     zipped,
 )
-from tests.teachers.pickles import name, opcodes, snapshot, text
+from tests.teachers.pickles import name, opcodes, snapshot, snapshot2, text
 
 
 def torch_file(new: bool) -> bytes:
@@ -38,6 +39,7 @@ def torch_file(new: bool) -> bytes:
 
 
 SNAPSHOTS = [snapshot(small_net(), protocol=p, zipped=z) for p, z in ((2, False), (3, True), (4, False), (5, True))]
+SNAPSHOTS += [snapshot2(small_edm2(label_dim=2)), snapshot2(small_edm2(img_channels=3), protocol=2)]
 TORCH_FILES = [torch_file(new) for new in (False, True)]
 ATTACKS = [c for c in corpus().values() if len(c) < 2000]
 
@@ -67,6 +69,10 @@ TEXTS = [
     "class_name",
     "state",
     "EDMPrecond",
+    "Precond",
+    "encoder",
+    "StabilityVAEEncoder",
+    "scale",
     "_modules",
     "_parameters",
     "model",
