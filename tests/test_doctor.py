@@ -216,7 +216,7 @@ def test_what_is_put_where_it_says_is_found(home: Path, monkeypatch: pytest.Monk
         assert found[name].details["bytes"] == 1 << 20
     assert found["preset cifar10"].found and found["FID and KID"].found
     assert found["preset ffhq"].value == "lacks teacher edm-ffhq-64x64-uncond-ve"
-    assert "17 published teachers" in str(found)
+    assert "68 published teachers" in str(found)
     assert found.problems == ()
 
 
@@ -262,7 +262,7 @@ def test_forms(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(Terminal()) as terminal:
         main(["doctor"])
     for text in (str(found), terminal.getvalue()):
-        for word in (*SECTIONS, "H100, capability 9.0", "18 published teachers", "downloaded when asked for", "none"):
+        for word in (*SECTIONS, "H100, capability 9.0", "69 published teachers", "downloaded when asked for", "none"):
             assert word in text
     monkeypatch.setenv("GDDLAB_OFFLINE", "1")
     assert "downloaded when asked for" not in str(gddlab.doctor())

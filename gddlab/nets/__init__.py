@@ -1,4 +1,4 @@
-"""Networks: EDM's U-Nets, transformers, their preconditionings, one-step students, files; others' as denoisers."""
+"""Networks: U-Nets of EDM and EDM2, transformers, their preconditionings, one-step students; others' as denoisers."""
 
 from gddlab.nets.architectures import architectures, build
 from gddlab.nets.calls import Call
@@ -6,6 +6,7 @@ from gddlab.nets.codec import Codec
 from gddlab.nets.conditioning import Conditioning
 from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.dit import DiTPrecond
+from gddlab.nets.edm2 import EDM2Precond
 from gddlab.nets.io import architecture, from_edm, load_network, save_network
 from gddlab.nets.path import PURE, Path
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
@@ -19,6 +20,7 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "DiTPrecond",
+    "EDM2Precond",
     "OneStepPrecond",
     "Path",
     "Precond",

@@ -1,4 +1,8 @@
-"""Named architectures: the networks of EDM's published teachers (Karras et al. 2022, table 7 and appendix F)."""
+"""Named architectures: the networks of EDM's and EDM2's published teachers.
+
+EDM: Karras et al. 2022, table 7 and appendix F. EDM2: Karras et al. 2024, configuration G; widths and dropout are those
+of its released training options.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,9 @@ ADM: dict[str, Any] = {
     "dropout": 0.1,
 }
 
+EDM2 = {"xs": (128, 0.0), "s": (192, 0.0), "m": (256, 0.1), "l": (320, 0.1), "xl": (384, 0.1), "xxl": (448, 0.1)}
+"""Base width and dropout by size."""
+
 
 def _song(family: dict[str, Any], resolution: int, mult: list[int], dropout: float, augment_dim: int) -> dict[str, Any]:
     return {
@@ -50,6 +57,20 @@ def _song(family: dict[str, Any], resolution: int, mult: list[int], dropout: flo
         "channel_mult": mult,
         "num_blocks": 4,
         "attn_resolutions": [16],
+        "dropout": dropout,
+    }
+
+
+def _edm2(data: str, size: str, label_dim: int = 1000) -> tuple[str, dict[str, Any]]:
+    width, dropout = EDM2[size]
+    return "EDM2Precond", {
+        "img_resolution": 64,
+        "img_channels": 4 if data == "img512" else 3,  # latents of 512 pixels
+        "label_dim": label_dim,
+        "model_channels": width,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [16, 8],
         "dropout": dropout,
     }
 
@@ -69,6 +90,12 @@ def _table() -> dict[str, tuple[str, dict[str, Any]]]:
         out[f"{unet}-cifar10-cond"] = precond, cifar | {"label_dim": 10}
         out[f"{unet}-64"] = precond, _song(family, 64, [1, 2, 2, 2], 0.1, 0)
     out["iddpm-adm-imagenet-64"] = "iDDPMPrecond", ADM
+    for size in EDM2:
+        for data in ("img64", "img512"):
+            if (data, size) != ("img64", "xxl"):
+                out[f"edm2-{data}-{size}"] = _edm2(data, size)
+    for size in ("xs", "s"):
+        out[f"edm2-img512-{size}-uncond"] = _edm2("img512", size, label_dim=0)
     return out
 
 

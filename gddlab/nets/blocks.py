@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,21 @@ class FourierEmbedding(nn.Module):
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
+def attend(qkv: Tensor, heads: int, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Self-attention over pixels; channels are (head, channel, q k v).  (B, 3C, H, W) -> (B, C, H, W)
+
+    `prepare` changes queries, keys and values first, (B, HW, heads, C / heads, 3).
+    """
+    b, c3, h, w = qkv.shape
+    pixels = qkv.permute(0, 2, 3, 1).reshape(b, h * w, heads, c3 // 3 // heads, 3)
+    if prepare is not None:
+        pixels = prepare(pixels)
+    # One copy makes channels adjacent: without it the memory-efficient kernels are refused.
+    q, k, v = pixels.permute(4, 0, 2, 1, 3).contiguous()  # (B, heads, HW, C / heads) each
+    a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, HW, heads, C / heads)
+    return a.reshape(b, h, w, c3 // 3).permute(0, 3, 1, 2)  # channels last, as the products leave it
+
+
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention: NCSN++/DDPM++ and ADM in one (EDM, appendix F.2).
 
@@ -209,14 +224,5 @@ class UNetBlock(nn.Module):
         x = (h + (x if self.skip is None else self.skip(x))).mul_(self.skip_scale)  # the sum is no module's output
         if self.num_heads:
             # x first: the sum takes its memory format
-            x = (x + self.proj(self.attend(self.qkv(self.norm2(x))))).mul_(self.skip_scale)
+            x = (x + self.proj(attend(self.qkv(self.norm2(x)), self.num_heads))).mul_(self.skip_scale)
         return x
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Self-attention over pixels; channels are (head, channel, q k v).  (B, 3C, H, W) -> (B, C, H, W)"""
-        b, c3, h, w = qkv.shape
-        pixels = qkv.permute(0, 2, 3, 1).reshape(b, h * w, self.num_heads, c3 // 3 // self.num_heads, 3)
-        # One copy makes channels adjacent: without it the memory-efficient kernels are refused.
-        q, k, v = pixels.permute(4, 0, 2, 1, 3).contiguous()  # (B, heads, HW, C / heads) each
-        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, HW, heads, C / heads)
-        return a.reshape(b, h, w, c3 // 3).permute(0, 3, 1, 2)  # channels last, as the products leave it

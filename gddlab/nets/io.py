@@ -12,6 +12,7 @@ import torch
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.files import atomic_path, path_of
 from gddlab.nets.dit import DiTPrecond
+from gddlab.nets.edm2 import EDM2Precond
 from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
 COUNTS = {
@@ -26,11 +27,15 @@ COUNTS = {
     "M": (1, 100_000),
     "patch_size": (1, 64),
     "num_heads": (1, 1024),
+    "channels_per_head": (1, 8192),
+    "logvar_channels": (1, 8192),
 }
 NUMBERS = {"sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "eps", "sigma_g"}
 NUMBERS |= {"dropout", "label_dropout"}
+NUMBERS |= {"label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"}
 LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (0, 4096), "mid_sigmas": (0, 4096)}
 FLAGS = {"target_time", "learn_sigma"}
+OPTIONAL = {"channel_mult_emb", "channel_mult_noise", "clip_act"}
 NAMES = {"model_type", "embedding_type", "encoder_type", "decoder_type", "kind"}
 
 
@@ -49,6 +54,8 @@ def refusal(kwargs: dict[Any, Any], tensors: int) -> str | None:
 
 def _accepted(name: Any, value: Any) -> str | None:
     """What an argument may be, if `value` is not."""
+    if value is None and name in OPTIONAL:
+        return None
     if name in COUNTS:
         low, high = COUNTS[name]
         return None if type(value) is int and low <= value <= high else f"accepted are whole numbers, {low} to {high:,}"
@@ -74,15 +81,18 @@ PRECONDS: dict[str, type[Precond]] = {
     "iDDPMPrecond": iDDPMPrecond,
     "OneStepPrecond": OneStepPrecond,
     "DiTPrecond": DiTPrecond,
+    "EDM2Precond": EDM2Precond,
+    "Precond": EDM2Precond,
 }
+"""Classes by name; "Precond" is what EDM2's authors call theirs."""
 
 
 def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
     """Builds a network from the class name and keyword arguments found in an EDM pickle.
 
     Args:
-        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond", which EDM's
-            pickles name, or "DiTPrecond".
+        class_name: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond" or "OneStepPrecond", which EDM's pickles
+            name; "EDM2Precond", which EDM2's call "Precond"; or "DiTPrecond".
         **init_kwargs: As in the pickle; `use_fp16` is accepted and has no meaning here (autocast decides).
 
     Returns:

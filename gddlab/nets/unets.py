@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ TARGET_LAYERS = ("map_target0", "map_target1")
 
 
 class UNet(nn.Module):
-    """What both U-Nets share: how their levels are made and run, and the target noise level that a student may take."""
+    """What all U-Nets share: how their levels are made and run, and the target noise level that a student may take."""
 
     map_noise: nn.Module
     map_label: nn.Linear | None
@@ -55,17 +56,16 @@ class UNet(nn.Module):
         nn.init.zeros_(self.map_target1.weight)
         nn.init.zeros_(self.map_target1.bias)
 
-    def _add_levels(
-        self,
-        block: Callable[..., UNetBlock],
-        stem: Conv2d,
-        widths: Sequence[int],
-        *,
-        img_resolution: int,
-        num_blocks: int,
-        attn_resolutions: Sequence[int],
-    ) -> None:
-        """Makes encoder and decoder, a level per width."""
+    @staticmethod
+    def check_taps(taps: Sequence[float]) -> None:
+        """Refuses a filter of an odd length."""
+        if len(taps) % 2:
+            raise GddlabError(f"resample_filter={list(taps)}: give an even number of taps, as [1, 1] or [1, 3, 3, 1]")
+
+    @staticmethod
+    def widths(model_channels: int, channel_mult: Sequence[int], img_resolution: int) -> list[int]:
+        """Channels of each level; refuses none, and a resolution that cannot be halved so often."""
+        widths = [model_channels * mult for mult in channel_mult]
         if not widths or min(widths) < 1:
             raise GddlabError(
                 f"channel_mult gives widths {list(widths)}: give at least one, all above 0, such as (1, 2)"
@@ -75,7 +75,22 @@ class UNet(nn.Module):
                 f"{img_resolution} pixels with {len(widths)} levels (channel_mult), each half as large: give a "
                 f"multiple of {least}, or fewer levels"
             )
+        return widths
+
+    def _add_levels(
+        self,
+        block: Callable[..., nn.Module],
+        stem: Any,
+        widths: Sequence[int],
+        *,
+        decoder_block: Callable[..., nn.Module] | None = None,
+        img_resolution: int,
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
+    ) -> None:
+        """Makes encoder and decoder, a level per width; `decoder_block` where the decoder's are made another way."""
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        decoder_block = decoder_block or block
         cout, aux = stem.out_channels, self.in_channels
         skips: list[int] = []
         for level, width in enumerate(widths):
@@ -99,13 +114,13 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             r = img_resolution >> level
             if level == last:
-                self.dec[f"{r}x{r}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{r}x{r}_in1"] = block(cout, cout)
+                self.dec[f"{r}x{r}_in0"] = decoder_block(cout, cout, attention=True)
+                self.dec[f"{r}x{r}_in1"] = decoder_block(cout, cout)
             else:
-                self.dec[f"{r}x{r}_up"] = block(cout, cout, up=True)
+                self.dec[f"{r}x{r}_up"] = decoder_block(cout, cout, up=True)
             for i in range(num_blocks + 1):
                 attention = r in attn_resolutions and (self.attends_in_all_blocks or i == num_blocks)
-                self.dec[f"{r}x{r}_block{i}"] = block(cout + skips.pop(), width, attention=attention)
+                self.dec[f"{r}x{r}_block{i}"] = decoder_block(cout + skips.pop(), width, attention=attention)
                 cout = width
             if self.decoder_type == "skip" or (self.decoder_type == "standard" and level == 0):
                 if self.decoder_type == "skip" and level < last:
@@ -215,10 +230,7 @@ class SongUNet(UNet):
         ):
             if value not in accepted:
                 raise unknown(kind, value, accepted)
-        if len(resample_filter) % 2:
-            raise GddlabError(
-                f"resample_filter={list(resample_filter)}: give an even number of taps, as [1, 1] or [1, 3, 3, 1]"
-            )
+        self.check_taps(resample_filter)
         super().__init__(in_channels, out_channels, label_dropout)
         self.encoder_type, self.decoder_type, self.taps = encoder_type, decoder_type, tuple(resample_filter)
         emb_channels = model_channels * channel_mult_emb
@@ -245,7 +257,7 @@ class SongUNet(UNet):
         self._add_levels(
             block,
             Conv2d(in_channels, model_channels, 3),
-            [model_channels * mult for mult in channel_mult],
+            self.widths(model_channels, channel_mult, img_resolution),
             img_resolution=img_resolution,
             num_blocks=num_blocks,
             attn_resolutions=attn_resolutions,
@@ -290,13 +302,13 @@ class DhariwalUNet(UNet):
         label_dropout: float = 0.0,
     ):
         super().__init__(in_channels, out_channels, label_dropout)
+        widths = self.widths(model_channels, channel_mult, img_resolution)
         emb_channels = model_channels * channel_mult_emb
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
-        widths = [model_channels * mult for mult in channel_mult]
         self._add_levels(
             functools.partial(UNetBlock, emb_channels=emb_channels, channels_per_head=64, dropout=dropout),
             Conv2d(in_channels, widths[0], 3),

@@ -217,7 +217,7 @@ _TWO_NORMS: _Between = (("attn", "norm2"),)
 _JOINT: Mapping[str, _Between] = {"image": _TWO_NORMS, "context": (("attn", "norm2_context"),)}
 
 _PARTS: Mapping[str, Mapping[str, _Between]] = {
-    **dict.fromkeys(("DiTBlock", "SiTBlock"), {"image": _TWO_NORMS}),
+    **{kind: {"image": _TWO_NORMS} for kind in ("DiTBlock", "SiTBlock")},
     "BasicTransformerBlock": {"image": ()},  # see _between
     "SanaTransformerBlock": {"image": (("attn", "attn2"), ("cross", "norm2"))},
     **dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock"), _JOINT),

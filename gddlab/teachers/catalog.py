@@ -1,4 +1,4 @@
-"""Networks by name, file or run directory, their cards, and the EDM teachers that their authors publish."""
+"""Networks by name, file or run directory, their cards, and the teachers that EDM's and EDM2's authors publish."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.dit import DiT
+from gddlab.nets.edm2 import EDM2UNet
 from gddlab.nets.path import Path as NoisePath
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.published import Published
@@ -57,6 +58,12 @@ class TeacherCard:
     """How the noise levels of its training were drawn; None where that is not known."""
     path: str | None = None
     """What its network predicts, along which path and at which times; None for EDM's preconditionings."""
+    codec: dict[str, Any] | None = None
+    """How its latents are made, from a pickle of EDM2; None for a network of pixels.
+
+    latents = (raw - `mean`) / `std` * `final_std`, by channel, where raw is the mean that the VAE called `vae` gives
+    for an image in `range`, which is `factor` times as large. Of an encoder that is not known here, its `class`.
+    """
 
     @classmethod
     def of(
@@ -83,28 +90,32 @@ class TeacherCard:
             manifest=meta.get("manifest"),
             levels=meta.get("levels") or _levels_of(meta.get("training") or {}),
             path=_path_text(path) if isinstance(path := getattr(net, "path", None), NoisePath) else None,
+            codec=meta.get("codec"),
         )
 
     def to_meta(self) -> dict[str, Any]:
         """What a weights file keeps of the card: all that cannot be derived from the network."""
-        keep = ("name", "data", "manifest", "sigma_min", "sigma_max", "kimg", "original", "licence", "levels")
+        keep = ("name", "data", "manifest", "sigma_min", "sigma_max", "kimg", "original", "licence", "levels", "codec")
         return {k: v for k in keep if (v := getattr(self, k)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __repr__(self) -> str:
+        size = f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' * (self.channels > 1)}"
         rows = [
             ("teacher", self.name),
             ("network", f"{self.unet}{self._sizes()}"),
             ("preconditioning", self.precond),
             *([] if self.path is None else [("path", self.path)]),
-            ("images", f"{self.resolution}x{self.resolution}, {self.channels} channel{'s' * (self.channels > 1)}"),
+            ("images" if self.codec is None else "latents", size),
             ("classes", str(self.classes) if self.classes else "none (unconditional)"),
             ("parameters", f"{self.parameters:,}"),
             ("sigma", f"{self.sigma_min:g} to {self.sigma_max:g}"),
             ("data", self.data or "not known"),
         ]
+        if self.codec is not None:
+            rows.append(("codec", _codec_text(self.codec)))
         if self.levels is not None:
             rows.append(("noise levels", self.levels))
         if self.original is not None:
@@ -115,7 +126,7 @@ class TeacherCard:
         if self.licence is not None:
             rows.append(("licence", self.licence))
         if self.kimg is not None:
-            rows.append(("trained on", f"{self.kimg:g} thousand images"))
+            rows.append(("trained on", f"{self.kimg:,.10g} thousand images"))
         rows += [("sha256", self.sha256[:16]), ("file", self.source)]
         rows += [(s["metric"], f"{s['value']:.4g}  ({s['sampler']}, n = {s['n']})") for s in self.scores]
         width = max(len(k) for k, _ in rows)
@@ -123,13 +134,13 @@ class TeacherCard:
 
     def _sizes(self) -> str:
         """How large the network is, for the table."""
-        kinds: dict[str, Any] = {**UNETS, "DiT": DiT, "SiT": DiT}
+        kinds: dict[str, Any] = {**UNETS, "DiT": DiT, "SiT": DiT, "EDM2UNet": EDM2UNet}
         kw = {k: p.default for k, p in inspect.signature(kinds[self.unet]).parameters.items()} | self.init_kwargs
-        if self.unet not in UNETS:
+        if kinds[self.unet] is DiT:
             p, blocks = kw["patch_size"], f"{kw['num_blocks']} blocks, {kw['num_heads']} heads"
             return f", patches of {p}x{p}, width {kw['model_channels']}, {blocks}"
         levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
-        return f" ({kw.get('encoder_type', 'ADM')} encoder), {levels}"
+        return f" ({kw.get('encoder_type', 'ADM')} encoder), {levels}" if self.unet in UNETS else f", {levels}"
 
 
 def _path_text(path: NoisePath) -> str:
@@ -154,6 +165,16 @@ def _levels_of(training: dict[str, Any]) -> str | None:
     return text
 
 
+def _codec_text(codec: dict[str, Any]) -> str:
+    if "vae" not in codec:
+        return f"{codec['class']}, not known here"
+    (low, high), mean, std = codec["range"], *(" ".join(f"{v:g}" for v in codec[key]) for key in ("mean", "std"))
+    return (
+        f"{codec['vae']}, 1/{codec['factor']} the size of images in [{low:g}, {high:g}]; raw mean {mean}; "
+        f"raw std {std}, then {codec['final_std']:g}"
+    )
+
+
 def load_teacher(
     source: str | Path, *, vae: Any = None, family: str | None = None, heads: int | None = None
 ) -> Denoiser:
@@ -167,11 +188,11 @@ def load_teacher(
             the name of a bundled teacher: "digits"; "digits-cond", with classes; "digits-high", trained with a tenth of
                 its noise levels log-uniform in 5 to 80, where these two saw next to none; "digits-dit", a transformer
                 with classes, trained like it;
-            the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve"), which is
-            downloaded unless a copy is found;
-            the path of an EDM pickle (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
-            GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
-            them and no other;
+            the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
+                "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
+            the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
+                GDDPrecond, D2OPrecond) or of EDM2 (Precond, whose weights of 16 bits become float32), of one of our
+                networks pickled by torch.save, or of a state dict that fits one of them and no other;
             the path of a .pt file of a DiT or SiT, its weights or a checkpoint of its train.py;
             the path of a .safetensors file that gddlab wrote;
             the folder of a diffusers pipeline, or of its network with the scheduler beside it: read offline,
@@ -277,7 +298,7 @@ def _find(source: str | Path) -> tuple[str, Path]:
             f"no such file: {name}; networks of the Hugging Face hub are not fetched: give a name, an EDM .pkl or a "
             ".safetensors file that gddlab wrote, or a run directory; gddlab.wrap probes any network in memory"
         )
-    if "/" in name or path.suffix:
+    if "/" in name or path.suffix[1:2].isalpha():  # "-0.075" is no file's ending
         raise NotFound(f"no such file: {path}; accepted: a name, a .pkl or .safetensors file, a run directory")
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
 
@@ -356,7 +377,7 @@ _ARCHITECTURES = {  # and numbers of parameters, which take seconds to count
 
 @dataclass(frozen=True)
 class PublishedTeacher:
-    """A teacher that its authors publish as a pickle (https://github.com/NVlabs/edm, "Pre-trained models").
+    """A teacher that its authors publish as a pickle: https://github.com/NVlabs/edm, https://github.com/NVlabs/edm2.
 
     `verified`: its authors published the training options that fix the architecture. For the baselines it is an
     estimate (configuration A); what the file itself says counts.
@@ -368,10 +389,13 @@ class PublishedTeacher:
     parameters: int
     data: str
     verified: bool
+    kimg: float | None = None
+    """Thousands of images that it was trained on, where its name says so."""
 
     @property
     def file(self) -> Published:
         """The file; a copy that `gddlab teacher convert` wrote is preferred."""
+        size = self.parameters * (2 if self.kimg is not None else 4)  # EDM2 publishes weights of 16 bits
         return Published(
             title=self.name,
             variable=None,
@@ -379,7 +403,7 @@ class PublishedTeacher:
             name=self.name,
             suffixes=(".safetensors", ".pkl"),
             folder="teachers",
-            about=f"about {self.parameters * 4 / 1e6:.0f} MB, {LICENCE}",
+            about=f"about {size / 1e6:.0f} MB, {LICENCE}",
             noun="teacher",
         )
 
@@ -392,7 +416,7 @@ class PublishedTeacher:
                 f"{path} is another network than {self.name}: {found[0]} with {found[1]:,} parameters, "
                 f"not {precond} with {parameters:,}; rename or remove it"
             )
-        return {"data": self.data, "licence": LICENCE}
+        return {"data": self.data, "licence": LICENCE} | ({} if self.kimg is None else {"kimg": self.kimg})
 
 
 def _published(name: str, architecture: str, parameters: int) -> PublishedTeacher:
@@ -402,5 +426,41 @@ def _published(name: str, architecture: str, parameters: int) -> PublishedTeache
     return PublishedTeacher(name, url, architecture, parameters, data, verified=kind == "edm")
 
 
-PUBLISHED = {name: _published(name, *about) for name, about in _ARCHITECTURES.items()}
-"""By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A)."""
+EDM2_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
+_EDM2: dict[str, tuple[int, dict[str, str]]] = {  # parameters; thousands of images, lengths of the average
+    "edm2-img512-xs": (124_713_253, {"0134217": "0.125 0.165", "2147483": "0.045 0.135 0.150 0.200"}),
+    "edm2-img512-xs-uncond": (
+        124_201_253,
+        {"0134217": "0.110 0.125", "2147483": "0.015 0.020 0.025 0.030 0.035 0.045 0.085 0.150"},
+    ),
+    "edm2-img512-s": (280_212_837, {"2147483": "0.025 0.070 0.085 0.120 0.130 0.190"}),
+    "edm2-img512-s-uncond": (279_444_837, {"2147483": "0.070 0.090"}),
+    "edm2-img512-m": (497_807_781, {"0268435": "0.155 0.205", "2147483": "0.015 0.030 0.100 0.155"}),
+    "edm2-img512-l": (777_498_085, {"1879048": "0.015 0.035 0.085 0.155"}),
+    "edm2-img512-xl": (1_119_283_749, {"1342177": "0.020 0.030 0.085 0.155"}),
+    "edm2-img512-xxl": (1_523_164_773, {"0939524": "0.015 0.070 0.075 0.130 0.150"}),
+    "edm2-img64-xs": (124_710_949, {"0134217": "0.110 0.175"}),
+    "edm2-img64-s": (280_209_381, {"1073741": "0.045 0.075 0.105"}),
+    "edm2-img64-m": (497_803_173, {"2147483": "0.060"}),
+    "edm2-img64-l": (777_492_325, {"1073741": "0.040"}),
+    "edm2-img64-xl": (1_119_276_837, {"0671088": "0.040"}),
+}
+
+
+def _published_edm2(architecture: str, parameters: int, kimg: str, length: str) -> PublishedTeacher:
+    name, data = f"{architecture}-{kimg}-{length}", f"imagenet-{architecture.split('-')[1].removeprefix('img')}"
+    return PublishedTeacher(name, f"{EDM2_ROOT}/{name}.pkl", architecture, parameters, data, True, float(kimg))
+
+
+PUBLISHED = {name: _published(name, *about) for name, about in _ARCHITECTURES.items()} | {
+    teacher.name: teacher
+    for architecture, (parameters, files) in _EDM2.items()
+    for kimg, lengths in files.items()
+    for length in lengths.split()
+    for teacher in [_published_edm2(architecture, parameters, kimg, length)]
+}
+"""By name; `edm-*` are EDM's own models (configuration F), `baseline-*` those it compares with (configuration A).
+
+`edm2-DATA-SIZE-KIMG-LENGTH` are EDM2's (configuration G): the size of the network, thousands of images in training, and
+the length of the weights' average, a share of the training (Karras et al. 2024, section 3); img512 are of latents.
+"""

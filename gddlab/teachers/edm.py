@@ -1,4 +1,4 @@
-"""Networks from the pickles of EDM and its descendants (GDD, D2O, SiD), and from weights alone; nothing is run."""
+"""Networks from pickles of EDM, EDM2 and EDM's descendants (GDD, D2O, SiD), and from weights alone; nothing is run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from gddlab.files import data_dir, file_sha256, hash_json
 from gddlab.nets import Precond, from_edm, load_network
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.io import make_student, refusal
+from gddlab.nets.precond import SIGMA_DATA
 from gddlab.nets.unets import UNETS
-from gddlab.pickles import Record, Refused, a, printable
+from gddlab.pickles import Array, Record, Refused, a, printable
 from gddlab.teachers import dit
 from gddlab.teachers.torchfiles import TensorData, load_pickle
 
@@ -29,12 +30,14 @@ CLASSES = {
     "D2OPrecond": "OneStepPrecond",
     "OneStepPrecond": "OneStepPrecond",
     "DiTPrecond": "DiTPrecond",
+    "Precond": "EDM2Precond",
+    "EDM2Precond": "EDM2Precond",
 }
 """Classes of networks in pickles, and ours."""
 KEYS = ("ema", "net", "G_ema", "G", "model")
 """Where a file may keep its network, the preferred one first."""
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-_IN_ALL = ("model.map_layer0.weight", "model.pos_embed")
+_IN_ALL = ("model.map_layer0.weight", "model.pos_embed", "unet.emb_noise.weight")
 """Parameters of which all networks here have one."""
 MAX_DEPTH, MAX_TENSORS = 32, 10_000
 
@@ -56,7 +59,8 @@ def read_edm(path: Path, *, family: str | None = None, heads: int | None = None)
     where they are a DiT's or SiT's: `family` and `heads` are for these, as for `load_teacher`.
 
     Returns:
-        The network on the CPU, float32, eval mode; and what the file says: class, key, data, sha256 of the file.
+        The network on the CPU, float32, eval mode; and what the file says: `original` (class, key, data, sha256 of the
+        file) and, where it tells, `training` (how noise levels were drawn) and `codec` (that of `TeacherCard`).
 
     Raises:
         GddlabError: No network, an unknown class, weights that do not fit, or a pickle that cannot be read.
@@ -75,11 +79,12 @@ def read_edm(path: Path, *, family: str | None = None, heads: int | None = None)
             key, record = _network(content)
             kwargs, weights = _arguments(record), tensors_of(record)
         net = _build(record, kwargs, weights, path.stat().st_size)
+        about = {"training": _levels(content), "codec": _codec(content, net)}
         sha256 = file_sha256(path)
     original = {"file": path.name, "sha256": sha256, "class": record.cls, "key": key}
     if trained_on := _trained_on(content):
         original["data"] = trained_on
-    return net, {"original": original}
+    return net, {"original": original} | {k: v for k, v in about.items() if v}
 
 
 @contextlib.contextmanager
@@ -252,3 +257,45 @@ def _trained_on(content: Any) -> str | None:
         if isinstance(about, dict) and isinstance(about.get("path"), str):
             return printable(about["path"][-1000:].replace("\\", "/").rstrip("/").rpartition("/")[2][:120])
     return None
+
+
+def _levels(content: Any) -> dict[str, float]:
+    """Mean and deviation of ln sigma in training, as the file's loss holds them; {} where these are no numbers."""
+    loss = content.get("loss_fn") if isinstance(content, dict) else None
+    held: dict[str, Any] = loss.state if isinstance(loss, Record) else {}
+    found = [held.get(key) for key in ("P_mean", "P_std")]
+    plain = [float(v) for v in found if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= 1e6]
+    return {"p_mean": plain[0], "p_std": plain[1]} if len(plain) == 2 else {}
+
+
+def _codec(content: Any, net: Precond) -> dict[str, Any] | None:
+    """How images became the latents that a network of EDM2 denoises, as `TeacherCard.codec`; None for one of pixels."""
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if not isinstance(encoder, Record) or encoder.cls == "StandardRGBEncoder":
+        return None
+    if encoder.cls != "StabilityVAEEncoder":
+        return {"class": printable(encoder.cls[:60])}
+    state, scale, bias = encoder.state, *(_numbers(encoder, key, net.img_channels) for key in ("scale", "bias"))
+    if not all(s > 0 for s in scale):
+        raise Refused(encoder.at, f"the scale of its {encoder.cls} is {scale}: no positive numbers")
+    if not isinstance(name := state.get("vae_name"), str):
+        raise Refused(encoder.at, f"its {encoder.cls} names no VAE")
+    final = getattr(net, "sigma_data", SIGMA_DATA)
+    return {
+        "vae": printable(name[:120]),
+        "factor": 8,
+        "range": [0, 1],
+        "mean": [float(f"{(0.0 - b) / s:.6g}") for s, b in zip(scale, bias, strict=True)],
+        "std": [float(f"{final / s:.6g}") for s in scale],
+        "final_std": final,
+    }
+
+
+def _numbers(record: Record, key: str, n: int) -> list[float]:
+    """An array of `n` finite numbers in an object's state."""
+    held = record.state.get(key)
+    value = held.value if isinstance(held, Array) else None
+    if value is None or value.shape != (n,) or value.dtype.kind != "f" or not all(map(math.isfinite, value.tolist())):
+        what = a(held) if value is None else f"an array of shape {value.shape}"
+        raise Refused(record.at, f"the {key} of its {record.cls} is {what}: no {n} finite numbers, one per channel")
+    return [float(v) for v in value.tolist()]

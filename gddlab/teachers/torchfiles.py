@@ -312,7 +312,7 @@ STORAGES = {(module, name) for name in DTYPES for module in ("torch", "torch.sto
 TENSOR_DTYPES = {("torch", str(d).removeprefix("torch.")) for d in set(DTYPES.values())}
 RECORDS = re.compile(
     r"(torch\.nn\.modules|training|torch_utils|dnnlib)\..*"
-    r"|gddlab\.nets\.(blocks|dit|path|precond|unets)|gddlab\.teachers\.catalog"
+    r"|gddlab\.nets\.(blocks|dit|edm2|path|precond|unets)|gddlab\.teachers\.catalog"
 )
 """Modules whose classes may appear as records."""
 

@@ -21,13 +21,13 @@ def fill(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     w = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode())).standard_normal(shape)
     if len(shape) >= 2:
         w *= 0.6 / np.sqrt(np.prod(shape[1:]))
-    elif name.endswith("weight"):
+    elif name.endswith(("weight", "gain")):
         w = 1 + 0.2 * w
     elif name.endswith(("weight_u", "weight_v")):
         w /= np.linalg.norm(w)
     else:
         w *= 0.1
-    return torch.from_numpy(w.astype(np.float32))
+    return torch.from_numpy(np.asarray(w, dtype=np.float32))
 
 
 class Case:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gddlab.errors import GddlabError
@@ -32,11 +33,13 @@ from tests.teachers.pickles import (
     call,
     dumps,
     easy,
+    encoder,
     name,
     network,
     opcodes,
     persistent,
     snapshot,
+    snapshot2,
     state_of,
     text,
     values,
@@ -52,6 +55,19 @@ def small_net(**changes: Any) -> Precond:
     torch.manual_seed(0)
     unet: dict[str, Any] = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
     return from_edm("EDMPrecond", img_resolution=4, img_channels=1, model_type="SongUNet", **unet | changes).eval()
+
+
+def small_edm2(**changes: Any) -> Precond:
+    """A network of EDM2, of latents, 6,000 parameters; its gains are not 0."""
+    torch.manual_seed(0)
+    unet: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    shape = {"img_resolution": 4, "img_channels": 4, "channels_per_head": 8, "logvar_channels": 8}
+    net = from_edm("EDM2Precond", **shape | unet | changes)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("gain"):
+                p.fill_(1.0)
+    return net.eval()
 
 
 def u64(n: int) -> bytes:
@@ -325,10 +341,15 @@ PLACES: dict[str, Callable[[Precond, bytes], bytes]] = {
     "in a storage, since 1.6": lambda net, p: snapshot(net, content={"extra": _hidden_storage(p, zipped)}),
     "in a torch file, before 1.6": lambda net, p: legacy(p),
     "in a torch file, since 1.6": lambda net, p: zipped(p),
+    "in EDM2's encoder": lambda net, p: snapshot2(small_edm2(), content={"encoder": encoder(vae_name=Raw(p))}),
+    "as EDM2's encoder": lambda net, p: snapshot2(small_edm2(), content={"encoder": Raw(p)}),
+    "in EDM2's network": lambda net, p: snapshot2(small_edm2(), init={"clip_act": Raw(p)}),
 }
 
 
 # Attacks on what is built from the content.
+
+CLASS = name("torch.nn.modules.linear", "Linear")
 
 
 def _with_state(**state: Any) -> Callable[[Precond], bytes]:
@@ -437,6 +458,35 @@ NETWORKS: dict[str, Callable[[Precond], bytes]] = {
     "weights that share their bytes": lambda net: snapshot(
         changed(net, lambda t: torch.zeros(1).as_strided(t.shape, [0] * t.ndim))
     ),
+} | {
+    f"EDM2, {title}": (lambda net, changes=changes: snapshot2(small_edm2(), **changes))
+    for title, changes in {
+        "an EDM network inside": {
+            "state": {"_modules": OrderedDict(model=New(Symbol("training.networks", "SongUNet")))}
+        },
+        "no U-Net": {"state": {"_modules": {}}},
+        "a U-Net that is a text": {"state": {"_modules": {"unet": "UNet"}}},
+        "a tensor too many": {"state": {"_parameters": {"x": torch.zeros(1)}}},
+        "64 blocks a level": {"init": {"num_blocks": 64}},
+        "16 levels": {"init": {"channel_mult": [1] * 16}},
+        "another width": {"init": {"model_channels": 16}},
+        "wide embeddings": {"init": {"channel_mult_emb": 64, "channel_mult_noise": 64, "model_channels": 8192}},
+        "no channels in a head": {"init": {"channels_per_head": 0}},
+        "heads that do not divide": {"init": {"channels_per_head": 3}},
+        "features without number": {"init": {"logvar_channels": 2**40}},
+        "balances that are lists": {"init": {"res_balance": [0.3]}},
+        "clipping at NaN": {"init": {"clip_act": float("nan")}},
+        "no blocks, by None": {"init": {"num_blocks": None}},
+        "an odd filter": {"init": {"resample_filter": [1, 2, 1]}},
+        "sigma_data of infinity": {"init": {"sigma_data": float("inf")}},
+        "an encoder of three channels": {"content": {"encoder": encoder(3)}},
+        "an encoder of NaN": {"content": {"encoder": encoder(scale=np.full(4, np.nan, "f4"))}},
+        "an encoder that divides by zero": {"content": {"encoder": encoder(scale=np.zeros(4, "f4"))}},
+        "an encoder of integers": {"content": {"encoder": encoder(bias=np.arange(4))}},
+        "an encoder of a network": {"content": {"encoder": encoder(scale=Raw(CLASS + b")\x81"))}},
+        "an encoder of a megabyte": {"content": {"encoder": encoder(scale=np.ones(2**18, "f4"))}},
+        "an encoder without a name": {"content": {"encoder": encoder(vae_name=["x"])}},
+    }.items()
 }
 
 
@@ -452,7 +502,6 @@ def changed(net: Precond, change: Callable[[torch.Tensor], torch.Tensor]) -> Pre
 # Files of n bytes that try to take far more memory or time than they should.
 
 MB = 2**20
-CLASS = name("torch.nn.modules.linear", "Linear")
 
 
 def get(i: int) -> bytes:
@@ -602,8 +651,9 @@ def watched(path: Path) -> Iterator[None]:
         _hooked = True
         with tempfile.TemporaryDirectory() as folder:  # torch imports parts of itself when they are first used
             net = small_net(channel_mult=[1, 1], embedding_type="fourier", label_dim=2)
-            (valid := Path(folder) / "valid.pkl").write_bytes(snapshot(net))
-            read_edm(valid)
+            for content in (snapshot(net), snapshot2(small_edm2(channel_mult=[1, 1], label_dim=2))):
+                (valid := Path(folder) / "valid.pkl").write_bytes(content)
+                read_edm(valid)
     _events, _thread = (seen := []), threading.get_ident()
     try:
         yield

@@ -1,7 +1,8 @@
-"""Writes pickles like those of EDM's `persistence`, without its code: names are written as opcodes, never imported."""
+"""Writes pickles like those of EDM and EDM2, without their code: names are written as opcodes, never imported."""
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import struct
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -140,6 +142,16 @@ def persistent(class_name: str, state: dict[str, Any], *, source: str = SOURCE) 
     return Call(Symbol("torch_utils.persistence", "_reconstruct_persistent_obj"), (meta,))
 
 
+THEIRS = {"EDM2Precond": "Precond", "EDM2UNet": "UNet"}
+"""What EDM2's authors call classes that are called otherwise here."""
+OURS = "PixelNorm"
+"""A class that they do not have; it holds nothing."""
+
+
+def class_of(module: nn.Module) -> str:
+    return THEIRS.get(type(module).__name__, type(module).__name__)
+
+
 def state_of(module: nn.Module, **extra: Any) -> dict[str, Any]:
     return {
         "training": False,
@@ -148,7 +160,9 @@ def state_of(module: nn.Module, **extra: Any) -> dict[str, Any]:
         "_non_persistent_buffers_set": set(),
         "_backward_hooks": OrderedDict(),
         "_forward_hooks": OrderedDict(),
-        "_modules": OrderedDict((k, None if m is None else pickled(m)) for k, m in module._modules.items()),
+        "_modules": OrderedDict(
+            (k, None if m is None else pickled(m)) for k, m in module._modules.items() if type(m).__name__ != OURS
+        ),
         **extra,
     }
 
@@ -157,7 +171,7 @@ def pickled(module: nn.Module, **extra: Any) -> Any:
     """A module as EDM's classes pickle: persistent ones, and torch's own containers."""
     if isinstance(module, nn.ModuleDict):
         return New(Symbol("torch.nn.modules.container", "ModuleDict"), state=state_of(module))
-    return persistent(type(module).__name__, state_of(module, _init_args=(), _init_kwargs={}) | extra)
+    return persistent(class_of(module), state_of(module, _init_args=(), _init_kwargs={}) | extra)
 
 
 def network(
@@ -174,7 +188,7 @@ def network(
         init_kwargs.pop(name, None)
     given = {"_init_args": args, "_init_kwargs": easy(**init_kwargs)}
     about = {"img_resolution": net.img_resolution, "label_dim": net.label_dim}
-    return persistent(cls or type(net).__name__, state_of(net, **given, **about) | (state or {}))
+    return persistent(cls or class_of(net), state_of(net, **given, **about) | (state or {}))
 
 
 def snapshot(
@@ -193,6 +207,37 @@ def snapshot(
         "dataset_kwargs": easy(class_name="training.dataset.ImageFolderDataset", path="datasets/digits-16x16.zip"),
     }
     return dumps(whole | (content or {}), protocol, zipped)
+
+
+RAW_MEAN, RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+
+
+def encoder(channels: int = 4, **changes: Any) -> Call:
+    """EDM2's encoder of images to latents, as its pickles hold it."""
+    scale = np.float32(0.5) / np.float32(RAW_STD[:channels])
+    bias = np.float32(0) - np.float32(RAW_MEAN[:channels]) * scale
+    state: dict[str, Any] = {"vae_name": "stabilityai/sd-vae-ft-mse", "scale": scale, "bias": bias}
+    state |= {"batch_size": 8, "_vae": None, "_init_args": (), "_init_kwargs": {}}
+    return persistent("StabilityVAEEncoder", state | changes)
+
+
+def snapshot2(
+    net: Precond,
+    *,
+    protocol: int = 4,
+    zipped: bool = False,
+    content: dict[str, Any] | None = None,
+    **changes: Any,
+) -> bytes:
+    """A network-snapshot pickle of EDM2, its weights in 16 bits; `content` adds to it or replaces."""
+    loss = {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5, "_init_args": (), "_init_kwargs": {}}
+    whole = {
+        "encoder": encoder() if net.img_channels == 4 else persistent("StandardRGBEncoder", {"_init_args": ()}),
+        "dataset_kwargs": easy(class_name="training.dataset.ImageFolderDataset", path="datasets/img512-sd.zip"),
+        "loss_fn": persistent("EDM2Loss", loss),
+        "ema": network(copy.deepcopy(net).half(), **changes),
+    }
+    return dumps(easy(**whole | (content or {})), protocol, zipped)
 
 
 def write_snapshot(path: Path, net: Precond, **kwargs: Any) -> Path:

@@ -95,7 +95,7 @@ def left(folder: Path) -> list[str]:
 
 
 def test_catalog() -> None:
-    assert len(PUBLISHED) == 18
+    assert len(PUBLISHED) == 18 + 51
     edm = PUBLISHED["edm-cifar10-32x32-uncond-ve"]
     assert edm.url == "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-ve.pkl"
     assert (edm.architecture, edm.data, edm.parameters) == ("ncsnpp-cifar10", "cifar10", 56_397_827)
@@ -103,11 +103,16 @@ def test_catalog() -> None:
     base = PUBLISHED["baseline-imagenet-64x64-cond-adm"]
     assert base.url.endswith("/edm/pretrained/baseline/baseline-imagenet-64x64-cond-adm.pkl")
     assert (base.architecture, base.data) == ("iddpm-adm-imagenet-64", "imagenet-64")
+    large = PUBLISHED["edm2-img64-xl-0671088-0.040"]
+    assert large.url == "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-xl-0671088-0.040.pkl"
+    assert (large.architecture, large.data, large.kimg) == ("edm2-img64-xl", "imagenet-64", 671088)
+    assert PUBLISHED["edm2-img512-xs-2147483-0.135"].file.about.startswith("about 249 MB")  # 16 bits a weight
     for name, entry in PUBLISHED.items():
         cond = "-cond" in name
         assert entry.architecture.endswith("-cond") or "imagenet" in name or not cond
-        assert entry.verified == name.startswith("edm-")
-        assert entry.data.split("-")[0] in name
+        assert entry.verified == name.startswith(("edm-", "edm2-"))
+        assert entry.data.split("-")[0] in name or (entry.kimg and entry.data in ("imagenet-64", "imagenet-512"))
+        assert name.startswith(entry.architecture) == name.startswith("edm2-")
     counted = {entry.architecture: entry.parameters for entry in PUBLISHED.values()}
     with torch.device("meta"):
         for architecture, parameters in counted.items():

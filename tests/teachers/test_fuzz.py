@@ -24,12 +24,13 @@ from tests.teachers.attacks import (
     in_bytes,
     legacy,
     load,
+    small_edm2,
     small_net,
     tensor,
     u64,
     zipped,
 )
-from tests.teachers.pickles import name, opcodes, snapshot, text
+from tests.teachers.pickles import name, opcodes, snapshot, snapshot2, text
 from tests.teachers.test_dit import checkpoint
 
 
@@ -40,6 +41,7 @@ def torch_file(content: dict[str, Any], new: bool) -> bytes:
 
 
 SNAPSHOTS = [snapshot(small_net(), protocol=p, zipped=z) for p, z in ((2, False), (3, True), (4, False), (5, True))]
+SNAPSHOTS += [snapshot2(small_edm2(label_dim=2)), snapshot2(small_edm2(img_channels=3), protocol=2)]
 VIEWS = {"x": torch.arange(6.0).view(2, 3).T, "y": torch.ones(2).half()}
 SMALL_DIT = tiny_dit("dit", img_resolution=4, model_channels=4, num_heads=1, num_blocks=1)
 TORCH_FILES = [torch_file(VIEWS, new) for new in (False, True)]
@@ -72,6 +74,10 @@ TEXTS = [
     "class_name",
     "state",
     "EDMPrecond",
+    "Precond",
+    "encoder",
+    "StabilityVAEEncoder",
+    "scale",
     "_modules",
     "_parameters",
     "model",
