@@ -268,7 +268,7 @@ def _by_role(network: Network, rule: str) -> list[str]:
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise GddlabError(
             f'strategy="{rule}" goes by what layers are there for, known of {understood:.1%} of this network, not of '
-            f"{', '.join(names[:5])}{more}: give names by a function as strategy, or strategy=\"budget\""
+            f'{", ".join(names[:5])}{more}: give names by a function as strategy, or strategy="budget"'
         )
     frozen = [name for name, role in roles.items() if role in RULES[rule]]
     if not frozen:

@@ -282,7 +282,7 @@ def test_parts_of_equal_name_in_one_block_are_told_apart():
 def test_a_mask_made_before_attention_was_fused_is_refused_after():
     mask = select_freeze(FAMILIES["dit"].make(), strategy="gdd-i-2")
     after = fused(FAMILIES["dit"].make())
-    with pytest.raises(GddlabError, match="to_qkv.weight. is missing in the mask.*: its attention was fused or split"):
+    with pytest.raises(GddlabError, match=r"to_qkv.weight. is missing in the mask.*: its attention was fused or split"):
         mask.apply(after)
     own = select_freeze(after, strategy="gdd-i-2")
     assert any(".to_qkv." in n for n in own.frozen)
@@ -307,7 +307,9 @@ def test_lora_is_always_trained():
     mask.verify(net, twin)
     with torch.no_grad():
         net.blocks[1].attn["qkv"].base_layer.weight.add_(1)
-    with pytest.raises(GddlabError, match="1 of .* frozen tensors differ from the teacher.s: blocks.1.attn.qkv.weight"):
+    with pytest.raises(
+        GddlabError, match=r"1 of .* frozen tensors differ from the teacher.s: blocks.1.attn.qkv.weight"
+    ):
         mask.verify(net, twin)
 
 
