@@ -121,6 +121,7 @@ _ANATOMY: Mapping[str, Anatomy] = {
     "UNetBlock": Anatomy("conv1", "skip", ("conv0", "conv1"), "proj", "norm2"),
     "ResnetBlock2D": _RESNET,
     "ResnetBlockCondNorm2D": _RESNET,
+    "Attention": Anatomy("to_out.0", "", ()),
     "Block": Anatomy("conv_res1", "conv_skip", ("conv_res0", "conv_res1"), "attn_proj", "attn_qkv"),
 }
 """Residual blocks by class name: those of gddlab and EDM, those of diffusers, that of EDM2."""
@@ -214,10 +215,15 @@ _Between = tuple[tuple[str, str], ...]
 """Points between input and output of a block: what was added, and the module whose input is the stream then."""
 
 _TWO_NORMS: _Between = (("attn", "norm2"),)
+_PLAIN: Mapping[str, _Between] = {"image": _TWO_NORMS}
 _JOINT: Mapping[str, _Between] = {"image": _TWO_NORMS, "context": (("attn", "norm2_context"),)}
 
 _PARTS: Mapping[str, Mapping[str, _Between]] = {
+<<<<<<< ours
     **{kind: {"image": _TWO_NORMS} for kind in ("DiTBlock", "SiTBlock")},
+=======
+    **dict.fromkeys(("DiTBlock", "SiTBlock"), _PLAIN),
+>>>>>>> theirs
     "BasicTransformerBlock": {"image": ()},  # see _between
     "SanaTransformerBlock": {"image": (("attn", "attn2"), ("cross", "norm2"))},
     **dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock"), _JOINT),
