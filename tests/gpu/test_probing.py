@@ -49,7 +49,7 @@ def probed(where: torch.device | str, data: ImageDataset, **more: Any) -> ProbeR
 
 def test_every_statistic(cuda: torch.device, pictures: ImageDataset) -> None:
     """Each statistic, of all layers: value and standard error on the card against the CPU, 1e-3 and 1e-4 absolute."""
-    stats = list(STATISTICS)
+    stats = [name for name in STATISTICS if name not in ("rel_update_cross", "rel_update_mlp")]  # of transformers
     found, expected = (probed(where, pictures, layers="all", stats=stats) for where in (cuda, "cpu"))
     assert set(found.frame["stat"]) >= {"rms", "correlation", "cosine", "cka"}
     assert_alike(found, expected)
