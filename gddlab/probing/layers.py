@@ -219,11 +219,7 @@ _PLAIN: Mapping[str, _Between] = {"image": _TWO_NORMS}
 _JOINT: Mapping[str, _Between] = {"image": _TWO_NORMS, "context": (("attn", "norm2_context"),)}
 
 _PARTS: Mapping[str, Mapping[str, _Between]] = {
-<<<<<<< ours
-    **{kind: {"image": _TWO_NORMS} for kind in ("DiTBlock", "SiTBlock")},
-=======
     **dict.fromkeys(("DiTBlock", "SiTBlock"), _PLAIN),
->>>>>>> theirs
     "BasicTransformerBlock": {"image": ()},  # see _between
     "SanaTransformerBlock": {"image": (("attn", "attn2"), ("cross", "norm2"))},
     **dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock"), _JOINT),
