@@ -285,7 +285,8 @@ class DiTPrecond(Precond):
         nn.Module.__init__(self)  # there is no U-Net to build
         if kind not in KINDS:
             raise unknown("kind", kind, KINDS)
-        network, self.path = _kind(kind)
+        network, path = _kind(kind)
+        self.path: Path = path
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         with torch.device("cpu"):
             self.sigma_min, self.sigma_max = self.path.sigma_min, self.path.sigma_max
