@@ -99,3 +99,41 @@ def test_options_are_listed_with_bounds_defaults_and_parts(from_code: Any) -> No
         "Has four corners.",
         "- `side`: list of integer; default `()`. Each of them.",
     ]
+
+
+FAMILIES = re.findall(
+    r"^\| ([^|]+) \| `(gddlab\.wrap\((\w+), .*\))` \| (\w+) \| ([\w, ]+) \| ([\w, ]+) \|$",
+    (NOTEBOOKS / "guide" / "your_model.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "path", "streams", "branches"), [f[1:] for f in FAMILIES], ids=[f[2] for f in FAMILIES]
+)
+def test_a_family_is_probed_as_its_line_says(line: str, name: str, path: str, streams: str, branches: str) -> None:
+    import diffusers
+
+    import gddlab
+    from tests.models import network, pipeline
+
+    given: dict[str, Any] = {"gddlab": gddlab, "scheduler": diffusers.DDPMScheduler()}
+    if name == "unet":
+        given[name] = network("unet2d")
+    else:
+        given[name], call = pipeline(name, **({"num_embeds_ada_norm": 1000} if name == "dit" else {}))
+        given["prompts"] = gddlab.Conditioning.record(given[name], **call)
+    net = eval(line, given)
+    asked = {"states": "prior", "layers": "block", "branch": "all", "stream": "all", "stats": "rms"}
+    frame = gddlab.probe(net, [10.0, 1.0], n=2, progress=False, **asked).frame
+    assert net.path.kind == path
+    assert net.branches == tuple(branches.split(", "))
+    assert {*frame["branch"]} == {*net.branches}
+    assert {*frame["stream"]} == ({""} if streams == "one" else {*streams.split(", ")})
+    assert frame["value"].notna().all()
+
+
+def test_every_family_has_a_line() -> None:
+    from tests.models import PIPELINES
+
+    assert [f[2] for f in FAMILIES] == [*PIPELINES, "unet"]
