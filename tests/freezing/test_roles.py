@@ -154,8 +154,10 @@ def test_a_rule_that_freezes_nothing_is_refused():
 
 
 def test_a_share_that_is_unusual_is_worth_a_warning(net):
-    with pytest.warns(UserWarning, match=r'strategy="<lambda>" freezes 0\.0\d% of this network: see mask.summary'):
+    says = r'strategy="<lambda>" freezes 0\.0\d% of this network: see mask.summary'
+    with pytest.warns(UserWarning, match=says) as seen:
         select_freeze(net, strategy=lambda _: ["model.map_layer0.bias"])
+    assert seen[0].filename == __file__
     with pytest.warns(UserWarning, match=r"freezes 100\.00% of this network"):
         select_freeze(net, strategy=lambda _: ["model"])
     with warnings.catch_warnings():
