@@ -351,7 +351,7 @@ def _by_layer(frame: pd.DataFrame, stat: str, sigma: float) -> dict[str, float]:
     return {str(layer): float(value) for layer, value in means.items()}
 
 
-_SITE = re.compile(r"(?:@\d+)?(?::\w+)*$")
+_SITE = re.compile(r"(?:@\d+)?(?::[^.:@]+)*$")
 """What a measured place adds to its layer's name: call, stream and branch."""
 
 
