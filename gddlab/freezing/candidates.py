@@ -101,11 +101,13 @@ class Network:
             if self.model is None:
                 raise GddlabError(f"{what} is a function of modules: give the network as source, or names or globs")
             found = {layer.name for layer in select_layers(self.model, selection)}
-        elif isinstance(selection, str) and selection == "auto":
-            found = self.auto()
         else:
-            types, roles = {n: self.type(n) for n in self.names}, {n: self.role(n) for n in self.names}
-            found = match_layers(selection, types, what, roles)
+            found, items = set(), [selection] if isinstance(selection, str) else selection
+            if isinstance(items, Iterable) and "auto" in (items := list(items)):
+                found, items = self.auto(), [item for item in items if item != "auto"]
+            if items or not found:
+                types, roles = {n: self.type(n) for n in self.names}, {n: self.role(n) for n in self.names}
+                found |= match_layers(items, types, what, roles)
         return [n for n in self.names if n in found]
 
     def ends(self, always_train: str | Iterable[str]) -> set[str]:

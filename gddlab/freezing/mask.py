@@ -493,7 +493,9 @@ def label_blocks(ax: Axes, frame: pd.DataFrame, first: float) -> None:
     rows = rows_of(blocks, blocks["layer"])
     prefix = "model." if all(n.startswith("model.") for n in rows.index) else ""
     known = rows["resolution"].notna()
-    names = [kind_of(n) if inside else n.removeprefix(prefix) for n, inside in zip(rows.index, known, strict=True)]
+    paths = [n.removeprefix(prefix).split(".") for n in rows.index]
+    short = [".".join(path if path[-1].isdigit() else path[-2:]) for path in paths]  # a layer's own name is enough
+    names = [kind_of(n) if inside else s for n, s, inside in zip(rows.index, short, known, strict=True)]
     ax.set_xticks([i + first + 0.5 for i in range(len(rows))], names, rotation=90, fontsize=7)
     ax.set_xlabel("")
     mark_places(ax, rows, [i + first for i in range(len(rows) + 1)], "top", at=1.02)

@@ -134,10 +134,8 @@ def select_freeze(
         raise GddlabError(f"mask= ({mask.n_params:,} parameters) is for another network than source")
     chosen = _chosen(source, network, strategy, Options(**given), "candidates" in given)
     if strategy != "none" and not USUAL[0] <= chosen.fraction <= USUAL[1]:
-        warnings.warn(
-            f'strategy="{chosen.strategy}" freezes {chosen.fraction:.2%} of this network: see mask.summary()',
-            stacklevel=3,
-        )
+        text = f'strategy="{chosen.strategy}" freezes {chosen.fraction:.2%} of this network: see mask.summary()'
+        warnings.warn(text, stacklevel=5)  # the caller of the checked function
     return chosen
 
 
@@ -353,7 +351,7 @@ def _by_layer(frame: pd.DataFrame, stat: str, sigma: float) -> dict[str, float]:
     return {str(layer): float(value) for layer, value in means.items()}
 
 
-_SITE = re.compile(r"(?:@\d+)?(?::\w+)*$")
+_SITE = re.compile(r"(?:@\d+)?(?::[^.:@]+)*$")
 """What a measured place adds to its layer's name: call, stream and branch."""
 
 

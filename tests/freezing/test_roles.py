@@ -154,8 +154,10 @@ def test_a_rule_that_freezes_nothing_is_refused():
 
 
 def test_a_share_that_is_unusual_is_worth_a_warning(net):
-    with pytest.warns(UserWarning, match=r'strategy="<lambda>" freezes 0\.0\d% of this network: see mask.summary'):
+    says = r'strategy="<lambda>" freezes 0\.0\d% of this network: see mask.summary'
+    with pytest.warns(UserWarning, match=says) as seen:
         select_freeze(net, strategy=lambda _: ["model.map_layer0.bias"])
+    assert seen[0].filename == __file__
     with pytest.warns(UserWarning, match=r"freezes 100\.00% of this network"):
         select_freeze(net, strategy=lambda _: ["model"])
     with warnings.catch_warnings():
@@ -180,6 +182,8 @@ def test_candidates_of_a_u_net_are_its_convolutions(net, result):
     )
     same = select_freeze(net, strategy="random", budget=0.5, candidates="conv")
     assert same.frozen == select_freeze(net, strategy="random", budget=0.5).frozen
+    more = select_freeze(net, strategy="random", budget=0.5, candidates=["auto", "*.affine"])
+    assert set(more.candidates) == {*convs(net), *(n for n, _ in net.named_modules() if n.endswith(".affine"))}
     unet = FAMILIES["unet2d"].make()
     assert select_freeze(unet, strategy="random", budget=0.5).candidates.keys() == set(
         select_freeze(unet, strategy="random", budget=0.5, candidates="conv").candidates
@@ -190,15 +194,16 @@ def test_candidates_of_a_u_net_are_its_convolutions(net, result):
 def test_candidates_of_a_network_with_transformer_blocks(name):
     net = FAMILIES[name].make()
     mask = select_freeze(net, strategy="random", budget=0.2)
-    roles = {Network(net).role(n) for n in mask.candidates}
+    network = Network(net)
+    roles = {network.role(n) for n in mask.candidates}
     more = {"attn.io", "res.conv", "resample", "skip"} if name == "sdxl" else set()
     assert roles == {"attn.qkv", "attn.out", "mlp"} | more
     frozen = select_freeze(net, strategy="gdd-i-2").frozen
-    among = {p for n in mask.candidates for p in Network(net).own[n]}
+    among = {p for n in mask.candidates for p in network.own[n]}
     assert set(frozen) <= among
     assert {u.name for u in recorded(FreezeMask((), parameter_table(net)))} == set(mask.candidates)
-    ours = controls(select_freeze(net, strategy="gdd-i"), seeds=[0])["random-0"]
-    assert 0 < ours.fraction <= select_freeze(net, strategy="gdd-i").fraction
+    rule = select_freeze(net, strategy="gdd-i")
+    assert 0 < controls(rule, seeds=[0])["random-0"].fraction <= rule.fraction
 
 
 # Scores.
