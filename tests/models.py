@@ -150,7 +150,7 @@ def pipeline(name: str, n: int = 1, **changes: Any) -> tuple[Any, dict[str, Any]
         pipe: Any = diffusers.DiTPipeline(transformer=net, vae=vae(), scheduler=ddim)
         call: dict[str, Any] = {"class_labels": list(range(n))}
     elif name == "sd":
-        ddim = diffusers.DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=True)
+        ddim = diffusers.DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=True, steps_offset=1)
         pipe = diffusers.StableDiffusionPipeline(
             vae=vae(),
             unet=net,

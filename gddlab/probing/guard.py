@@ -28,9 +28,9 @@ def as_it_was(
         GddlabError: A device that cannot be used, or any for a network that is offloaded.
     """
     origin = device_of(model)
-    target = origin if device is None else _device(device)
-    if target != origin and is_offloaded(model):
+    if device is not None and str(device) != str(origin) and is_offloaded(model):
         raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {origin}, omit device=")
+    target = origin if device is None else _device(device)
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}
     try:

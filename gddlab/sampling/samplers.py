@@ -572,7 +572,7 @@ def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_
         for p, data in weights:
             p.data = data.to(number, memory_format=layout)
         net.eval()
-        autocast = torch.autocast(first.device.type, dtype=getattr(torch, name), enabled=name != "float32")
+        autocast = torch.autocast(device_of(net).type, dtype=getattr(torch, name), enabled=name != "float32")
         with torch.inference_mode(), autocast:
             yield
     finally:

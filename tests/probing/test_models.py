@@ -53,7 +53,13 @@ def test_images_are_shown_as_latents(name, photos):
     assert inputs.shape == (CHANNELS, SIDE, SIDE) and sigma.tolist() == [5.0, 1.0] * 4
     assert labels.argmax(1).unflatten(0, (4, 2)).tolist() == [[0, 0], [1, 1]] * 2  # prompts in turn
     result = probe(
-        net, [5.0, 1.0], data=photos, layers="re:.*(conv_in|x_embedder|proj)$", n=4, stats="rms", progress=False
+        net,
+        [5.0, 1.0],
+        data=photos,
+        layers="re:.*(conv_in|x_embedder|pos_embed.proj)$",
+        n=4,
+        stats="rms",
+        progress=False,
     )
     assert result.meta["codec"].startswith("Autoencoder") and len(result.meta["t"]) == 2
     assert result.meta["cond"] == {"hash": net.cond.hash, "names": ["0", "1"]} and result.meta["labels"] == "in turn"
@@ -134,7 +140,7 @@ def test_pure_noise_is_a_noise_level(photos):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_probed(name):
     net = wrapped(name)
-    layers = "re:.*(conv_in|x_embedder|pos_embed.proj|patch_embed.proj|conv_out|proj_out)$"
+    layers = "re:.*(conv_in|x_embedder|pos_embed.proj|patch_embed.proj|conv_out|proj_out(_2)?)$"
     result = probe(net, [3.0, 0.5], states="prior", layers=layers, n=2, stats="rms", progress=False)
     assert np.isfinite(result.frame.value).all() and len(result.frame) >= 4
     one = probe(net, [3.0, 0.5], states="prior", layers=layers, n=2, stats="rms", batch_size=1, progress=False)
