@@ -29,6 +29,10 @@ from gddlab.freezing import controls as controls
 from gddlab.freezing import select_freeze as select_freeze
 from gddlab.launch import attach as attach
 from gddlab.launch import train as train
+from gddlab.nets import Call as Call
+from gddlab.nets import Codec as Codec
+from gddlab.nets import Conditioning as Conditioning
+from gddlab.nets import Path as Path
 from gddlab.nets.export import export as export
 from gddlab.probing import Lens as Lens
 from gddlab.probing import Probe as Probe
@@ -43,7 +47,6 @@ from gddlab.probing import null as null
 from gddlab.probing import patch as patch
 from gddlab.probing import probe as probe
 from gddlab.probing import weight_change as weight_change
-from gddlab.probing import wrap as wrap
 from gddlab.reporting.report import report as report
 from gddlab.runs import load_run as load_run
 from gddlab.runs import load_runs as load_runs
@@ -53,6 +56,7 @@ from gddlab.sampling import sample_files as sample_files
 from gddlab.teachers import convert as convert
 from gddlab.teachers import ideal_denoiser as ideal_denoiser
 from gddlab.teachers import load_teacher as load_teacher
+from gddlab.teachers import wrap as wrap
 
 __version__: str
 __all__: list[str]

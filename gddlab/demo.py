@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gddlab.evaluation import Record
-    from gddlab.nets import Precond
+    from gddlab.nets import Denoiser
 
 SCORE = "rel_update"
 METRIC = "fd-lite2"
@@ -156,7 +156,7 @@ def _teacher_scores(teacher: Any, recompute: bool) -> list[Record]:
     return [Record.from_dict(s) for s in teacher.card.scores]
 
 
-def _grids(teacher: Precond, images: Tensor) -> dict[str, np.ndarray]:
+def _grids(teacher: Denoiser, images: Tensor) -> dict[str, np.ndarray]:
     """Images of seeds 0 to 63 as grids: the teacher's, as they ship with it, and the student's."""
     import numpy as np
     from PIL import Image

@@ -49,10 +49,14 @@ def test_runs_are_listed_and_agents_start_without_torch() -> None:
             "from gddlab.teachers import load_teacher; load_teacher('digits')",
             {"pandas", "matplotlib", "timm", "torch_fidelity", "sklearn", "captum"},
         ),
+        (
+            "import gddlab; [getattr(gddlab, n) for n in ('wrap', 'probe', 'sample', 'load_teacher', 'Conditioning')]",
+            {"diffusers", "transformers", "accelerate"},
+        ),
         # nor the parts of torch that take seconds
         ("import gddlab.diagnosis", {"pandas", "timm", "sympy", "torch.distributed.fsdp"}),
     ],
-    ids=["a teacher", "the doctor"],
+    ids=["a teacher", "what wraps networks", "the doctor"],
 )
 def test_what_needs_torch_comes_without_the_rest(what: str, without: set[str]) -> None:
     code = f"import sys; {what}; print(sorted({without} & set(sys.modules)))"

@@ -26,7 +26,7 @@ from gddlab.files import nearest_existing
 from gddlab.nets import Precond, build
 from gddlab.progress import duration
 from gddlab.runtime import peak_memory_mib
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 from gddlab.teachers.catalog import PUBLISHED
 from gddlab.workers import run_workers
 
@@ -197,7 +197,7 @@ def _found(config: TrainConfig, nproc: int) -> list[Check]:
     there: dict[str, Any] = {}
 
     def teacher() -> str:
-        net = there["teacher"] = load_teacher(config.teacher)
+        net = there["teacher"] = load_precond(config.teacher)
         size = f"{net.img_resolution}x{net.img_resolution}"
         return f"{config.teacher}: {type(net.model).__name__}, {size}, {net.label_dim} classes"
 
@@ -276,7 +276,7 @@ def stand_ins(config: TrainConfig) -> tuple[Precond, ImageDataset]:
     """Random images, and a published teacher's architecture with random weights; another teacher is taken as it is."""
     name = config.teacher
     torch.manual_seed(0)
-    teacher = build(PUBLISHED[name].architecture).eval() if name in PUBLISHED else load_teacher(name)
+    teacher = build(PUBLISHED[name].architecture).eval() if name in PUBLISHED else load_precond(name)
     rng = np.random.default_rng(0)
     side, classes = teacher.img_resolution, teacher.label_dim
     images = rng.integers(0, 256, (max(64, config.batch), side, side, teacher.img_channels), dtype=np.uint8)

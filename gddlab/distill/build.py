@@ -15,7 +15,7 @@ from gddlab.files import hash_tensors, read_object
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.io import make_student
 from gddlab.runtime import chosen_device
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 
 
 def open_data(config: TrainConfig) -> ImageDataset:
@@ -40,7 +40,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
     Returns:
         Teacher and data.
     """
-    teacher, data = load_teacher(config.teacher), open_data(config)
+    teacher, data = load_precond(config.teacher), open_data(config)
     weights_found(config)
     check_fit(config, teacher, data, world_size=world_size)
     check_unchanged(config, teacher, data)

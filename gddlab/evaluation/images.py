@@ -36,7 +36,7 @@ from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import Method, module_of, resolve, seed_list
-from gddlab.teachers.catalog import bundled_teachers, load_teacher
+from gddlab.teachers.catalog import bundled_teachers, load_precond
 from gddlab.workers import run_workers
 
 BLOCK = 50_000
@@ -53,19 +53,19 @@ def open_source(source: str | Path, *, progress: bool = True) -> Precond | Image
     """A model or images by name or path.
 
     Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a bundled teacher's name, also
+    .safetensors, .pt or .pth. Everything else goes to `load_precond`: a run directory, a bundled teacher's name, also
     where a folder is called so, a file of weights.
     """
     text = as_text(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
     if text in bundled_teachers():
-        return load_teacher(text)
+        return load_precond(text)
     path = path_of("source", source)
     images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
-    return load_teacher(source)
+    return load_precond(source)
 
 
 def images_of(

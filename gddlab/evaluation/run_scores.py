@@ -20,7 +20,7 @@ from gddlab.files import path_of, write_json
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
 from gddlab.sampling import sample, save_grid
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 
 if TYPE_CHECKING:
     from gddlab.distill.trainer import Score
@@ -160,7 +160,7 @@ def score_teacher(
         NotFound: The folder holds no teacher, as the run directory of a student.
     """
     folder = path_of("run_dir", run_dir)
-    teacher = load_teacher(folder / "teacher.safetensors")
+    teacher = load_precond(folder / "teacher.safetensors")
     real = data_of(teacher.card) if data is None else open_dataset(data, progress=progress)
     if real is None:
         raise GddlabError(f"no dataset to score against: the teacher in {folder} names none, give data=")

@@ -168,6 +168,9 @@ def trace(
     sampling = Sampling(model, steps, n=n, seed=seed, class_labels=class_labels)
     selected, modules = select_layers(model, layers, run=True), named_layers(model)
     other = _donor(model, donor, mode)
+    inputs = sampling.inputs
+    if inputs.codec is None and getattr(inputs.denoiser, "latent", False):
+        raise GddlabError("this network makes latents, and images are compared here: give gddlab.wrap vae=")
     real = None if spec is None else _real(sampling.inputs, data, spec, progress)
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     every = {part: None for parts in outputs.values() for part in parts}
@@ -190,12 +193,12 @@ def trace(
         probes = [
             [_means(model, sigma, every) for sigma in calls] if mode == "mean" else [] for calls in sampling.calls
         ]
-        whole = torch.empty(n, *sampling.inputs.shape)
+        whole = torch.empty(n, *inputs.image_shape)
         for i, j in parts:
             x = sampling.begin(i, j, target)
             for k in range(len(sampling)):
                 x = sampling.step(k, x, i, j, functools.partial(_seen, model, every, shapes, probes[k]))
-            whole[i:j] = final(x)
+            whole[i:j] = final(inputs.shown(x))
         means = [[_found(probe) for probe in of_step] for of_step in probes]
         intact = None if spec is None else Compared(whole, spec, real, target)
 
@@ -208,7 +211,7 @@ def trace(
                     x = sampling.step(k, state, i, j, around)
                     for later in range(k + 1, len(sampling)):
                         x = sampling.step(later, x, i, j)
-                    images[i:j] = final(x)
+                    images[i:j] = final(inputs.shown(x))
                     bar.update()
                 numbers = [(images - whole).double().square().mean((1, 2, 3)).sqrt()]
                 if intact is not None:
@@ -259,7 +262,7 @@ def _real(inputs: Inputs, data: Data, spec: Extractor, progress: bool) -> Refere
     if data is None:
         return None
     real = open_reference(data, spec, progress=progress)
-    check_shape(inputs.shape, real, "the network's images")
+    check_shape(inputs.image_shape, real, "the network's images")
     return real
 
 

@@ -16,7 +16,7 @@ from gddlab.freezing.select import Score
 from gddlab.nets import Precond
 from gddlab.probing import DEFAULT, ProbeResult, ablate, probe
 from gddlab.runtime import chosen_device
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 
 MAIN = ("gdd-i", "gdd")
 CHOOSING, ABLATION = "02_choosing_a_mask", "17_freezing"
@@ -32,7 +32,7 @@ Chooser = Callable[[Measured, int], FreezeMask | None]
 
 def measure(teacher: str, data: str) -> Measured:
     """Probes and ablates a teacher: 64 and 16 images at 18 noise levels, seed 0."""
-    net = load_teacher(teacher).to(chosen_device())
+    net = load_precond(teacher).to(chosen_device())
     probed = probe(net, 18, data=data, stats=(*DEFAULT, "cosine"), n=64, seed=0)  # the cosine is a score of masks
     return Measured(probed.join(ablate(net, 18, data=data, n=16, seed=0)), rule(net))
 

@@ -25,7 +25,7 @@ from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 
@@ -218,7 +218,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
     inputs = _inputs(study, folder)
     students = {e: load_run(folder / e / "seed-0").student().to(device) for e in inputs}
     began = time.perf_counter()
-    teacher = load_teacher(chosen.teacher).to(device)
+    teacher = load_precond(chosen.teacher).to(device)
     configs = {}
     if study.timed:
         measured = _measured(chosen, folder / "measured")

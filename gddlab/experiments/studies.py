@@ -24,7 +24,7 @@ from gddlab.probing.null import Kind
 from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
-from gddlab.teachers import bundled_teachers, load_teacher
+from gddlab.teachers import bundled_teachers, load_precond
 
 OTHER_NOISE = "other noise"
 PROBED, DENOISED = 64, 512
@@ -176,7 +176,7 @@ def _teachers(s: Subjects) -> dict[str, Precond]:
     """The teacher, and those of the same architecture and images that ship with gddlab."""
     out = {s.teacher.card.name: s.teacher}
     for name in bundled_teachers():
-        other = load_teacher(name)
+        other = load_precond(name)
         if name not in out and other.card.data == s.data and other.init_kwargs == s.teacher.init_kwargs:
             out[name] = other.to(next(s.teacher.parameters()).device)
     return out

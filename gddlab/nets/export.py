@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, check_free, hash_tensors, path_of
+from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.io import architecture, from_edm
 from gddlab.nets.precond import OneStepPrecond, Precond, check_level
 from gddlab.progress import progress_bar
@@ -60,7 +61,7 @@ class OneStep(nn.Module):
 
 
 def export(
-    student: Precond,
+    student: Denoiser,
     out: str | Path,
     *,
     sigma: float | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -119,7 +120,7 @@ class Path:
         if name.startswith("EDM"):
             return cls.edm(getattr(config, "sigma_data", 0.5), said or "epsilon")
         abar = getattr(scheduler, "alphas_cumprod", None)
-        odd = [w for w in ("SCM", "LCM", "TCD", "KarrasVe", "ScoreSde", "CMStochastic", "VQ") if w in name]
+        odd = [w for w in ("SCM", "KarrasVe", "ScoreSde", "CMStochastic", "VQ") if w in name]
         if abar is None or odd:
             raise GddlabError(
                 f"the schedule of a {name} is not known here: give path=, such as gddlab.Path.flow(1000.0), or denoise="
@@ -142,7 +143,7 @@ class Path:
             return PURE
         return self._sigmas[-1].exp().item() if self.kind == "vp" and self.clock == "index" else math.inf
 
-    @property
+    @functools.cached_property
     def _sigmas(self) -> Float[Tensor, " t"]:
         """ln sigma of each step that has an image, rising, float64."""
         abar = torch.tensor([a for a in self.alphas_cumprod if a > 0], dtype=torch.float64)

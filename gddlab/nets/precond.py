@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gddlab.errors import GddlabError, numbers_in, shown, unknown
+from gddlab.nets.denoiser import Denoiser, levels_of
 from gddlab.nets.path import Coefficients
 from gddlab.nets.unets import UNETS
 
@@ -22,7 +23,7 @@ SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 """EDM's range of noise levels and standard deviation of the data, images in [-1, 1] (Karras et al. 2022, table 1)."""
 
 
-class Precond(nn.Module):
+class Precond(Denoiser):
     """A denoiser D(x; sigma) around a U-Net, `self.model`; subclasses give the four coefficients.
 
     Args:
@@ -38,10 +39,6 @@ class Precond(nn.Module):
     outputs_per_channel = 1
     default_target: float | None = None
     """The target noise level of a student that takes one, where none is given."""
-    sigma_min: float
-    sigma_max: float
-    card: Any
-    """The card that `load_teacher` gives; None for a network built otherwise."""
 
     def __init__(
         self,
@@ -70,10 +67,6 @@ class Precond(nn.Module):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Coefficients at `sigma`, (B, 1, 1, 1)."""
         raise AssertionError("a preconditioning defines its coefficients")
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest sigma that the network was trained at; the identity except for iDDPM."""
-        return sigma
 
     def forward(
         self,
@@ -137,20 +130,6 @@ class Precond(nn.Module):
         c_noise = c.c_noise if told is None else self.coefficients(levels_of(told, x)).c_noise
         f = self.model(c.c_in * x, c_noise, class_labels, augment_labels, c_target)
         return c.c_skip * x + c.c_out * f[:, : self.img_channels].to(x.dtype)
-
-
-def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
-    """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
-    if isinstance(sigma, int | float):  # filled on the device: a copy from the host would wait for it
-        return torch.full((x.shape[0], 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
-    if not isinstance(sigma, Tensor):  # a list, or an array
-        try:
-            sigma = torch.as_tensor(sigma)
-        except (TypeError, ValueError, RuntimeError):
-            raise GddlabError(f"sigma={shown(sigma)}: give a number above 0, or one for each image") from None
-    if sigma.numel() not in (1, x.shape[0]):
-        raise GddlabError(f"sigma has shape {tuple(sigma.shape)} for {x.shape[0]} images: give a number, or one each")
-    return sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
 
 
 class EDMPrecond(Precond):

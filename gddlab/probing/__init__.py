@@ -13,7 +13,7 @@ from gddlab.probing.probe import Estimate, estimate, probe
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.statistics import DEFAULT, STATISTICS, PerImage, Statistic
 from gddlab.probing.weights import weight_change
-from gddlab.probing.wrap import wrap
+from gddlab.teachers.wrap import wrap
 
 __all__ = [
     "DEFAULT",

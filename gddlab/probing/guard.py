@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
+from gddlab.nets.bare import device_of, is_offloaded
 from gddlab.runtime import switched
 from gddlab.sampling.samplers import precision
 
@@ -22,7 +23,9 @@ def as_it_was(
 
     None as device or dtype leaves the network where it is, in its own precision, also where the caller has autocast on.
     """
-    origin = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    origin = device_of(model)
+    if device is not None and str(device) != str(origin) and is_offloaded(model):
+        raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {origin}, omit device=")
     target = origin if device is None else _device(device)
     name = precision(dtype)
     modes = {m: m.training for m in model.modules()}

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
 from gddlab.errors import GddlabError, numbers_in, shown
-from gddlab.nets import Precond
+from gddlab.nets import Codec, Denoiser, Path, Precond
+from gddlab.nets.denoiser import Wrapped
 from gddlab.nets.precond import check_level
 from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
-from gddlab.sampling.samplers import heun_step, one_hot, seed_list
+from gddlab.sampling.samplers import from_pure, heun_step, is_pure, one_hot, seed_list
 
 # Arguments that all measurements share.
 Timesteps = SkipValidation[int | Sequence[float] | None]
 Told = SkipValidation[Literal["cross"] | float | Sequence[float] | None]
 Data = Source | None
 States = Literal["noised", "prior", "trajectory", "student"]
+Unit = Literal["sigma", "t"]
 Labels = SkipValidation[Tensor | Sequence[int] | int | None]
 Precision = Literal["float32", "bfloat16", "float16"] | torch.dtype | None
 
@@ -66,7 +68,7 @@ class Inputs:
 
     Args:
         model: The denoiser that will see them: its range, shape, labels and card are read.
-        timesteps, told, data, states, n, start, seed, class_labels: As in `probe`.
+        timesteps, unit, told, data, states, n, start, seed, class_labels: As in `probe`.
 
     Attributes:
         sigmas: Noise levels, descending.
@@ -82,6 +84,7 @@ class Inputs:
         model: nn.Module,
         timesteps: Timesteps = None,
         *,
+        unit: Unit = "sigma",
         told: Told = None,
         data: Data = None,
         states: States = "noised",
@@ -91,6 +94,8 @@ class Inputs:
         class_labels: Labels = None,
     ):
         self.denoiser = denoiser_of(model)
+        if isinstance(self.denoiser, Wrapped):
+            self.denoiser.check_conditioning()
         for name, value in self.denoiser.state_dict().items():
             if not isinstance(value, Tensor):  # of a quantised network
                 raise GddlabError(f"the network is quantised ({name!r} is no tensor): give it as it was before")
@@ -102,13 +107,19 @@ class Inputs:
         crossed = isinstance(told, str) and told == "cross"
         if timesteps is None:
             timesteps = CROSSED if crossed and states != "student" else LEVELS
+        if unit == "t":
+            timesteps = _from_times(self.denoiser, "timesteps", timesteps)
+            told = told if crossed else _from_times(self.denoiser, "told", told)
         self.sigmas = _noise_levels(self.denoiser, timesteps, states)
         self.told = self.sigmas if crossed else _told_levels(self.denoiser, told)
+        if isinstance(self.denoiser, Wrapped):
+            self.denoiser.check_times(self.told or self.sigmas)
         self.dataset = dataset_of(self.denoiser, data, states)
         self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
         label_dim = int(getattr(self.denoiser, "label_dim", 0))
         names = ("img_channels", "img_resolution", "img_resolution")
         shape = tuple(getattr(self.denoiser, a, None) for a in names)
+        self.codec: Codec | None = getattr(self.denoiser, "codec", None)
         self._index: Tensor | None = None
         if self.dataset is None:
             if None in shape:
@@ -120,7 +131,11 @@ class Inputs:
         else:
             self.shape = (self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
             self._index = self._images(shape)
-            if class_labels is None and label_dim:
+            if self.codec is not None:
+                self.shape = self.codec.latent_shape(self.dataset.resolution)
+            if getattr(self.denoiser, "cond", None) is not None:
+                self.labels = one_hot(label_dim, range(seed + start, seed + start + n), class_labels)
+            elif class_labels is None and label_dim:
                 if self.dataset.classes != label_dim:
                     raise GddlabError(
                         f"{self.dataset.name!r} has {self.dataset.classes} classes, this network {label_dim}: "
@@ -131,7 +146,8 @@ class Inputs:
                 self.labels = one_hot(label_dim, range(seed, seed + n), class_labels)
         labels_of = f"class {class_labels}" if isinstance(class_labels, int) else "given"
         if class_labels is None:
-            labels_of = "in turn" if self.dataset is None else "images"
+            in_turn = self.dataset is None or getattr(self.denoiser, "cond", None) is not None
+            labels_of = "in turn" if in_turn else "images"
         self._labels_of = None if self.labels is None else labels_of
 
     def _images(self, shape: tuple[int | None, ...]) -> Tensor:
@@ -142,7 +158,14 @@ class Inputs:
             left = len(self.dataset) - self.start
             hint = f"give n={left} or less" if left > 0 else "give a smaller start"
             raise GddlabError(f"{where}, but {self.dataset.name!r} has {len(self.dataset)}: {hint}")
-        if None not in shape and shape != self.shape:
+        if self.codec is not None:
+            shape = self.codec.image_shape(shape)
+        elif getattr(self.denoiser, "latent", False):
+            raise GddlabError(
+                'this network works on latents: give gddlab.wrap vae=, its autoencoder, or states="prior" to probe it '
+                "without images"
+            )
+        if any(a is not None and a != b for a, b in zip(shape, self.shape, strict=True)):
             raise GddlabError(
                 f"{self.dataset.name!r} has images {self.shape}, this network takes {shape}: give another data="
             )
@@ -167,11 +190,24 @@ class Inputs:
         step = max(1, batch_size // (width * each) // group) * group
         return levels, [(i, min(i + step, last)) for i in range(first, last, step)]
 
-    def clean(self, i: int, j: int) -> Float[Tensor, "n c h w"]:
-        """The images themselves, in [-1, 1]; zeros where there are none."""
+    def clean(self, i: int, j: int, device: torch.device | None = None) -> Float[Tensor, "n c h w"]:
+        """What the network is to denoise to: images in [-1, 1], or their latents; zeros where there are none."""
         if self.dataset is None or self._index is None:
             return torch.zeros(j - i, *self.shape)
-        return self.dataset.images(self._index[i:j])
+        images = self.dataset.images(self._index[i:j])
+        if self.codec is None:
+            return images
+        with torch.no_grad():
+            return self.codec.encode(images.to(device or images.device)).to(images.device)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of what `shown` gives."""
+        return self.shape if self.codec is None else self.codec.image_shape(self.shape)
+
+    def shown(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
+        """What the network denoises as images on the scale of [-1, 1]: latents are decoded."""
+        return x if self.codec is None else self.codec.decode(x)
 
     def class_ids(self) -> np.ndarray | None:
         """The class of each image in its dataset, (n,) int64; None without labels."""
@@ -214,7 +250,7 @@ class Inputs:
             x = (levels[:, None, None, None] * noise[:, None]).flatten(0, 1)  # (b, S, C, H, W) -> (B, C, H, W)
             origin = torch.zeros_like(x) if self.dataset is None else x
         if self.dataset is not None:
-            clean = self.clean(i, j).to(device, dtype).repeat_interleave(len(levels), 0)
+            clean = self.clean(i, j, device).to(device, dtype).repeat_interleave(len(levels), 0)
             x = clean + x
         labels = None if labels is None else labels.repeat_interleave(len(levels), 0)
         return Noised(x, levels.repeat(j - i), labels, clean, origin)
@@ -227,14 +263,21 @@ class Inputs:
         x = (noise * visited[0]).double()
         found = {visited[0]: x.to(noise.dtype)}
 
-        def slope(x: Tensor, sigma: float) -> Tensor:
+        def denoised(x: Tensor, sigma: float) -> Tensor:
             level = torch.full((len(x),), sigma, dtype=noise.dtype, device=noise.device)
-            return (x - self.denoiser(x.to(noise.dtype), level, labels).double()) / sigma
+            out: Tensor = self.denoiser(x.to(noise.dtype), level, labels).double()
+            return out
+
+        def slope(x: Tensor, sigma: float) -> Tensor:
+            return (x - denoised(x, sigma)) / sigma
 
         for sigma, following in itertools.pairwise(visited):
             if following < min(wanted):
                 break
-            x = heun_step(slope, x, sigma, following)
+            if is_pure(self.denoiser, sigma):
+                x = from_pure(denoised(x, sigma), x, sigma, following)
+            else:
+                x = heun_step(slope, x, sigma, following)
             found[following] = x.to(noise.dtype)
         return torch.stack([found[s] for s in wanted], 1)
 
@@ -249,11 +292,30 @@ class Inputs:
             "seed": self.seed,
             "images": [[self.seed, self.start, self.start + self.n]],
             "labels": self._labels_of,
+            **self._told_besides(),
         }
+
+    def _told_besides(self) -> dict[str, Any]:
+        """Times, conditioning, guidance and codec, of a network that has them."""
+        net, about = self.denoiser, {}
+        if (path := getattr(net, "path", None)) is not None:
+            about["t"] = path.time(torch.tensor(self.sigmas, dtype=torch.float64)).tolist()
+        if (cond := getattr(net, "cond", None)) is not None:
+            about["cond"] = {"hash": cond.hash, "names": list(cond.names)}
+        if (guidance := getattr(net, "guidance", None)) is not None:
+            about["guidance"] = guidance
+        if self.codec is not None:
+            about["codec"] = str(self.codec)
+        return about
+
+
+def _ends(model: nn.Module) -> tuple[float, float]:
+    """The lowest and highest noise level by default: EDM's, within the network's range."""
+    low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
+    return max(0.002, low), min(80.0, high)
 
 
 def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[float]:
-    low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))
     if states == "student":
         if not (isinstance(timesteps, Integral) and timesteps == LEVELS):
             raise GddlabError(f"timesteps={timesteps!r}: a student sees sigma 80 alone, omit timesteps (or --sigmas)")
@@ -261,10 +323,32 @@ def _noise_levels(model: nn.Module, timesteps: Timesteps, states: str) -> list[f
     steps: Any = timesteps
     _check_count("timesteps", steps)
     if isinstance(steps, Integral) and not isinstance(steps, bool):
-        grid = karras_sigmas(int(steps), sigma_min=max(0.002, low), sigma_max=min(80.0, high)).tolist()
+        low, high = _ends(model)
+        grid = karras_sigmas(int(steps), sigma_min=low, sigma_max=high).tolist()
     else:
         grid = _listed_levels(model, "timesteps", steps, "a whole number, or a list of sigmas")
     return _descending(model, grid)
+
+
+def _from_times(model: nn.Module, name: str, times: Any) -> Any:
+    """Noise levels at a network's own times; as a number of levels, equally spaced in time."""
+    path: Path | None = getattr(model, "path", None)
+    if path is None:
+        raise GddlabError('unit="t": this network has no time of its own, give noise levels as sigma')
+    if times is None:
+        return None
+    _check_count(name, times)
+    low, high = _ends(model)
+    if name == "timesteps" and isinstance(times, Integral) and not isinstance(times, bool):
+        first, last = path.time(torch.tensor([high, low], dtype=torch.float64)).tolist()
+        grid = torch.linspace(first, last, max(1, int(times)), dtype=torch.float64).tolist()
+        return [min(max(path.sigma(t), low), high) for t in grid]
+    single = isinstance(times, Real) and not isinstance(times, bool)
+    try:
+        listed = [float(t) for t in numbers_in([times] if single else times)]
+    except (TypeError, ValueError):
+        raise GddlabError(f"{name}={shown(times)}: give a whole number, or a list of times") from None
+    return [path.sigma(t) for t in listed]
 
 
 def _told_levels(model: nn.Module, told: Any) -> list[float] | None:
@@ -305,7 +389,7 @@ def _check_count(name: str, steps: Any) -> None:
 
 
 def _descending(model: nn.Module, grid: list[float]) -> list[float]:
-    if isinstance(model, Precond):  # iDDPM knows certain levels only
+    if isinstance(model, Denoiser):  # iDDPM knows certain levels only
         grid = model.round_sigma(torch.tensor(grid, dtype=torch.float64)).tolist()
     return sorted(set(grid), reverse=True)
 

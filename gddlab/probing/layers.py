@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gddlab.errors import GddlabError, check_takes, shown, unknown
+from gddlab.nets.bare import denoiser_of as denoiser_of
+from gddlab.nets.bare import unwrap as unwrap
 from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
-
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "AveragedModel": "module"}
-"""Where torch's wrappers hold the network; by class name, since importing the compiler takes a second."""
 
 
 def plain_name(name: str) -> str:
@@ -32,35 +31,6 @@ def owner_of(parameter: str) -> str:
     """Name of the layer that holds a parameter; of a parametrized weight, the convolution itself."""
     layer, parametrized, _ = parameter.partition(".parametrizations.")
     return layer if parametrized else parameter.rpartition(".")[0]
-
-
-def denoiser_of(model: nn.Module) -> nn.Module:
-    """What is called as `model(x, sigma, labels)`, without DistributedDataParallel, AveragedModel, torch.compile.
-
-    Raises:
-        GddlabError: It is no network.
-    """
-    if not isinstance(model, nn.Module):
-        raise GddlabError(
-            f"the network is of type {type(model).__name__}: give a torch.nn.Module, such as load_teacher(...)"
-        )
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif type(model).__name__ in _WRAPPERS:
-            model = getattr(model, _WRAPPERS[type(model).__name__])
-        else:
-            return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The bare network, inside `gddlab.wrap` too: its names of layers and parameters are used everywhere."""
-    while True:
-        model = denoiser_of(model)
-        inner = getattr(model, "gddlab_bare", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -68,7 +68,8 @@ class Lens:
             bypassed, so that the last is the network's own output; for readouts after them "output".
         sigmas: Noise levels, descending.
         clean: The images themselves, (n, C, H, W).
-        noisy: What the network was given, clean + sigma * noise, (S, n, C, H, W).
+        noisy: What the network was given, clean + sigma * noise, (S, n, C, H, W); of latents, whose images all of these
+            are, decoded after they were scaled to the spread of the data.
         meta: Network, data, seed, mode, versions.
     """
 
@@ -132,7 +133,7 @@ class Lens:
         )
         figure.get_layout_engine().set(w_pad=0.02, wspace=0)  # type: ignore[union-attr, call-arg]
         for s, (ax, sigma) in enumerate(zip(axes[0], self.sigmas, strict=True)):
-            scale = 0.5 / (sigma**2 + 0.25) ** 0.5
+            scale = 1.0 if "codec" in self.meta else 0.5 / (sigma**2 + 0.25) ** 0.5
             above = _tiles([self.clean[chosen], self.noisy[s, chosen] * scale])
             below = _tiles(list(self.images[:, s, chosen]))
             side = (above.shape[0] + 1) / 2
@@ -265,7 +266,7 @@ def lens(
     outputs = [outputs_of(layer, modules) for layer in selected]
     parts = {part for by in outputs for part in by}
     showing, fitting = spans(0, n, batch_size), spans(n, inputs.n, batch_size)
-    images = torch.empty(len(names) + 1, len(inputs.sigmas), n, *inputs.shape)
+    images = torch.empty(len(names) + 1, len(inputs.sigmas), n, *inputs.image_shape)
     noisy = torch.empty(images.shape[1:])
     passes = len(fitting) + len(showing) * (2 if mode == "readout" else len(names) + 1)
     with (
@@ -288,16 +289,16 @@ def lens(
                 changes = [{part: _replacement(means.get(part)) for part in by} for by in outputs]
             for i, j in showing:
                 rows = rows_of(i, j)
-                noisy[s, i:j] = rows[0]
-                images[-1, s, i:j] = denoised(net, rows)
+                noisy[s, i:j] = rows[0] if inputs.codec is None else inputs.shown(rows[0] / (1 + sigma**2) ** 0.5)
+                images[-1, s, i:j] = inputs.shown(denoised(net, rows))
                 if mode == "readout":
                     for k, (name, x) in enumerate(reader(rows_of(i, j)).items()):
-                        images[k, s, i:j] = readouts[name](x).reshape(j - i, *inputs.shape)
+                        images[k, s, i:j] = inputs.shown(readouts[name](x).reshape(j - i, *inputs.shape))
                     continue
                 for k in range(len(names)):
                     after = {part: change for by in changes[k:] for part, change in by.items()}
                     with tapped(model, after, j - i):
-                        images[k, s, i:j] = denoised(net, rows)
+                        images[k, s, i:j] = inputs.shown(denoised(net, rows))
                     bar.update()
     if mode == "readout":
         warn_few(max(len(readout.weight) for readout in readouts.values()), fit=fit)
@@ -306,7 +307,9 @@ def lens(
     meta["settings"] |= {"fit": fit} if mode != "bypass" else {}
     meta["settings"] |= {"dims": dims} if mode == "readout" else {}
     steps = (*names, OUTPUT) if mode == "readout" else (NONE, *names)
-    return Lens(images, steps, tuple(inputs.sigmas), inputs.clean(0, n), noisy, meta)
+    with torch.no_grad():
+        clean = inputs.shown(inputs.clean(0, n))
+    return Lens(images, steps, tuple(inputs.sigmas), clean, noisy, meta)
 
 
 def _replacement(mean: Float[Tensor, "1 c"] | None) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from gddlab.errors import GddlabError, unknown, validated
 from gddlab.probing.crossing import BLOCKS
 from gddlab.probing.guard import as_it_was, warn_nonfinite
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps, Told
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, States, Timesteps, Told, Unit
 from gddlab.probing.layers import LayerSelection
 from gddlab.probing.null import Kind, null
 from gddlab.probing.result import ProbeResult, network_meta
@@ -39,6 +39,7 @@ def probe(
     model: Any,
     timesteps: Timesteps = None,
     *,
+    unit: Unit = "sigma",
     told: Told = None,
     data: Data = None,
     states: States = "noised",
@@ -73,6 +74,8 @@ def probe(
         timesteps: Number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
             network's range. In Python also the levels themselves, standard deviations on the scale of [-1, 1], or None
             for 18 levels, 6 where each is told each.
+        unit: Of `timesteps` and `told`: "sigma", or "t", the network's own time, of one that has a `path`: steps 0 to
+            999, or shares of noise. A number of noise levels is then equally spaced in time.
         told: What noise level the network is told. None means the input's own; "cross" tells it each level for each
             input, so that `effects` can say what a layer responds to. In Python also a level, or a list of levels, told
             for every input. The input is scaled as its own level asks.
@@ -115,7 +118,13 @@ def probe(
             images than there are; labels or images that do not fit the network; a layer that cannot be measured;
             `compile` without a compiler.
     """
-    asked: dict[str, Any] = {"timesteps": _again(timesteps), "told": _again(told), "data": data, "states": states}
+    asked: dict[str, Any] = {
+        "timesteps": _again(timesteps),
+        "unit": unit,
+        "told": _again(told),
+        "data": data,
+        "states": states,
+    }
     asked |= {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
     inputs, kinds = Inputs(model, **asked), _null_kinds(nulls)
     blocks = BLOCKS if kinds or told is not None else 1
@@ -285,6 +294,7 @@ def estimate(
     model: Any,
     timesteps: Timesteps = None,
     *,
+    unit: Unit = "sigma",
     told: Told = None,
     data: Data = None,
     states: States = "noised",
@@ -308,7 +318,16 @@ def estimate(
         GddlabError: Whatever `probe` refuses.
     """
     inputs = Inputs(
-        model, timesteps, told=told, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels
+        model,
+        timesteps,
+        unit=unit,
+        told=told,
+        data=data,
+        states=states,
+        n=n,
+        start=start,
+        seed=seed,
+        class_labels=class_labels,
     )
     kinds = _null_kinds(nulls)
     how = _How(_again(layers), _again(stats), per_channel, batch_size, device, dtype, compile)

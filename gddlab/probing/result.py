@@ -23,6 +23,7 @@ from torch import nn
 from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import atomic_path, check_kind, folder_of, hash_tensors, holds_format, path_of, read_json
 from gddlab.nets import Precond, architecture
+from gddlab.nets.bare import weights_of
 from gddlab.probing.crossing import Crossing
 from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
 from gddlab.probing.null import AgainstNulls
@@ -53,7 +54,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
     names = {layer.name for layer in measured}
     bare, denoiser = unwrap(model), denoiser_of(model)
     about: dict[str, Any] = {"class": type(bare).__name__}
-    about["fingerprint"] = hash_tensors({plain_name(k): v for k, v in bare.state_dict().items()})
+    about["fingerprint"] = hash_tensors({plain_name(k): v for k, v in weights_of(bare).items()})
     if isinstance(denoiser, Precond):
         about |= architecture(denoiser)
     return {

@@ -12,10 +12,13 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, integer, numbers_in, positive, shown, unknown
-from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
+from gddlab.nets import PURE, SIGMA_MAX, SIGMA_MIN, Denoiser, OneStepPrecond, Precond
+from gddlab.nets.bare import device_of
+from gddlab.nets.codec import Codec
+from gddlab.nets.denoiser import Wrapped
 from gddlab.nets.precond import check_level, descending
 from gddlab.progress import progress_bar
 from gddlab.runtime import MAX_SEED, beside_runs
@@ -98,7 +101,7 @@ class Sampler:
                 if not isinstance(value, int | float) or not fits(value):
                     raise GddlabError(f"{name}={shown(value)}: give {wanted}")
 
-    def sigma_range(self, net: Precond) -> tuple[float, float]:
+    def sigma_range(self, net: Denoiser) -> tuple[float, float]:
         """sigma_min and sigma_max for a network: as given, or the discretisation's, clipped to the network's range."""
         vp = vp_schedule()
         lo, hi = {
@@ -139,7 +142,7 @@ class Sampler:
             raise GddlabError(f"no iDDPM noise level in {lo:g}..{hi:g}: widen sigma_min and sigma_max")
         return u[((len(u) - 1) * ramp).round().long()]
 
-    def time_steps(self, net: Precond) -> tuple[Schedule, list[float]]:
+    def time_steps(self, net: Denoiser) -> tuple[Schedule, list[float]]:
         """sigma(t), and the times t_0 > ... > t_N = 0 of the steps with a network.
 
         Raises:
@@ -175,7 +178,7 @@ def heun_step(slope: Callable[[Tensor, T], Tensor], x: Tensor, t: T, t_next: T, 
 
 
 def integrate(
-    net: Precond,
+    net: Denoiser,
     z: Float[Tensor, "b c h w"],
     class_labels: Float[Tensor, "b k"] | None = None,
     sampler: Sampler = Sampler(),
@@ -203,18 +206,21 @@ def integrate(
     if sampler.S_churn and noise is None:
         raise GddlabError(f"S_churn={sampler.S_churn:g} needs noise: give noise=ImageNoise(seeds, shape)")
     process, times = sampler.time_steps(net)
-    dtype = next(net.parameters()).dtype
+    dtype = input_type(net)
 
     def scale(t: float) -> float:
         return 1.0 if sampler.scaling == "none" else 1 / math.sqrt(1 + process.sigma(t) ** 2)
+
+    def denoised(image: Tensor, sigma: float) -> Tensor:
+        out: Tensor = net(image.to(dtype), torch.tensor(sigma, dtype=dtype), class_labels).double()
+        return out
 
     def slope(x: Tensor, t: float) -> Tensor:
         """dx/dt (equation 4, with the score as (D - x) / sigma^2)."""
         sigma, dsigma, s = process.sigma(t), process.slope(t), scale(t)
         ds_s = 0.0 if sampler.scaling == "none" else -sigma * dsigma * s**2
         image = x / s
-        denoised = net(image.to(dtype), torch.tensor(sigma, dtype=dtype), class_labels).double()
-        return ds_s * x + dsigma * s * ((image - denoised) / sigma)
+        return ds_s * x + dsigma * s * ((image - denoised(image, sigma)) / sigma)
 
     x = z.double() * (process.sigma(times[0]) * scale(times[0]))
     for t, t_next in itertools.pairwise(times):
@@ -227,19 +233,45 @@ def integrate(
                 added = sampler.S_noise * math.sqrt(max(raised**2 - sigma**2, 0))
                 x = scale(t_hat) / scale(t) * x + scale(t_hat) * added * fresh
                 t = t_hat
-        if sampler.solver == "euler" or t_next == 0:
+        if is_pure(net, sigma):
+            image = x / scale(t)
+            lower = process.sigma(t_next)
+            x = scale(t_next) * from_pure(denoised(image, sigma), image, sigma, lower)
+        elif sampler.solver == "euler" or t_next == 0:
             x = x + (t_next - t) * slope(x, t)
         else:
             x = heun_step(slope, x, t, t_next, alpha=sampler.alpha)
     return x
 
 
-def _rounded(net: Precond, sigma: float) -> float:
+def is_pure(net: Any, sigma: float) -> bool:
+    """Whether a network sees noise without an image there."""
+    path = getattr(net, "path", None)
+    return path is not None and path.ends_in_noise and sigma >= PURE
+
+
+def from_pure(image: Tensor, x: Tensor, sigma: float, lower: float) -> Tensor:
+    """The state at a lower noise level: the noise of x = sigma * noise, and the image that the network makes of it.
+
+    Euler's step would take part of the image away, since it takes x for image + sigma * noise.
+    """
+    return image + lower / sigma * x
+
+
+def input_type(net: nn.Module) -> torch.dtype:
+    """The type of the states that a network is given: its own; `wrap`'s cast them themselves."""
+    if isinstance(net, Precond):
+        return next(net.parameters()).dtype
+    exact = any(p.dtype == torch.float64 for p in net.parameters())
+    return torch.float64 if exact else torch.float32
+
+
+def _rounded(net: Denoiser, sigma: float) -> float:
     return float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
 
 
 def heun(
-    net: Precond,
+    net: Denoiser,
     z: Float[Tensor, "b c h w"],
     class_labels: Float[Tensor, "b k"] | None = None,
     *,
@@ -369,13 +401,21 @@ def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int]
     return torch.nn.functional.one_hot(ids.long(), label_dim).float()
 
 
-def module_of(net: Any) -> Precond:
+def denoiser_in(net: Any) -> Denoiser:
     """The network itself, also when torch.compile has wrapped it."""
     module = getattr(net, "_orig_mod", net)
-    if not isinstance(module, Precond):
+    if not isinstance(module, Denoiser):
         raise GddlabError(
             f"{type(net).__name__} is no network: give gddlab.load_teacher(...) or load_run(...).student()"
         )
+    return module
+
+
+def module_of(net: Any) -> Precond:
+    """`denoiser_in`, of gddlab's own networks alone."""
+    module = denoiser_in(net)
+    if not isinstance(module, Precond):
+        raise GddlabError("this is for gddlab's own networks: of what gddlab.wrap makes, gddlab.sample draws a tensor")
     return module
 
 
@@ -385,7 +425,7 @@ Method = Sampler | tuple[float, ...]
 
 @beside_runs()
 def sample(
-    net: Precond,
+    net: Denoiser,
     n: int | None = None,
     *,
     steps: int | None = None,
@@ -396,6 +436,7 @@ def sample(
     batch_size: int = 128,
     dtype: torch.dtype | str | None = None,
     channels_last: bool = False,
+    decode: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> Float[Tensor, "n c h w"]:
@@ -407,24 +448,25 @@ def sample(
     sigma_max=2.5)` is D(2.5 z; 2.5).
 
     Args:
-        net: Student or teacher; it stays on its device.
+        net: Student or teacher, or what `wrap` made of another network; it stays on its device.
         n: Number of images; by default 64, or one per seed.
         steps: For a student the number of steps, by default its own, on the Karras grid from 80 to eps. For a teacher
             the number of noise levels, by default 18.
         seed: First seed; image i comes from seed + i.
         seeds: Explicit seeds instead, one per image, 0 to 2^32 - 1.
         class_labels: For a conditional network: class ids, (n,), one id for all, or one-hot, (n, label_dim); by default
-            an image has the class seed mod label_dim.
+            an image has the class seed mod label_dim. Where `wrap` was given `cond`, rows of it count as classes.
         sigmas: For a student: the noise levels of its steps, descending from 80; by default its own.
         batch_size: Images at once.
         dtype: torch.bfloat16 or torch.float16, or their names: runs the network under autocast.
         channels_last: Runs the network in that memory format, faster for convolutions with bfloat16 and on GPUs.
+        decode: Of a network that works on latents: makes images of them, by its `codec`.
         progress: Shows a bar at a terminal.
         **settings: Fields of `Sampler`, for a teacher: solver, discretization, schedule, scaling, sigma_min, sigma_max,
             rho, S_churn, S_min, S_max, S_noise, ...
 
     Returns:
-        float32 in [-1, 1], (n, C, H, W), on the CPU.
+        float32 in [-1, 1], (n, C, H, W), on the CPU; latents, not clipped, where they are not decoded.
 
     Raises:
         GddlabError: Numbers out of range, labels that do not fit, settings of a teacher given to a student or of a
@@ -435,22 +477,41 @@ def sample(
     n = len(image_seeds)
     batch_size = positive("batch_size", batch_size)
     labels = one_hot(net.label_dim, image_seeds, class_labels)
-    out = torch.empty(n, net.img_channels, net.img_resolution, net.img_resolution)
+    codec = _codec(net, decode)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    out = torch.empty(n, *(shape if codec is None else codec.image_shape(shape)))
     bar = progress_bar(total=n, desc="sampling", unit="img", enabled=progress)
     with bar, prepared(net, dtype=dtype, channels_last=channels_last):
         for i in range(0, n, batch_size):
             j = min(i + batch_size, n)
             c = None if labels is None else labels[i:j]
-            out[i:j] = draw(net, how, image_seeds[i:j], c, channels_last=channels_last)
+            x = draw(net, how, image_seeds[i:j], c, channels_last=channels_last)
+            out[i:j] = x if codec is None else codec.decode(x.to(device_of(net))).clamp(-1, 1).cpu()
             bar.update(j - i)
     return out
 
 
+def _codec(net: Denoiser, decode: bool) -> Codec | None:
+    """What decodes a network's latents, if they are to be decoded; refuses a network without a shape."""
+    module = denoiser_in(net)
+    if None in (module.img_channels, module.img_resolution):
+        raise GddlabError("this network does not say img_channels and img_resolution: give them to gddlab.wrap")
+    if isinstance(module, Wrapped):
+        module.check_conditioning()
+    if not decode and not module.latent:
+        raise GddlabError("decode=False: this network makes images, omit it")
+    if decode and module.latent and module.codec is None:
+        raise GddlabError(
+            "this network makes latents, and no autoencoder is known: give gddlab.wrap vae=, or decode=False"
+        )
+    return module.codec if decode else None
+
+
 def resolve(
-    net: Precond, *, steps: int | None = None, sigmas: Sequence[float] | None = None, **settings: Any
+    net: Denoiser, *, steps: int | None = None, sigmas: Sequence[float] | None = None, **settings: Any
 ) -> Method:
     """What `sample` does with a network: the noise levels of a student, or the sampler of a teacher."""
-    module = module_of(net)
+    module = denoiser_in(net)
     if isinstance(module, OneStepPrecond):
         for name, value in settings.items():
             raise GddlabError(f"{name}={shown(value)} with a one-step student: it takes steps=N or sigmas=(80.0, ...)")
@@ -493,22 +554,25 @@ def sampler_name(how: Method) -> str:
 
 
 @contextlib.contextmanager
-def prepared(net: Precond, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
+def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
     """Inference: eval mode, no gradients, autocast, memory format of the weights; restores the network afterwards."""
     first = next(net.parameters())
     name = precision(dtype)
-    if name != "float32" and first.dtype != torch.float32:
+    whole = isinstance(denoiser_in(net), Precond)
+    if not whole and channels_last:
+        raise GddlabError("channels_last=True with what gddlab.wrap made: set it on the network itself")
+    if name != "float32" and whole and first.dtype != torch.float32:
         raise GddlabError(f"dtype={name} with a {first.dtype} network: autocast wants float32 weights, use net.float()")
     was_training = net.training
     number = first.dtype if name == "float32" else getattr(torch, name)
     layout = torch.channels_last if channels_last else torch.preserve_format
     # Kernels are converted here once; autocast would cast them again in every call.
-    weights = [(p, p.data) for p in net.parameters() if p.ndim == 4 and p is not first]
+    weights = [(p, p.data) for p in net.parameters() if whole and p.ndim == 4 and p is not first]
     try:
         for p, data in weights:
             p.data = data.to(number, memory_format=layout)
         net.eval()
-        autocast = torch.autocast(first.device.type, dtype=getattr(torch, name), enabled=name != "float32")
+        autocast = torch.autocast(device_of(net).type, dtype=getattr(torch, name), enabled=name != "float32")
         with torch.inference_mode(), autocast:
             yield
     finally:
@@ -518,17 +582,17 @@ def prepared(net: Precond, *, dtype: torch.dtype | str | None = None, channels_l
 
 
 def draw(
-    net: Precond, how: Method, seeds: Sequence[int], labels: Tensor | None, *, channels_last: bool = False
+    net: Denoiser, how: Method, seeds: Sequence[int], labels: Tensor | None, *, channels_last: bool = False
 ) -> Tensor:
-    """One batch, inside `prepared`.  -> (len(seeds), C, H, W), float32 in [-1, 1], on the CPU"""
-    first = next(net.parameters())
+    """One batch, inside `prepared`.  -> (len(seeds), C, H, W), float32 in [-1, 1], or latents, on the CPU"""
+    module, device = denoiser_in(net), device_of(net)
     noise = ImageNoise(seeds, (net.img_channels, net.img_resolution, net.img_resolution))
-    z = noise(torch.float32).to(first.device)
+    z = noise(torch.float32).to(device)
     if channels_last:
         z = z.contiguous(memory_format=torch.channels_last)
-    c = None if labels is None else labels.to(first.device)
+    c = None if labels is None else labels.to(device)
     if isinstance(how, tuple):
-        x = multistep(cast(OneStepPrecond, net), z.to(first.dtype), c, sigmas=how, noise=noise)
+        x = multistep(cast(OneStepPrecond, net), z.to(input_type(module)), c, sigmas=how, noise=noise)
     else:
         x = integrate(net, z, c, how, noise=noise)
-    return x.float().clamp(-1, 1).cpu()
+    return x.float().cpu() if module.latent else x.float().clamp(-1, 1).cpu()

@@ -38,7 +38,7 @@ from gddlab.sampling.samplers import (
     sampler_name,
     seed_list,
 )
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_precond
 from gddlab.workers import run_workers
 
 FORMAT = "gddlab-samples-1"
@@ -153,7 +153,7 @@ def make_share(
 
     `report` is called with the number of images of each part, when it is written.
     """
-    net = load_teacher(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
+    net = load_precond(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
     how = resolve(net, **method)
     if net.img_channels not in (1, 3):
         raise GddlabError(

@@ -1,8 +1,9 @@
 """Teachers: load them, convert them, say what they are."""
 
-from gddlab.teachers.catalog import PUBLISHED, TeacherCard, bundled_teachers, load_teacher
+from gddlab.teachers.catalog import PUBLISHED, TeacherCard, bundled_teachers, load_precond, load_teacher
 from gddlab.teachers.convert import Converted, convert
 from gddlab.teachers.ideal import ideal_denoiser
+from gddlab.teachers.wrap import wrap
 
 __all__ = [
     "PUBLISHED",
@@ -11,5 +12,7 @@ __all__ = [
     "bundled_teachers",
     "convert",
     "ideal_denoiser",
+    "load_precond",
     "load_teacher",
+    "wrap",
 ]

@@ -12,9 +12,12 @@ from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
 from gddlab.nets.architectures import ARCHITECTURES
+from gddlab.nets.codec import Codec
+from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.published import Published
 from gddlab.teachers.edm import read_edm
+from gddlab.teachers.folders import is_diffusers_folder, load_folder, read_codec
 from gddlab.teachers.torchfiles import format_of
 
 
@@ -125,7 +128,7 @@ def _levels_of(training: dict[str, Any]) -> str | None:
     return text
 
 
-def load_teacher(source: str | Path) -> Precond:
+def load_teacher(source: str | Path, *, vae: Any = None) -> Denoiser:
     """Loads a teacher, or a student: a network that denoises.
 
     A pickle is read as data: nothing that it names is imported or called, its embedded source is never run. The code of
@@ -141,8 +144,11 @@ def load_teacher(source: str | Path) -> Precond:
             GDDPrecond, D2OPrecond), of one of our networks pickled by torch.save, or of a state dict that fits one of
             them and no other;
             the path of a .safetensors file that gddlab wrote;
+            the folder of a diffusers pipeline, or of its network with the scheduler beside it: read offline,
+                safetensors only; what text it needs is given by `gddlab.wrap(teacher, cond=...)`;
             a run directory: of `train_teacher` gives the teacher, of `gddlab.train` the student. One that is called as
             a bundled teacher is "./digits" or Path("digits").
+        vae: Autoencoder of diffusers, or its folder, of a network that works on latents; a pipeline's folder has one.
 
     Returns:
         The network on the CPU, float32, eval mode, gradients off; `teacher.card` describes it.
@@ -152,6 +158,9 @@ def load_teacher(source: str | Path) -> Precond:
             was refused), or a download that failed.
         NotFound: No such path, or a run without a student.
     """
+    folder = path_of("source", source)
+    if as_text(source) not in bundled_teachers() and folder.is_dir() and is_diffusers_folder(folder):
+        return load_folder(folder, vae)
     if (run_dir := run_of(source)) is not None:
         return load_student(run_dir.resolve())
     name, path = _find(source)
@@ -171,6 +180,31 @@ def load_teacher(source: str | Path) -> Precond:
         )
     except (TypeError, ValueError) as e:
         raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
+    if vae is not None:
+        net.codec, net.latent = _codec_of(net, vae), True
+    return net
+
+
+def _codec_of(net: Precond, vae: Any) -> Codec:
+    codec = read_codec(vae)
+    assert codec is not None
+    if type(net).__name__ == "EDM2Precond" and not isinstance(vae, Codec):
+        codec = Codec.edm2(codec.vae)
+    if codec.channels != net.img_channels:
+        raise GddlabError(f"vae= makes {codec.channels} channels, this network takes {net.img_channels}: give its own")
+    return codec
+
+
+def load_precond(source: str | Path) -> Precond:
+    """`load_teacher`, for what is done with gddlab's own networks alone, such as training.
+
+    Raises:
+        GddlabError: The source holds another one.
+    """
+    net = load_teacher(source)
+    if not isinstance(net, Precond):
+        kind = getattr(net.card, "network", type(net).__name__)
+        raise GddlabError(f"{source} holds a {kind}, which can be probed and sampled, not trained: give an EDM network")
     return net
 
 

@@ -13,7 +13,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, check_free, path_of
 from gddlab.nets import Precond, load_network, save_network
 from gddlab.runtime import generator
-from gddlab.teachers.catalog import TeacherCard, load_teacher
+from gddlab.teachers.catalog import TeacherCard, load_precond
 
 SIGMAS = 5
 """Noise levels of the check, over the network's range."""
@@ -54,7 +54,7 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
     if out.suffix != ".safetensors":
         raise GddlabError(f"{out} does not end in .safetensors: give such a name")
     check_free(out, overwrite)
-    net = load_teacher(source)
+    net = load_precond(source)
     try:
         with atomic_path(out) as tmp:
             save_network(net, tmp, **net.card.to_meta())
@@ -62,7 +62,7 @@ def convert(source: str | Path, out: str | Path, *, overwrite: bool = False) -> 
             outputs = compare(net, again, str(source))
     except OSError as e:
         raise GddlabError(f"{out} cannot be written: {e.strerror or e}") from None
-    again = load_teacher(out)
+    again = load_precond(out)
     return Converted(out, again.card, outputs)
 
 

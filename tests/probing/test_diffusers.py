@@ -8,10 +8,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet
 from torch import nn
 
 from gddlab.errors import GddlabError
+from gddlab.nets import PURE
 from gddlab.probing import probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import inventory, named_layers
-from gddlab.probing.wrap import wrap
+from gddlab.teachers.wrap import wrap
 
 ABAR = DDPMScheduler().alphas_cumprod
 
@@ -118,11 +119,17 @@ def test_classes_and_learned_variances():
             model(x, s, labels)
 
 
-def test_a_last_step_of_pure_noise_is_left_out():
+def test_a_last_step_of_pure_noise_is_one():
     schedule = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     assert schedule.alphas_cumprod[-1] == 0
-    model = wrap(unet(), scheduler=schedule)
-    assert model.sigma_max == pytest.approx(float(sigma_at(-2, schedule.alphas_cumprod)), rel=1e-5)
+    network = Answer(torch.ones(2, 1, 4, 4))
+    model = wrap(network, scheduler=schedule)
+    assert model.sigma_max == PURE
+    x = torch.randn(2, 1, 4, 4)
+    out = model(x * torch.tensor([PURE, 1.0])[:, None, None, None], torch.tensor([PURE, 1.0]))
+    torch.testing.assert_close(network.sample[0], x[0])
+    assert network.timestep[0] == 999
+    torch.testing.assert_close(out[0], -torch.ones(1, 4, 4))  # v is -image there
 
 
 @pytest.mark.parametrize(

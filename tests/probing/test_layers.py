@@ -27,7 +27,7 @@ from gddlab.probing.layers import (
     type_of,
     unwrap,
 )
-from gddlab.probing.wrap import wrap
+from gddlab.teachers.wrap import wrap
 from tests.probing.networks import tiny, tiny_adm
 
 

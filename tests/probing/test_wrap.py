@@ -12,7 +12,7 @@ from gddlab.probing import probe
 from gddlab.probing.guard import eager
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import named_layers
-from gddlab.probing.wrap import Denoiser, wrap
+from gddlab.teachers.wrap import Denoiser, wrap
 from tests.probing.networks import tiny
 
 SIGMAS = [80.0, 1.0, 0.01]
@@ -121,7 +121,7 @@ def test_the_data_that_it_names_is_probed(pictures):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "how a Identity is called is not known: give denoise="),
+        ({}, "how a Identity is called is not known: give path= and call="),
         ({"denoise": 3}, "denoise=3: give a function"),
         ({"denoise": denoise, "prediction": "epsilon"}, "prediction= has no use with denoise="),
         ({"denoise": denoise, "label_dim": -1}, "label_dim=-1: input should be greater than or equal to 0"),

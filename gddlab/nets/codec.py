@@ -1,0 +1,145 @@
+"""`Codec`: latents of images and back, by a pipeline's autoencoder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gddlab.errors import GddlabError
+from gddlab.nets.bare import device_of, is_offloaded, number_type, weights_of
+
+PIXELS = 1 << 20
+"""Pixels that are encoded or decoded at once."""
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel")
+EDM2 = ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5)
+"""Mean and standard deviation of the latents that EDM2's networks were trained on, and the one they were given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """latent = (E(image) - shift) * scale, image = D(latent / scale + shift); made by `of` or `edm2`.
+
+    Attributes:
+        vae: The autoencoder, float32, in eval mode.
+        channels, factor: Channels of latents; pixels per latent along a side.
+        shift, scale: (C, 1, 1) or (1, 1, 1).
+        low: The darkest value that the autoencoder takes: -1, or 0.
+    """
+
+    vae: nn.Module
+    channels: int
+    factor: int
+    shift: Tensor
+    scale: Tensor
+    low: float = -1.0
+
+    @classmethod
+    def of(cls, vae: Any) -> Codec:
+        """Of an autoencoder of diffusers, with the factors of its configuration. One in low precision is copied.
+
+        Raises:
+            GddlabError: Another class.
+        """
+        kind = next((c.__name__ for c in type(vae).__mro__ if c.__name__ in VAES), None)
+        if kind is None:
+            raise GddlabError(f"vae= is a {type(vae).__name__}: accepted are {', '.join(VAES)} of diffusers")
+        config = vae.config
+        scale = torch.tensor(float(getattr(config, "scaling_factor", None) or 1.0)).view(1, 1, 1)
+        shift = torch.tensor(float(getattr(config, "shift_factor", None) or 0.0)).view(1, 1, 1)
+        mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            shift, scale = torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
+        factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
+        return cls(_exact(vae), int(config.latent_channels), int(factor), shift, scale)
+
+    @classmethod
+    def edm2(cls, vae: Any) -> Codec:
+        """As EDM2 uses Stable Diffusion's autoencoder: images in [0, 1], latents of standard deviation 0.5 per channel.
+
+        Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models".
+        """
+        plain = cls.of(vae)
+        if plain.channels != 4:
+            raise GddlabError(f"vae= makes {plain.channels} channels: EDM2's latents have 4")
+        mean, std = (torch.tensor(x).view(-1, 1, 1) for x in EDM2[:2])
+        return cls(plain.vae, 4, plain.factor, mean, EDM2[2] / std, low=0.0)
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k i j"]:
+        """Latents of images in [-1, 1], float32: the mean where the autoencoder gives a distribution.
+
+        (B, 3, H, W) -> (B, C, H / factor, W / factor)
+
+        Raises:
+            GddlabError: A side that is no multiple of `factor`.
+        """
+        side = images.shape[-2:]
+        if any(n % self.factor for n in side):
+            raise GddlabError(f"images of {side[0]} x {side[1]}: this codec takes multiples of {self.factor}")
+        return self._in_parts(self._encoded, images, images[0, 0].numel())
+
+    def decode(self, latents: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
+        """Images of latents, float32, on the scale of [-1, 1]; not clipped."""
+        return self._in_parts(self._decoded, latents, latents[0, 0].numel() * self.factor**2)
+
+    def image_shape(self, latent: Sequence[Any]) -> tuple[int, Any, Any]:
+        """Shape of the images of latents (C, H, W); sides None where they are not known."""
+        h, w = (None if n is None else n * self.factor for n in latent[1:])
+        return 3, h, w
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        """Shape of the latents of square images."""
+        return self.channels, side // self.factor, side // self.factor
+
+    def __deepcopy__(self, memo: Any) -> Codec:
+        return self  # it is not changed
+
+    def __str__(self) -> str:
+        return f"{type(self.vae).__name__}, {self.channels} channels, {self.factor} pixels per latent"
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        found: Any = self.vae.encode((images + 1) / 2 if self.low == 0 else images)  # type: ignore[operator]
+        if (posterior := getattr(found, "latent_dist", None)) is not None:
+            latents = posterior.mode()
+        else:
+            latents = found.latent if hasattr(found, "latent") else found.latents
+        return (latents - self.shift.to(latents)) * self.scale.to(latents)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents / self.scale.to(latents) + self.shift.to(latents)).sample  # type: ignore[operator]
+        return 2 * images - 1 if self.low == 0 else images
+
+    def _in_parts(self, change: Any, x: Tensor, pixels: int) -> Tensor:
+        step = max(1, PIXELS // pixels)
+        with self._at(x.device) as device, torch.autocast(x.device.type, enabled=False):
+            parts = [change(x[i : i + step].to(device, torch.float32)).to(x.device) for i in range(0, len(x), step)]
+        return torch.cat(parts)
+
+    @contextlib.contextmanager
+    def _at(self, device: torch.device) -> Iterator[torch.device]:
+        """The autoencoder there for a while."""
+        origin = device_of(self.vae)
+        if origin == device:
+            yield origin
+            return
+        try:
+            self.vae.to(device)
+            yield device
+        finally:
+            self.vae.to(origin)
+
+
+def _exact(vae: Any) -> nn.Module:
+    """In float32, since half precision overflows in SDXL's: a copy, where it is not, or its weights are elsewhere."""
+    if number_type(vae) == torch.float32 and not vae.training and not is_offloaded(vae):
+        own: nn.Module = vae
+        return own
+    with torch.random.fork_rng(devices=[]):
+        fresh: nn.Module = type(vae).from_config(vae.config)
+    fresh.load_state_dict(weights_of(vae))
+    return fresh.float().eval().requires_grad_(False)

@@ -1,0 +1,295 @@
+"""Networks of pipelines: what they are shown, in which numbers, and where."""
+
+import copy
+import itertools
+import re
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from gddlab import lens, sample, trace
+from gddlab.datasets import ImageDataset
+from gddlab.errors import GddlabError
+from gddlab.nets import PURE, Codec, Conditioning, Path
+from gddlab.nets.denoiser import Wrapped
+from gddlab.probing import estimate, probe
+from gddlab.probing.inputs import Inputs
+from gddlab.probing.result import network_meta
+from gddlab.teachers import wrap
+from tests.models import CHANNELS, NETWORKS, SIDE, network, pipeline, vae
+from tests.probing.networks import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    images = np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    return ImageDataset(images, None, classes=0, name="photos", source="random")
+
+
+def wrapped(name, n=2, **options):
+    if name == "unet2d":
+        return wrap(network(name), scheduler=diffusers.DDPMScheduler(), **options)
+    pipe, call = pipeline(name, n)
+    return wrap(pipe, cond=Conditioning.record(pipe, **call), img_resolution=SIDE, **options)
+
+
+def values(result):
+    return torch.tensor(result.frame.value.to_numpy())
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "dit"])
+def test_images_are_shown_as_latents(name, photos):
+    net = wrapped(name)
+    inputs = Inputs(net, [5.0, 1.0], data=photos, n=4)
+    x, sigma, labels = inputs.rows(0, 4, device=CPU)
+    with torch.no_grad():
+        latents = net.codec.encode(photos.images(inputs._index))
+    noise = inputs.noise(0, 4)
+    torch.testing.assert_close(x.unflatten(0, (4, 2))[:, 1], latents + noise)
+    assert inputs.shape == (CHANNELS, SIDE, SIDE) and sigma.tolist() == [5.0, 1.0] * 4
+    assert labels.argmax(1).unflatten(0, (4, 2)).tolist() == [[0, 0], [1, 1]] * 2  # prompts in turn
+    result = probe(
+        net,
+        [5.0, 1.0],
+        data=photos,
+        layers="re:.*(conv_in|x_embedder|pos_embed.proj)$",
+        n=4,
+        stats="rms",
+        progress=False,
+    )
+    assert result.meta["codec"].startswith("Autoencoder") and len(result.meta["t"]) == 2
+    assert result.meta["cond"] == {"hash": net.cond.hash, "names": ["0", "1"]} and result.meta["labels"] == "in turn"
+
+
+def test_images_of_another_size_are_refused(photos, pictures):
+    net = wrapped("sd")
+    with pytest.raises(GddlabError, match=re.escape("has images (1, 16, 16), this network takes (3, 16, 16)")):
+        Inputs(net, data=pictures, n=2)
+    bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
+    assert bare.codec is None
+    with pytest.raises(GddlabError, match="works on latents: give gddlab"):
+        Inputs(bare, data=photos, n=2)
+    assert Inputs(bare, states="prior", n=2).shape == (CHANNELS, SIDE, SIDE)
+
+
+def test_a_prompt_can_be_chosen(photos):
+    net = wrapped("sd3", 3)
+    for given, ids in ((2, [2, 2]), ([1, 0], [1, 0]), (None, [1, 2])):
+        labels = Inputs(net, 2, data=photos, n=2, start=1, class_labels=given).labels
+        assert labels.argmax(1).tolist() == ids
+    with pytest.raises(GddlabError, match=r"give 2 ids in 0\.\.2"):
+        Inputs(net, 2, data=photos, n=2, class_labels=3)
+
+
+def test_noise_levels_may_be_times():
+    sd, flow = wrapped("sd"), wrapped("sd3")
+    assert Inputs(sd, [999, 500, 1], unit="t", states="prior", n=1).sigmas == [sd.path.sigma(t) for t in (999, 500, 1)]
+    found = Inputs(flow, [1000, 500, 100], unit="t", states="prior", n=1).sigmas
+    assert found == pytest.approx([PURE, 1.0, 1 / 9])
+    even = Inputs(flow, 5, unit="t", states="prior", n=1)
+    times = np.array(even.describe()["t"])
+    np.testing.assert_allclose(np.diff(times), np.diff(times)[0], rtol=1e-3)
+    assert even.sigmas[0] == pytest.approx(80, rel=1e-4) and even.sigmas[-1] == pytest.approx(0.002, rel=1e-3)
+    crossed = Inputs(sd, [900, 100], unit="t", told=[500], states="prior", n=1)
+    assert crossed.told == [sd.path.sigma(500)]
+    result = probe(sd, [999, 1], unit="t", states="prior", layers="conv_in", n=1, stats="rms", progress=False)
+    assert result.meta["t"] == pytest.approx([999, 1], abs=1e-3)
+    assert estimate(sd, [999, 1], unit="t", states="prior", layers="conv_in", n=1).sigmas == 2
+    own = tiny()
+    own.path = Path.edm()
+    assert Inputs(own, [0.0], unit="t", states="prior", n=1).sigmas == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([1000.5], "takes steps 0 to 999"),
+        ([-1], "takes steps 0 to 999"),
+        ("99", "give a whole number, or a list of times"),
+    ],
+)
+def test_times_outside_of_the_path_are_refused(times, says):
+    with pytest.raises(GddlabError, match=says):
+        Inputs(wrapped("sd"), times, unit="t", states="prior", n=1)
+    with pytest.raises(GddlabError, match="this network has no time of its own"):
+        Inputs(tiny(), [1.0], unit="t", states="prior", n=1)
+
+
+def test_pure_noise_is_a_noise_level(photos):
+    net = wrapped("sd3")
+    x, sigma, labels = Inputs(net, [1000, 500], unit="t", data=photos, n=1).rows(0, 1, device=CPU)
+    seen = []
+    net.gddlab_bare.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    net(x, sigma, labels)
+    assert seen[0]["timestep"].tolist() == [1000.0, 500.0]
+    torch.testing.assert_close(seen[0]["hidden_states"][0], x[0] / PURE)
+    assert seen[0]["hidden_states"][0].std().item() == pytest.approx(1, abs=0.2)
+    walk = Inputs(net, [PURE, 1.0, 0.1], states="trajectory", n=2)
+    states = walk.rows(0, 2, device=CPU)[0].unflatten(0, (2, 3))
+    assert states[:, 1:].isfinite().all()
+    with torch.no_grad():
+        first = net(states[:, 0], PURE, walk.labels)
+    short = Inputs(net, [PURE, 80.0], states="trajectory", n=2).rows(0, 2, device=CPU)[0].unflatten(0, (2, 2))
+    torch.testing.assert_close(short[:, 1], first + 80 / PURE * short[:, 0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_probed(name):
+    net = wrapped(name)
+    layers = "re:.*(conv_in|x_embedder|pos_embed.proj|patch_embed.proj|conv_out|proj_out(_2)?)$"
+    result = probe(net, [3.0, 0.5], states="prior", layers=layers, n=2, stats="rms", progress=False)
+    assert np.isfinite(result.frame.value).all() and len(result.frame) >= 4
+    one = probe(net, [3.0, 0.5], states="prior", layers=layers, n=2, stats="rms", batch_size=1, progress=False)
+    torch.testing.assert_close(values(one), values(result), rtol=1e-4, atol=0)
+
+
+LINEAR = {
+    "layers": "re:transformer_blocks.*(to_q|net.2)$",
+    "stats": "rms",
+    "n": 2,
+    "progress": False,
+    "states": "prior",
+}
+
+
+def test_weights_in_8_bits_are_computed_in_more():
+    pipe, call = pipeline("sd3", 2)
+    cond = Conditioning.record(pipe, **call)
+    exact = probe(wrap(pipe, cond=cond), [3.0, 0.5], **LINEAR)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(p.dtype == torch.float8_e4m3fn for p in pipe.transformer.parameters())
+    stored = probe(wrap(pipe, cond=cond), [3.0, 0.5], **LINEAR)
+    torch.testing.assert_close(values(stored), values(exact), rtol=0.1, atol=0)
+    assert not torch.equal(values(stored), values(exact))
+    made = sample(wrap(pipe, cond=cond), 2, steps=2)
+    assert made.isfinite().all()
+
+
+def test_an_offloaded_network_is_the_network():
+    accelerate = pytest.importorskip("accelerate")
+    pipe, call = pipeline("sd3", 2)
+    cond = Conditioning.record(pipe, **call)
+    plain = probe(wrap(pipe, cond=cond), [3.0, 0.5], **LINEAR)
+    images = sample(wrap(pipe, cond=cond), 2, steps=2)
+    net = copy.deepcopy(pipe.transformer)
+    accelerate.cpu_offload(net, CPU)
+    assert all(p.is_meta for p in net.parameters())
+    offloaded = wrap(net, path=wrap(pipe, cond=cond).path, cond=cond, vae=pipe.vae)
+    found = probe(offloaded, [3.0, 0.5], **LINEAR)
+    assert found.frame.equals(plain.frame)
+    assert found.meta["model"] == plain.meta["model"]
+    assert torch.equal(sample(offloaded, 2, steps=2), images)
+    assert network_meta(offloaded)["model"]["fingerprint"] == plain.meta["model"]["fingerprint"]
+    with pytest.raises(GddlabError, match="this network is offloaded and runs on cpu, omit device="):
+        probe(offloaded, [3.0], device="cuda" if torch.cuda.is_available() else "mps:0", **LINEAR)
+
+
+def test_a_network_offloaded_in_groups_is_the_network():
+    pipe, call = pipeline("pixart", 2)
+    cond = Conditioning.record(pipe, **call)
+    plain = probe(wrap(pipe, cond=cond), [3.0, 0.5], **LINEAR)
+    pipe.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    assert probe(wrap(pipe, cond=cond), [3.0, 0.5], **LINEAR).frame.equals(plain.frame)
+
+
+def test_a_network_compiled_block_by_block_is_the_network():
+    net = wrapped("pixart")
+    plain = probe(net, [3.0, 0.5], **LINEAR)
+    for block in net.gddlab_bare.transformer_blocks:
+        block.compile(backend="eager")
+    assert probe(net, [3.0, 0.5], **LINEAR).frame.equals(plain.frame)
+
+
+def test_quantised_networks_are_refused_in_one_line():
+    net = torch.ao.quantization.quantize_dynamic(network("sd3"), {torch.nn.Linear}, dtype=torch.qint8)
+    cond = Conditioning({"encoder_hidden_states": torch.zeros(1, 7, 12), "pooled_projections": torch.zeros(1, 10)})
+    with pytest.raises(GddlabError, match="the network is quantised"):
+        probe(wrap(net, path=Path.flow(1000.0), cond=cond), [1.0], states="prior", n=1)
+
+
+def test_samples_are_decoded():
+    net = wrapped("sd3", guidance=2.0)
+    latents = sample(net, 3, steps=3, decode=False, solver="euler")
+    images = sample(net, 3, steps=3, solver="euler", batch_size=2)
+    assert images.shape == (3, 3, 16, 16) and latents.shape == (3, CHANNELS, SIDE, SIDE)
+    with torch.no_grad():
+        torch.testing.assert_close(images, net.codec.decode(latents).clamp(-1, 1), rtol=1e-3, atol=1e-4)
+    again = sample(net, 1, steps=3, solver="euler", decode=False, seed=1, class_labels=1)
+    torch.testing.assert_close(again, latents[1:2], rtol=1e-3, atol=1e-4)  # prompts in turn
+    assert not net.training and all(not m.training for m in net.modules())
+    top = sample(net, 1, steps=3, solver="euler", decode=False, sigma_max=PURE)
+    x = sample_by_hand(net, top.shape)
+    torch.testing.assert_close(top, x.float(), rtol=1e-3, atol=1e-4)
+
+
+def sample_by_hand(net, shape):
+    from gddlab.sampling import karras_sigmas, latents
+
+    x = latents([0], shape[1:]).double() * PURE
+    sigmas = [*karras_sigmas(3, sigma_min=0.002, sigma_max=PURE).tolist(), 0.0]
+    with torch.no_grad():
+        for k, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
+            image = net(x.float(), sigma, torch.eye(2)[:1]).double()
+            x = image + lower / sigma * (x if k == 0 else x - image)
+    return x
+
+
+def test_what_cannot_be_sampled_is_refused():
+    net = wrapped("sd")
+    bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
+    with pytest.raises(GddlabError, match="no autoencoder is known: give gddlab"):
+        sample(bare, 1)
+    assert sample(bare, 1, steps=2, decode=False).shape == (1, CHANNELS, SIDE, SIDE)
+    with pytest.raises(GddlabError, match="this network makes images, omit it"):
+        sample(tiny(), 1, decode=False)
+    with pytest.raises(GddlabError, match="does not say img_channels"):
+        sample(wrap(torch.nn.Conv2d(1, 1, 1), lambda m, x, s, c: m(x)), 1)
+
+
+def test_a_low_precision_network_is_sampled_in_float32():
+    pipe, call = pipeline("sd3", 1)
+    cond = Conditioning.record(pipe, **call)
+    exact = sample(wrap(pipe, cond=cond), 1, steps=3, decode=False)
+    pipe.transformer.bfloat16()
+    seen = []
+    net = wrap(pipe, cond=cond)
+    net.register_forward_pre_hook(lambda m, a: seen.append(a[0].dtype))
+    low = sample(net, 1, steps=3, decode=False)
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(low, exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
+
+
+def test_copies_share_what_is_not_changed():
+    net = wrapped("sd")
+    twin = copy.deepcopy(net)
+    assert isinstance(twin, Wrapped) and twin.cond is net.cond and twin.codec is net.codec
+    assert isinstance(net.codec, Codec) and not any("vae" in n for n, _ in net.named_parameters())
+    assert vae() is not None
+
+
+@pytest.mark.parametrize("mode", ["bypass", "readout"])
+def test_the_lens_shows_images(photos, mode, tmp_path):
+    net = wrapped("sd")
+    options = {"layers": "re:mid_block.resnets.\\d$", "data": photos, "n": 2, "mode": mode, "progress": False}
+    seen = lens(net, [5.0, 1.0], **options, **({"fit": 4, "dims": 4} if mode == "readout" else {}))
+    assert seen.images.shape[1:] == (2, 2, 3, 16, 16) and seen.clean.shape == (2, 3, 16, 16)
+    inputs = Inputs(net, [5.0, 1.0], data=photos, n=2)
+    x, sigma, labels = inputs.rows(0, 2, device=CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.clean, net.codec.decode(net.codec.encode(photos.images(inputs._index))))
+        out = net.codec.decode(net(x, sigma, labels)).unflatten(0, (2, 2)).transpose(0, 1)
+    torch.testing.assert_close(seen.images[-1], out, rtol=1e-3, atol=1e-3)
+    seen.grid().savefig(tmp_path / "lens.png")
+
+
+def test_a_trace_compares_images():
+    net = wrapped("sd")
+    found = trace(net, 2, layers="conv_out", n=2, mode="resample", extractor=None, progress=False)
+    assert np.isfinite(found.frame.value).all()
+    bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
+    with pytest.raises(GddlabError, match="makes latents, and images are compared here"):
+        trace(bare, 2, layers="conv_out", n=2, mode="resample", extractor=None, progress=False)
