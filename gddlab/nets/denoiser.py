@@ -221,20 +221,21 @@ class Wrapped(Denoiser):
     ) -> Float[Tensor, "b c h w"]:
         """By `call` and `path`; in x and sigma where the network itself is a denoiser."""
         assert self.call is not None
-        rows, shared = self._arguments(given, x)
+        kind = x.dtype if self.whole else number_type(self) or x.dtype
+        rows, shared = self._arguments(given, x, kind)
         if self.path is None or self.whole:
             if level is not sigma:
                 rows = {branch: {**named, "told": level} for branch, named in rows.items()}
             return self._guided(self._answers(x, sigma, rows, shared, x))
         c = self.path.coefficients(sigma[:, None, None, None])
         time = c.c_noise if level is sigma else self.path.time(level)
-        seen = self.call.pack((c.c_in * x).to(number_type(self) or x.dtype))
+        seen = self.call.pack((c.c_in * x).to(kind))
         return c.c_skip * x + c.c_out * self._guided(self._answers(seen, time, rows, shared, x))
 
     def _arguments(
-        self, given: Tensor | Conditioning | None, x: Tensor
+        self, given: Tensor | Conditioning | None, x: Tensor, kind: torch.dtype
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Further arguments of each branch, and those that are one for all images."""
+        """Further arguments of each branch, and those that are one for all images; numbers are of this kind."""
         assert self.call is not None
         call, b = self.call, len(x)
         shared: dict[str, Any] = {}
@@ -255,10 +256,9 @@ class Wrapped(Denoiser):
             places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
             shared["img_ids"] = places.flatten(0, 1)
             shared.setdefault("txt_ids", torch.zeros(rows["cond"]["encoder_hidden_states"].shape[1], 3))
-        kind = number_type(self) or x.dtype
         found = {
             branch: {
-                name: t.to(x.device, kind if t.is_floating_point() and not self.whole else None)
+                name: t.to(x.device, kind if t.is_floating_point() else None)
                 for name, t in (*rows[branch].items(), *filled.items())
             }
             for branch in self.branches
