@@ -31,6 +31,7 @@ from gddlab.probing.reductions import (
     mean_magnitude,
     mean_over_calls,
     mean_square,
+    mean_square_between,
     one_reading,
 )
 from gddlab.probing.sites import (
@@ -379,8 +380,11 @@ class Probe:
                     elif place in earlier:
                         past = self._window.parts(earlier[place])[i][1]
                         past = arranged(past.detach(), view.axis)
-                        away = y - (past if past.dtype == torch.float64 else past.float())
-                        self._reduced[place, read] = self._numbers(name, place, away, grid)
+                        past = past if past.dtype == torch.float64 else past.float()
+                        if self._reductions[place] == (mean_square,) and y.ndim < 4:
+                            self._reduced[place, read] = {mean_square: mean_square_between(y, past, self._n)}
+                        else:
+                            self._reduced[place, read] = self._numbers(name, place, y - past, grid)
         if version is not None and x._version != version:
             raise GddlabError(
                 f"a statistic of layer {name!r} writes into what it is given, the network's own activation: "
