@@ -45,10 +45,11 @@ from gddlab.probing.sites import (
     arranged,
     check_branch,
     check_stream,
+    innermost,
     is_attention,
     named_in,
     on_grid,
-    points_of,
+    transformer_blocks,
     version_of,
 )
 from gddlab.probing.statistics import DEFAULT, ChannelMoments, Statistic, StatisticSelection, statistic_classes
@@ -156,7 +157,8 @@ class Probe:
         chosen = {layer.name for layer in selected}
         blocks = {layer.block for layer in selected if layer.block}
         around = {a for name in chosen for a in (name, *ancestors(name))}
-        blocks |= {a for a in around if a in known and points_of(self._modules[a])}
+        tokens = set(transformer_blocks(self._modules))
+        blocks |= around & tokens
         attentions: set[str] = set()
         if any(s.target == "attention" for s in self.stats):
             attentions = {a for a in known if is_attention(self._modules[a])}
@@ -165,7 +167,8 @@ class Probe:
         for name in (n for n in known if n in blocks | chosen | attentions):
             for stat in self.stats:
                 target = {"block": blocks, "attention": attentions}.get(stat.target, chosen)
-                taps = stat.taps(known[name], self._modules) if name in target else None
+                layer = dataclasses.replace(known[name], block=innermost(name, tokens) or known[name].block)
+                taps = stat.taps(layer, self._modules) if name in target else None
                 lines = [] if taps is None else taps if isinstance(taps, list) else [taps]
                 if lines := [by for by in lines if all(self._wants(tap.stream) for tap in by.values())]:
                     self._plan.setdefault(name, {})[stat.name] = lines
@@ -183,7 +186,7 @@ class Probe:
             if place.before is not None:
                 self._ends.setdefault(place.before, [])
                 self._readers.setdefault(place.before, set()).add(place)
-        self._views = {name: View(name, self._modules, self._window) for name, _ in self._ends}
+        self._views = {name: View(name, self._modules, self._window, innermost(name, tokens)) for name, _ in self._ends}
         self._types = {name: known[name].type for name, _ in self._ends if name in known}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
