@@ -17,10 +17,10 @@ from gddlab.nets import Precond
 from gddlab.nets.precond import edm_loss, edm_weight
 from gddlab.probing.guard import check_ran, check_seen, warn_nonfinite
 from gddlab.probing.inputs import Inputs, Rows
-from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers, points_of
+from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers, transformer_blocks
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
-from gddlab.probing.sites import Site, Sites, View, Window, layer_of, left_out, named_in
+from gddlab.probing.sites import Site, Sites, View, Window, innermost, layer_of, left_out, named_in
 from gddlab.probing.statistics import Given, PerImage, Statistic, declare, stacked
 
 WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
@@ -75,12 +75,13 @@ def tapped(
     modules = named_layers(model)
     window = Window(model)
     ran = Ran(window, rows)
+    tokens = set(transformer_blocks(modules))
     wanted: dict[str, dict[str, Sites]] = {}
     for key in changes:
         wanted.setdefault(layer_of(key, modules), {})[key] = Sites.of(key, modules)
 
     def hook_of(name: str, asked: Mapping[str, Sites]) -> Callable[..., Any]:
-        view = View(name, modules, window)
+        view = View(name, modules, window, innermost(name, tokens))
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             call = window.run(name)
@@ -149,7 +150,7 @@ def that_run(
     """
     named = named_in(layers)
     brought = {a.name for a in selected if not named(a.name)}
-    convolutions = isinstance(denoiser_of(model), Precond) and not any(map(points_of, denoiser_of(model).modules()))
+    convolutions = isinstance(denoiser_of(model), Precond) and not transformer_blocks(named_layers(model))
     if convolutions or not brought:
         return list(selected), {}
     parts = {a.name: [a.name] for a in selected} if parts is None else parts

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError
 from gddlab.probing.attention import Softmaxes
 from gddlab.probing.guard import check_ran, check_seen, eager, exactly, is_compiled
-from gddlab.probing.layers import Layer, LayerSelection, inventory, named_layers, points_of, select_layers
+from gddlab.probing.layers import (
+    Layer,
+    LayerSelection,
+    inventory,
+    named_layers,
+    select_layers,
+    transformer_blocks,
+)
 from gddlab.probing.reductions import (
     FOLLOW,
     Reduction,
@@ -31,6 +38,7 @@ from gddlab.probing.reductions import (
     mean_magnitude,
     mean_over_calls,
     mean_square,
+    mean_square_between,
     one_reading,
 )
 from gddlab.probing.sites import (
@@ -44,6 +52,7 @@ from gddlab.probing.sites import (
     arranged,
     check_branch,
     check_stream,
+    innermost,
     is_attention,
     named_in,
     on_grid,
@@ -154,7 +163,8 @@ class Probe:
         chosen = {layer.name for layer in selected}
         blocks = {layer.block for layer in selected if layer.block}
         around = {a for name in chosen for a in (name, *ancestors(name))}
-        blocks |= {a for a in around if a in known and points_of(self._modules[a])}
+        tokens = set(transformer_blocks(self._modules))
+        blocks |= around & tokens
         attentions: set[str] = set()
         if any(s.target == "attention" for s in self.stats):
             attentions = {a for a in known if is_attention(self._modules[a])}
@@ -163,7 +173,8 @@ class Probe:
         for name in (n for n in known if n in blocks | chosen | attentions):
             for stat in self.stats:
                 target = {"block": blocks, "attention": attentions}.get(stat.target, chosen)
-                taps = stat.taps(known[name], self._modules) if name in target else None
+                layer = dataclasses.replace(known[name], block=innermost(name, tokens) or known[name].block)
+                taps = stat.taps(layer, self._modules) if name in target else None
                 lines = [] if taps is None else taps if isinstance(taps, list) else [taps]
                 if lines := [by for by in lines if all(self._wants(tap.stream) for tap in by.values())]:
                     self._plan.setdefault(name, {})[stat.name] = lines
@@ -181,7 +192,7 @@ class Probe:
             if place.before is not None:
                 self._ends.setdefault(place.before, [])
                 self._readers.setdefault(place.before, set()).add(place)
-        self._views = {name: View(name, self._modules, self._window) for name, _ in self._ends}
+        self._views = {name: View(name, self._modules, self._window, innermost(name, tokens)) for name, _ in self._ends}
         self._types = {name: known[name].type for name, _ in self._ends if name in known}
         self._hooks: contextlib.ExitStack | None = None
         self._n = 0  # images of the pass being measured; 0 outside of one
@@ -378,8 +389,11 @@ class Probe:
                     elif place in earlier:
                         past = self._window.parts(earlier[place])[i][1]
                         past = arranged(past.detach(), view.axis)
-                        away = y - (past if past.dtype == torch.float64 else past.float())
-                        self._reduced[place, read] = self._numbers(name, place, away, grid)
+                        past = past if past.dtype == torch.float64 else past.float()
+                        if self._reductions[place] == (mean_square,) and y.ndim < 4:
+                            self._reduced[place, read] = {mean_square: mean_square_between(y, past, self._n)}
+                        else:
+                            self._reduced[place, read] = self._numbers(name, place, y - past, grid)
         if version is not None and x._version != version:
             raise GddlabError(
                 f"a statistic of layer {name!r} writes into what it is given, the network's own activation: "

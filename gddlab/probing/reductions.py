@@ -116,6 +116,16 @@ def mean_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
     return _row_means(double(_norm(_blocks(x))).square(), x, n)
 
 
+def mean_square_between(x: Float[Tensor, "rows ..."], y: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
+    """`mean_square` of x - y without a temporary of their size; tokens, (B, T, C), or vectors."""
+    a, b = _blocks(x), _blocks(y)
+    size = _chunk(a, a.shape[1])
+    out, buffer = torch.empty_like(a[:, 0]), torch.empty_like(a[:size])
+    for first, second, found in zip(a.split(size), b.split(size), out.split(size), strict=True):
+        _norm(torch.sub(first, second, out=buffer[: len(first)]), out=found)
+    return _row_means(double(out).square(), x, n)
+
+
 def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     """Mean of each row, mean square of the distance from it, and mean of absolute values.  (n * S, ...) -> (n, S, 3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -282,18 +282,18 @@ class View:
         name: Its name.
         modules: All modules by name.
         window: The calls it runs in.
+        block: The transformer block that it is, or is in; "" outside of these.
 
     Attributes:
         axis: See `channel_axis`.
-        tokens: Whether it is or is in a transformer block, whose tokens have places in the image.
+        tokens: Whether it is in such a block, whose tokens have places in the image.
     """
 
-    def __init__(self, name: str, modules: Mapping[str, nn.Module], window: Window):
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], window: Window, block: str):
         self.window, module = window, modules[name]
-        self.streams, self.axis = streams_of(module), channel_axis(module)
-        above = [modules[a] for a in ancestors(name) if a in modules]
-        self.tokens = any(points_of(m) for m in (module, *above))
-        self.joint = any(type(m).__name__ in _SINGLE_BLOCKS for m in above)
+        self.streams, self.axis, self.tokens = streams_of(module), channel_axis(module), bool(block)
+        self.joint = bool(block) and name != block and type(modules[block]).__name__ in _SINGLE_BLOCKS
+        self._takes_both = bool(self.streams) and "Attention" not in type(module).__name__
         self._context_last = bool(self.streams) and type(module).__name__ == "Attention"
 
     def output(self, output: Any) -> list[tuple[str, Tensor]] | None:
@@ -312,7 +312,7 @@ class View:
         first = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         if not isinstance(first, Tensor):
             return None
-        if self.streams[:1] != (CONTEXT,):
+        if not self._takes_both:
             return self.cut(first)
         other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         return [(IMAGE, first), *([(CONTEXT, other)] if isinstance(other, Tensor) else [])]
@@ -369,6 +369,11 @@ def ancestors(name: str) -> list[str]:
     """Names of the modules around one, the innermost first."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+
+
+def innermost(name: str, blocks: Container[str]) -> str:
+    """The block that a module is, or is in; "" outside of blocks."""
+    return next((a for a in (name, *ancestors(name)) if a in blocks), "")
 
 
 def on_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:

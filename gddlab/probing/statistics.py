@@ -33,7 +33,7 @@ from gddlab.probing.reductions import (
     per_row,
     positive_share,
 )
-from gddlab.probing.sites import ancestors, is_attention
+from gddlab.probing.sites import is_attention
 
 
 class Statistic:
@@ -566,8 +566,7 @@ class SpectralShare(Statistic):
 
     @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | None:
-        around = (layer.name, *ancestors(layer.name))
-        tokens = any(points_of(modules[a]) for a in around if a in modules)
+        tokens = bool(layer.block) and bool(points_of(modules[layer.block]))
         applies = layer.type in ("conv", "block") or tokens
         return {"x": Tap(layer.name, "output", band_share)} if applies else None
 
