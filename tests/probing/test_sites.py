@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pandas as pd
@@ -183,6 +183,11 @@ def made(kind, branches=("cond",), **how):
 
 def measured(model, layers, **more):
     return probe(model, SIGMAS, **({"states": "prior", "n": 2, "layers": layers, "progress": False} | more))
+
+
+def first_block(model):
+    kinds = ((n, type(m).__name__) for n, m in model.gddlab_bare.named_modules())
+    return next(n for n, kind in kinds if kind.endswith("TransformerBlock") and "Single" not in kind)
 
 
 def by_key(result, stat):
@@ -487,7 +492,7 @@ def test_tokens_have_a_grid_where_they_are_patches(tokens, size, grid):
 @pytest.mark.parametrize("kind", ["dit", "pixart", "sana", "sd3", "flux", "sd"])
 def test_the_spectral_share_of_tokens_is_that_of_the_same_map(kind):
     model, seen = made(kind), []
-    name = next(n for n, m in model.gddlab_bare.named_modules() if points_of(m) and "single" not in n)
+    name = first_block(model)
     module = model.gddlab_bare.get_submodule(name)
     module.register_forward_hook(lambda m, a, y: seen.append((y[1] if isinstance(y, tuple) else y).detach()))
     found = measured(model, name, stats=("rms", "spectral_share"), batch_size=100)
@@ -566,7 +571,7 @@ def test_updates_of_a_block_are_its_gated_branches():
 def test_updates_are_read_from_the_points_of_every_kind_of_block(kind):
     """Against the branches themselves: with one of them zeroed, the stream moves by the others alone."""
     model = made(kind)
-    name = next(n for n, m in model.gddlab_bare.named_modules() if points_of(m) and "single" not in n)
+    name = first_block(model)
     block = model.gddlab_bare.get_submodule(name)
     parts = {p.part for p in points_of(block)} - {""}
     found = measured(model, name, stream="all")
@@ -609,10 +614,12 @@ class Clips(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm2, self.mlp = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(4, 4), "proj": nn.Linear(4, 4)})
+        self.norm2, self.mlp = nn.LayerNorm(4), nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 4)))
 
     def forward(self, x):
         x.clip_(-1, 1)
+        x = x + self.attn["proj"](self.attn["qkv"](x))
         return x + self.mlp(self.norm2(x))
 
 
