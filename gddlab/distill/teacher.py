@@ -36,7 +36,6 @@ DIT: dict[str, Any] = {
     "model_channels": 96,
     "num_blocks": 6,
     "label_dropout": 0.1,
-    "total_kimg": 400,
     "uniform_share": 0.1,
 }
 """Defaults of a transformer that differ from those of a U-Net."""

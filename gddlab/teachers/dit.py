@@ -50,14 +50,13 @@ def recognise(
     Raises:
         GddlabError: Shapes of no such network; a family or number of heads that nothing tells; a SiT of another path.
     """
-    patches, (classes, _), places, end = (
-        weights[name].size if len(weights[name].size) == dims else _odd(path, name, weights[name].size)
-        for name, dims in ((PATCHES, 4), (CLASSES, 2), (PLACES, 3), (END, 2))
-    )
-    width, channels, patch, _ = patches
-    side = math.isqrt(places[1])
-    if not patch or not classes or side**2 != places[1]:
-        _odd(path, PLACES if patch and classes else PATCHES, places if patch and classes else patches)
+    for name, dims in ((PATCHES, 4), (CLASSES, 2), (PLACES, 3), (END, 2)):
+        if len(size := weights[name].size) != dims or not all(size):
+            raise _odd(path, name, size)
+    width, channels, patch, _ = weights[PATCHES].size
+    side = math.isqrt(weights[PLACES].size[1])
+    if side**2 != weights[PLACES].size[1]:
+        raise _odd(path, PLACES, weights[PLACES].size)
     if (heads := heads or HEADS.get(width)) is None:
         unknown_heads = f"a transformer of width {width}, whose number of attention heads is not known: give heads="
         raise GddlabError(printable(f"{path}: {unknown_heads}"))
@@ -65,26 +64,27 @@ def recognise(
     kwargs = {
         "img_resolution": side * patch,
         "img_channels": channels,
-        "label_dim": classes - 1,
+        "label_dim": weights[CLASSES].size[0] - 1,
         "kind": kind,
         "patch_size": patch,
         "model_channels": width,
         "num_blocks": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "num_heads": heads,
-        "learn_sigma": end[0] != patch**2 * channels,
+        "learn_sigma": weights[END].size[0] != patch**2 * channels,
     }
     return Record("DiTPrecond"), kwargs, {f"model.{name}": t for name, t in weights.items()}
 
 
-def _odd(path: Path, name: str, size: tuple[int, ...]) -> Any:
-    raise GddlabError(printable(f"{path}: {name} is {size}, no weights of a DiT or SiT"))
+def _odd(path: Path, name: str, size: tuple[int, ...]) -> GddlabError:
+    return GddlabError(printable(f"{path}: {name} is {size}, no weights of a DiT or SiT"))
 
 
-def _family(path: Path, args: dict[str, Any], family: str | None) -> str:
+def _family(path: Path, args: dict[Any, Any], family: str | None) -> str:
     """As asked; else as the options of its training say, or its name."""
-    told = re.match(r"(dit|sit)(?![a-z])", str(args.get("model", "")).lower())
+    args = {name: value for name, value in args.items() if isinstance(value, str)}
+    told = re.match(r"(dit|sit)(?![a-z])", args.get("model", "").lower())
     if told and family not in (None, told[1]):
-        raise GddlabError(printable(f"family={family!r}: {path} says that it is a {args['model']}; omit family"))
+        raise GddlabError(printable(f"family={family!r}: {path} says that it is a {args['model'][:40]}; omit family"))
     named = told or re.search(r"(?<![a-z])(dit|sit)(?![a-z])", path.name.lower())
     if (family := family or (named[1] if named else None)) is None:
         raise GddlabError(
@@ -94,5 +94,5 @@ def _family(path: Path, args: dict[str, Any], family: str | None) -> str:
         )
     for name, known in (("path_type", "Linear"), ("prediction", "velocity")) if family == "sit" else ():
         if (value := args.get(name, known)) != known:
-            raise GddlabError(printable(f"{path}: a SiT with {name}={str(value)[:40]!r}: known here is {known!r}"))
+            raise GddlabError(printable(f"{path}: a SiT with {name}={value[:40]!r}: known here is {known!r}"))
     return family

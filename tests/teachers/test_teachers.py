@@ -214,7 +214,7 @@ def test_a_transformer_learns(tmp_path: Path) -> None:
 def test_fields_of_the_other_network_are_refused(tmp_path: Path) -> None:
     made = TeacherConfig(run_dir=tmp_path, network="dit")
     assert (made.model_channels, made.num_blocks, made.num_heads, made.conditional) == (96, 6, 3, True)
-    assert (made.total_kimg, made.label_dropout, made.uniform_share) == (400, 0.1, 0.1)
+    assert (made.total_kimg, made.label_dropout, made.uniform_share) == (160, 0.1, 0.1)
     assert TeacherConfig(run_dir=tmp_path, network="dit", total_kimg=5).total_kimg == 5
     assert TeacherConfig(run_dir=tmp_path, **made.to_json()) == made
     for fields, message in (
