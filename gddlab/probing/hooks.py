@@ -179,7 +179,8 @@ class Probe:
                 if lines := [by for by in lines if all(self._wants(tap.stream) for tap in by.values())]:
                     self._plan.setdefault(name, {})[stat.name] = lines
         measured = {s for by_stat in self._plan.values() for s in by_stat}
-        self._asked = stats != DEFAULT
+        names = {s.name for s in self.stats}
+        self._asked = names - {*DEFAULT} if names >= {*DEFAULT} else names  # all of them mean those that there are
         self._check_measured(measured, len(selected))
         self._known = {n: known[n] for n in self._plan}
         self._reductions = self._taps()
@@ -207,8 +208,8 @@ class Probe:
         self.reset()
 
     def _check_measured(self, measured: set[str], selected: int) -> None:
-        absent = [s for s in self.stats if s.name not in measured]
-        if absent and (self._asked or not measured):
+        absent = [s for s in self.stats if s.name not in measured and (s.name in self._asked or not measured)]
+        if absent:
             raise GddlabError(
                 f"statistic {absent[0].name!r} exists for none of the {selected} selected layers "
                 f"({absent[0].definition}): choose other layers or statistics"
