@@ -30,7 +30,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
 from gddlab.nets.io import make_student
-from gddlab.probing import DEFAULT, probe, weight_change
+from gddlab.probing import probe, weight_change
 from gddlab.runtime import peak_memory_mib, tf32
 
 Score = Callable[[Path], tuple[str, float, float | None]]
@@ -38,8 +38,6 @@ Score = Callable[[Path], tuple[str, float, float | None]]
 
 PROBED = 64
 """Images of a probe."""
-STUDENT_STATS = tuple(s for s in DEFAULT if s != "correlation")
-"""A student has one noise level, nothing to compare it with."""
 BAD_LOSSES = 3
 """How many losses in a row that are not finite end a run."""
 SETTLED, LEARNED = 64, 300
@@ -283,7 +281,7 @@ class Trainer:
     def probe(self) -> None:
         """Activations of the averaged student, and how far each layer is from the teacher; all ranks call it."""
         ema = self.whole(self.ema)
-        found = probe(ema, states="student", layers="all", stats=STUDENT_STATS, n=PROBED, progress=False)
+        found = probe(ema, states="student", layers="all", n=PROBED, progress=False)
         if self.world.rank == 0:
             moved = weight_change(ema, self.teacher, "all")
             found.join(moved).save(self.config.run_dir / "probes" / name_of(self.nimg))
