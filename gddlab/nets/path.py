@@ -147,7 +147,8 @@ class Path:
     def _sigmas(self) -> Float[Tensor, " t"]:
         """ln sigma of each step that has an image, rising, float64."""
         abar = torch.tensor([a for a in self.alphas_cumprod if a > 0], dtype=torch.float64)
-        return ((1 - abar) / abar).sqrt().log()
+        log = ((1 - abar) / abar).sqrt().log()
+        return log[log < math.log(PURE)] if self.ends_in_noise else log  # what is beyond would be taken for pure noise
 
     def time(self, sigma: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """The network's time at sigma, float32: bfloat16 would merge steps."""

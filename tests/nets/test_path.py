@@ -254,3 +254,16 @@ def test_refusals() -> None:
             PATHS["shares"].sigma(t)
     with pytest.raises(GddlabError, match="kind 'vq"):
         Path("vq", "flow")  # type: ignore[arg-type]
+
+
+def test_steps_beyond_pure_noise_are_none() -> None:
+    """With linear betas and no signal at the end, sigma of the last step but one is 15,406."""
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    path = Path.of(scheduler)
+    abar = scheduler.alphas_cumprod.double()
+    assert float(((1 - abar[998]) / abar[998]).sqrt()) > PURE
+    assert (path.sigma_max, path.sigma(999)) == (PURE, PURE)
+    with pytest.raises(GddlabError, match="t=998: between step 997 and pure noise there is none"):
+        path.sigma(998)
+    sigma = torch.tensor([path.sigma(997), PURE], dtype=torch.float64)
+    assert path.time(sigma).tolist() == pytest.approx([997, 999], abs=1e-3)
