@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import copy
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -169,8 +170,8 @@ class InstancePart(Part):
         return x + _wide(t / (t - s)) * (x_s - x)
 
     def build(self, teacher: Precond, *, device: torch.device, dtype: torch.dtype) -> InstanceLoss:
-        """The loss, with the teacher and the distance on a device."""
-        teacher = teacher.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        """The loss, with copies of the teacher and the distance on a device."""
+        teacher = copy.deepcopy(teacher).to(device=device, dtype=dtype).eval().requires_grad_(False)
         distance: nn.Module
         if self.distance == "lpips":
             distance = LPIPSDistance(self.distance_weights)
