@@ -12,11 +12,11 @@ tensor (3, n), int64, on the CPU, where they decide which network moves an image
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import copy
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn

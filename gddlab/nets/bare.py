@@ -53,8 +53,10 @@ def is_offloaded(model: nn.Module) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Where it is run: of an offloaded network, not where its weights are."""
     for module in model.modules():
-        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
-            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):  # one hook, or several in a row
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 

@@ -39,7 +39,7 @@ def test_an_offloaded_network_runs_where_its_hooks_bring_it():
         assert target == torch.device("cpu") and not net.training
     assert net.training and net[0].weight.is_meta
     with (
-        pytest.raises(GddlabError, match="device='cpu': this network is offloaded and runs on cpu"),
-        as_it_was(net, device="cpu"),
+        pytest.raises(GddlabError, match="device='cuda': this network is offloaded and runs on cpu"),
+        as_it_was(net, device="cuda"),
     ):
         pass
