@@ -404,3 +404,11 @@ def test_refusals(kind: str, steps: Any, message: str) -> None:
     with pytest.raises(GddlabError, match=message) as e:
         PARTS[kind](steps=steps)
     assert "\n" not in str(e.value)
+
+
+def test_the_teacher_given_stays_in_its_precision() -> None:
+    """Its hash says later whether a run is continued with the same one."""
+    teacher = tiny_net()
+    loss = Progressive(distance="l2").build(teacher, device=torch.device("cpu"), dtype=torch.float64)
+    assert next(loss.teacher.parameters()).dtype == torch.float64
+    assert next(teacher.parameters()).dtype == torch.float32
