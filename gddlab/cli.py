@@ -132,7 +132,7 @@ def probe(
     """Measures the activation of layers at each noise level. Saves the table, arrays and a heat map of each statistic.
 
     Args:
-        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers.
         out: Folder for the result.
         timesteps: Number of noise levels, 80 to 0.002 with rho = 7 within the network's range; 18, or 6 with --told
             cross, if not given.
@@ -166,7 +166,7 @@ def ablate(
     """Replaces the output of one layer after the other, and measures what that does to the denoised image.
 
     Args:
-        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers.
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
         overwrite: Replaces a result that is there.
@@ -191,7 +191,7 @@ def trace(
     """Disturbs one layer in one step of the sampler, one after the other, and measures the final images.
 
     Args:
-        teacher: Name, EDM pickle, .safetensors file, or run directory; of a student, too.
+        teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers; of a student, too.
         out: Folder for the result.
         steps: Number of steps; by default 18 of a teacher, a student's own.
         sigmas: The noise levels that the steps start from, in place of --steps.
@@ -219,7 +219,7 @@ def decode(
     Saves the table, heat maps, and readouts.png with the chance level.
 
     Args:
-        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers.
         out: Folder for the result.
         sigmas: The noise levels themselves, in place of --timesteps.
         overwrite: Replaces a result that is there.
@@ -242,7 +242,7 @@ def lens(
     Saves the images, their distances to the output and to the clean images, and grid.png.
 
     Args:
-        teacher: Name, EDM pickle, .safetensors file, or run directory.
+        teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers.
         out: Folder for the result.
         sigmas: The noise levels.
         overwrite: Replaces a result that is there.

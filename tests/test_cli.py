@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import gddlab
@@ -28,6 +29,7 @@ from gddlab.runs import load_run
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 from tests.conftest import tiny_config, tiny_net
+from tests.nets.test_dit import tiny_dit
 from tests.teachers.pickles import write_snapshot
 
 
@@ -410,6 +412,20 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'digits'" in refused(capsys, "train", "digts", "--run-dir", str(tmp_path / "r"))
     assert "--batch 0" in refused(capsys, "train", "--run-dir", str(tmp_path / "r"), "--batch", "0")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_transformer_is_converted_and_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, teacher = tmp_path / "weights.pt", str(tmp_path / "sit.safetensors")
+    torch.save(tiny_dit("sit").model.state_dict(), source)
+    assert "give --family dit or --family sit" in refused(capsys, "convert", str(source), teacher, "--heads", "2")
+    main(["convert", str(source), teacher, "--family", "sit", "--heads", "2"])
+    few = ["--n", "2", "--states", "prior", "--stats", "rms", "--layers", "block", "--out", str(tmp_path / "probe")]
+    main(["probe", teacher, *few, "--sigmas", "0.1", "0.5", "--unit", "t", "--calls", "mean", "--branch", "all"])
+    result = ProbeResult.load(tmp_path / "probe")
+    assert result.sigmas == pytest.approx([9.0, 1.0])  # the time of SiT is the share of the image
+    assert result.meta["t"] == pytest.approx([0.1, 0.5])
+    assert "Accepted: cond, all" in refused(capsys, "probe", teacher, *few, "--branch", "uncond", "--overwrite")
+    assert "context" in refused(capsys, "probe", teacher, *few, "--stream", "contxt", "--overwrite")
 
 
 def test_measure_and_choose(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,42 @@ def test_a_family_is_probed_as_its_line_says(line: str, name: str, path: str, st
     assert frame["value"].notna().all()
 
 
+FILES = re.findall(
+    r'^\| ([^|]+) \| `(gddlab\.load_teacher\("(.+)"\))` \| ([^|]+) \|',
+    (NOTEBOOKS / "guide" / "your_model.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("line", "name", "path"), [f[1:] for f in FILES], ids=[f[2] for f in FILES])
+def test_a_file_is_loaded_and_probed_as_its_line_says(
+    line: str, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import gddlab
+    from tests.models import pipeline
+    from tests.nets.test_dit import tiny_dit
+    from tests.teachers.attacks import small_edm2
+    from tests.teachers.pickles import snapshot2
+
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {}
+    if name.endswith(".pt"):
+        torch.save(tiny_dit("dit").model.state_dict(), name)
+        options = {"heads": 2}  # that of no published width
+    elif name.endswith(".pkl"):
+        Path(name).write_bytes(snapshot2(small_edm2(img_channels=3)))
+    else:
+        pipeline("dit")[0].save_pretrained(name)
+    net = eval(line.removesuffix(")") + ", **options)", {"gddlab": gddlab, "options": options})
+    assert path == "its own" or net.path.kind in path.split(", ")
+    frame = gddlab.probe(net, [10.0, 1.0], states="prior", layers="block", stats="rms", n=2, progress=False).frame
+    assert frame["value"].notna().all()
+
+
 def test_every_family_has_a_line() -> None:
     from tests.models import PIPELINES
 
     assert [f[2] for f in FAMILIES] == [*PIPELINES, "unet"]
+    assert len(FILES) == 3

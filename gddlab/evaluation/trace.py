@@ -22,20 +22,14 @@ from gddlab.evaluation.images import check_shape
 from gddlab.evaluation.metrics import Statistics, statistics
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.nets import OneStepPrecond
+from gddlab.nets.bare import denoiser_of, unwrap
 from gddlab.probing.ablate import MODES as REPLACED
 from gddlab.probing.ablate import all_sites, changes_of, means_of, outputs_of, select_sites, sized
 from gddlab.probing.effects import Effects, denoised, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps
-from gddlab.probing.layers import (
-    LayerSelection,
-    check_architecture,
-    denoiser_of,
-    named_layers,
-    named_tensors,
-    unwrap,
-)
+from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, named_tensors
 from gddlab.probing.patch import activations_of
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again

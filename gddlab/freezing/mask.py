@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, NotFound, shown, unknown, validated
 from gddlab.files import check_kind, hash_json, holds_format, path_of, read_json, write_json
 from gddlab.freezing.strategies import RULES, STRATEGIES
+from gddlab.nets.bare import unwrap
 from gddlab.nets.unets import TARGET_LAYERS
 from gddlab.probing.layers import (
     difference,
@@ -30,7 +31,6 @@ from gddlab.probing.layers import (
     plain_name,
     role_of,
     stage_and_resolution,
-    unwrap,
 )
 from gddlab.probing.plots.axes import mark_places, rows_of
 from gddlab.probing.result import html_table

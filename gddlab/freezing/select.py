@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from gddlab.freezing.mask import FreezeMask, fingerprint
 from gddlab.freezing.strategies import AMONG, RULES, STRATEGIES, UNDERSTOOD, USES, USUAL
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import LayerSelection, owner_of
+from gddlab.probing.sites import layer_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -341,7 +342,7 @@ def _of_statistic(result: ProbeResult, units: Sequence[Unit], stat: str, at: flo
 def _by_layer(frame: pd.DataFrame, stat: str, sigma: float) -> dict[str, float]:
     """One value per layer: of the image's stream and the condition's branch where it has these, the mean over calls."""
     rows = frame[(frame["stat"] == stat) & (frame["sigma"] == sigma)]
-    layers = rows["layer"].str.replace(_SITE, "", regex=True)
+    layers = rows["layer"].map(functools.partial(layer_of, known=()))
     far = 0 * rows["sigma"]
     for column, wanted in (("branch", ("cond",)), ("stream", ("", "image"))):
         if column in rows:
@@ -349,10 +350,6 @@ def _by_layer(frame: pd.DataFrame, stat: str, sigma: float) -> dict[str, float]:
     nearest = far == far.groupby(layers).transform("min")
     means = rows["value"].astype(float)[nearest].groupby(layers[nearest], sort=False).mean()
     return {str(layer): float(value) for layer, value in means.items()}
-
-
-_SITE = re.compile(r"(?:@\d+)?(?::[^.:@]+)*$")
-"""What a measured place adds to its layer's name: call, stream and branch."""
 
 
 def _combined(

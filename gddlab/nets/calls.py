@@ -151,12 +151,10 @@ def shape_of(network: nn.Module, call: Call) -> Shape:
             f"out_channels={given} with in_channels={taken}: neither an image nor an image and a variance, "
             "give denoise="
         )
-    size = getattr(config, "sample_size", None) if call.patch == 1 else None
+    size: Any = getattr(config, "sample_size", None) if call.patch == 1 else None
     sides = sorted(set(size)) if isinstance(size, list | tuple) else [size or None]
     if len(sides) > 1:
-        raise GddlabError(
-            f"sample_size={tuple(size)}: images here are square, give denoise= and img_resolution="  # type: ignore[arg-type]
-        )
+        raise GddlabError(f"sample_size={tuple(size)}: images here are square, give denoise= and img_resolution=")
     return Shape(taken // call.patch**2, sides[0], class_count(network) if call.labels else 0)
 
 

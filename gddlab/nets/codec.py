@@ -59,16 +59,19 @@ class Codec:
         return cls(_exact(vae), int(config.latent_channels), int(factor), shift, scale)
 
     @classmethod
-    def edm2(cls, vae: Any) -> Codec:
+    def edm2(
+        cls, vae: Any, mean: Sequence[float] = EDM2[0], std: Sequence[float] = EDM2[1], final_std: float = EDM2[2]
+    ) -> Codec:
         """As EDM2 uses Stable Diffusion's autoencoder: images in [0, 1], latents of standard deviation 0.5 per channel.
 
-        Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models".
+        Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models". `mean` and `std` are
+        those of the autoencoder's own latents by channel; a network's file says them.
         """
         plain = cls.of(vae)
-        if plain.channels != 4:
-            raise GddlabError(f"vae= makes {plain.channels} channels: EDM2's latents have 4")
-        mean, std = (torch.tensor(x).view(-1, 1, 1) for x in EDM2[:2])
-        return cls(plain.vae, 4, plain.factor, mean, EDM2[2] / std, low=0.0)
+        if plain.channels != len(mean):
+            raise GddlabError(f"vae= makes {plain.channels} channels: EDM2's latents have {len(mean)}")
+        middle, spread = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+        return cls(plain.vae, plain.channels, plain.factor, middle, final_std / spread, low=0.0)
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k i j"]:
         """Latents of images in [-1, 1], float32: the mean where the autoencoder gives a distribution.
@@ -111,7 +114,8 @@ class Codec:
         return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.vae.decode(latents / self.scale.to(latents) + self.shift.to(latents)).sample  # type: ignore[operator]
+        decode: Any = self.vae.decode
+        images: Tensor = decode(latents / self.scale.to(latents) + self.shift.to(latents)).sample
         return 2 * images - 1 if self.low == 0 else images
 
     def _in_parts(self, change: Any, x: Tensor, pixels: int) -> Tensor:

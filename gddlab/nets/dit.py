@@ -228,21 +228,6 @@ class DiT(nn.Module):
         h = h.unflatten(2, (p, p, -1)).unflatten(1, (self.side, self.side))  # (B, H/p, W/p, p, p, C)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
-    def guided(
-        self, x: Float[Tensor, "b c h w"], t: Tensor, y: Int[Tensor, " n"], scale: float, channels: int = 3
-    ) -> Float[Tensor, "b cout h w"]:
-        """Guided by the difference that a class makes (Ho & Salimans 2022), in one call of twice the rows.
-
-        Args:
-            x, t: As for `forward`.
-            y: Class ids, then those to be guided away from, of no class.
-            scale: 1 changes nothing.
-            channels: How many are guided, the first ones: three of four in the authors' own `forward_with_cfg`.
-        """
-        cond, other = self(torch.cat([x, x]), torch.cat([t, t]), y).chunk(2)
-        out = torch.lerp(other[:, :channels], cond[:, :channels], scale)
-        return torch.cat([out, cond[:, channels:]], dim=1)
-
 
 class SiT(DiT):
     """DiT that keeps the variance to itself, where it has one."""
@@ -253,12 +238,11 @@ class SiT(DiT):
 
 @functools.cache
 def _kind(kind: str) -> tuple[type[DiT], Path]:
-    """Class and path of a kind of network; made on the CPU, where networks are made on meta too."""
-    with torch.device("cpu"):
-        if kind == "dit":
-            abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-            return DiT, Path.vp(abar, "epsilon")
-        return SiT, Path.flow(reversed=True) if kind == "sit" else Path.flow(1000.0)
+    """Class and path of a kind of network."""
+    if kind == "dit":
+        beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")  # also where a network is on meta
+        return DiT, Path.vp((1 - beta).cumprod(0), "epsilon")
+    return SiT, Path.flow(reversed=True) if kind == "sit" else Path.flow(1000.0)
 
 
 KINDS = ("dit", "sit", "flow")
@@ -288,8 +272,7 @@ class DiTPrecond(Precond):
         network, path = _kind(kind)
         self.path: Path = path
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        with torch.device("cpu"):
-            self.sigma_min, self.sigma_max = self.path.sigma_min, self.path.sigma_max
+        self.sigma_min, self.sigma_max = self.path.sigma_min, self.path.sigma_max
         self.model = network(img_resolution, img_channels, label_dim, **model_kwargs)  # type: ignore[assignment]
         self.init_kwargs, self.card = {}, None
 

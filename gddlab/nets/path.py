@@ -74,7 +74,7 @@ class Path:
         if prediction not in (known := ("epsilon", "v_prediction", "sample")):
             raise unknown("prediction", prediction, known)
         try:
-            abar = torch.as_tensor(alphas_cumprod).detach().cpu().double()
+            abar = torch.as_tensor(alphas_cumprod, device="cpu").detach().double()
         except (TypeError, ValueError, RuntimeError):
             raise GddlabError(
                 f"alphas_cumprod={shown(alphas_cumprod)}: give numbers, scheduler.alphas_cumprod"
@@ -146,7 +146,7 @@ class Path:
     @functools.cached_property
     def _sigmas(self) -> Float[Tensor, " t"]:
         """ln sigma of each step that has an image, rising, float64."""
-        abar = torch.tensor([a for a in self.alphas_cumprod if a > 0], dtype=torch.float64)
+        abar = torch.tensor([a for a in self.alphas_cumprod if a > 0], dtype=torch.float64, device="cpu")
         log = ((1 - abar) / abar).sqrt().log()
         return log[log < math.log(PURE)] if self.ends_in_noise else log  # what is beyond would be taken for pure noise
 
@@ -211,6 +211,18 @@ class Path:
         if self.prediction == "v_prediction":
             return Coefficients(image * c_in, -noise, c_in, time)
         return Coefficients(zero, one, c_in, time)
+
+    def __str__(self) -> str:
+        """What a network predicts, along which path, and the times that it is told."""
+        if self.kind == "edm":
+            return f"EDM, sigma_data {self.sigma_data:g}"
+        if self.kind == "vp":
+            predicts = {"epsilon": "the noise", "v_prediction": "the velocity v", "sample": "the image"}
+            clock = "told ln(sigma) / 4" if self.clock == "log" else f"{len(self.alphas_cumprod):,} steps"
+            end = ", the last pure noise" if self.ends_in_noise else ""
+            return f"variance preserving, {clock}{end}; predicts {predicts[self.prediction]}"
+        start, end = ("noise", "image") if self.reversed else ("image", "noise")
+        return f"flow matching, time 0 ({start}) to {self.time_scale:g} ({end}); predicts {end} - {start}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `Path(**path.to_dict())` is the same path."""

@@ -27,9 +27,9 @@ from gddlab.probing.effects import (
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
-from gddlab.probing.layers import Layer, LayerSelection, anatomy, inventory, named_layers, select_layers
+from gddlab.probing.layers import Layer, LayerSelection, anatomy, branches_in, inventory, named_layers, select_layers
 from gddlab.probing.result import ProbeResult
-from gddlab.probing.sites import again, branches_in, channel_axis, layer_of, spread
+from gddlab.probing.sites import again, channel_axis, layer_of, spread
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs

@@ -15,11 +15,12 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown, validated, warn
+from gddlab.nets.bare import denoiser_of
 from gddlab.probing.ablate import select_sites, sized
 from gddlab.probing.effects import AtSite, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager, exactly, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, dataset_of
-from gddlab.probing.layers import Layer, LayerSelection, denoiser_of
+from gddlab.probing.layers import Layer, LayerSelection
 from gddlab.probing.reductions import PIECE
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
-from gddlab.nets import Precond
+from gddlab.nets.bare import denoiser_of
 from gddlab.nets.precond import edm_loss, edm_weight
 from gddlab.probing.guard import check_ran, check_seen, warn_nonfinite
 from gddlab.probing.inputs import Inputs, Rows
-from gddlab.probing.layers import Layer, LayerSelection, denoiser_of, named_layers, transformer_blocks
+from gddlab.probing.layers import Layer, LayerSelection, named_layers, transformer_blocks
 from gddlab.probing.reductions import double, mean_square
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import Site, Sites, View, Window, innermost, layer_of, left_out, named_in
@@ -142,16 +142,14 @@ def that_run(
 ) -> tuple[list[Layer], dict[str, str]]:
     """The selected layers whose outputs can be changed, and why the others cannot, which a warning says.
 
-    A layer that `layers` names must run. gddlab's own U-Nets run all layers that presets bring; others take a pass over
-    `rows` to find out.
+    A layer that `layers` names must run. Of those that a preset or a glob brings, a pass over `rows` finds it out.
 
     Args:
         parts: Whose outputs are changed for a layer, by its name; by default its own.
     """
     named = named_in(layers)
     brought = {a.name for a in selected if not named(a.name)}
-    convolutions = isinstance(denoiser_of(model), Precond) and not transformer_blocks(named_layers(model))
-    if convolutions or not brought:
+    if not brought:
         return list(selected), {}
     parts = {a.name: [a.name] for a in selected} if parts is None else parts
     every = {part: None for name in parts for part in parts[name]}
@@ -159,8 +157,8 @@ def that_run(
         denoiser_of(model)(*rows)
     absent = {name: ran.absent[p] for name in brought for p in parts[name] if p in ran.absent}
     found = [a for a in selected if a.name not in absent]
-    if not found:
-        check_ran(list(absent))
+    if not found:  # the first pass over all rows says why
+        return list(selected), {}
     if absent:
         warn(left_out(absent))
     return found, absent

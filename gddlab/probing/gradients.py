@@ -12,10 +12,11 @@ from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown, unknown, validated, warn
+from gddlab.nets.bare import denoiser_of
 from gddlab.probing.effects import denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
 from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps
-from gddlab.probing.layers import PRESETS, Layer, LayerSelection, denoiser_of, named_layers, select_layers
+from gddlab.probing.layers import PRESETS, Layer, LayerSelection, named_layers, select_layers
 from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again, left_out, named_in

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
 from gddlab.errors import GddlabError, numbers_in, shown
 from gddlab.nets import Codec, Denoiser, Path, Precond
+from gddlab.nets.bare import denoiser_of
 from gddlab.nets.denoiser import Wrapped
 from gddlab.nets.precond import check_level
-from gddlab.probing.layers import denoiser_of
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import from_pure, heun_step, is_pure, one_hot, seed_list
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gddlab.errors import GddlabError, check_takes, shown, unknown
-from gddlab.nets.bare import denoiser_of as denoiser_of
-from gddlab.nets.bare import unwrap as unwrap
+from gddlab.nets.bare import unwrap
 from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
@@ -230,6 +229,8 @@ _PARTS: Mapping[str, Mapping[str, _Between]] = {
 }
 """Transformer blocks by class name, those of DiT and SiT, then those of diffusers: streams, and points inside."""
 
+_SINGLE_BLOCKS = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
+
 _TUPLES: Mapping[str, tuple[str, ...]] = {
     **{kind: ("context", "image") for kind, streams in _PARTS.items() if "context" in streams},
     **dict.fromkeys(("CogView3PlusTransformerBlock", "CogView4TransformerBlock"), ("image", "context")),
@@ -270,6 +271,19 @@ def points_of(module: nn.Module) -> list[Point]:
 
 
 _NOTHING: _Between = ()
+
+
+def holds_both(block: nn.Module) -> bool:
+    """Whether a transformer block holds the tokens of both streams in one tensor, context first."""
+    return type(block).__name__ in _SINGLE_BLOCKS
+
+
+def branches_in(block: nn.Module) -> list[str]:
+    """Children of a transformer block whose outputs are added to its streams."""
+    if holds_both(block):
+        return ["proj_out"]
+    names = ("attn", "attn1", "attn2", "ff", "ff_context", "mlp") if points_of(block) else ()
+    return [name for name in names if _has(block, name)]
 
 
 def _between(block: nn.Module) -> _Between:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
 from gddlab.nets import Precond, architecture, from_edm
-from gddlab.probing.layers import denoiser_of
+from gddlab.nets.bare import denoiser_of
 from gddlab.probing.plots.axes import Probed, wide
 from gddlab.runtime import generator
 

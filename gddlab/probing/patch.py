@@ -12,6 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, check_takes, validated
+from gddlab.nets.bare import denoiser_of, unwrap
 from gddlab.probing.ablate import select_sites
 from gddlab.probing.effects import (
     AtSite,
@@ -26,15 +27,7 @@ from gddlab.probing.effects import (
 )
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
-from gddlab.probing.layers import (
-    LayerSelection,
-    check_architecture,
-    denoiser_of,
-    named_layers,
-    named_tensors,
-    select_layers,
-    unwrap,
-)
+from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, named_tensors, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again, layer_of
 from gddlab.probing.statistics import Given, PerImage, declare

@@ -87,8 +87,8 @@ def probe(
         states: What the network sees: "noised", image + sigma * noise; "prior", sigma * noise; "trajectory", the states
             of Heun's sampler on its way from noise to image; "student", the one-step generator's input, 80 * noise at
             sigma 80 and nothing else.
-        layers: "conv" (4-d weights), "block" (residual blocks), "attention", "norm", "linear", "all", a glob, or
-            "re:...". In Python also a list, or a function of name and module.
+        layers: "conv" (4-d weights), "block" (residual and transformer blocks), "attention", "mlp", "modulation",
+            "norm", "linear", "all", a glob, or "re:...". In Python also a list, or a function of name and module.
         stats: Names of statistics. In Python also your own; see `gddlab.probing.STATISTICS` and `Statistic`. Of the
             default ones, "correlation" is NaN for n=1: one image has no covariance.
         per_channel: Keeps mean and variance of each channel too. In Python: `ProbeResult.channels`.

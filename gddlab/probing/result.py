@@ -23,9 +23,9 @@ from torch import nn
 from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import atomic_path, check_kind, folder_of, hash_tensors, holds_format, path_of, read_json
 from gddlab.nets import Precond, architecture
-from gddlab.nets.bare import weights_of
+from gddlab.nets.bare import denoiser_of, unwrap, weights_of
 from gddlab.probing.crossing import Crossing
-from gddlab.probing.layers import Layer, denoiser_of, inventory, parameter_table, plain_name, unwrap
+from gddlab.probing.layers import Layer, depth_of, inventory, parameter_table, plain_name
 from gddlab.probing.null import AgainstNulls
 from gddlab.probing.plots.axes import wide
 from gddlab.probing.plots.heatmaps import Heatmaps
@@ -72,6 +72,7 @@ def network_meta(model: nn.Module, measured: Iterable[Layer] = ()) -> dict[str, 
         "model": about,
         "parameters": [[name, list(shape)] for name, shape in parameter_table(bare)],
         "layers": [layer.to_dict() for layer in inventory(bare).values() if layer.type or layer.name in names],
+        **({"depth_of": "blocks"} if depth_of(bare) == "blocks" else {}),
     }
 
 

@@ -12,17 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import unknown
-from gddlab.probing.layers import (
-    PRESETS,
-    LayerSelection,
-    anatomy,
-    denoiser_of,
-    plain_name,
-    points_of,
-    streams_of,
-    type_of,
-    unwrap,
-)
+from gddlab.nets.bare import denoiser_of, unwrap
+from gddlab.probing.layers import PRESETS, LayerSelection, anatomy, holds_both, plain_name, streams_of, type_of
 
 COND = "cond"
 """The guidance branch of a network that has one."""
@@ -104,18 +95,6 @@ def named_in(layers: LayerSelection) -> Callable[[str], bool]:
     items = [layers] if isinstance(layers, str) else layers
     names = {plain_name(x) for x in items if isinstance(x, str) and x not in PRESETS}
     return lambda name: name in names
-
-
-_SINGLE_BLOCKS = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
-"""Those that hold the tokens of both streams in one tensor, context first."""
-
-
-def branches_in(module: nn.Module) -> list[str]:
-    """Children of a transformer block whose outputs are added to its streams."""
-    if type(module).__name__ in _SINGLE_BLOCKS:
-        return ["proj_out"]
-    names = ("attn", "attn1", "attn2", "ff", "ff_context", "mlp") if points_of(module) else ()
-    return [name for name in names if isinstance(getattr(module, name, None), nn.Module)]
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -292,7 +271,7 @@ class View:
     def __init__(self, name: str, modules: Mapping[str, nn.Module], window: Window, block: str):
         self.window, module = window, modules[name]
         self.streams, self.axis, self.tokens = streams_of(module), channel_axis(module), bool(block)
-        self.joint = bool(block) and name != block and type(modules[block]).__name__ in _SINGLE_BLOCKS
+        self.joint = bool(block) and name != block and holds_both(modules[block])
         self._takes_both = bool(self.streams) and "Attention" not in type(module).__name__
         self._context_last = bool(self.streams) and type(module).__name__ == "Attention"
 

@@ -65,7 +65,6 @@ class Statistic:
     target: ClassVar[Literal["layer", "block", "attention"]] = "layer"
     """ "block" for a statistic of every residual or transformer block that holds a selected layer, "attention" for one
     of every attention that holds, or is held by, a selected layer."""
-
     parts: ClassVar[tuple[str, ...]] = ()
     """Where a value is several numbers: the suffix of each one's name."""
     across: ClassVar[bool] = False
@@ -108,7 +107,6 @@ class Statistic:
     @classmethod
     def taps(cls, layer: Layer, modules: Mapping[str, Any]) -> dict[str, Tap] | list[dict[str, Tap]] | None:
         """What to read for `layer`, by role, or a list of that by stream; None where the statistic has no meaning."""
-
         return {"x": Tap(layer.name, cls.side, cls.reduction or per_row(cls.reduce))} if cls.applies(layer) else None
 
     def update(self, **reduced: Float[Tensor, "n s ..."]) -> None:

@@ -8,15 +8,9 @@ import torch
 from torch import nn
 
 from gddlab.errors import GddlabError, shown, validated
+from gddlab.nets.bare import denoiser_of
 from gddlab.nets.precond import check_level
-from gddlab.probing.layers import (
-    LayerSelection,
-    check_architecture,
-    denoiser_of,
-    named_layers,
-    plain_name,
-    select_layers,
-)
+from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, plain_name, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.statistics import Given, Statistic, declare
 

@@ -15,8 +15,7 @@ from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.dit import DiT
-from gddlab.nets.edm2 import EDM2UNet
-from gddlab.nets.path import Path as NoisePath
+from gddlab.nets.edm2 import EDM2Precond, EDM2UNet
 from gddlab.nets.unets import UNETS
 from gddlab.pretrained.published import Published
 from gddlab.teachers.dit import check_options
@@ -89,7 +88,7 @@ class TeacherCard:
             scores=tuple(scores),
             manifest=meta.get("manifest"),
             levels=meta.get("levels") or _levels_of(meta.get("training") or {}),
-            path=_path_text(path) if isinstance(path := getattr(net, "path", None), NoisePath) else None,
+            path=None if net.path is None else str(net.path),
             codec=meta.get("codec"),
         )
 
@@ -141,17 +140,6 @@ class TeacherCard:
             return f", patches of {p}x{p}, width {kw['model_channels']}, {blocks}"
         levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
         return f" ({kw.get('encoder_type', 'ADM')} encoder), {levels}" if self.unet in UNETS else f", {levels}"
-
-
-def _path_text(path: NoisePath) -> str:
-    """What a network predicts, along which path, and the times that it is told."""
-    if path.kind == "edm":
-        return f"EDM, sigma_data {path.sigma_data:g}"
-    if path.kind == "vp":
-        predicts = {"epsilon": "the noise", "v_prediction": "the velocity v", "sample": "the image"}[path.prediction]
-        return f"variance preserving, {len(path.alphas_cumprod):,} steps; predicts {predicts}"
-    start, end = ("noise", "image") if path.reversed else ("image", "noise")
-    return f"flow matching, time 0 ({start}) to {path.time_scale:g} ({end}); predicts {end} - {start}"
 
 
 def _levels_of(training: dict[str, Any]) -> str | None:
@@ -238,16 +226,18 @@ def load_teacher(
         )
     except (TypeError, ValueError) as e:
         raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
+    net.latent = net.card.codec is not None or vae is not None
     if vae is not None:
-        net.codec, net.latent = _codec_of(net, vae), True
+        net.codec = _codec_of(net, vae)
     return net
 
 
 def _codec_of(net: Precond, vae: Any) -> Codec:
     codec = read_codec(vae)
     assert codec is not None
-    if type(net).__name__ == "EDM2Precond" and not isinstance(vae, Codec):
-        codec = Codec.edm2(codec.vae)
+    if isinstance(net, EDM2Precond) and not isinstance(vae, Codec):
+        said = net.card.codec or {}  # an unknown encoder has no numbers
+        codec = Codec.edm2(codec.vae, **{k: said[k] for k in ("mean", "std", "final_std") if k in said})
     if codec.channels != net.img_channels:
         raise GddlabError(f"vae= makes {codec.channels} channels, this network takes {net.img_channels}: give its own")
     return codec

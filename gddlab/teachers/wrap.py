@@ -311,7 +311,7 @@ def assemble(
     card = WrappedCard(
         name=name or _name_of(bare, pipe),
         network=title,
-        path=_path_in_words(path),
+        path="its own preconditioning" if path is None else str(path),
         prediction="not known" if path is None else path.prediction,
         conditioning=_conditioning_in_words(call, cond, classes),
         guidance=_guidance_in_words(call, cond, guidance),
@@ -455,19 +455,6 @@ def _notes(bare: nn.Module, pipe: Any, source: str | None, call: Call, cond: Con
     if call.scale == "guidance" and cond is not None and call.scale not in cond.rows:
         notes.append(f"its conditioning holds no guidance scale: it is told {EMBEDDED_GUIDANCE:g}, diffusers' default")
     return tuple(notes)
-
-
-def _path_in_words(path: Path | None) -> str:
-    if path is None:
-        return "its own preconditioning"
-    if path.kind == "flow":
-        first, last = (path.time_scale, 0.0) if path.reversed else (0.0, path.time_scale)
-        return f"flow matching, time {first:g} at the image, {last:g} at pure noise"
-    if path.kind == "edm":
-        return f"EDM, sigma_data {path.sigma_data:g}"
-    clock = "ln(sigma) / 4" if path.clock == "log" else f"steps 0 to {len(path.alphas_cumprod) - 1}"
-    end = "pure noise" if path.ends_in_noise else f"sigma {path.sigma_max:.4g}"
-    return f"variance preserving, {clock}, up to {end}"
 
 
 def _conditioning_in_words(call: Call, cond: Conditioning | None, classes: int) -> str:

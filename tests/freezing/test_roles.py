@@ -17,7 +17,7 @@ from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.io import from_edm
 from gddlab.probing.layers import parameter_table
 from tests.freezing.conftest import convs, frozen_layers
-from tests.probing.families import FAMILIES, TRANSFORMERS, AuthorsDiT
+from tests.probing.families import FAMILIES, TRANSFORMERS, authors_dit
 from tests.probing.networks import tiny
 from tests.probing.test_roles import adapted, fused
 
@@ -71,7 +71,7 @@ def test_shares_of_published_networks(name):
 
 def test_shares_of_the_authors_dit():
     with torch.device("meta"):
-        net = AuthorsDiT()
+        net = authors_dit()
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 675.1
     assert shares(net) == [49.56, 66.09, 66.09]
     assert round(100 * by_words(net, "gdd-i").fraction, 2) == 5.51
@@ -112,7 +112,7 @@ def test_rules_in_networks_of_other_families(name):
 
 
 def test_a_mask_says_what_is_frozen_of_a_transformer():
-    mask = select_freeze(AuthorsDiT(2, 16, 10), strategy="gdd-i-2")
+    mask = select_freeze(authors_dit(2, 16, 10), strategy="gdd-i-2")
     assert "frozen attn.qkv, attn.proj, mlp.fc; trained pos_embed, proj, mlp, embedding_table" in str(mask)
     frame = mask.to_frame().set_index("parameter")
     assert frame.loc["blocks.1.mlp.fc2.bias", ["block", "kind", "role"]].tolist() == ["blocks.1", "mlp.fc2", "mlp"]
@@ -132,7 +132,7 @@ class Odd(nn.Module):
 
     def __init__(self, share: float):
         super().__init__()
-        self.known = AuthorsDiT(2, 16, 10)
+        self.known = authors_dit(2, 16, 10)
         size = int((share * sum(p.numel() for p in self.known.parameters())) ** 0.5)
         self.mystery = nn.ModuleDict({"a": nn.Linear(size, size), "b": nn.Linear(1, 1)})
 
@@ -243,7 +243,7 @@ def test_what_was_measured_elsewhere_alone_counts(net, result):
 
 
 def test_from_a_small_network_of_a_family_to_a_large_one():
-    small, large = AuthorsDiT(4, 16, 10), AuthorsDiT(10, 32, 10)
+    small, large = authors_dit(4, 16, 10), authors_dit(10, 32, 10)
     for rule in RULES:
         mask = select_freeze(small, strategy=rule).transfer(large)
         assert mask.frozen == select_freeze(large, strategy=rule).frozen
@@ -259,7 +259,7 @@ def test_from_a_small_network_of_a_family_to_a_large_one():
 
 
 def test_to_another_family_by_role_and_relative_depth():
-    ours, theirs = AuthorsDiT(6, 16, 10), FAMILIES["dit"].make()
+    ours, theirs = authors_dit(6, 16, 10), FAMILIES["dit"].make()
     layers = ("blocks.0.attn.qkv", "blocks.5.mlp", "blocks.2.attn.proj")
     names = [n for n, _ in parameter_table(ours) if n.startswith(layers)]
     moved = FreezeMask(tuple(names), parameter_table(ours)).transfer(theirs)
@@ -298,19 +298,19 @@ def test_a_mask_made_before_attention_was_fused_is_refused_after():
 
 
 def test_lora_is_always_trained():
-    plain, net = AuthorsDiT(2, 16, 10), adapted(AuthorsDiT(2, 16, 10))
+    plain, net = authors_dit(2, 16, 10), adapted(authors_dit(2, 16, 10))
     mask = select_freeze(plain, strategy="gdd-i-2")
     assert select_freeze(net, strategy="gdd-i-2") == mask
     mask.apply(net)
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
     assert {n for n in trained if "lora_" in n} == {n for n, _ in net.named_parameters() if "lora_" in n} != set()
-    assert not net.blocks[0].attn["qkv"].base_layer.weight.requires_grad
+    assert not net.blocks[0].attn.qkv.base_layer.weight.requires_grad
     assert {n for n, _ in mask.trainable(net)} == {n.replace(".base_layer", "") for n in trained}
-    twin = adapted(AuthorsDiT(2, 16, 10))
+    twin = adapted(authors_dit(2, 16, 10))
     twin.load_state_dict(net.state_dict())
     mask.verify(net, twin)
     with torch.no_grad():
-        net.blocks[1].attn["qkv"].base_layer.weight.add_(1)
+        net.blocks[1].attn.qkv.base_layer.weight.add_(1)
     with pytest.raises(
         GddlabError, match=r"1 of .* frozen tensors differ from the teacher.s: blocks.1.attn.qkv.weight"
     ):
@@ -318,10 +318,10 @@ def test_lora_is_always_trained():
 
 
 def test_quantised_weights_are_refused():
-    mask = select_freeze(AuthorsDiT(2, 16, 10), strategy="gdd-i")
-    net = AuthorsDiT(2, 16, 10)
+    mask = select_freeze(authors_dit(2, 16, 10), strategy="gdd-i")
+    net = authors_dit(2, 16, 10)
     packed = torch.zeros(48 * 8, 1, dtype=torch.uint8)
-    net.blocks[1].attn["qkv"].weight = nn.Parameter(packed, requires_grad=False)
+    net.blocks[1].attn.qkv.weight = nn.Parameter(packed, requires_grad=False)
     says = re.escape("'blocks.1.attn.qkv.weight' is uint8: quantised weights cannot be trained")
     for act in (
         lambda: select_freeze(net, strategy="gdd-i"),

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gddlab.nets import EDM2Precond, Precond, from_edm
+from gddlab.nets import Call, EDM2Precond, Precond, from_edm
 from gddlab.probing import Probe
+from gddlab.teachers import wrap
 from tests.golden.conftest import Case, fill
 
 
@@ -85,6 +86,19 @@ def transformer(case: Case) -> Precond:
     return net
 
 
+def guided_answer(net: Precond, case: Case) -> Tensor:
+    """F of a doubled batch as `wrap` makes it of the first three channels, from D = c_skip x + c_out F."""
+    x, t, y = case["x"], case["t"], case["y_cfg"][: len(case["x"])]
+    sigma = torch.tensor([net.path.sigma(s) for s in t.tolist()], dtype=torch.float64)
+    c = net.coefficients(sigma.reshape(-1, 1, 1, 1))
+    noisy = x.double() / c.c_in
+    labels = F.one_hot(y, net.label_dim + 1)[:, :-1].double()
+    wrapped = wrap(net.double(), guidance=case.meta["cfg_scale"], call=Call(order=("cond", "uncond"), guide_channels=3))
+    out: Tensor = ((wrapped(noisy, sigma, labels) - c.c_skip * noisy) / c.c_out).float()
+    net.float()
+    return out
+
+
 def check_transformer(case: Case) -> None:
     net = transformer(case)
     x, t, y = case["x"], case["t"], case["y"]
@@ -101,7 +115,9 @@ def check_transformer(case: Case) -> None:
         for name, expected in case.meta["rms"].items():
             assert_close(rms[name], torch.tensor(expected), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         # in their doubled batch the first rows stand for both halves, and both come back guided
-        guided = net.model.guided(x, t, case["y_cfg"], case.meta["cfg_scale"])
+        variance = net.model(x, t, case["y_cfg"][: len(x)])[:, 4:]  # that of the class
+        guided = torch.cat([guided_answer(net, case), variance], 1)
+
         near(guided, case["out_with_cfg"][: len(x)])
         assert not torch.allclose(guided[:, :3], case["out"][:, :3])
 

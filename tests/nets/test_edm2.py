@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
@@ -18,6 +18,7 @@ from gddlab.nets.io import make_student
 from gddlab.nets.precond import EDMPrecond
 from gddlab.probing import probe
 from gddlab.probing.layers import inventory
+from tests.nets.test_unets import watch
 
 SMALL: dict[str, Any] = {
     "img_resolution": 16,
@@ -138,14 +139,6 @@ def test_logvar_is_one_number_a_level() -> None:
     assert both.shape == (2, 1, 1, 1)
     assert_close(both[:1], net.logvar(2.0))
     assert not torch.allclose(both[0], both[1])
-
-
-def watch(net: nn.Module) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-    for name, m in net.named_modules():
-        if not list(m.children()):
-            m.register_forward_hook(lambda _m, _a, out, n=name: seen.__setitem__(n, out))
-    return seen
 
 
 @torch.no_grad()

@@ -267,3 +267,20 @@ def test_steps_beyond_pure_noise_are_none() -> None:
         path.sigma(998)
     sigma = torch.tensor([path.sigma(997), PURE], dtype=torch.float64)
     assert path.time(sigma).tolist() == pytest.approx([997, 999], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (Path.edm(0.5), "EDM, sigma_data 0.5"),
+        (Path.vp([0.9, 0.5], "epsilon"), "variance preserving, 2 steps; predicts the noise"),
+        (
+            Path.vp([0.9, 0.5, 0.0], "v_prediction"),
+            "variance preserving, 3 steps, the last pure noise; predicts the velocity v",
+        ),
+        (Path.flow(1000.0), "flow matching, time 0 (image) to 1000 (noise); predicts noise - image"),
+        (Path.flow(reversed=True), "flow matching, time 0 (noise) to 1 (image); predicts image - noise"),
+    ],
+)
+def test_a_path_in_words(path: Path, says: str) -> None:
+    assert str(path) == says

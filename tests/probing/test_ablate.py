@@ -15,6 +15,7 @@ from gddlab.probing import ProbeResult
 from gddlab.probing.ablate import MODES, ablate
 from gddlab.sampling import latents
 from tests.probing.networks import tiny
+from tests.teachers.attacks import small_edm2
 
 SIGMAS = [80.0, 1.0, 0.01]
 CONV = "model.enc.8x8_block0.conv0"
@@ -338,3 +339,14 @@ def test_memory_does_not_grow_with_layers(net, pictures):
     ablate(net, SIGMAS, "conv", data=pictures, n=4, batch_size=6)
     assert len(alive) > 50
     assert max(alive) == 0
+
+
+def test_layers_of_a_preset_that_do_not_run_are_left_out():
+    """EDM2 computes the variance of its loss beside a pass."""
+    net = small_edm2(img_channels=1)
+    with pytest.warns(UserWarning, match="layers that cannot be measured are left out: 'logvar_linear' did not run"):
+        result = ablate(net, [5.0, 1.0], "linear", n=2, states="prior", progress=False)
+    assert result.meta["not_run"] == {"logvar_linear": "did not run"}
+    assert "unet.emb_noise" in set(result.frame["layer"])
+    with pytest.raises(GddlabError, match="'logvar_linear' did not run"):
+        ablate(net, [5.0, 1.0], "logvar_linear", n=2, states="prior", progress=False)

@@ -11,12 +11,12 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from gddlab.errors import GddlabError
+from gddlab.nets.bare import denoiser_of, unwrap
 from gddlab.nets.blocks import UNetBlock
 from gddlab.probing import select_layers
 from gddlab.probing.layers import (
     PRESETS,
     anatomy,
-    denoiser_of,
     inventory,
     kind_of,
     named_layers,
@@ -25,7 +25,6 @@ from gddlab.probing.layers import (
     plain_name,
     stage_and_resolution,
     type_of,
-    unwrap,
 )
 from gddlab.teachers.wrap import wrap
 from tests.probing.networks import tiny, tiny_adm

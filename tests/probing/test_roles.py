@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gddlab.nets.dit import Attention
 from gddlab.probing import select_layers
 from gddlab.probing.layers import (
     ROLES,
@@ -24,7 +25,7 @@ from gddlab.probing.layers import (
     transformer_blocks,
     type_of,
 )
-from tests.probing.families import FAMILIES, ROWS, TEXT, TRANSFORMERS, AuthorsDiT, attention
+from tests.probing.families import FAMILIES, ROWS, TEXT, TRANSFORMERS, authors_dit
 from tests.probing.networks import tiny
 
 EDM2 = Path(__file__).parents[1] / "golden" / "models"
@@ -51,8 +52,8 @@ def test_every_parameter_has_a_role(name):
 
 def test_every_parameter_of_gddlab_and_of_the_authors_dit_has_a_role():
     assert unknown_in(tiny(label_dim=3)) == []
-    assert unknown_in(AuthorsDiT(2, 16, 10)) == []
-    assert unknown_in(nn.ModuleDict({"model": AuthorsDiT(2, 16, 10)})) == []
+    assert unknown_in(authors_dit(2, 16, 10)) == []
+    assert unknown_in(nn.ModuleDict({"model": authors_dit(2, 16, 10)})) == []
 
 
 EDM2_ROLES = {
@@ -187,7 +188,7 @@ def test_blocks_of_both_kinds_in_a_u_net():
 class OwnLayer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attn, self.mlp = attention(8), nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+        self.attn, self.mlp = Attention(8, 1), nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
 
 
 def test_blocks_of_an_unknown_transformer_are_the_innermost_alike_in_a_list():
@@ -202,7 +203,7 @@ def test_a_class_of_the_same_name_without_its_parts_is_no_block():
     other = type("DiTBlock", (nn.Module,), {})()
     other.linear = nn.Linear(2, 2)
     assert type_of(other) == "" and points_of(other) == [] and points_of(nn.Linear(2, 2)) == []
-    assert type_of(AuthorsDiT(1, 8, 2).blocks[0]) == "block"
+    assert type_of(authors_dit(1, 8, 2).blocks[0]) == "block"
 
 
 def test_what_a_u_net_shows_is_as_before(net):
@@ -247,8 +248,8 @@ def test_presets_of_single_blocks_and_of_what_is_outside():
     single = "single_transformer_blocks.1."
     assert [n for n in names(net, "mlp") if n.startswith(single)] == [f"{single}proj_mlp", f"{single}proj_out"]
     assert names(net, "modulation")[-1] == "norm_out.linear"
-    assert names(AuthorsDiT(1, 8, 2), "mlp") == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
-    assert names(AuthorsDiT(1, 8, 2), "attention") == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
+    assert names(authors_dit(1, 8, 2), "mlp") == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    assert names(authors_dit(1, 8, 2), "attention") == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
 
 
 def fused(net):
@@ -430,16 +431,16 @@ class Adapted(nn.Module):
 
 def adapted(net):
     for block in net.blocks:
-        block.attn["qkv"] = Adapted(block.attn["qkv"])
+        block.attn.qkv = Adapted(block.attn.qkv)
     return net
 
 
 def test_lora_leaves_names_as_they_were():
-    plain, net = AuthorsDiT(2, 16, 10), adapted(AuthorsDiT(2, 16, 10))
+    plain, net = authors_dit(2, 16, 10), adapted(authors_dit(2, 16, 10))
     assert plain_name("base_model.model.blocks.0.attn.qkv.base_layer.weight") == "blocks.0.attn.qkv.weight"
     assert parameter_table(net) == parameter_table(plain)
     for preset in ("attention", "linear", "all", "block"):
         assert names(net, preset) == names(plain, preset)
-    assert named_layers(net)["blocks.0.attn.qkv"] is net.blocks[0].attn["qkv"]  # what runs, with what it adds
+    assert named_layers(net)["blocks.0.attn.qkv"] is net.blocks[0].attn.qkv  # what runs, with what it adds
     whole = nn.ModuleDict({"base_model": nn.ModuleDict({"model": net})})
     assert parameter_table(whole) == parameter_table(plain)

@@ -3,19 +3,12 @@
 import hashlib
 import re
 from collections import Counter, OrderedDict
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,14 +17,15 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation.trace import trace
 from gddlab.probing import Probe, ProbeResult, ablate, attribute, decode, estimate, grad_probe, lens, patch, probe
 from gddlab.probing.attention import entropies
+from gddlab.probing.layers import branches_in, points_of
 from gddlab.probing.reductions import band_share
 from gddlab.probing.result import COLUMNS, SITE
-from gddlab.probing.sites import Site, branches_in, grid_of, layer_of, points_of
+from gddlab.probing.sites import Site, grid_of, layer_of
+from tests.models import TOKENS as TEXT
+from tests.models import network
 from tests.probing.networks import tiny
 
 SIGMAS = [8.0, 0.5]
-TEXT = 7
-"""Tokens of the context."""
 
 
 class Denoiser(nn.Module):
@@ -115,55 +109,9 @@ class Flux(Denoiser):
         return out.unflatten(1, (4, 4)).unflatten(3, (4, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
-
-
-def dit():
-    torch.manual_seed(0)
-    more = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 10}
-    return DiTTransformer2DModel(**HEADS, **more)
-
-
-def pixart():
-    torch.manual_seed(0)
-    more = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "cross_attention_dim": 16, "caption_channels": 12}
-    return PixArtTransformer2DModel(**HEADS, **more, norm_num_groups=8, use_additional_conditions=False)
-
-
-def sana():
-    torch.manual_seed(0)
-    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
-    return SanaTransformer2DModel(**HEADS, **cross, in_channels=4, out_channels=4, caption_channels=12, patch_size=1)
-
-
-def sd3():
-    torch.manual_seed(0)
-    more = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10, "out_channels": 4}
-    more |= {"patch_size": 2, "in_channels": 4, "pos_embed_max_size": 8, "qk_norm": "rms_norm"}
-    return SD3Transformer2DModel(**HEADS, **more, dual_attention_layers=(0,))
-
-
-def flux():
-    torch.manual_seed(0)
-    more = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    more |= {"joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (4, 4, 8)}
-    return FluxTransformer2DModel(patch_size=1, in_channels=16, guidance_embeds=True, **more)
-
-
-def unet(**changes):
-    torch.manual_seed(0)
-    more = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8}
-    more |= {"block_out_channels": (32, 64), "cross_attention_dim": 16, "attention_head_dim": 8}
-    more |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-    more |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    return UNet2DConditionModel(**(more | changes))
-
-
-def sdxl():
-    more = {"attention_head_dim": (2, 4), "use_linear_projection": True, "transformer_layers_per_block": (1, 2)}
-    more |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    return unet(**more, projection_class_embeddings_input_dim=8 * 6 + 32)
-
+dit, pixart, sana, sd3, flux, unet, sdxl = (
+    partial(network, name) for name in ("dit", "pixart", "sana", "sd3", "flux", "sd", "sdxl")
+)
 
 NETWORKS = {
     "dit": (Denoiser, dit),

@@ -14,6 +14,7 @@ from gddlab.errors import GddlabError
 from gddlab.nets import EDM2Precond, Precond, load_network
 from gddlab.teachers import PUBLISHED, catalog, convert, edm, load_teacher
 from gddlab.teachers.edm import read_edm
+from tests.models import vae
 from tests.teachers.attacks import load, small_edm2
 from tests.teachers.pickles import RAW_MEAN, RAW_STD, dumps, easy, encoder, network, persistent, snapshot2
 
@@ -220,3 +221,16 @@ def test_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         GddlabError, match=r"unknown teacher 'edm2-img64-s-1073741-0.07': did you mean 'edm2-img64-s-107"
     ):
         load_teacher("edm2-img64-s-1073741-0.07")
+
+
+def test_images_become_latents_by_the_numbers_of_the_file(tmp_path: Path) -> None:
+    """The encoder that a file holds counts, not that of the published networks."""
+    path = tmp_path / "x.pkl"
+    path.write_bytes(snapshot2(small_edm2(), content={"encoder": encoder(scale=np.full(4, 0.25, np.float32))}))
+    plain, net = load_teacher(path), load_teacher(path, vae=vae())
+    assert (plain.latent, plain.codec) == (True, None)
+    assert plain.card.codec is not None and net.codec is not None
+    assert net.codec.shift.flatten().tolist() == pytest.approx(plain.card.codec["mean"])
+    assert net.codec.scale.flatten().tolist() == pytest.approx([0.25] * 4, rel=1e-5)
+    path.write_bytes(snapshot2(small_edm2(img_channels=3)))
+    assert not load_teacher(path).latent

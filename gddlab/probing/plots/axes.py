@@ -46,6 +46,11 @@ class Probed:
             if all((r.frame["stat"] == stat).any() for r in draws)  # others were joined to it
         }
 
+    @property
+    def _depth_of(self) -> str:
+        """What `Layer.depth` counts."""
+        return str(self.meta.get("depth_of", "convolutions"))
+
     def _layer(self, key: str) -> str:
         """Name of the layer that a measured place, by its key in the frame, belongs to."""
         name: str = self.meta.get("sites", {}).get(key, {}).get("layer", key)
@@ -113,11 +118,11 @@ def neighbours(labels: Iterable[str]) -> list[tuple[str, int, int]]:
     return out
 
 
-def x_of(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
+def x_of(rows: pd.DataFrame, depth_of: str = "convolutions") -> tuple[np.ndarray, str]:
     """Positions of layers on an axis, and its label: their depth, or their order where some share a depth."""
     depth = rows["depth"].to_numpy(dtype=float)
     if (np.diff(depth) > 0).all():
-        return depth, "depth: number of convolutions before the layer"
+        return depth, f"depth: number of {depth_of} before the layer"
     return np.arange(len(rows), dtype=float), "layer, in the order of the network"
 
 

@@ -104,7 +104,7 @@ class Lines(Probed):
         ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         title = titled(f"{stat}: {self._about(stat)}, {note}", table.to_numpy())
         if over == "depth":
-            return along_depth(ax, rows, title)
+            return along_depth(ax, rows, title, self._depth_of)
         ax.set_title(title, loc="left")
         return ax
 
@@ -136,7 +136,7 @@ class Lines(Probed):
         if scale.kind == "log" and not scale.neutral:
             ax.set_ylim(bottom=floor)
         text = f"{stat} at σ = {plain(sigma)}: {self._about(stat)}, bars: standard error over images"
-        return along_depth(ax, rows, titled(text, values))
+        return along_depth(ax, rows, titled(text, values), self._depth_of)
 
     @themed
     def against(self, student: Probed, stat: str, at: float | None = None, ax: Axes | None = None) -> Axes:
@@ -180,7 +180,7 @@ class Lines(Probed):
         ax.set_ylabel(stat_label(self.frame, stat, note))
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         text = f"{stat}: teacher ({self._about(stat)}), student ({student._about(stat)}); bars: standard error"
-        return along_depth(ax, rows, titled(text, np.stack(values, axis=1)))
+        return along_depth(ax, rows, titled(text, np.stack(values, axis=1)), self._depth_of)
 
 
 def _few(ax: Axes, table: pd.DataFrame, sems: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -239,9 +239,9 @@ def _depth_axes(ax: Axes | None, n: int) -> Axes:
     return axes_of(ax, min(13.0, max(5.5, 0.13 * n + 2.2)), 4.2)
 
 
-def along_depth(ax: Axes, rows: pd.DataFrame, title: str) -> Axes:
+def along_depth(ax: Axes, rows: pd.DataFrame, title: str, depth_of: str = "convolutions") -> Axes:
     """Ends a figure with layers along the x axis: strip, title, and names if there is room, else depth."""
-    x, label = x_of(rows)
+    x, label = x_of(rows, depth_of)
     borders = borders_of(x)
     ax.set_xlim(borders[0], borders[-1])
     mark_places(ax, rows, borders, "top")
