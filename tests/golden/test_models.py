@@ -117,7 +117,6 @@ def check_transformer(case: Case) -> None:
         # in their doubled batch the first rows stand for both halves, and both come back guided
         variance = net.model(x, t, case["y_cfg"][: len(x)])[:, 4:]  # that of the class
         guided = torch.cat([guided_answer(net, case), variance], 1)
-
         near(guided, case["out_with_cfg"][: len(x)])
         assert not torch.allclose(guided[:, :3], case["out"][:, :3])
 
