@@ -269,12 +269,12 @@ RUN_FILES = (
     *("config.json", "mask.json", "provenance.json", "teacher.json"),
     *("metrics.jsonl", "evaluation.jsonl", "alarms.jsonl", "status.json"),
 )
-"""What ships of a run, with the last sample grid."""
+"""What ships of a run; of the first seed, the last sample grid too."""
 STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
 
 
 def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
-    """Copies the small files of a list's finished runs, with the last grid, its studies, and the probe of the teacher.
+    """Copies the small files of a list's finished runs, one grid an experiment, its studies, and the teacher's probe.
 
     Args:
         name, out, only, seeds: As for `reproduce`.
@@ -301,7 +301,7 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
             card = read_json(source / "teacher.json")
             if "source" in card:  # without the folder on this machine
                 write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
-            for grid in load_run(source).grids()[-1:]:
+            for grid in load_run(source).grids()[-1:] if item.seed == 0 else ():
                 write_bytes(target / "samples" / grid.name, grid.read_bytes())
         written.append(target)
     measured = out / name / "measured"
