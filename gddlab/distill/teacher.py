@@ -46,8 +46,8 @@ OF_NETWORK = {"unet": ("channel_mult", "attn_resolutions", "dropout"), "dit": ("
 class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 1.04 M parameters).
 
-    With network="dit" they are for a transformer of 1.06 M parameters: classes, of which a tenth is dropped, width 96,
-    6 blocks, a tenth of the noise levels log-uniform.
+    With network="dit" they are those of the bundled digits-dit (transformer, 1.06 M parameters): classes, of which a
+    tenth is dropped, width 96, 6 blocks, a tenth of the noise levels log-uniform.
     """
 
     places: ClassVar[tuple[str, ...]] = ("data",)

@@ -174,7 +174,8 @@ def load_teacher(
     Args:
         source: One of
             the name of a bundled teacher: "digits"; "digits-cond", with classes; "digits-high", trained with a tenth of
-                its noise levels log-uniform in 5 to 80, where the others saw next to none;
+                its noise levels log-uniform in 5 to 80, where these two saw next to none; "digits-dit", a transformer
+                with classes, trained at the levels of "digits-high";
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,

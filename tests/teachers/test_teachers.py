@@ -235,7 +235,7 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
     assert load_network(path)[0].model.label_dropout == 0.2
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-high"])
+@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-dit", "digits-high"])
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
     teacher = load_teacher(name)
@@ -245,7 +245,7 @@ def test_bundled_teachers(name: str) -> None:
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (name == "digits-cond")
+    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     for file in ("samples.png", "samples-1.png", "samples-5.png", "samples-18.png"):
         assert (folder / file).exists()
@@ -254,7 +254,7 @@ def test_bundled_teachers(name: str) -> None:
     assert all(s["model_sha256"] == card.sha256 for k, s in scores.items() if k != "data")
     assert scores["heun-18"]["value"] < scores["heun-5"]["value"] < scores["heun-1"]["value"]
     assert "fd-lite2@1797" in str(card)
-    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name == "digits-high")
+    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in ("digits-dit", "digits-high"))
 
 
 def test_bundled_teacher_denoises() -> None:
