@@ -149,7 +149,8 @@ class ExperimentList:
 OVER_IMAGES, MAIN, SECOND, MINIMA = "10_fid_over_images", "12_main_results", "13_second_extractor", "14_local_minima"
 SAMPLES, LAYERS, MOVED, SPECTRA = "11_samples", "15_activations", "16_moved_parameters", "22_frequencies"
 DISCRIMINATORS, AUGMENTATION, START = "18_discriminators", "19_augmentation_r1", "20_initialisation"
-ATLAS, EFFICIENCY, COST = "01_atlas", "21_data_efficiency", "23_cost"
+ATLAS, ARCHITECTURES = "01_atlas", "04_architectures"
+EFFICIENCY, COST = "21_data_efficiency", "23_cost"
 
 FEEDS: Mapping[str, tuple[str, ...]] = {
     "gdd-i": (
@@ -174,6 +175,7 @@ FEEDS: Mapping[str, tuple[str, ...]] = {
     "local-minima": (MINIMA,),
     "layers": (LAYERS, MOVED, SPECTRA),
     "input-or-level": (ATLAS, LAYERS),
+    "architectures": (ARCHITECTURES,),
     "spectra": (SPECTRA,),
     "costs": (COST,),
 }

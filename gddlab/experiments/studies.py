@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from gddlab.evaluation.images import classes_of
 from gddlab.evaluation.metrics import frechet
 from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
-from gddlab.nets import Precond
-from gddlab.probing import probe, weight_change
+from gddlab.nets import DiTPrecond, Precond
+from gddlab.probing import ablate, probe, weight_change
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.null import Kind
 from gddlab.probing.reductions import radial_power
@@ -26,9 +26,12 @@ from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
 from gddlab.teachers import bundled_teachers, load_precond
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 OTHER_NOISE = "other noise"
-PROBED, DENOISED = 64, 512
-"""Images of the probes, and of the spectra of noised and denoised images."""
+PROBED, ABLATED, DENOISED = 64, 16, 512
+"""Images of the probes, of ablations, and of the spectra of noised and denoised images."""
 NULLS: tuple[Kind, ...] = ("shuffled", "init", "spectrum")
 DRAWS = 3
 """Null models of each kind beside a crossed probe."""
@@ -148,36 +151,78 @@ def input_or_level(s: Subjects) -> Found:
     """
     import pandas as pd
 
-    stats = ("rms", "rel_update", "correlation", "cosine")
+    networks = {**_teachers(s, same=True), **s.students}
+    frame = pd.concat([_crossed(name, net, s, _in_blocks) for name, net in networks.items()], ignore_index=True)
+    return Found(_texts(frame), _about_nulls("convolutions in blocks"))
+
+
+def architectures(s: Subjects) -> Found:
+    """Blocks of all teachers of these data, U-Nets and transformers: what is active, what they respond to and need.
+
+    Rows as of `input_or_level`, and of `what` "level" (18 levels, the network told its input's; null models by `draw`)
+    and "needed" (the loss without a block over the loss with it). `position` is a block's place, 0 (first) to 1 (last).
+    """
+    import pandas as pd
+
     parts: list[pd.DataFrame] = []
-    for name, net in {**_teachers(s), **s.students}.items():
-        sizes: dict[str, Any] = {"data": s.data, "n": PROBED, "stats": stats, "progress": False}
-        result = probe(net, told="cross", nulls=NULLS, null_draws=DRAWS, layers=_in_blocks, **sizes)
-        for similarity in ("correlation", "cosine"):
-            table = result.responses(similarity)
-            for stat in (similarity, *(["rel_update"] if similarity == "correlation" else [])):
-                columns = {stat: "value", **{f"{stat}_{c}": c for c in ("sem", "q25", "q75")}}
-                rows = table[["varied", "network", *columns]].rename(columns=columns | {"network": "null"})
-                parts.append(rows.assign(network=name, what="response", stat=stat))
-        for stat in stats:
-            effects = result.effects(stat)
-            for share in ("input", "told", "both", "spread"):
-                rows = effects[[share, f"sem_{share}"]].set_axis(["value", "sem"], axis=1).reset_index()
-                parts.append(rows.assign(network=name, null="trained", what="effect", stat=stat, varied=share))
-            above = result.diagonal().above_null(stat).rename(columns={"kind": "null"})
-            parts.append(above.assign(network=name, what="above null", stat=stat, varied="both"))
+    sizes: dict[str, Any] = {"layers": "block", "data": s.data, "progress": False}
+    for name, net in _teachers(s).items():
+        parts.append(_crossed(name, net, s, "block"))
+        parted = ("rel_update_attn", "rel_update_mlp") if isinstance(net, DiTPrecond) else ()
+        stats = ("rms", "rel_update", "correlation", *parted)
+        levels = probe(net, 18, stats=stats, n=PROBED, nulls=NULLS, null_draws=DRAWS, **sizes)
+        nulls = [(kind, i, draw) for kind, draws in levels.nulls.items() for i, draw in enumerate(draws)]
+        for null, draw, result in [("trained", 0, levels), *nulls]:
+            parts.append(result.frame.assign(what="level", network=name, null=null, draw=draw))
+        needed = ablate(net, 18, n=ABLATED, **sizes).frame.query("stat == 'ablation_loss_ratio_mean'")
+        parts.append(needed.assign(what="needed", network=name, null="trained", draw=0))
+        order = {layer: i for i, layer in enumerate(levels.frame["layer"].unique())}
+        for part in parts:
+            if part["network"].iloc[0] == name and "layer" in part:
+                part["position"] = part["layer"].map(order).astype(float) / max(1, len(order) - 1)
+    return Found(_texts(pd.concat(parts, ignore_index=True)), _about_nulls("blocks") | {"ablated": ABLATED})
+
+
+def _crossed(name: str, net: Precond, s: Subjects, layers: Any) -> pd.DataFrame:
+    """Responses, effects and what is above null models, of six levels of the input, each told as each of the six."""
+    import pandas as pd
+
+    stats = ("rms", "rel_update", "correlation", "cosine")
+    sizes: dict[str, Any] = {"data": s.data, "n": PROBED, "stats": stats, "progress": False}
+    result = probe(net, told="cross", nulls=NULLS, null_draws=DRAWS, layers=layers, **sizes)
+    parts: list[pd.DataFrame] = []
+    for similarity in ("correlation", "cosine"):
+        table = result.responses(similarity)
+        for stat in (similarity, *(["rel_update"] if similarity == "correlation" else [])):
+            columns = {stat: "value", **{f"{stat}_{c}": c for c in ("sem", "q25", "q75")}}
+            rows = table[["varied", "network", *columns]].rename(columns=columns | {"network": "null"})
+            parts.append(rows.assign(network=name, what="response", stat=stat))
+    for stat in stats:
+        effects = result.effects(stat)
+        for share in ("input", "told", "both", "spread"):
+            rows = effects[[share, f"sem_{share}"]].set_axis(["value", "sem"], axis=1).reset_index()
+            parts.append(rows.assign(network=name, null="trained", what="effect", stat=stat, varied=share))
+        above = result.diagonal().above_null(stat).rename(columns={"kind": "null"})
+        parts.append(above.assign(network=name, what="above null", stat=stat, varied="both"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _texts(frame: pd.DataFrame) -> pd.DataFrame:
     texts = ("network", "null", "what", "stat", "varied", "layer")
-    frame = pd.concat(parts, ignore_index=True).astype(dict.fromkeys(texts, "category"))
-    about = {"n": PROBED, "seed": 0, "nulls": list(NULLS), "draws": DRAWS, "layers": "convolutions in blocks"}
-    return Found(frame, about)
+    return frame.astype(dict.fromkeys(texts, "category"))
 
 
-def _teachers(s: Subjects) -> dict[str, Precond]:
-    """The teacher, and those of the same architecture and images that ship with gddlab."""
+def _about_nulls(layers: str) -> dict[str, Any]:
+    return {"n": PROBED, "seed": 0, "nulls": list(NULLS), "draws": DRAWS, "layers": layers}
+
+
+def _teachers(s: Subjects, *, same: bool = False) -> dict[str, Precond]:
+    """The teacher, and those of its images that ship with gddlab; of the `same` architecture alone, or of all."""
     out = {s.teacher.card.name: s.teacher}
     for name in bundled_teachers():
         other = load_precond(name)
-        if name not in out and other.card.data == s.data and other.init_kwargs == s.teacher.init_kwargs:
+        alike = other.init_kwargs == s.teacher.init_kwargs or not same
+        if name not in out and other.card.data == s.data and alike:
             out[name] = other.to(next(s.teacher.parameters()).device)
     return out
 
@@ -251,6 +296,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
         ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
+        ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 900.0),
         ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
         ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
     )

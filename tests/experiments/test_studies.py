@@ -112,6 +112,23 @@ def test_input_or_level(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> 
     assert (above["draws"] == 2).all() and set(above["differs"]) == {True, False}
 
 
+def test_architectures(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PROBED": 4, "ABLATED": 2, "DRAWS": 1, "NULLS": ("init",)}.items():
+        monkeypatch.setattr(f"gddlab.experiments.studies.{name}", value)
+    monkeypatch.setattr("gddlab.experiments.studies.bundled_teachers", lambda: ["digits-dit"])
+    f = found("architectures", subjects).frame
+    assert set(f["network"]) == {"tiny", "digits-dit"}
+    assert set(f["what"]) == {"level", "needed", "response", "effect", "above null"}
+    level = f[f["what"] == "level"]
+    assert level["sigma"].nunique() == 18 and set(level["null"]) == {"trained", "init"}
+    parts = level[level["stat"] == "rel_update_mlp"]
+    assert set(parts["network"]) == {"digits-dit"} and parts["value"].gt(0).any()
+    places = f.dropna(subset="layer").groupby("network", observed=True)["position"].agg(["min", "max", "nunique"])
+    assert places.loc["digits-dit"].tolist() == [0, 1, 6] and places.loc["tiny", ["min", "max"]].tolist() == [0, 1]
+    needed = f[f["what"] == "needed"].groupby("network", observed=True)["layer"].nunique()
+    assert needed["digits-dit"] == 6
+
+
 def test_spectra(subjects: Subjects) -> None:
     f = found("spectra", subjects).frame
     keys = f[["network", "source"]].drop_duplicates().to_numpy().tolist()
