@@ -29,6 +29,7 @@ NOTEBOOKS = [
     "01_atlas",
     "02_choosing_a_mask",
     "03_known_and_needed",
+    "04_architectures",
     "10_fid_over_images",
     "11_samples",
     "12_main_results",

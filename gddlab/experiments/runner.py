@@ -231,7 +231,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
     if found.records:
         append_records(target, found.records)
     with atomic_path(target / "frame.parquet") as tmp:
-        found.frame.to_parquet(tmp)
+        found.frame.to_parquet(tmp, compression="zstd")
     about = {
         "name": study.name,
         "what": study.what,

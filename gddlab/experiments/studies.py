@@ -169,8 +169,7 @@ def architectures(s: Subjects) -> Found:
     for name, net in _teachers(s).items():
         parts.append(_crossed(name, net, s, "block"))
         parted = ("rel_update_attn", "rel_update_mlp") if isinstance(net, DiTPrecond) else ()
-        stats = ("rms", "rel_update", "correlation", *parted)
-        levels = probe(net, 18, stats=stats, n=PROBED, nulls=NULLS, null_draws=DRAWS, **sizes)
+        levels = probe(net, 18, stats=("rel_update", *parted), n=PROBED, nulls=NULLS, null_draws=DRAWS, **sizes)
         nulls = [(kind, i, draw) for kind, draws in levels.nulls.items() for i, draw in enumerate(draws)]
         for null, draw, result in [("trained", 0, levels), *nulls]:
             parts.append(result.frame.assign(what="level", network=name, null=null, draw=draw))

@@ -7,6 +7,7 @@ from gddlab.reporting.layer_changes import activation_ratio as activation_ratio
 from gddlab.reporting.layer_changes import draw_activations as draw_activations
 from gddlab.reporting.layer_changes import draw_depth as draw_depth
 from gddlab.reporting.layer_changes import draw_moved as draw_moved
+from gddlab.reporting.layer_changes import draw_told as draw_told
 from gddlab.reporting.layer_changes import moved_layers as moved_layers
 from gddlab.reporting.layer_changes import moved_table as moved_table
 from gddlab.reporting.layer_changes import squared_norms as squared_norms

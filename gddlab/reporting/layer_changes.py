@@ -163,6 +163,33 @@ def draw_depth(
     return along_depth(ax, rows, f"{stat} at σ = 80, n = {images}; bands: standard error over images")
 
 
+@themed
+def draw_told(study: pd.DataFrame, stats: Sequence[str] = ("rms", "rel_update", "correlation")) -> Figure:
+    """How much of each block's variation is due to the noise level told alone, along depth, one line a network.
+
+    Args:
+        study: The table of the study "architectures".
+        stats: A panel each.
+
+    Raises:
+        GddlabError: Another table, or a statistic that it does not have.
+    """
+    study = checked(study, ("network", "what", "stat", "varied", "position", "value", "sem"), "architectures")
+    rows = study[(study["what"] == "effect") & (study["varied"] == "told")]
+    figure, axes = plt.subplots(1, len(stats), figsize=(2.6 * len(stats) + 1.2, 2.9), layout="constrained", sharey=True)
+    colours = dict(zip(dict.fromkeys(rows["network"]), PALETTE, strict=False))
+    panels = np.atleast_1d(axes)
+    for ax, stat in zip(panels, known(list(dict.fromkeys(rows["stat"])), stats, "stat"), strict=True):
+        for name, part in rows[rows["stat"] == stat].groupby("network", sort=False):
+            part = part.sort_values("position")
+            style: dict[str, Any] = {"color": colours[name], "marker": "o", "markersize": 2.5, "label": name}
+            banded(ax, part["position"], part["value"], part["sem"], **style)
+        ax.set(title=stat, xlabel="block, from first (0) to last (1)", ylim=(-0.02, 1.02))
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    panels[0].set_ylabel("share due to the level told")
+    return figure
+
+
 PLACE = ("layer", "family", "stage", "resolution", "depth", "n_params")
 FAMILIES = {
     "convolution": PALETTE[0],

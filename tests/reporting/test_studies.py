@@ -25,6 +25,7 @@ from gddlab.reporting.layer_changes import (
     draw_activations,
     draw_depth,
     draw_moved,
+    draw_told,
     family,
     measured_layers,
     moved_layers,
@@ -113,6 +114,25 @@ def texts_of(figure: Any) -> list[str]:
 def saved(figure: Any, path: Path) -> None:
     """Drawing must need no warning, such as of a layout that had no room."""
     figure.savefig(path, dpi=40)
+
+
+def test_what_is_due_to_the_level_told_is_drawn_by_network_and_statistic(tmp_path: Path) -> None:
+    rows = [
+        (network, "effect", stat, varied, i / 2, share * (i + 1) / 3, 0.01)
+        for network, share in (("digits", 0.03), ("digits-dit", 0.9))
+        for stat in ("rms", "correlation")
+        for varied in ("told", "input")
+        for i in (2, 0, 1)
+    ]
+    study = pd.DataFrame(rows, columns=["network", "what", "stat", "varied", "position", "value", "sem"])
+    figure = draw_told(study, ["correlation"])
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "digits-dit")
+    np.testing.assert_allclose(line.get_xydata(), [[0, 0.3], [0.5, 0.6], [1, 0.9]])
+    assert len(figure.axes[0].lines) == 2
+    saved(figure, tmp_path / "told.png")
+    assert [ax.get_title() for ax in draw_told(study, ["rms", "correlation"]).axes] == ["rms", "correlation"]
+    with pytest.raises(GddlabError, match="unknown stat 'rsm'"):
+        draw_told(study, ["rsm"])
 
 
 @pytest.mark.parametrize("scale", [1, 2])
