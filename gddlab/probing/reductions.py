@@ -91,9 +91,18 @@ def _chunk(x: Tensor, width: int) -> int:
     return max(1, (1 << (20 if x.device.type == "cpu" else 26)) // width)
 
 
+def _even(blocks: Tensor) -> int:
+    """How many blocks to take at once: about a chunk, and each time as many.
+
+    Threads then write to the same parts of a buffer each time: what another core has just written comes slowly.
+    """
+    k, p = blocks.shape
+    return math.ceil(k / math.ceil(k / _chunk(blocks, p)))
+
+
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
     """`total` of `change` of each block, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
-    size = _chunk(blocks, blocks.shape[1])
+    size = _even(blocks)
     out, buffer = torch.empty_like(blocks[:, 0]), torch.empty_like(blocks[:size])
     for i in range(0, len(blocks), size):
         part = blocks[i : i + size]
@@ -129,10 +138,10 @@ def mean_square_between(
     x is read once for all of them.
     """
     blocks = _blocks(x)
-    k, p = blocks.shape
+    k = len(blocks)
     # Where another lies in memory otherwise, so do its vectors.
     past = [_blocks(y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)) for y in others]
-    out, size = blocks.new_empty(len(past), k), _chunk(x, p)
+    out, size = blocks.new_empty(len(past), k), _even(blocks)
     buffer = torch.empty_like(blocks[:size])
     for i in range(0, k, size):
         part = blocks[i : i + size]
@@ -151,7 +160,7 @@ def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     """
     blocks = _blocks(x)
     k, p = blocks.shape
-    size = _chunk(x, p)
+    size = _even(blocks)
     found, buffer = blocks.new_empty(3, k), torch.empty_like(blocks[:size])
     for i in range(0, k, size):
         part = blocks[i : i + size]
