@@ -133,7 +133,7 @@ def mean_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
 def mean_square_between(
     x: Float[Tensor, "rows ..."], others: Sequence[Float[Tensor, "rows ..."]], n: int
 ) -> list[Float[Tensor, "n s"]]:
-    """`mean_square` of x - y for each y of `others`, without a temporary of their size; of tokens, (B, T, C), or vectors.
+    """`mean_square` of x - y for each y of `others`, without a temporary of their size; tokens, (B, T, C), or vectors.
 
     x is read once for all of them.
     """
