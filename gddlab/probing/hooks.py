@@ -381,10 +381,10 @@ class Probe:
                 grid = view.grid(part, stream)
                 if side == "output" and stream in ("", IMAGE) and (grid or (x.ndim == 4 and view.axis != -1)):
                     self._sizes[name] = grid[0] if grid else x.shape[-2]
+                read, moved = _Read(call, stream, branch), {}
                 for place in self._ends[name, side]:
                     if place.stream not in ("", stream) and stream:
                         continue
-                    read = _Read(call, stream, branch)
                     if place.before is None:
                         self._reduced[place, read] = self._numbers(name, place, y, grid)
                     elif place in earlier:
@@ -392,9 +392,12 @@ class Probe:
                         past = arranged(past.detach(), view.axis)
                         past = past if past.dtype == torch.float64 else past.float()
                         if self._reductions[place] == (mean_square,) and y.ndim < 4:
-                            self._reduced[place, read] = {mean_square: mean_square_between(y, past, self._n)}
+                            moved[place] = past
                         else:
                             self._reduced[place, read] = self._numbers(name, place, y - past, grid)
+                if moved:
+                    between = mean_square_between(y, [*moved.values()], self._n)
+                    self._reduced |= {(p, read): {mean_square: x} for p, x in zip(moved, between, strict=True)}
         if version is not None and x._version != version:
             raise GddlabError(
                 f"a statistic of layer {name!r} writes into what it is given, the network's own activation: "

@@ -63,9 +63,14 @@ def double(x: Tensor) -> Tensor:
 
 
 def flat(x: Tensor) -> Tensor:
-    """Rows as vectors, in the order of memory: sums over a row are the same and no copy is made.  (B, ...) -> (B, D)"""
+    """Rows as vectors, in the order of memory: sums over a row are the same and no copy is made.  (B, ...) -> (B, D)
+
+    Tokens cut from an image, (B, C, H, W) -> (B, T, C), lie channel by channel, and so does all that is added to them.
+    """
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
+    elif x.ndim == 3 and x.mT.is_contiguous():
+        x = x.mT
     return x.reshape(x.shape[0], -1)
 
 
@@ -86,9 +91,18 @@ def _chunk(x: Tensor, width: int) -> int:
     return max(1, (1 << (20 if x.device.type == "cpu" else 26)) // width)
 
 
+def _even(blocks: Tensor) -> int:
+    """How many blocks to take at once: about a chunk, and each time as many.
+
+    Threads then write to the same parts of a buffer each time: what another core has just written comes slowly.
+    """
+    k, p = blocks.shape
+    return math.ceil(k / math.ceil(k / _chunk(blocks, p)))
+
+
 def _buffered(blocks: Tensor, change: Callable[..., Tensor], total: Callable[..., Tensor]) -> Tensor:
     """`total` of `change` of each block, without a temporary of the activation's size.  (blocks, P) -> (blocks,)"""
-    size = _chunk(blocks, blocks.shape[1])
+    size = _even(blocks)
     out, buffer = torch.empty_like(blocks[:, 0]), torch.empty_like(blocks[:size])
     for i in range(0, len(blocks), size):
         part = blocks[i : i + size]
@@ -116,14 +130,25 @@ def mean_square(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
     return _row_means(double(_norm(_blocks(x))).square(), x, n)
 
 
-def mean_square_between(x: Float[Tensor, "rows ..."], y: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:
-    """`mean_square` of x - y without a temporary of their size; tokens, (B, T, C), or vectors."""
-    a, b = _blocks(x), _blocks(y)
-    size = _chunk(a, a.shape[1])
-    out, buffer = torch.empty_like(a[:, 0]), torch.empty_like(a[:size])
-    for first, second, found in zip(a.split(size), b.split(size), out.split(size), strict=True):
-        _norm(torch.sub(first, second, out=buffer[: len(first)]), out=found)
-    return _row_means(double(out).square(), x, n)
+def mean_square_between(
+    x: Float[Tensor, "rows ..."], others: Sequence[Float[Tensor, "rows ..."]], n: int
+) -> list[Float[Tensor, "n s"]]:
+    """`mean_square` of x - y for each y of `others`, without a temporary of their size; tokens, (B, T, C), or vectors.
+
+    x is read once for all of them.
+    """
+    blocks = _blocks(x)
+    k = len(blocks)
+    # Where another lies in memory otherwise, so do its vectors.
+    past = [_blocks(y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)) for y in others]
+    out, size = blocks.new_empty(len(past), k), _even(blocks)
+    buffer = torch.empty_like(blocks[:size])
+    for i in range(0, k, size):
+        part = blocks[i : i + size]
+        place = buffer[: len(part)]
+        for y, found in zip(past, out[:, i : i + size].unbind(), strict=True):
+            _norm(torch.sub(part, y[i : i + size], out=place), out=found)
+    return list((double(out).square().view(len(past), len(x), -1).sum(2) / x[0].numel()).unflatten(1, (n, -1)))
 
 
 def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
@@ -134,20 +159,22 @@ def moments(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s 3"]:
     its digits.
     """
     blocks = _blocks(x)
-    p, size = blocks.shape[1], _chunk(blocks, blocks.shape[1])
-    found = torch.empty(3, len(blocks), dtype=x.dtype, device=x.device)
-    buffer = torch.empty_like(blocks[:size])
-    for part, total, away, magnitude in zip(blocks.split(size), *(f.split(size) for f in found), strict=True):
+    k, p = blocks.shape
+    size = _even(blocks)
+    found, buffer = blocks.new_empty(3, k), torch.empty_like(blocks[:size])
+    for i in range(0, k, size):
+        part = blocks[i : i + size]
         place = buffer[: len(part)]
+        total, away, magnitude = found[:, i : i + size].unbind()
         _sum(part, out=total)
         _norm(torch.sub(part, (total / p)[:, None], out=place), out=away)
         _sum(torch.abs(part, out=place), out=magnitude)
-    total, away, magnitude = double(found).unflatten(1, (len(x), -1)) / p  # (rows, blocks of a row)
-    middle = total.mean(1, keepdim=True)
-    spread = p * away.square() + (total - middle).square()
+    sums = double(found).view(3, len(x), -1) / p  # (3, rows, blocks of a row)
+    middle, (total, away, _) = sums.mean(2), sums.unbind()
+    spread = p * away.square() + (total - middle[0][:, None]).square()
     if p & (p - 1):  # distances were taken from a mean that is rounded to float32, unless divided by a power of two
         spread -= (total - double(found[0] / p).view_as(total)).square()
-    return torch.stack([middle[:, 0], spread.mean(1), magnitude.mean(1)], -1).unflatten(0, (n, -1))
+    return torch.stack([middle[0], spread.mean(1), middle[2]], -1).unflatten(0, (n, -1))
 
 
 def mean_magnitude(x: Float[Tensor, "rows ..."], n: int) -> Float[Tensor, "n s"]:

@@ -1,9 +1,10 @@
-"""What hooks cost on a forward pass of the CIFAR-10 NCSN++: bare, probed, captum, clones; interleaved pairs; prints
-JSON.
+"""What hooks cost on a forward pass of the CIFAR-10 NCSN++, or of a transformer: bare, probed, captum, clones;
+interleaved pairs; prints JSON.
 
 python tests/benchmarks/probe.py [ROUNDS] [IMAGES] [SIGMAS] [NAME] [CHANNELS]
 
-IMAGES are those of one pass, an even number: correlations are between pairs. Memory is kept (`gddlab.memory`), as in
+IMAGES are those of one pass, an even number: correlations are between pairs. NAME "sit" is a SiT of four blocks and 256
+tokens, whose linear layers are measured, such as `probe.py 15 2 8 sit 384`. Memory is kept (`gddlab.memory`), as in
 gddlab's commands; GDDLAB_KEEP_MEMORY=0 gives it back.
 """
 
@@ -20,23 +21,42 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from gddlab.errors import GddlabError
 from gddlab.memory import keep_memory
-from gddlab.nets import build
+from gddlab.nets import build, from_edm
 from gddlab.probing import DEFAULT, Probe
 from gddlab.probing.probe import peak_memory
 from gddlab.provenance import hardware, versions
 from gddlab.sampling import karras_sigmas
 
 CHEAP = ("rms", "mean_abs", "mean", "std")
+MOVES = ("rel_update", "rel_update_attn", "rel_update_mlp")
+
+
+def network(name: str, channels: int | None) -> nn.Module:
+    if name != "sit":
+        return build(name, **({"model_channels": channels} if channels else {}))
+    width = channels or 1152
+    sizes = {"img_resolution": 32, "img_channels": 4, "label_dim": 10, "num_blocks": 4}
+    return from_edm("DiTPrecond", kind="sit", model_channels=width, num_heads=width // 64, **sizes)
+
+
+def measured(net: nn.Module) -> list[nn.Module]:
+    """Convolutions; linear layers of a network that has hardly any."""
+    kinds: tuple[list[nn.Module], ...] = tuple(
+        [m for m in net.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear)
+    )
+    return max(kinds, key=len)
 
 
 @contextlib.contextmanager
 def clones(net: nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The hook that everyone writes first: it keeps a copy of every convolution's output."""
+    """The hook that everyone writes first: it keeps a copy of every layer's output."""
+    layers = {*measured(net)}
     handles = [
         m.register_forward_hook(lambda _m, _a, y, n=n: kept.__setitem__(n, y.detach().clone()))
         for n, m in net.named_modules()
-        if isinstance(m, nn.Conv2d)
+        if m in layers
     ]
     try:
         yield
@@ -49,10 +69,11 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
     x = torch.randn(images * len(sigmas), net.img_channels, net.img_resolution, net.img_resolution)
     level = torch.tensor(sigmas).repeat(images)
     x = x * level[:, None, None, None]
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    layers = measured(net)
+    kind = "conv" if isinstance(layers[0], nn.Conv2d) else "linear"
 
     def probed(**options: object) -> Callable[[], object]:
-        measure = Probe(net, sigmas, **options)
+        measure = Probe(net, sigmas, layers=kind, **options)
 
         def run() -> None:
             with measure, measure.images(images):
@@ -64,8 +85,13 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
         kept: dict[str, torch.Tensor] = {}
         with clones(net, kept):
             net(x, level)
-        return {n: y.square().mean((1, 2, 3)) for n, y in kept.items()}
+        return {n: y.square().flatten(1).mean(1) for n, y in kept.items()}
 
+    known: set[str] = set()  # of the default ones, those that this network has
+    for name in DEFAULT:
+        with contextlib.suppress(GddlabError):
+            Probe(net, sigmas, layers=kind, stats=name)
+            known.add(name)
     out: dict[str, Callable[[], object]] = {
         "bare": lambda: net(x, level),
         "four cheapest": probed(stats=CHEAP),
@@ -73,22 +99,26 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
         "four cheapest, cosine": probed(stats=(*CHEAP, "cosine")),
         "default": probed(),
         "default, compiled": probed(compile=True),
-        "default, cosine for correlation": probed(stats=tuple("cosine" if s == "correlation" else s for s in DEFAULT)),
+        "default, cosine for correlation": probed(
+            stats=("cosine", *(s for s in DEFAULT if s in known - {"correlation"}))
+        ),
         "default, cosine, spectral": probed(stats=(*DEFAULT, "cosine", "spectral_share")),
         "clones, mean square": cloned,
     }
+    if kind == "linear":
+        out |= {"rms": probed(stats="rms"), "relative updates": probed(stats=MOVES)}
     try:
         from captum.attr import LayerActivation
     except ImportError:
         return out
-    out["captum LayerActivation"] = lambda: LayerActivation(net, convs).attribute(x, additional_forward_args=(level,))
+    out["captum LayerActivation"] = lambda: LayerActivation(net, layers).attribute(x, additional_forward_args=(level,))
     return out
 
 
 def main(rounds: int, images: int, levels: int, name: str, channels: int | None) -> None:
     kept = keep_memory()
     torch.manual_seed(0)
-    net = build(name, **({"model_channels": channels} if channels else {})).eval()
+    net = network(name, channels).eval()
     sigmas = karras_sigmas(levels).tolist()
     runs = variants(net, sigmas, images)
     times: dict[str, list[float]] = {k: [] for k in runs}
@@ -115,7 +145,7 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
                 "rounds": rounds,
                 "memory kept": kept,
                 "threads": torch.get_num_threads(),
-                "layers": sum(isinstance(m, nn.Conv2d) for m in net.modules()),
+                "layers": len(measured(net)),
                 "seconds": {k: round(statistics.median(t), 3) for k, t in times.items()},
                 "ratio_to_bare": {
                     k: round(statistics.median(b / a for a, b in zip(times["bare"], t, strict=True)), 3)

@@ -1,7 +1,8 @@
-"""Tiny networks, filled so that every branch does something."""
+"""Tiny networks, filled so that every branch does something; the memory that a run of one takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,3 +26,15 @@ def tiny_adm(**changes: Any) -> Precond:
     return from_edm(
         "EDMPrecond", **(kwargs | {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": [16]} | changes)
     )
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that tensors held at one time beyond the start, as PyTorch's allocator counts it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -11,7 +11,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.probing import DEFAULT, Estimate, Probe, estimate, probe
 from gddlab.sampling import karras_sigmas, latents, sample
-from tests.probing.networks import tiny
+from tests.probing.networks import peak_bytes, tiny
 
 
 def test_numbers_do_not_depend_on_the_batch_size(net, pictures, result):
@@ -384,18 +384,6 @@ def test_a_float64_network_is_measured_in_float64(pictures):
     result = probe(net, [80.0, 1.0], data=pictures, n=4, batch_size=100, stats="rms")
     exact = seen["y"].square().flatten(1).mean(1).reshape(4, 2).mean(0).sqrt()
     assert result.pivot("rms").loc["model.enc.16x16_block0.conv1"].tolist() == pytest.approx(exact.tolist(), rel=1e-12)
-
-
-def peak_bytes(run):
-    """The most that tensors held at one time beyond the start, as PyTorch's allocator counts it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def test_memory_does_not_grow_with_noise_levels_images_or_layers():

@@ -16,6 +16,7 @@ from tests.probing.networks import tiny
 
 compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="compiles for the CPU")
 N, S = 3, 2
+r = reductions
 
 
 def exact(x: torch.Tensor) -> dict[reductions.Reduction, torch.Tensor]:
@@ -125,7 +126,6 @@ def test_without_a_compiler_one_line_says_so():
 
 
 def test_one_reading_gives_all_that_is_wanted():
-    r = reductions
     for wanted, read in (
         ({r.mean, r.mean_square, r.moments}, (moments,)),
         ({r.mean, r.mean_square}, (r.mean, r.mean_square)),
@@ -139,6 +139,34 @@ def test_one_reading_gives_all_that_is_wanted():
         found |= r.follow(found)
         for reduction in wanted:
             assert_close(found[reduction], reduction(x, 3), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [64, 77, 400])
+def test_tokens_that_lie_channel_by_channel_are_read_as_they_lie(tokens: int) -> None:
+    """As those of a patch embedding do, (B, C, H, W) to (B, T, C), and what is added to them."""
+    x, y = torch.randn(2, 6, tokens, 96, generator=torch.Generator().manual_seed(0))
+    turned, other = (z.mT.contiguous().mT for z in (x, y))
+    assert not turned.is_contiguous() and reductions.flat(turned).data_ptr() == turned.data_ptr()
+    for reduction in (r.mean, r.mean_square, r.mean_magnitude, moments, r.gram, r.pair_gram, activity):
+        assert_close(reduction(turned, N), reduction(x, N), rtol=1e-5, atol=1e-7)
+    exact = (x.double() - y.double()).square().mean((1, 2)).view(N, S)
+    for a, b in ((x, y), (x, other), (turned, y), (turned, other)):
+        for found in r.mean_square_between(a, [b, b], N):
+            assert_close(found, exact, rtol=1e-6, atol=0)
+    assert r.mean_square_between(turned, [turned, y], N)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (384, 96), (4096,), (12289,)])
+def test_however_many_blocks_are_read_at_once_numbers_are_the_same(shape, monkeypatch):
+    x, y = torch.randn(2, N * S, *shape, generator=torch.Generator().manual_seed(0))
+
+    def numbers():
+        return torch.cat([moments(x, N), *(z[..., None] for z in r.mean_square_between(x, [y, 2 * y], N))], -1)
+
+    once = numbers()
+    for at_once in (1, 3, 5):
+        monkeypatch.setattr(reductions, "_chunk", lambda x, width, k=at_once: k)
+        assert torch.equal(numbers(), once)
 
 
 @pytest.mark.parametrize("h", [15, 16])

@@ -23,7 +23,7 @@ from gddlab.probing.result import COLUMNS, SITE
 from gddlab.probing.sites import Site, grid_of, layer_of
 from tests.models import TOKENS as TEXT
 from tests.models import network
-from tests.probing.networks import tiny
+from tests.probing.networks import peak_bytes, tiny
 
 SIGMAS = [8.0, 0.5]
 
@@ -911,3 +911,28 @@ def test_a_null_model_leaves_out_the_same_layers():
         found = measured(Idle(), "conv", nulls="shuffled", null_draws=2, n=4)
     assert len([w for w in warned if "idle" in str(w.message)]) == 1
     assert found.nulls["shuffled"][0].layers == found.layers == ["layer"]
+
+
+def test_memory_of_a_transformer_does_not_grow_with_images_blocks_or_branches():
+    """A call of 16 rows takes the same memory for few and many images, blocks and guidance branches."""
+    rows, tokens, width = 16, 256, 48
+    stream, widest = (4 * rows * tokens * k * width for k in (1, 4))
+
+    def made(blocks=4, branches=("cond",)):
+        model = Denoiser(dit(num_layers=blocks, sample_size=32, attention_head_dim=width // 2), branches)
+        model.img_resolution = 32
+        return model
+
+    def used(n=8, **how):
+        model = made(**how)
+        more = {"n": n, "batch_size": rows // len(model.branches), "layers": "linear", "branch": "all"}
+        return peak_bytes(lambda: probe(model, 2, states="prior", progress=False, **more))
+
+    model = made()
+    with torch.no_grad():
+        bare = peak_bytes(lambda: model(torch.zeros(rows, 4, 32, 32), torch.ones(rows)))
+    few = used()
+    assert widest < bare  # the count counts
+    assert few < bare + 2 * widest + stream
+    for many in (used(n=256), used(blocks=64), used(branches=("cond", "uncond"))):
+        assert many == pytest.approx(few, rel=0.05)
