@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.proj(x)
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens.flatten(2).transpose(1, 2).contiguous()  # as all layers behind read and write them
 
 
 class TimestepEmbedder(nn.Module):
