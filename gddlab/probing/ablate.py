@@ -26,7 +26,7 @@ from gddlab.probing.effects import (
 )
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps, Unit
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, branches_in, inventory, named_layers, select_layers
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.sites import again, channel_axis, layer_of, spread
@@ -69,6 +69,7 @@ def ablate(
     layers: LayerSelection = "conv",
     mode: Mode = "mean",
     *,
+    unit: Unit = "sigma",
     data: Data = None,
     states: States = "noised",
     n: PositiveInt = 16,
@@ -89,7 +90,7 @@ def ablate(
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
-        timesteps, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
+        timesteps, unit, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
         layers: What is ablated, each on its own; presets, names, globs and so on, as in `probe`; "block" for residual
             blocks. A layer is ablated wherever it gives something: in each of its runs, each stream of tokens and each
             guidance branch; "name@2" means its second run, "name:context" a stream, "name:uncond" a branch alone.
@@ -110,7 +111,8 @@ def ablate(
             tensor with one row per image and noise level; a network whose answer is no image; and whatever `probe`
             refuses.
     """
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    inputs = Inputs(model, timesteps, unit=unit, data=data, states=states, **images)
     group = 2 if mode == "resample" else 1
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')

@@ -309,6 +309,12 @@ class Inputs:
         return about
 
 
+def within_range(model: nn.Module, sigmas: Sequence[float]) -> list[float]:
+    """Noise levels, those beyond the network's range at its ends; each once."""
+    low, high = _ends(model)
+    return sorted({min(max(s, low), high) for s in sigmas}, reverse=True)
+
+
 def _ends(model: nn.Module) -> tuple[float, float]:
     """The lowest and highest noise level by default: EDM's, within the network's range."""
     low, high = float(getattr(model, "sigma_min", 0.0)), float(getattr(model, "sigma_max", math.inf))

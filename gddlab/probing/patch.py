@@ -26,7 +26,7 @@ from gddlab.probing.effects import (
     weighted_error,
 )
 from gddlab.probing.guard import as_it_was, eager
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps, Unit
 from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, named_tensors, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again, layer_of
@@ -93,6 +93,7 @@ def patch(
     what: What = "weights",
     into: Literal["student", "teacher"] = "student",
     timesteps: Timesteps = 18,
+    unit: Unit = "sigma",
     data: Data = None,
     n: PositiveInt = 16,
     batch_size: PositiveInt = 64,
@@ -118,7 +119,7 @@ def patch(
             network's output for the same input of the networks.
         into: "student" patches the student's one-step images, at sigma 80; "teacher" the teacher's denoising at
             `timesteps`.
-        timesteps, data: As in `probe`; for the teacher only.
+        timesteps, unit, data: As in `probe`; for the teacher only.
         n, batch_size, class_labels, seed, start, device, dtype, progress: As in `probe`; None as `device` is where the
             patched network is.
         measure: Called with the patched network as it was given here, once per layer; it must not change the network.
@@ -145,7 +146,8 @@ def patch(
     check_architecture(named_tensors(unwrap(student)), named_tensors(unwrap(teacher)))
     model, donor = (student, teacher) if into == "student" else (teacher, student)
     states: Any = "student" if into == "student" else "noised"
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    inputs = Inputs(model, timesteps, unit=unit, data=data, states=states, **images)
     net, other = inputs.denoiser, denoiser_of(donor)
     layers = again(layers)
     selected = select_sites(model, layers) if what == "activations" else select_layers(model, layers)

@@ -1,6 +1,7 @@
 """Networks of pipelines: what they are shown, in which numbers, and where."""
 
 import copy
+import inspect
 import itertools
 import re
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab import lens, sample, trace
+import gddlab
+from gddlab import lens, patch, sample, trace
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.nets import PURE, Codec, Conditioning, Path
 from gddlab.nets.denoiser import Wrapped
+from gddlab.nets.io import make_student
 from gddlab.probing import estimate, probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.result import network_meta
@@ -293,3 +296,65 @@ def test_a_trace_compares_images():
     bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
     with pytest.raises(GddlabError, match="makes latents, and images are compared here"):
         trace(bare, 2, layers="conv_out", n=2, mode="resample", extractor=None, progress=False)
+
+
+TIMED = {
+    "probe": {"layers": "conv_in", "stats": "rms"},
+    "ablate": {"layers": "conv_in", "mode": "zero"},
+    "attribute": {"layers": "conv_in", "method": "LayerActivation"},
+    "grad_probe": {"layers": "conv_in", "batch_size": 2},
+    "decode": {"layers": "conv_in", "n": 3, "held_out": 2, "dims": 2, "targets": "noise"},
+    "lens": {"layers": "conv_in"},
+    "trace": {"layers": "conv_in", "mode": "zero", "extractor": None},
+}
+LEVELS = {"probe", "estimate", "patch", *TIMED}
+"""The public calls that take noise levels."""
+
+
+def test_every_call_that_takes_noise_levels_takes_times():
+    public = {name: getattr(gddlab, name) for name in gddlab.__all__}
+    taking = {
+        name
+        for name, call in public.items()
+        if inspect.isfunction(call)
+        and any(p.annotation == "Timesteps" for p in inspect.signature(call).parameters.values())
+    }
+    assert taking == LEVELS
+    assert all("unit" in inspect.signature(public[name]).parameters for name in LEVELS)
+
+
+@pytest.mark.filterwarnings("ignore:.*readouts")
+@pytest.mark.parametrize("name", TIMED)
+def test_noise_levels_are_times_in_every_call(name, photos):
+    net, options = wrapped("sd"), {"n": 2, "progress": False} | TIMED[name]
+    how = {"steps" if name == "trace" else "timesteps": [900, 500, 100], "unit": "t"}
+    options |= {} if name == "trace" else {"data": photos}
+    found = getattr(gddlab, name)(net, **how, **options)
+    assert list(found.sigmas) == [net.path.sigma(t) for t in (900, 500, 100)]
+    own = {"img_channels": CHANNELS, "img_resolution": SIDE, "vae": net.codec}
+    without = wrap(net.gddlab_bare, lambda model, x, sigma, labels: x, **own)
+    with pytest.raises(GddlabError, match="this network has no time of its own"):
+        getattr(gddlab, name)(without, **how, **options)
+
+
+def test_the_lens_shows_default_levels_within_the_range(photos):
+    net = wrapped("sd")
+    for unit in ("sigma", "t"):
+        found = lens(net, unit=unit, data=photos, layers="conv_in", n=1, progress=False)
+        assert list(found.sigmas) == pytest.approx([net.sigma_max, 5.0, 1.0, 0.2], rel=1e-6)
+
+
+def test_times_have_no_use_without_noise_levels():
+    net = tiny()
+    with pytest.raises(GddlabError, match="unit= has no use with a loss of your own"):
+        gddlab.grad_probe(net, lambda net: 0, [], unit="t")
+    with pytest.raises(GddlabError, match="this network has no time of its own"):
+        trace(make_student(net), unit="t", n=2, progress=False)
+
+
+def test_patches_take_times():
+    teacher = tiny()
+    student = make_student(teacher)
+    teacher.path = Path.edm()
+    how = {"layers": "model.enc.8x8_block0.conv0", "n": 2, "data": "digits", "progress": False}
+    assert patch(student, teacher, into="teacher", timesteps=[0.0], unit="t", **how).sigmas == [1.0]
