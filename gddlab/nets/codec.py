@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError
+from gddlab.files import hash_json, hash_tensors
 from gddlab.nets.bare import device_of, is_offloaded, number_type, weights_of
 
 PIXELS = 1 << 20
@@ -98,6 +100,12 @@ class Codec:
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """Shape of the latents of square images."""
         return self.channels, side // self.factor, side // self.factor
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of all that its images depend on."""
+        weights = {f"vae.{name}": t for name, t in weights_of(self.vae).items()}
+        return hash_json([hash_tensors(weights | {"shift": self.shift, "scale": self.scale}), self.low, str(self)])
 
     def __deepcopy__(self, memo: Any) -> Codec:
         return self  # it is not changed

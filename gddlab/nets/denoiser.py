@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown, warn
+from gddlab.files import hash_json
 from gddlab.nets.bare import number_type, unwrap
 from gddlab.nets.calls import Call
 from gddlab.nets.codec import Codec
@@ -58,6 +60,10 @@ class Denoiser(nn.Module):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest sigma that the network was trained at; the identity for most."""
         return sigma
+
+    def settings(self) -> dict[str, Any]:
+        """What its images depend on besides weights and architecture, as JSON."""
+        return {} if self.codec is None else {"codec": self.codec.hash}
 
 
 def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
@@ -164,6 +170,23 @@ class Wrapped(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         bare = unwrap(self)
         return bare.round_sigma(sigma) if self.whole and isinstance(bare, Denoiser) else sigma
+
+    def settings(self) -> dict[str, Any]:
+        bare, about = unwrap(self), super().settings()
+        config = getattr(bare, "init_kwargs", None) or dict(getattr(bare, "config", None) or {})
+        about |= {"class": type(bare).__name__, "config": hash_json({str(k): repr(v) for k, v in config.items()})}
+        about["sigmas"] = [self.sigma_min, None if self.sigma_max == math.inf else self.sigma_max]
+        if self.denoise is not None:
+            about["denoise"] = getattr(self.denoise, "__qualname__", type(self.denoise).__name__)
+        if self.path is not None:
+            about["path"] = hash_json(self.path.to_dict())
+        if self.call is not None:
+            about["call"] = dataclasses.asdict(self.call)
+        if self.cond is not None:
+            about["cond"] = self.cond.hash
+        if self.guidance is not None:
+            about["guidance"] = self.guidance
+        return about
 
     def check_conditioning(self) -> None:
         """Refuses a network that lacks conditioning which it needs."""
