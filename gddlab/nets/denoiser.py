@@ -66,6 +66,20 @@ class Denoiser(nn.Module):
         return {} if self.codec is None else {"codec": self.codec.hash}
 
 
+def data_std(net: nn.Module) -> float:
+    """Standard deviation of the data that a network denoises, which weighs its loss at each noise level.
+
+    It is the network's own `sigma_data`, or that of its path; else 1 for latents, which are scaled to that, and 0.5 for
+    images in [-1, 1].
+    """
+    path = getattr(net, "path", None)
+    if path is not None and path.kind == "edm":
+        return float(path.sigma_data)
+    default = 1.0 if getattr(net, "latent", False) else 0.5
+    own = getattr(unwrap(net) if isinstance(net, Wrapped) and net.whole else net, "sigma_data", default)
+    return float(own)
+
+
 def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
     """Noise levels, a number, (1,) or (B,), as numbers of `x`'s kind, (B, 1, 1, 1)."""
     if isinstance(sigma, int | float):  # filled on the device: a copy from the host would wait for it

@@ -121,6 +121,7 @@ def ablate(
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     not_run: dict[str, str] = {}
     levels, passes = inputs.split(batch_size, group)
+    error = functools.partial(weighted_error, sigma_data=inputs.sigma_data)
     shapes: dict[str, torch.Size] = {}
     with (
         as_it_was(net, device=device, dtype=dtype) as target,
@@ -149,14 +150,14 @@ def ablate(
                 with tapped(model, every, len(rows[0])) as ran:  # every layer, to refuse early
                     intact = denoised(net, rows)
                 shapes |= ran
-                before = None if clean is None else weighted_error(intact, clean, sigmas)
+                before = None if clean is None else error(intact, clean, sigmas)
                 for layer in selected:
                     changes = changes_of(model, net, rows, ran.sites, outputs[layer.name], mode, means, j - i)
                     with tapped(model, changes, len(rows[0])):
                         ablated = denoised(net, rows)
-                    found = [weighted_error(ablated, intact, sigmas).sqrt()]
+                    found = [error(ablated, intact, sigmas).sqrt()]
                     if clean is not None and before is not None:
-                        after = weighted_error(ablated, clean, sigmas)
+                        after = error(ablated, clean, sigmas)
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()

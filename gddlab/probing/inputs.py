@@ -19,7 +19,7 @@ from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
 from gddlab.errors import GddlabError, numbers_in, shown
 from gddlab.nets import Codec, Denoiser, Path, Precond
 from gddlab.nets.bare import denoiser_of
-from gddlab.nets.denoiser import Wrapped
+from gddlab.nets.denoiser import Wrapped, data_std
 from gddlab.nets.precond import check_level
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import from_pure, heun_step, is_pure, one_hot, seed_list
@@ -74,6 +74,7 @@ class Inputs:
         sigmas: Noise levels, descending.
         told: Noise levels that the network is told for each of `sigmas`, descending; None where it is told its input's.
         dataset: Where images come from; None where there are none.
+        sigma_data: Standard deviation of the data, by which losses are weighted.
 
     Raises:
         GddlabError: An argument does not fit the network or another argument.
@@ -115,6 +116,7 @@ class Inputs:
         if isinstance(self.denoiser, Wrapped):
             self.denoiser.check_times(self.told or self.sigmas)
         self.dataset = dataset_of(self.denoiser, data, states)
+        self.sigma_data = data_std(self.denoiser)
         self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
         label_dim = int(getattr(self.denoiser, "label_dim", 0))
         names = ("img_channels", "img_resolution", "img_resolution")
@@ -287,6 +289,7 @@ class Inputs:
             "data": None if self.dataset is None else self.dataset.manifest.to_dict(),
             "states": self.states,
             "sigmas": self.sigmas,
+            "sigma_data": self.sigma_data,
             **({} if self.told is None else {"told": self.told}),
             "n_images": self.n,
             "seed": self.seed,

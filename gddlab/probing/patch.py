@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -157,6 +158,7 @@ def patch(
     patched = weights_of if what == "weights" else activations_of
     measured: dict[str, float] = {}
     levels, passes = inputs.split(batch_size)
+    error = functools.partial(weighted_error, sigma_data=inputs.sigma_data)
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(as_it_was(net, device=device, dtype=dtype))
         stack.enter_context(as_it_was(other, device=target))
@@ -175,15 +177,15 @@ def patch(
                 rows, clean = shown[:3], shown.clean
                 intact = denoised(net, rows)
                 goal = denoised(other, rows) if clean is None else clean
-                before = weighted_error(intact, goal, sigmas)
+                before = error(intact, goal, sigmas)
                 for layer in selected:
                     found = intact
                     if layer.name not in equal:
                         with patched(donor, model, layer.name):
                             found = denoised(net, rows)
-                    after = weighted_error(found, goal, sigmas)
+                    after = error(found, goal, sigmas)
                     second = torch.stack([after, before], -1).sqrt() if into == "student" else after - before
-                    effects.add(layer.name, sigmas, weighted_error(found, intact, sigmas).sqrt(), second)
+                    effects.add(layer.name, sigmas, error(found, intact, sigmas).sqrt(), second)
                     bar.update()
         if measure is not None:
             whole = _number(measure, model)

@@ -15,7 +15,7 @@ from gddlab import lens, patch, sample, trace
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.nets import PURE, Codec, Conditioning, Path
-from gddlab.nets.denoiser import Wrapped
+from gddlab.nets.denoiser import Wrapped, data_std
 from gddlab.nets.io import make_student
 from gddlab.probing import estimate, probe
 from gddlab.probing.inputs import Inputs
@@ -358,3 +358,37 @@ def test_patches_take_times():
     teacher.path = Path.edm()
     how = {"layers": "model.enc.8x8_block0.conv0", "n": 2, "data": "digits", "progress": False}
     assert patch(student, teacher, into="teacher", timesteps=[0.0], unit="t", **how).sigmas == [1.0]
+
+
+def test_losses_are_weighted_by_the_data_of_the_network(photos):
+    how = {"data": photos, "layers": "conv_in", "n": 2, "progress": False}
+    latent, shown = wrapped("sd"), {"img_channels": CHANNELS, "img_resolution": SIDE}
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=0.7)
+    stretched = wrap(latent.gddlab_bare, path=Path.of(scheduler), cond=latent.cond, vae=latent.codec)
+    assert [data_std(net) for net in (latent, stretched, tiny(), tiny(sigma_data=0.25))] == [1.0, 0.7, 0.5, 0.25]
+    assert data_std(wrap(tiny(sigma_data=0.25, label_dim=2), guidance=2.0)) == 0.25
+    assert data_std(wrap(torch.nn.Identity(), lambda m, x, s, c: x, **shown)) == 0.5
+    for net, s in ((latent, 1.0), (stretched, 0.7)):
+        found = gddlab.ablate(net, [2.0, 0.5], mode="zero", **how)
+        assert found.meta["sigma_data"] == s
+        inputs = Inputs(net, [2.0, 0.5], data=photos, n=2)
+        x, sigma, labels = inputs.rows(0, 2, device=CPU)
+        with torch.no_grad():
+            intact = net(x, sigma, labels)
+            handle = net.gddlab_bare.conv_in.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
+            changed = (net(x, sigma, labels) - intact).square().mean((1, 2, 3))
+            handle.remove()
+        weight = (sigma**2 + s**2) / (s * sigma) ** 2
+        want = (weight * changed).sqrt().reshape(2, 2).mean(0)
+        np.testing.assert_allclose(found.pivot("ablation_output_zero").to_numpy()[0], want.numpy(), rtol=1e-4)
+        gradients = gddlab.grad_probe(net, timesteps=[2.0, 0.5], batch_size=2, **how).pivot("fisher").to_numpy()[0]
+        with torch.enable_grad():
+            clean = inputs.clean(0, 2).repeat_interleave(2, 0)
+            weights = [*net.gddlab_bare.conv_in.parameters()]
+            for k in range(2):
+                error = (net(x, sigma, labels) - clean).square().mean((1, 2, 3))
+                parts = torch.autograd.grad((weight * error)[k::2].mean(), weights)
+                squares = sum(g.double().square().sum() for g in parts) / sum(w.numel() for w in weights)
+                assert gradients[k] == pytest.approx(squares.item(), rel=1e-3)
+        attributed = gddlab.attribute(net, [2.0, 0.5], method="LayerConductance", steps=2, **how)
+        assert attributed.meta["sigma_data"] == s
