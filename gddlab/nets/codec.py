@@ -18,7 +18,9 @@ from gddlab.nets.bare import device_of, is_offloaded, number_type, weights_of
 
 PIXELS = 1 << 20
 """Pixels that are encoded or decoded at once."""
-VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel")
+VIDEO = ("AutoencoderKLQwenImage",)
+"""Autoencoders of videos, (B, C, frames, H, W), of which an image is one frame."""
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel", *VIDEO)
 EDM2 = ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5)
 """Mean and standard deviation of the latents that EDM2's networks were trained on, and the one they were given."""
 
@@ -32,6 +34,7 @@ class Codec:
         channels, factor: Channels of latents; pixels per latent along a side.
         shift, scale: (C, 1, 1) or (1, 1, 1).
         low: The darkest value that the autoencoder takes: -1, or 0.
+        frames: Whether it takes videos; an image is one frame.
     """
 
     vae: nn.Module
@@ -40,6 +43,7 @@ class Codec:
     shift: Tensor
     scale: Tensor
     low: float = -1.0
+    frames: bool = False
 
     @classmethod
     def of(cls, vae: Any) -> Codec:
@@ -58,7 +62,8 @@ class Codec:
         if mean is not None and std is not None:
             shift, scale = torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
         factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
-        return cls(_exact(vae), int(config.latent_channels), int(factor), shift, scale)
+        channels = config.z_dim if kind in VIDEO else config.latent_channels
+        return cls(_exact(vae), int(channels), int(factor), shift, scale, frames=kind in VIDEO)
 
     @classmethod
     def edm2(
@@ -114,16 +119,20 @@ class Codec:
         return f"{type(self.vae).__name__}, {self.channels} channels, {self.factor} pixels per latent"
 
     def _encoded(self, images: Tensor) -> Tensor:
-        found: Any = self.vae.encode((images + 1) / 2 if self.low == 0 else images)  # type: ignore[operator]
+        images = (images + 1) / 2 if self.low == 0 else images
+        found: Any = self.vae.encode(images[:, :, None] if self.frames else images)  # type: ignore[operator]
         if (posterior := getattr(found, "latent_dist", None)) is not None:
             latents = posterior.mode()
         else:
             latents = found.latent if hasattr(found, "latent") else found.latents
+        latents = latents[:, :, 0] if self.frames else latents
         return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         decode: Any = self.vae.decode
-        images: Tensor = decode(latents / self.scale.to(latents) + self.shift.to(latents)).sample
+        latents = latents / self.scale.to(latents) + self.shift.to(latents)
+        images: Tensor = decode(latents[:, :, None] if self.frames else latents).sample
+        images = images[:, :, 0] if self.frames else images
         return 2 * images - 1 if self.low == 0 else images
 
     def _in_parts(self, change: Any, x: Tensor, pixels: int) -> Tensor:

@@ -105,7 +105,8 @@ class Conditioning:
             arguments.setdefault("output_type", "latent" if type(pipe).__name__ != "DiTPipeline" else "pt")
         if "generator" in taken:
             arguments.setdefault("generator", torch.Generator().manual_seed(0))
-        both = not call.doubled and any(name.startswith("negative") for name in arguments)
+        # a distilled network has one branch, unless it is given negative prompts
+        both = not call.doubled and (not call.scale or any(name.startswith("negative") for name in arguments))
         return _of_calls(_first_calls(pipe, network, call, arguments, 2 if both else 1), call, names, network)
 
     @classmethod
@@ -335,7 +336,7 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
         raise GddlabError(f"the network was given {total} rows for {n} prompts: give one image per prompt")
     rows: dict[str, Tensor] = {}
     shared: dict[str, Any] = {}
-    ours = {call.sample, call.time, "return_dict"}
+    ours = {call.sample, call.time, "return_dict", *(["img_shapes"] if call.places == "img_shapes" else [])}
     for name, value in ((k, v) for k, v in first.items() if k not in ours):
         if isinstance(value, Tensor):
             of_images = value.ndim > 0 and len(value) == total and name not in call.shared
@@ -354,7 +355,7 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
         halves = {name: dict(zip(call.order, x.chunk(2), strict=True)) for name, x in rows.items()}
         rows, negative = ({name: half[b] for name, half in halves.items()} for b in ("cond", "uncond"))
     elif len(calls) > 1:
-        negative = {name: calls[1][name] for name in rows}
+        rows, negative = _paired(rows, {k: v for k, v in calls[1].items() if k not in {*ours, *shared}})
     if call.labels in rows and call.null is not None:  # pipelines may take that of another network
         negative = {name: x.clone() for name, x in (negative or rows).items()}
         negative[call.labels] = torch.full_like(rows[call.labels], call.null)
@@ -362,11 +363,25 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
     return Conditioning(rows, shared, negative, names, shape)
 
 
+def _paired(rows: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rows of both branches under the same names: a mask that one alone has is all ones in the other."""
+    for ours, theirs in ((rows, others), (others, rows)):
+        for name in theirs.keys() - ours.keys():
+            text = ours.get(name.removesuffix("_mask"))
+            if text is None or text.ndim < 2:
+                raise GddlabError(f"the network was given {name} in one branch alone: record without guidance")
+            ours[name] = torch.ones(text.shape[:2], dtype=theirs[name].dtype, device=text.device)
+    return rows, {name: others[name] for name in rows}
+
+
 def _shape(seen: Mapping[str, Any], call: Call, network: nn.Module) -> tuple[int, int, int] | None:
     """Shape of the latents in a network call, (C, H, W)."""
     x = seen[call.sample]
     if x.ndim == 4:
         return tuple(x.shape[1:])
+    if shapes := seen.get("img_shapes"):
+        _, h, w = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
+        return x.shape[2] // call.patch**2, h * call.patch, w * call.patch
     places = seen.get("img_ids")
     if x.ndim != 3 or not isinstance(places, Tensor):
         return None

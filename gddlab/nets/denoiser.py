@@ -287,8 +287,10 @@ class Wrapped(Denoiser):
         filled: dict[str, Tensor] = {}
         if call.scale and call.scale not in rows["cond"] and call.scale not in shared:
             filled[call.scale] = torch.full((b,), EMBEDDED_GUIDANCE, device=x.device)
-        if call.patch > 1:
-            h, w = (n // call.patch for n in x.shape[2:])
+        h, w = (n // call.patch for n in x.shape[2:])
+        if call.patch > 1 and call.places == "img_shapes":
+            shared["img_shapes"] = [[(1, h, w)]] * (b * len(self.branches) if call.doubled else b)
+        elif call.patch > 1:
             places = torch.zeros(h, w, 3)
             places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
             shared["img_ids"] = places.flatten(0, 1)
@@ -354,6 +356,10 @@ class Wrapped(Denoiser):
             return cond
         assert self.call is not None
         out = answers["uncond"] + self.guidance * (cond - answers["uncond"])
+        if self.call.rescale:
+            packed = self.call.pack(out)
+            norms = [self.call.pack(x).norm(dim=-1, keepdim=True) for x in (cond, out)]
+            out = self.call.unpack(packed * (norms[0] / norms[1]), (out.shape[1], out.shape[2], out.shape[3]))
         k = self.call.guide_channels
         return out if k is None else torch.cat([out[:, :k], cond[:, k:]], 1)
 

@@ -133,7 +133,7 @@ def wrap(
         cond: Conditioning of the images, `Conditioning.record` or `.classes`; of a pipeline also prompts, of a network
             with classes also class ids. Image i has row i modulo their number.
         guidance: Scale of classifier-free guidance: D = D_uncond + guidance (D_cond - D_uncond), with both branches in
-            one call or in two, as the network's pipeline does it.
+            one call or in two, and rescaled or not, as the network's pipeline does it.
         vae: Autoencoder of a network that works on latents: a network of diffusers or a `Codec`. With it, data are
             images.
         branches: Of a `denoise` that makes both branches itself: their names in the order of their rows or calls, such
@@ -471,7 +471,8 @@ def _conditioning_in_words(call: Call, cond: Conditioning | None, classes: int) 
 def _guidance_in_words(call: Call, cond: Conditioning | None, guidance: float | None) -> str:
     if guidance is not None:
         how = "in one call" if call.doubled else "in two calls"
-        return f"{guidance:g}, {call.order[0]} and {call.order[1]} {how}"
+        norm = ", rescaled to the norm of cond" if call.rescale else ""
+        return f"{guidance:g}, {call.order[0]} and {call.order[1]} {how}{norm}"
     if call.scale == "guidance":
         scales = [EMBEDDED_GUIDANCE] if cond is None or call.scale not in cond.rows else cond.rows[call.scale].unique()
         return f"an input, {', '.join(f'{float(s):g}' for s in scales)}"

@@ -8,7 +8,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.nets import Codec
 from gddlab.nets.codec import EDM2
-from tests.models import deep_vae, network, vae
+from tests.models import deep_vae, network, vae, video_vae
 
 
 def made(**changes):
@@ -100,3 +100,16 @@ def test_parts_do_not_change_the_latents(monkeypatch):
         monkeypatch.setattr("gddlab.nets.codec.PIXELS", 2 * 16 * 16)
         parts = codec.encode(images), codec.decode(codec.encode(images))
     torch.testing.assert_close(parts, whole)
+
+
+def test_an_image_is_one_frame_of_a_video():
+    own = video_vae()
+    codec = Codec.of(own)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (own.config.latents_mean, own.config.latents_std))
+    with torch.no_grad():
+        latents = codec.encode(images)
+        want = (own.encode(images[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        torch.testing.assert_close(latents, want)
+        torch.testing.assert_close(codec.decode(latents), own.decode((want * std + mean)[:, :, None]).sample[:, :, 0])
+    assert (codec.channels, codec.factor) == (4, 2) and codec.decode(latents).shape == images.shape

@@ -25,6 +25,7 @@ from gddlab.probing.layers import (
     transformer_blocks,
     type_of,
 )
+from tests.models import NEWER, network, zimage
 from tests.probing.families import FAMILIES, ROWS, TEXT, TRANSFORMERS, authors_dit
 from tests.probing.networks import tiny
 
@@ -43,6 +44,11 @@ def roles_of(net):
 
 def unknown_in(net):
     return [p for p, role in roles_of(net).items() if role not in ROLES and role_of(p) not in ROLES]
+
+
+@pytest.mark.parametrize("name", [*NEWER, "zimage"])
+def test_every_parameter_of_newer_networks_has_a_role(name):
+    assert unknown_in(zimage() if name == "zimage" else network(name)) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
