@@ -60,6 +60,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def check_weights(model: nn.Module) -> None:
+    """Refuses a network that was made without weights."""
+    if device_of(model).type == "meta":
+        raise GddlabError('the network is on "meta", it has no weights: load them first')
+
+
 def number_type(model: nn.Module) -> torch.dtype | None:
     """The type in which it computes: not that of weights which are stored in 8 bits. None without parameters."""
     own = getattr(unwrap(model), "dtype", None)

@@ -6,6 +6,7 @@ The table `CALLS` knows classes of diffusers by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError, shown, unknown
 from gddlab.nets.path import Path
 
 Branch = Literal["cond", "uncond"]
@@ -66,6 +67,19 @@ class Call:
     casts_time: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("needs", "shared"):
+            names = getattr(self, name)
+            object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
+        listed = ("sample", "time", "labels", "scale"), (*self.needs, *self.shared)
+        for name, value in (*((n, getattr(self, n)) for n in listed[0]), *(("needs", n) for n in listed[1])):
+            if not isinstance(value, str) or (name in ("sample", "time") and not value):
+                raise GddlabError(f"{name}={shown(value)}: give the name of an argument")
+        whole = {"patch": self.patch, "null": self.null, "guide_channels": self.guide_channels}
+        for name, number in whole.items():
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+                raise GddlabError(f"{name}={shown(number)}: give a whole number")
+        if not isinstance(self.time_scale, int | float) or not 0 < self.time_scale < math.inf:
+            raise GddlabError(f"time_scale={shown(self.time_scale)}: give a number above 0")
         if sorted(self.order) != ["cond", "uncond"]:
             raise GddlabError(f'order={self.order}: give ("uncond", "cond") or ("cond", "uncond")')
         if self.places not in (known := ("img_ids", "img_shapes")):

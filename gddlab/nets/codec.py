@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
 from gddlab.files import hash_json, hash_tensors
 from gddlab.nets.bare import device_of, is_offloaded, number_type, weights_of
 
@@ -55,6 +55,13 @@ class Codec:
         kind = next((c.__name__ for c in type(vae).__mro__ if c.__name__ in VAES), None)
         if kind is None:
             raise GddlabError(f"vae= is a {type(vae).__name__}: accepted are {', '.join(VAES)} of diffusers")
+        try:
+            return cls._of(vae, kind)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise GddlabError(f"vae= is a {kind} whose configuration is damaged ({e}): save it again") from None
+
+    @classmethod
+    def _of(cls, vae: Any, kind: str) -> Codec:
         config = vae.config
         scale = torch.tensor(float(getattr(config, "scaling_factor", None) or 1.0)).view(1, 1, 1)
         shift = torch.tensor(float(getattr(config, "shift_factor", None) or 0.0)).view(1, 1, 1)
@@ -86,15 +93,21 @@ class Codec:
         (B, 3, H, W) -> (B, C, H / factor, W / factor)
 
         Raises:
-            GddlabError: A side that is no multiple of `factor`.
+            GddlabError: Images of other channels, or with a side that is no multiple of `factor`.
         """
+        _check(images, "images", 3)
         side = images.shape[-2:]
         if any(n % self.factor for n in side):
             raise GddlabError(f"images of {side[0]} x {side[1]}: this codec takes multiples of {self.factor}")
         return self._in_parts(self._encoded, images, images[0, 0].numel())
 
     def decode(self, latents: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
-        """Images of latents, float32, on the scale of [-1, 1]; not clipped."""
+        """Images of latents, float32, on the scale of [-1, 1]; not clipped.
+
+        Raises:
+            GddlabError: Latents of other channels.
+        """
+        _check(latents, "latents", self.channels)
         return self._in_parts(self._decoded, latents, latents[0, 0].numel() * self.factor**2)
 
     def image_shape(self, latent: Sequence[Any]) -> tuple[int, Any, Any]:
@@ -153,6 +166,12 @@ class Codec:
             yield device
         finally:
             self.vae.to(origin)
+
+
+def _check(x: Any, what: str, channels: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not len(x):
+        found = f"{what} are {tuple(x.shape)}" if isinstance(x, Tensor) else f"{what}={shown(x)}"
+        raise GddlabError(f"{found}: this codec takes a tensor, (n, {channels}, height, width)")
 
 
 def _exact(vae: Any) -> nn.Module:

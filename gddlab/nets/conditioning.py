@@ -52,10 +52,21 @@ class Conditioning:
     shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rows", "shared", "negative"):
+            given = getattr(self, name)
+            if name != "negative" or given is not None:
+                tensors = isinstance(given, Mapping) and all(
+                    isinstance(x, Tensor) or (name == "shared" and isinstance(x, Flag)) for x in given.values()
+                )
+                if not tensors:
+                    raise GddlabError(f"conditioning with {name}={shown(given)}: give tensors by name, in a dictionary")
         rows = (*self.rows.items(), *(self.negative or {}).items())
-        lengths = {name: len(x) for name, x in rows if x.ndim}
-        if not lengths or min(lengths.values()) < 1 or len({*lengths.values()}) > 1 or len(lengths) < len(self.rows):
-            raise GddlabError(f"conditioning with rows {lengths}: give tensors with one row per image, at least one")
+        lengths = [(name, len(x) if x.ndim else 0) for name, x in rows]
+        counts = {n for _, n in lengths}
+        if not lengths or min(counts) < 1 or len(counts) > 1:
+            raise GddlabError(
+                f"conditioning with rows {shown(dict(lengths))}: give tensors with one row per image, at least one"
+            )
         if self.negative is not None and self.negative.keys() != self.rows.keys():
             raise GddlabError(
                 f"conditioning of {', '.join(self.rows)} with negative {', '.join(self.negative)}: give the same names"
@@ -213,9 +224,10 @@ class Conditioning:
         parts: dict[str, dict[str, Any]] = {"rows": {}, "negative": {}, "shared": {}}
         try:
             with safe_open(path, framework="pt") as f:
-                about = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-                if about.get("format") != FORMAT:
+                said = f.metadata() or {}
+                if said.get("format") != json.dumps(FORMAT):  # those of other libraries are no JSON
                     raise GddlabError(f"{path} holds no conditioning: give a file that Conditioning.save wrote")
+                about = {k: json.loads(v) for k, v in said.items()}
                 for name in f.keys():  # noqa: SIM118 (not a dict)
                     part, _, rest = name.partition(".")
                     parts[part][rest] = f.get_tensor(name)
@@ -296,6 +308,12 @@ def _first_calls(
         pass
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         text = str(e).strip() or type(e).__name__
+        lacks = [n for n in ("tokenizer", "text_encoder") if getattr(pipe, n, pipe) is None]
+        if lacks and "NoneType" in text:
+            raise GddlabError(
+                f"{type(pipe).__name__} has no {lacks[0]} for prompts: give gddlab.Conditioning.record embeddings, "
+                "prompt_embeds= and the like, negative ones too where guidance is on"
+            ) from None
         raise GddlabError(f"{type(pipe).__name__} refused its arguments: {text.splitlines()[0]}") from None
     finally:
         handle.remove()

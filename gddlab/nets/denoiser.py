@@ -164,6 +164,9 @@ class Wrapped(Denoiser):
                 "told= is for a network that can be told another noise level than its input's: give wrap a denoise= "
                 "with an argument told, a function of (model, x, sigma, class_labels, told)"
             )
+        if not isinstance(x, Tensor) or x.ndim != 4 or self.img_channels not in (None, x.shape[1]):
+            what = f"x is {tuple(x.shape)}" if isinstance(x, Tensor) else f"x={shown(x)}"
+            raise GddlabError(f"{what}: this network takes a tensor, (n, {self.img_channels or 'C'}, height, width)")
         x = x if x.dtype == torch.float64 else x.float()
         sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
@@ -247,6 +250,8 @@ class Wrapped(Denoiser):
             return class_labels if len(class_labels) == b else class_labels[[0] * b]
         if class_labels is None or not self.label_dim:
             return None if self.cond is None else self.cond[[i % len(self.cond) for i in range(b)]]
+        if not isinstance(class_labels, Tensor):
+            raise GddlabError(f"class_labels={shown(class_labels)}: give one-hot rows, ({b}, {self.label_dim})")
         if class_labels.ndim != 2 or len(class_labels) not in (1, b) or class_labels.shape[1] != self.label_dim:
             shape = tuple(class_labels.shape)
             raise GddlabError(f"class_labels are {shape}: give one-hot rows, ({b}, {self.label_dim})")
@@ -340,7 +345,18 @@ class Wrapped(Denoiser):
         """By keyword: a network with others' hooks may have lost its signature."""
         assert self.call is not None
         call, c, h, w = self.call, *x.shape[1:]
-        out = self.gddlab_bare(**nested({call.sample: seen, call.time: time, **arguments}))
+        given = {call.sample: seen, call.time: time, **arguments}
+        try:
+            out = self.gddlab_bare(**nested(given))
+        except (TypeError, ValueError, IndexError, RuntimeError) as e:
+            if isinstance(e, GddlabError | torch.OutOfMemoryError) or "CUDA" in str(e):
+                raise
+            rows = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if isinstance(v, Tensor))
+            why = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            raise GddlabError(
+                f"a {type(unwrap(self)).__name__} cannot be called with {rows} ({why}): give wrap the cond= of this "
+                "network, its call=, and the img_resolution= that it takes"
+            ) from e
         if not isinstance(out, Tensor):
             out = out[0] if isinstance(out, tuple | list) and out else getattr(out, "sample", None)
         if isinstance(out, Tensor) and out.ndim == seen.ndim and len(out) == len(seen):

@@ -16,7 +16,7 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
-from gddlab.errors import GddlabError, numbers_in, shown
+from gddlab.errors import GddlabError, numbers_in, positive, shown
 from gddlab.nets import Codec, Denoiser, Path, Precond
 from gddlab.nets.bare import denoiser_of
 from gddlab.nets.denoiser import Wrapped, data_std
@@ -350,7 +350,7 @@ def _from_times(model: nn.Module, name: str, times: Any) -> Any:
     low, high = _ends(model)
     if name == "timesteps" and isinstance(times, Integral) and not isinstance(times, bool):
         first, last = path.time(torch.tensor([high, low], dtype=torch.float64)).tolist()
-        grid = torch.linspace(first, last, max(1, int(times)), dtype=torch.float64).tolist()
+        grid = torch.linspace(first, last, positive(name, times), dtype=torch.float64).tolist()
         return [min(max(path.sigma(t), low), high) for t in grid]
     single = isinstance(times, Real) and not isinstance(times, bool)
     try:

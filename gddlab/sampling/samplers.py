@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gddlab.errors import GddlabError, integer, numbers_in, positive, shown, unknown
 from gddlab.files import hash_tensors
 from gddlab.nets import PURE, SIGMA_MAX, SIGMA_MIN, Denoiser, OneStepPrecond, Precond
-from gddlab.nets.bare import device_of, unwrap, weights_of
+from gddlab.nets.bare import check_weights, device_of, unwrap, weights_of
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Wrapped
 from gddlab.nets.precond import check_level, descending
@@ -565,6 +565,7 @@ def sampler_name(how: Method) -> str:
 @contextlib.contextmanager
 def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
     """Inference: eval mode, no gradients, autocast, memory format of the weights; restores the network afterwards."""
+    check_weights(net)
     first = next(net.parameters())
     name = precision(dtype)
     whole = isinstance(denoiser_in(net), Precond)

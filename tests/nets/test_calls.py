@@ -367,3 +367,21 @@ def test_the_table_speaks_of_pixels_and_latents():
     assert FACTOR * SIDE == 16
     with pytest.raises(GddlabError, match="order="):
         Call(order=("cond", "cond"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sample": 3}, "sample=3: give the name of an argument"),
+        ({"time": ""}, "time='': give the name of an argument"),
+        ({"needs": (1,)}, "needs=1: give the name"),
+        ({"patch": 2.5}, "patch=2.5: give a whole number"),
+        ({"null": -1}, "null=-1: give a whole number"),
+        ({"time_scale": float("nan")}, "time_scale=nan: give a number above 0"),
+        ({"time_scale": 0}, "time_scale=0: give a number above 0"),
+    ],
+)
+def test_calls_are_checked_when_they_are_made(given, says):
+    with pytest.raises(GddlabError, match=says):
+        Call(**given)
+    assert Call(needs="words").needs == ("words",)

@@ -113,3 +113,19 @@ def test_an_image_is_one_frame_of_a_video():
         torch.testing.assert_close(latents, want)
         torch.testing.assert_close(codec.decode(latents), own.decode((want * std + mean)[:, :, None]).sample[:, :, 0])
     assert (codec.channels, codec.factor) == (4, 2) and codec.decode(latents).shape == images.shape
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(0, 3, 16, 16), [1], None])
+def test_what_is_no_image_is_refused(x):
+    codec = Codec.of(vae())
+    with pytest.raises(GddlabError, match=r"images.*: this codec takes a tensor, \(n, 3, height, width\)"):
+        codec.encode(x)
+    with pytest.raises(GddlabError, match=r"latents.*: this codec takes a tensor, \(n, 4, height, width\)"):
+        codec.decode(x)
+
+
+def test_a_damaged_configuration_is_refused():
+    own = vae()
+    own.register_to_config(scaling_factor="x")
+    with pytest.raises(GddlabError, match="AutoencoderKL whose configuration is damaged"):
+        Codec.of(own)
