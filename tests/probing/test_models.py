@@ -41,7 +41,7 @@ def wrapped(name, n=2, **options):
 
 
 def values(result):
-    return torch.tensor(result.frame.value.to_numpy())
+    return torch.tensor(result.frame.value.to_numpy(copy=True))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "dit"])
@@ -392,3 +392,43 @@ def test_losses_are_weighted_by_the_data_of_the_network(photos):
                 assert gradients[k] == pytest.approx(squares.item(), rel=1e-3)
         attributed = gddlab.attribute(net, [2.0, 0.5], method="LayerConductance", steps=2, **how)
         assert attributed.meta["sigma_data"] == s
+
+
+def test_attention_may_be_fused_between_two_probes():
+    net = wrapped("sd")
+    how = LINEAR | {"layers": "attention"}
+    apart = probe(net, [3.0, 0.5], **how)
+    outputs = {name: frame for name, frame in apart.frame.groupby("layer") if name.endswith("to_out.0")}
+    net.gddlab_bare.fuse_qkv_projections()
+    fused = probe(net, [3.0, 0.5], **how)
+    names = {*fused.frame.layer}
+    assert any(n.endswith("attn1.to_qkv") for n in names) and any(n.endswith("attn2.to_kv") for n in names)
+    assert not any(n.endswith(("attn1.to_q", "attn2.to_k")) for n in names) and "not_run" not in fused.meta
+    for name, frame in outputs.items():
+        after = fused.frame[fused.frame.layer == name]
+        np.testing.assert_allclose(after.value, frame.value, rtol=1e-4)
+    with pytest.raises(GddlabError, match="did not run"):
+        probe(net, [3.0], **how | {"layers": next(n for n in names if n.endswith("to_qkv")).replace("to_qkv", "to_q")})
+
+
+def test_attention_processors_do_not_change_what_is_measured():
+    from diffusers.models import attention_processor
+
+    net = wrapped("sd")
+    found = []
+    for kind in ("AttnProcessor2_0", "AttnProcessor"):
+        net.gddlab_bare.set_attn_processor(getattr(attention_processor, kind)())
+        found.append(probe(net, [3.0, 0.5], **LINEAR | {"layers": "all"}))
+    assert list(found[0].frame.layer) == list(found[1].frame.layer)
+    torch.testing.assert_close(values(found[0]), values(found[1]), rtol=1e-4, atol=0)
+
+
+def test_checkpointed_blocks_have_the_same_gradients(photos):
+    net = wrapped("sd3")
+    how = {"data": photos, "layers": "attention", "n": 2, "batch_size": 2, "progress": False}
+    plain = gddlab.grad_probe(net, timesteps=[3.0, 0.5], **how)
+    net.gddlab_bare.enable_gradient_checkpointing()
+    again = gddlab.grad_probe(net, timesteps=[3.0, 0.5], **how)
+    assert list(again.frame.layer) == list(plain.frame.layer)
+    keep = plain.frame.stat.isin(["fisher", "taylor"]).to_numpy()
+    torch.testing.assert_close(values(again)[keep], values(plain)[keep], rtol=1e-4, atol=1e-12)
