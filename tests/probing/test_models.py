@@ -21,7 +21,7 @@ from gddlab.probing import estimate, probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.result import network_meta
 from gddlab.teachers import wrap
-from tests.models import CHANNELS, NETWORKS, SIDE, network, pipeline, vae
+from tests.models import CHANNELS, NETWORKS, NEWER, SIDE, network, pipeline, vae
 from tests.probing.networks import tiny
 
 CPU = torch.device("cpu")
@@ -432,3 +432,16 @@ def test_checkpointed_blocks_have_the_same_gradients(photos):
     assert list(again.frame.layer) == list(plain.frame.layer)
     keep = plain.frame.stat.isin(["fisher", "taylor"]).to_numpy()
     torch.testing.assert_close(values(again)[keep], values(plain)[keep], rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_networks_are_measured_with_every_preset(name):
+    pipe, call = pipeline(name, 2)
+    net = wrap(pipe, cond=Conditioning.record(pipe, **call), guidance=4.0)
+    assert net.latent and data_std(net) == 1.0
+    for preset in ("block", "attention", "mlp", "modulation", "norm", "linear", "all"):
+        how = {"states": "prior", "layers": preset, "n": 2, "progress": False}
+        found = probe(net, [3.0, 0.5], branch="all", stream="all", stats="rms", **how)
+        assert {*found.frame.branch} == {"cond", "uncond"} and np.isfinite(found.frame.value).all()
+    ablated = gddlab.ablate(net, [3.0], mode="zero", **how | {"layers": "block"})
+    assert (ablated.frame.value > 0).all()
