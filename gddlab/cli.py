@@ -233,7 +233,7 @@ def decode(
 def lens(
     teacher: Positional[str],
     out: Path = Path("lens"),
-    sigmas: tuple[float, ...] = (80, 5, 1, 0.2),
+    sigmas: tuple[float, ...] = (),
     overwrite: bool = False,
     **options: Any,
 ) -> None:
@@ -244,13 +244,13 @@ def lens(
     Args:
         teacher: Name, pickle, .pt or .safetensors file, run directory, or folder of diffusers.
         out: Folder for the result.
-        sigmas: The noise levels.
+        sigmas: The noise levels; by default 80, 5, 1 and 0.2, within the network's range.
         overwrite: Replaces a result that is there.
     """
     from gddlab.theme import save_figure
 
     check_folder(out, overwrite, kind=gddlab.Lens)
-    found = gddlab.lens(gddlab.load_teacher(teacher), list(sigmas), **options)
+    found = gddlab.lens(gddlab.load_teacher(teacher), list(sigmas) or None, **options)
     found.save(out)
     with atomic_path(out / "distances.csv") as path:
         found.to_frame().to_csv(path, index=False)

@@ -80,6 +80,35 @@ def flux(**changes: Any) -> nn.Module:
     return diffusers.FluxTransformer2DModel(**(config | changes))
 
 
+def auraflow(**changes: Any) -> nn.Module:
+    config: dict[str, Any] = {"sample_size": SIDE, "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS}
+    config |= {"num_mmdit_layers": 2, "num_single_dit_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    config |= {"joint_attention_dim": 12, "caption_projection_dim": 16, "pos_embed_max_size": 64}
+    return diffusers.AuraFlowTransformer2DModel(**(config | changes))
+
+
+def lumina2(**changes: Any) -> nn.Module:
+    config: dict[str, Any] = {"sample_size": SIDE, "patch_size": 2, "in_channels": CHANNELS, "hidden_size": 24}
+    config |= {"num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8}
+    config |= {"axes_dim_rope": (4, 4, 4), "axes_lens": (64, 64, 64), "cap_feat_dim": 12}
+    return diffusers.Lumina2Transformer2DModel(**(config | changes))
+
+
+def qwen(**changes: Any) -> nn.Module:
+    config: dict[str, Any] = {"patch_size": 2, "in_channels": 4 * CHANNELS, "out_channels": CHANNELS, "num_layers": 2}
+    config |= {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 12}
+    return diffusers.QwenImageTransformer2DModel(**(config | {"axes_dims_rope": (4, 4, 8)} | changes))
+
+
+def zimage(**changes: Any) -> nn.Module:
+    config: dict[str, Any] = {"in_channels": CHANNELS, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2}
+    config |= {"n_kv_heads": 2, "cap_feat_dim": 12, "axes_dims": [4, 4, 4], "axes_lens": [64, 64, 64]}
+    net = diffusers.ZImageTransformer2DModel(**(config | changes))
+    for token in (net.x_pad_token, net.cap_pad_token):
+        nn.init.normal_(token)
+    return net
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet2d": unet2d,
     "sd": sd,
@@ -91,11 +120,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "flux": flux,
 }
 
+NEWER: dict[str, Callable[..., nn.Module]] = {"auraflow": auraflow, "lumina2": lumina2, "qwen": qwen}
+"""Further ones, whose pipelines are like those of the others."""
+
 
 def network(name: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A network of `NETWORKS`, whose branches all do something, in eval mode."""
+    """A network of `NETWORKS` or `NEWER`, whose branches all do something, in eval mode."""
     torch.manual_seed(seed)
-    return NETWORKS[name](**changes).eval()
+    return (NETWORKS | NEWER)[name](**changes).eval()
 
 
 def vae(scale: float = 0.18215, shift: float | None = None, **changes: Any) -> nn.Module:
@@ -114,6 +146,13 @@ def deep_vae() -> nn.Module:
     config |= {"downsample_block_type": "conv", "upsample_block_type": "interpolate", "scaling_factor": 0.41407}
     config |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
     return diffusers.AutoencoderDC(**config).eval()
+
+
+def video_vae() -> nn.Module:
+    """Of Qwen-Image's kind."""
+    latents = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [2.0, 1.5, 0.8, 1.0]}
+    config: dict[str, Any] = {"base_dim": 8, "z_dim": CHANNELS, "dim_mult": [1, 1], "num_res_blocks": 1}
+    return diffusers.AutoencoderKLQwenImage(**config, temperal_downsample=[False], **latents).eval()
 
 
 def words(n: int, size: int, seed: int) -> dict[str, torch.Tensor]:
@@ -144,7 +183,7 @@ def pipeline(name: str, n: int = 1, **changes: Any) -> tuple[Any, dict[str, Any]
     size = {"height": FACTOR * SIDE, "width": FACTOR * SIDE}
     masks = {f"{prefix}prompt_attention_mask": torch.ones(n, TOKENS) for prefix in ("", "negative_")}
     guided: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 4}
-    net = NETWORKS[name](**({"num_embeds_ada_norm": 1000} if name == "dit" else {}) | changes).eval()
+    net = (NETWORKS | NEWER)[name](**({"num_embeds_ada_norm": 1000} if name == "dit" else {}) | changes).eval()
     if name == "dit":  # its pipeline takes 1000 for no class
         ddim = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
         pipe: Any = diffusers.DiTPipeline(transformer=net, vae=vae(), scheduler=ddim)
@@ -181,6 +220,22 @@ def pipeline(name: str, n: int = 1, **changes: Any) -> tuple[Any, dict[str, Any]
             transformer=net, vae=vae(1.5305, 0.0609), scheduler=flow, **without, **more
         )
         call = words(n, 12, 0) | pooled(n, 10, 1) | size
+    elif name in NEWER:
+        kind, mask = {
+            "auraflow": (diffusers.AuraFlowPipeline, "prompt_attention_mask"),
+            "lumina2": (diffusers.Lumina2Pipeline, "prompt_attention_mask"),
+            "qwen": (diffusers.QwenImagePipeline, "prompt_embeds_mask"),
+        }[name]
+        own = video_vae() if name == "qwen" else vae(1.5305, 0.0609)
+        pipe = kind(transformer=net, vae=own, scheduler=flow, **without)
+        call = words(n, 12, 0) | {"height": 8 * FACTOR, "width": 8 * FACTOR}
+        if name == "lumina2":  # its pipeline divides by 8 whatever its autoencoder does
+            call |= {"height": 8 * SIDE, "width": 8 * SIDE, "negative_prompt": None}
+        masked = torch.ones(n, TOKENS, dtype=torch.long)
+        masked[:, -2:] = 0
+        call |= {mask: masked, f"negative_{mask}": torch.ones_like(masked)}
+        if name == "qwen":
+            guided = {"true_cfg_scale": 4.0, "num_inference_steps": 4}
     else:
         dynamic = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         more = {"text_encoder_2": None, "tokenizer_2": None}

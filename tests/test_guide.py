@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_a_family_is_probed_as_its_line_says(line: str, name: str, path: str, st
     assert net.path.kind == path
     assert net.branches == tuple(branches.split(", "))
     assert {*frame["branch"]} == {*net.branches}
-    assert {*frame["stream"]} == ({""} if streams == "one" else {*streams.split(", ")})
+    assert {*frame["stream"]} == {"" if s == "one" else s for s in streams.split(", ")}
     assert frame["value"].notna().all()
 
 
@@ -168,7 +169,42 @@ def test_a_file_is_loaded_and_probed_as_its_line_says(
 
 
 def test_every_family_has_a_line() -> None:
-    from tests.models import PIPELINES
+    from tests.models import NEWER, PIPELINES
 
-    assert [f[2] for f in FAMILIES] == [*PIPELINES, "unet"]
+    assert [f[2] for f in FAMILIES] == [*PIPELINES, *NEWER, "unet"]
     assert len(FILES) == 3
+
+
+def test_the_function_for_z_image_is_what_its_pipeline_does() -> None:
+    import diffusers
+    import torch
+
+    import gddlab
+    from tests.models import CHANNELS, SIDE, vae, zimage
+
+    text = (NOTEBOOKS / "guide" / "your_model.md").read_text()
+    code = re.findall(r"```py\n(def denoise.*?)```", text, re.DOTALL)[0]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.ZImagePipeline(
+        scheduler=scheduler, vae=vae(), text_encoder=None, tokenizer=None, transformer=zimage().eval()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds = [torch.randn(6, 12), torch.randn(6, 12)]
+    given: dict[str, Any] = {"gddlab": gddlab, "torch": torch, "pipe": pipe, "embeds": embeds}
+    exec(code.replace("img_resolution=128", f"img_resolution={SIDE}"), given)
+    net, seen = given["net"], []
+    pipe.transformer.register_forward_pre_hook(lambda m, a: seen.append((a[0][0][:, 0].clone(), a[1][0].item())))
+    how = {"height": 2 * SIDE, "width": 2 * SIDE, "num_inference_steps": 4, "guidance_scale": 0.0}
+    with torch.no_grad():
+        wanted = pipe(prompt_embeds=embeds[:1], output_type="latent", **how).images
+        times, x = [t for _, t in seen], seen[0][0][None].double() * 1e6
+        assert x.shape[1] == CHANNELS and times[0] == pytest.approx(0, abs=1e-6)
+        sigmas = [1e6, *((1 - t) / t for t in times[1:]), 0.0]
+        for sigma, lower in itertools.pairwise(sigmas):
+            image = net(x, sigma, given["cond"][0])
+            x = image + lower / sigma * (x if sigma == 1e6 else x - image)
+    assert ((x - wanted).abs().max() / wanted.abs().max()).item() < 1e-4
+    frame = gddlab.probe(net, [5.0, 1.0], states="prior", layers="block", n=2, stats="rms", progress=False).frame
+    assert frame["value"].notna().all()
+    with pytest.raises(gddlab.GddlabError, match='as under "Z-Image" on the page "Your model"'):
+        gddlab.wrap(pipe, cond=given["cond"])

@@ -23,7 +23,7 @@ from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, comp
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
 from gddlab.files import as_text
-from gddlab.nets import Precond
+from gddlab.nets import Denoiser
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
 from gddlab.runtime import Seed, beside_runs
@@ -33,7 +33,7 @@ from gddlab.teachers.catalog import run_of
 @beside_runs()
 @validated
 def evaluate(
-    source: Precond | Source | Tensor | Any,
+    source: Denoiser | Source | Tensor | Any,
     *,
     data: Source | None = None,
     metrics: str | Sequence[str] = ("fid", "kid"),
@@ -55,8 +55,9 @@ def evaluate(
 
     Args:
         source: Student, teacher, data set, or images: a tensor, float32 in [-1, 1], (N, C, R, R), an array, uint8,
-            (N, R, R, C), a list of Pillow images; or by name or path: a run, a teacher, a file of weights, a folder,
-            zip, .npz or .npy of images, "data:NAME" for a data set; or the handle of a run.
+            (N, R, R, C), a list of Pillow images; or by name or path: a run, a teacher, a file of weights, a folder of
+            diffusers, a folder, zip, .npz or .npy of images, "data:NAME" for a data set; or the handle of a run. Also
+            what `wrap` made: latents are decoded, recorded prompts take turns.
         data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
             `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception

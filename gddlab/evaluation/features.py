@@ -23,12 +23,23 @@ from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation.extractors import Extractor
 from gddlab.files import atomic_path, cache_dir, hash_json, hash_tensors
-from gddlab.nets import Precond, architecture
+from gddlab.nets import Denoiser, Precond, architecture
+from gddlab.nets.bare import device_of
 from gddlab.progress import progress_bar
 from gddlab.ranks import ALONE, Ranks, share
 from gddlab.runtime import chosen_device, tf32
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import Method, draw, module_of, one_hot, prepared, sampler_name
+from gddlab.sampling.samplers import (
+    Method,
+    codec_of,
+    denoiser_in,
+    draw,
+    image_shape,
+    one_hot,
+    prepared,
+    sampler_name,
+    weights_hash,
+)
 
 T = TypeVar("T")
 
@@ -75,7 +86,7 @@ class StoredImages:
 class GeneratedImages:
     """Images that a network makes, image i from seed + i; they are never held together."""
 
-    net: Precond
+    net: Denoiser
     how: Method
     count: int
     seed: int
@@ -90,7 +101,7 @@ class GeneratedImages:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, R, R)."""
-        return (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+        return image_shape(self.net)
 
     @property
     def sampler(self) -> str:
@@ -102,11 +113,11 @@ class GeneratedImages:
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        return device_of(self.net)
 
     @cached_property
     def model_sha256(self) -> str:
-        return hash_tensors(module_of(self.net).state_dict())
+        return weights_hash(self.net)
 
     @property
     def settings(self) -> dict[str, Any] | list[float]:
@@ -116,9 +127,10 @@ class GeneratedImages:
     @property
     def key(self) -> str:
         """Hash of everything that the images depend on, up to rounding."""
+        net = denoiser_in(self.net)
         about = [
             self.model_sha256,
-            architecture(module_of(self.net)),
+            (architecture(net) if isinstance(net, Precond) else {}) | net.settings(),
             self.settings,
             [self.seed, self.count],
             None if self.labels is None else hash_json(self.labels.tolist()),
@@ -136,7 +148,7 @@ class GeneratedImages:
         chosen = None if self.labels is None else self.labels[start:stop]
         labels = one_hot(self.net.label_dim, range(self.seed + start, self.seed + stop), chosen)
         with prepared(self.net):
-            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels)
+            x = draw(self.net, self.how, range(self.seed + start, self.seed + stop), labels, codec=codec_of(self.net))
         check_values(x)
         return to_uint8(x)
 

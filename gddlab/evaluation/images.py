@@ -28,15 +28,17 @@ from gddlab.evaluation.features import (
 )
 from gddlab.evaluation.references import Reference
 from gddlab.files import as_text, cache_dir, hash_json, is_run, path_of
-from gddlab.nets import Precond, load_network, save_network
+from gddlab.nets import Denoiser, Precond, load_network, save_network
+from gddlab.nets.denoiser import Wrapped
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.ranks import ALONE, Ranks, named_ranks, share
 from gddlab.runtime import chosen_device
 from gddlab.sampling import Sampler
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import Method, module_of, resolve, seed_list
-from gddlab.teachers.catalog import bundled_teachers, load_precond
+from gddlab.sampling.samplers import Method, codec_of, denoiser_in, image_shape, resolve, seed_list
+from gddlab.teachers.catalog import bundled_teachers, load_teacher
+from gddlab.teachers.folders import is_diffusers_folder
 from gddlab.workers import run_workers
 
 BLOCK = 50_000
@@ -49,27 +51,29 @@ KEEP_GIB = 4.0
 """Size of the cache of generated features; beyond it the files used longest ago are removed."""
 
 
-def open_source(source: str | Path, *, progress: bool = True) -> Precond | ImageDataset:
+def open_source(source: str | Path, *, progress: bool = True) -> Denoiser | ImageDataset:
     """A model or images by name or path.
 
     Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `load_precond`: a run directory, a bundled teacher's name, also
-    where a folder is called so, a file of weights.
+    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a bundled teacher's name, also
+    where a folder is called so, a file of weights, a folder of diffusers.
     """
     text = as_text(source)
     if text.startswith("data:"):
         return open_dataset(text.removeprefix("data:"), progress=progress)
     if text in bundled_teachers():
-        return load_precond(text)
+        return load_teacher(text)
     path = path_of("source", source)
-    images = path.is_dir() and not is_run(path) and not (path / "teacher.safetensors").exists()
+    images = path.is_dir() and not (
+        is_run(path) or (path / "teacher.safetensors").exists() or is_diffusers_folder(path)
+    )
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
-    return load_precond(source)
+    return load_teacher(source)
 
 
 def images_of(
-    source: Precond | ImageDataset | Tensor,
+    source: Denoiser | ImageDataset | Tensor,
     real: Reference,
     *,
     n: int | None,
@@ -84,8 +88,9 @@ def images_of(
     Raises:
         GddlabError: The source is of another kind or shape than expected, has too few images, or is not finite.
     """
-    if isinstance(source, Precond):
-        check_shape((source.img_channels, source.img_resolution), real, "the model's images")
+    if isinstance(source, Denoiser):
+        codec_of(source)
+        check_shape(image_shape(source), real, "the model's images")
         how = resolve(source, steps=steps, sigmas=sigmas, **sampler)
         count = n or real.n or BLOCK
         seed_list(count, seed, None)
@@ -121,11 +126,14 @@ def images_of(
     return StoredImages(to_uint8(source[:n]), "images")
 
 
-def classes_of(net: Precond, real: Reference, n: int, seed: int) -> Tensor | None:
-    """Image i of a conditional model has the class of real image i mod N; without those, classes take turns."""
+def classes_of(net: Denoiser, real: Reference, n: int, seed: int) -> Tensor | None:
+    """Image i of a conditional model has the class of real image i mod N; without those, classes take turns.
+
+    So do recorded prompts.
+    """
     if not net.label_dim:
         return None
-    if real.class_ids is None:
+    if real.class_ids is None or denoiser_in(net).cond is not None:
         return (torch.arange(n) + seed) % net.label_dim
     if net.label_dim != real.classes:
         raise GddlabError(f"the model has {net.label_dim} classes, {real.name!r} {real.classes}: give its own dataset")
@@ -158,6 +166,8 @@ def generated_rows(
             return _by_processes(images, extractor, nproc, progress)
         return extract(images, extractor, ranks=ranks, progress=progress)
 
+    if isinstance(module := denoiser_in(images.net), Wrapped) and module.denoise is not None:
+        return compute()  # what a function does has no hash
     key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
     found = cached_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
     _prune(cache_dir() / "generated")
@@ -181,9 +191,14 @@ def _prune(folder: Path) -> None:
 
 def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, progress: bool) -> Extracted:
     """Fresh processes each write the features of their part, and the images, to a temporary folder."""
+    net = denoiser_in(images.net)
+    if not isinstance(net, Precond) or net.codec is not None:
+        raise GddlabError(
+            f"nproc={nproc} with what gddlab.wrap made, or with vae=: no file holds it, give nproc=1, or start torchrun"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_network(module_of(images.net), folder / "network.safetensors")
+        save_network(net, folder / "network.safetensors")
         job = {
             "folder": name,
             "how": images.settings,

@@ -28,7 +28,7 @@ from gddlab.probing.ablate import all_sites, changes_of, means_of, outputs_of, s
 from gddlab.probing.effects import Effects, denoised, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, Unit
 from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, named_tensors
 from gddlab.probing.patch import activations_of
 from gddlab.probing.result import ProbeResult, network_meta
@@ -105,6 +105,7 @@ def trace(
     layers: LayerSelection = "block",
     mode: Mode = "mean",
     *,
+    unit: Unit = "sigma",
     donor: SkipValidation[Any] = None,
     n: Annotated[int, Field(ge=2)] = 64,
     batch_size: PositiveInt = 64,
@@ -131,6 +132,7 @@ def trace(
     Args:
         model: A teacher or student; any denoiser as for `probe` that says its `img_channels` and `img_resolution`.
         steps: Number of steps or, descending, their noise levels; None takes 18 of a teacher, a student's own.
+        unit: Of `steps`: "sigma", or "t", a teacher's own time, as in `probe`.
         layers: What is disturbed, each on its own; as in `ablate`.
         mode: "mean" replaces an output by its mean over all `n` images and all pixels, of each channel, in the same
             call of the undisturbed sampling; "zero" by zeros; "resample" by its output for another image in the same
@@ -159,7 +161,7 @@ def trace(
         raise GddlabError("data= is compared by features: give an extractor, or omit data=")
     if mode == "resample" and n % 2:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
-    sampling = Sampling(model, steps, n=n, seed=seed, class_labels=class_labels)
+    sampling = Sampling(model, steps, unit=unit, n=n, seed=seed, class_labels=class_labels)
     layers = again(layers)
     selected, modules = select_sites(model, layers), named_layers(model)
     other = _donor(model, donor, mode)
@@ -325,7 +327,7 @@ class Sampling:
     image of the step before, as in `multistep`.
 
     Args:
-        model, steps, n, seed, class_labels: As for `trace`.
+        model, steps, unit, n, seed, class_labels: As for `trace`.
 
     Attributes:
         inputs: Noise, labels, and the noise level that each step starts from.
@@ -334,16 +336,19 @@ class Sampling:
         calls: The noise levels of the network calls of each step.
     """
 
-    def __init__(self, model: nn.Module, steps: Timesteps, *, n: int, seed: int, class_labels: Labels):
+    def __init__(
+        self, model: nn.Module, steps: Timesteps, *, unit: Unit = "sigma", n: int, seed: int, class_labels: Labels
+    ):
         net = denoiser_of(model)
         self.student = net if isinstance(net, OneStepPrecond) else None
-        if self.student is not None:
+        if self.student is not None and unit == "sigma":
             how: dict[str, Any] = {"steps" if steps is None or isinstance(steps, int) else "sigmas": steps}
             levels: Any = resolve(self.student, **how)
         else:
             levels = 18 if steps is None else steps
         try:
-            self.inputs = Inputs(model, levels, states="trajectory", n=n, seed=seed, class_labels=class_labels)
+            images: Any = {"n": n, "seed": seed, "class_labels": class_labels}
+            self.inputs = Inputs(model, levels, unit=unit, states="trajectory", **images)
         except GddlabError as e:
             raise GddlabError(str(e).replace("timesteps", "steps")) from None
         self.net = self.inputs.denoiser

@@ -11,7 +11,7 @@ from gddlab.errors import GddlabError
 
 _WRAPPERS = {
     **{"OptimizedModule": "_orig_mod", "AveragedModel": "module"},
-    **{"PeftModel": "base_model", "PeftMixedModel": "base_model", "LoraModel": "model"},
+    **{"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
 }
 """Where wrappers of torch and PEFT hold the network; by class name, since importing the compiler takes a second."""
 
@@ -29,8 +29,8 @@ def denoiser_of(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif type(model).__name__ in _WRAPPERS:
-            model = getattr(model, _WRAPPERS[type(model).__name__])
+        elif held := next((_WRAPPERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _WRAPPERS), ""):
+            model = getattr(model, held)
         else:
             return model
 
@@ -58,6 +58,12 @@ def device_of(model: nn.Module) -> torch.device:
             if (device := getattr(each, "execution_device", None)) is not None:
                 return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses a network that was made without weights."""
+    if device_of(model).type == "meta":
+        raise GddlabError('the network is on "meta", it has no weights: load them first')
 
 
 def number_type(model: nn.Module) -> torch.dtype | None:

@@ -6,6 +6,7 @@ The table `CALLS` knows classes of diffusers by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown, unknown
 from gddlab.nets.path import Path
 
 Branch = Literal["cond", "uncond"]
@@ -34,10 +35,14 @@ class Call:
         order: Guidance branches in the order of their rows in one call, or of their calls.
         doubled: Whether guidance is one call of both branches' rows; otherwise each branch has its own.
         guide_channels: How many channels are guided, the first ones; the others are those of "cond". None means all.
+        rescale: Whether the guided answer is given the norm of that of "cond", along the last axis of what the network
+            answers, as the pipelines of Qwen-Image and Lumina 2 do.
         needs: Arguments without which it does not run, dotted where they are entries of a dictionary.
         shared: Arguments that are one for all images, whatever their shape.
-        patch: Side of the square that is one token, where images come as tokens (B, H/p W/p, C p p), with their places
-            as `img_ids`; 1 where they come as images.
+        patch: Side of the square that is one token, where images come as tokens (B, H/p W/p, C p p); 1 where they come
+            as images.
+        places: Argument that says where such tokens are: "img_ids", rows and columns of each, with `txt_ids` for the
+            text; or "img_shapes", [(1, H/p, W/p)] for each image.
         scale: Argument of the guidance scale, (B,), of a network that was distilled with guidance; "" otherwise.
         time_scale: Factor of the time that a flow scheduler gives.
         reversed: Whether time and answer run from noise to image, see `Path`.
@@ -51,17 +56,34 @@ class Call:
     order: tuple[Branch, Branch] = ("uncond", "cond")
     doubled: bool = True
     guide_channels: int | None = None
+    rescale: bool = False
     needs: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     patch: int = 1
+    places: Literal["img_ids", "img_shapes"] = "img_ids"
     scale: str = ""
     time_scale: float = 1.0
     reversed: bool = False
     casts_time: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("needs", "shared"):
+            names = getattr(self, name)
+            object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
+        listed = ("sample", "time", "labels", "scale"), (*self.needs, *self.shared)
+        for name, value in (*((n, getattr(self, n)) for n in listed[0]), *(("needs", n) for n in listed[1])):
+            if not isinstance(value, str) or (name in ("sample", "time") and not value):
+                raise GddlabError(f"{name}={shown(value)}: give the name of an argument")
+        whole = {"patch": self.patch, "null": self.null, "guide_channels": self.guide_channels}
+        for name, number in whole.items():
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+                raise GddlabError(f"{name}={shown(number)}: give a whole number")
+        if not isinstance(self.time_scale, int | float) or not 0 < self.time_scale < math.inf:
+            raise GddlabError(f"time_scale={shown(self.time_scale)}: give a number above 0")
         if sorted(self.order) != ["cond", "uncond"]:
             raise GddlabError(f'order={self.order}: give ("uncond", "cond") or ("cond", "uncond")')
+        if self.places not in (known := ("img_ids", "img_shapes")):
+            raise unknown("places", self.places, known)
         if self.patch < 1:
             raise GddlabError(f"patch={self.patch}: give at least 1")
 
@@ -146,6 +168,8 @@ def shape_of(network: nn.Module, call: Call) -> Shape:
     config: Any = network.config
     taken = config.in_channels
     given = getattr(config, "out_channels", None) or taken
+    if call.places == "img_shapes":  # where channels in are those of a token, and channels out those of an image
+        given *= config.patch_size**2
     if given not in (taken, 2 * taken):
         raise GddlabError(
             f"out_channels={given} with in_channels={taken}: neither an image nor an image and a variance, "
@@ -229,6 +253,46 @@ def _flux(config: Any) -> Call:
     )
 
 
+def _auraflow(config: Any) -> Call:
+    return Call(sample="hidden_states", needs=("encoder_hidden_states",), time_scale=1e-3)
+
+
+def _lumina2(config: Any) -> Call:
+    return Call(
+        sample="hidden_states",
+        needs=("encoder_hidden_states", "encoder_attention_mask"),
+        order=("cond", "uncond"),
+        doubled=False,
+        rescale=True,
+        time_scale=1e-3,
+        reversed=True,
+    )
+
+
+def _qwen(config: Any) -> Call:
+    if odd := [n for n in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope") if getattr(config, n, False)]:
+        raise GddlabError(f"a Qwen-Image network with {odd[0]} is given more than one image: give denoise=")
+    return Call(
+        sample="hidden_states",
+        needs=("encoder_hidden_states",),
+        order=("cond", "uncond"),
+        doubled=False,
+        rescale=True,
+        patch=config.patch_size,
+        places="img_shapes",
+        scale="guidance" if config.guidance_embeds else "",
+        time_scale=1e-3,
+        casts_time=True,
+    )
+
+
+def _zimage(config: Any) -> Call:
+    raise GddlabError(
+        'a ZImageTransformer2DModel takes lists of tensors: give denoise= and cond=, as under "Z-Image" on the page '
+        '"Your model" of the guide'
+    )
+
+
 CALLS: Mapping[str, Known] = {
     "UNet2DModel": Known(_unet2d, latent=False),
     "UNet2DConditionModel": Known(_unet2d_condition),
@@ -237,5 +301,9 @@ CALLS: Mapping[str, Known] = {
     "SanaTransformer2DModel": Known(_sana),
     "SD3Transformer2DModel": Known(_sd3),
     "FluxTransformer2DModel": Known(_flux),
+    "AuraFlowTransformer2DModel": Known(_auraflow),
+    "Lumina2Transformer2DModel": Known(_lumina2),
+    "QwenImageTransformer2DModel": Known(_qwen),
+    "ZImageTransformer2DModel": Known(_zimage),
 }
 """Networks of diffusers by class name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, shown
+from gddlab.files import hash_json, hash_tensors
 from gddlab.nets.bare import device_of, is_offloaded, number_type, weights_of
 
 PIXELS = 1 << 20
 """Pixels that are encoded or decoded at once."""
-VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel")
+VIDEO = ("AutoencoderKLQwenImage",)
+"""Autoencoders of videos, (B, C, frames, H, W), of which an image is one frame."""
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel", *VIDEO)
 EDM2 = ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5)
 """Mean and standard deviation of the latents that EDM2's networks were trained on, and the one they were given."""
 
@@ -30,6 +34,7 @@ class Codec:
         channels, factor: Channels of latents; pixels per latent along a side.
         shift, scale: (C, 1, 1) or (1, 1, 1).
         low: The darkest value that the autoencoder takes: -1, or 0.
+        frames: Whether it takes videos; an image is one frame.
     """
 
     vae: nn.Module
@@ -38,6 +43,7 @@ class Codec:
     shift: Tensor
     scale: Tensor
     low: float = -1.0
+    frames: bool = False
 
     @classmethod
     def of(cls, vae: Any) -> Codec:
@@ -49,6 +55,13 @@ class Codec:
         kind = next((c.__name__ for c in type(vae).__mro__ if c.__name__ in VAES), None)
         if kind is None:
             raise GddlabError(f"vae= is a {type(vae).__name__}: accepted are {', '.join(VAES)} of diffusers")
+        try:
+            return cls._of(vae, kind)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise GddlabError(f"vae= is a {kind} whose configuration is damaged ({e}): save it again") from None
+
+    @classmethod
+    def _of(cls, vae: Any, kind: str) -> Codec:
         config = vae.config
         scale = torch.tensor(float(getattr(config, "scaling_factor", None) or 1.0)).view(1, 1, 1)
         shift = torch.tensor(float(getattr(config, "shift_factor", None) or 0.0)).view(1, 1, 1)
@@ -56,7 +69,8 @@ class Codec:
         if mean is not None and std is not None:
             shift, scale = torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
         factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(config.block_out_channels) - 1)
-        return cls(_exact(vae), int(config.latent_channels), int(factor), shift, scale)
+        channels = config.z_dim if kind in VIDEO else config.latent_channels
+        return cls(_exact(vae), int(channels), int(factor), shift, scale, frames=kind in VIDEO)
 
     @classmethod
     def edm2(
@@ -79,15 +93,21 @@ class Codec:
         (B, 3, H, W) -> (B, C, H / factor, W / factor)
 
         Raises:
-            GddlabError: A side that is no multiple of `factor`.
+            GddlabError: Images of other channels, or with a side that is no multiple of `factor`.
         """
+        _check(images, "images", 3)
         side = images.shape[-2:]
         if any(n % self.factor for n in side):
             raise GddlabError(f"images of {side[0]} x {side[1]}: this codec takes multiples of {self.factor}")
         return self._in_parts(self._encoded, images, images[0, 0].numel())
 
     def decode(self, latents: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
-        """Images of latents, float32, on the scale of [-1, 1]; not clipped."""
+        """Images of latents, float32, on the scale of [-1, 1]; not clipped.
+
+        Raises:
+            GddlabError: Latents of other channels.
+        """
+        _check(latents, "latents", self.channels)
         return self._in_parts(self._decoded, latents, latents[0, 0].numel() * self.factor**2)
 
     def image_shape(self, latent: Sequence[Any]) -> tuple[int, Any, Any]:
@@ -99,6 +119,12 @@ class Codec:
         """Shape of the latents of square images."""
         return self.channels, side // self.factor, side // self.factor
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of all that its images depend on."""
+        weights = {f"vae.{name}": t for name, t in weights_of(self.vae).items()}
+        return hash_json([hash_tensors(weights | {"shift": self.shift, "scale": self.scale}), self.low, str(self)])
+
     def __deepcopy__(self, memo: Any) -> Codec:
         return self  # it is not changed
 
@@ -106,16 +132,20 @@ class Codec:
         return f"{type(self.vae).__name__}, {self.channels} channels, {self.factor} pixels per latent"
 
     def _encoded(self, images: Tensor) -> Tensor:
-        found: Any = self.vae.encode((images + 1) / 2 if self.low == 0 else images)  # type: ignore[operator]
+        images = (images + 1) / 2 if self.low == 0 else images
+        found: Any = self.vae.encode(images[:, :, None] if self.frames else images)  # type: ignore[operator]
         if (posterior := getattr(found, "latent_dist", None)) is not None:
             latents = posterior.mode()
         else:
             latents = found.latent if hasattr(found, "latent") else found.latents
+        latents = latents[:, :, 0] if self.frames else latents
         return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         decode: Any = self.vae.decode
-        images: Tensor = decode(latents / self.scale.to(latents) + self.shift.to(latents)).sample
+        latents = latents / self.scale.to(latents) + self.shift.to(latents)
+        images: Tensor = decode(latents[:, :, None] if self.frames else latents).sample
+        images = images[:, :, 0] if self.frames else images
         return 2 * images - 1 if self.low == 0 else images
 
     def _in_parts(self, change: Any, x: Tensor, pixels: int) -> Tensor:
@@ -136,6 +166,12 @@ class Codec:
             yield device
         finally:
             self.vae.to(origin)
+
+
+def _check(x: Any, what: str, channels: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not len(x):
+        found = f"{what} are {tuple(x.shape)}" if isinstance(x, Tensor) else f"{what}={shown(x)}"
+        raise GddlabError(f"{found}: this codec takes a tensor, (n, {channels}, height, width)")
 
 
 def _exact(vae: Any) -> nn.Module:

@@ -52,10 +52,21 @@ class Conditioning:
     shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rows", "shared", "negative"):
+            given = getattr(self, name)
+            if name != "negative" or given is not None:
+                tensors = isinstance(given, Mapping) and all(
+                    isinstance(x, Tensor) or (name == "shared" and isinstance(x, Flag)) for x in given.values()
+                )
+                if not tensors:
+                    raise GddlabError(f"conditioning with {name}={shown(given)}: give tensors by name, in a dictionary")
         rows = (*self.rows.items(), *(self.negative or {}).items())
-        lengths = {name: len(x) for name, x in rows if x.ndim}
-        if not lengths or min(lengths.values()) < 1 or len({*lengths.values()}) > 1 or len(lengths) < len(self.rows):
-            raise GddlabError(f"conditioning with rows {lengths}: give tensors with one row per image, at least one")
+        lengths = [(name, len(x) if x.ndim else 0) for name, x in rows]
+        counts = {n for _, n in lengths}
+        if not lengths or min(counts) < 1 or len(counts) > 1:
+            raise GddlabError(
+                f"conditioning with rows {shown(dict(lengths))}: give tensors with one row per image, at least one"
+            )
         if self.negative is not None and self.negative.keys() != self.rows.keys():
             raise GddlabError(
                 f"conditioning of {', '.join(self.rows)} with negative {', '.join(self.negative)}: give the same names"
@@ -105,7 +116,8 @@ class Conditioning:
             arguments.setdefault("output_type", "latent" if type(pipe).__name__ != "DiTPipeline" else "pt")
         if "generator" in taken:
             arguments.setdefault("generator", torch.Generator().manual_seed(0))
-        both = not call.doubled and any(name.startswith("negative") for name in arguments)
+        # a distilled network has one branch, unless it is given negative prompts
+        both = not call.doubled and (not call.scale or any(name.startswith("negative") for name in arguments))
         return _of_calls(_first_calls(pipe, network, call, arguments, 2 if both else 1), call, names, network)
 
     @classmethod
@@ -212,9 +224,10 @@ class Conditioning:
         parts: dict[str, dict[str, Any]] = {"rows": {}, "negative": {}, "shared": {}}
         try:
             with safe_open(path, framework="pt") as f:
-                about = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-                if about.get("format") != FORMAT:
+                said = f.metadata() or {}
+                if said.get("format") != json.dumps(FORMAT):  # those of other libraries are no JSON
                     raise GddlabError(f"{path} holds no conditioning: give a file that Conditioning.save wrote")
+                about = {k: json.loads(v) for k, v in said.items()}
                 for name in f.keys():  # noqa: SIM118 (not a dict)
                     part, _, rest = name.partition(".")
                     parts[part][rest] = f.get_tensor(name)
@@ -295,6 +308,12 @@ def _first_calls(
         pass
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         text = str(e).strip() or type(e).__name__
+        lacks = [n for n in ("tokenizer", "text_encoder") if getattr(pipe, n, pipe) is None]
+        if lacks and "NoneType" in text:
+            raise GddlabError(
+                f"{type(pipe).__name__} has no {lacks[0]} for prompts: give gddlab.Conditioning.record embeddings, "
+                "prompt_embeds= and the like, negative ones too where guidance is on"
+            ) from None
         raise GddlabError(f"{type(pipe).__name__} refused its arguments: {text.splitlines()[0]}") from None
     finally:
         handle.remove()
@@ -335,7 +354,7 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
         raise GddlabError(f"the network was given {total} rows for {n} prompts: give one image per prompt")
     rows: dict[str, Tensor] = {}
     shared: dict[str, Any] = {}
-    ours = {call.sample, call.time, "return_dict"}
+    ours = {call.sample, call.time, "return_dict", *(["img_shapes"] if call.places == "img_shapes" else [])}
     for name, value in ((k, v) for k, v in first.items() if k not in ours):
         if isinstance(value, Tensor):
             of_images = value.ndim > 0 and len(value) == total and name not in call.shared
@@ -354,7 +373,7 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
         halves = {name: dict(zip(call.order, x.chunk(2), strict=True)) for name, x in rows.items()}
         rows, negative = ({name: half[b] for name, half in halves.items()} for b in ("cond", "uncond"))
     elif len(calls) > 1:
-        negative = {name: calls[1][name] for name in rows}
+        rows, negative = _paired(rows, {k: v for k, v in calls[1].items() if k not in {*ours, *shared}})
     if call.labels in rows and call.null is not None:  # pipelines may take that of another network
         negative = {name: x.clone() for name, x in (negative or rows).items()}
         negative[call.labels] = torch.full_like(rows[call.labels], call.null)
@@ -362,11 +381,25 @@ def _of_calls(calls: Sequence[dict[str, Any]], call: Call, names: tuple[str, ...
     return Conditioning(rows, shared, negative, names, shape)
 
 
+def _paired(rows: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rows of both branches under the same names: a mask that one alone has is all ones in the other."""
+    for ours, theirs in ((rows, others), (others, rows)):
+        for name in theirs.keys() - ours.keys():
+            text = ours.get(name.removesuffix("_mask"))
+            if text is None or text.ndim < 2:
+                raise GddlabError(f"the network was given {name} in one branch alone: record without guidance")
+            ours[name] = torch.ones(text.shape[:2], dtype=theirs[name].dtype, device=text.device)
+    return rows, {name: others[name] for name in rows}
+
+
 def _shape(seen: Mapping[str, Any], call: Call, network: nn.Module) -> tuple[int, int, int] | None:
     """Shape of the latents in a network call, (C, H, W)."""
     x = seen[call.sample]
     if x.ndim == 4:
         return tuple(x.shape[1:])
+    if shapes := seen.get("img_shapes"):
+        _, h, w = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
+        return x.shape[2] // call.patch**2, h * call.patch, w * call.patch
     places = seen.get("img_ids")
     if x.ndim != 3 or not isinstance(places, Tensor):
         return None

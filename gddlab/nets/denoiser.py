@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, shown, warn
+from gddlab.files import hash_json
 from gddlab.nets.bare import number_type, unwrap
 from gddlab.nets.calls import Call
 from gddlab.nets.codec import Codec
@@ -58,6 +60,24 @@ class Denoiser(nn.Module):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest sigma that the network was trained at; the identity for most."""
         return sigma
+
+    def settings(self) -> dict[str, Any]:
+        """What its images depend on besides weights and architecture, as JSON."""
+        return {} if self.codec is None else {"codec": self.codec.hash}
+
+
+def data_std(net: nn.Module) -> float:
+    """Standard deviation of the data that a network denoises, which weighs its loss at each noise level.
+
+    It is the network's own `sigma_data`, or that of its path; else 1 for latents, which are scaled to that, and 0.5 for
+    images in [-1, 1].
+    """
+    path = getattr(net, "path", None)
+    if path is not None and path.kind == "edm":
+        return float(path.sigma_data)
+    default = 1.0 if getattr(net, "latent", False) else 0.5
+    own = getattr(unwrap(net) if isinstance(net, Wrapped) and net.whole else net, "sigma_data", default)
+    return float(own)
 
 
 def levels_of(sigma: Tensor | float, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 1 1"]:
@@ -144,6 +164,9 @@ class Wrapped(Denoiser):
                 "told= is for a network that can be told another noise level than its input's: give wrap a denoise= "
                 "with an argument told, a function of (model, x, sigma, class_labels, told)"
             )
+        if not isinstance(x, Tensor) or x.ndim != 4 or self.img_channels not in (None, x.shape[1]):
+            what = f"x is {tuple(x.shape)}" if isinstance(x, Tensor) else f"x={shown(x)}"
+            raise GddlabError(f"{what}: this network takes a tensor, (n, {self.img_channels or 'C'}, height, width)")
         x = x if x.dtype == torch.float64 else x.float()
         sigma = levels_of(sigma, x).flatten()
         self._check_range(sigma)
@@ -164,6 +187,23 @@ class Wrapped(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         bare = unwrap(self)
         return bare.round_sigma(sigma) if self.whole and isinstance(bare, Denoiser) else sigma
+
+    def settings(self) -> dict[str, Any]:
+        bare, about = unwrap(self), super().settings()
+        config = getattr(bare, "init_kwargs", None) or dict(getattr(bare, "config", None) or {})
+        about |= {"class": type(bare).__name__, "config": hash_json({str(k): repr(v) for k, v in config.items()})}
+        about["sigmas"] = [self.sigma_min, None if self.sigma_max == math.inf else self.sigma_max]
+        if self.denoise is not None:
+            about["denoise"] = getattr(self.denoise, "__qualname__", type(self.denoise).__name__)
+        if self.path is not None:
+            about["path"] = hash_json(self.path.to_dict())
+        if self.call is not None:
+            about["call"] = dataclasses.asdict(self.call)
+        if self.cond is not None:
+            about["cond"] = self.cond.hash
+        if self.guidance is not None:
+            about["guidance"] = self.guidance
+        return about
 
     def check_conditioning(self) -> None:
         """Refuses a network that lacks conditioning which it needs."""
@@ -210,6 +250,8 @@ class Wrapped(Denoiser):
             return class_labels if len(class_labels) == b else class_labels[[0] * b]
         if class_labels is None or not self.label_dim:
             return None if self.cond is None else self.cond[[i % len(self.cond) for i in range(b)]]
+        if not isinstance(class_labels, Tensor):
+            raise GddlabError(f"class_labels={shown(class_labels)}: give one-hot rows, ({b}, {self.label_dim})")
         if class_labels.ndim != 2 or len(class_labels) not in (1, b) or class_labels.shape[1] != self.label_dim:
             shape = tuple(class_labels.shape)
             raise GddlabError(f"class_labels are {shape}: give one-hot rows, ({b}, {self.label_dim})")
@@ -250,8 +292,10 @@ class Wrapped(Denoiser):
         filled: dict[str, Tensor] = {}
         if call.scale and call.scale not in rows["cond"] and call.scale not in shared:
             filled[call.scale] = torch.full((b,), EMBEDDED_GUIDANCE, device=x.device)
-        if call.patch > 1:
-            h, w = (n // call.patch for n in x.shape[2:])
+        h, w = (n // call.patch for n in x.shape[2:])
+        if call.patch > 1 and call.places == "img_shapes":
+            shared["img_shapes"] = [[(1, h, w)]] * (b * len(self.branches) if call.doubled else b)
+        elif call.patch > 1:
             places = torch.zeros(h, w, 3)
             places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
             shared["img_ids"] = places.flatten(0, 1)
@@ -301,7 +345,18 @@ class Wrapped(Denoiser):
         """By keyword: a network with others' hooks may have lost its signature."""
         assert self.call is not None
         call, c, h, w = self.call, *x.shape[1:]
-        out = self.gddlab_bare(**nested({call.sample: seen, call.time: time, **arguments}))
+        given = {call.sample: seen, call.time: time, **arguments}
+        try:
+            out = self.gddlab_bare(**nested(given))
+        except (TypeError, ValueError, IndexError, RuntimeError) as e:
+            if isinstance(e, GddlabError | torch.OutOfMemoryError) or "CUDA" in str(e):
+                raise
+            rows = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if isinstance(v, Tensor))
+            why = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            raise GddlabError(
+                f"a {type(unwrap(self)).__name__} cannot be called with {rows} ({why}): give wrap the cond= of this "
+                "network, its call=, and the img_resolution= that it takes"
+            ) from e
         if not isinstance(out, Tensor):
             out = out[0] if isinstance(out, tuple | list) and out else getattr(out, "sample", None)
         if isinstance(out, Tensor) and out.ndim == seen.ndim and len(out) == len(seen):
@@ -317,6 +372,10 @@ class Wrapped(Denoiser):
             return cond
         assert self.call is not None
         out = answers["uncond"] + self.guidance * (cond - answers["uncond"])
+        if self.call.rescale:
+            packed = self.call.pack(out)
+            norms = [self.call.pack(x).norm(dim=-1, keepdim=True) for x in (cond, out)]
+            out = self.call.unpack(packed * (norms[0] / norms[1]), (out.shape[1], out.shape[2], out.shape[3]))
         k = self.call.guide_channels
         return out if k is None else torch.cat([out[:, :k], cond[:, k:]], 1)
 

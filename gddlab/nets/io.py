@@ -153,9 +153,10 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
         raise NotFound(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as f:
-            header = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-            if header.get("format") != FORMAT:
+            about = f.metadata() or {}
+            if about.get("format") != json.dumps(FORMAT):  # those of other libraries are no JSON
                 raise GddlabError(f"{path} does not say its architecture: give a .safetensors file that gddlab wrote")
+            header = {k: json.loads(v) for k, v in about.items()}
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise GddlabError(f"{path} is not a whole safetensors file ({e})") from None

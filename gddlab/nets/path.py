@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -92,14 +93,14 @@ class Path:
     @classmethod
     def flow(cls, time_scale: float = 1.0, *, reversed: bool = False) -> Path:
         """Of flow matching; `time_scale` is the network's time at pure noise, 1000 in most of diffusers."""
-        return cls("flow", "flow", clock="share", time_scale=float(time_scale), reversed=reversed)
+        return cls("flow", "flow", clock="share", time_scale=time_scale, reversed=reversed)
 
     @classmethod
     def edm(cls, sigma_data: float = 0.5, prediction: str = "epsilon") -> Path:
         """Of EDM's preconditioning; with "v_prediction", as in diffusers' schedulers, the sign of c_out is reversed."""
         if prediction not in (known := ("epsilon", "v_prediction")):
             raise unknown("prediction", prediction, known)
-        return cls("edm", prediction, clock="log", sigma_data=float(sigma_data))  # type: ignore[arg-type]
+        return cls("edm", prediction, clock="log", sigma_data=sigma_data)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, scheduler: Any, prediction: str | None = None) -> Path:
@@ -112,7 +113,12 @@ class Path:
         """
         config, name = getattr(scheduler, "config", None), type(scheduler).__name__
         said = prediction or getattr(config, "prediction_type", None)
-        flow = "FlowMatch" in name or getattr(config, "use_flow_sigmas", False) or said == "flow_prediction"
+        own = getattr(config, "prediction_type", None)
+        flow = "FlowMatch" in name or getattr(config, "use_flow_sigmas", False) or own == "flow_prediction"
+        if said == "flow_prediction" and not flow:
+            raise GddlabError(
+                f"prediction={said!r}: a {name} does not walk along a flow, give path=gddlab.Path.flow(1000.0)"
+            )
         if flow:  # asked first: some of them have betas that they do not use
             if said not in (None, "flow", "flow_prediction"):
                 raise GddlabError(f"prediction={said!r}: a {name} along a flow predicts noise - image, omit prediction")
@@ -171,8 +177,9 @@ class Path:
         Raises:
             GddlabError: A time outside of the path.
         """
+        t = _number("t", t)
         if self.clock == "log":
-            return math.exp(4 * t)
+            return math.exp(min(4 * t, 700.0))  # beyond is infinite, and refused where noise levels are checked
         if self.clock == "share":
             share = t / self.time_scale
             share = 1 - share if self.reversed else share
@@ -237,3 +244,15 @@ class Path:
         ):
             if value not in known:
                 raise unknown(name, value, known)
+        for name in ("time_scale", "sigma_data"):
+            object.__setattr__(self, name, _number(name, getattr(self, name), above=0.0))
+
+
+def _number(name: str, value: Any, above: float = -math.inf) -> float:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value, number = value.item(), True
+    if not number or not above < value < math.inf:
+        wanted = "a number" if above == -math.inf else f"a number above {above:g}"
+        raise GddlabError(f"{name}={shown(value)}: give {wanted}")
+    return float(value)

@@ -356,16 +356,19 @@ def descending(name: str, sigmas: Any, *, low: float, high: float = math.inf) ->
     return levels
 
 
-def edm_weight(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def edm_weight(sigma: Float[Tensor, "*shape"], sigma_data: float = SIGMA_DATA) -> Float[Tensor, "*shape"]:
     """Weight of the denoising loss at each noise level (Karras et al. 2022, table 1, lambda)."""
-    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def edm_loss(
-    denoised: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]
+    denoised: Float[Tensor, "b c h w"],
+    images: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, " b"],
+    sigma_data: float = SIGMA_DATA,
 ) -> Float[Tensor, " b"]:
     """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108).
 
     The mean over channels and pixels of edm_weight(sigma) (D(images + sigma noise; sigma) - images)^2.
     """
-    return edm_weight(sigma) * (denoised - images).square().mean((1, 2, 3))
+    return edm_weight(sigma, sigma_data) * (denoised - images).square().mean((1, 2, 3))

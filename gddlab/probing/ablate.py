@@ -26,7 +26,7 @@ from gddlab.probing.effects import (
 )
 from gddlab.probing.guard import as_it_was, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, States, Timesteps, Unit
 from gddlab.probing.layers import Layer, LayerSelection, anatomy, branches_in, inventory, named_layers, select_layers
 from gddlab.probing.result import ProbeResult
 from gddlab.probing.sites import again, channel_axis, layer_of, spread
@@ -69,6 +69,7 @@ def ablate(
     layers: LayerSelection = "conv",
     mode: Mode = "mean",
     *,
+    unit: Unit = "sigma",
     data: Data = None,
     states: States = "noised",
     n: PositiveInt = 16,
@@ -89,7 +90,7 @@ def ablate(
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
-        timesteps, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
+        timesteps, unit, data, states, n, class_labels, seed, start, device, dtype, progress: As in `probe`.
         layers: What is ablated, each on its own; presets, names, globs and so on, as in `probe`; "block" for residual
             blocks. A layer is ablated wherever it gives something: in each of its runs, each stream of tokens and each
             guidance branch; "name@2" means its second run, "name:context" a stream, "name:uncond" a branch alone.
@@ -110,7 +111,8 @@ def ablate(
             tensor with one row per image and noise level; a network whose answer is no image; and whatever `probe`
             refuses.
     """
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    inputs = Inputs(model, timesteps, unit=unit, data=data, states=states, **images)
     group = 2 if mode == "resample" else 1
     if n % group:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
@@ -119,6 +121,7 @@ def ablate(
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
     not_run: dict[str, str] = {}
     levels, passes = inputs.split(batch_size, group)
+    error = functools.partial(weighted_error, sigma_data=inputs.sigma_data)
     shapes: dict[str, torch.Size] = {}
     with (
         as_it_was(net, device=device, dtype=dtype) as target,
@@ -147,14 +150,14 @@ def ablate(
                 with tapped(model, every, len(rows[0])) as ran:  # every layer, to refuse early
                     intact = denoised(net, rows)
                 shapes |= ran
-                before = None if clean is None else weighted_error(intact, clean, sigmas)
+                before = None if clean is None else error(intact, clean, sigmas)
                 for layer in selected:
                     changes = changes_of(model, net, rows, ran.sites, outputs[layer.name], mode, means, j - i)
                     with tapped(model, changes, len(rows[0])):
                         ablated = denoised(net, rows)
-                    found = [weighted_error(ablated, intact, sigmas).sqrt()]
+                    found = [error(ablated, intact, sigmas).sqrt()]
                     if clean is not None and before is not None:
-                        after = weighted_error(ablated, clean, sigmas)
+                        after = error(ablated, clean, sigmas)
                         found += [after - before, torch.stack([after, before], -1)]
                     effects.add(layer.name, sigmas, *found)
                     bar.update()

@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError, shown, validated, warn
 from gddlab.probing.effects import WEIGHT, Effects, denoised, denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager
 from gddlab.probing.hooks import Probe
-from gddlab.probing.inputs import Data, Inputs, Labels, Noised, States, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Noised, States, Timesteps, Unit
 from gddlab.probing.layers import Layer, LayerSelection, named_layers
 from gddlab.probing.reductions import mean, mean_magnitude
 from gddlab.probing.result import ProbeResult
@@ -100,6 +100,7 @@ def attribute(
     layers: LayerSelection,
     *,
     method: Method = "LayerConductance",
+    unit: Unit = "sigma",
     data: Data = None,
     states: States = "noised",
     n: PositiveInt = 8,
@@ -120,7 +121,7 @@ def attribute(
 
     Args:
         model: A denoiser, as for `probe`.
-        timesteps, layers, data, states, n, class_labels, seed, start, device, progress: As for `probe`.
+        timesteps, layers, unit, data, states, n, class_labels, seed, start, device, progress: As for `probe`.
         method: "LayerConductance", "LayerIntegratedGradients" or "LayerActivation", captum's names.
         batch_size: Rows of one pass: images times noise levels times points of the path.
         steps: Steps of the path.
@@ -134,7 +135,8 @@ def attribute(
         GddlabError: An unknown method; a named layer that does not run exactly once, or returns no tensor; several
             guidance branches; whatever `probe` refuses.
     """
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    inputs = Inputs(model, timesteps, unit=unit, data=data, states=states, **images)
     points = {"LayerConductance": steps + 1, "LayerIntegratedGradients": steps}.get(method, 1)
     levels, passes = inputs.split(max(1, batch_size // points))
     piece = None if points <= batch_size else max(2, batch_size)  # conductance takes differences of two points

@@ -19,7 +19,7 @@ from gddlab.nets.bare import denoiser_of
 from gddlab.probing.ablate import select_sites, sized
 from gddlab.probing.effects import AtSite, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager, exactly, warn_nonfinite
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, dataset_of
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, Unit, dataset_of
 from gddlab.probing.layers import Layer, LayerSelection
 from gddlab.probing.reductions import PIECE
 from gddlab.probing.result import ProbeResult, network_meta
@@ -92,6 +92,7 @@ def decode(
     timesteps: Timesteps = 18,
     targets: Target | Sequence[Target] = TARGETS,
     *,
+    unit: Unit = "sigma",
     data: Data = None,
     layers: LayerSelection = "block",
     n: PositiveInt = 1280,
@@ -117,7 +118,7 @@ def decode(
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
-        timesteps, data, class_labels, device, dtype, progress: As in `probe`.
+        timesteps, unit, data, class_labels, device, dtype, progress: As in `probe`.
         targets: What is read out: "image", the clean image; "noise", the standard normal noise added to it; "class",
             its class, also where the network is unconditional; "sigma", ln sigma, which needs two noise levels or more.
         layers: Whose outputs are read: "block" for residual blocks; presets, names, globs and so on, as in `probe`.
@@ -144,7 +145,7 @@ def decode(
     wanted: list[str] = list(dict.fromkeys([targets] if isinstance(targets, str) else targets))
     if not wanted:
         raise GddlabError(f"targets is empty: accepted are {', '.join(TARGETS)}")
-    inputs = inputs_for(model, timesteps, data, seed, class_labels, n=n, held_out=held_out)
+    inputs = inputs_for(model, timesteps, unit, data, seed, class_labels, n=n, held_out=held_out)
     answers = Answers(inputs, n, wanted)
     layers = again(layers)
     chosen = select_sites(model, layers)
@@ -214,14 +215,14 @@ def decode(
 
 
 def inputs_for(
-    model: nn.Module, timesteps: Timesteps, data: Data, seed: int, class_labels: Labels, **images: int
+    model: nn.Module, timesteps: Timesteps, unit: Unit, data: Data, seed: int, class_labels: Labels, **images: int
 ) -> Inputs:
     """Groups of images, all different, one after the other; `images` are their counts, as the call names them."""
     dataset, n = dataset_of(denoiser_of(model), data, "noised"), sum(images.values())
     if dataset is not None and n > len(dataset):
         counts = " and ".join(f"{name}={count}" for name, count in images.items())
         raise GddlabError(f"{counts} different images, but {dataset.name!r} has {len(dataset)}: give fewer")
-    return Inputs(model, timesteps, data=dataset, n=n, seed=seed, class_labels=class_labels)
+    return Inputs(model, timesteps, unit=unit, data=dataset, n=n, seed=seed, class_labels=class_labels)
 
 
 Spans = Sequence[tuple[int, int]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
 from gddlab.nets.bare import denoiser_of
+from gddlab.nets.denoiser import data_std
 from gddlab.nets.precond import edm_loss, edm_weight
 from gddlab.probing.guard import check_ran, check_seen, warn_nonfinite
 from gddlab.probing.inputs import Inputs, Rows
@@ -23,7 +24,8 @@ from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import Site, Sites, View, Window, innermost, layer_of, left_out, named_in
 from gddlab.probing.statistics import Given, PerImage, Statistic, declare, stacked
 
-WEIGHT = "lambda = (sigma^2 + 0.5^2) / (0.5 sigma)^2 (Karras et al. 2022, table 1)"
+WEIGHT = "lambda = (sigma^2 + s^2) / (s sigma)^2, s the standard deviation of the data (Karras et al. 2022, table 1)"
+"""`meta["sigma_data"]` holds s, see `data_std`."""
 """For definitions of statistics."""
 
 
@@ -177,29 +179,29 @@ def denoised(model: Callable[..., Any], rows: Rows) -> Float[Tensor, "b c h w"]:
 
 
 def denoising_loss(
-    model: Callable[..., Any],
+    model: nn.Module,
     x: Float[Tensor, "b c h w"],
     sigma: Float[Tensor, " b"],
     labels: Float[Tensor, "b classes"] | None,
     clean: Float[Tensor, "b c h w"] | None,
 ) -> Float[Tensor, " b"]:
-    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108; sigma_data 0.5).
+    """EDM's weighted denoising loss of each image (Karras et al. 2022, equations 2 and 108; sigma_data of `data_std`).
 
     Where there are no images, the mean square of the network's answer.
     """
     out = denoised(model, (x, sigma, labels))
-    return out.square().mean((1, 2, 3)) if clean is None else edm_loss(out, clean, sigma)
+    return out.square().mean((1, 2, 3)) if clean is None else edm_loss(out, clean, sigma, data_std(model))
 
 
 def weighted_error(
-    a: Float[Tensor, "rows c h w"], b: Float[Tensor, "rows c h w"], sigmas: Sequence[float]
+    a: Float[Tensor, "rows c h w"], b: Float[Tensor, "rows c h w"], sigmas: Sequence[float], sigma_data: float = 0.5
 ) -> Float[Tensor, "n s"]:
-    """lambda(sigma) |a - b|^2, mean over channels and pixels (Karras et al. 2022, table 1; sigma_data 0.5).
+    """lambda(sigma) |a - b|^2, mean over channels and pixels (Karras et al. 2022, table 1).
 
     Row i * S + s is image i at `sigmas[s]`; float64, on the CPU.
     """
     sigma = torch.tensor(sigmas, dtype=torch.float64)
-    return edm_weight(sigma) * mean_square(double(a) - double(b), len(a) // len(sigmas)).cpu().double()
+    return edm_weight(sigma, sigma_data) * mean_square(double(a) - double(b), len(a) // len(sigmas)).cpu().double()
 
 
 def change_statistics(kind: str, how: str, changed: str) -> tuple[type[PerImage], type[PerImage]]:

@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError, shown, unknown, validated, warn
 from gddlab.nets.bare import denoiser_of
 from gddlab.probing.effects import denoising_loss
 from gddlab.probing.guard import as_it_was, differentiable, eager, warn_nonfinite
-from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Noised, Timesteps, Unit
 from gddlab.probing.layers import PRESETS, Layer, LayerSelection, named_layers, select_layers
 from gddlab.probing.reductions import double
 from gddlab.probing.result import ProbeResult, network_meta
@@ -90,6 +90,7 @@ def grad_probe(
     *,
     layers: LayerSelection = "conv",
     timesteps: Timesteps = None,
+    unit: Unit = "sigma",
     data: Data = None,
     n: PositiveInt = 256,
     batch_size: PositiveInt = 16,
@@ -113,8 +114,8 @@ def grad_probe(
         loss: "denoising", EDM's weighted loss (Karras et al. 2022, equations 2 and 108), or a function, see `Loss`.
         batches: With a function, what it is taken of; batches of one noise level in succession.
         layers: As for `probe`.
-        timesteps, data, n, class_labels, seed, start: With "denoising", as for `probe`: the same images with the same
-            noise at every noise level; `n` is a multiple of `batch_size`.
+        timesteps, unit, data, n, class_labels, seed, start: With "denoising", as for `probe`: the same images with the
+            same noise at every noise level; `n` is a multiple of `batch_size`.
         batch_size: With "denoising", images of a batch.
         device: Where to run; None means where the network is. Batches of your own must be there.
         progress: Shows a bar at a terminal.
@@ -138,11 +139,17 @@ def grad_probe(
             raise GddlabError('loss="denoising" makes its own batches: give n= and batch_size=, or a function as loss')
         if n % batch_size:
             raise GddlabError(f"n={n} images in batches of {batch_size}: give a multiple of batch_size")
-        inputs = Inputs(model, timesteps, data=data, n=n, start=start, seed=seed, class_labels=class_labels)
+        images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+        inputs = Inputs(model, timesteps, unit=unit, data=data, **images)
     elif batches is None:
         raise GddlabError("loss is a function, but batches=None: give a list of Batch(sigma, inputs, n)")
     else:
-        ours = {"timesteps": timesteps, "data": data, "class_labels": class_labels}
+        ours = {
+            "timesteps": timesteps,
+            "unit": None if unit == "sigma" else unit,
+            "data": data,
+            "class_labels": class_labels,
+        }
         if given := [name for name, value in ours.items() if value is not None]:
             raise GddlabError(f"{given[0]}= has no use with a loss of your own: omit it")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, warn
-from gddlab.nets.bare import device_of, is_offloaded
+from gddlab.nets.bare import check_weights, device_of, is_offloaded
 from gddlab.runtime import switched
 from gddlab.sampling.samplers import precision
 
@@ -25,8 +25,9 @@ def as_it_was(
     A network that accelerate or diffusers offloads runs where its hooks bring it.
 
     Raises:
-        GddlabError: A device that cannot be used, or any for a network that is offloaded.
+        GddlabError: A device that cannot be used, or any for a network that is offloaded; a network without weights.
     """
+    check_weights(model)
     origin = device_of(model)
     if device is not None and str(device) != str(origin) and is_offloaded(model):
         raise GddlabError(f"device={str(device)!r}: this network is offloaded and runs on {origin}, omit device=")

@@ -16,10 +16,10 @@ from pydantic import SkipValidation
 from torch import Tensor, nn
 
 from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, order
-from gddlab.errors import GddlabError, numbers_in, shown
+from gddlab.errors import GddlabError, numbers_in, positive, shown
 from gddlab.nets import Codec, Denoiser, Path, Precond
 from gddlab.nets.bare import denoiser_of
-from gddlab.nets.denoiser import Wrapped
+from gddlab.nets.denoiser import Wrapped, data_std
 from gddlab.nets.precond import check_level
 from gddlab.sampling import karras_sigmas, latents
 from gddlab.sampling.samplers import from_pure, heun_step, is_pure, one_hot, seed_list
@@ -74,6 +74,7 @@ class Inputs:
         sigmas: Noise levels, descending.
         told: Noise levels that the network is told for each of `sigmas`, descending; None where it is told its input's.
         dataset: Where images come from; None where there are none.
+        sigma_data: Standard deviation of the data, by which losses are weighted.
 
     Raises:
         GddlabError: An argument does not fit the network or another argument.
@@ -115,6 +116,7 @@ class Inputs:
         if isinstance(self.denoiser, Wrapped):
             self.denoiser.check_times(self.told or self.sigmas)
         self.dataset = dataset_of(self.denoiser, data, states)
+        self.sigma_data = data_std(self.denoiser)
         self.float64 = any(p.dtype == torch.float64 for p in self.denoiser.parameters())
         label_dim = int(getattr(self.denoiser, "label_dim", 0))
         names = ("img_channels", "img_resolution", "img_resolution")
@@ -287,6 +289,7 @@ class Inputs:
             "data": None if self.dataset is None else self.dataset.manifest.to_dict(),
             "states": self.states,
             "sigmas": self.sigmas,
+            "sigma_data": self.sigma_data,
             **({} if self.told is None else {"told": self.told}),
             "n_images": self.n,
             "seed": self.seed,
@@ -307,6 +310,12 @@ class Inputs:
         if self.codec is not None:
             about["codec"] = str(self.codec)
         return about
+
+
+def within_range(model: nn.Module, sigmas: Sequence[float]) -> list[float]:
+    """Noise levels, those beyond the network's range at its ends; each once."""
+    low, high = _ends(model)
+    return sorted({min(max(s, low), high) for s in sigmas}, reverse=True)
 
 
 def _ends(model: nn.Module) -> tuple[float, float]:
@@ -341,7 +350,7 @@ def _from_times(model: nn.Module, name: str, times: Any) -> Any:
     low, high = _ends(model)
     if name == "timesteps" and isinstance(times, Integral) and not isinstance(times, bool):
         first, last = path.time(torch.tensor([high, low], dtype=torch.float64)).tolist()
-        grid = torch.linspace(first, last, max(1, int(times)), dtype=torch.float64).tolist()
+        grid = torch.linspace(first, last, positive(name, times), dtype=torch.float64).tolist()
         return [min(max(path.sigma(t), low), high) for t in grid]
     single = isinstance(times, Real) and not isinstance(times, bool)
     try:

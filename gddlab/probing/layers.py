@@ -18,6 +18,8 @@ from gddlab.nets.unets import TARGET_LAYERS
 
 # Names: those of the bare network, whatever is wrapped around it or compiled.
 
+_ADAPTERS = ("lora_", "hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "hra_", "vblora_", "randlora_", "fourierft_")
+"""How the names begin that PEFT gives its own parameters."""
 _PREFIXES = ("module.", "_orig_mod.", "gddlab_bare.", "base_model.model.")
 
 
@@ -25,13 +27,13 @@ def plain_name(name: str) -> str:
     """A name without what `gddlab.wrap`, DistributedDataParallel, torch.compile and PEFT add to it."""
     while prefix := next((p for p in _PREFIXES if name.startswith(p)), ""):
         name = name.removeprefix(prefix)
-    name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")
-    return name.removesuffix("._orig_mod").removesuffix(".base_layer")
+    name = name.replace("_orig_mod.", "")
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removesuffix("._orig_mod"))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a module or parameter is one of LoRA's, beside the layer that it changes."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    """Whether a module or parameter is one of PEFT's, beside the layer that it changes: LoRA's and the like."""
+    return any(part.startswith(_ADAPTERS) for part in name.split("."))
 
 
 def owner_of(parameter: str) -> str:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound, numbers_in, shown, validated
 from gddlab.files import atomic_path, check_kind, folder_of, holds_format, path_of, read_json
+from gddlab.nets.bare import denoiser_of
 from gddlab.probing.ablate import all_sites, means_of, outputs_of, select_sites
 from gddlab.probing.decode import Reader, Readout, Ridge, Spans, inputs_for, spans, warn_few
 from gddlab.probing.effects import AtSite, Change, denoised, tapped, that_run
 from gddlab.probing.guard import as_it_was, eager
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Rows, Timesteps, Unit, within_range
 from gddlab.probing.layers import LayerSelection, named_layers
 from gddlab.probing.plots.axes import plain, short_names
 from gddlab.probing.result import network_meta
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 FORMAT = "gddlab-lens-1"
 NONE, OUTPUT = "none", "output"
 """Names of the row in which no layer is intact, and of the network's own output."""
+LEVELS = (80.0, 5.0, 1.0, 0.2)
+"""Noise levels, by default."""
 SHOWN = 4
 """Images of a grid, by default."""
 INCH_PER_IMAGE = 0.3
@@ -215,8 +218,9 @@ def _tiles(lines: Sequence[Float[Tensor, "n c h w"]]) -> np.ndarray:
 @validated
 def lens(
     model: Any,
-    timesteps: Timesteps = (80.0, 5.0, 1.0, 0.2),
+    timesteps: Timesteps = None,
     *,
+    unit: Unit = "sigma",
     layers: LayerSelection = "block",
     mode: Mode = "bypass",
     data: Data = None,
@@ -237,13 +241,14 @@ def lens(
 
     Args:
         model: A denoiser called as `model(x, sigma, class_labels)`, as for `probe`.
-        timesteps: The noise levels themselves, standard deviations on the scale of [-1, 1], or their number.
+        timesteps: The noise levels themselves, standard deviations on the scale of [-1, 1], or their number. In Python
+            None means 80, 5, 1 and 0.2, within the network's range.
         layers: After which the image is shown, "block" for residual blocks; presets, names, globs and so on, as in
             `probe`. What is bypassed are those of them that follow; the rest of the network stays.
         mode: "bypass" lets what follows add nothing, so that of a residual block its skip path remains; "mean" lets it
             add its channel means at this sigma; "readout" shows the clean image as the ridge regression of `decode`
             reads it from the layer's output.
-        data, class_labels, device, dtype, progress: As in `probe`.
+        unit, data, class_labels, device, dtype, progress: As in `probe`.
         n: Images to show, the first of the dataset's order under `seed`.
         fit: Images on which "mean" and "readout" are measured, those that follow; "bypass" needs none.
         dims: Numbers kept of each output for "readout", as in `decode`.
@@ -259,7 +264,9 @@ def lens(
             tensor with one row per image; a network whose answer is no image; and whatever `probe` refuses.
     """
     counts = {"n": n} if mode == "bypass" else {"n": n, "fit": fit}
-    inputs = inputs_for(model, timesteps, data, seed, class_labels, **counts)
+    if timesteps is None:
+        timesteps, unit = within_range(denoiser_of(model), LEVELS), "sigma"
+    inputs = inputs_for(model, timesteps, unit, data, seed, class_labels, **counts)
     layers = again(layers)
     net, chosen, modules = inputs.denoiser, select_sites(model, layers), named_layers(model)
     showing, fitting = spans(0, n, batch_size), spans(n, inputs.n, batch_size)

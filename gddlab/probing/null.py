@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, unknown, validated
 from gddlab.nets import Precond, architecture, from_edm
-from gddlab.nets.bare import denoiser_of
+from gddlab.nets.bare import denoiser_of, unwrap
+from gddlab.probing.layers import plain_name
 from gddlab.probing.plots.axes import Probed, wide
 from gddlab.runtime import generator
 
@@ -43,7 +44,8 @@ def null(model: Any, kind: Kind = "shuffled", *, seed: NonNegativeInt = 0) -> nn
         hooks on outputs.
 
     Raises:
-        GddlabError: An unknown kind; for "init", a network with parameters that no `reset_parameters` makes anew.
+        GddlabError: An unknown kind; for "init", a network of another library than diffusers, with parameters that no
+            `reset_parameters` makes anew.
     """
     if kind not in get_args(Kind):
         raise unknown("kind of null model", kind, get_args(Kind))
@@ -91,11 +93,16 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
             for (_, mine), (_, theirs) in zip(net.named_parameters(), fresh.named_parameters(), strict=True):
                 mine.copy_(theirs)
         else:
-            for name, module in net.named_modules():
-                if hasattr(module, "reset_parameters"):
+            made, bare = _made_anew(unwrap(net)), unwrap(net)
+            for name, module in bare.named_modules():
+                own = {plain_name(f"{name}.{n}".lstrip(".")): p for n, p in module.named_parameters(recurse=False)}
+                if own and own.keys() <= made.keys():
+                    for n, p in own.items():
+                        p.copy_(made[n])
+                elif hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-                elif own := [n for n, _ in module.named_parameters(recurse=False)]:
-                    where = f"{name}.{own[0]}".lstrip(".")
+                elif own:
+                    where = next(iter(own))
                     raise GddlabError(
                         f'kind="init": {where!r} has no reset_parameters that would make it anew: give "shuffled" or '
                         '"spectrum"'
@@ -106,6 +113,14 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
         size = trained[name].square().mean().sqrt()
         if p.ndim > 1 and p.square().mean().sqrt() < ZERO * size:
             p.copy_(size * torch.randn(p.shape, generator=g).to(p))
+
+
+def _made_anew(bare: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a new network of a class of diffusers, by name; {} of others, which do not say how it is made."""
+    kind: Any = type(bare)
+    if not (hasattr(kind, "from_config") and hasattr(bare, "config")):
+        return {}
+    return dict(kind.from_config(bare.config).named_parameters())
 
 
 def _arguments(net: Precond) -> dict[str, Any]:

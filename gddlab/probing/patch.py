@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from gddlab.probing.effects import (
     weighted_error,
 )
 from gddlab.probing.guard import as_it_was, eager
-from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps
+from gddlab.probing.inputs import Data, Inputs, Labels, Precision, Timesteps, Unit
 from gddlab.probing.layers import LayerSelection, check_architecture, named_layers, named_tensors, select_layers
 from gddlab.probing.result import ProbeResult, network_meta
 from gddlab.probing.sites import again, layer_of
@@ -93,6 +94,7 @@ def patch(
     what: What = "weights",
     into: Literal["student", "teacher"] = "student",
     timesteps: Timesteps = 18,
+    unit: Unit = "sigma",
     data: Data = None,
     n: PositiveInt = 16,
     batch_size: PositiveInt = 64,
@@ -118,7 +120,7 @@ def patch(
             network's output for the same input of the networks.
         into: "student" patches the student's one-step images, at sigma 80; "teacher" the teacher's denoising at
             `timesteps`.
-        timesteps, data: As in `probe`; for the teacher only.
+        timesteps, unit, data: As in `probe`; for the teacher only.
         n, batch_size, class_labels, seed, start, device, dtype, progress: As in `probe`; None as `device` is where the
             patched network is.
         measure: Called with the patched network as it was given here, once per layer; it must not change the network.
@@ -145,7 +147,8 @@ def patch(
     check_architecture(named_tensors(unwrap(student)), named_tensors(unwrap(teacher)))
     model, donor = (student, teacher) if into == "student" else (teacher, student)
     states: Any = "student" if into == "student" else "noised"
-    inputs = Inputs(model, timesteps, data=data, states=states, n=n, start=start, seed=seed, class_labels=class_labels)
+    images: Any = {"n": n, "start": start, "seed": seed, "class_labels": class_labels}
+    inputs = Inputs(model, timesteps, unit=unit, data=data, states=states, **images)
     net, other = inputs.denoiser, denoiser_of(donor)
     layers = again(layers)
     selected = select_sites(model, layers) if what == "activations" else select_layers(model, layers)
@@ -155,6 +158,7 @@ def patch(
     patched = weights_of if what == "weights" else activations_of
     measured: dict[str, float] = {}
     levels, passes = inputs.split(batch_size)
+    error = functools.partial(weighted_error, sigma_data=inputs.sigma_data)
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(as_it_was(net, device=device, dtype=dtype))
         stack.enter_context(as_it_was(other, device=target))
@@ -173,15 +177,15 @@ def patch(
                 rows, clean = shown[:3], shown.clean
                 intact = denoised(net, rows)
                 goal = denoised(other, rows) if clean is None else clean
-                before = weighted_error(intact, goal, sigmas)
+                before = error(intact, goal, sigmas)
                 for layer in selected:
                     found = intact
                     if layer.name not in equal:
                         with patched(donor, model, layer.name):
                             found = denoised(net, rows)
-                    after = weighted_error(found, goal, sigmas)
+                    after = error(found, goal, sigmas)
                     second = torch.stack([after, before], -1).sqrt() if into == "student" else after - before
-                    effects.add(layer.name, sigmas, weighted_error(found, intact, sigmas).sqrt(), second)
+                    effects.add(layer.name, sigmas, error(found, intact, sigmas).sqrt(), second)
                     bar.update()
         if measure is not None:
             whole = _number(measure, model)

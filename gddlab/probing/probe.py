@@ -78,8 +78,8 @@ def probe(
         timesteps: Number of noise levels, 80 to 0.002 with rho = 7 (Karras et al. 2022, equation 5) within the
             network's range. In Python also the levels themselves, standard deviations on the scale of [-1, 1], or None
             for 18 levels, 6 where each is told each.
-        unit: Of `timesteps` and `told`: "sigma", or "t", the network's own time, of one that has a `path`: steps 0 to
-            999, or shares of noise. A number of noise levels is then equally spaced in time.
+        unit: Of the noise levels that are given: "sigma", or "t", the network's own time, of one that has a `path`:
+            steps 0 to 999, or shares of noise. A number of noise levels is then equally spaced in time.
         told: What noise level the network is told. None means the input's own; "cross" tells it each level for each
             input, so that `effects` can say what a layer responds to. In Python also a level, or a list of levels, told
             for every input. The input is scaled as its own level asks.

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, integer, numbers_in, positive, shown, unknown
+from gddlab.files import hash_tensors
 from gddlab.nets import PURE, SIGMA_MAX, SIGMA_MIN, Denoiser, OneStepPrecond, Precond
-from gddlab.nets.bare import device_of
+from gddlab.nets.bare import check_weights, device_of, unwrap, weights_of
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Wrapped
 from gddlab.nets.precond import check_level, descending
@@ -411,12 +412,9 @@ def denoiser_in(net: Any) -> Denoiser:
     return module
 
 
-def module_of(net: Any) -> Precond:
-    """`denoiser_in`, of gddlab's own networks alone."""
-    module = denoiser_in(net)
-    if not isinstance(module, Precond):
-        raise GddlabError("this is for gddlab's own networks: of what gddlab.wrap makes, gddlab.sample draws a tensor")
-    return module
+def weights_hash(net: Denoiser) -> str:
+    """sha256 of its weights, by their own names."""
+    return hash_tensors(weights_of(unwrap(net)))
 
 
 Method = Sampler | tuple[float, ...]
@@ -477,7 +475,7 @@ def sample(
     n = len(image_seeds)
     batch_size = positive("batch_size", batch_size)
     labels = one_hot(net.label_dim, image_seeds, class_labels)
-    codec = _codec(net, decode)
+    codec = codec_of(net, decode)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     out = torch.empty(n, *(shape if codec is None else codec.image_shape(shape)))
     bar = progress_bar(total=n, desc="sampling", unit="img", enabled=progress)
@@ -485,14 +483,17 @@ def sample(
         for i in range(0, n, batch_size):
             j = min(i + batch_size, n)
             c = None if labels is None else labels[i:j]
-            x = draw(net, how, image_seeds[i:j], c, channels_last=channels_last)
-            out[i:j] = x if codec is None else codec.decode(x.to(device_of(net))).clamp(-1, 1).cpu()
+            out[i:j] = draw(net, how, image_seeds[i:j], c, codec=codec, channels_last=channels_last)
             bar.update(j - i)
     return out
 
 
-def _codec(net: Denoiser, decode: bool) -> Codec | None:
-    """What decodes a network's latents, if they are to be decoded; refuses a network without a shape."""
+def codec_of(net: Denoiser, decode: bool = True) -> Codec | None:
+    """What makes images of a network's latents; None where it makes images, or latents are wanted.
+
+    Raises:
+        GddlabError: A network without a shape, without conditioning that it needs, or without an autoencoder.
+    """
     module = denoiser_in(net)
     if None in (module.img_channels, module.img_resolution):
         raise GddlabError("this network does not say img_channels and img_resolution: give them to gddlab.wrap")
@@ -502,9 +503,17 @@ def _codec(net: Denoiser, decode: bool) -> Codec | None:
         raise GddlabError("decode=False: this network makes images, omit it")
     if decode and module.latent and module.codec is None:
         raise GddlabError(
-            "this network makes latents, and no autoencoder is known: give gddlab.wrap vae=, or decode=False"
+            "this network makes latents, and no autoencoder is known: give gddlab.wrap or load_teacher vae=, or "
+            "gddlab.sample decode=False"
         )
     return module.codec if decode else None
+
+
+def image_shape(net: Denoiser) -> tuple[int, int, int]:
+    """Shape of a network's images, decoded ones where it works on latents and a codec is known."""
+    module = denoiser_in(net)
+    shape = (module.img_channels, module.img_resolution, module.img_resolution)
+    return shape if module.codec is None else module.codec.image_shape(shape)
 
 
 def resolve(
@@ -556,6 +565,7 @@ def sampler_name(how: Method) -> str:
 @contextlib.contextmanager
 def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
     """Inference: eval mode, no gradients, autocast, memory format of the weights; restores the network afterwards."""
+    check_weights(net)
     first = next(net.parameters())
     name = precision(dtype)
     whole = isinstance(denoiser_in(net), Precond)
@@ -582,9 +592,18 @@ def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_
 
 
 def draw(
-    net: Denoiser, how: Method, seeds: Sequence[int], labels: Tensor | None, *, channels_last: bool = False
+    net: Denoiser,
+    how: Method,
+    seeds: Sequence[int],
+    labels: Tensor | None,
+    *,
+    codec: Codec | None = None,
+    channels_last: bool = False,
 ) -> Tensor:
-    """One batch, inside `prepared`.  -> (len(seeds), C, H, W), float32 in [-1, 1], or latents, on the CPU"""
+    """One batch, inside `prepared`.  -> (len(seeds), C, H, W), float32 in [-1, 1], or latents, on the CPU
+
+    `codec` makes images of latents, see `codec_of`.
+    """
     module, device = denoiser_in(net), device_of(net)
     noise = ImageNoise(seeds, (net.img_channels, net.img_resolution, net.img_resolution))
     z = noise(torch.float32).to(device)
@@ -595,4 +614,7 @@ def draw(
         x = multistep(cast(OneStepPrecond, net), z.to(input_type(module)), c, sigmas=how, noise=noise)
     else:
         x = integrate(net, z, c, how, noise=noise)
-    return x.float().cpu() if module.latent else x.float().clamp(-1, 1).cpu()
+    x = x.float()
+    if module.latent and codec is None:
+        return x.cpu()
+    return (x if codec is None else codec.decode(x)).clamp(-1, 1).cpu()

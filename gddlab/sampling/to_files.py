@@ -20,16 +20,19 @@ from gddlab.datasets.base import ContentHash
 from gddlab.datasets.packing import Entry, assemble, image_name, missing_parts, open_parts, write_part
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError, seconds
-from gddlab.files import as_text, folder_of, hash_json, hash_tensors, path_of, read_json, write_bytes, write_json
-from gddlab.nets import Precond, architecture
+from gddlab.files import as_text, folder_of, hash_json, path_of, read_json, write_bytes, write_json
+from gddlab.nets import Denoiser, Precond, architecture
+from gddlab.nets.bare import unwrap
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.ranks import named_ranks
 from gddlab.runtime import chosen_device
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.samplers import (
+    codec_of,
+    denoiser_in,
     draw,
-    module_of,
+    image_shape,
     one_hot,
     positive,
     precision,
@@ -37,8 +40,9 @@ from gddlab.sampling.samplers import (
     resolve,
     sampler_name,
     seed_list,
+    weights_hash,
 )
-from gddlab.teachers import load_precond
+from gddlab.teachers import load_teacher
 from gddlab.workers import run_workers
 
 FORMAT = "gddlab-samples-1"
@@ -47,7 +51,7 @@ Pairs = Sequence[tuple[int, int | None]]
 
 
 def sample_files(
-    model: Precond | str | Path,
+    model: Denoiser | str | Path,
     out: str | Path,
     n: int | None = None,
     *,
@@ -76,7 +80,8 @@ def sample_files(
     processes the first assembles the zip and returns when it is complete; the others when their parts are written.
 
     Args:
-        model: A name, file or run directory; or a network, with nproc=1.
+        model: A name, file, run directory, or folder of diffusers; or, with nproc=1, a network, also what `wrap` made.
+            Latents are decoded.
         out: Folder, or file that ends in .zip.
         n, seed, seeds, class_labels, steps, sigmas, dtype, channels_last, settings: As for `sample`; no seed twice.
         batch_size: Images at once.
@@ -134,7 +139,7 @@ def sample_files(
 
 
 def make_share(
-    model: Precond | str | Path,
+    model: Denoiser | str | Path,
     out: str,
     n: int | None,
     *,
@@ -153,16 +158,15 @@ def make_share(
 
     `report` is called with the number of images of each part, when it is written.
     """
-    net = load_precond(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
+    net = load_teacher(model).to(chosen_device(device)) if isinstance(model, str | Path) else model
     how = resolve(net, **method)
-    if net.img_channels not in (1, 3):
-        raise GddlabError(
-            f"images of {net.img_channels} channels: PNG files take 1 or 3, use gddlab.sample for a tensor"
-        )
+    codec = codec_of(net)
+    if (channels := image_shape(net)[0]) not in (1, 3):
+        raise GddlabError(f"images of {channels} channels: PNG files take 1 or 3, use gddlab.sample for a tensor")
     pairs = _pairs(net, seed_list(n, seed, seeds), class_labels)
     about = {
         "format": FORMAT,
-        "model": hash_tensors(module_of(net).state_dict()),
+        "model": weights_hash(net),
         "sampler": sampler_name(how),
         "settings": {"sigmas": list(how)} if isinstance(how, tuple) else how.to_dict(),
         "seeds": _short([s for s, _ in pairs]),
@@ -170,6 +174,7 @@ def make_share(
         "dtype": dtype,
         "channels_last": channels_last,
         "batch_size": batch_size,
+        **denoiser_in(net).settings(),
     }
     rank, world = named_ranks().rank, named_ranks().size
     try:
@@ -183,7 +188,7 @@ def make_share(
                 if not target.has(k):
                     part_seeds = [s for s, _ in part]
                     labels = one_hot(net.label_dim, part_seeds, [c for _, c in part if c is not None] or None)
-                    images = draw(net, how, part_seeds, labels, channels_last=channels_last)
+                    images = draw(net, how, part_seeds, labels, codec=codec, channels_last=channels_last)
                     target.write(k, encode(images, part, target.name))
                     slowest = max(slowest, time.monotonic() - began)
                 report(len(part))
@@ -197,7 +202,7 @@ def make_share(
         ) from None
 
 
-def _pairs(net: Precond, seeds: Sequence[int], labels: Any) -> Pairs:
+def _pairs(net: Denoiser, seeds: Sequence[int], labels: Any) -> Pairs:
     """The images by seed and class, which is None for an unconditional network; no seed twice."""
     if len(set(seeds)) < len(seeds):
         twice = next(s for i, s in enumerate(seeds) if s in seeds[:i])
@@ -226,20 +231,22 @@ def _short(numbers: Sequence[int | None]) -> str:
     return text if len(text) <= 100 else f"{len(numbers)} numbers, sha256 {hash_json(list(numbers))[:16]}"
 
 
-def _manifest(net: Precond, out: Path, about: dict[str, Any], n: int) -> dict[str, Any]:
+def _manifest(net: Denoiser, out: Path, about: dict[str, Any], n: int) -> dict[str, Any]:
     """A dataset's manifest of the images; `extra` says how they were made."""
-    name = net.card.name if net.card is not None else type(module_of(net)).__name__
+    module, (channels, side, _) = denoiser_in(net), image_shape(net)
+    name = getattr(net.card, "name", None) or type(unwrap(module)).__name__
+    built = {"architecture": architecture(module)} if isinstance(module, Precond) else {}
     return {
         "name": out.stem,
         "source": f"{about['sampler']} samples of {name}",
-        "resolution": net.img_resolution,
-        "channels": net.img_channels,
+        "resolution": side,
+        "channels": channels,
         "count": n,
         "classes": net.label_dim,
         "crop": "none",
         "filter": "none",
         "codec": "png",
-        "extra": about | {"architecture": architecture(module_of(net)), "versions": versions()},
+        "extra": about | built | {"versions": versions()},
     }
 
 

@@ -202,6 +202,8 @@ def load_teacher(
     check_options(family, heads)
     folder = path_of("source", source)
     if as_text(source) not in bundled_teachers() and folder.is_dir() and is_diffusers_folder(folder):
+        if family or heads:
+            raise GddlabError(f"{folder} says what network it holds: omit family and heads")
         return load_folder(folder, vae)
     if (run_dir := run_of(source)) is not None:
         return load_student(run_dir.resolve())

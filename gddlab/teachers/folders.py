@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gddlab.errors import GddlabError, shown
+from gddlab.errors import GddlabError, NotFound, shown
 from gddlab.files import read_object
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Wrapped
@@ -22,7 +22,7 @@ INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
 
 def is_diffusers_folder(path: Path) -> bool:
     """Whether diffusers wrote it: other folders have a config.json, too."""
-    if (path / INDEX).is_file():
+    if (path / INDEX).is_file() or any((path / n / "config.json").is_file() for n in DENOISERS):
         return True
     try:
         return "_class_name" in read_object(path / "config.json")
@@ -44,7 +44,7 @@ def load_folder(path: Path, vae: Any = None) -> Wrapped:
         GddlabError: diffusers is not installed; a class that is not its own, or that is called in an unknown way;
             weights that are no safetensors; no scheduler.
     """
-    root, part = (path, None) if (path / INDEX).is_file() else (path.resolve().parent, path)
+    root, part = (path.resolve().parent, path) if (path / "config.json").is_file() else (path, None)
     index = read_object(root / INDEX)
     if part is None:
         names = [n for n in DENOISERS if (root / n / "config.json").is_file()]
@@ -81,6 +81,8 @@ def read_component(folder: Path) -> nn.Module:
     with _diffusers():
         from diffusers import models
         from diffusers.models.modeling_utils import ModelMixin
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"{folder} holds no config.json: give the folder of a network of diffusers")
     name = read_object(folder / "config.json").get("_class_name")
     kind = getattr(models, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
@@ -89,17 +91,22 @@ def read_component(folder: Path) -> nn.Module:
         )
     with _quiet():
         try:
-            network: Any = kind.from_pretrained(
+            made: Any = kind.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,  # made without values, a network loses buffers that its file does not hold
                 variant=_variant(folder),
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as e:
             raise GddlabError(f"{folder} cannot be read ({' '.join(str(e).split())[:200]})") from None
+    network, info = made
+    if missing := info["missing_keys"]:  # they would be random numbers
+        raise GddlabError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: save the network again")
     network.eval().requires_grad_(False)
-    return network
+    whole: nn.Module = network
+    return whole
 
 
 def read_scheduler(folder: Path) -> Any:
@@ -112,7 +119,10 @@ def read_scheduler(folder: Path) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "from_config")):
         raise GddlabError(f"{folder}: {shown(name)} is no scheduler of diffusers")
     with _quiet():
-        return kind.from_config(config)
+        try:
+            return kind.from_config(config)
+        except (ValueError, TypeError, NotImplementedError, KeyError) as e:
+            raise GddlabError(f"{folder}: a {name} cannot be made ({' '.join(str(e).split())[:200]})") from None
 
 
 def _variant(folder: Path) -> str | None:

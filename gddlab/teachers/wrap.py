@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -133,7 +134,7 @@ def wrap(
         cond: Conditioning of the images, `Conditioning.record` or `.classes`; of a pipeline also prompts, of a network
             with classes also class ids. Image i has row i modulo their number.
         guidance: Scale of classifier-free guidance: D = D_uncond + guidance (D_cond - D_uncond), with both branches in
-            one call or in two, as the network's pipeline does it.
+            one call or in two, and rescaled or not, as the network's pipeline does it.
         vae: Autoencoder of a network that works on latents: a network of diffusers or a `Codec`. With it, data are
             images.
         branches: Of a `denoise` that makes both branches itself: their names in the order of their rows or calls, such
@@ -169,6 +170,8 @@ def wrap(
         check_takes("denoise", denoise, "model", "x", "sigma", "class_labels", *told)
         if cond is not None and not isinstance(cond, Conditioning):
             raise GddlabError(f"cond={shown(cond)} with denoise=: give a gddlab.Conditioning")
+        if len({*branches}) < len(branches):
+            raise GddlabError(f"branches={shown(branches)}: give each name once")
         codec = _codec(vae)
         shape = (
             codec.channels if img_channels is None and codec is not None else img_channels,
@@ -194,15 +197,24 @@ def wrap(
         if img_resolution is None and getattr(cond, "shape", None) is None:
             img_resolution = network.img_resolution
         classes = label_dim or (0 if network.cond is not None else network.label_dim)
+        anew = {"scheduler": scheduler, "alphas_cumprod": alphas_cumprod}
+        if path is None and all(value is None for value in anew.values()):
+            path = network.path
+            if prediction is not None and path is not None and not network.whole:
+                path, prediction = _predicting(path, prediction), None
+        kinds = [None if p is None else (p.kind, p.alphas_cumprod) for p in (path, network.path)]
+        same = kinds[0] == kinds[1]  # another path has a range of its own
         made = assemble(
             network.gddlab_bare,
-            path=None if network.whole else path or network.path,
+            **anew,
+            prediction=prediction,
+            path=None if network.whole and path is network.path else path,
             call=call or network.call,
             vae=vae or network.codec,
             shape=(img_channels or network.img_channels, img_resolution, classes),
             sigmas=(
-                network.sigma_min if sigma_min is None else sigma_min,
-                network.sigma_max if sigma_max is None else sigma_max,
+                network.sigma_min if sigma_min is None and same else sigma_min,
+                network.sigma_max if sigma_max is None and same else sigma_max,
             ),
             cond=network.cond if cond is None else cond,
             guidance=network.guidance if guidance is None else guidance,
@@ -355,6 +367,13 @@ def _of_precond(network: Precond, call: Call | None) -> Call:
     )
 
 
+def _predicting(path: Path, prediction: str) -> Path:
+    """The same path of a network that predicts something else."""
+    if path.kind == "flow" or prediction == "flow_prediction":
+        raise GddlabError(f"prediction={prediction!r} with a {path.kind} path: give path=")
+    return dataclasses.replace(path, prediction=prediction)  # type: ignore[arg-type]
+
+
 def _path(
     title: str, call: Call, path: Path | None, scheduler: Any, prediction: str | None, alphas_cumprod: Any
 ) -> Path:
@@ -404,7 +423,13 @@ def _conditioning(cond: Any, call: Call, pipe: Any, title: str, classes: int) ->
             f"cond={shown(cond)} of a {title} alone: give a gddlab.Conditioning, which "
             "gddlab.Conditioning.record(pipe, prompts) makes"
         )
-    return Conditioning.record(pipe, cond, call=call)
+    listed = [cond] if isinstance(cond, str) else cond
+    if not isinstance(listed, list | tuple) or not all(isinstance(prompt, str) for prompt in listed):
+        raise GddlabError(
+            f"cond={shown(cond)}: give prompts, or a gddlab.Conditioning, which gddlab.Conditioning.record(pipe, "
+            "prompt_embeds=...) makes of embeddings"
+        )
+    return Conditioning.record(pipe, listed, call=call)
 
 
 def _check_guidance(guidance: float, call: Call, cond: Conditioning | None, title: str, classes: int) -> None:
@@ -471,7 +496,8 @@ def _conditioning_in_words(call: Call, cond: Conditioning | None, classes: int) 
 def _guidance_in_words(call: Call, cond: Conditioning | None, guidance: float | None) -> str:
     if guidance is not None:
         how = "in one call" if call.doubled else "in two calls"
-        return f"{guidance:g}, {call.order[0]} and {call.order[1]} {how}"
+        norm = ", rescaled to the norm of cond" if call.rescale else ""
+        return f"{guidance:g}, {call.order[0]} and {call.order[1]} {how}{norm}"
     if call.scale == "guidance":
         scales = [EMBEDDED_GUIDANCE] if cond is None or call.scale not in cond.rows else cond.rows[call.scale].unique()
         return f"an input, {', '.join(f'{float(s):g}' for s in scales)}"

@@ -10,18 +10,24 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from gddlab.datasets import ImageDataset
+from gddlab.errors import GddlabError
 from gddlab.evaluation import evaluate, features
 from gddlab.evaluation import images as generated
 from gddlab.evaluation.features import GeneratedImages
-from gddlab.nets import save_network
+from gddlab.nets import Conditioning, save_network
+from gddlab.nets import Path as NoisePath
 from gddlab.ranks import share
-from gddlab.sampling import Sampler, sample_files
+from gddlab.sampling import Sampler, sample, sample_files
+from gddlab.teachers import wrap
 from tests.conftest import tiny_net
 from tests.evaluation.conftest import subset
 from tests.evaluation.test_evaluate import network
+from tests.models import CHANNELS, FACTOR, SIDE, pipeline, vae
 
 
 def test_a_second_evaluation_neither_samples_nor_extracts(some, counter, monkeypatch, cache):
@@ -161,3 +167,49 @@ def test_the_name_of_a_sampler_has_all_its_settings():
     images = GeneratedImages(tiny_net(), Sampler(steps=2, S_max=float("inf")), 4, 0, None, 2)
     assert generated.sampler_of(images.settings) == images.how
     assert features.extract(images, generated.find_extractor("lite2")).rows.shape == (4, 1280)
+
+
+@pytest.fixture
+def photos():
+    side = FACTOR * SIDE
+    images = np.random.default_rng(1).integers(0, 256, (8, side, side, 3), dtype=np.uint8)
+    return ImageDataset(images, np.arange(8) % 4, classes=4, name="photos", source="random")
+
+
+def prompted(**options):
+    pipe, call = pipeline("sd", 3)
+    return wrap(pipe, cond=Conditioning.record(pipe, **call), img_resolution=SIDE, **options)
+
+
+def test_latents_are_decoded_and_scored(photos, counter):
+    net, how = prompted(), {"steps": 2, "batch_size": 3}
+    found = evaluate(net, data=photos, metrics="kid", n=6, seed=1, **how).records[0]
+    images = sample(net, 6, seed=1, **how)  # prompts in turn, whatever classes the photos have
+    want = evaluate(images, data=photos, metrics="kid").records[0]
+    assert found.value == pytest.approx(want.value, rel=1e-3) and found.images_sha256 == want.images_sha256
+    bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
+    with pytest.raises(GddlabError, match="no autoencoder is known"):
+        evaluate(bare, data=photos, n=6)
+    with pytest.raises(GddlabError, match="16x16 with 3 channels, but 'some-digits' has 16x16 with 1"):
+        evaluate(net, data=subset(0, 8), n=6)
+    with pytest.raises(GddlabError, match=r"nproc=2 with what gddlab\.wrap made"):
+        evaluate(net, data=photos, n=6, nproc=2, seed=5, **how)
+
+
+def test_what_a_network_is_told_is_in_the_key(photos, counter):
+    net, how = prompted(), {"data": photos, "metrics": "kid", "n": 4, "steps": 2}
+    others = [wrap(net, guidance=2.0), wrap(net, cond=net.cond[[2, 1, 0]]), wrap(net, vae=vae(0.2))]
+    others += [wrap(net, sigma_max=5.0), wrap(net, path=NoisePath.vp(net.path.alphas_cumprod, "sample"))]
+    for each in (net, *others, prompted()):  # the last has it all from the cache
+        evaluate(each, **how)
+    assert len(list(Path(os.environ["GDDLAB_CACHE"]).glob("generated/*"))) == 1 + len(others)
+
+
+def test_what_a_function_does_is_not_cached(photos, counter):
+    bare = prompted().gddlab_bare
+    for scale in (0.0, 1.0):
+        how = {"img_channels": CHANNELS, "img_resolution": SIDE, "vae": vae()}
+        net = wrap(bare, lambda model, x, sigma, labels, scale=scale: scale * x, **how)
+        found = evaluate(net, data=photos, metrics="kid", n=4, steps=2).records[0]
+        want = evaluate(sample(net, 4, steps=2), data=photos, metrics="kid").records[0]
+        assert found.images_sha256 == want.images_sha256

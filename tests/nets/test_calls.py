@@ -11,7 +11,7 @@ from torch import nn
 from gddlab.errors import GddlabError
 from gddlab.nets import PURE, Call, Conditioning, Path
 from gddlab.teachers import wrap
-from tests.models import CHANNELS, FACTOR, NETWORKS, PIPELINES, SIDE, STABLE_DIFFUSION, network, pipeline
+from tests.models import CHANNELS, FACTOR, NETWORKS, NEWER, PIPELINES, SIDE, STABLE_DIFFUSION, network, pipeline
 
 ABAR = diffusers.DDPMScheduler().alphas_cumprod
 
@@ -126,6 +126,54 @@ def test_true_guidance_of_flux_is_two_calls():
     assert relative(net.call.pack(x), wanted.double()) < 1e-5
 
 
+@pytest.mark.parametrize("guidance", [None, 4.0])
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_pipelines_are_walked_too(name, guidance):
+    pipe, call = pipeline(name)
+    if guidance is None:
+        call |= {"true_cfg_scale": 1.0} if name == "qwen" else {"guidance_scale": 1.0}
+    wanted, seen = latents_of(pipe, call)
+    cond = Conditioning.record(pipe, **call)
+    assert (cond.negative is None) == (guidance is None) and cond.shape == (CHANNELS, SIDE, SIDE)
+    net = wrap(pipe, cond=cond, guidance=guidance)
+    sigmas = [net.path.sigma(t) for _, t in seen[:: 2 if guidance and not net.call.doubled else 1]]
+    x = net.call.unpack(seen[0][0][:1], cond.shape).double() * PURE
+    with torch.no_grad():
+        for sigma, lower in itertools.pairwise([*sigmas, 0.0]):
+            image = net(x, sigma)
+            x = image + lower / PURE * x if sigma >= PURE else image + lower / sigma * (x - image)
+    assert relative(net.call.pack(x), wanted.double()) < 1e-5
+    if guidance:
+        assert net.branches == net.call.order and (", rescaled" in repr(net.card)) == (name != "auraflow")
+        plain = dataclasses.replace(net.call, rescale=False)
+        assert (relative(wrap(net, call=plain)(x, 1.0), net(x, 1.0)) > 1e-3) == (name != "auraflow")
+
+
+def test_a_mask_of_one_branch_is_all_ones_in_the_other():
+    pipe, call = pipeline("qwen")
+    shorter = call["negative_prompt_embeds"][:, :5]
+    cond = Conditioning.record(pipe, **call | {"negative_prompt_embeds": shorter, "negative_prompt_embeds_mask": None})
+    assert cond.negative["encoder_hidden_states_mask"].tolist() == [[1] * 5]
+    assert cond.rows["encoder_hidden_states_mask"].tolist() == [[1] * 5 + [0] * 2]
+    x = torch.randn(1, CHANNELS, SIDE, SIDE)
+    with torch.no_grad():
+        found = wrap(pipe, cond=cond, guidance=2.0)(x, 1.0)
+        without = {"encoder_hidden_states": shorter}
+        net = wrap(pipe, cond=Conditioning(without))
+        c = net.path.coefficients(torch.ones(1, 1, 1, 1))
+        parts = [(wrap(pipe, cond=w)(x, 1.0) - c.c_skip * x) / c.c_out for w in (cond, Conditioning(without))]
+        guided = net.call.pack(parts[1] + 2 * (parts[0] - parts[1]))
+        guided *= net.call.pack(parts[0]).norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        assert relative(found, c.c_skip * x + c.c_out * net.call.unpack(guided, (CHANNELS, SIDE, SIDE))) < 1e-5
+
+
+def test_qwen_networks_for_several_images_are_refused():
+    with pytest.raises(GddlabError, match="with zero_cond_t is given more than one image: give denoise="):
+        Call.of(network("qwen", zero_cond_t=True))
+    with pytest.raises(GddlabError, match=r"unknown places 'ids'"):
+        Call(places="ids")
+
+
 PREDICTIONS = [
     (diffusers.DDPMScheduler, {"prediction_type": p, "clip_sample": False})
     for p in ("epsilon", "v_prediction", "sample")
@@ -192,10 +240,13 @@ def test_the_image_is_that_of_edms_scheduler(prediction):
     scheduler.set_timesteps(5)
     x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     for i, sigma in enumerate(scheduler.sigmas[:-1].double()):
+        time = model.path.time(sigma[None])
+        # the scheduler takes the logarithm in float32: near sigma 1, where it is 0, that is absolute, not relative
+        assert time.item() == pytest.approx(scheduler.timesteps[i].item(), rel=1e-6, abs=1e-7)
         with torch.no_grad():
-            answer = net(scheduler.precondition_inputs(x * sigma, sigma), scheduler.timesteps[i]).sample
+            answer = net(scheduler.precondition_inputs(x * sigma, sigma), time).sample
             wanted = scheduler.precondition_outputs(x * sigma, answer, sigma)
-            assert relative(model(x * sigma, sigma), wanted) < 1e-5  # its times are float32
+            assert relative(model(x * sigma, sigma), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 6)])
@@ -319,3 +370,21 @@ def test_the_table_speaks_of_pixels_and_latents():
     assert FACTOR * SIDE == 16
     with pytest.raises(GddlabError, match="order="):
         Call(order=("cond", "cond"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sample": 3}, "sample=3: give the name of an argument"),
+        ({"time": ""}, "time='': give the name of an argument"),
+        ({"needs": (1,)}, "needs=1: give the name"),
+        ({"patch": 2.5}, "patch=2.5: give a whole number"),
+        ({"null": -1}, "null=-1: give a whole number"),
+        ({"time_scale": float("nan")}, "time_scale=nan: give a number above 0"),
+        ({"time_scale": 0}, "time_scale=0: give a number above 0"),
+    ],
+)
+def test_calls_are_checked_when_they_are_made(given, says):
+    with pytest.raises(GddlabError, match=says):
+        Call(**given)
+    assert Call(needs="words").needs == ("words",)

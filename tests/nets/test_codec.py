@@ -8,7 +8,7 @@ import torch
 from gddlab.errors import GddlabError
 from gddlab.nets import Codec
 from gddlab.nets.codec import EDM2
-from tests.models import deep_vae, network, vae
+from tests.models import deep_vae, network, vae, video_vae
 
 
 def made(**changes):
@@ -100,3 +100,32 @@ def test_parts_do_not_change_the_latents(monkeypatch):
         monkeypatch.setattr("gddlab.nets.codec.PIXELS", 2 * 16 * 16)
         parts = codec.encode(images), codec.decode(codec.encode(images))
     torch.testing.assert_close(parts, whole)
+
+
+def test_an_image_is_one_frame_of_a_video():
+    own = video_vae()
+    codec = Codec.of(own)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (own.config.latents_mean, own.config.latents_std))
+    with torch.no_grad():
+        latents = codec.encode(images)
+        want = (own.encode(images[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        torch.testing.assert_close(latents, want)
+        torch.testing.assert_close(codec.decode(latents), own.decode((want * std + mean)[:, :, None]).sample[:, :, 0])
+    assert (codec.channels, codec.factor) == (4, 2) and codec.decode(latents).shape == images.shape
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(0, 3, 16, 16), [1], None])
+def test_what_is_no_image_is_refused(x):
+    codec = Codec.of(vae())
+    with pytest.raises(GddlabError, match=r"images.*: this codec takes a tensor, \(n, 3, height, width\)"):
+        codec.encode(x)
+    with pytest.raises(GddlabError, match=r"latents.*: this codec takes a tensor, \(n, 4, height, width\)"):
+        codec.decode(x)
+
+
+def test_a_damaged_configuration_is_refused():
+    own = vae()
+    own.register_to_config(scaling_factor="x")
+    with pytest.raises(GddlabError, match="AutoencoderKL whose configuration is damaged"):
+        Codec.of(own)

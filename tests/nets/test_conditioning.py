@@ -159,3 +159,24 @@ def test_classes_are_ids_and_none_is_the_last():
             Conditioning.classes(ids, of=net)
     with pytest.raises(GddlabError, match="takes no class ids"):
         Conditioning.classes([1], of=network("sd"))
+
+
+@pytest.mark.parametrize("given", [{"a": [1, 2]}, torch.zeros(2), "a", {"a": "b"}])
+def test_conditioning_is_of_tensors(given):
+    with pytest.raises(GddlabError, match="give tensors by name"):
+        Conditioning(given)
+    with pytest.raises(GddlabError, match=r"with negative=.*: give tensors by name"):
+        Conditioning({"a": torch.zeros(2)}, negative=given)
+
+
+def test_negative_rows_are_as_many():
+    with pytest.raises(GddlabError, match="one row per image"):
+        Conditioning({"a": torch.zeros(2, 3)}, negative={"a": torch.zeros(1, 3)})
+
+
+def test_weights_are_no_conditioning(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GddlabError, match="holds no conditioning: give a file"):
+        Conditioning.load(tmp_path / "a.safetensors")

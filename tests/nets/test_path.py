@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -284,3 +285,20 @@ def test_steps_beyond_pure_noise_are_none() -> None:
 )
 def test_a_path_in_words(path: Path, says: str) -> None:
     assert str(path) == says
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), math.inf, "a", None, True])
+def test_numbers_of_a_path_are_checked(scale):
+    with pytest.raises(GddlabError, match=r"time_scale=.*: give a number above 0"):
+        Path.flow(scale)
+    with pytest.raises(GddlabError, match=r"sigma_data=.*: give a number above 0"):
+        Path.edm(scale)
+
+
+@pytest.mark.parametrize("t", ["a", None, float("nan"), math.inf])
+def test_times_are_numbers(t):
+    for path in (Path.flow(1000.0), Path.edm(), Path.vp([0.9, 0.5])):
+        with pytest.raises(GddlabError, match=r"t=.*: give a number"):
+            path.sigma(t)
+    assert Path.edm().sigma(1e6) > 1e300
+    assert Path.edm().sigma(torch.tensor(0.0)) == 1.0

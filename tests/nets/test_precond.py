@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError, NotFound
@@ -80,6 +81,9 @@ def test_refusals(tmp_path: Path) -> None:
         from_edm("EDMPrecond", **TINY, num_blcks=3)
     with pytest.raises(NotFound):
         load_network(tmp_path / "none.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GddlabError, match="does not say its architecture"):
+        load_network(tmp_path / "theirs.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(GddlabError, match="not a whole safetensors file"):
         load_network(tmp_path / "bad.safetensors")

@@ -1,6 +1,7 @@
 """Networks of pipelines: what they are shown, in which numbers, and where."""
 
 import copy
+import inspect
 import itertools
 import re
 
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from gddlab import lens, sample, trace
+import gddlab
+from gddlab import lens, patch, sample, trace
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.nets import PURE, Codec, Conditioning, Path
-from gddlab.nets.denoiser import Wrapped
+from gddlab.nets.denoiser import Wrapped, data_std
+from gddlab.nets.io import make_student
 from gddlab.probing import estimate, probe
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.result import network_meta
 from gddlab.teachers import wrap
-from tests.models import CHANNELS, NETWORKS, SIDE, network, pipeline, vae
+from tests.models import CHANNELS, NETWORKS, NEWER, SIDE, network, pipeline, vae
 from tests.probing.networks import tiny
 
 CPU = torch.device("cpu")
@@ -38,7 +41,7 @@ def wrapped(name, n=2, **options):
 
 
 def values(result):
-    return torch.tensor(result.frame.value.to_numpy())
+    return torch.tensor(result.frame.value.to_numpy(copy=True))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "dit"])
@@ -293,3 +296,152 @@ def test_a_trace_compares_images():
     bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
     with pytest.raises(GddlabError, match="makes latents, and images are compared here"):
         trace(bare, 2, layers="conv_out", n=2, mode="resample", extractor=None, progress=False)
+
+
+TIMED = {
+    "probe": {"layers": "conv_in", "stats": "rms"},
+    "ablate": {"layers": "conv_in", "mode": "zero"},
+    "attribute": {"layers": "conv_in", "method": "LayerActivation"},
+    "grad_probe": {"layers": "conv_in", "batch_size": 2},
+    "decode": {"layers": "conv_in", "n": 3, "held_out": 2, "dims": 2, "targets": "noise"},
+    "lens": {"layers": "conv_in"},
+    "trace": {"layers": "conv_in", "mode": "zero", "extractor": None},
+}
+LEVELS = {"probe", "estimate", "patch", *TIMED}
+"""The public calls that take noise levels."""
+
+
+def test_every_call_that_takes_noise_levels_takes_times():
+    public = {name: getattr(gddlab, name) for name in gddlab.__all__}
+    taking = {
+        name
+        for name, call in public.items()
+        if inspect.isfunction(call)
+        and any(p.annotation == "Timesteps" for p in inspect.signature(call).parameters.values())
+    }
+    assert taking == LEVELS
+    assert all("unit" in inspect.signature(public[name]).parameters for name in LEVELS)
+
+
+@pytest.mark.filterwarnings("ignore:.*readouts")
+@pytest.mark.parametrize("name", TIMED)
+def test_noise_levels_are_times_in_every_call(name, photos):
+    net, options = wrapped("sd"), {"n": 2, "progress": False} | TIMED[name]
+    how = {"steps" if name == "trace" else "timesteps": [900, 500, 100], "unit": "t"}
+    options |= {} if name == "trace" else {"data": photos}
+    found = getattr(gddlab, name)(net, **how, **options)
+    assert list(found.sigmas) == [net.path.sigma(t) for t in (900, 500, 100)]
+    own = {"img_channels": CHANNELS, "img_resolution": SIDE, "vae": net.codec}
+    without = wrap(net.gddlab_bare, lambda model, x, sigma, labels: x, **own)
+    with pytest.raises(GddlabError, match="this network has no time of its own"):
+        getattr(gddlab, name)(without, **how, **options)
+
+
+def test_the_lens_shows_default_levels_within_the_range(photos):
+    net = wrapped("sd")
+    for unit in ("sigma", "t"):
+        found = lens(net, unit=unit, data=photos, layers="conv_in", n=1, progress=False)
+        assert list(found.sigmas) == pytest.approx([net.sigma_max, 5.0, 1.0, 0.2], rel=1e-6)
+
+
+def test_times_have_no_use_without_noise_levels():
+    net = tiny()
+    with pytest.raises(GddlabError, match="unit= has no use with a loss of your own"):
+        gddlab.grad_probe(net, lambda net: 0, [], unit="t")
+    with pytest.raises(GddlabError, match="this network has no time of its own"):
+        trace(make_student(net), unit="t", n=2, progress=False)
+
+
+def test_patches_take_times():
+    teacher = tiny()
+    student = make_student(teacher)
+    teacher.path = Path.edm()
+    how = {"layers": "model.enc.8x8_block0.conv0", "n": 2, "data": "digits", "progress": False}
+    assert patch(student, teacher, into="teacher", timesteps=[0.0], unit="t", **how).sigmas == [1.0]
+
+
+def test_losses_are_weighted_by_the_data_of_the_network(photos):
+    how = {"data": photos, "layers": "conv_in", "n": 2, "progress": False}
+    latent, shown = wrapped("sd"), {"img_channels": CHANNELS, "img_resolution": SIDE}
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=0.7)
+    stretched = wrap(latent.gddlab_bare, path=Path.of(scheduler), cond=latent.cond, vae=latent.codec)
+    assert [data_std(net) for net in (latent, stretched, tiny(), tiny(sigma_data=0.25))] == [1.0, 0.7, 0.5, 0.25]
+    assert data_std(wrap(tiny(sigma_data=0.25, label_dim=2), guidance=2.0)) == 0.25
+    assert data_std(wrap(torch.nn.Identity(), lambda m, x, s, c: x, **shown)) == 0.5
+    for net, s in ((latent, 1.0), (stretched, 0.7)):
+        found = gddlab.ablate(net, [2.0, 0.5], mode="zero", **how)
+        assert found.meta["sigma_data"] == s
+        inputs = Inputs(net, [2.0, 0.5], data=photos, n=2)
+        x, sigma, labels = inputs.rows(0, 2, device=CPU)
+        with torch.no_grad():
+            intact = net(x, sigma, labels)
+            handle = net.gddlab_bare.conv_in.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
+            changed = (net(x, sigma, labels) - intact).square().mean((1, 2, 3))
+            handle.remove()
+        weight = (sigma**2 + s**2) / (s * sigma) ** 2
+        want = (weight * changed).sqrt().reshape(2, 2).mean(0)
+        np.testing.assert_allclose(found.pivot("ablation_output_zero").to_numpy()[0], want.numpy(), rtol=1e-4)
+        gradients = gddlab.grad_probe(net, timesteps=[2.0, 0.5], batch_size=2, **how).pivot("fisher").to_numpy()[0]
+        with torch.enable_grad():
+            clean = inputs.clean(0, 2).repeat_interleave(2, 0)
+            weights = [*net.gddlab_bare.conv_in.parameters()]
+            for k in range(2):
+                error = (net(x, sigma, labels) - clean).square().mean((1, 2, 3))
+                parts = torch.autograd.grad((weight * error)[k::2].mean(), weights)
+                squares = sum(g.double().square().sum() for g in parts) / sum(w.numel() for w in weights)
+                assert gradients[k] == pytest.approx(squares.item(), rel=1e-3)
+        attributed = gddlab.attribute(net, [2.0, 0.5], method="LayerConductance", steps=2, **how)
+        assert attributed.meta["sigma_data"] == s
+
+
+def test_attention_may_be_fused_between_two_probes():
+    net = wrapped("sd")
+    how = LINEAR | {"layers": "attention"}
+    apart = probe(net, [3.0, 0.5], **how)
+    outputs = {name: frame for name, frame in apart.frame.groupby("layer") if name.endswith("to_out.0")}
+    net.gddlab_bare.fuse_qkv_projections()
+    fused = probe(net, [3.0, 0.5], **how)
+    names = {*fused.frame.layer}
+    assert any(n.endswith("attn1.to_qkv") for n in names) and any(n.endswith("attn2.to_kv") for n in names)
+    assert not any(n.endswith(("attn1.to_q", "attn2.to_k")) for n in names) and "not_run" not in fused.meta
+    for name, frame in outputs.items():
+        after = fused.frame[fused.frame.layer == name]
+        np.testing.assert_allclose(after.value, frame.value, rtol=1e-4)
+    with pytest.raises(GddlabError, match="did not run"):
+        probe(net, [3.0], **how | {"layers": next(n for n in names if n.endswith("to_qkv")).replace("to_qkv", "to_q")})
+
+
+def test_attention_processors_do_not_change_what_is_measured():
+    from diffusers.models import attention_processor
+
+    net = wrapped("sd")
+    found = []
+    for kind in ("AttnProcessor2_0", "AttnProcessor"):
+        net.gddlab_bare.set_attn_processor(getattr(attention_processor, kind)())
+        found.append(probe(net, [3.0, 0.5], **LINEAR | {"layers": "all"}))
+    assert list(found[0].frame.layer) == list(found[1].frame.layer)
+    torch.testing.assert_close(values(found[0]), values(found[1]), rtol=1e-4, atol=0)
+
+
+def test_checkpointed_blocks_have_the_same_gradients(photos):
+    net = wrapped("sd3")
+    how = {"data": photos, "layers": "attention", "n": 2, "batch_size": 2, "progress": False}
+    plain = gddlab.grad_probe(net, timesteps=[3.0, 0.5], **how)
+    net.gddlab_bare.enable_gradient_checkpointing()
+    again = gddlab.grad_probe(net, timesteps=[3.0, 0.5], **how)
+    assert list(again.frame.layer) == list(plain.frame.layer)
+    keep = plain.frame.stat.isin(["fisher", "taylor"]).to_numpy()
+    torch.testing.assert_close(values(again)[keep], values(plain)[keep], rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_networks_are_measured_with_every_preset(name):
+    pipe, call = pipeline(name, 2)
+    net = wrap(pipe, cond=Conditioning.record(pipe, **call), guidance=4.0)
+    assert net.latent and data_std(net) == 1.0
+    for preset in ("block", "attention", "mlp", "modulation", "norm", "linear", "all"):
+        how = {"states": "prior", "layers": preset, "n": 2, "progress": False}
+        found = probe(net, [3.0, 0.5], branch="all", stream="all", stats="rms", **how)
+        assert {*found.frame.branch} == {"cond", "uncond"} and np.isfinite(found.frame.value).all()
+    ablated = gddlab.ablate(net, [3.0], mode="zero", **how | {"layers": "block"})
+    assert (ablated.frame.value > 0).all()

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from gddlab.nets.bare import unwrap
 from gddlab.nets.dit import Attention
-from gddlab.probing import select_layers
+from gddlab.probing import null, select_layers
 from gddlab.probing.layers import (
     ROLES,
     anatomy,
     depth_of,
     inventory,
+    is_adapter,
     named_layers,
     owner_of,
     parameter_table,
@@ -25,6 +27,7 @@ from gddlab.probing.layers import (
     transformer_blocks,
     type_of,
 )
+from tests.models import NEWER, network, zimage
 from tests.probing.families import FAMILIES, ROWS, TEXT, TRANSFORMERS, authors_dit
 from tests.probing.networks import tiny
 
@@ -43,6 +46,11 @@ def roles_of(net):
 
 def unknown_in(net):
     return [p for p, role in roles_of(net).items() if role not in ROLES and role_of(p) not in ROLES]
+
+
+@pytest.mark.parametrize("name", [*NEWER, "zimage"])
+def test_every_parameter_of_newer_networks_has_a_role(name):
+    assert unknown_in(zimage() if name == "zimage" else network(name)) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -438,9 +446,53 @@ def adapted(net):
 def test_lora_leaves_names_as_they_were():
     plain, net = authors_dit(2, 16, 10), adapted(authors_dit(2, 16, 10))
     assert plain_name("base_model.model.blocks.0.attn.qkv.base_layer.weight") == "blocks.0.attn.qkv.weight"
+    assert plain_name("a.base_layer.base_layer.bias") == "a.bias" and plain_name("a.base_layer") == "a"
     assert parameter_table(net) == parameter_table(plain)
     for preset in ("attention", "linear", "all", "block"):
         assert names(net, preset) == names(plain, preset)
     assert named_layers(net)["blocks.0.attn.qkv"] is net.blocks[0].attn.qkv  # what runs, with what it adds
     whole = nn.ModuleDict({"base_model": nn.ModuleDict({"model": net})})
     assert parameter_table(whole) == parameter_table(plain)
+
+
+class LoraModel(nn.Module):
+    """In the form of PEFT's tuners, which are known by the class that they are made from."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+class PeftModel(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = type("LoHaModel", (type("BaseTuner", (LoraModel,), {}),), {})(model)
+
+
+def test_networks_are_found_inside_of_any_tuner():
+    net = authors_dit(2, 16, 10)
+    assert unwrap(PeftModel(net)) is net
+    assert all(is_adapter(f"blocks.0.attn.qkv.{n}") for n in ("lora_A.default", "hada_w1_a.default", "ia3_l.default"))
+    assert not is_adapter("loras.conv")
+
+
+def test_networks_of_diffusers_are_made_anew_by_their_class():
+    for name in ("sd3", "pixart", "flux"):
+        net = network(name)
+        for p in net.parameters():
+            nn.init.normal_(p.data, mean=3.0)
+        anew = null(net, "init", seed=1)
+        torch.manual_seed(1)
+        fresh = dict(type(net).from_config(net.config).named_parameters())
+        found = dict(anew.named_parameters())
+        begun = [n for n, p in fresh.items() if p.ndim < 2 or p.square().mean().sqrt() > 0.01]
+        assert len(begun) > len(found) / 2
+        for n in begun:
+            torch.testing.assert_close(found[n], fresh[n])
+    net = network("sd3")
+    net.transformer_blocks[0].attn.to_q = Adapted(net.transformer_blocks[0].attn.to_q)
+    made = null(net, "init", seed=1).transformer_blocks[0].attn.to_q
+    torch.manual_seed(1)
+    fresh = type(net).from_config(net.config).transformer_blocks[0].attn.to_q
+    torch.testing.assert_close(made.base_layer.weight, fresh.weight)
+    assert not torch.equal(made.lora_A["default"].weight, net.transformer_blocks[0].attn.to_q.lora_A["default"].weight)

@@ -22,13 +22,15 @@ from PIL import Image
 from gddlab.datasets import open_dataset
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_json
-from gddlab.nets import save_network
+from gddlab.nets import Conditioning, save_network
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample, sample_files
 from gddlab.sampling.grid import to_uint8
 from gddlab.sampling.to_files import FolderTarget, ZipTarget, encode
+from gddlab.teachers import load_teacher, wrap
 from gddlab.workers import run_workers
 from tests.conftest import tiny_net
+from tests.models import SIDE, pipeline, vae
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -307,3 +309,40 @@ def test_disk_full_and_broken_weights(student, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(GddlabError, match=r"cannot write n.zip.parts/part-000000.zip \(No space left on device\)"):
             sample_files(student, tmp_path / "n.zip", 2)
     assert sample_files(student, tmp_path / "n.zip", 2).exists()
+
+
+def test_latents_of_a_pipeline_are_decoded(tmp_path: Path) -> None:
+    pipe, call = pipeline("sd", 2)
+    net = wrap(pipe, cond=Conditioning.record(pipe, **call), img_resolution=SIDE)
+    out = sample_files(net, tmp_path / "a", 3, steps=2, batch_size=2)
+    images = sample(net, 3, steps=2, batch_size=2)
+    assert images.shape[1:] == (3, 2 * SIDE, 2 * SIDE)
+    assert np.array_equal(folder_pixels(out), to_uint8(images).permute(0, 2, 3, 1).numpy())
+    manifest = read_json(out / "manifest.json")
+    assert (manifest["channels"], manifest["resolution"], manifest["classes"]) == (3, 2 * SIDE, 2)
+    assert manifest["extra"]["cond"] == net.cond.hash and "architecture" not in manifest["extra"]
+    assert read_json(out / "dataset.json")["labels"][2] == ["000002.png", 0]  # prompts in turn
+    sample_files(net, out, 3, steps=2, batch_size=2)  # continues
+    for other in (wrap(net, guidance=2.0), wrap(net, cond=net.cond[[1, 0]]), wrap(net, vae=vae(0.2))):
+        with pytest.raises(GddlabError, match="was made with"):
+            sample_files(other, out, 3, steps=2, batch_size=2)
+    bare = wrap(net.gddlab_bare, path=net.path, cond=net.cond)
+    with pytest.raises(GddlabError, match="no autoencoder is known: give gddlab"):
+        sample_files(bare, tmp_path / "b", 1)
+
+
+def test_a_folder_of_diffusers_is_sampled(tmp_path: Path) -> None:
+    pipe, _ = pipeline("dit")
+    pipe.save_pretrained(tmp_path / "dit")
+    out = sample_files(tmp_path / "dit", tmp_path / "b.zip", seeds=[5, 1003], steps=2)
+    found = open_dataset(out)
+    assert (found.channels, found.resolution, found.classes) == (3, 2 * SIDE, 1000)
+    assert sorted(found.class_ids.tolist()) == [3, 5]
+    images = to_uint8(sample(load_teacher(tmp_path / "dit"), seeds=[1003, 5], steps=2, batch_size=1))
+    for made in found.uint8:
+        nearest = min(np.abs(made.astype(int) - x.permute(1, 2, 0).numpy()).max() for x in images)
+        assert nearest <= 1
+    text, _ = pipeline("sd")
+    text.save_pretrained(tmp_path / "sd")
+    with pytest.raises(GddlabError, match="give wrap cond="):
+        sample_files(tmp_path / "sd", tmp_path / "c", 1)

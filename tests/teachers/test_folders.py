@@ -4,9 +4,10 @@ import shutil
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gddlab
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import Codec, Conditioning, Precond
 from gddlab.teachers import load_precond, load_teacher, wrap
 from tests.models import CHANNELS, SIDE, network, pipeline, vae
@@ -131,3 +132,38 @@ def test_own_teachers_take_an_autoencoder():
         gddlab.load_teacher("digits", vae=vae())
     one = gddlab.load_teacher("digits", vae=Codec.of(vae(latent_channels=1)))
     assert one.latent and one.codec.channels == 1
+
+
+def test_a_folder_needs_no_index(tmp_path, folder):
+    shutil.copytree(folder("dit"), tmp_path / "dit")
+    (tmp_path / "dit" / "model_index.json").unlink()
+    assert load_teacher(tmp_path / "dit").path == load_teacher(folder("dit")).path
+    with pytest.raises(GddlabError, match="says what network it holds: omit family and heads"):
+        load_teacher(folder("dit"), family="dit")
+    with pytest.raises(NotFound, match=r"nowhere holds no config\.json"):
+        load_teacher(folder("dit"), vae=str(tmp_path / "nowhere"))
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path, folder):
+    shutil.copytree(folder("dit"), tmp_path / "dit")
+    file = tmp_path / "dit" / "transformer" / "diffusion_pytorch_model.safetensors"
+    held = load_file(file)
+    del held["proj_out_1.weight"]
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(GddlabError, match=r"transformer lacks 1 tensors, proj_out_1\.weight the first"):
+        load_teacher(tmp_path / "dit")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "a DDIMScheduler cannot be made .odd is not"),
+        ("vae/config.json", {"scaling_factor": "x"}, "AutoencoderKL whose configuration is damaged"),
+    ],
+)
+def test_damaged_configurations_are_refused(tmp_path, folder, file, change, says):
+    shutil.copytree(folder("dit"), tmp_path / "dit")
+    config = json.loads((tmp_path / "dit" / file).read_text())
+    (tmp_path / "dit" / file).write_text(json.dumps(config | change))
+    with pytest.raises(GddlabError, match=says):
+        load_teacher(tmp_path / "dit")

@@ -268,3 +268,103 @@ def test_a_prompt_that_is_longer_than_its_negative_one_needs_two_calls():
 def test_names_are_public():
     assert (gddlab.Call, gddlab.Conditioning, gddlab.Path, gddlab.wrap) == (Call, Conditioning, Path, wrap)
     assert isinstance(tiny_net(), Denoiser) and isinstance(wrap(nn.Identity(), lambda m, x, s, c: x), Denoiser)
+
+
+CLUMSY = {
+    "a flow of a scheduler without": (
+        lambda pipe, cond: wrap(pipe, cond=cond, prediction="flow_prediction"),
+        "DDIMScheduler does not walk along a flow",
+    ),
+    "embeddings as prompts": (lambda pipe, cond: wrap(pipe, cond=torch.zeros(1, 7, 16)), "cond=<Tensor>: give prompts"),
+    "a number as prompts": (lambda pipe, cond: wrap(pipe, cond=3), "cond=3: give prompts"),
+    "prompts without a tokenizer": (
+        lambda pipe, cond: wrap(pipe, cond=["a cat"]),
+        "has no tokenizer for prompts",
+    ),
+    "conditioning of another network": (
+        lambda pipe, cond: wrap(pipe, cond=Conditioning({**cond.rows, "pooled": torch.zeros(2, 3)}))(X, 1.0),
+        r"cannot be called with sample \(2, 4, 8, 8\).*unexpected keyword argument 'pooled'",
+    ),
+    "conditioning of another width": (
+        lambda pipe, cond: wrap(pipe, cond=Conditioning({"encoder_hidden_states": torch.zeros(2, 7, 9)}))(X, 1.0),
+        r"encoder_hidden_states \(2, 7, 9\) \(.*shapes.*\): give wrap the cond= of this network",
+    ),
+    "another name of the rows": (
+        lambda pipe, cond: wrap(pipe, cond=cond, call=Call(sample="x"))(X, 1.0),
+        "unexpected keyword argument 'x'",
+    ),
+    "rows of other channels": (
+        lambda pipe, cond: wrap(pipe, cond=cond)(X[:, :3], 1.0),
+        r"x is \(2, 3, 8, 8\): this network",
+    ),
+    "rows as a list": (lambda pipe, cond: wrap(pipe, cond=cond)([1], 1.0), r"x=\[1\]: this network takes a tensor"),
+    "labels as a list": (
+        lambda pipe, cond: wrap(pipe, cond=cond)(X, 1.0, [0, 1]),
+        r"class_labels=\[0, 1\]: give one-hot",
+    ),
+    "branches twice": (
+        lambda pipe, cond: wrap(nn.Identity(), lambda model, x, sigma, class_labels: x, branches=("cond", "cond")),
+        "give each name once",
+    ),
+    "no weights to measure": (
+        lambda pipe, cond: gddlab.probe(
+            wrap(network("sd").to("meta"), scheduler=DDPM, cond=cond), [1.0], states="prior", layers="conv_in", n=1
+        ),
+        'the network is on "meta", it has no weights',
+    ),
+    "no weights to sample": (
+        lambda pipe, cond: gddlab.sample(wrap(network("sd").to("meta"), scheduler=DDPM, cond=cond), 1, decode=False),
+        'the network is on "meta", it has no weights',
+    ),
+    "no times": (
+        lambda pipe, cond: gddlab.probe(wrap(pipe, cond=cond), 0, unit="t", states="prior", layers="conv_in", n=1),
+        "timesteps=0: give at least 1",
+    ),
+}
+X = torch.zeros(2, CHANNELS, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("what", CLUMSY)
+def test_clumsy_input_is_refused_in_one_line(what):
+    run, says = CLUMSY[what]
+    with pytest.raises(GddlabError, match=says) as caught:
+        run(*conditioned("sd"))
+    assert "\n" not in str(caught.value)
+
+
+def test_running_out_of_memory_is_not_bad_input():
+    net = wrap(*conditioned("sd")[:1], cond=conditioned("sd")[1])
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    net.gddlab_bare.conv_in.register_forward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        net(X, 1.0)
+
+
+def test_a_wrapped_network_is_given_another_path():
+    pipe, cond = conditioned("sd")
+    net = wrap(pipe, cond=cond)
+    assert wrap(net, scheduler=FLOW).path == Path.flow(1000.0)
+    assert wrap(net, prediction="v_prediction").path == dataclasses.replace(net.path, prediction="v_prediction")
+    assert wrap(net, alphas_cumprod=[0.9, 0.1], prediction="sample").path == Path.vp([0.9, 0.1], "sample")
+    assert wrap(net, scheduler=FLOW).sigma_max == PURE and wrap(net, sigma_max=5.0, prediction="sample").sigma_max == 5
+    assert wrap(wrap(net, sigma_max=5.0), prediction="sample").sigma_max == 5
+    assert wrap(net).path == net.path
+    with pytest.raises(GddlabError, match="with a vp path: give path="):
+        wrap(net, prediction="flow_prediction")
+    with pytest.raises(GddlabError, match="scheduler= has no use with path="):
+        wrap(net, scheduler=DDPM, path=Path.flow())
+
+
+@pytest.mark.parametrize("kind", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_networks_inside_of_others_are_the_same(kind):
+    pipe, cond = conditioned("sd")
+    how = {"states": "prior", "layers": "conv_in", "stats": "rms", "n": 2, "progress": False}
+    other = wrap(kind(pipe.unet), scheduler=pipe.scheduler, cond=cond)
+    wanted = gddlab.probe(wrap(pipe, cond=cond), [1.0], **how)
+    assert gddlab.probe(other, [1.0], **how).frame.equals(wanted.frame)
+    pipe.unet.train()
+    trained = wrap(pipe, cond=cond)
+    assert gddlab.probe(trained, [1.0], **how).frame.equals(wanted.frame) and pipe.unet.training
