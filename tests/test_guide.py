@@ -175,6 +175,43 @@ def test_every_family_has_a_line() -> None:
     assert len(FILES) == 3
 
 
+def test_blocks_of_ones_own_are_measured_guided_and_frozen_as_the_page_says() -> None:
+    from torch import Tensor, nn
+
+    import gddlab
+
+    class Own(nn.Module):
+        """Predicts noise - image of 1x8x8 pixels, told a class of ten, 10 for none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.out, self.classes = nn.Linear(4, 12), nn.Linear(12, 4), nn.Embedding(11, 12)
+            mlps = [nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)) for _ in range(2)]
+            self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(12), "mlp": mlp}) for mlp in mlps)
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            h = self.patch(nn.functional.unfold(x, 2, stride=2).mT) + (self.classes(y) + t[:, None])[:, None]
+            for layer in self.layers:
+                h = h + layer["mlp"](layer["norm"](h))
+            return nn.functional.fold(self.out(h).mT, x.shape[-2:], 2, stride=2)
+
+    text = (NOTEBOOKS / "guide" / "your_model.md").read_text()
+    made = re.findall(r"```py\n(call = .*?)```", text, re.DOTALL)[0].replace("...", "img_channels=1, img_resolution=8")
+    given: dict[str, Any] = {"gddlab": gddlab, "network": Own()}
+    exec(made, given)
+    net = given["net"]
+    assert net.branches == ("uncond", "cond") and net.guidance == 4.0
+    asked: dict[str, Any] = {"states": "prior", "n": 2, "progress": False}
+    blocks = gddlab.probe(net, [10.0, 1.0], layers="layers.?.mlp", branch="all", stats="rms", **asked)
+    assert {*blocks.frame["layer"]} == {f"layers.{i}.mlp{b}" for i in (0, 1) for b in ("", ":uncond")}
+    assert len(gddlab.ablate(net, [10.0], layers="layers.?.mlp", **asked).frame["layer"].unique()) == 2
+    given["result"] = gddlab.probe(net, [10.0, 1.0], layers="linear", stats="rms", **asked)
+    by_name, by_score = re.findall(r"^mask = (gddlab\.select_freeze\(.*\))$", text, re.MULTILINE)
+    frozen = eval(by_name, given).frozen
+    assert {*frozen} == {n for n, _ in Own().named_parameters() if ".mlp." in n}
+    assert 0 < eval(by_score, given).fraction <= 0.5
+
+
 def test_the_function_for_z_image_is_what_its_pipeline_does() -> None:
     import diffusers
     import torch

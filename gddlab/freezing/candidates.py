@@ -173,7 +173,7 @@ def choose(
     if not groups:
         raise GddlabError(
             f"candidates={describe(candidates)!r} without always_train={describe(always_train)!r} leaves no layer to "
-            "freeze"
+            'freeze: give candidates=, such as "linear", "all" or names'
         )
     return [network.unit(name, layers) for name, layers in groups.items()]
 

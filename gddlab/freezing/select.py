@@ -17,6 +17,7 @@ from gddlab.errors import GddlabError, check_takes, unknown, validated
 from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import FreezeMask, fingerprint
 from gddlab.freezing.strategies import AMONG, RULES, STRATEGIES, UNDERSTOOD, USES, USUAL
+from gddlab.nets.bare import unwrap
 from gddlab.probing import ProbeResult
 from gddlab.probing.layers import LayerSelection, owner_of
 from gddlab.probing.sites import layer_of
@@ -292,8 +293,11 @@ def _all_conv(network: Network, units: Sequence[Unit]) -> list[str]:
 
 
 def _by_function(network: Network, source: Any, function: Callable[[Any], Iterable[str]]) -> list[str]:
-    """Names of parameters, or of layers for all parameters inside, that a function of the source returns."""
-    names = function(source)
+    """Names of parameters, or of layers for all parameters inside, that a function of the source returns.
+
+    Of a network it is given the bare one, whose names are those of the mask.
+    """
+    names = function(unwrap(source) if isinstance(source, nn.Module) else source)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, Iterable):
         raise GddlabError(f"the strategy returned a {type(names).__name__}: return names of parameters or layers")
@@ -475,8 +479,8 @@ def _filled(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what:
     reachable = sum(u.cost(unit) for u in ordered) / whole
     if budget > reachable:
         raise GddlabError(
-            f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of {what}, "
-            f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
+            f"budget={budget:g}: the {len(ordered)} layers that may be frozen and have a score hold {reachable:.4f} of "
+            f"{what}, give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
         )
     room = math.floor(budget * whole + 1e-3)  # a share taken from another mask gives the whole number again
     chosen = fill(ordered, room, unit)

@@ -47,7 +47,7 @@ class Crossing(Probed):
         Args:
             told: The level told; the nearest one measured is taken. The result is that of a probe in which the network
                 is told this level whatever the input's is.
-            sigma: The input's noise level; in the result, the column `sigma` is the level told.
+            sigma: The input's noise level, the nearest one measured; the result's column `sigma` is the level told.
 
         Returns:
             A result without `told`, with all methods of one but `merge`, for which the crossed results are merged

@@ -412,5 +412,8 @@ def dataset_of(model: nn.Module, data: Data, states: str) -> ImageDataset | None
     if data is None:
         data = data_of(getattr(model, "card", None))
     if data is None:
-        raise GddlabError('this network names no dataset: give data=, or states="prior" to probe pure noise')
+        raise GddlabError(
+            'this network names no dataset: give data=, or states="trajectory" for its own sampling, "prior" for pure '
+            "noise"
+        )
     return open_dataset(data)

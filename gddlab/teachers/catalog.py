@@ -278,7 +278,7 @@ def _find(source: str | Path) -> tuple[str, Path]:
                 f"{path} holds a teacher whose training is not finished: the same train_teacher call, gddlab teacher "
                 "train in a shell, continues it"
             )
-        raise GddlabError(f"{path} holds no teacher.safetensors: give a run directory")
+        raise GddlabError(f"{path} holds no teacher.safetensors: give a run directory, or a folder of diffusers")
     if path.exists():
         return "", path
     if name in PUBLISHED:

@@ -420,8 +420,8 @@ def _conditioning(cond: Any, call: Call, pipe: Any, title: str, classes: int) ->
         return Conditioning.of_ids(cond, call, classes)
     if pipe is None:
         raise GddlabError(
-            f"cond={shown(cond)} of a {title} alone: give a gddlab.Conditioning, which "
-            "gddlab.Conditioning.record(pipe, prompts) makes"
+            f"cond={shown(cond)} of a {title} alone: give a gddlab.Conditioning, of its arguments or of a pipeline's "
+            "(gddlab.Conditioning.record); for class ids say which argument takes them, Call(labels=), and label_dim="
         )
     listed = [cond] if isinstance(cond, str) else cond
     if not isinstance(listed, list | tuple) or not all(isinstance(prompt, str) for prompt in listed):
@@ -440,7 +440,8 @@ def _check_guidance(guidance: float, call: Call, cond: Conditioning | None, titl
     if call.scale:
         raise GddlabError(
             f"{said}: a {title} takes its guidance as an input ({call.scale}), recorded with the conditioning: "
-            "omit guidance=, or record negative prompts (negative_prompt=, true_cfg_scale=) for a second branch"
+            "record(pipe, prompts, guidance_scale=...); or record negative prompts (negative_prompt=, true_cfg_scale=) "
+            "for a second branch"
         )
     if cond is not None:
         raise GddlabError(
