@@ -154,7 +154,7 @@ def test_the_card_names_the_data(net):
     result = probe(net, [1.0], n=3)
     assert result.meta["data"]["name"] == "digits"
     net.card = None
-    with pytest.raises(GddlabError, match=r'names no dataset: give data=, or states="prior"'):
+    with pytest.raises(GddlabError, match=r'names no dataset: give data=, or states="trajectory"'):
         probe(net, [1.0], n=3)
 
 
