@@ -114,7 +114,7 @@ def test_what_the_probe_reads():
 def test_the_data_that_it_names_is_probed(pictures):
     model = wrap(Convolutions(), denoise, data=pictures)
     assert probe(model, SIGMAS, n=2, progress=False).meta["data"]["name"] == "pictures"
-    with pytest.raises(GddlabError, match='states="prior"'):
+    with pytest.raises(GddlabError, match='states="trajectory"'):
         probe(wrap(Convolutions(), denoise), SIGMAS, n=2)
 
 
