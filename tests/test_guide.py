@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, Field
 
@@ -206,6 +207,13 @@ def test_blocks_of_ones_own_are_measured_guided_and_frozen_as_the_page_says() ->
     assert {*blocks.frame["layer"]} == {f"layers.{i}.mlp{b}" for i in (0, 1) for b in ("", ":uncond")}
     assert len(gddlab.ablate(net, [10.0], layers="layers.?.mlp", **asked).frame["layer"].unique()) == 2
     given["result"] = gddlab.probe(net, [10.0, 1.0], layers="linear", stats="rms", **asked)
+    whole = {"layers": "layers.?.mlp", "progress": False}
+    assert "correlation" in gddlab.probe(net, [10.0, 1.0], n=4, states="prior", **whole).stats
+    assert len(gddlab.trace(net, 2, n=2, **whole).frame["layer"].unique()) == 2
+    pictures = [np.full((8, 8, 1), 10 * i, np.uint8) for i in range(12)]
+    read = gddlab.decode(net, [1.0], "image", data=pictures, n=8, held_out=4, dims=3, **whole)
+    assert "layers.0.mlp" in {*read.frame["layer"]}
+    assert gddlab.lens(net, [1.0], data=pictures, n=2, **whole).to_frame()["layer"].str.contains("layers.0.mlp").any()
     by_name, by_score = re.findall(r"^mask = (gddlab\.select_freeze\(.*\))$", text, re.MULTILINE)
     frozen = eval(by_name, given).frozen
     assert {*frozen} == {n for n, _ in Own().named_parameters() if ".mlp." in n}

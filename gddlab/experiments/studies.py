@@ -164,22 +164,22 @@ def architectures(s: Subjects) -> Found:
     """
     import pandas as pd
 
-    parts: list[pd.DataFrame] = []
+    frames: list[pd.DataFrame] = []
     sizes: dict[str, Any] = {"layers": "block", "data": s.data, "progress": False}
     for name, net in _teachers(s).items():
-        parts.append(_crossed(name, net, s, "block"))
         parted = ("rel_update_attn", "rel_update_mlp") if isinstance(net, DiTPrecond) else ()
         levels = probe(net, 18, stats=("rel_update", *parted), n=PROBED, nulls=NULLS, null_draws=DRAWS, **sizes)
         nulls = [(kind, i, draw) for kind, draws in levels.nulls.items() for i, draw in enumerate(draws)]
-        for null, draw, result in [("trained", 0, levels), *nulls]:
-            parts.append(result.frame.assign(what="level", network=name, null=null, draw=draw))
         needed = ablate(net, 18, n=ABLATED, **sizes).frame.query("stat == 'ablation_loss_ratio_mean'")
-        parts.append(needed.assign(what="needed", network=name, null="trained", draw=0))
+        parts = [
+            _crossed(name, net, s, "block"),
+            *(r.frame.assign(what="level", null=null, draw=i) for null, i, r in [("trained", 0, levels), *nulls]),
+            needed.assign(what="needed", null="trained", draw=0),
+        ]
+        frame = pd.concat(parts, ignore_index=True).assign(network=name)
         order = {layer: i for i, layer in enumerate(levels.frame["layer"].unique())}
-        for part in parts:
-            if part["network"].iloc[0] == name and "layer" in part:
-                part["position"] = part["layer"].map(order).astype(float) / max(1, len(order) - 1)
-    return Found(_texts(pd.concat(parts, ignore_index=True)), _about_nulls("blocks") | {"ablated": ABLATED})
+        frames.append(frame.assign(position=frame["layer"].map(order) / max(1, len(order) - 1)))
+    return Found(_texts(pd.concat(frames, ignore_index=True)), _about_nulls("blocks") | {"ablated": ABLATED})
 
 
 def _crossed(name: str, net: Precond, s: Subjects, layers: Any) -> pd.DataFrame:
@@ -295,7 +295,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
         ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
-        ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 900.0),
+        ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 1400.0),
         ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
         ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
     )

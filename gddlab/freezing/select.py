@@ -479,8 +479,8 @@ def _filled(ordered: Sequence[Unit], budget: float, whole: int, unit: str, what:
     reachable = sum(u.cost(unit) for u in ordered) / whole
     if budget > reachable:
         raise GddlabError(
-            f"budget={budget:g}: the {len(ordered)} layers that may be frozen and have a score hold {reachable:.4f} of "
-            f"{what}, give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
+            f"budget={budget:g}: the {len(ordered)} layers that may be frozen hold {reachable:.4f} of {what}, "
+            f"give at most {math.floor(reachable * 1e4) / 1e4:.4f}"
         )
     room = math.floor(budget * whole + 1e-3)  # a share taken from another mask gives the whole number again
     chosen = fill(ordered, room, unit)

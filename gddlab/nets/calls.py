@@ -70,10 +70,11 @@ class Call:
         for name in ("needs", "shared"):
             names = getattr(self, name)
             object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
-        listed = ("sample", "time", "labels", "scale"), (*self.needs, *self.shared)
-        for name, value in (*((n, getattr(self, n)) for n in listed[0]), *(("needs", n) for n in listed[1])):
-            if not isinstance(value, str) or (name in ("sample", "time") and not value):
-                raise GddlabError(f"{name}={shown(value)}: give the name of an argument")
+        single = {name: (getattr(self, name),) for name in ("sample", "time", "labels", "scale")}
+        for name, arguments in {**single, "needs": self.needs, "shared": self.shared}.items():
+            for value in arguments:
+                if not isinstance(value, str) or (name in ("sample", "time") and not value):
+                    raise GddlabError(f"{name}={shown(value)}: give the name of an argument")
         whole = {"patch": self.patch, "null": self.null, "guide_channels": self.guide_channels}
         for name, number in whole.items():
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):

@@ -112,8 +112,8 @@ class Path:
             GddlabError: A scheduler of another kind, or a prediction that its schedule does not allow.
         """
         config, name = getattr(scheduler, "config", None), type(scheduler).__name__
-        said = prediction or getattr(config, "prediction_type", None)
         own = getattr(config, "prediction_type", None)
+        said = prediction or own
         flow = "FlowMatch" in name or getattr(config, "use_flow_sigmas", False) or own == "flow_prediction"
         if said == "flow_prediction" and not flow:
             raise GddlabError(

@@ -25,8 +25,7 @@ from gddlab.probing.sites import Site, Sites, View, Window, innermost, layer_of,
 from gddlab.probing.statistics import Given, PerImage, Statistic, declare, stacked
 
 WEIGHT = "lambda = (sigma^2 + s^2) / (s sigma)^2, s the standard deviation of the data (Karras et al. 2022, table 1)"
-"""`meta["sigma_data"]` holds s, see `data_std`."""
-"""For definitions of statistics."""
+"""For definitions of statistics; `meta["sigma_data"]` holds s, see `data_std`."""
 
 
 class AtSite(NamedTuple):

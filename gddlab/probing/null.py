@@ -93,7 +93,8 @@ def _initialise(net: nn.Module, seed: int, g: torch.Generator) -> None:
             for (_, mine), (_, theirs) in zip(net.named_parameters(), fresh.named_parameters(), strict=True):
                 mine.copy_(theirs)
         else:
-            made, bare = _made_anew(unwrap(net)), unwrap(net)
+            bare = unwrap(net)
+            made = _made_anew(bare)
             for name, module in bare.named_modules():
                 own = {plain_name(f"{name}.{n}".lstrip(".")): p for n, p in module.named_parameters(recurse=False)}
                 if own and own.keys() <= made.keys():

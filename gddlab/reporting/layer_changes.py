@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -177,7 +178,7 @@ def draw_told(study: pd.DataFrame, stats: Sequence[str] = ("rms", "rel_update", 
     study = checked(study, ("network", "what", "stat", "varied", "position", "value", "sem"), "architectures")
     rows = study[(study["what"] == "effect") & (study["varied"] == "told")]
     figure, axes = plt.subplots(1, len(stats), figsize=(2.6 * len(stats) + 1.2, 2.9), layout="constrained", sharey=True)
-    colours = dict(zip(dict.fromkeys(rows["network"]), PALETTE, strict=False))
+    colours = dict(zip(dict.fromkeys(rows["network"]), itertools.cycle(PALETTE), strict=False))
     panels = np.atleast_1d(axes)
     for ax, stat in zip(panels, known(list(dict.fromkeys(rows["stat"])), stats, "stat"), strict=True):
         for name, part in rows[rows["stat"] == stat].groupby("network", sort=False):

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from gddlab.errors import GddlabError
 from gddlab.memory import keep_memory
 from gddlab.nets import build, from_edm
 from gddlab.probing import DEFAULT, Probe
@@ -87,11 +86,6 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
             net(x, level)
         return {n: y.square().flatten(1).mean(1) for n, y in kept.items()}
 
-    known: set[str] = set()  # of the default ones, those that this network has
-    for name in DEFAULT:
-        with contextlib.suppress(GddlabError):
-            Probe(net, sigmas, layers=kind, stats=name)
-            known.add(name)
     out: dict[str, Callable[[], object]] = {
         "bare": lambda: net(x, level),
         "four cheapest": probed(stats=CHEAP),
@@ -99,9 +93,6 @@ def variants(net: nn.Module, sigmas: list[float], images: int) -> dict[str, Call
         "four cheapest, cosine": probed(stats=(*CHEAP, "cosine")),
         "default": probed(),
         "default, compiled": probed(compile=True),
-        "default, cosine for correlation": probed(
-            stats=("cosine", *(s for s in DEFAULT if s in known - {"correlation"}))
-        ),
         "default, cosine, spectral": probed(stats=(*DEFAULT, "cosine", "spectral_share")),
         "clones, mean square": cloned,
     }
@@ -140,8 +131,7 @@ def main(rounds: int, images: int, levels: int, name: str, channels: int | None)
         json.dumps(
             {
                 "what": f"forward pass of {name}, {channels or 'its own'} channels, {images} images at {levels} noise "
-                "levels; medians, "
-                "ratios from pairs within a round",
+                "levels; medians, ratios from pairs within a round",
                 "rounds": rounds,
                 "memory kept": kept,
                 "threads": torch.get_num_threads(),
