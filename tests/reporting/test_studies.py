@@ -107,6 +107,17 @@ def spectra_study() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["network", "source", "sigma", "frequency", "power", "sem", "n"])
 
 
+def crossed_study() -> pd.DataFrame:
+    rows = [
+        (network, null, what, stat, varied, 0.5, 0.1)
+        for network in ("digits", "gdd-i")
+        for null in ("trained", "shuffled")
+        for stat in ("correlation", "cosine", "rel_update")
+        for what, varied in (("response", "the input"), ("effect", "told"))
+    ]
+    return pd.DataFrame(rows, columns=["network", "null", "what", "stat", "varied", "value", "sem"])
+
+
 def texts_of(figure: Any) -> list[str]:
     return [t.get_text() for t in figure.findobj(plt.Text)]
 
@@ -429,6 +440,7 @@ def test_notebooks_run(name: str, filled: bool, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "digits").mkdir()
     if filled:
         studies = {"local-minima": minima_study(), "layers": layers_study(), "spectra": spectra_study()}
+        studies["input-or-level"] = crossed_study()
         for study, frame in studies.items():
             folder = tmp_path / "digits" / study
             folder.mkdir()
