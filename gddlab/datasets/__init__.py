@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from gddlab.datasets.base import BatchReader, ImageDataset, Manifest, digits, order
+from gddlab.datasets.listing import HELD_OUT, PARTS, TRAIN, name_and_part
 from gddlab.datasets.open import BUILT_IN, Source, data_of, open_dataset
 from gddlab.datasets.prepare import PrepareReport, prepare
 
 __all__ = [
     "BUILT_IN",
+    "HELD_OUT",
+    "PARTS",
+    "TRAIN",
     "BatchReader",
     "ImageDataset",
     "Manifest",
@@ -15,6 +19,7 @@ __all__ = [
     "Source",
     "data_of",
     "digits",
+    "name_and_part",
     "open_dataset",
     "order",
     "prepare",

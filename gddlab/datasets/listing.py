@@ -28,6 +28,9 @@ MAX_CLASSES = 100_000
 GIVEN = ("array", "images")
 """Sources of what is given as an array or a list."""
 
+TRAIN, HELD_OUT = PARTS = ("train", "held-out")
+"""Parts of a data set, named after it: "digits:train", "faces.zip:held-out"."""
+
 # What to do about each kind of problem; otherwise replace or remove the file.
 HINTS = {
     "not square": "give crop='center'",
@@ -97,6 +100,7 @@ class Listing:
         about: `crop`, `filter`, `codec` of the manifest.
         extra: Of the manifest; `class_names` in the order of ids, where known.
         sha256: What the manifest records.
+        groups: A name for each image; images of one group are held out together. None: each image is its own.
         problems: Found without opening an image.
         ignored: Number of skipped files by suffix.
         options: What `choose` was asked for.
@@ -112,6 +116,7 @@ class Listing:
     about: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
+    groups: Sequence[str] | None = None
     problems: Sequence[Problem] = ()
     ignored: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -250,6 +255,42 @@ def classes_of_table(names: Sequence[str], content: bytes, classes: int | None =
     return Classes(ids, int(ids.max(initial=-1)) + 1 if classes is None else classes)
 
 
+def name_and_part(name: str) -> tuple[str, str | None]:
+    """The name or path of a data set, and the part of it that is asked for: "digits:train" is ("digits", "train")."""
+    whole, colon, part = name.rpartition(":")
+    return (whole, part) if colon and whole and part in PARTS and not whole.startswith("hf:") else (name, None)
+
+
+def part_of(listing: Listing, part: str) -> Listing:
+    """The images that are trained on, two thirds, or those held out; the choice never changes.
+
+    A third of each class is held out, by groups, chosen at random with seed 0.
+    """
+    if listing.problems:
+        return listing  # reported when the images are read
+    labels = np.zeros(len(listing), dtype=np.int64) if listing.labels is None else listing.labels
+    groups = listing.groups or listing.names
+    held: set[str] = set()
+    for y in np.unique(labels).tolist():
+        own = list(dict.fromkeys(groups[i] for i in np.flatnonzero(labels == y)))
+        drawn = torch.randperm(len(own), generator=generator(0, y))[: round(len(own) / 3)]
+        held.update(own[i] for i in drawn.tolist())
+    index = np.flatnonzero([(g in held) == (part == HELD_OUT) for g in groups])
+    if not len(index):
+        raise GddlabError(f"{listing.source} has {len(listing)} images, none of them is in the part {part!r}")
+    name, source = f"{listing.name}:{part}", f"{listing.source}:{part}"
+    return replace(_subset(listing, index), name=name, source=source, sha256=None)
+
+
+def _subset(listing: Listing, index: np.ndarray) -> Listing:
+    return replace(
+        listing,
+        names=[listing.names[i] for i in index.tolist()],
+        labels=None if listing.labels is None else listing.labels[index],
+        groups=None if listing.groups is None else [listing.groups[i] for i in index.tolist()],
+    )
+
+
 def choose(listing: Listing, classes: Collection[int] | None, max_images: int | None, seed: int) -> Listing:
     """Images of some classes, at most `max_images`, chosen by `seed`; order, ids and number of classes do not change.
 
@@ -274,9 +315,4 @@ def choose(listing: Listing, classes: Collection[int] | None, max_images: int | 
         if max_images < len(index):
             drawn = torch.randperm(len(index), generator=generator(seed, 0))[:max_images]
             index = index[drawn.sort().values.numpy()]
-    return replace(
-        listing,
-        names=[listing.names[i] for i in index.tolist()],
-        labels=None if listing.labels is None else listing.labels[index],
-        options=options,
-    )
+    return replace(_subset(listing, index), options=options)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import PositiveInt, SkipValidation
 
 from gddlab.datasets.base import ImageDataset, digits
-from gddlab.datasets.listing import GIVEN, Listing, choose
+from gddlab.datasets.listing import GIVEN, Listing, choose, name_and_part, part_of
 from gddlab.datasets.readers import (
     ARCHIVE,
     FOLDER,
@@ -53,12 +53,14 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
         return of_list(data)
     if not isinstance(data, str | Path):
         raise refusal_of("data", data, "give a name, a path, a dataset, an array, uint8 (N, H, W, C), or Pillow images")
-    text = as_text(data)
+    text, part = name_and_part(as_text(data))
+    if part is not None:
+        return part_of(listed(find_source(text, download=download)), part)
     if text == "digits":
         return digits()
     if text.startswith("hf:"):
         return of_huggingface(text)
-    path = find_cifar10(download=download) if text == "cifar10" else path_of("data", data)
+    path = find_cifar10(download=download) if text == "cifar10" else path_of("data", text)
     if path.is_dir():
         if (path / FOLDER).is_dir():
             path = path / FOLDER
@@ -145,6 +147,8 @@ def open_dataset(
     Args:
         data: One of the following; "./digits" and Path("digits") are a folder, "digits" alone is not:
             "digits";
+            "digits:train" or "digits:held-out": two thirds of the images or the third that is held out, of each class;
+            so for every name and path here, such as "faces.zip:train", but for hf:, whose splits are its own;
             "cifar10": the training images of cifar-10-python.tar.gz or cifar-10-batches-py in the working folder,
             $GDDLAB_HOME or the cache; or the path of either;
             an EDM zip: images and dataset.json, `{"labels": [[name, class], ...]}` or null;

@@ -21,7 +21,12 @@ from gddlab.teachers import load_precond
 def open_data(config: TrainConfig) -> ImageDataset:
     """The real images of a run."""
     return open_dataset(
-        config.data, classes=config.classes, max_images=config.max_images, xflip=config.xflip, progress=False
+        config.data,
+        classes=config.classes,
+        max_images=config.max_images,
+        seed=config.subset_seed,
+        xflip=config.xflip,
+        progress=False,
     )
 
 

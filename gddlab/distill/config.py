@@ -15,7 +15,7 @@ import torch
 import tyro
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from gddlab.datasets import BUILT_IN
+from gddlab.datasets import BUILT_IN, name_and_part
 from gddlab.distill.augment import Augment
 from gddlab.distill.instance import Consistency, FromNoise, Progressive, Trajectory
 from gddlab.distill.lpips import LPIPS
@@ -23,7 +23,7 @@ from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
-from gddlab.files import folder_of, located, made_in, path_of, read_json, read_object, write_json, writing
+from gddlab.files import as_text, folder_of, located, made_in, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 from gddlab.runtime import Seed
@@ -34,13 +34,21 @@ def _mask(value: Any) -> Any:
     return FreezeMask.load(value) if isinstance(value, (str, Path)) else value
 
 
+def _data(value: Any) -> Any:
+    """As `located`; of the name of a part, "faces.zip:train", the path is "faces.zip"."""
+    if not isinstance(value, str | Path):
+        return value
+    name, part = name_and_part(as_text(value))
+    return ":".join([located(name, BUILT_IN), *([part] if part else [])])
+
+
 RunDir = Annotated[Path, BeforeValidator(lambda value: folder_of("run_dir", value))]
 BEFORE = frozenset({"lock", "log", "mask.json", "status.json"})
 """What may be in the folder of a run before its configuration."""
 
 
 TeacherName = Annotated[str, BeforeValidator(lambda value: located(value, bundled_teachers()))]
-DataName = Annotated[str, BeforeValidator(lambda value: located(value, BUILT_IN))]
+DataName = Annotated[str, BeforeValidator(_data)]
 
 
 Discriminators = Annotated[
@@ -158,7 +166,9 @@ class TrainConfig(RunSettings):
     classes: tuple[int, ...] | None = None
     """Class ids to keep; they keep their ids. None keeps all."""
     max_images: int | None = Field(default=None, ge=1)
-    """How many distinct images to keep, drawn by seed 0; None keeps all."""
+    """How many distinct images to keep; None keeps all."""
+    subset_seed: Seed = 0
+    """Of the choice of these images."""
     xflip: bool = False
     """Doubles the data by mirror images."""
     student: Literal["teacher", "scratch"] = "teacher"

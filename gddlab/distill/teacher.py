@@ -105,6 +105,10 @@ class TeacherConfig(RunSettings):
     """Seed of initialisation, order, noise."""
     tick_kimg: float = Field(default=2, gt=0)
     """Images between two lines of metrics.jsonl and two checkpoints, in thousands."""
+    keep_kimg: tuple[float, ...] = ()
+    """Images, in thousands, after which the average is also kept, as snapshots/KIMG.safetensors."""
+    half: bool = False
+    """Rounds the weights that are written, of the teacher and of `keep_kimg`, to float16: files of half the size."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run: auto is CUDA where there is a device, else the CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -125,6 +129,17 @@ class TeacherConfig(RunSettings):
         if self.label_dropout and not self.conditional:
             raise GddlabError(f"label_dropout={self.label_dropout:g} without labels: give conditional=True")
         return self
+
+    @model_validator(mode="after")
+    def _kept_in_the_run(self) -> TeacherConfig:
+        for kimg in self.keep_kimg:
+            if not 0 < kimg * 1000 / self.batch <= self.steps or round(kimg * 1000 / self.batch) < 1:
+                raise GddlabError(f"keep_kimg has {kimg:g}: give numbers above 0, at most total_kimg={self.total_kimg:g}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return -(-round(self.total_kimg * 1000) // self.batch)
 
     @field_validator("uniform_sigmas")
     @classmethod
@@ -179,7 +194,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         losses = [torch.tensor(loss, device=device) for loss in state.get("losses", ())]
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
 
-    total = -(-round(config.total_kimg * 1000) // config.batch)
+    total = config.steps
+    kept = {round(kimg * 1000 / config.batch): f"{kimg:g}" for kimg in config.keep_kimg}
     tick = max(1, round(config.tick_kimg * 1000 / config.batch))
     began = time.perf_counter()
     bar = progress_bar(total=total * config.batch, desc="teacher", unit="img", enabled=progress)
@@ -190,6 +206,26 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         more = {"step": step, "seconds": spent, "losses": [loss.item() for loss in losses]}
         with atomic_path(run / "checkpoint.pt") as tmp:
             torch.save(parts | more, tmp)
+
+    def keep(path: Path) -> None:
+        rounded = copy.deepcopy(ema)
+        if config.half:
+            for tensor in rounded.state_dict().values():
+                tensor.copy_(tensor.half())
+        save_network(
+            rounded,
+            path,
+            half=config.half,
+            name=run.name,
+            data=config.data,
+            manifest=data.manifest.to_dict(),
+            sigma_min=max(SIGMA_MIN, ema.sigma_min),
+            sigma_max=min(SIGMA_MAX, ema.sigma_max),
+            training=config.to_json(),
+            kimg=step * config.batch / 1000,
+            versions=versions(),
+            weights_sha256=hash_tensors(dict(rounded.state_dict())),
+        )
 
     # without autocast's cache of low-precision weights: it lasts as long as the context, here for all steps
     low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False)
@@ -208,6 +244,8 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
             beta = ema_beta(config.batch, config.ema_halflife_kimg, config.ema_rampup, step * config.batch)
             ema_update(ema, net, beta)
             losses.append(loss.detach())
+            if step in kept:
+                keep(run / "snapshots" / f"{kept[step]}.safetensors")
             bar.update(config.batch)
             spent = seconds + time.perf_counter() - began
             if step % tick == 0 or step == total:
@@ -220,19 +258,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
                 save(spent)
                 raise KeyboardInterrupt(f"{run}: the same call continues from {step * config.batch / 1000:g} kimg")
     save_grid(sample(ema, 100, seed=0), run / "samples.png", columns=10)
-    save_network(
-        ema,
-        done,
-        name=run.name,
-        data=config.data,
-        manifest=data.manifest.to_dict(),
-        sigma_min=max(SIGMA_MIN, ema.sigma_min),
-        sigma_max=min(SIGMA_MAX, ema.sigma_max),
-        training=config.to_json(),
-        kimg=step * config.batch / 1000,
-        versions=versions(),
-        weights_sha256=hash_tensors(dict(ema.state_dict())),
-    )
+    keep(done)
     return done
 
 
