@@ -20,7 +20,7 @@ from gddlab.files import data_dir
 from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
-from gddlab.runs import Run
+from gddlab.runs import ARCHIVE, Run
 
 NOT_RUN = "not run"
 T = TypeVar("T")
@@ -360,7 +360,10 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         raise NotFound(
             f"runs={str(given)!r}: no such folder; give the --out of gddlab reproduce, or '' for the shipped runs"
         )
-    if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
+    found = [
+        any(True for kind in ("/seed-*/config.json", ARCHIVE) for _ in folder.glob(n + kind)) for n in ("*", "*/*")
+    ]
+    if found == [True, False]:
         raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
     if given:
         sys.stdout.write(f"Figures and tables show {folder}. Numbers in the text are those of the shipped runs.\n")

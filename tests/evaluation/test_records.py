@@ -8,6 +8,7 @@ import pytest
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, Scores, append_records, compare, load_records
 from gddlab.files import data_dir, read_json
+from gddlab.runs import load_runs
 
 
 def record(**changes) -> Record:
@@ -110,7 +111,7 @@ def test_older_records_load_and_compare():
 
 def test_records_that_ship_can_be_read():
     folder = data_dir()
-    runs = [r for p in (folder / "runs").rglob("evaluation.jsonl") for r in load_records(p.parent)]
+    runs = [r for run in load_runs(folder / "runs") for r in load_records(run.run_dir)]
     teachers = [Record.from_dict(d) for p in (folder / "teachers").glob("*/scores.json") for d in read_json(p)]
     assert len(runs) > 20 and len(teachers) > 8
     assert all(r.run_dir is not None and "run_dir" not in r.to_dict() for r in runs)
