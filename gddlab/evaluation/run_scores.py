@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def evaluate_snapshots(
     run: Run,
     *,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     n: int | None = None,
     nproc: int | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -62,7 +62,7 @@ def evaluate_snapshots(
     return out
 
 
-def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str = "lite2", blocks: int = 1) -> list[str]:
+def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str | Path = "lite2", blocks: int = 1) -> list[str]:
     """The metrics that have no record of the final student; of several blocks, a distance needs its least."""
     have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
 
@@ -77,7 +77,7 @@ def evaluate_end(
     run: Run,
     metrics: Sequence[str] = ("fid", "kid", "prc"),
     *,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     n: int | None = None,
     blocks: int = 1,
     nproc: int | None = None,
