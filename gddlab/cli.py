@@ -637,41 +637,45 @@ def reproduce(
     name: Positional[str],
     out: Path = Path("reproduction"),
     only: tuple[str, ...] = (),
-    seeds: int = 3,
+    seeds: int | None = None,
+    jobs: int = 1,
     dry_run: bool = False,
     ship: Path | None = None,
     **options: Any,
 ) -> None:
-    """Runs a declared list of experiments, then its studies. What is done is skipped, what was killed continues.
+    """Runs a declared list: teachers, experiments, then studies. What is done is skipped, what was killed continues.
 
     Several processes may share one folder.
 
     Args:
         out: Folder for the runs.
-        dry_run: Lists the experiments with state and time, and starts nothing.
-        ship: Copies the small files of finished runs to this folder, and starts nothing.
+        dry_run: Lists what is run, with state and time, and starts nothing.
+        ship: Writes the small files of finished runs to this folder, and starts nothing.
     """
     from gddlab import experiments
     from gddlab.progress import duration
 
-    chosen: dict[str, Any] = {"only": only, "seeds": seeds}
     if ship is not None and dry_run:
         raise GddlabError("--ship with --dry-run: give one of them")
     if ship is not None:
-        for folder in experiments.ship(name, out, ship, **chosen):
-            say(folder)
+        for path in experiments.ship(name, out, ship, only=only):
+            say(path)
         return
+    chosen: dict[str, Any] = {"only": only, "seeds": seeds}
     if not dry_run:
-        gddlab.reproduce(name, out=out, say=say, **chosen, **options)
+        gddlab.reproduce(name, out=out, say=say, jobs=jobs, **chosen, **options)
     items = experiments.plan(name, out=out, **chosen)
+    listed = experiments.LISTS[name]
     width = max(len(str(p)) for p in items)
     for p in items:
-        feeds = f" ({', '.join(p.item.feeds)})" if p.item.feeds else ""
+        asked = listed.notebooks_of(p.item.name)
         time = "?" if p.seconds is None else duration(p.seconds)
-        say(f"{p!s:<{width}}  {p.state:<11}  {time:>12}  {p.item.what}{feeds}")
+        read_by = f" ({', '.join(asked)})" if asked else ""
+        say(f"{p!s:<{width}}  {p.state:<11}  {time:>12}  {p.item.what}{read_by}")
     left = [p for p in items if p.state != "done"]
-    minutes = sum(p.seconds or 0 for p in left) / 60
-    rest = f"the rest takes about {minutes:.0f} minutes on {experiments.LISTS[name].machine}"
+    hours = sum(p.seconds or 0 for p in left) / 3600
+    at_once = f", {jobs} at a time" if jobs > 1 else ""
+    rest = f"the rest takes about {hours / jobs:.1f} hours on {listed.machine}{at_once}"
     if untimed := sum(p.seconds is None for p in left):
         rest += f", not counting {untimed} that were never timed: see gddlab preflight {name}"
     took = sum(p.seconds or 0 for p in items if p.state == "done") / 3600

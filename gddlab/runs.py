@@ -5,14 +5,34 @@ Torch is imported only where it is needed, so that listing runs and starting the
 
 from __future__ import annotations
 
+import contextlib
+import io
+import lzma
 import socket
+import tarfile
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.status import ACTIVE, progress_of, read_status, where_it_continues
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import by_number, is_run, last_jsonl, made_in, path_of, read_json, read_jsonl, read_object, thin_jsonl
+from gddlab.files import (
+    atomic_path,
+    by_number,
+    cache_dir,
+    file_sha256,
+    is_run,
+    last_jsonl,
+    made_in,
+    path_of,
+    read_json,
+    read_jsonl,
+    read_object,
+    thin_jsonl,
+    writing,
+)
 from gddlab.lock import held
 
 if TYPE_CHECKING:
@@ -198,8 +218,41 @@ def load_run(run_dir: str | Path) -> Run:
     return Run(run_dir)
 
 
+ARCHIVE = ".tar.xz"
+"""Suffix of run directories in one file: NAME.tar.xz holds NAME/seed-0, NAME/seed-1, ..."""
+
+
+def write_archive(path: str | Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by name, the same bytes each time."""
+    with atomic_path(path) as tmp, tarfile.open(tmp, "w:xz", preset=9) as tar:
+        for name, content in sorted(files.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder in the cache that holds what is in an archive."""
+    top = cache_dir() / "runs"
+    folder = top / f"{archive.name.removesuffix(ARCHIVE)}-{file_sha256(archive)[:16]}"
+    if not folder.is_dir():
+        with writing(top):
+            top.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=top) as tmp:
+                try:
+                    with tarfile.open(archive, "r:xz") as tar:
+                        tar.extractall(Path(tmp) / "runs", filter="data")
+                except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
+                    raise GddlabError(
+                        f"{archive} cannot be read as an archive of runs ({e}): ship them again"
+                    ) from None
+                with contextlib.suppress(OSError):  # another process was first
+                    (Path(tmp) / "runs").rename(folder)
+    return folder
+
+
 def load_runs(folder: str | Path) -> list[Run]:
-    """Every run directory at or below `folder`, by path.
+    """Every run directory at or below `folder`, by name; those in archives, NAME.tar.xz, are unpacked in the cache.
 
     Raises:
         NotFound: No such folder, or no run in it.
@@ -209,7 +262,11 @@ def load_runs(folder: str | Path) -> list[Run]:
         raise GddlabError(f"{folder} is a file: give a folder that holds run directories")
     if not folder.is_dir():
         raise NotFound(f"no such folder: {folder}: give a folder that holds run directories")
-    found = sorted(p.parent for p in folder.rglob("config.json") if is_run(p.parent))
+    places = [folder, *map(_unpacked, sorted(folder.rglob(f"*{ARCHIVE}")))]
+    runs = [
+        (p.parent.relative_to(top), p.parent) for top in places for p in top.rglob("config.json") if is_run(p.parent)
+    ]
+    found = [path for _, path in sorted(runs)]
     if not found:
         what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"
         raise NotFound(f"{what}: give a folder that holds run directories")
@@ -250,7 +307,9 @@ def list_runs(folder: str | Path) -> list[dict[str, str]]:
             row = (state, progress_of(s), str(s.get("world_size", "")), heard, note)
         except (ValueError, KeyError, TypeError, OSError) as e:
             row = ("damaged", "", "", "", str(e).replace(f"{run.run_dir}/", ""))
-        name = top.name if run.run_dir == top else str(run.run_dir.relative_to(top))
+        inside = run.run_dir.is_relative_to(top)
+        name = str(run.run_dir.relative_to(top)) if inside else f"{run.run_dir.parent.name}/{run.run_dir.name}"
+        name = top.name if run.run_dir == top else name
         rows.append(dict(zip(LISTED, (name, *row), strict=True)))
     return rows
 

@@ -60,21 +60,23 @@ def start(
 def run_workers(
     job: dict[str, Any],
     nproc: int = 1,
-    report: Callable[[int], Any] = lambda count: None,
+    report: Callable[[Any], Any] = lambda done: None,
     *,
     entry: str = SAMPLING,
     hint: str = "what is written stays, the same call continues",
     cores_for: int | None = None,
+    threads: int | None = None,
 ) -> list[Any]:
     """Runs a job in `nproc` fresh processes and waits for them; none outlives this call.
 
     Args:
         job: Arguments of `entry` without `report`.
         nproc: Processes; RANK and WORLD_SIZE in the environment of each say which part is its own.
-        report: Gets the numbers that processes report, such as a number of images done.
+        report: Gets what processes report: numbers, such as that of images done, or text.
         entry: What each process calls, MODULE:FUNCTION.
         hint: Added to the error when a process has died.
         cores_for: Number of processes among which the machine's cores are divided; `nproc` if None.
+        threads: Of each process, whatever the machine's cores and the environment say; also of what it starts.
 
     Returns:
         What `entry` returned in each process, by rank; JSON values.
@@ -90,6 +92,7 @@ def run_workers(
         for rank in range(nproc):
             log: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+            place |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             process = start("gddlab.workers", log=log, nproc=cores_for or nproc, environment=place, **pipes)
             stack.callback(process.wait)
@@ -99,7 +102,7 @@ def run_workers(
         running = nproc
         while running:
             rank, wrote = events.get()
-            if isinstance(wrote, int):
+            if isinstance(wrote, int | str):
                 report(wrote)
             elif wrote is not None:
                 results[rank] = wrote["result"]
@@ -143,7 +146,7 @@ def main() -> int:
     module, _, function = job.pop("entry", SAMPLING).partition(":")
     call = getattr(importlib.import_module(module), function)
     try:
-        result = call(**job, report=lambda count: out.write(f"{count}\n"))
+        result = call(**job, report=lambda done: out.write(f"{json.dumps(done)}\n"))
     except GddlabError as e:
         sys.stderr.write(f"gddlab: {e}\n")
         return 2

@@ -12,7 +12,7 @@ from PIL import Image
 import gddlab
 from gddlab.datasets import digits
 from gddlab.errors import GddlabError, NotFound
-from gddlab.evaluation.run_scores import evaluate_end
+from gddlab.evaluation.run_scores import score_student
 
 
 def write_pngs(folder: Path, first: int, classes: tuple[int, ...] = (0, 1), each: int = 12) -> None:
@@ -71,7 +71,7 @@ def test_a_student_is_scored_against_the_classes_it_learnt(here: Path) -> None:
     by_handle = gddlab.evaluate(run, metrics="fid", n=4, progress=False).record("fd-lite2")
     assert (by_handle.value, by_handle.run_dir) == (by_path.value, by_path.run_dir)
     assert by_path.value == record.value and by_path.reference_sha256 == record.reference_sha256
-    again = evaluate_end(run, ("fid",))
+    again = score_student(run, ("fid",))
     assert all(r.reference_sha256 == record.reference_sha256 for r in again)
 
 

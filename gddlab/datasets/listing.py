@@ -272,7 +272,7 @@ def part_of(listing: Listing, part: str) -> Listing:
     groups = listing.groups or listing.names
     held: set[str] = set()
     for y in np.unique(labels).tolist():
-        own = list(dict.fromkeys(groups[i] for i in np.flatnonzero(labels == y)))
+        own = list(dict.fromkeys(groups[i] for i in np.flatnonzero(labels == y).tolist()))
         drawn = torch.randperm(len(own), generator=generator(0, y))[: round(len(own) / 3)]
         held.update(own[i] for i in drawn.tolist())
     index = np.flatnonzero([(g in held) == (part == HELD_OUT) for g in groups])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,10 @@ from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_object
 from gddlab.nets import OneStepPrecond, Precond
-from gddlab.nets.io import make_student
+from gddlab.nets.io import INITS, make_student
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_precond
+from gddlab.teachers.catalog import load_student
 
 
 def open_data(config: TrainConfig) -> ImageDataset:
@@ -49,6 +51,8 @@ def check(config: TrainConfig, *, world_size: int = 1) -> tuple[Precond, ImageDa
     weights_found(config)
     check_fit(config, teacher, data, world_size=world_size)
     check_unchanged(config, teacher, data)
+    if config.student not in INITS:
+        build_student(config, teacher)
     return teacher, data
 
 
@@ -98,10 +102,24 @@ def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, worl
             raise GddlabError("the mask freezes every parameter: nothing is left to train")
 
 
+def _given_student(path: str) -> OneStepPrecond:
+    """A student by the path of its file or run."""
+    file = Path(path)
+    return load_student(file.parent, file) if file.suffix == ".safetensors" else load_student(file)
+
+
 def build_student(config: TrainConfig, teacher: Precond) -> OneStepPrecond:
     """The student with its mask applied; layers added for a second time are always trained."""
     second = config.instance is not None and config.instance.target_time
-    g = make_student(teacher, target_time=second, mid_sigmas=config.mid_sigmas, init=config.student).eval()
+    init = config.student if config.student in INITS else "teacher"
+    g = make_student(teacher, target_time=second, mid_sigmas=config.mid_sigmas, init=init).eval()
+    if config.student not in INITS:
+        given = _given_student(config.student)
+        try:
+            g.load_state_dict(given.state_dict())
+        except RuntimeError as e:
+            reason = str(e).splitlines()[-1].strip()
+            raise GddlabError(f"student={config.student!r} is another network than this run's: {reason}") from None
     if config.mask is None:
         g.requires_grad_(True)
     else:

@@ -26,6 +26,7 @@ from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.errors import GddlabError
 from gddlab.files import as_text, folder_of, located, made_in, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
+from gddlab.nets.io import INITS
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN
 from gddlab.runtime import Seed
 from gddlab.teachers import bundled_teachers
@@ -57,6 +58,9 @@ BEFORE = frozenset({"lock", "log", "mask.json", "status.json"})
 TeacherName = Annotated[str, BeforeValidator(lambda value: located(value, bundled_teachers()))]
 DataName = Annotated[str, BeforeValidator(_data)]
 ExtractorName = Annotated[str, BeforeValidator(_extractor)]
+
+
+StudentName = Annotated[str, BeforeValidator(lambda value: located(value, INITS))]
 
 
 Discriminators = Annotated[
@@ -179,8 +183,9 @@ class TrainConfig(RunSettings):
     """Of the choice of these images."""
     xflip: bool = False
     """Doubles the data by mirror images."""
-    student: Literal["teacher", "scratch"] = "teacher"
-    """Where the student begins: with the teacher's weights, or with fresh ones (the control)."""
+    student: StudentName = "teacher"
+    """Where the student begins: "teacher", with its weights; as controls "scratch", with fresh ones, or "shuffled",
+    with the teacher's in random order; or a student, by the path of its file or run."""
     mid_sigmas: tuple[float, ...] = ()
     """Noise levels of a few-step student between 80 and 0.002, descending; () is one step, one level is two steps."""
     mask: Annotated[FreezeMask | None, BeforeValidator(_mask), tyro.conf.Suppress, tyro.conf.Fixed] = None
@@ -302,8 +307,8 @@ class TrainConfig(RunSettings):
             raise GddlabError("tf32=True with compile=True: the two were never tried together, give one of them")
         if self.shard and self.compile:
             raise GddlabError("shard=True with compile=True: the two were never tried together, give one of them")
-        if self.student == "scratch" and self.mask is not None:
-            raise GddlabError("student='scratch' with a mask: frozen layers would stay random, give mask=None")
+        if self.student != "teacher" and self.mask is not None:
+            raise GddlabError(f"student={self.student!r} with a mask: frozen layers are the teacher's, give mask=None")
 
     @property
     def has_r1(self) -> bool:

@@ -150,11 +150,16 @@ class Recorder:
         return best
 
 
+TRAINER = 2
+"""Raised when a change of the code changes the numbers of a run: runs that differ in it are not comparable."""
+
+
 def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_size: int) -> dict[str, Any]:
-    """What ran: versions, commit, hashes of teacher, mask, data and backbones, processes, hardware."""
+    """What ran: versions, trainer, commit, hashes of teacher, mask, data and backbones, processes, hardware."""
     backbones = {} if config.discriminator is None else config.discriminator.networks()
     return {
         "versions": versions(),
+        "trainer": TRAINER,
         "commit": commit(),
         "teacher_sha256": hash_tensors(teacher.state_dict()),
         "mask": None if config.mask is None else config.mask.hash,

@@ -134,7 +134,7 @@ class TeacherConfig(RunSettings):
     def _kept_in_the_run(self) -> TeacherConfig:
         for kimg in self.keep_kimg:
             if not 0 < kimg * 1000 / self.batch <= self.steps or round(kimg * 1000 / self.batch) < 1:
-                raise GddlabError(f"keep_kimg has {kimg:g}: give numbers above 0, at most total_kimg={self.total_kimg:g}")
+                raise GddlabError(f"keep_kimg has {kimg:g}: give some above 0, at most total_kimg={self.total_kimg:g}")
         return self
 
     @property

@@ -8,7 +8,7 @@ from gddlab.evaluation.judge import train_judge
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, Trace, append_records, compare, load_records
 from gddlab.evaluation.references import reference
-from gddlab.evaluation.run_scores import evaluate_end, evaluate_snapshots, missing_at_end, scorer
+from gddlab.evaluation.run_scores import evaluate_snapshots, missing_scores, score_student, scorer
 from gddlab.evaluation.trace import trace
 
 __all__ = [
@@ -22,14 +22,14 @@ __all__ = [
     "append_records",
     "compare",
     "evaluate",
-    "evaluate_end",
     "evaluate_snapshots",
     "find_extractor",
     "load_records",
-    "missing_at_end",
+    "missing_scores",
     "real_split",
     "reference",
     "register",
+    "score_student",
     "scorer",
     "trace",
     "train_judge",

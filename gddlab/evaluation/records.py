@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gddlab.datasets import HELD_OUT, name_and_part
 from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import argument_of
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "evaluation.jsonl"
+
+
+def label_of(name: str, part: str | None) -> str:
+    """The label of a score against the images of a part."""
+    return f"{name}:{part}" if part == HELD_OUT else name
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,11 @@ class Record:
     def name(self) -> str:
         """The metric without its n."""
         return self.metric.partition("@")[0]
+
+    @property
+    def label(self) -> str:
+        """The metric without its n, and whether the real images were held out: "kd-lite2:held-out"."""
+        return label_of(self.name, name_and_part(self.reference)[1])
 
     @property
     def against(self) -> str:

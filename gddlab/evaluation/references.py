@@ -107,7 +107,7 @@ class Reference:
         return self.known
 
     def inputs(self, kind: str, extractor: Extractor, **where: Any) -> tuple[Tensor | Statistics, ...]:
-        """What a metric compares with, `where` as for `real_rows`: nothing, logits, features, or both parts' features."""
+        """What a metric compares with, `where` as for `real_rows`: nothing, logits, features, or those of parts."""
         if kind == "is":
             return ()
         if kind == "copying":

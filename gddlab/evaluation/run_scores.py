@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gddlab.datasets import Source, data_of, open_dataset
+from gddlab.datasets import Source, data_of, name_and_part, open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
 from gddlab.evaluation.evaluate import evaluate, real_split
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.metrics import DISTANCES, names_of
-from gddlab.evaluation.records import Record, append_records, least_name, load_records
+from gddlab.evaluation.records import Record, append_records, label_of, least_name, load_records
 from gddlab.files import path_of, write_json
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def evaluate_snapshots(
     run: Run,
     *,
+    data: str | None = None,
     extractor: str | Path = "lite2",
     n: int | None = None,
     nproc: int | None = None,
@@ -38,7 +39,7 @@ def evaluate_snapshots(
 
     Args:
         run: A run directory.
-        extractor, n, nproc: As for `evaluate`.
+        data, extractor, n, nproc: As for `evaluate`.
         say: Called with one line per new score.
 
     Returns:
@@ -55,48 +56,67 @@ def evaluate_snapshots(
         record = known.get(net.card.sha256)
         if record is None:
             how: dict[str, Any] = {"n": n, "extractor": extractor, "nproc": nproc, "progress": False}
-            record = evaluate(net.to(chosen_device()), metrics=("fid",), **how).record(metric)
+            record = evaluate(net.to(chosen_device()), data=data, metrics=("fid",), **how).record(metric)
             append_records(run.run_dir, [record])
             say(f"evaluate  {kimg:6.2f} kimg: {record.metric} {record.value:.1f}")
         out.append((kimg, record))
     return out
 
 
-def missing_at_end(run: Run, metrics: Sequence[str], *, extractor: str | Path = "lite2", blocks: int = 1) -> list[str]:
-    """The metrics that have no record of the final student; of several blocks, a distance needs its least."""
-    have = {r.name for r in load_records(run.run_dir) if r.kimg == run.config.end_kimg}
+def missing_scores(
+    run: Run,
+    metrics: Sequence[str],
+    *,
+    kimg: float | None = None,
+    data: str | None = None,
+    extractor: str | Path = "lite2",
+    blocks: int = 1,
+) -> list[str]:
+    """The metrics that have no record of a student; of several blocks, a distance needs its least.
+
+    Args:
+        run: A run directory.
+        metrics, data, extractor, blocks: As for `evaluate`.
+        kimg: Thousands of images after which the student was kept; None for the final one.
+    """
+    kimg = run.config.end_kimg if kimg is None else kimg
+    have = {r.label for r in load_records(run.run_dir) if r.kimg is not None and math.isclose(r.kimg, kimg)}
+    part = None if data is None else name_and_part(data)[1]
 
     def missing(kind: str) -> bool:
         name = find_extractor(extractor).metric_name(kind)
-        return (least_name(name, blocks) if blocks > 1 and kind in DISTANCES else name) not in have
+        return label_of(least_name(name, blocks) if blocks > 1 and kind in DISTANCES else name, part) not in have
 
     return [m for m in metrics if any(map(missing, names_of(m)))]
 
 
-def evaluate_end(
+def score_student(
     run: Run,
     metrics: Sequence[str] = ("fid", "kid", "prc"),
     *,
+    kimg: float | None = None,
+    data: str | None = None,
     extractor: str | Path = "lite2",
     n: int | None = None,
     blocks: int = 1,
     nproc: int | None = None,
 ) -> list[Record]:
-    """Scores the final student by the metrics that `missing_at_end` names; records go to the run's evaluation.jsonl.
+    """Scores a student by the metrics that `missing_scores` names; records go to the run's evaluation.jsonl.
 
     Args:
-        run: A finished run.
-        metrics, extractor, n, blocks, nproc: As for `evaluate`.
+        run: A run; its final student needs that it is finished.
+        kimg: Thousands of images after which the student was kept; None for the final one.
+        metrics, data, extractor, n, blocks, nproc: As for `evaluate`.
 
     Returns:
         The new records.
     """
-    missing = missing_at_end(run, metrics, extractor=extractor, blocks=blocks)
+    missing = missing_scores(run, metrics, kimg=kimg, data=data, extractor=extractor, blocks=blocks)
     if not missing:
         return []
     how: dict[str, Any] = {"n": n, "extractor": extractor, "blocks": blocks, "nproc": nproc, "progress": False}
-    net = run.student().to(chosen_device())
-    records = list(evaluate(net, metrics=missing, **how))
+    net = run.student(kimg).to(chosen_device())
+    records = list(evaluate(net, data=data, metrics=missing, **how))
     append_records(run.run_dir, records)
     return records
 

@@ -1,55 +1,200 @@
-"""The experiments on the embedded digits, in the order that the notebooks need them."""
+"""The experiments on the embedded digits, in the order in which they are run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from gddlab.distill.augment import Augment
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
-from gddlab.experiments.experiment import Experiment, ExperimentList
-from gddlab.experiments.masks import Rows, free
+from gddlab.distill.teacher import TeacherConfig
+from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, TeacherRun
+from gddlab.experiments.factorial import RUNS, mask_of
+from gddlab.experiments.masks import free, ruled
+from gddlab.experiments.questions import QUESTIONS
+from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import STUDIES
 
+TRAIN, HELD_OUT = "digits:train", "digits:held-out"
 SMALL: dict[str, Any] = {"input_size": 32}
 """Large backbones see images at 32 pixels, so that a run takes minutes on two cores; so does their control, lite0."""
-UNCACHED: dict[str, Any] = {"cache_real": False}
 RANDOM = "random weights, since its ImageNet weights are in no package"
 IMAGES = (50, 100, 200, 400, 800)
-"""Distinct images trained on; all are 1,797."""
+"""Distinct images trained on; all are 1,198."""
+RANDOM_SHARES = (10, 20, 30, 40, 60, 70, 85, 88, 95, 99.6)
+"""Shares of the parameters frozen at random, per cent, beside 0, 50 and 80."""
+ORDERED_SHARES = (20, 40, 60, 95)
+"""The same in the rule's order, beside 0, the rule's 80, options 2 and 3, and norms alone trained."""
+EARLY_KIMG = (5, 10, 20, 40, 80)
+"""Ages of teachers, thousands of images; the teacher's is 160, and 0 is from random weights."""
+STEPS = (2, 4, 6, 8, 10)
+"""Heun steps of teachers that are copied, beside 16."""
+OTHER_TEACHERS = (1, 2)
+"""Seeds of the other teachers."""
 
 
 def random_backbone(name: str) -> dict[str, Any]:
     return {"discriminator": {"backbones": (name,), "weights": {name: "random"}, **SMALL}}
 
 
-row = Rows("digits", seconds=100.0, snapshots=4)
-EXPERIMENTS: tuple[Experiment, ...] = (
-    *row.masks(seconds=90.0, snapshot_kimg=6),
-    row("gdd-i-long", "GDD-I for 40 thousand images", total_kimg=40, snapshot_kimg=4, seconds=240.0),
-    row("gdd-long", "GDD for 40 thousand images", mask=free, total_kimg=40, snapshot_kimg=4, seconds=270.0),
-    *row.controls(),
-    row("fresh-fakes", "GDD-I with fresh images in the discriminator step, as the paper has it", reuse_fakes=False),
-    *row.augmented(ada_kimg=10, discriminator=UNCACHED),
-    row(
-        "stylegan2",
-        "GDD-I with StyleGAN2's discriminator from scratch, at most 64 channels wide",
-        discriminator=StyleGAN2(channel_max=64),
+def teacher(name: str, what: str, **fields: Any) -> TeacherRun:
+    def configure(run_dir: Path) -> TeacherConfig:
+        return TeacherConfig(run_dir=run_dir, data=TRAIN, half=True, **fields)
+
+    return TeacherRun(name, what, configure, 18 * fields.get("total_kimg", 160))
+
+
+TEACHERS = (
+    teacher("early", "the bundled teacher again, kept while it was trained", keep_kimg=EARLY_KIMG),
+    teacher("low", "trained at sigma 0.002 to 0.5 alone", uniform_share=1, uniform_sigmas=(0.002, 0.5), total_kimg=80),
+    *(
+        teacher(f"seed-{s}", f"as the bundled teacher, seed {s}, half as long", seed=s, total_kimg=80)
+        for s in OTHER_TEACHERS
     ),
-    row(
-        "lpips-random",
-        f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}",
-        discriminator=LPIPS(net="squeeze", weights="random", input_size=64),
-    ),
-    row("lite0-32", "GDD-I with EfficientNet-lite0 at 32 pixels", discriminator=SMALL),
-    row("lite0-32-random", "the same with random weights", **random_backbone("tf_efficientnet_lite0")),
-    row("vgg16-random", f"GDD-I with VGG16-BN at 32 pixels, {RANDOM}", **random_backbone("vgg16_bn")),
-    row(
-        "deit-random",
-        f"GDD-I with DeiT-B at 32 pixels, {RANDOM}",
-        seconds=240.0,
-        **random_backbone("deit_base_distilled_patch16_224"),
-    ),
-    *row.baselines(distance="lite0", steps=16, seconds={"ctm": 300.0, "gdd-cd": 190.0}, reuse_fakes=False),
-    *row.few_images(IMAGES, snapshot_kimg=1.5, seconds=130.0),
 )
-DIGITS = ExperimentList("digits", "digits", EXPERIMENTS, STUDIES)
+
+row = Rows("digits", at=(6, 12), long=(6, 12, 24, 40), sec_per_kimg=17.5, sec_scores=30.0)
+COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
+LR = row.base.lr_g
+
+
+def teachers_rows() -> tuple[Experiment, ...]:
+    """Students of other teachers, and from other weights."""
+    early = (
+        row(
+            f"age-{k}",
+            f"GDD from the teacher after {k} kimg",
+            mask=free,
+            teacher=f"teachers/early/snapshots/{k}.safetensors",
+        )
+        for k in EARLY_KIMG
+    )
+    other = (
+        row(f"{name}-teacher-{s}", f"{name.upper()} from a teacher of seed {s}", mask=mask, **_of(f"seed-{s}"))
+        for s in OTHER_TEACHERS
+        for name, mask in (("gdd", free), ("gdd-i", ruled))
+    )
+    fixed = Augment(ops=("color", "translation", "cutout"))
+    return (
+        *early,
+        row("shuffled", "GDD from the teacher's weights in random order", mask=free, student="shuffled"),
+        row("high", "GDD from the teacher that has seen sigma 80, digits-high", mask=free, teacher="digits-high"),
+        row("low", "GDD from a network trained at sigma 0.002 to 0.5 alone", mask=free, **_of("low")),
+        *(
+            row(
+                f"scratch-lr-{LR * f:.0e}",
+                f"from random weights, learning rates {LR * f:g}",
+                mask=free,
+                seeds=2,
+                **fields,
+            )
+            for f in (0.25, 2)
+            for fields in (_scratch(LR * f),)
+        ),
+        row("scratch-augment", "from random weights, with augmentation", mask=free, student="scratch", augment=fixed),
+        *other,
+    )
+
+
+def _of(name: str) -> dict[str, Any]:
+    return {"teacher": f"teachers/{name}/teacher.safetensors"}
+
+
+def _scratch(lr: float) -> dict[str, Any]:
+    return {"student": "scratch", "lr_g": lr, "lr_d": lr}
+
+
+def copying_rows() -> tuple[Experiment, ...]:
+    """Losses that copy the teacher, at their best of three learning rates, and with fewer steps of the teacher."""
+    slower = {"ctm": 2.6, "pd": 1.4, "cd": 1.5, "gdd-cd": 1.7}
+    rates = (
+        row.copying(
+            name,
+            steps=16,
+            called=f"{name}-lr-{LR * f:.0e}",
+            what=f", learning rate {LR * f:g}",
+            lr_g=LR * f,
+            seeds=1,
+            **more,
+        )
+        for name in INSTANCE
+        for f in (0.5, 2)
+        for more in ({"slower": slower.get(name, 1.0), **COPYING},)
+    )
+    steps = (
+        row.copying("rcd", steps=n, called=f"rcd-{n}", what=f", the teacher in {n} steps", seeds=2, **COPYING)
+        for n in STEPS
+    )
+    then: dict[str, Any] = {"mask": free, "start": "rcd"}
+    return (
+        *row.baselines(steps=16, slower=slower, longer=3, **COPYING),
+        *rates,
+        *steps,
+        row("rcd-then-gdd", "GDD from RCD's student", **then),
+        row.copying("rcd", steps=16, called="gdd-then-rcd", what=", from GDD's student", start="gdd", **COPYING),
+    )
+
+
+def factorial_rows() -> tuple[Experiment, ...]:
+    return tuple(
+        row(f"layers-{i:02}", f"row {i} of the factorial over groups of layers", mask=_row_mask(i), seeds=(i,))
+        for i in range(RUNS)
+    )
+
+
+def _row_mask(i: int) -> Any:
+    return lambda measured, seed: mask_of(measured.result, i)
+
+
+def discriminator_rows() -> tuple[Experiment, ...]:
+    small = StyleGAN2(channel_max=64)
+    lpips = LPIPS(net="squeeze", weights="random", input_size=64)
+    deit = random_backbone("deit_base_distilled_patch16_224")
+    return (
+        row(
+            "stylegan2",
+            "GDD-I with StyleGAN2's discriminator from scratch, at most 64 channels wide",
+            discriminator=small,
+        ),
+        row(
+            "lpips-random", f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}", discriminator=lpips
+        ),
+        row("lite0-32", "GDD-I with EfficientNet-lite0 at 32 pixels", discriminator=SMALL),
+        row("lite0-32-random", "the same with random weights", **random_backbone("tf_efficientnet_lite0")),
+        row("vgg16-random", f"GDD-I with VGG16-BN at 32 pixels, {RANDOM}", **random_backbone("vgg16_bn")),
+        row("deit-random", f"GDD-I with DeiT-B at 32 pixels, {RANDOM}", seeds=2, slower=2.4, **deit),
+    )
+
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    *row.central(seeds=10, longer=5),
+    *copying_rows(),
+    *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
+    *row.step_sizes((0.25, 0.5, 2)),
+    *factorial_rows(),
+    *teachers_rows(),
+    *row.few_images(IMAGES),
+    *(
+        row(f"{name}-{what}", f"{name.upper()} on {told}", mask=mask, **fields)
+        for name, mask in (("gdd-i", ruled), ("gdd", free))
+        for what, told, fields in (
+            ("images-599", "599 of the teacher's images", {"max_images": 599}),
+            ("other-images", "599 images that the teacher has not seen", {"data": HELD_OUT}),
+        )
+    ),
+    *row.controls(mids=(0.2, 0.8, 2.5)),
+    row("fresh-fakes", "GDD-I with fresh images in the discriminator step, as the paper has it", reuse_fakes=False),
+    *row.augmented(ada_kimg=10, discriminator={"cache_real": False}),
+    *discriminator_rows(),
+)
+DIGITS = ExperimentList(
+    "digits",
+    TRAIN,
+    EXPERIMENTS,
+    STUDIES,
+    QUESTIONS,
+    TEACHERS,
+    Judge(own="digits", held_out=HELD_OUT),
+    threads=1,
+)

@@ -1,4 +1,4 @@
-"""What is declared: experiments, which train; studies, which measure what was trained; and the list that holds them."""
+"""What is declared: questions, and the teachers, experiments and studies that answer them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gddlab.distill.config import TrainConfig
+from gddlab.distill.teacher import TeacherConfig
 from gddlab.evaluation import Record
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
@@ -19,31 +20,87 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What masks are chosen from: the teacher's probe, and the rule's mask, whose budget all others share."""
+    """What masks are chosen from: the teacher's probe, and the rule's mask, whose budget others share."""
 
     result: ProbeResult
     rule: FreezeMask
 
 
 @dataclass(frozen=True)
+class TeacherRun:
+    """A teacher that is trained for a list, in `LIST/teachers/NAME`.
+
+    Attributes:
+        name: Folder, and the name in tables.
+        what: One line for people.
+        configure: The configuration, from its folder.
+        seconds: Roughly; None if it was never measured.
+    """
+
+    name: str
+    what: str
+    configure: Callable[[Path], TeacherConfig]
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One row of a table, run with several seeds.
+    """One arm of a comparison, run with several seeds.
 
     Attributes:
         name: Folder of its runs, and the name in tables.
         what: One line for people.
-        feeds: Notebooks that read it.
         mask: The mask for a training seed; None trains everything.
         configure: The configuration of a run, from its folder, seed and mask.
+        seeds: Training seeds.
+        at: Thousands of images after which a student is scored by all metrics; those that a run has, and its end.
+        teacher: File of the teacher within the list's folder, such as "teachers/early/snapshots/20.safetensors"; None
+            for the list's own.
+        start: An experiment whose student of the same seed is where this one begins.
         seconds: One run with its evaluation, roughly; None if it was never measured.
     """
 
     name: str
     what: str
-    feeds: tuple[str, ...]
     mask: Callable[[Measured, int], FreezeMask | None]
     configure: Callable[[Path, int, FreezeMask | None], TrainConfig]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    at: tuple[float, ...] = ()
+    teacher: str | None = None
+    start: str | None = None
     seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, declared before it is run; a notebook answers it.
+
+    Attributes:
+        notebook: The notebook's file without .ipynb.
+        asked: One or two sentences.
+        arms: Experiments that are compared.
+        against: The arm that others are compared with; None where nothing is tested.
+        primary: Names of the scores by which it is decided, without their n.
+        at: Thousands of images after which they count; None for the end of the runs.
+        studies: Studies that it reads.
+    """
+
+    notebook: str
+    asked: str
+    arms: tuple[str, ...] = ()
+    against: str | None = None
+    primary: tuple[str, ...] = ("fd-lite2", "kd-lite2")
+    at: float | None = None
+    studies: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [self.asked]
+        if self.arms:
+            parts.append(f"Arms: {', '.join(self.arms)}.")
+        if self.against is not None:
+            at = "at the end" if self.at is None else f"after {self.at:g} thousand images"
+            parts.append(f"Compared with {self.against} by {', '.join(self.primary)}, {at}.")
+        return "\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -52,7 +109,9 @@ class Judge:
 
     Attributes:
         extractor: Feature network of the scores during a training and at its end.
-        second: Another one, for the distance at the end alone.
+        second: Another one, for the distance alone.
+        own: An extractor trained on these data, for distances, classes and copying; None if there is none.
+        held_out: Real images that nobody has trained on, for a second kernel distance; None if there are none.
         n: Images; None for as many as there are real ones.
         blocks: Blocks of `n` images for the first extractor's distance at the end, and for the full teacher; the lowest
             distance counts.
@@ -61,6 +120,8 @@ class Judge:
 
     extractor: str = "lite2"
     second: str = "lite0"
+    own: str | None = None
+    held_out: str | None = None
     n: int | None = None
     blocks: int = 1
     pairs: int | None = None
@@ -73,10 +134,10 @@ class Subjects:
     Attributes:
         teacher: Its card names the data.
         data: Real images, by name or path.
-        students: Of training seed 0, by experiment; those of the study's `needs` that are trained.
+        students: Of the first training seed, by experiment; those of the study's `needs` that are trained.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
-        configs: Of training seed 0, by experiment, for a study that times them.
+        configs: Of the first training seed, by experiment, for a study that times them.
         nproc: Processes that sample for a score.
     """
 
@@ -105,16 +166,14 @@ class Study:
     Attributes:
         name: The folder, and the name on the command line.
         what: One line for people.
-        feeds: Notebooks that read it.
         needs: Experiments whose students it measures; it is made again when more of them are trained.
         measure: Makes it.
         seconds: Roughly; None if it was never measured.
-        timed: Also times the configurations of experiments that feed its notebooks; use an idle machine.
+        timed: Also times the configurations of the experiments in its questions; use an idle machine.
     """
 
     name: str
     what: str
-    feeds: tuple[str, ...]
     needs: tuple[str, ...]
     measure: Callable[[Subjects], Found]
     seconds: float | None = None
@@ -123,13 +182,16 @@ class Study:
 
 @dataclass(frozen=True)
 class ExperimentList:
-    """All that is run for one teacher, in the order that the notebooks need.
+    """All that is run for one teacher, in the order in which it is run.
 
     Attributes:
         teacher, data: As in a configuration.
         experiments, studies: What is run, and what is measured afterwards.
+        questions: What is asked; arms and studies that the list lacks are not asked for.
+        teachers: Teachers that are trained for it.
         judge: How students are scored.
         steps: Heun steps at which the teacher is scored; the last is the full sampler.
+        threads: Threads of each run, so that its numbers do not depend on the machine's cores; None for all cores.
         machine: What the times are for.
     """
 
@@ -137,54 +199,27 @@ class ExperimentList:
     data: str
     experiments: tuple[Experiment, ...]
     studies: tuple[Study, ...] = ()
+    questions: tuple[Question, ...] = ()
+    teachers: tuple[TeacherRun, ...] = ()
     judge: Judge = field(default_factory=Judge)
     steps: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 18)
+    threads: int | None = None
     machine: str = "two cores"
 
     @property
     def names(self) -> list[str]:
-        return [e.name for e in self.experiments] + [s.name for s in self.studies]
+        items: tuple[TeacherRun | Experiment | Study, ...] = (*self.teachers, *self.experiments, *self.studies)
+        return [item.name for item in items]
 
+    def asked_by(self, notebook: str) -> Question | None:
+        """The question that a notebook answers, with the arms and studies that are in this list."""
+        found = next((q for q in self.questions if q.notebook == notebook), None)
+        if found is None:
+            return None
+        names = set(self.names)
+        arms, studies = (tuple(n for n in given if n in names) for given in (found.arms, found.studies))
+        return Question(found.notebook, found.asked, arms, found.against, found.primary, found.at, studies)
 
-OVER_IMAGES, MAIN, SECOND, MINIMA = "10_fid_over_images", "12_main_results", "13_second_extractor", "14_local_minima"
-SAMPLES, LAYERS, MOVED, SPECTRA = "11_samples", "15_activations", "16_moved_parameters", "22_frequencies"
-DISCRIMINATORS, AUGMENTATION, START = "18_discriminators", "19_augmentation_r1", "20_initialisation"
-ATLAS, ARCHITECTURES = "01_atlas", "04_architectures"
-EFFICIENCY, COST = "21_data_efficiency", "23_cost"
-
-FEEDS: Mapping[str, tuple[str, ...]] = {
-    "gdd-i": (
-        *(MAIN, SECOND, MINIMA, SAMPLES, LAYERS, MOVED, SPECTRA),
-        *(DISCRIMINATORS, AUGMENTATION, START, EFFICIENCY, COST),
-    ),
-    "gdd": (MAIN, SECOND, MINIMA, SAMPLES, LAYERS, MOVED, SPECTRA, START, COST),
-    "gdd-i-long": (OVER_IMAGES, MAIN, EFFICIENCY, COST),
-    "gdd-long": (OVER_IMAGES, MAIN, COST),
-    "scratch": (OVER_IMAGES, SECOND, MINIMA, SAMPLES, START, COST),
-    "fresh-fakes": (AUGMENTATION, COST),
-    "reuse-fakes": (AUGMENTATION, COST),
-    "no-r1": (AUGMENTATION,),
-    "augment": (AUGMENTATION,),
-    "ada": (AUGMENTATION,),
-    "two-step": (MAIN, COST),
-    "stylegan2": (SECOND, DISCRIMINATORS, COST),
-    **dict.fromkeys(("pd", "cd", "ctm"), (MAIN, SECOND, MINIMA, SAMPLES, COST)),
-    "rcd": (MINIMA,),
-    "gdd-cd": (MAIN, MINIMA, COST),
-    "teacher-steps": (MAIN, SECOND, MINIMA, OVER_IMAGES),
-    "local-minima": (MINIMA,),
-    "layers": (LAYERS, MOVED, SPECTRA),
-    "input-or-level": (ATLAS, LAYERS),
-    "architectures": (ARCHITECTURES,),
-    "spectra": (SPECTRA,),
-    "costs": (COST,),
-}
-
-
-def feeds_of(name: str) -> tuple[str, ...]:
-    """Notebooks that read an experiment, other than those on masks, or a study."""
-    if name.startswith("images-"):
-        return (EFFICIENCY,)
-    if name.startswith(("lpips", "lite0", "vgg16", "deit")):
-        return (DISCRIMINATORS, COST)
-    return FEEDS.get(name, ())
+    def notebooks_of(self, name: str) -> tuple[str, ...]:
+        """Notebooks that read an experiment or study."""
+        return tuple(q.notebook for q in self.questions if name in q.arms or name in q.studies)

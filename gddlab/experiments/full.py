@@ -8,7 +8,8 @@ from dataclasses import replace
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import ExperimentList, Judge
-from gddlab.experiments.masks import Rows
+from gddlab.experiments.questions import QUESTIONS
+from gddlab.experiments.rows import Rows
 from gddlab.experiments.studies import STUDIES
 
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
@@ -20,11 +21,16 @@ HOURS_ON_8_A100 = 6.0
 def _list(
     preset: str, *, images: tuple[int, ...], instance_steps: int, steps: int, hours: float | None = None
 ) -> ExperimentList:
-    # ten snapshots; 42 is the authors' seed
-    row = Rows(preset, None if hours is None else hours * 3600, snapshots=10, first_seed=42)
+    # 42 is the authors' seed; the loss of each baseline takes longer than the GAN loss by an unknown factor
+    seconds = None if hours is None else hours * 3600 / 5000
+    row = Rows(preset, snapshots=10, first_seed=42, sec_per_kimg=seconds)
     base = row.base
     experiments = (
-        *row.masks(),
+        *row.central(),
+        *row.dose((10, 20, 40, 60, 95), (40,), seeds=row.seeds),
+        *row.step_sizes((0.5, 2)),
+        *row.baselines(distance="lpips", steps=instance_steps, slower={}),
+        *row.few_images(images),
         *row.controls(),
         row("reuse-fakes", "GDD-I with the images of the generator step in the discriminator step", reuse_fakes=True),
         *row.augmented(ada_kimg=500),
@@ -34,11 +40,18 @@ def _list(
             row(BACKBONES[name], f"GDD-I with {name} alone", discriminator={"backbones": (name,)})
             for name in (base.discriminator.networks() if base.discriminator else ())
         ),
-        *row.baselines(distance="lpips", steps=instance_steps),
-        *row.few_images(images),
     )
     studies = tuple(replace(s, seconds=None) for s in STUDIES)
-    return ExperimentList(base.teacher, base.data, experiments, studies, JUDGE, (1, 2, 4, 6, 8, 10, steps), "8 A100")
+    return ExperimentList(
+        base.teacher,
+        base.data,
+        experiments,
+        studies,
+        QUESTIONS,
+        judge=JUDGE,
+        steps=(1, 2, 4, 6, 8, 10, steps),
+        machine="8 A100",
+    )
 
 
 FULL: Mapping[str, ExperimentList] = {

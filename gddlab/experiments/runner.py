@@ -1,8 +1,9 @@
-"""Runs declared experiments and studies, skips what is done, continues what was interrupted; ships the results."""
+"""Runs declared teachers, experiments and studies, skips what is done, continues what was stopped; ships results."""
 
 from __future__ import annotations
 
-import itertools
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,44 +13,62 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gddlab.datasets import open_dataset
+from gddlab.distill.config import TrainConfig
+from gddlab.distill.teacher import train_teacher
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation import append_records, evaluate_end, evaluate_snapshots, load_records, missing_at_end
+from gddlab.evaluation import append_records, evaluate_snapshots, load_records, missing_scores, score_student
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, Study, Subjects
+from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
-from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, write_bytes, write_json
+from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, thin_jsonl, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
-from gddlab.runs import Run, load_run
+from gddlab.runs import ARCHIVE, Run, load_run, write_archive
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_precond
+from gddlab.workers import run_workers
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
+STAGES = ("teachers", "experiments", "studies")
+"""In this order: each needs what is made before."""
+TEACHERS = "teachers"
+"""Folder of the teachers of a list; what begins with it is the path of one."""
+WAIT_S = 5.0
+"""Between two looks at what other processes work on."""
 
 
-def at_end(judge: Judge) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Metrics of a run's end, each with arguments of `evaluate_end`."""
-    return [
-        (("fid", "kid", "prc"), {"extractor": judge.extractor}),
-        (("fid",), {"extractor": judge.extractor, "blocks": judge.blocks}),
-        (("fid",), {"extractor": judge.second}),
+def scores_of(chosen: ExperimentList, *, end: bool) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """All scores of a student, during its training or at the `end`: metrics, and arguments of `score_student`."""
+    judge, data = chosen.judge, chosen.data
+    out: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("fid", "kid", "prc"), {"extractor": judge.extractor, "data": data}),
+        (("fid",), {"extractor": judge.second, "data": data}),
     ]
+    if end and judge.blocks > 1:
+        out.append((("fid",), {"extractor": judge.extractor, "data": data, "blocks": judge.blocks}))
+    if judge.held_out is not None:
+        out.append((("kid",), {"extractor": judge.extractor, "data": judge.held_out}))
+    if judge.own is not None:
+        out.append((("fid", "kid", "classes"), {"extractor": judge.own, "data": data}))
+        out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in (judge.own, "pixels")]
+    return out
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run or study of a list, with its state.
+    """A teacher, run or study of a list, with its state.
 
     Attributes:
-        item, seed, folder: What, with which seed (None for a study), and where.
+        item, seed, folder: What, with which seed (None for a teacher or study), and where.
         state: "to do", "begun", "to evaluate" or "done".
         seconds: How long it will take, or took; None if unknown.
     """
 
-    item: Experiment | Study
+    item: TeacherRun | Experiment | Study
     seed: int | None
     folder: Path
     state: str
@@ -65,50 +84,93 @@ def find_list(name: str) -> ExperimentList:
     return LISTS[name]
 
 
-def feeding(notebook: str, name: str = "digits") -> tuple[str, ...]:
-    """Experiments that a notebook shows, in the order of their list.
+def question(notebook: str, name: str = "digits") -> Question:
+    """What a notebook answers, as it was declared before the runs.
 
     Args:
         notebook: Its file's name without .ipynb.
         name: The list.
 
     Raises:
-        GddlabError: Unknown list, or no experiment feeds such a notebook.
+        GddlabError: Unknown list, or no such question.
     """
-    found = find_list(name)
-    fed = [e.name for e in found.experiments if notebook in e.feeds]
-    if not fed:
-        raise unknown("notebook", notebook, sorted({f for e in found.experiments for f in e.feeds}))
-    return tuple(fed)
+    chosen = find_list(name)
+    found = chosen.asked_by(notebook)
+    if found is None:
+        raise unknown("notebook", notebook, sorted(q.notebook for q in chosen.questions))
+    return found
+
+
+def feeding(notebook: str, name: str = "digits") -> tuple[str, ...]:
+    """Experiments that a notebook shows, in the order of its question; arguments and errors as for `question`."""
+    return question(notebook, name).arms
 
 
 def plan(
-    name: str = "digits", *, out: str | Path = "reproduction", only: Sequence[str] = (), seeds: int = 3
+    name: str = "digits", *, out: str | Path = "reproduction", only: Sequence[str] = (), seeds: int | None = None
 ) -> list[Planned]:
-    """The runs of a list in their order, then its studies, with their states.
+    """The teachers of a list, its runs, first seeds first, and its studies, with their states.
+
+    Args:
+        name, out, only, seeds: As for `reproduce`.
 
     Raises:
         GddlabError: Unknown list, experiment or study.
     """
     chosen = find_list(name)
-    for wanted in only:
-        if wanted not in chosen.names:
-            raise unknown("experiment", wanted, chosen.names)
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
         raise GddlabError(f"seeds={seeds}: give at least 1")
-    folder = folder_of("out", out) / name
+    folder, wanted = folder_of("out", out) / name, _wanted(chosen, only)
     planned: list[Planned] = []
-    for seed, e in itertools.product(range(seeds), chosen.experiments):
+    for t in chosen.teachers:
+        if t.name in wanted:
+            path = folder / TEACHERS / t.name
+            planned.append(Planned(t, None, path, *_teacher_state(t, path)))
+    runs = [(k, e, seed) for e in chosen.experiments if e.name in wanted for k, seed in enumerate(e.seeds[:seeds])]
+    for _, e, seed in sorted(runs, key=lambda run: run[0]):
         path = folder / e.name / f"seed-{seed}"
-        if not only or e.name in only:
-            planned.append(Planned(e, seed, path, *_run_state(e, path, chosen.judge)))
+        planned.append(Planned(e, seed, path, *_run_state(chosen, e, path)))
     for s in chosen.studies:
-        if not only or s.name in only:
+        if s.name in wanted:
             planned.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
     return planned
 
 
-def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str, float | None]:
+def _wanted(chosen: ExperimentList, only: Sequence[str]) -> set[str]:
+    """Names that `only` means: of teachers, experiments, studies, or of notebooks for all that they read."""
+    if not only:
+        return set(chosen.names)
+    asked = {q.notebook for q in chosen.questions}
+    out: set[str] = set()
+    for name in only:
+        if name in asked:
+            q = chosen.asked_by(name)
+            assert q is not None
+            out |= {*q.arms, *q.studies}
+        elif name in chosen.names:
+            out.add(name)
+        else:
+            raise unknown("experiment", name, [*chosen.names, *sorted(asked)])
+    return out | {teacher for e in chosen.experiments if e.name in out and (teacher := _own_teacher(e))}
+
+
+def _own_teacher(experiment: Experiment) -> str | None:
+    """The teacher of the list that an experiment begins with."""
+    folder, _, rest = (experiment.teacher or "").partition("/")
+    return rest.partition("/")[0] if folder == TEACHERS else None
+
+
+def _teacher_state(run: TeacherRun, folder: Path) -> tuple[str, float | None]:
+    last = last_jsonl(folder / "metrics.jsonl")
+    if (folder / "teacher.safetensors").exists():
+        return "done", float(last["seconds"]) if last else None
+    if last is None or run.seconds is None:
+        return "to do" if last is None else "begun", run.seconds
+    total = run.configure(folder).total_kimg
+    return "begun", run.seconds * (1 - last["kimg"] / total)
+
+
+def _run_state(chosen: ExperimentList, experiment: Experiment, run_dir: Path) -> tuple[str, float | None]:
     if not (run_dir / "config.json").exists():
         return "to do", experiment.seconds
     run = load_run(run_dir)
@@ -117,8 +179,17 @@ def _run_state(experiment: Experiment, run_dir: Path, judge: Judge) -> tuple[str
     if run.written_status.get("state") != "done":
         share = last["kimg"] / run.config.total_kimg if last else 0.0
         return "begun", None if experiment.seconds is None else experiment.seconds * (1 - share)
-    missing = any(missing_at_end(run, metrics, **how) for metrics, how in at_end(judge))
+    missing = any(
+        missing_scores(run, metrics, kimg=kimg, **how)
+        for kimg in _points(experiment, run.config)
+        for metrics, how in scores_of(chosen, end=kimg is None)
+    )
     return ("to evaluate" if missing else "done"), took
+
+
+def _points(experiment: Experiment, config: TrainConfig) -> list[float | None]:
+    """When a run's student is scored by everything: thousands of images, and None for its end."""
+    return [*(kimg for kimg in experiment.at if kimg < config.end_kimg), None]
 
 
 def _study_state(study: Study, folder: Path) -> tuple[str, float | None]:
@@ -130,7 +201,7 @@ def _study_state(study: Study, folder: Path) -> tuple[str, float | None]:
 
 
 def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
-    """Hash of each student that a study can measure, by experiment: those of seed 0 that were scored at the end."""
+    """Hash of each student that a study can measure, by experiment: those of the first seed that were scored."""
     found: dict[str, str | None] = {}
     for name in study.needs:
         run_dir = folder / name / "seed-0"
@@ -147,22 +218,25 @@ def reproduce(
     *,
     out: str | Path = "reproduction",
     only: Sequence[str] = (),
-    seeds: int = 3,
+    seeds: int | None = None,
+    jobs: int = 1,
     nproc: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Planned]:
-    """Runs a list of experiments, each in `out/LIST/EXPERIMENT/seed-S`, then its studies.
+    """Runs a list: its teachers, its experiments in `out/LIST/EXPERIMENT/seed-S`, then its studies.
 
-    What is done is skipped, what was interrupted continues. Several processes may work on one folder: each takes runs
-    that no other has.
+    What is done is skipped, what was interrupted continues. Several processes may work on one folder: each takes what
+    no other has.
 
     Args:
         name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
         out: Folder.
-        only: Experiments and studies by name; all if empty.
-        seeds: Training seeds 0 to seeds - 1.
+        only: Teachers, experiments and studies by name, or notebooks for all that they read; all if empty.
+        seeds: How many seeds of each experiment; None for as many as it has.
+        jobs: How many are run at the same time. Where the list says the threads of a run, as for the digits, numbers do
+            not depend on it.
         nproc: Processes of each training, and of each sampling for a score.
-        say: Called with a line about each run or study.
+        say: Called with a line about each teacher, run or study.
 
     Returns:
         The plan as it stands afterwards.
@@ -171,36 +245,121 @@ def reproduce(
         GddlabError: Unknown list or experiment. RunFailed: a run failed, with its traceback.
     """
     chosen = find_list(name)
-    folder = folder_of("out", out) / name
-    measured: Measured | None = None
-    for item in plan(name, out=out, only=only, seeds=seeds):
-        with _claimed(item.folder) as mine:
-            if not mine:
-                say(f"{item}: another process works on it")
-                continue
-            if isinstance(item.item, Study):
-                if _study_state(item.item, folder)[0] != "done":
-                    _make_study(chosen, item.item, folder, name, nproc)
-                    say(f"{item}: {item.folder}")
-                continue
-            if _run_state(item.item, item.folder, chosen.judge)[0] == "done":
-                continue
-            if measured is None:
-                measured = _measured(chosen, folder / "measured")
-            assert item.seed is not None
-            config = item.item.configure(item.folder, item.seed, item.item.mask(measured, item.seed))
-            # a run outlives the process that started it: if it still trains, this one waits for it
-            run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
-            run.wait()
-            say(f"{item}: {_score(run, chosen.judge, nproc)}")
+    if jobs < 1:
+        raise GddlabError(f"jobs={jobs}: give at least 1")
+    folder_of("out", out)
+    for stage in STAGES:
+        left = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
+        if not left:
+            continue
+        job: dict[str, Any] = {
+            "name": name,
+            "out": str(Path(out).absolute()),
+            "only": list(only),
+            "seeds": seeds,
+            "nproc": nproc,
+        }
+        if jobs == 1 and chosen.threads is None:
+            work(**job, stage=stage, wait=False, report=say)
+        else:
+            how: dict[str, Any] = {"threads": chosen.threads, "cores_for": jobs, "hint": "the same call continues"}
+            entry = "gddlab.experiments.runner:work"
+            run_workers({**job, "stage": stage, "wait": True}, min(jobs, len(left)), say, entry=entry, **how)
     return plan(name, out=out, only=only, seeds=seeds)
 
 
-def _score(run: Run, judge: Judge, nproc: int) -> str:
-    """Scores every snapshot by the judge, the end by further metrics and the second extractor."""
-    kimg, record = evaluate_snapshots(run, extractor=judge.extractor, n=judge.n, nproc=nproc)[-1]
-    for metrics, how in at_end(judge):
-        evaluate_end(run, metrics, n=judge.n, nproc=nproc, **how)
+def _stage(planned: Planned) -> str:
+    return STAGES[(TeacherRun, Experiment, Study).index(type(planned.item))]
+
+
+def work(
+    name: str,
+    out: str,
+    only: Sequence[str],
+    seeds: int | None,
+    nproc: int,
+    stage: str,
+    wait: bool,
+    report: Callable[[str], Any],
+) -> None:
+    """Makes what is left of a stage of `reproduce`, one after the other, and omits what others work on.
+
+    With `wait` it looks again until nothing is left.
+    """
+    chosen, folder = find_list(name), Path(out) / name
+    told: set[str] = set()
+    while True:
+        items = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
+        made = 0
+        for item in items:
+            if isinstance(item.item, Experiment) and (lacks := _lacks(chosen, item, folder)):
+                if not wait:
+                    raise GddlabError(f"{item} begins with what is not there, {lacks}: add it to only=")
+                continue
+            with _claimed(item.folder) as mine:
+                if mine:
+                    made += 1
+                    if said := _make(chosen, item, folder, name, nproc):
+                        report(f"{item}: {said}")
+                elif not wait and str(item) not in told:
+                    told.add(str(item))
+                    report(f"{item}: another process works on it")
+        if not wait or not items:
+            return
+        if not made:
+            time.sleep(WAIT_S)
+
+
+def _lacks(chosen: ExperimentList, item: Planned, folder: Path) -> str | None:
+    """The experiment of the same seed that a run begins with, where it is not done."""
+    assert isinstance(item.item, Experiment)
+    if (start := item.item.start) is None:
+        return None
+    before = folder / start / f"seed-{item.seed}"
+    done = (before / "config.json").exists() and (before / "student.safetensors").exists()
+    return None if done else f"{start} seed {item.seed}"
+
+
+def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc: int) -> str:
+    """Makes a teacher, run or study; "" where it is done."""
+    if isinstance(item.item, TeacherRun):
+        return f"{train_teacher(item.item.configure(item.folder), progress=False)}"
+    if isinstance(item.item, Study):
+        if _study_state(item.item, folder)[0] == "done":
+            return ""
+        _make_study(chosen, item.item, folder, name, nproc)
+        return str(item.folder)
+    if _run_state(chosen, item.item, item.folder)[0] == "done":
+        return ""
+    assert item.seed is not None
+    config = _configured(chosen, item.item, item.seed, folder)
+    # a run outlives the process that started it: if it still trains, this one waits for it
+    run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
+    run.wait()
+    return _score(chosen, item.item, run, nproc)
+
+
+def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folder: Path) -> TrainConfig:
+    """The configuration of a run, with its mask, and its own teacher and start where it has them."""
+    measured = _measured(chosen, folder / "measured")
+    config = experiment.configure(folder / experiment.name / f"seed-{seed}", seed, experiment.mask(measured, seed))
+    changed: dict[str, Any] = {}
+    if experiment.teacher is not None:
+        path = str((folder / experiment.teacher).absolute())
+        changed["teacher"] = path if _own_teacher(experiment) else experiment.teacher
+    if experiment.start is not None:
+        changed["student"] = str((folder / experiment.start / f"seed-{seed}" / "student.safetensors").absolute())
+    return config.model_copy(update=changed)
+
+
+def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int) -> str:
+    """Scores a run's students by everything where the experiment says, and every snapshot by the first distance."""
+    judge = chosen.judge
+    n = judge.n or len(open_dataset(chosen.data))
+    for kimg in _points(experiment, run.config):
+        for metrics, how in scores_of(chosen, end=kimg is None):
+            score_student(run, metrics, kimg=kimg, n=n, nproc=nproc, **how)
+    kimg, record = evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)[-1]
     return f"{record.metric} {record.value:.1f} at {kimg:g} kimg"
 
 
@@ -221,9 +380,12 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
     teacher = load_precond(chosen.teacher).to(device)
     configs = {}
     if study.timed:
-        measured = _measured(chosen, folder / "measured")
-        shown = [e for e in chosen.experiments if set(e.feeds) & set(study.feeds)]
-        configs = {e.name: e.configure(folder / e.name / "seed-0", 0, e.mask(measured, 0)) for e in shown}
+        asked = {arm for q in chosen.questions if study.name in q.studies for arm in q.arms}
+        configs = {
+            e.name: _configured(chosen, e, e.seeds[0], folder)
+            for e in chosen.experiments
+            if e.name in asked and e.teacher is None and e.start is None
+        }
     found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs, nproc))
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there
@@ -267,45 +429,73 @@ def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
 RUN_FILES = (
     *("config.json", "mask.json", "provenance.json", "teacher.json"),
-    *("metrics.jsonl", "evaluation.jsonl", "alarms.jsonl", "status.json"),
+    *("evaluation.jsonl", "alarms.jsonl", "status.json"),
 )
-"""What ships of a run; of the first seed, the last sample grid too."""
+"""What ships of a run, beside some rows of its metrics; of the first seed, where a notebook shows it, a sample grid."""
 STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
+ROWS = 24
+"""Rows of metrics that ship of a run."""
+SHOWN = "11_samples"
+"""The notebook that shows sample grids."""
 
 
-def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = (), seeds: int = 3) -> list[Path]:
-    """Copies the small files of a list's finished runs, one grid an experiment, its studies, and the teacher's probe.
+def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()) -> list[Path]:
+    """Writes the small files of a list's finished runs, one archive per experiment, its studies, the teacher's probe.
 
     Args:
-        name, out, only, seeds: As for `reproduce`.
-        to: Folder; files are written to `to/LIST/...`, as in `out`.
+        name, out, only: As for `reproduce`.
+        to: Folder; files are written to `to/LIST/...`. `gddlab.load_runs` reads the archives as if they were folders.
 
     Returns:
-        The folders written.
+        The files and folders written.
 
     Raises:
         GddlabError: No run and no study of these is done.
     """
+    chosen = find_list(name)
     out, to = folder_of("out", out), folder_of("to", to)
-    done = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state == "done"]
-    if not done:
+    done = [p for p in plan(name, out=out, only=only) if p.state == "done"]
+    runs: dict[str, list[Planned]] = {}
+    for p in done:
+        if isinstance(p.item, Experiment):
+            runs.setdefault(p.item.name, []).append(p)
+    studies = [p for p in done if isinstance(p.item, Study)]
+    if not runs and not studies:
         raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
+    grids = {*shown.arms} if (shown := chosen.asked_by(SHOWN)) else set()
     written: list[Path] = []
-    for item in done:
-        source, target = item.folder, to / item.folder.relative_to(out)
-        study = isinstance(item.item, Study)
-        for file in (source / n for n in (STUDY_FILES if study else RUN_FILES)):
+    for experiment, items in runs.items():
+        files: dict[str, bytes] = {}
+        for item in items:
+            grid = experiment in grids and item is items[0]
+            found = _run_files(item.folder, out / name, grid=grid)
+            files |= {f"{experiment}/seed-{item.seed}/{n}": content for n, content in found.items()}
+        path = to / name / f"{experiment}{ARCHIVE}"
+        write_archive(path, files)
+        written.append(path)
+    for item in studies:
+        target = to / item.folder.relative_to(out)
+        for file in (item.folder / n for n in STUDY_FILES):
             if file.exists():
                 write_bytes(target / file.name, file.read_bytes())
-        if not study:
-            card = read_json(source / "teacher.json")
-            if "source" in card:  # without the folder on this machine
-                write_json(target / "teacher.json", {**card, "source": Path(card["source"]).name})
-            for grid in load_run(source).grids()[-1:] if item.seed == 0 else ():
-                write_bytes(target / "samples" / grid.name, grid.read_bytes())
         written.append(target)
     measured = out / name / "measured"
     if measured.is_dir():
         ProbeResult.load(measured).save(to / name / "measured")
         written.append(to / name / "measured")
     return written
+
+
+def _run_files(run_dir: Path, top: Path, *, grid: bool) -> dict[str, bytes]:
+    """What ships of a run by name; paths of this machine become paths below the list's folder."""
+    own = f"{top.absolute()}{os.sep}".encode()
+    files = {n: (run_dir / n).read_bytes().replace(own, b"") for n in RUN_FILES if (run_dir / n).exists()}
+    rows = thin_jsonl(run_dir / "metrics.jsonl", ROWS)
+    files["metrics.jsonl"] = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    card = json.loads(files["teacher.json"])
+    if "source" in card:
+        card["source"] = card["source"] if card["source"].startswith(TEACHERS) else Path(card["source"]).name
+        files["teacher.json"] = json.dumps(card).encode()
+    for path in load_run(run_dir).grids()[-1:] if grid else ():
+        files[f"samples/{path.name}"] = path.read_bytes()
+    return files

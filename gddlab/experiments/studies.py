@@ -16,7 +16,7 @@ from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.images import classes_of
 from gddlab.evaluation.metrics import frechet
 from gddlab.evaluation.references import Reference
-from gddlab.experiments.experiment import Found, Study, Subjects, feeds_of
+from gddlab.experiments.experiment import Found, Study, Subjects
 from gddlab.nets import DiTPrecond, Precond
 from gddlab.probing import ablate, probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -289,7 +289,7 @@ STUDENTS = ("gdd", "gdd-i", "cd")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
 BOTH = "the teacher at 1 to its full number of Heun steps, by both extractors"
 STUDIES: tuple[Study, ...] = tuple(
-    Study(name, what, feeds_of(name), needs, measure, seconds, timed=measure is costs)
+    Study(name, what, needs, measure, seconds, timed=measure is costs)
     for name, what, needs, measure, seconds in (
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),

@@ -185,7 +185,8 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     return net.eval(), meta
 
 
-INITS = ("teacher", "scratch")
+INITS = ("teacher", "scratch", "shuffled")
+"""Where a student's weights come from."""
 
 
 def make_student(
@@ -194,8 +195,8 @@ def make_student(
     """A one-step generator with the teacher's weights (method of GDD, section 2 of its paper).
 
     The augmentation embedding is dropped, dropout is 0. A freeze mask made for the teacher fits. `target_time` and
-    `mid_sigmas` are those of `OneStepPrecond`; a target time changes nothing at first. As a control, `init` "scratch"
-    gives new weights from torch's global generator.
+    `mid_sigmas` are those of `OneStepPrecond`; a target time changes nothing at first. As controls, `init` "scratch"
+    gives new weights, "shuffled" each tensor of the teacher in random order, both by torch's global generator.
 
     Raises:
         GddlabError: The teacher's preconditioning is not EDM's, so that a student could not use its noise embedding;
@@ -214,9 +215,15 @@ def make_student(
         kwargs["mid_sigmas"] = list(mid_sigmas)
     student = from_edm("OneStepPrecond", **kwargs)
     assert isinstance(student, OneStepPrecond)
-    if init == "teacher":
+    if init != "scratch":
         own = {k: v for k, v in student.state_dict().items() if k.startswith("model.map_target")}
         dropped_weights = ("model.map_augment.", "model.map_target")
         given = {k: v for k, v in teacher.state_dict().items() if not k.startswith(dropped_weights)}
+        if init == "shuffled":
+            trained = dict(teacher.named_parameters())
+            given = {
+                k: v.flatten()[torch.randperm(v.numel())].reshape(v.shape) if k in trained else v
+                for k, v in given.items()
+            }
         student.load_state_dict(own | given, strict=True)
     return student

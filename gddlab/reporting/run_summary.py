@@ -134,7 +134,7 @@ class Summary:
         """The newest score of a metric (without its n) at the end of the training, of the first block of seeds."""
         if self.config is None:
             return None
-        found = [r for r in self.records if r.name == metric and r.kimg == self.config.end_kimg]
+        found = [r for r in self.records if r.label == metric and r.kimg == self.config.end_kimg]
         return min(reversed(found), key=lambda r: r.seeds[0] if r.seeds else 0, default=None)
 
     def state_of(self, metric: str) -> str:

@@ -1,0 +1,183 @@
+"""What is asked, declared before it is run: a notebook, the arms that are compared, the scores that decide."""
+
+from __future__ import annotations
+
+from gddlab.experiments.experiment import Question
+
+DISTANCES = ("fd-lite2", "kd-lite2:held-out")
+"""To the training images, and the unbiased one to images that nobody has trained on."""
+BOTH = (*DISTANCES, "precision-lite2", "recall-lite2")
+CENTRAL = ("gdd-i", "gdd", "random-50", "random-80", "scratch")
+COPYING = ("pd", "cd", "ctm", "rcd")
+RANDOM = tuple(f"random-{p}" for p in (10, 20, 30, 40, 50, 60, 70, 80, 85, 88, 95, 99.6))
+ORDERED = (*(f"ordered-{p}" for p in (20, 40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
+RATES = tuple(f"{name}-lr-{lr}" for lr in ("1e-04", "2e-04", "8e-04") for name in ("gdd", "gdd-i", "random-50"))
+COUNTS = (50, 100, 200, 400, 800)
+
+QUESTIONS = (
+    Question(
+        "12_main_results",
+        "Does a GAN loss alone turn the teacher into a one-step generator? Is freezing by the authors' rule better "
+        "than training everything, than freezing as much at random, and than freezing half at random? Do random "
+        "weights fail?",
+        arms=(*CENTRAL, *COPYING, "gdd-cd"),
+        against="gdd",
+        primary=DISTANCES,
+        at=12,
+        studies=("teacher-steps",),
+    ),
+    Question(
+        "10_fid_over_images",
+        "How fast does the distance fall over the images seen, and which methods are still falling where they end?",
+        arms=("gdd-i", "gdd", "random-50", "rcd", "scratch"),
+        against="gdd",
+        primary=DISTANCES,
+        at=40,
+        studies=("teacher-steps",),
+    ),
+    Question(
+        "13_second_extractor",
+        "Do other judges order the students as fd-lite2 does: lite0, a classifier of the same data, precision, recall, "
+        "held-out images?",
+        arms=(*CENTRAL, *COPYING, "gdd-cd", "stylegan2"),
+        primary=(
+            "fd-lite2",
+            "fd-lite0",
+            "fd-digits",
+            "kd-lite2",
+            "kd-lite2:held-out",
+            "precision-lite2",
+            "recall-lite2",
+        ),
+        at=12,
+        studies=("teacher-steps",),
+    ),
+    Question(
+        "17_freezing",
+        "How do distance, precision and recall depend on the share of the parameters that is frozen, and is it the "
+        "freezing or the step size? Does the rule's order differ from a random one at equal share?",
+        arms=("gdd", *RANDOM, *ORDERED, *RATES),
+        against="gdd",
+        primary=BOTH,
+        at=12,
+    ),
+    Question(
+        "02_choosing_a_mask",
+        "Which groups of layers, when they are trained, bring the student nearer to the data? The main effects of a "
+        "two-level factorial over 17 groups, with their errors; then a mask chosen from them and from measurements, "
+        "against the rule, a random mask of equal share, and its inverse.",
+        arms=("gdd-i", "random-50", "random-80", *(f"layers-{i:02}" for i in range(48))),
+        against="gdd-i",
+        primary=DISTANCES,
+        at=12,
+    ),
+    Question(
+        "20_initialisation",
+        "Is the ability the teacher's? Students of teachers of different age, of shuffled weights, of a network that "
+        "only knows low noise, of one that has seen sigma 80, and of random weights with other learning rates, "
+        "augmentation and length.",
+        arms=(
+            *("gdd", *(f"age-{k}" for k in (80, 40, 20, 10, 5)), "high", "low", "shuffled"),
+            *("scratch", "scratch-lr-1e-04", "scratch-lr-8e-04", "scratch-augment"),
+            *(f"{name}-teacher-{s}" for s in (1, 2) for name in ("gdd", "gdd-i")),
+        ),
+        against="gdd",
+        primary=DISTANCES,
+        at=12,
+    ),
+    Question(
+        "14_local_minima",
+        "Are students that copy the teacher held back? Each at its best of three learning rates and 40 thousand "
+        "images; copies of the teacher in 2 to 16 steps; a GAN loss after copying, and copying after a GAN loss; the "
+        "loss along the line between students' weights, with two seeds of one student as the yardstick.",
+        arms=(
+            *("gdd", "gdd-i", *COPYING, *(f"{name}-lr-{lr}" for name in COPYING for lr in ("2e-04", "8e-04"))),
+            *(f"rcd-{n}" for n in (2, 4, 6, 8, 10)),
+            *("rcd-then-gdd", "gdd-then-rcd", "gdd-cd", "scratch"),
+        ),
+        against="gdd",
+        primary=DISTANCES,
+        studies=("teacher-steps", "local-minima"),
+    ),
+    Question(
+        "21_data_efficiency",
+        "How few distinct images are enough, for GDD-I and for GDD, with another choice of images in each run? Does it "
+        "matter whether the student sees the teacher's images or others?",
+        arms=(
+            *("gdd-i", "gdd", *(f"{name}-images-{n}" for n in COUNTS for name in ("gdd-i", "gdd"))),
+            *(f"{name}-{what}" for what in ("images-599", "other-images") for name in ("gdd-i", "gdd")),
+        ),
+        against="gdd-i",
+        primary=(*DISTANCES, "copying-pixels"),
+        at=12,
+    ),
+    Question(
+        "25_second_step",
+        "Is a second step worth a second network call, and at which noise level?",
+        arms=("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
+        against="gdd-i",
+        primary=BOTH,
+        at=12,
+    ),
+    Question(
+        "19_augmentation_r1",
+        "What do R1, augmentation, and fresh images in the discriminator's step change?",
+        arms=("gdd-i", "fresh-fakes", "reuse-fakes", "no-r1", "augment", "ada"),
+        against="gdd-i",
+        primary=DISTANCES,
+        at=12,
+    ),
+    Question(
+        "18_discriminators",
+        "How much of the result is due to the discriminator, its architecture and its pretrained weights?",
+        arms=("gdd-i", "lite0-32", "lite0-32-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2")
+        + ("lite0", "vgg16", "deit", "lpips"),
+        against="gdd-i",
+        primary=DISTANCES,
+        at=12,
+    ),
+    Question(
+        "11_samples",
+        "What do the networks' images look like, from the same noise?",
+        arms=("gdd-i", "gdd", "random-50", "scratch", *COPYING),
+    ),
+    Question(
+        "15_activations",
+        "What is active in the teacher and in its students over noise levels, and do they respond to the input or to "
+        "the level told?",
+        arms=("gdd-i", "gdd"),
+        studies=("layers", "input-or-level"),
+    ),
+    Question("16_moved_parameters", "How far has each layer moved?", arms=("gdd", "gdd-i"), studies=("layers",)),
+    Question(
+        "22_frequencies",
+        "Which frequencies do teacher and students make, and which do their layers carry?",
+        arms=("gdd", "gdd-i", "cd"),
+        studies=("spectra", "layers"),
+    ),
+    Question(
+        "23_cost",
+        "What does a training step cost?",
+        arms=(
+            "gdd-i",
+            "gdd",
+            *COPYING,
+            "gdd-cd",
+            "second-step-0.8",
+            "fresh-fakes",
+            "stylegan2",
+            "lite0-32",
+            "vgg16-random",
+        )
+        + ("deit-random", "lpips-random"),
+        studies=("costs",),
+    ),
+    Question(
+        "01_atlas", "What do the layers of a teacher respond to, and which are needed?", studies=("input-or-level",)
+    ),
+    Question(
+        "04_architectures",
+        "Where are U-Nets and transformers alike in what is active and what is needed?",
+        studies=("architectures",),
+    ),
+)
