@@ -159,6 +159,7 @@ class PixelExtractor(Extractor):
         return self.sha256
 
     def build(self) -> Any:
+        assert self.dims, "the images' shape is not known: fitted() first"
         return _Flat()
 
 

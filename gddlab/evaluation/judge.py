@@ -143,7 +143,7 @@ def train_judge(
     meta = {"format": FORMAT, "network": network, "name": whole, "accuracy": log[-1]["accuracy"]}
     tensors = {k: v.cpu().half() for k, v in net.state_dict().items() if v.is_floating_point()}
     with atomic_path(folder / FILE) as tmp:
-        save_file(tensors, tmp, metadata={k: json.dumps(v, allow_nan=False) for k, v in meta.items()})
+        save_file(tensors, tmp, metadata={"judge": json.dumps(meta, allow_nan=False)})  # several are in no fixed order
     return folder / FILE
 
 
@@ -244,14 +244,13 @@ def read_judge(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as f:
-            about = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-    except (SafetensorError, ValueError, RecursionError, OSError):
-        about = {}
-    network = about.get("network")
-    sizes = network.values() if isinstance(network, dict) else ()
-    if about.get("format") != FORMAT or len(sizes) != 3 or not all(type(n) is int and 0 < n < 1e5 for n in sizes):
-        raise GddlabError(f"{path} holds no judge: give a file that gddlab.train_judge wrote")
-    return about
+            about = json.loads((f.metadata() or {})["judge"])
+        sizes = about["network"].values()
+        if about["format"] == FORMAT and len(sizes) == 3 and all(type(n) is int and 0 < n < 1e5 for n in sizes):
+            return dict(about)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise GddlabError(f"{path} holds no judge: give a file that gddlab.train_judge wrote")
 
 
 def load_judge(path: Path) -> Classifier:
