@@ -22,6 +22,7 @@ from gddlab.evaluation.features import (
     StoredImages,
     cached_rows,
     check_values,
+    denoises_by_function,
     extract,
     extract_part,
     images_sha256,
@@ -29,7 +30,6 @@ from gddlab.evaluation.features import (
 from gddlab.evaluation.references import Reference
 from gddlab.files import as_text, cache_dir, hash_json, is_run, path_of
 from gddlab.nets import Denoiser, Precond, load_network, save_network
-from gddlab.nets.denoiser import Wrapped
 from gddlab.progress import progress_bar
 from gddlab.provenance import versions
 from gddlab.ranks import ALONE, Ranks, named_ranks, share
@@ -166,8 +166,8 @@ def generated_rows(
             return _by_processes(images, extractor, nproc, progress)
         return extract(images, extractor, ranks=ranks, progress=progress)
 
-    if isinstance(module := denoiser_in(images.net), Wrapped) and module.denoise is not None:
-        return compute()  # what a function does has no hash
+    if denoises_by_function(images.net):
+        return compute()
     key = hash_json([FORMAT, images.key, extractor.identity, versions()])[:32]
     found = cached_rows(f"generated/{extractor.name}-{key}.safetensors", len(images), extractor, compute, ranks)
     _prune(cache_dir() / "generated")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,8 @@ class Experiment:
         mask: The mask for a training seed; None trains everything.
         configure: The configuration of a run, from its folder, seed and mask.
         seeds: Training seeds.
-        at: Thousands of images after which a student is scored by all metrics; those that a run has, and its end.
+        at: Thousands of images after which a student is scored by all metrics; those that a run has, and its end. Where
+            there are none, all snapshots are scored by the first distance.
         teacher: File of the teacher within the list's folder, such as "teachers/early/snapshots/20.safetensors"; None
             for the list's own.
         start: An experiment whose student of the same seed is where this one begins.
@@ -81,6 +82,7 @@ class Question:
         arms: Experiments that are compared.
         against: The arm that others are compared with; None where nothing is tested.
         primary: Names of the scores by which it is decided, without their n.
+        also: Names of other scores that are shown.
         at: Thousands of images after which they count; None for the end of the runs.
         studies: Studies that it reads.
     """
@@ -90,6 +92,7 @@ class Question:
     arms: tuple[str, ...] = ()
     against: str | None = None
     primary: tuple[str, ...] = ("fd-lite2", "kd-lite2")
+    also: tuple[str, ...] = ()
     at: float | None = None
     studies: tuple[str, ...] = ()
 
@@ -218,7 +221,7 @@ class ExperimentList:
             return None
         names = set(self.names)
         arms, studies = (tuple(n for n in given if n in names) for given in (found.arms, found.studies))
-        return Question(found.notebook, found.asked, arms, found.against, found.primary, found.at, studies)
+        return replace(found, arms=arms, studies=studies)
 
     def notebooks_of(self, name: str) -> tuple[str, ...]:
         """Notebooks that read an experiment or study."""

@@ -7,9 +7,11 @@ from gddlab.experiments.experiment import Question
 DISTANCES = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
 BOTH = (*DISTANCES, "precision-lite2", "recall-lite2")
+BESIDE = ("kd-lite2", "fd-digits", "precision-lite2", "recall-lite2", "class-chi2-digits", "confidence-digits")
+"""Other judges, shown beside every distance."""
 CENTRAL = ("gdd-i", "gdd", "random-50", "random-80", "scratch")
 COPYING = ("pd", "cd", "ctm", "rcd")
-RANDOM = tuple(f"random-{p}" for p in (10, 20, 30, 40, 50, 60, 70, 80, 85, 88, 95, 99.6))
+RANDOM = tuple(f"random-{p}" for p in (10, 20, 40, 50, 60, 70, 80, 85, 88, 95, 99.6))
 ORDERED = (*(f"ordered-{p}" for p in (20, 40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
 RATES = tuple(f"{name}-lr-{lr}" for lr in ("1e-04", "2e-04", "8e-04") for name in ("gdd", "gdd-i", "random-50"))
 COUNTS = (50, 100, 200, 400, 800)
@@ -23,6 +25,7 @@ QUESTIONS = (
         arms=(*CENTRAL, *COPYING, "gdd-cd"),
         against="gdd",
         primary=DISTANCES,
+        also=(*BESIDE, "copying-digits", "copying-pixels"),
         at=12,
         studies=("teacher-steps",),
     ),

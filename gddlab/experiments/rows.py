@@ -37,7 +37,7 @@ class Rows:
         at: Thousands of images after which students are scored.
         long: The same of the first seeds of an experiment with `longer`.
         seeds: Training seeds of an experiment that does not say.
-        snapshots: How often a student is kept during its training.
+        snapshots: How often a student is kept during its training, unless `long` has more.
         first_seed: Seed s trains with `first_seed` + s.
         sec_per_kimg: Seconds per thousand images of one run; None if unknown.
         sec_scores: Seconds for all scores of a student.

@@ -17,7 +17,14 @@ from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.teacher import train_teacher
 from gddlab.errors import GddlabError, unknown
-from gddlab.evaluation import append_records, evaluate_snapshots, load_records, missing_scores, score_student
+from gddlab.evaluation import (
+    append_records,
+    evaluate_snapshots,
+    find_extractor,
+    load_records,
+    missing_scores,
+    score_student,
+)
 from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
 from gddlab.experiments.full import FULL
@@ -41,20 +48,28 @@ WAIT_S = 5.0
 """Between two looks at what other processes work on."""
 
 
-def scores_of(chosen: ExperimentList, *, end: bool) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """All scores of a student, during its training or at the `end`: metrics, and arguments of `score_student`."""
+def scores_of(
+    chosen: ExperimentList, experiment: Experiment, *, end: bool
+) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Scores of a student, during its training or at the `end`: metrics, and arguments of `score_student`.
+
+    The second extractor's, and copying, are computed for those whose questions ask for them.
+    """
     judge, data = chosen.judge, chosen.data
+    asked = {m for q in chosen.questions if experiment.name in q.arms for m in (*q.primary, *q.also)}
     out: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         (("fid", "kid", "prc"), {"extractor": judge.extractor, "data": data}),
-        (("fid",), {"extractor": judge.second, "data": data}),
     ]
+    if find_extractor(judge.second).metric_name("fid") in asked:
+        out.append((("fid",), {"extractor": judge.second, "data": data}))
     if end and judge.blocks > 1:
         out.append((("fid",), {"extractor": judge.extractor, "data": data, "blocks": judge.blocks}))
     if judge.held_out is not None:
         out.append((("kid",), {"extractor": judge.extractor, "data": judge.held_out}))
     if judge.own is not None:
         out.append((("fid", "kid", "classes"), {"extractor": judge.own, "data": data}))
-        out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in (judge.own, "pixels")]
+        own = [e for e in (judge.own, "pixels") if f"copying-{e}" in asked]
+        out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in own]
     return out
 
 
@@ -182,7 +197,7 @@ def _run_state(chosen: ExperimentList, experiment: Experiment, run_dir: Path) ->
     missing = any(
         missing_scores(run, metrics, kimg=kimg, **how)
         for kimg in _points(experiment, run.config)
-        for metrics, how in scores_of(chosen, end=kimg is None)
+        for metrics, how in scores_of(chosen, experiment, end=kimg is None)
     )
     return ("to evaluate" if missing else "done"), took
 
@@ -353,14 +368,17 @@ def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folde
 
 
 def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int) -> str:
-    """Scores a run's students by everything where the experiment says, and every snapshot by the first distance."""
+    """Scores a run's students where the experiment says; every snapshot by the first distance where it does not."""
     judge = chosen.judge
     n = judge.n or len(open_dataset(chosen.data))
     for kimg in _points(experiment, run.config):
-        for metrics, how in scores_of(chosen, end=kimg is None):
+        for metrics, how in scores_of(chosen, experiment, end=kimg is None):
             score_student(run, metrics, kimg=kimg, n=n, nproc=nproc, **how)
-    kimg, record = evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)[-1]
-    return f"{record.metric} {record.value:.1f} at {kimg:g} kimg"
+    if not experiment.at:
+        evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)
+    name = find_extractor(judge.extractor).metric_name("fid")
+    (record, *_) = (r for r in load_records(run.run_dir) if r.label == name and r.kimg == run.config.end_kimg)
+    return f"{record.metric} {record.value:.1f} at {record.kimg:g} kimg"
 
 
 def _measured(chosen: ExperimentList, folder: Path) -> Measured:

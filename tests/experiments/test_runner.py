@@ -73,7 +73,9 @@ def tiny_list(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return Found(pd.DataFrame({"network": shares.keys(), "value": shares.values()}), {"seed": 0})
 
     study = Study("moved", "how far", ("rule", "all"), moved)
-    asked = Question("02_n", "Does the rule differ?", ("rule", "all", "no such arm"), studies=("moved",))
+    asked = Question(
+        "02_n", "Does the rule differ?", ("rule", "all", "no such arm"), also=("fd-lite0",), studies=("moved",)
+    )
     shown = Question("11_samples", "How do they look?", ("rule",))
     tiny = ExperimentList(str(tiny_teacher), "digits", experiments, (study,), (asked, shown), judge=Judge(n=48))
     monkeypatch.setattr(module, "LISTS", {"tiny": tiny})
