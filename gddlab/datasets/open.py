@@ -159,7 +159,7 @@ def open_dataset(
     Args:
         data: One of the following; "./digits" and Path("digits") are a folder, "digits" alone is not:
             "digits": handwritten digits, 16x16, grey, 10 classes;
-            "emoji": 3,498 drawn emoji of two styles, 32x32, RGB, 9 classes, on white;
+            "emoji": 3,457 emoji drawn in two styles, on white, 32x32, RGB, 9 classes;
             "digits:train" or "digits:held-out": two thirds of the images or the third that is held out, of each class;
             so for every name and path here, such as "faces.zip:train", but for hf:, whose splits are its own; of a set
             with groups, such as "emoji", whole groups are held out;
