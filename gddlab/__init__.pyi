@@ -22,6 +22,8 @@ from gddlab.evaluation import evaluate as evaluate
 from gddlab.evaluation import real_split as real_split
 from gddlab.evaluation import reference as reference
 from gddlab.evaluation import trace as trace
+from gddlab.evaluation import train_judge as train_judge
+from gddlab.evaluation import yardsticks as yardsticks
 from gddlab.experiments import reproduce as reproduce
 from gddlab.freezing import FreezeMask as FreezeMask
 from gddlab.freezing import compare as compare

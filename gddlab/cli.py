@@ -613,6 +613,19 @@ def evaluate(
             append_records(run_dir, list(scores))
 
 
+@command("judge", "gddlab.evaluation:train_judge")
+def judge(data: Positional[str], run_dir: Path = Path("runs/judge"), **options: Any) -> None:
+    """Trains a judge, a small classifier of labelled images, to score by: `gddlab evaluate --extractor RUN_DIR`.
+
+    Args:
+        data: Name or path of labelled images; two thirds of them are trained on, the judge is scored on the rest.
+    """
+    from gddlab.files import read_jsonl
+
+    say(gddlab.train_judge(data, run_dir, **options))
+    say(f"held-out accuracy {read_jsonl(run_dir / 'metrics.jsonl')[-1]['accuracy']:.2%}")
+
+
 @command("reference", "gddlab.evaluation:reference", "gddlab.evaluation:evaluate")
 def reference(data: Positional[str], out: Path = Path("reference.npz"), **options: Any) -> None:
     """Writes what images are scored against: mean and covariance of the features of real images."""

@@ -91,7 +91,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     student = run.student()
     scores = evaluate_snapshots(run, say=say)
     references = {s.sampler: s for s in _teacher_scores(teacher, recompute) if s.name == METRIC and s.sampler != "data"}
-    split = gddlab.real_split("digits", metrics=("fid",), progress=False).record(METRIC)
+    split = gddlab.real_split(config.data, metrics=("fid",), progress=False).record(METRIC)
     final = scores[-1][1]
     numbers: dict[str, Any] = {
         "fd_teacher_1": references["heun-1"].value,

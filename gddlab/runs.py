@@ -12,7 +12,7 @@ import socket
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from gddlab.files import (
     by_number,
     cache_dir,
     file_sha256,
+    hash_json,
     is_run,
     last_jsonl,
     made_in,
@@ -57,7 +58,7 @@ class Run:
     """A run directory, seen from outside; reads what is there when asked, holds nothing."""
 
     def __init__(self, run_dir: str | Path):
-        self.run_dir = path_of("run_dir", run_dir).resolve()
+        self.run_dir = _place(path_of("run_dir", run_dir).resolve())
         if not (self.run_dir / "config.json").is_file() or made_in(self.run_dir) == "teacher":
             raise NotFound(f"{run_dir} is {_what(self.run_dir)}: give the directory of a run")
 
@@ -210,7 +211,7 @@ def _what(folder: Path) -> str:
 
 
 def load_run(run_dir: str | Path) -> Run:
-    """A run directory to read, running or not.
+    """A run directory to read, running or not; "NAME/seed-0" is also found in the archive NAME.tar.xz.
 
     Raises:
         NotFound: No run there.
@@ -231,24 +232,37 @@ def write_archive(path: str | Path, files: Mapping[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def _unpacked(archive: Path) -> Path:
-    """The folder in the cache that holds what is in an archive."""
-    top = cache_dir() / "runs"
-    folder = top / f"{archive.name.removesuffix(ARCHIVE)}-{file_sha256(archive)[:16]}"
-    if not folder.is_dir():
-        with writing(top):
-            top.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=top) as tmp:
-                try:
-                    with tarfile.open(archive, "r:xz") as tar:
-                        tar.extractall(Path(tmp) / "runs", filter="data")
-                except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
-                    raise GddlabError(
-                        f"{archive} cannot be read as an archive of runs ({e}): ship them again"
-                    ) from None
-                with contextlib.suppress(OSError):  # another process was first
-                    (Path(tmp) / "runs").rename(folder)
-    return folder
+def _place(path: Path) -> Path:
+    """Where a run, or the folder of an experiment's runs, is: there, or unpacked in the cache from its archive."""
+    if not path.exists():
+        for named in (path.parent, path):
+            archive = named.with_name(f"{named.name}{ARCHIVE}")
+            if archive.is_file():
+                return _unpacked(named.parent, [archive]) / named.name / path.relative_to(named)
+    return path
+
+
+def _unpacked(folder: Path, archives: Sequence[Path]) -> Path:
+    """The folder in the cache that holds what is in some of a folder's archives."""
+    state = [[p.name, file_sha256(p)] for p in sorted(folder.glob(f"*{ARCHIVE}"))]
+    top = cache_dir() / "runs" / f"{folder.name}-{hash_json(state)[:16]}"
+    with writing(top):
+        top.mkdir(parents=True, exist_ok=True)
+    for archive in archives:
+        name = archive.name.removesuffix(ARCHIVE)
+        if (top / name).is_dir():
+            continue
+        with writing(top), tempfile.TemporaryDirectory(dir=top, prefix=".") as tmp:
+            try:
+                with tarfile.open(archive, "r:xz") as tar:
+                    tar.extractall(tmp, filter="data")
+            except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
+                raise GddlabError(f"{archive} cannot be read as an archive of runs ({e}): ship them again") from None
+            if not (Path(tmp) / name).is_dir():
+                raise GddlabError(f"{archive} has no folder {name!r}: give it the name of the folder inside")
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(tmp) / name).rename(top / name)
+    return top
 
 
 def load_runs(folder: str | Path) -> list[Run]:
@@ -257,16 +271,17 @@ def load_runs(folder: str | Path) -> list[Run]:
     Raises:
         NotFound: No such folder, or no run in it.
     """
-    folder = path_of("folder", folder)
+    folder = _place(path_of("folder", folder))
     if folder.is_file():
         raise GddlabError(f"{folder} is a file: give a folder that holds run directories")
     if not folder.is_dir():
         raise NotFound(f"no such folder: {folder}: give a folder that holds run directories")
-    places = [folder, *map(_unpacked, sorted(folder.rglob(f"*{ARCHIVE}")))]
-    runs = [
-        (p.parent.relative_to(top), p.parent) for top in places for p in top.rglob("config.json") if is_run(p.parent)
-    ]
-    found = [path for _, path in sorted(runs)]
+    archives: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob(f"*{ARCHIVE}")):
+        archives.setdefault(path.parent, []).append(path)
+    places = [folder, *(_unpacked(parent, paths) for parent, paths in archives.items())]
+    runs = [(p.parent.relative_to(top), p.parent) for top in places for p in top.rglob("config.json")]
+    found = [path for _, path in sorted(runs) if is_run(path)]
     if not found:
         what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"
         raise NotFound(f"{what}: give a folder that holds run directories")

@@ -12,6 +12,7 @@ import pytest
 
 from gddlab.evaluation import load_records
 from gddlab.files import data_dir
+from gddlab.runs import load_run
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RESULTS = [p for p in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if int(p.name[:2]) >= 10]
@@ -106,11 +107,12 @@ def execute(name: str, tmp_path: Path, **parameters: str) -> nbformat.NotebookNo
 
 
 def test_papermill_runs_it_on_other_runs(tmp_path: Path) -> None:
-    shutil.copytree(data_dir() / "runs" / "digits" / "gdd" / "seed-1", tmp_path / "digits" / "gdd" / "seed-1")
+    shipped = load_run(data_dir() / "runs" / "first" / "gdd" / "seed-1").run_dir
+    shutil.copytree(shipped, tmp_path / "first" / "gdd" / "seed-1")
     out = execute("20", tmp_path, runs=str(tmp_path))
     table = next(o for c in code(out) for o in c.outputs if "text/plain" in o.get("data", {}) and "mean" in str(o.data))
     lines = {line.split()[0]: line for line in table.data["text/plain"].splitlines() if line.strip()}
-    value = next(r.value for r in load_records(tmp_path / "digits" / "gdd" / "seed-1") if r.kimg == 12)
+    value = next(r.value for r in load_records(tmp_path / "first" / "gdd" / "seed-1") if r.kimg == 12)
     assert lines["gdd"].split()[1:4] == ["0.0%", "1", f"{value:.1f}"]
     assert "not run" in lines["gdd-i"] and "not run" in lines["scratch"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gddlab.datasets.base import BatchReader, ImageDataset, Manifest, digits, order
 from gddlab.datasets.listing import HELD_OUT, PARTS, TRAIN, name_and_part
-from gddlab.datasets.open import BUILT_IN, Source, data_of, open_dataset
+from gddlab.datasets.open import BUILT_IN, Source, data_of, open_dataset, parts_of
 from gddlab.datasets.prepare import PrepareReport, prepare
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "name_and_part",
     "open_dataset",
     "order",
+    "parts_of",
     "prepare",
 ]

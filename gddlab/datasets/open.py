@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +196,20 @@ def open_dataset(
     source = find_source(data, download=download)
     if isinstance(source, ImageDataset) and classes is None and max_images is None and not xflip and memory != "mapped":
         return source
-    listing = choose(listed(source), classes, max_images, seed)
+    return _opened(listed(source), classes, max_images, seed, xflip, memory, progress)
+
+
+def _opened(
+    listing: Listing,
+    classes: Collection[int] | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    xflip: bool = False,
+    memory: str = "auto",
+    progress: bool = True,
+) -> ImageDataset:
+    """The images of a listing, chosen as for `open_dataset`."""
+    listing = choose(listing, classes, max_images, seed)
     options = listing.options | ({"xflip": True} if xflip else {})
     recorded = None if options else listing.sha256  # which is that of the whole set
     images, labels, sha256 = materialise(listing, recorded=recorded, xflip=xflip, memory=memory, progress=progress)
@@ -210,3 +223,36 @@ def open_dataset(
         sha256=sha256,
         **listing.about,
     )
+
+
+def parts_of(data: Source, *, progress: bool = True) -> tuple[ImageDataset, ImageDataset]:
+    """What is trained on of a data set, and what is held out.
+
+    Args:
+        data: As for `open_dataset`: the whole set, or one of its parts, whose other part is then found by name. A part
+            with options, such as `max_images`, is that part as it is; the other one then has its classes.
+        progress: Shows a bar at a terminal.
+
+    Raises:
+        GddlabError: The set that a part is of is not found, or holds other images now.
+    """
+    if not isinstance(data, ImageDataset):
+        source: Source = name_and_part(as_text(data))[0] if isinstance(data, str | Path) else data
+        listing = listed(find_source(source))
+        first, second = (_opened(part_of(listing, part), progress=progress) for part in PARTS)
+        return first, second
+    options = data.manifest.extra.get("options", {})
+    named = [] if options and name_and_part(data.name)[1] is None else [data.name, data.manifest.source]
+    for name, part in map(name_and_part, named):
+        if name not in BUILT_IN and not Path(name).exists():
+            continue
+        whole = listed(find_source(name))
+        own = whole if part is None else part_of(whole, part)
+        if _opened(own, **options, progress=progress).manifest.sha256 == data.manifest.sha256:
+            classes = options.get("classes")
+            both = [data if p == part else _opened(part_of(whole, p), classes, progress=progress) for p in PARTS]
+            return both[0], both[1]
+    if name_and_part(data.name)[1] is not None:
+        raise GddlabError(f"{data.name!r} is a part of a data set that is not found again: give the data set by name")
+    first, second = (_opened(part_of(listed(data), part), progress=progress) for part in PARTS)
+    return first, second

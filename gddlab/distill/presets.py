@@ -80,7 +80,7 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """
     settings = {
         "teacher": "digits",
-        "data": "digits",
+        "data": "digits:train",
         "total_kimg": 12,
         "batch": 16,
         "lr_g": 4e-4,

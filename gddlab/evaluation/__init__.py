@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gddlab.evaluation.evaluate import evaluate, real_split
+from gddlab.evaluation.evaluate import evaluate, real_split, yardsticks
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
+from gddlab.evaluation.judge import train_judge
 from gddlab.evaluation.metrics import METRICS
 from gddlab.evaluation.records import Comparison, Record, Scores, Trace, append_records, compare, load_records
 from gddlab.evaluation.references import reference
@@ -31,4 +32,6 @@ __all__ = [
     "score_student",
     "scorer",
     "trace",
+    "train_judge",
+    "yardsticks",
 ]

@@ -1,4 +1,4 @@
-"""`evaluate`: scores of a model, a data set or images against real images; `real_split`: the yardstick."""
+"""`evaluate`: scores of a model, a data set or images against real images; `real_split`, `yardsticks`: known cases."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, Source, data_of, open_dataset
+from gddlab.datasets import ImageDataset, Source, data_of, open_dataset, parts_of
 from gddlab.errors import GddlabError, validated, warn
-from gddlab.evaluation.extractors import Extractor, find_extractor
+from gddlab.evaluation.extractors import Extractor, JudgeExtractor, find_extractor
 from gddlab.evaluation.features import Extracted, GeneratedImages, Images, StoredImages, extract, real_rows
 from gddlab.evaluation.images import generated_rows, images_of, open_source
-from gddlab.evaluation.metrics import DISTANCES, Statistics, check_metrics, computed
+from gddlab.evaluation.judge import bundled_judges
+from gddlab.evaluation.metrics import DISTANCES, OF_LOGITS, Statistics, check_metrics, computed
 from gddlab.evaluation.records import Record, Scores, least_name
 from gddlab.evaluation.references import Reference, open_reference
-from gddlab.files import as_text
+from gddlab.files import as_text, hash_json
 from gddlab.nets import Denoiser
 from gddlab.provenance import versions
 from gddlab.ranks import Ranks, joined
@@ -40,7 +41,7 @@ def evaluate(
     n: Annotated[int, Field(ge=2)] | None = None,
     seed: Seed = 0,
     steps: int | None = None,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     blocks: PositiveInt = 1,
     batch_size: PositiveInt = 128,
     nproc: PositiveInt | None = None,
@@ -61,16 +62,19 @@ def evaluate(
         data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
             `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception
-            score, with Inception only), "mind" (Monge inception distance). Scores are named after the extractor,
-            `fd-lite2@n`; "fid" and the other plain names are Inception's, `clip-fid` is CLIP's.
+            score, with Inception or a judge only), "mind" (Monge inception distance), "classes" (class histogram and
+            confidence, with a judge only), "copying" (nearest training image against nearest held-out image; `data`, or
+            the card's, is then a part, such as "digits:train"). Scores are named after the extractor, `fd-lite2@n`;
+            "fid" and the other plain names are Inception's, `clip-fid` is CLIP's.
         n: Number of images scored; None takes the number of real images (given images: all; EDM's statistics: 50,000).
         seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a data set is
             drawn with this seed.
         steps: Steps of a teacher, 18 if None; network calls of a student, its own if None.
-        extractor: "lite2" or "lite0", whose weights come with the package; or, with weights on this machine or
-            downloaded, "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of
-            ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_INCEPTION, GDDLAB_CLIP, GDDLAB_DINOV2,
-            GDDLAB_VGG16 name files; they are checked before the first image.
+        extractor: "lite2" or "lite0", whose weights come with the package; "digits", the judge of that data set
+            (`train_judge`), or the file or folder of a judge; "pixels", the pixels themselves; or, with weights on this
+            machine or downloaded, "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2"
+            (class token of ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_INCEPTION, GDDLAB_CLIP,
+            GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
         blocks: Of a model: scores this many blocks of n consecutive seeds, each with its own records, and adds the
             least distance as a further record, `fid-min3@n`, with the seeds of its block. EDM's protocol is 3 blocks of
             50,000.
@@ -90,10 +94,7 @@ def evaluate(
     """
     start = time.perf_counter()
     kinds, spec = check_metrics(metrics), find_extractor(extractor)
-    if "is" in kinds and spec.logits is None:
-        raise GddlabError(
-            f"metric 'is' with extractor={extractor!r}: it has no class logits, use extractor='inception'"
-        )
+    _check_logits(kinds, spec)
     about: dict[str, Any] = {"source": None, "data": as_text(data) if isinstance(data, str | Path) else None}
     if isinstance(source, os.PathLike):  # a run too
         source = Path(source)
@@ -114,6 +115,7 @@ def evaluate(
         with ranks.together():
             spec.check()
             real = open_reference(data, spec, progress=progress)
+            spec = real.fitted(spec)
             real.check(kinds)
             _warn_of_codecs(source, real)
             how: dict[str, Any] = {"batch_size": batch_size, "steps": steps, **sampler}
@@ -124,14 +126,17 @@ def evaluate(
             parts += [images_of(source, real, n=size, seed=seed + b * size, **how) for b in range(1, blocks)]
             if size < 2 or (real.n is not None and real.n < 2):
                 raise GddlabError(f"{size} images against {real.n}: give at least 2 of each")
-        theirs = real.against(spec, device=parts[0].device, ranks=ranks, progress=progress)
+        where: dict[str, Any] = {"device": parts[0].device, "ranks": ranks, "progress": progress}
+        theirs = {kind: real.inputs(kind, spec, **where) for kind in kinds}
+        if "copying" in kinds:
+            theirs["copying"] += _own(source, parts[0], real.parts[1])
         about |= _about(spec, real) | {"reference_n": real.n, "kimg": getattr(card, "kimg", None)}
         records: list[Record] = []
         for images in parts:
             ours = _extracted(images, spec, ranks, nproc or 1, progress)
             shared, start = time.perf_counter() - start, time.perf_counter()
             for kind in kinds:
-                records += _score(kind, ours, theirs, images, spec, about, shared)
+                records += _score(kind, ours, theirs[kind], images, spec, about, shared)
     if blocks > 1:
         records += _least(records, kinds, spec, blocks, seed)
     return Scores(tuple(records))
@@ -145,7 +150,7 @@ def real_split(
     metrics: str | Sequence[str] = ("fid", "kid"),
     n: int | None = None,
     seed: Seed = 0,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     progress: bool = True,
 ) -> Scores:
     """Distance of real data to itself, the yardstick: two disjoint random parts of a data set against each other.
@@ -168,9 +173,11 @@ def real_split(
     """
     start = time.perf_counter()
     kinds, spec, real = check_metrics(metrics), find_extractor(extractor), open_dataset(data)
-    if "is" in kinds:
-        raise GddlabError("metric 'is' of a split: it compares nothing, use evaluate")
+    for kind in {"is", "copying"} & set(kinds):
+        raise GddlabError(f"metric {kind!r} of a split: it does not compare two sets, use evaluate")
+    _check_logits(kinds, spec)
     spec.check()
+    spec = spec.fitted(real.channels, real.resolution)
     if (n is not None and not 2 <= n <= len(real) // 2) or len(real) < 4:
         raise GddlabError(f"n={n} images in each half of {real.name!r}: accepted are 2..{len(real) // 2}")
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
@@ -182,8 +189,118 @@ def real_split(
     images = StoredImages(real.uint8, "data", index=first, seeds=(seed, seed))
     about = _about(spec, Reference.of(real)) | {"data": as_text(data) if isinstance(data, str | Path) else None}
     about |= {"reference": f"{real.name}, other half", "reference_n": len(second)}
-    ours, theirs = Extracted(rows[first], images.sha256), rows[second, : spec.dims]
-    return Scores(tuple(r for kind in kinds for r in _score(kind, ours, theirs, images, spec, about, shared)))
+    ours = Extracted(rows[first], images.sha256)
+    records: list[Record] = []
+    for kind in kinds:
+        theirs = rows[second, spec.dims :] if kind in OF_LOGITS else rows[second, : spec.dims]
+        records += _score(kind, ours, (theirs,), images, spec, about, shared)
+    return Scores(tuple(records))
+
+
+MOST_CLASSES = 16
+"""Classes that `yardsticks` leaves out, one at a time."""
+
+
+@beside_runs()
+@validated
+def yardsticks(
+    data: Source,
+    *,
+    n: Annotated[int, Field(ge=2)] | None = None,
+    metrics: str | Sequence[str] = ("fid", "kid", "prc"),
+    extractor: str | Path = "lite2",
+    seed: Seed = 0,
+    progress: bool = True,
+) -> dict[str, Scores]:
+    """Scores of known cases against the training part of a data set: lines to hold a generator's score against.
+
+    Args:
+        data: The images, as for `open_dataset`: the whole set, or one of its parts.
+        n: Images of each case; None takes as many as the training part has. Scores of other n do not compare.
+        metrics, extractor: As for `evaluate`.
+        seed: Of the choice of images.
+        progress: Shows bars at a terminal.
+
+    Returns:
+        By name:
+            "copier": training images, drawn with replacement: a generator that copies each as often;
+            "held-out": images held out, the best that an honest generator can do; at most all of them, with a warning
+                where these are fewer than n;
+            "missing class": training images without one class, drawn with replacement: the mean over classes (16 of
+                them, chosen at random, where there are more), its std over them; absent where there are no classes;
+            "other half": two halves of the training part, as `real_split`, at most n of each; without "is" and
+                "copying".
+
+    Raises:
+        GddlabError: As `evaluate`.
+
+    Warns:
+        UserWarning: Fewer than n images are held out.
+    """
+    start = time.perf_counter()
+    kinds, spec = check_metrics(metrics), find_extractor(extractor)
+    _check_logits(kinds, spec)
+    spec.check()
+    train, held_out = parts_of(data, progress=progress)
+    spec, real = spec.fitted(train.channels, train.resolution), Reference.of(train)
+    n = len(train) if n is None else n
+    rows = real_rows(train, spec, progress=progress).rows
+    theirs = {kind: real.inputs(kind, spec, progress=progress) for kind in kinds}
+    about = _about(spec, real) | {"reference_n": len(train)}
+    shared = time.perf_counter() - start
+
+    def drawn(among: Tensor) -> list[Record]:
+        index = among[torch.randint(len(among), (n,), generator=torch.Generator().manual_seed(seed))]
+        images = StoredImages(train.uint8, "data", index=index, seeds=(seed, seed))
+        ours = Extracted(rows[index], images.sha256)
+        return [r for kind in kinds for r in _score(kind, ours, theirs[kind], images, spec, about, shared)]
+
+    out = {"copier": Scores(tuple(drawn(torch.arange(len(train)))))}
+    how: dict[str, Any] = {"metrics": kinds, "extractor": extractor, "seed": seed, "progress": progress}
+    if len(held_out) < n:
+        text = f"{len(held_out)} images are held out of {train.name.rpartition(':')[0]}"
+        warn(f"{text}: that line is at n={len(held_out)}, not {n}, and does not compare with scores of other n")
+    out["held-out"] = evaluate(held_out, data=train, n=min(n, len(held_out)), **how)
+    if train.class_ids is not None:
+        ids = torch.from_numpy(train.class_ids)
+        some = ids.unique()[torch.randperm(len(ids.unique()), generator=torch.Generator().manual_seed(seed))]
+        each = [drawn((ids != y).nonzero()[:, 0]) for y in some[:MOST_CLASSES].sort().values if (ids != y).any()]
+        if each:
+            out["missing class"] = Scores(tuple(_mean(list(column)) for column in zip(*each, strict=True)))
+    halves = tuple(kind for kind in kinds if kind not in ("is", "copying"))
+    if halves:
+        out["other half"] = real_split(train, n=min(n, len(train) // 2), **(how | {"metrics": halves}))
+    return out
+
+
+def _mean(records: list[Record]) -> Record:
+    """The mean of scores of several sets of images, as a record of all of these."""
+    values = torch.tensor([r.value for r in records], dtype=torch.float64)
+    std = values.std().item() if len(values) > 1 else None
+    images = hash_json([r.images_sha256 for r in records])
+    return dataclasses.replace(records[0], value=values.mean().item(), std=std, interval=None, images_sha256=images)
+
+
+def _check_logits(kinds: tuple[str, ...], spec: Extractor) -> None:
+    """Refuses metrics of classes where an extractor names none."""
+    if "is" in kinds and spec.logits is None:
+        raise GddlabError(
+            f"metric 'is' with extractor={spec.argument!r}: it has no class logits, use extractor='inception'"
+        )
+    if "classes" in kinds and not isinstance(spec, JudgeExtractor):
+        judges = ", ".join(map(repr, bundled_judges()))
+        raise GddlabError(
+            f"metric 'classes' with extractor={spec.argument!r}: it is no judge, use {judges}, or one that "
+            "gddlab.train_judge makes of your labelled images"
+        )
+
+
+def _own(source: Any, images: Images, held_out: ImageDataset) -> tuple[Tensor, ...]:
+    """Which held-out image each image is, where these are what is scored."""
+    if not isinstance(source, ImageDataset) or source.manifest.sha256 != held_out.manifest.sha256:
+        return ()
+    index = images.index if isinstance(images, StoredImages) else None
+    return (torch.arange(len(images)) if index is None else index,)
 
 
 def _extracted(images: Images, spec: Extractor, ranks: Ranks, nproc: int, progress: bool) -> Extracted:
@@ -219,7 +336,7 @@ def _about(spec: Extractor, real: Reference) -> dict[str, Any]:
 def _score(
     kind: str,
     ours: Extracted,
-    theirs: Tensor | Statistics,
+    theirs: tuple[Tensor | Statistics, ...],
     images: Images,
     spec: Extractor,
     about: dict[str, Any],
@@ -228,7 +345,7 @@ def _score(
     """The records of one metric; `shared` is the time of sampling and features, seconds."""
     start = time.perf_counter()
     rows = ours.rows
-    values = computed("is", rows[:, spec.dims :]) if kind == "is" else computed(kind, rows[:, : spec.dims], theirs)
+    values = computed(kind, rows[:, spec.dims :] if kind in OF_LOGITS else rows[:, : spec.dims], *theirs)
     seconds = round(shared + time.perf_counter() - start, 3)
     return [
         Record(
@@ -241,6 +358,7 @@ def _score(
             model_sha256=images.model_sha256,
             images_sha256=ours.images_sha256,
             settings=v.settings,
+            interval=v.interval,
             seconds=seconds,
             **about,
         )

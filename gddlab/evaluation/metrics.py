@@ -1,16 +1,17 @@
-"""Scores of one set of features against another, or of a set of class logits.
+"""Scores of one set of features against another, or of class logits.
 
-Each is computed by torch-fidelity's own function, except MIND, which torch-fidelity does not have.
+Each is computed by torch-fidelity's own function where it has one: not MIND, classes and copying.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gddlab.errors import GddlabError, unknown
@@ -23,20 +24,25 @@ KID_SUBSET_SIZE = 1000
 PRC_NEIGHBORHOOD = 3
 IS_SPLITS = 10
 MIND_PROJECTIONS = 1000
+MOST_RATIO = 1000.0
+"""Ratios of distances above it count as it: the denominator may be 0."""
+Z = 1.959964
+"""Standard deviations to either side that hold 95 % of a normal distribution."""
 SEED = 2020  # torch-fidelity's default
-REVISION = 1
+REVISION = 2
 """Part of the cache key; to be raised when a change of code changes a value."""
 CHUNK = 1 << 22
 """Numbers held at once."""
 
 
 class Value(NamedTuple):
-    """A number, its kind, the settings behind it, and its spread over subsets if there are any."""
+    """A number, its kind, the settings behind it; its spread over subsets, and its 95 % interval, if there are any."""
 
     kind: str
     value: float
     settings: dict[str, Any]
     std: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 class Statistics(NamedTuple):
@@ -75,17 +81,27 @@ def frechet(generated: Float[Tensor, "n d"] | Statistics, real: Float[Tensor, "m
 def kernel(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
     """Kernel distance: unbiased squared MMD, kernel (x.y / D + 1)^3, over subsets (Binkowski et al. 2018, section 4).
 
+    Subsets have 1,000 images or, of smaller sets, as many as the smaller one. Each is then all of a set, which makes
+    the mean no less right, but the spread is then that of subsets of half the size: of a whole and its halves, the
+    standard error of the value.
+
     Args:
         generated, real: Features, (N, D) and (M, D), float32.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    out = kid_features_to_metric(
-        generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
-    )
+    def found(size: int) -> dict[str, float]:
+        how: dict[str, Any] = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
+        return kid_features_to_metric(generated, real, **how)
+
+    least = min(len(generated), len(real))
+    size = min(KID_SUBSET_SIZE, least)
+    out = found(size)
+    std: float | None = out[KEY_METRIC_KID_STD]
+    if size == least:
+        std = found(size // 2)[KEY_METRIC_KID_STD] if size >= 4 else None
     settings = {"subsets": KID_SUBSETS, "subset_size": size, "rng_seed": SEED}
-    return [Value("kid", out[KEY_METRIC_KID_MEAN], settings, out[KEY_METRIC_KID_STD])]
+    return [Value("kid", out[KEY_METRIC_KID_MEAN], settings, std)]
 
 
 def precision_recall(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
@@ -148,14 +164,114 @@ def mind(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Va
     return [Value("mind", 3 * d * total / (n * MIND_PROJECTIONS), settings)]
 
 
+def classes(generated: Float[Tensor, "n classes"], real: Float[Tensor, "m classes"]) -> list[Value]:
+    """How often a judge sees each class, and how sure it is.
+
+    "class-chi2" is (X - (K - 1)) / N: X is Pearson's chi-squared of the counts of N images to the shares p that the
+    judge sees in the real images, of which K > 0. It estimates sum of (q - p)^2 / p, where q are the generator's own
+    shares, without bias: 0 of an honest generator, about 1 / (K - 1) where one of K equal classes is missing, at any N.
+    (X / (K - 1) would be 1, and would grow with N.) Of an honest one it spreads by sqrt(2 (K - 1)) / N. A class without
+    real images counts as half a one.
+
+    "confidence" is the mean of the largest class probability; its interval that of the mean.
+
+    Args:
+        generated, real: Logits, (N, classes) and (M, classes).
+    """
+    n, width = len(generated), generated.shape[1]
+    seen, wanted = (torch.bincount(x.argmax(1), minlength=width).double() for x in (generated, real))
+    expected = n * wanted.clamp(min=0.5) / wanted.clamp(min=0.5).sum()
+    freedom = int((wanted > 0).sum()) - 1
+    chi2 = ((seen - expected).square() / expected).sum().item()
+    sure = generated.double().softmax(1).amax(1)
+    mean, error = sure.mean().item(), Z * sure.std().item() / n**0.5
+    return [
+        Value("class-chi2", (chi2 - freedom) / n, {}),
+        Value("confidence", mean, {}, interval=(mean - error, mean + error)),
+    ]
+
+
+def copying(
+    generated: Float[Tensor, "n d"],
+    train: Float[Tensor, "t d"],
+    held_out: Float[Tensor, "h d"],
+    own: Int[Tensor, " n"] | None = None,
+) -> list[Value]:
+    """Whether images are nearer to those that were trained on than to those held out.
+
+    Of a generator that knows the distribution alone, the nearest of all T + H real images is one of the T training
+    images with probability T / (T + H). "copying" is the share of images whose nearest one is, where each training
+    image counts H / T of a held-out one, so that honest images have 0.5 and copies of training images 1; a tie counts
+    half. "copying-ratio" is the ratio of the distances to the nearest training image and the nearest held-out one, at
+    the quantile T / (T + H), the median where T = H: honest images have 1, copies 0. It is at most 1,000.
+
+    Intervals are Wilson's (1927), of the share and of the quantile's level. Images that share their nearest real image
+    stand or fall together, so N counts as N^2 / sum of squares of the numbers of images at each real one.
+
+    Args:
+        generated, train, held_out: Features, (N, D), (T, D) and (H, D).
+        own: Where held-out images are scored: which each of them is; it is not compared with itself.
+    """
+    near, first = _nearest(generated, train)
+    far, second = _nearest(generated, held_out, own)
+    t, h = len(train), len(held_out) - (own is not None)
+    level = t / (t + h)
+    share = ((near < far).double() + 0.5 * (near == far).double()).mean().item()
+    sizes = torch.bincount(torch.where(near < far, first, t + second)).double()
+    n = (sizes.sum().square() / sizes.square().sum()).item()
+
+    def weighted(s: float) -> float:
+        return s * h / (s * h + (1 - s) * t)
+
+    ratio = torch.where(near == far, 1.0, near / far).clamp(max=MOST_RATIO)
+
+    def quantile(q: float) -> float:
+        return ratio.quantile(q).item()
+
+    low, high = _wilson(share, n)
+    below, above = _wilson(level, n)
+    settings = {"train": t, "held_out": h}
+    return [
+        Value("copying", weighted(share), settings, interval=(weighted(low), weighted(high))),
+        Value("copying-ratio", quantile(level), settings, interval=(quantile(below), quantile(above))),
+    ]
+
+
+def _nearest(x: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Distance of each row to the nearest of the others, float64, and which that is; not the one that `own` names."""
+    found = []
+    for rows in torch.arange(len(x)).split(max(1, CHUNK // len(others))):
+        distance = torch.cdist(x[rows], others)
+        if own is not None:
+            distance[torch.arange(len(rows)), own[rows]] = torch.inf
+        found.append(distance.argmin(1))
+    index = torch.cat(found)
+    return (x.double() - others[index].double()).norm(dim=1), index  # cdist is inexact where the distance is small
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share of n."""
+    centre, scale = share + Z**2 / (2 * n), 1 + Z**2 / n
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
 METRICS: dict[str, Callable[..., list[Value]]] = {
     "fid": frechet,
     "kid": kernel,
     "prc": precision_recall,
     "is": inception_score,
     "mind": mind,
+    "classes": classes,
+    "copying": copying,
 }
-_SEVERAL = {"prc": ("precision", "recall")}
+OF_LOGITS = ("is", "classes")
+"""Metrics of class logits; the others are of features."""
+_SEVERAL = {
+    "prc": ("precision", "recall"),
+    "classes": ("class-chi2", "confidence"),
+    "copying": ("copying", "copying-ratio"),
+}
 """Metrics that give more than one number."""
 DISTANCES = ("fid", "kid", "mind")
 """Kinds for which less is better."""
@@ -171,9 +287,13 @@ def computed(metric: str, *inputs: Tensor | Statistics) -> list[Value]:
     return cached(
         f"scores/{metric}-{key}.json",
         lambda: METRICS[metric](*inputs),
-        read=lambda path: [Value(**v) for v in json.loads(path.read_text())],
+        read=lambda path: [_value(**v) for v in json.loads(path.read_text())],
         write=lambda path, values: write_json(path, [v._asdict() for v in values]),
     )
+
+
+def _value(interval: Sequence[float] | None, **about: Any) -> Value:
+    return Value(**about, interval=None if interval is None else (interval[0], interval[1]))
 
 
 def names_of(metric: str) -> tuple[str, ...]:
@@ -183,7 +303,7 @@ def names_of(metric: str) -> tuple[str, ...]:
 
 def metric_of(kind: str) -> str:
     """The metric that gives a kind of value."""
-    return next((m for m, kinds in _SEVERAL.items() if kind in kinds), kind)
+    return next((m for m in METRICS if kind in names_of(m)), kind)
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:

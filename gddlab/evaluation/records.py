@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gddlab.datasets import HELD_OUT, name_and_part
 from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.evaluation.extractors import EXTRACTORS
-from gddlab.evaluation.metrics import metric_of
+from gddlab.evaluation.extractors import argument_of
+from gddlab.evaluation.metrics import METRICS, metric_of, names_of
 from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text
 from gddlab.runs import Run
 from gddlab.teachers import bundled_teachers
@@ -54,6 +54,7 @@ class Record:
         kimg: Thousands of real images that the model was trained on; None if unknown.
         preprocessing: What the extractor does to a uint8 image; None in older records.
         source, data: What was scored and against what, if given by name or path.
+        interval: Of 95 %, where the metric has one; None in older records.
         run_dir: Run directory that the record belongs to; it is not written.
     """
 
@@ -78,6 +79,7 @@ class Record:
     preprocessing: str | None = None
     source: str | None = None
     data: str | None = None
+    interval: tuple[float, float] | None = None
     run_dir: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,8 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for strict JSON."""
-        d = asdict(self) | {"seeds": list(self.seeds) if self.seeds else None}
+        pairs = {"seeds": self.seeds, "interval": self.interval}
+        d = asdict(self) | {name: None if pair is None else list(pair) for name, pair in pairs.items()}
         del d["run_dir"]
         return d
 
@@ -133,11 +136,11 @@ class Record:
         """
         if wrong := set(d) ^ set(FIELDS) - (_LATER - set(d)):
             raise GddlabError(f"not an evaluation record: fields {sorted(wrong)} are missing or unknown")
-        return cls(**d | {"seeds": tuple(d["seeds"]) if d["seeds"] else None})
+        return cls(**d | {name: tuple(d[name]) if d.get(name) else None for name in ("seeds", "interval")})
 
 
 FIELDS = tuple(f.name for f in fields(Record) if f.name != "run_dir")
-_LATER = {"kimg", "preprocessing", "source", "data"}
+_LATER = {"kimg", "preprocessing", "source", "data", "interval"}
 """Fields that older records lack."""
 
 
@@ -164,7 +167,7 @@ class Scores:
         return self.record(name).value
 
     def __str__(self) -> str:
-        return "\n".join(f"{r.metric:<24} {r.value:<11.6g} against {r.against}" for r in self.records)
+        return "\n".join(f"{r.metric:<24} {_text(r):<11} against {r.against}" for r in self.records)
 
     def record(self, name: str) -> Record:
         """The record of a metric, named with or without its n."""
@@ -177,6 +180,14 @@ class Scores:
         import pandas as pd
 
         return pd.DataFrame([r.to_dict() for r in self.records], columns=FIELDS)
+
+
+def _text(record: Record) -> str:
+    """The value, and its interval if it has one."""
+    if record.interval is None:
+        return f"{record.value:.6g}"
+    low, high = record.interval
+    return f"{record.value:.6g} [{low:.4g}, {high:.4g}]"
 
 
 def append_records(run_dir: str | Path, records: Iterable[Record]) -> Path:
@@ -256,7 +267,10 @@ def _compared(r: Record, name: str, across: Sequence[str]) -> Any:
 
 
 def kind_of(name: str) -> str:
-    """The kind in the name of a score: "fid" of "fid", "clip-fid", "fd-lite2"; "precision" of "precision-lite2"."""
+    """The kind in the name of a score: "fid" of "fid", "clip-fid", "fd-lite2"; "class-chi2" of "class-chi2-digits"."""
+    for kind in sorted((k for m in METRICS for k in names_of(m)), key=len, reverse=True):
+        if f"{name}-".startswith(f"{kind}-"):
+            return kind
     first = name.removeprefix("clip-").partition("-")[0]
     return _PLAIN.get(first, first)
 
@@ -295,7 +309,7 @@ class Trace:
         seeds = "" if r.seeds is None else f", seeds {r.seeds[0]} to {r.seeds[1]}"
         preprocessing = r.preprocessing or f"{r.extractor_input_size} pixels"
         rows: list[tuple[str, Any]] = [
-            ("score", f"{r.metric} = {r.value:.6g}"),
+            ("score", f"{r.metric} = {_text(r)}"),
             ("of", f"{self.subject}, {r.sampler}, n = {r.n}{seeds}"),
             ("against", f"{r.reference}, {r.reference_n or '?'} images, sha256 {r.reference_sha256[:16]}"),
             ("features", f"{r.extractor}, sha256 {r.extractor_sha256[:16]}; {preprocessing}"),
@@ -406,9 +420,10 @@ def _metric(record: Record) -> str:
 
 
 def _extractor(record: Record) -> str:
-    for label, spec in EXTRACTORS.items():
-        if spec.name == record.extractor:
-            return label
-    raise GddlabError(
-        f"{record.metric} is of extractor {record.extractor!r}, which this version of gddlab does not know"
-    )
+    """What finds the extractor; of a judge that does not ship with gddlab the hash alone is known."""
+    found = argument_of(record.extractor, record.extractor_sha256)
+    if found is None and not record.extractor.startswith("judge-"):
+        raise GddlabError(
+            f"{record.metric} is of extractor {record.extractor!r}, which this version of gddlab does not know"
+        )
+    return found or "PATH/judge.safetensors"

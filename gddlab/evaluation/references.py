@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, Manifest, Source, open_dataset
+from gddlab.datasets import PARTS, ImageDataset, Manifest, Source, name_and_part, open_dataset, parts_of
 from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import real_features, real_rows
@@ -60,9 +61,36 @@ class Reference:
         about = (m.channels, m.resolution, m.classes, data.class_ids, data)
         return cls(m.what, m.sha256, len(data), *about, manifest=m)
 
+    def fitted(self, extractor: Extractor) -> Extractor:
+        """The extractor for images of this shape; raises as `Extractor.fitted`."""
+        if self.channels is None or self.resolution is None:
+            return extractor  # statistics alone
+        return extractor.fitted(self.channels, self.resolution)
+
+    @cached_property
+    def parts(self) -> tuple[ImageDataset, ImageDataset]:
+        """What was trained on and what was held out, where these images are either of the two.
+
+        Raises:
+            GddlabError: They are not, or the other part is not found.
+        """
+        if self.data is None or name_and_part(self.data.name)[1] is None:
+            name = name_and_part(self.name)[0]
+            raise GddlabError(
+                f"metric 'copying' against {self.name!r}: it needs images that were trained on and images held out, "
+                f"give data='{name}:{PARTS[0]}', of a model that was trained on that part"
+            )
+        return parts_of(self.data)
+
     def check(self, kinds: tuple[str, ...]) -> None:
-        """Raises: GddlabError: A metric needs features of single images, and only their statistics are known."""
+        """Raises: GddlabError: A metric needs more than is known of the images: features, or the images themselves."""
         for kind in kinds:
+            if kind == "copying":
+                _ = self.parts
+            elif kind == "classes" and self.data is None:
+                raise GddlabError(
+                    f"metric 'classes' needs the images, {self.name} holds their features: give the dataset"
+                )
             if kind not in ("fid", "is") and self.data is None and self.features is None:
                 raise GddlabError(
                     f"metric {kind!r} needs the features of each real image, {self.name} holds their mean and "
@@ -77,6 +105,17 @@ class Reference:
             return real_rows(self.data, extractor, **where).rows[:, : extractor.dims]
         assert self.known is not None
         return self.known
+
+    def inputs(self, kind: str, extractor: Extractor, **where: Any) -> tuple[Tensor | Statistics, ...]:
+        """What a metric compares with, `where` as for `real_rows`: nothing, logits, features, or those of parts."""
+        if kind == "is":
+            return ()
+        if kind == "copying":
+            return tuple(real_rows(part, extractor, **where).rows[:, : extractor.dims] for part in self.parts)
+        if kind == "classes":
+            assert self.data is not None
+            return (real_rows(self.data, extractor, **where).rows[:, extractor.dims :],)
+        return (self.against(extractor, **where),)
 
 
 def open_reference(data: Source, extractor: Extractor, *, progress: bool = True) -> Reference:
@@ -101,7 +140,7 @@ def reference(
     data: Source,
     out: str | Path,
     *,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     features: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -131,6 +170,7 @@ def reference(
     check_free(out, overwrite)
     spec.check()
     real = open_dataset(data, progress=progress)
+    spec = spec.fitted(real.channels, real.resolution)
     if len(real) < 2:
         raise GddlabError(f"{real.name!r} has {len(real)} image: give at least 2")
     rows = real_features(real, spec, progress=progress)
@@ -196,6 +236,7 @@ def _own(path: Path, arrays: dict[str, np.ndarray], known: Statistics, spec: Ext
         about_data["manifest"] = Manifest(**manifest)
     except (ValueError, KeyError, TypeError):
         raise GddlabError(f"{path} is no reference that gddlab wrote: make it again, gddlab reference") from None
+    spec = spec.fitted(about_data["channels"], about_data["resolution"])
     for key in SAME:
         if theirs.get(key) != (ours := getattr(spec, key)):
             raise GddlabError(

@@ -30,7 +30,7 @@ def evaluate_snapshots(
     run: Run,
     *,
     data: str | None = None,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     n: int | None = None,
     nproc: int | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -69,7 +69,7 @@ def missing_scores(
     *,
     kimg: float | None = None,
     data: str | None = None,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     blocks: int = 1,
 ) -> list[str]:
     """The metrics that have no record of a student; of several blocks, a distance needs its least.
@@ -96,7 +96,7 @@ def score_student(
     *,
     kimg: float | None = None,
     data: str | None = None,
-    extractor: str = "lite2",
+    extractor: str | Path = "lite2",
     n: int | None = None,
     blocks: int = 1,
     nproc: int | None = None,

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gddlab.datasets import data_of
 from gddlab.errors import GddlabError, validated
-from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor
+from gddlab.evaluation.extractors import Extractor, PixelExtractor, find_extractor
 from gddlab.evaluation.features import image_features
 from gddlab.evaluation.images import check_shape
 from gddlab.evaluation.metrics import Statistics, statistics
@@ -70,6 +71,7 @@ def _pixels(mode: str) -> type[PerImage]:
     )
 
 
+@functools.cache
 def _features(mode: str, extractor: str) -> type[PerImage]:
     return declare(
         PerImage,
@@ -94,7 +96,6 @@ def _to_data(mode: str, spec: Extractor, n: int, real: str) -> type[Given]:
 
 
 PIXELS = {mode: _pixels(mode) for mode in MODES}
-FEATURES = {(mode, name): _features(mode, name) for mode in MODES for name in EXTRACTORS}
 
 
 @beside_runs()
@@ -111,7 +112,7 @@ def trace(
     batch_size: PositiveInt = 64,
     class_labels: Labels = None,
     seed: int = 0,
-    extractor: str | None = "lite0",
+    extractor: str | Path | None = "lite0",
     data: Data = None,
     device: str | torch.device | None = None,
     dtype: Precision = None,
@@ -159,6 +160,8 @@ def trace(
     spec = None if extractor is None else find_extractor(extractor)
     if spec is None and data is not None:
         raise GddlabError("data= is compared by features: give an extractor, or omit data=")
+    if isinstance(spec, PixelExtractor):
+        raise GddlabError("extractor='pixels': pixels are compared anyway, give a network")
     if mode == "resample" and n % 2:
         raise GddlabError(f'n={n}: mode="resample" swaps the images of each pair, give an even n')
     sampling = Sampling(model, steps, unit=unit, n=n, seed=seed, class_labels=class_labels)
@@ -168,9 +171,10 @@ def trace(
     inputs = sampling.inputs
     if inputs.codec is None and getattr(inputs.denoiser, "latent", False):
         raise GddlabError("this network makes latents, and images are compared here: give gddlab.wrap vae=")
+    spec = None if spec is None else spec.fitted(*inputs.image_shape[:2])
     real = None if spec is None else _real(sampling.inputs, data, spec, progress)
     outputs = {layer.name: outputs_of(layer, modules) for layer in selected}
-    kinds = [PIXELS[mode]] + ([] if spec is None else [FEATURES[mode, spec.label]])
+    kinds = [PIXELS[mode]] + ([] if spec is None else [_features(mode, spec.label)])
     size = max(batch_size, 2) // 2 * 2 if mode == "resample" else batch_size
     parts = [(i, min(i + size, n)) for i in range(0, n, size)]
     shapes: dict[str, torch.Size] = {}
@@ -225,7 +229,8 @@ def trace(
             if k + 1 < len(sampling):
                 states = [sampling.step(k, x, i, j) for (i, j), x in zip(parts, states, strict=True)]
     effects.layers = [sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
-    settings: dict[str, Any] = {"tier": "trace", "mode": mode, "sampler": sampling.name, "extractor": extractor}
+    settings: dict[str, Any] = {"tier": "trace", "mode": mode, "sampler": sampling.name}
+    settings["extractor"] = None if spec is None else spec.label
     settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     settings["donor"] = None if other is None else network_meta(other)["model"]["fingerprint"]
     given = None

@@ -79,8 +79,8 @@ def teachers_rows() -> tuple[Experiment, ...]:
     return (
         *early,
         row("shuffled", "GDD from the teacher's weights in random order", mask=free, student="shuffled"),
-        row("high", "GDD from the teacher that has seen sigma 80, digits-high", mask=free, teacher="digits-high"),
-        row("low", "GDD from a network trained at sigma 0.002 to 0.5 alone", mask=free, **_of("low")),
+        row("from-high", "GDD from the teacher that has seen sigma 80, digits-high", mask=free, teacher="digits-high"),
+        row("from-low", "GDD from a network trained at sigma 0.002 to 0.5 alone", mask=free, **_of("low")),
         *(
             row(
                 f"scratch-lr-{LR * f:.0e}",

@@ -77,7 +77,7 @@ QUESTIONS = (
         "only knows low noise, of one that has seen sigma 80, and of random weights with other learning rates, "
         "augmentation and length.",
         arms=(
-            *("gdd", *(f"age-{k}" for k in (80, 40, 20, 10, 5)), "high", "low", "shuffled"),
+            *("gdd", *(f"age-{k}" for k in (80, 40, 20, 10, 5)), "from-high", "from-low", "shuffled"),
             *("scratch", "scratch-lr-1e-04", "scratch-lr-8e-04", "scratch-augment"),
             *(f"{name}-teacher-{s}" for s in (1, 2) for name in ("gdd", "gdd-i")),
         ),

@@ -80,7 +80,7 @@ def local_minima(s: Subjects) -> Found:
     import pandas as pd
 
     real = open_dataset(s.data)
-    spec = find_extractor(s.judge.extractor)
+    spec = find_extractor(s.judge.extractor).fitted(real.channels, real.resolution)
     n = s.judge.pairs or s.judge.n or len(real)
     images = {name: to_uint8(_sampled(net, real, n, steps)) for name, net, steps in _networks(s)}
     device = next(s.teacher.parameters()).device

@@ -62,11 +62,14 @@ def train(
             "TrainConfig, such as gddlab.presets.digits(run_dir=...)"
         )
     chosen_device(config.device)
-    if config.metric_kimg is not None:
-        find_extractor(config.metric_extractor).check()
+    judge = None if config.metric_kimg is None else find_extractor(config.metric_extractor)
+    if judge is not None:
+        judge.check()
     launch = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, timeout_s)
     config = config.model_copy(update={"run_dir": config.run_dir.resolve()})
-    check(config, world_size=launch.world_size)
+    _, data = check(config, world_size=launch.world_size)
+    if judge is not None:
+        judge.fitted(data.channels, data.resolution)
     run_dir = config.run_dir
     config.make_folder()
     try:

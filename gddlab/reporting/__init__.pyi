@@ -1,4 +1,7 @@
 from gddlab.probing.plots.axes import STAGES as STAGES
+from gddlab.reporting.contrasts import contrast_table as contrast_table
+from gddlab.reporting.contrasts import draw_contrasts as draw_contrasts
+from gddlab.reporting.contrasts import draw_dose as draw_dose
 from gddlab.reporting.frequencies import draw_bands as draw_bands
 from gddlab.reporting.frequencies import draw_denoised as draw_denoised
 from gddlab.reporting.frequencies import draw_spectra as draw_spectra

@@ -20,7 +20,7 @@ from gddlab.files import data_dir
 from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
-from gddlab.runs import Run
+from gddlab.runs import ARCHIVE, Run
 
 NOT_RUN = "not run"
 T = TypeVar("T")
@@ -130,16 +130,18 @@ class Summary:
             return float(self.metrics["kimg"].iloc[-1])
         return float(self.status.get("nimg", 0)) / 1000
 
-    def at_end(self, metric: str) -> Record | None:
-        """The newest score of a metric (without its n) at the end of the training, of the first block of seeds."""
+    def at_end(self, metric: str, kimg: float | None = None) -> Record | None:
+        """The newest score of a metric, by its label, after `kimg` or at the end, of the first block of seeds."""
         if self.config is None:
             return None
-        found = [r for r in self.records if r.label == metric and r.kimg == self.config.end_kimg]
+        kimg = self.config.end_kimg if kimg is None else kimg
+        found = [r for r in self.records if r.label == metric and r.kimg == kimg]
         return min(reversed(found), key=lambda r: r.seeds[0] if r.seeds else 0, default=None)
 
-    def state_of(self, metric: str) -> str:
+    def state_of(self, metric: str, kimg: float | None = None) -> str:
         """The state, or that a finished run lacks this score."""
-        return f"no {metric} at the end" if self.state == "done" and self.at_end(metric) is None else self.state
+        when = "at the end" if kimg is None else f"at {kimg:g} kimg"
+        return f"no {metric} {when}" if self.state == "done" and self.at_end(metric, kimg) is None else self.state
 
     def last(self, records: Iterable[Record]) -> Record | None:
         """The newest score of this run that is among `records`."""
@@ -159,17 +161,23 @@ def table_of(
 ) -> pd.DataFrame:
     """The rows that `tell` gives for each run, by experiment; an experiment of `rows` without a run is one, "not run".
 
-    A row's `record` gives it `metric` and `value`; records that cannot be compared with the first are refused.
+    A row's `record` gives it `metric` and `value`; records that cannot be compared with the first are refused, and so
+    are runs of trainers whose numbers differ.
     """
     if isinstance(rows, str):
         raise GddlabError(f"rows={rows!r}: give a list of experiments")
     if not runs and not rows:
         raise GddlabError("no runs given: load them with gddlab.load_runs(folder)")
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    trainers: dict[int, str] = {}
     for run in runs:
         name = run.run_dir.parent.name
         if name in told or not rows:
             told.setdefault(name, []).extend(tell(Summary(run)))
+            trainers.setdefault(run.provenance.get("trainer", 1), f"{name}/{run.run_dir.name}")
+    if len(trainers) > 1:
+        (a, one), (b, other), *_ = sorted(trainers.items())
+        raise GddlabError(f"{one} was trained by trainer {a}, {other} by {b}, whose numbers differ: train both anew")
     out = [{"experiment": name} | row for name, some in told.items() for row in some or [{"state": NOT_RUN}]]
     scored = [row for row in out if "record" in row]
     for row in scored:
@@ -360,7 +368,10 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
         raise NotFound(
             f"runs={str(given)!r}: no such folder; give the --out of gddlab reproduce, or '' for the shipped runs"
         )
-    if any(folder.glob("*/seed-*/config.json")) and not any(folder.glob("*/*/seed-*/config.json")):
+    found = [
+        any(True for kind in ("/seed-*/config.json", ARCHIVE) for _ in folder.glob(n + kind)) for n in ("*", "*/*")
+    ]
+    if found == [True, False]:
         raise GddlabError(f"runs={str(given)!r} is the folder of one list: give its parent {str(folder.parent)!r}")
     if given:
         sys.stdout.write(f"Figures and tables show {folder}. Numbers in the text are those of the shipped runs.\n")

@@ -25,13 +25,16 @@ from gddlab.theme import PALETTE, axes_of, themed
 RUN_COLUMNS = ("seed", "strategy", "score", "freeze", "frozen", "images", "nfe", "kimg", "metric", "value", "state")
 
 
-def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = ()) -> pd.DataFrame:
+def run_table(
+    runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = (), at: float | None = None
+) -> pd.DataFrame:
     """One row per run: experiment (the name of its folder's parent), seed, mask, and the student's score at the end.
 
     Args:
         runs: Run directories.
-        metric: Name of the score, without its n.
+        metric: Name of the score, without its n; "kd-lite2:held-out" is against held-out images.
         rows: Experiments to show, in this order; one without any run is a row too. All that have runs for ().
+        at: Thousands of images after which the score counts; None for the end of each run.
 
     Returns:
         Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), images (distinct real
@@ -42,12 +45,12 @@ def run_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[s
     Raises:
         GddlabError: The scores differ in n, extractor or reference; or there are neither runs nor rows.
     """
-    return table_of(runs, rows, RUN_COLUMNS, lambda summary: [_row(summary, metric)])
+    return table_of(runs, rows, RUN_COLUMNS, lambda summary: [_row(summary, metric, at)])
 
 
-def _row(summary: Summary, metric: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"state": summary.state_of(metric)}
-    config, record = summary.config, summary.at_end(metric)
+def _row(summary: Summary, metric: str, at: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"state": summary.state_of(metric, at)}
+    config, record = summary.config, summary.at_end(metric, at)
     if config is None:
         return row
     mask = config.mask
@@ -60,7 +63,7 @@ def _row(summary: Summary, metric: str) -> dict[str, Any]:
         "frozen": 0.0 if mask is None else mask.fraction,
         "images": config.max_images,
         "nfe": 1 + len(config.mid_sigmas),
-        "kimg": config.total_kimg,
+        "kimg": config.total_kimg if at is None else at,
     }
     if summary.state == "done" and record is not None:
         row |= {"record": record, "images": config.max_images or record.reference_n}
@@ -92,13 +95,15 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
     return out.sort_values("mean", kind="stable") if sort else out
 
 
-def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = ()) -> pd.DataFrame:
+def score_table(
+    runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = (), at: float | None = None
+) -> pd.DataFrame:
     """Several scores of the same students side by side: one row per experiment, means over seeds.
 
     Args:
         runs: Run directories.
         metrics: Names of the scores, without their n.
-        rows: As for `run_table`.
+        rows, at: As for `run_table`.
 
     Returns:
         Indexed by experiment: one column per score, named with its n where there is one; state.
@@ -109,7 +114,7 @@ def score_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[s
     parts: dict[str, pd.Series] = {}
     states: dict[str, pd.Series] = {}
     for metric in metrics:
-        table = run_table(runs, metric, rows=rows)
+        table = run_table(runs, metric, rows=rows, at=at)
         found = experiment_table(table)
         parts[next(iter(table["metric"].dropna()), metric)] = found["mean"]
         states[metric] = found["state"]

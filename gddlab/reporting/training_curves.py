@@ -73,7 +73,7 @@ def curve_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence
 def _scores(summary: Summary, metric: str) -> list[dict[str, Any]]:
     """One row per score of a run, or one that says why there is none."""
     seed = summary.config.seed if summary.config else None
-    scores = {float(r.kimg): r for r in summary.records if r.name == metric and r.kimg}
+    scores = {float(r.kimg): r for r in summary.records if r.label == metric and r.kimg}
     if not scores:
         return [{"seed": seed, "state": summary.state_of(metric)}]
     return [{"seed": seed, "kimg": k, "record": scores[k], "state": summary.state} for k in sorted(scores)]

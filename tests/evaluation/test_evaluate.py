@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gddlab.datasets import ImageDataset
+from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.errors import GddlabError
-from gddlab.evaluation import EXTRACTORS, compare, evaluate, features, real_split
+from gddlab.evaluation import EXTRACTORS, compare, evaluate, features, real_split, yardsticks
 from gddlab.evaluation.metrics import Statistics, frechet
 from gddlab.files import hash_tensors
 from gddlab.nets import from_edm, save_network
@@ -358,3 +358,73 @@ def test_features_where_tf32_was_allowed_by_the_newer_setting(counter):
         assert setting.fp32_precision == "tf32"
     finally:
         setting.fp32_precision = before
+
+
+def test_a_student_against_either_part(counter):
+    net = network()
+    net.card = SimpleNamespace(data="digits:train")
+    own, held_out = (evaluate(net, data=data, metrics="kid", n=24).records[0] for data in (None, "digits:held-out"))
+    assert (own.reference, held_out.reference) == ("digits:train", "digits:held-out")
+    assert (own.label, held_out.label) == ("kd-lite2", "kd-lite2:held-out")
+    gap = compare(held_out, own, across="reference").difference
+    assert gap == held_out.value - own.value != 0
+    with pytest.raises(GddlabError, match="differ in reference"):
+        compare(held_out, own)
+
+
+def test_copying_needs_both_parts(some, counter):
+    net = network()
+    for data, name in (("digits", "digits"), (some, "some-digits")):
+        with pytest.raises(GddlabError, match=f"against '{name}': .* give data='{name}:train'"):
+            evaluate(net, data=data, metrics="copying")
+    lost = ImageDataset(some.uint8, name="lost:train", source="nowhere")
+    with pytest.raises(GddlabError, match="'lost:train' is a part of a data set that is not found again"):
+        evaluate(net, data=lost, metrics="copying")
+    with pytest.raises(GddlabError, match="metric 'copying' of a split"):
+        real_split("digits:train", metrics="copying")
+    assert counter == []
+    copies = open_dataset("digits:train").uint8[np.arange(600) % 40]
+    scores = evaluate(copies, data="digits:train", metrics="copying")
+    assert scores["copying-lite2"] == 1 and scores["copying-ratio-lite2"] < 1e-3
+    for n in (None, 300):
+        honest = evaluate("data:digits:held-out", data="digits:train", metrics="copying", n=n)
+        low, high = honest.record("copying-lite2").interval
+        assert low < 0.5 < high and high - low < 0.3
+        assert 0.9 < honest["copying-ratio-lite2"] < 1.1
+
+
+def test_yardsticks(counter):
+    how = {"metrics": ("fid", "copying"), "progress": False}
+    with pytest.warns(UserWarning, match="599 images are held out of digits: that line is at n=599, not 1198"):
+        lines = yardsticks("digits", **how)
+    assert list(lines) == ["copier", "held-out", "missing class", "other half"]
+    assert [r.metric for r in lines["copier"]] == ["fd-lite2@1198", "copying-lite2@1198", "copying-ratio-lite2@1198"]
+    assert {r.reference for name in list(lines)[:3] for r in lines[name]} == {"digits:train"}
+    assert [r.metric for r in lines["other half"]] == ["fd-lite2@599"]
+    assert lines["copier"]["fd-lite2"] < lines["held-out"]["fd-lite2"] < lines["missing class"]["fd-lite2"]
+    assert lines["copier"]["copying-lite2"] == lines["missing class"]["copying-lite2"] == 1
+    assert lines["missing class"].record("fd-lite2").std > 0
+    want = evaluate("data:digits:held-out", data="digits:train", metrics="fid").records[0]
+    assert lines["held-out"]["fd-lite2"] == want.value
+    few = yardsticks("digits:held-out", n=100, seed=1, **how)
+    assert {r.n for scores in few.values() for r in scores} == {100}
+    student = evaluate(network(), data="digits:train", metrics="fid", n=100).records[0]
+    for name in ("copier", "held-out", "missing class"):
+        assert compare(student, few[name].record("fd-lite2")).difference > 0
+    assert yardsticks("digits", n=100, seed=1, **how)["copier"]["fd-lite2"] == few["copier"]["fd-lite2"]
+
+
+def test_yardsticks_without_classes(counter, tmp_path):
+    np.save(tmp_path / "plain.npy", subset(0, 90).uint8)
+    lines = yardsticks(tmp_path / "plain.npy", n=20, metrics="fid", progress=False)
+    assert list(lines) == ["copier", "held-out", "other half"]
+    assert {r.n for scores in lines.values() for r in scores} == {20}
+
+
+def test_the_line_of_a_missing_class_is_the_mean_over_classes(counter):
+    """Of two classes, each is missing where the images are the other's."""
+    pair = open_dataset("digits", classes=[3, 8])
+    lines = yardsticks(pair, n=30, metrics="classes", extractor="digits", progress=False)
+    assert lines["missing class"]["class-chi2-digits"] == pytest.approx(1, abs=0.1)  # 1 / (K - 1)
+    assert lines["missing class"].record("class-chi2-digits").std < 0.1
+    assert abs(lines["copier"]["class-chi2-digits"]) < 0.2

@@ -16,7 +16,9 @@ from gddlab.evaluation.metrics import (
     METRICS,
     SEED,
     check_metrics,
+    classes,
     computed,
+    copying,
     frechet,
     inception_score,
     kernel,
@@ -141,6 +143,18 @@ def test_kernel_of_many_images_takes_the_same_subsets(monkeypatch):
         assert_close(got.std, want["kernel_inception_distance_std"], rtol=1e-4, atol=0)
 
 
+def test_kernel_is_unbiased_and_its_spread_that_of_the_value():
+    """Sets of a few images: each subset is all of them."""
+    g = torch.Generator().manual_seed(5)
+    found = [kernel(torch.randn(24, 3, generator=g), torch.randn(24, 3, generator=g))[0] for _ in range(150)]
+    values, stds = (torch.tensor([getattr(v, name) for v in found]) for name in ("value", "std"))
+    assert abs(values.mean()) < 3 * values.std() / 150**0.5
+    assert 0.5 < stds.mean() / values.std() < 2
+    assert kernel(torch.randn(3, 2, generator=g), torch.randn(9, 2, generator=g))[0].std is None
+    some = kernel(*two_sets())[0]
+    assert some.settings["subset_size"] == 300 and some.std > 0.01 * abs(some.value)
+
+
 def test_frechet_of_few_images_and_of_statistics():
     """Fewer images than features: the covariance is singular."""
     a, b = two_sets(64)
@@ -223,6 +237,121 @@ def test_precision_and_recall_of_nested_sets():
     precision, recall = precision_recall(narrow, wide)
     assert precision.value > 0.9
     assert recall.value < 0.1
+
+
+def logits_of(labels: torch.Tensor, k: int, sure: float = 5.0) -> torch.Tensor:
+    return sure * torch.nn.functional.one_hot(labels, k).float()
+
+
+def test_class_chi2_is_the_formula():
+    from scipy.stats import chisquare
+
+    g = torch.Generator().manual_seed(4)
+    seen, wanted = torch.randint(7, (300,), generator=g), torch.randint(7, (500,), generator=g)
+    chi2, confidence = classes(logits_of(seen, 7), logits_of(wanted, 7))
+    counts = [np.bincount(x, minlength=7) for x in (seen, wanted)]
+    want = chisquare(counts[0], counts[1] * 300 / 500).statistic
+    assert_close(chi2.value, (want - 6) / 300, rtol=1e-9, atol=0)
+    p = float(np.exp(5) / (np.exp(5) + 6))
+    assert_close(confidence.value, p, rtol=1e-6, atol=0)
+    mixed = torch.cat([logits_of(seen, 7), logits_of(seen, 7, 0.0)])
+    low, high = classes(mixed, logits_of(wanted, 7))[1].interval
+    error = 1.96 * (p - 1 / 7) / 2 / 600**0.5
+    assert_close((low, high), ((p + 1 / 7) / 2 - error, (p + 1 / 7) / 2 + error), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("n", [100, 800])
+def test_class_chi2_does_not_depend_on_the_number_of_images(n):
+    """0 of an honest generator, 1 / (K - 1) without one of K classes, in the mean."""
+    g = torch.Generator().manual_seed(6)
+    real = logits_of(torch.arange(1000) % 5, 5)
+    honest, lacks = (
+        torch.tensor([classes(logits_of(torch.randint(k, (n,), generator=g), 5), real)[0].value for _ in range(200)])
+        for k in (5, 4)
+    )
+    assert abs(honest.mean()) < 3 * honest.std() / 200**0.5
+    assert abs(lacks.mean() - 1 / 4) < 3 * lacks.std() / 200**0.5
+    assert_close(honest.std().item(), 8**0.5 / n, rtol=0.2, atol=0)
+
+
+def test_classes_without_real_images():
+    """Real images of two classes of ten: an image of another class counts much, and nothing is infinite."""
+    real = logits_of(torch.arange(100) % 2, 10)
+    same, other = (classes(logits_of(x, 10), real)[0].value for x in (torch.arange(50) % 2, torch.arange(50) % 3))
+    assert abs(same) < 0.1 and 5 < other < np.inf
+
+
+def brute(x, train, held_out, own=None):
+    """Share and ratio by plain loops over the images."""
+    x, train, held_out = x.double(), train.double(), held_out.double()
+    first = [min((row - t).norm().item() for t in train) for row in x]
+    second = [
+        min((row - h).norm().item() for j, h in enumerate(held_out) if own is None or j != own[i])
+        for i, row in enumerate(x)
+    ]
+    wins = sum(1.0 if a < b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True))
+    t, h, share = len(train), len(held_out) - (own is not None), wins / len(x)
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    return share * h / (share * h + (1 - share) * t), float(np.quantile(ratios, t / (t + h)))
+
+
+def test_copying_is_the_formula_in_plain_loops(monkeypatch):
+    g = torch.Generator().manual_seed(7)
+    x, train, held_out = (torch.randn(n, 3, generator=g) for n in (40, 30, 20))
+    for chunk in (metrics.CHUNK, 50):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        share, ratio = copying(x, train, held_out)
+        assert_close((share.value, ratio.value), brute(x, train, held_out), rtol=1e-6, atol=0)
+        own = torch.arange(20).flip(0)
+        found = tuple(v.value for v in copying(held_out[own], train, held_out, own))
+        assert_close(found, brute(held_out[own], train, held_out, own), rtol=1e-6, atol=0)
+    assert share.settings == ratio.settings == {"train": 30, "held_out": 20}
+    assert share.interval[0] < share.value < share.interval[1]
+    assert ratio.interval[0] <= ratio.value <= ratio.interval[1]
+
+
+@pytest.mark.parametrize("sizes", [(400, 400), (900, 300), (50, 600)])
+def test_copying_of_an_honest_generator_and_of_a_copier(sizes):
+    """Whatever the sizes of the two sets: 0.5 and 1 of the one, 1 and 0 of the other."""
+    g = torch.Generator().manual_seed(8)
+    inside = [0, 0]
+    found = []
+    for _ in range(60):
+        x, train, held_out = (torch.randn(n, 4, generator=g) for n in (300, *sizes))
+        share, ratio = copying(x, train, held_out)
+        inside[0] += share.interval[0] <= 0.5 <= share.interval[1]
+        inside[1] += ratio.interval[0] <= 1 <= ratio.interval[1]
+        found.append((share.value, ratio.value))
+    shares, ratios = (torch.tensor(column) for column in zip(*found, strict=True))
+    assert abs(shares.mean() - 0.5) < 0.02 and abs(ratios.mean() - 1) < 0.03
+    assert min(inside) >= 52  # of 60, at 95 %
+    copies = train[torch.randint(len(train), (300,), generator=g)]
+    share, ratio = copying(copies, train, held_out)
+    assert (share.value, ratio.value) == (1, 0)
+    assert share.interval[0] > 0.5 and share.interval[1] == pytest.approx(1) and ratio.interval == (0, 0)
+    far = copying(100 + 0.1 * torch.randn(300, 4, generator=g), train, held_out)
+    low, high = far[0].interval
+    assert high - low > 0.5  # all are near one real image, which says nothing
+
+
+def test_copying_of_parts_and_ties():
+    g = torch.Generator().manual_seed(9)
+    train, held_out = torch.randn(300, 4, generator=g), torch.randn(300, 4, generator=g)
+    half = torch.cat([train[:150], torch.randn(150, 4, generator=g)])
+    share, ratio = copying(half, train, held_out)
+    assert 0.7 < share.value < 0.8 and ratio.value < 0.5
+    assert [v.value for v in copying(train, train, train)] == [0.5, 1]
+    share, ratio = copying(held_out, train, held_out)  # not told that they are what was held out
+    assert (share.value, ratio.value) == (0, metrics.MOST_RATIO)
+
+
+def test_values_come_back_from_the_cache_with_their_intervals(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDDLAB_CACHE", str(tmp_path))
+    g = torch.Generator().manual_seed(10)
+    x, train, held_out = (torch.randn(n, 3, generator=g) for n in (40, 30, 20))
+    first = computed("copying", x, train, held_out)
+    monkeypatch.setitem(METRICS, "copying", lambda *_: pytest.fail("computed again"))
+    assert computed("copying", x, train, held_out) == first and first[0].interval is not None
 
 
 def test_refusals():

@@ -8,6 +8,10 @@ import pytest
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, Scores, append_records, compare, load_records
 from gddlab.files import data_dir, read_json
+from gddlab.runs import load_runs
+
+LATER = ("kimg", "preprocessing", "source", "data", "interval")
+"""Fields that records had not from the start."""
 
 
 def record(**changes) -> Record:
@@ -34,7 +38,10 @@ def record(**changes) -> Record:
 
 
 def test_json_round_trip():
-    for r in (record(), record(seeds=None, model_sha256=None, std=0.5, settings={"subsets": 20})):
+    for r in (
+        record(interval=(100.0, 140.0)),
+        record(seeds=None, model_sha256=None, std=0.5, settings={"subsets": 20}),
+    ):
         assert Record.from_dict(json.loads(json.dumps(r.to_dict(), allow_nan=False))) == r
     with pytest.raises(GddlabError, match="nimg"):
         Record.from_dict(record().to_dict() | {"nimg": 3})
@@ -102,21 +109,22 @@ def test_across_does_not_excuse_another_kind_of_score():
 
 
 def test_older_records_load_and_compare():
-    old = {k: v for k, v in record().to_dict().items() if k not in ("kimg", "preprocessing", "source", "data")}
+    old = {k: v for k, v in record().to_dict().items() if k not in LATER}
     read = Record.from_dict(old)
-    assert (read.preprocessing, read.source, read.kimg) == (None, None, None)
+    assert [getattr(read, k) for k in LATER] == [None] * len(LATER)
     assert compare(read, record(preprocessing="bilinear", value=60.0)).difference == 60
 
 
 def test_records_that_ship_can_be_read():
     folder = data_dir()
-    runs = [r for p in (folder / "runs").rglob("evaluation.jsonl") for r in load_records(p.parent)]
+    runs = [r for run in load_runs(folder / "runs") for r in load_records(run.run_dir)]
     teachers = [Record.from_dict(d) for p in (folder / "teachers").glob("*/scores.json") for d in read_json(p)]
     assert len(runs) > 20 and len(teachers) > 8
     assert all(r.run_dir is not None and "run_dir" not in r.to_dict() for r in runs)
 
 
 def test_scores():
+    assert "120 [100, 140.5] " in str(Scores((record(interval=(100.0, 140.5)),)))
     scores = Scores((record(), record(metric="kd-lite2@64", value=0.1, std=0.01)))
     assert scores["fd-lite2"] == scores["fd-lite2@64"] == 120.0
     assert "kd-lite2" in scores and "fid" not in scores and len(scores) == 2

@@ -1,24 +1,85 @@
+"""Masks of a share of the parameters, and the factorial over groups of layers."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
-from gddlab.experiments import masks
-from gddlab.probing import ProbeResult
+from gddlab.experiments.experiment import Measured
+from gddlab.experiments.factorial import RUNS, SHARES, design, groups, mask_of, shares
+from gddlab.experiments.masks import at_share, by_rule, measure, rule
+from gddlab.freezing import select_freeze
+from gddlab.probing import probe
+from gddlab.probing.layers import owner_of
+from gddlab.teachers import load_teacher
 
 
-def test_what_is_measured_of_a_teacher_has_every_score(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def few(call: Callable[..., ProbeResult]) -> Callable[..., ProbeResult]:
-        return lambda net, steps, **options: call(net, [80.0, 1.0], **{**options, "n": 2}, progress=False)
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    net = load_teacher("digits")
+    return Measured(probe(net, [80.0], n=2, progress=False), rule(net))
 
-    for name in ("probe", "ablate"):
-        called: Any = getattr(masks, name)
-        monkeypatch.setattr(masks, name, few(called))
-    measured = masks.measure(str(tiny_teacher), "digits")
-    assert {"cosine", "correlation"} <= set(measured.result.stats)
-    for name in masks.SCORES:
-        mask = masks.measured_mask(measured, name)
-        assert 0 < mask.fraction <= measured.rule.fraction, name
+
+def test_what_is_measured_of_a_teacher(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure(str(tiny_teacher), "digits")
+    assert {"rel_update", "cosine", "ablation_output_mean"} <= set(found.result.stats)
+    assert found.rule == select_freeze(found.result, strategy="gdd-i")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95])
+def test_random_masks_have_their_share(measured: Measured, share: float) -> None:
+    masks = [at_share(share)(measured, seed) for seed in (0, 1)]
+    assert masks[0] != masks[1] and masks[0] == at_share(share)(measured, 0)
+    for mask in masks:
+        assert mask is not None
+        # the largest layer has 7 % of the parameters; what is left of the share may be smaller than every layer
+        assert share - 0.04 < mask.fraction <= share + 1e-6
+    convolutions = select_freeze(measured.result, strategy="all-conv")
+    frozen = {owner_of(p) for mask in masks if mask for p in mask.frozen}
+    inside = {owner_of(p) for p in convolutions.frozen}
+    assert frozen <= inside if share < convolutions.fraction else inside < frozen
+
+
+def test_the_rules_order_contains_the_rules(measured: Measured) -> None:
+    rules = [by_rule(s)(measured, 0) for s in ("gdd-i", "gdd-i-2", "gdd-i-3")]
+    for mask in rules:
+        assert mask is not None
+        exact = at_share(mask.fraction, ordered=True)(measured, 3)
+        assert exact is not None and set(exact.frozen) == set(mask.frozen)
+    half, most = (at_share(s, ordered=True)(measured, 0) for s in (0.5, 0.95))
+    assert half is not None and most is not None and rules[2] is not None
+    assert set(half.frozen) < set(measured.rule.frozen)
+    assert set(rules[2].frozen) < set(most.frozen)
+
+
+def test_groups_hold_almost_all_parameters(measured: Measured) -> None:
+    found = groups(measured.result)
+    assert len(found) == 17 and "dec 8x8 conv0" in found
+    layers = [layer for group in found.values() for layer in group]
+    assert len(set(layers)) == len(layers)
+    assert 0.96 < sum(shares(measured.result).values()) < 1
+
+
+def test_the_design_estimates_every_group(measured: Measured) -> None:
+    sizes = shares(measured.result)
+    rows = design(sizes)
+    assert rows.shape == (RUNS, len(sizes)) and (rows == design(sizes)).all()
+    assert len({tuple(row) for row in rows.tolist()}) == RUNS
+    share = rows @ np.array(list(sizes.values()))
+    assert (share >= SHARES[0]).all() and (share <= SHARES[1]).all()
+    x = np.hstack([np.ones((RUNS, 1)), 2.0 * rows - 1])
+    errors = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * RUNS)  # 1 for orthogonal columns
+    assert errors.max() < 2
+    drawn = np.random.default_rng(1).random((RUNS, len(sizes))) < 0.5
+    z = np.hstack([np.ones((RUNS, 1)), 2.0 * drawn - 1])
+    assert np.linalg.slogdet(x.T @ x)[1] > np.linalg.slogdet(z.T @ z)[1] - 3  # though shares are bound
+    # a linear truth is found again
+    effects = np.linspace(-1, 1, len(sizes))
+    found = np.linalg.lstsq(x, x[:, 1:] @ effects + 5, rcond=None)[0]
+    np.testing.assert_allclose(found, [5, *effects], atol=1e-9)
+    mask = mask_of(measured.result, 3)
+    expected = {n for n, on in zip(groups(measured.result), rows[3], strict=True) if on}
+    inside = {n for n, group in groups(measured.result).items() if {*group} <= {owner_of(p) for p in mask.frozen}}
+    assert inside == expected

@@ -29,7 +29,7 @@ from gddlab.reporting.run_summary import Summary
 from gddlab.runs import Run, load_run
 from tests.conftest import tiny_config
 
-DIGITS = data_dir() / "runs" / "digits"
+DIGITS = data_dir() / "runs" / "first"
 
 
 def text_of(page: Path) -> str:
@@ -47,7 +47,7 @@ def alone(page: Path) -> None:
 
 def copied(tmp_path: Path, name: str, *, source: str = "gdd-i/seed-0") -> Path:
     folder = tmp_path / name
-    shutil.copytree(DIGITS / source, folder)
+    shutil.copytree(load_run(DIGITS / source).run_dir, folder)
     return folder
 
 
@@ -82,7 +82,7 @@ def test_a_damaged_grid_is_named(tmp_path: Path) -> None:
 
 
 def test_a_shipped_run_is_told_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir, out = DIGITS / "gdd-i" / "seed-0", tmp_path / "page.html"
+    run_dir, out = load_run(DIGITS / "gdd-i" / "seed-0").run_dir, tmp_path / "page.html"
     main(["report", str(run_dir), "--out", str(out)])
     assert capsys.readouterr().out.strip() == str(out)
     alone(out)
@@ -132,7 +132,7 @@ def test_a_run_fresh_from_training(tmp_path: Path, tiny_teacher: Path) -> None:
 
 
 def test_the_call_on_the_page_makes_the_same_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir = DIGITS / "gdd-i" / "seed-0"
+    run_dir = load_run(DIGITS / "gdd-i" / "seed-0").run_dir
     code = re.findall(r"<pre>(.*?)</pre>", gddlab.report(run_dir, tmp_path / "p.html").read_text(), re.DOTALL)[-1]
     monkeypatch.chdir(run_dir)
     made: list[TrainConfig] = []
@@ -142,7 +142,7 @@ def test_the_call_on_the_page_makes_the_same_configuration(tmp_path: Path, monke
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:
-    runs = [DIGITS / name for name in ("gdd/seed-0", "gdd/seed-1", "gdd-i/seed-0")]
+    runs = [load_run(DIGITS / name).run_dir for name in ("gdd/seed-0", "gdd/seed-1", "gdd-i/seed-0")]
     out = gddlab.report(runs, tmp_path / "p.html")
     alone(out)
     html = out.read_text()
@@ -259,7 +259,7 @@ def test_alarms_best_student_and_a_judge_of_its_own_kin(tmp_path: Path) -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>&"
     folder = tmp_path / "<script>alert(1)<"
-    shutil.copytree(DIGITS / "gdd-i" / "seed-0", folder / "script>&")
+    shutil.copytree(load_run(DIGITS / "gdd-i" / "seed-0").run_dir, folder / "script>&")
     other = copied(tmp_path, "other")
     for out in (
         gddlab.report(folder / "script>&", tmp_path / "1.html"),

@@ -166,7 +166,7 @@ def test_the_shipped_grids_of_teacher_and_runs_are_of_seeds_0_to_63() -> None:
     found = cut_grid(pixels, size=16)
     assert len(found) == 64
     torch.testing.assert_close(found[[0, 9, 63], :1], last, atol=0.6 / 127.5, rtol=0)
-    grids = gddlab.load_run(data_dir() / "runs" / "digits" / "gdd" / "seed-0").grids()
+    grids = gddlab.load_run(data_dir() / "runs" / "first" / "gdd" / "seed-0").grids()
     assert len(cut_grid(np.asarray(Image.open(grids[-1])), size=16)) == 64
 
 

@@ -1,0 +1,98 @@
+"""Arms against one of them: intervals, effect sizes and p are those of the textbooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from gddlab.errors import GddlabError
+from gddlab.files import read_json, write_json
+from gddlab.reporting.contrasts import contrast_table, difference, draw_contrasts, draw_dose, holm, interval
+from gddlab.reporting.tables import run_table
+from gddlab.runs import Run, load_runs
+from tests.evaluation.test_records import record
+from tests.reporting.made import made
+
+VALUES = {"gdd": (70.0, 66.0, 78.0), "gdd-i": (58.0, 62.0, 56.0), "one": (60.0,)}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_teacher: Path) -> list[Run]:
+    for name, values in VALUES.items():
+        for seed, value in enumerate(values):
+            held_out = record(metric="kd-lite2@64", value=value / 1000, kimg=0.048, reference="digits:held-out")
+            inside = record(metric="kd-lite2@64", value=value / 900, kimg=0.048)
+            made(tmp_path, tiny_teacher, name, seed, {0.024: 2 * value, 0.048: value}, more=(held_out, inside))
+    return load_runs(tmp_path)
+
+
+def test_a_row_per_score_and_arm(runs: list[Run]) -> None:
+    metrics = ("fd-lite2", "kd-lite2:held-out")
+    found = contrast_table(runs, ("gdd-i", "one", "never"), against="gdd", metrics=metrics)
+    assert found["experiment"].tolist() == ["gdd", "gdd-i", "one", "never"] * 2
+    rows = found[found["metric"] == "fd-lite2"].set_index("experiment")
+    assert rows["seeds"].tolist() == [3, 3, 1, 0]
+    assert rows.loc["gdd", "mean"] == pytest.approx(71.333333)
+    assert rows.loc["gdd-i", "difference"] == pytest.approx(-12.666667)
+    # Student's t with 2 degrees of freedom: 4.302653 sd / sqrt(3)
+    half = 4.302653 * np.std(VALUES["gdd-i"], ddof=1) / np.sqrt(3)
+    assert rows.loc["gdd-i", "high"] - rows.loc["gdd-i", "mean"] == pytest.approx(half, rel=1e-6)
+    assert np.isnan(rows.loc["gdd", "p"]) and np.isnan(rows.loc["one", "low"]) and np.isnan(rows.loc["one", "p"])
+    assert rows.loc["never", "state"] == "not run"
+    assert rows.loc["gdd-i", "p_holm"] == pytest.approx(2 * rows.loc["gdd-i", "p"])  # two tests in the table
+    held_out = found[found["metric"] == "kd-lite2:held-out"].set_index("experiment")
+    assert held_out.loc["gdd", "mean"] == pytest.approx(0.0713333)
+    early = contrast_table(runs, ("gdd-i",), against="gdd", at=0.024).set_index("experiment")
+    assert early.loc["gdd", "mean"] == pytest.approx(142.666667)
+
+
+def test_welch_and_hedges_by_hand() -> None:
+    x, y = np.array([58.0, 62.0, 56.0]), np.array([70.0, 66.0, 78.0, 71.0])
+    found = difference(x, y)
+    error = np.sqrt(x.var(ddof=1) / 3 + y.var(ddof=1) / 4)
+    gap = x.mean() - y.mean()
+    pooled = np.sqrt((2 * x.var(ddof=1) + 3 * y.var(ddof=1)) / 5)
+    assert found["g"] == pytest.approx(gap / pooled * (1 - 3 / 19))
+    middle = (found["difference_low"] + found["difference_high"]) / 2
+    assert middle == pytest.approx(gap)
+    freedom = error**4 / ((x.var(ddof=1) / 3) ** 2 / 2 + (y.var(ddof=1) / 4) ** 2 / 3)
+    from scipy.stats import t
+
+    assert found["p"] == pytest.approx(2 * t.sf(abs(gap) / error, freedom))
+    assert difference(x[:1], y) == {}
+    assert all(np.isnan(interval(x[:1])))
+
+
+def test_an_interval_holds_the_mean_95_times_in_100() -> None:
+    draw = np.random.default_rng(0)
+    bounds = [interval(draw.normal(size=5)) for _ in range(2000)]
+    assert 0.935 < np.mean([low < 0 < high for low, high in bounds]) < 0.965
+
+
+def test_holm() -> None:
+    corrected = holm(np.array([0.01, np.nan, 0.04, 0.03, 0.005]))
+    np.testing.assert_allclose(corrected, [0.03, np.nan, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])).max() <= 1
+
+
+def test_refusals(runs: list[Run]) -> None:
+    with pytest.raises(GddlabError, match="'never', which others are compared with, has no score: run it first"):
+        contrast_table(runs, ("gdd",), against="never")
+    path = runs[0].run_dir / "provenance.json"
+    write_json(path, read_json(path) | {"trainer": 2})
+    name = f"{runs[0].run_dir.parent.name}/{runs[0].run_dir.name}"
+    with pytest.raises(GddlabError, match=f"was trained by trainer 1, {name} by 2, whose numbers differ"):
+        run_table(runs)
+
+
+def test_figures(runs: list[Run]) -> None:
+    found = contrast_table(runs, ("gdd-i", "one", "never"), against="gdd", metrics=("fd-lite2", "kd-lite2"))
+    figure = draw_dose(found, {"all": ("gdd", "gdd-i", "never")}, levels={"fd-lite2": {"teacher": 63.0}})
+    assert [ax.get_title() for ax in figure.axes] == ["fd-lite2", "kd-lite2"]
+    assert len(figure.axes[0].get_lines()) > len(figure.axes[1].get_lines())  # with the level
+    figure = draw_contrasts(found)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I"]
+    plt.close("all")
