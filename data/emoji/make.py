@@ -1,7 +1,7 @@
-"""Makes emoji.zip from two npm packages; README.md says what it holds.
+"""Makes emoji.zip of two npm packages; README.md says what it holds.
 
-npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0    # unpack each by tar xzf
-python data/emoji/make.py GOOGLE/package FLUENT/package
+`npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0` fetches them. Each unpacked in a folder of its
+own, `python data/emoji/make.py NOTO/package FLUENT/package` takes about two minutes.
 """
 
 from __future__ import annotations

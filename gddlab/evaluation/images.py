@@ -54,9 +54,9 @@ KEEP_GIB = 4.0
 def open_source(source: str | Path, *, progress: bool = True) -> Denoiser | ImageDataset:
     """A model or images by name or path.
 
-    Images are "data:NAME", a part such as "digits:held-out", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a bundled teacher's name, also
-    where a folder is called so, a file of weights, a folder of diffusers.
+    Images are "data:NAME", a part such as "digits:held-out", a folder that is neither a run directory nor a teacher,
+    and a file that is not .pkl, .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a
+    bundled teacher's name, also where a folder is called so, a file of weights, a folder of diffusers.
     """
     text = as_text(source)
     if text.startswith("data:") or name_and_part(text)[1]:
