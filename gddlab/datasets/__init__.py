@@ -1,4 +1,4 @@
-"""Images and labels: digits, EDM zips, folders, arrays, CIFAR-10, Hugging Face; `prepare` makes EDM zips."""
+"""Images and labels: digits, emoji, EDM zips, folders, arrays, CIFAR-10, Hugging Face; `prepare` makes EDM zips."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Manifest:
     @property
     def lossy(self) -> frozenset[str] | None:
         """The lossy formats among those that the images were read from, "JPEG", "WebP"; None where none are known."""
-        read = set(re.findall(r"[a-z]+", self.codec.lower()))
+        read = set(re.findall(r"[a-z]+", self.codec.lower().replace("lossless webp", "png")))
         if "unknown" in read or not read & {s[1:] for s in SUFFIXES}:
             return None
         return frozenset(LOSSY[s] for s in read & LOSSY.keys())

@@ -54,6 +54,8 @@ HINTS = {
     "damaged labels": "correct the labels",
 }
 
+_DAMAGED = "damaged labels"
+
 # 00000/img00000000.png as EDM's dataset tool writes, 001000/001234.png as its samplers do.
 _SHARDED = re.compile(r"(\d{5,})/(?:img)?(\d{5,})\.\w+")
 
@@ -183,12 +185,16 @@ def image_files(names: Sequence[str]) -> tuple[list[str], list[Problem], dict[st
 
 @dataclass(frozen=True)
 class Classes:
-    """Class ids of images, int64 (N,), or None; the number of classes, their names, and what is wrong with them."""
+    """Class ids of images, int64 (N,), or None; the number of classes, their names, and what is wrong with them.
+
+    `groups`: as in a Listing.
+    """
 
     ids: np.ndarray | None = None
     count: int = 0
     names: list[str] | None = None
     problems: Sequence[Problem] = ()
+    groups: Sequence[str] | None = None
 
 
 def classes_by_folder(names: Sequence[str], empty: Sequence[str] = ()) -> Classes:
@@ -215,44 +221,63 @@ def classes_by_folder(names: Sequence[str], empty: Sequence[str] = ()) -> Classe
 
 
 def classes_of_table(names: Sequence[str], content: bytes, classes: int | None = None) -> Classes:
-    """Classes from a dataset.json, `{"labels": [[name, class], ...]}` or null; `classes`: their number, if recorded."""
+    """Classes and groups from a dataset.json; `classes`: their number, if recorded.
 
-    def damaged(why: str) -> Problem:
-        return Problem(LABELS, "damaged labels", why)
-
+    `{"labels": [[name, class], ...]}`, or null; and, if any, `"groups": [[name, group], ...]`, where a group is text,
+    and an image without one is alone.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as e:
-        return Classes(problems=[damaged(f"no JSON: {e}")])
+        return Classes(problems=[Problem(LABELS, _DAMAGED, f"no JSON: {e}")])
     pairs = value.get("labels", 0) if isinstance(value, dict) else 0
-    if pairs is None:
-        return Classes()
-    if not isinstance(pairs, list):
-        return Classes(problems=[damaged('it is not {"labels": [[name, class], ...]} or {"labels": null}')])
-    problems: list[Problem] = []
-    label: dict[str, Any] = {}
-    limit = MAX_CLASSES if classes is None else classes
-    for i, pair in enumerate(pairs):
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-            problems.append(damaged(f"entry {i} is {str(pair)[:60]}, accepted is [name, class]"))
-            continue
-        name = pair[0].replace("\\", "/").removeprefix("./")
-        if name in label:
-            problems.append(Problem(name, "labelled twice", f"in {LABELS}"))
-        label[name] = pair[1]
+    if pairs is not None and not isinstance(pairs, list):
+        why = 'it is not {"labels": [[name, class], ...]} or {"labels": null}'
+        return Classes(problems=[Problem(LABELS, _DAMAGED, why)])
     there = set(names)
+    group, problems = _by_name(value.get("groups") or [], there, "group")
+    problems += [
+        Problem(LABELS, _DAMAGED, f"the group of {name} is {str(g)[:40]}, accepted is text")
+        for name, g in group.items()
+        if not isinstance(g, str)
+    ]
+    groups = [group.get(name, name) for name in names] if group else None
+    if pairs is None:
+        return Classes(groups=groups, problems=problems)
+    label, more = _by_name(pairs, there, "class")
+    problems += more
     problems += [Problem(name, "no label", f"in {LABELS}") for name in names if name not in label]
+    limit = MAX_CLASSES if classes is None else classes
     for name, y in label.items():
         if name not in there:
-            problems.append(Problem(name, "no such image", f"it has a label in {LABELS}"))
-        elif type(y) is not int:
+            continue
+        if type(y) is not int:
             problems.append(Problem(name, "class id is no integer", str(y)[:40]))
         elif not 0 <= y < limit:
             problems.append(Problem(name, "class id out of range", f"{str(y)[:20]}, accepted are 0..{limit - 1}"))
     if problems:
         return Classes(problems=problems)
     ids = np.array([label[n] for n in names], dtype=np.int64)
-    return Classes(ids, int(ids.max(initial=-1)) + 1 if classes is None else classes)
+    return Classes(ids, int(ids.max(initial=-1)) + 1 if classes is None else classes, groups=groups)
+
+
+def _by_name(pairs: Any, there: Collection[str], what: str) -> tuple[dict[str, Any], list[Problem]]:
+    """What the pairs [name, class or group] say of each name, and what is wrong with the names."""
+    if not isinstance(pairs, list):
+        return {}, [Problem(LABELS, _DAMAGED, f"its {what}s are {str(pairs)[:40]}, accepted is [[name, {what}], ...]")]
+    found: dict[str, Any] = {}
+    problems = []
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            problems.append(Problem(LABELS, _DAMAGED, f"entry {i} is {str(pair)[:60]}, accepted is [name, {what}]"))
+            continue
+        name = pair[0].replace("\\", "/").removeprefix("./")
+        if name in found:
+            problems.append(Problem(name, "labelled twice", f"in {LABELS}"))
+        elif name not in there:
+            problems.append(Problem(name, "no such image", f"it has a {what} in {LABELS}"))
+        found[name] = pair[1]
+    return found, problems
 
 
 def name_and_part(name: str) -> tuple[str, str | None]:

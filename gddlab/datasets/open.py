@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Collection, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +29,13 @@ from gddlab.datasets.readers import (
 )
 from gddlab.datasets.store import materialise
 from gddlab.errors import GddlabError, NotFound, refusal_of, unknown, validated
-from gddlab.files import HUB_NAME, as_text, describe_start, path_of
+from gddlab.files import HUB_NAME, as_text, data_dir, describe_start, path_of
 from gddlab.runtime import Seed
 
 Source = SkipValidation[str | Path | ImageDataset | np.ndarray | list[Any]]
 """What `open_dataset` takes; `find_source` refuses the rest."""
 
-BUILT_IN = ("digits", "cifar10")
+BUILT_IN = ("digits", "emoji", "cifar10")
 """Names that mean a data set also where a folder is called so, which is then "./digits"."""
 
 
@@ -58,6 +59,9 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
         return part_of(listed(find_source(text, download=download)), part)
     if text == "digits":
         return digits()
+    if text == "emoji":
+        found = of_zip(emoji_zip())
+        return replace(found, source=found.extra["from"], extra={"class_names": found.extra["class_names"]})
     if text.startswith("hf:"):
         return of_huggingface(text)
     path = find_cifar10(download=download) if text == "cifar10" else path_of("data", text)
@@ -76,10 +80,18 @@ def find_source(data: Source, *, download: bool = False) -> ImageDataset | Listi
             return read_cifar10(path)
         accepted = f"an EDM zip, a folder of images, a .npz or .npy of them, or {ARCHIVE}"
         raise GddlabError(f"{path} is {describe_start(head)}; a dataset is {accepted}")
+    name, colon, part = text.rpartition(":")
+    if colon and (name in BUILT_IN or Path(name).expanduser().exists()):
+        raise unknown("part of a data set", part, PARTS)
     if "/" in text or path.suffix:
         hub = f"; of the Hugging Face hub, give 'hf:{text}'" if HUB_NAME.fullmatch(text) else ""
         raise NotFound(f"no such file or folder: {path}{hub}")
-    raise unknown("dataset", text, ("digits", "cifar10", "hf:NAME", "a folder", "an EDM zip", "a .npz or .npy"))
+    raise unknown("dataset", text, (*BUILT_IN, "hf:NAME", "a folder", "an EDM zip", "a .npz or .npy"))
+
+
+def emoji_zip() -> Path:
+    """The EDM zip of "emoji", which ships with gddlab; the README beside it says where its images are from."""
+    return data_dir() / "emoji" / "emoji.zip"
 
 
 def data_of(card: Any) -> ImageDataset | None:
@@ -146,12 +158,15 @@ def open_dataset(
 
     Args:
         data: One of the following; "./digits" and Path("digits") are a folder, "digits" alone is not:
-            "digits";
+            "digits": handwritten digits, 16x16, grey, 10 classes;
+            "emoji": 3,457 emoji drawn in two styles, on white, 32x32, RGB, 9 classes;
             "digits:train" or "digits:held-out": two thirds of the images or the third that is held out, of each class;
-            so for every name and path here, such as "faces.zip:train", but for hf:, whose splits are its own;
+            so for every name and path here, such as "faces.zip:train", but for hf:, whose splits are its own; of a set
+            with groups, such as "emoji", whole groups are held out;
             "cifar10": the training images of cifar-10-python.tar.gz or cifar-10-batches-py in the working folder,
             $GDDLAB_HOME or the cache; or the path of either;
-            an EDM zip: images and dataset.json, `{"labels": [[name, class], ...]}` or null;
+            an EDM zip: images and dataset.json, `{"labels": [[name, class], ...]}` or null; and, if images belong
+            together, such as those of one person, `"groups": [[name, group], ...]`;
             a folder: with such a dataset.json; or with a sub-folder per class, in order of name (of number, if all are
             numbers); or without classes if flat, with one sub-folder, or in shards (00000/img00000000.png,
             001000/001234.png);

@@ -29,11 +29,12 @@ _PART = re.compile(r"part-(\d{6,})\.zip")
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a zip: its path inside, its PNG file, and its class where the set has labels."""
+    """One image of a zip: its path inside, its PNG file, and its class and group where the set has them."""
 
     name: str
     png: bytes
     label: int | None = None
+    group: str | None = None
 
 
 def image_name(index: int) -> str:
@@ -83,10 +84,11 @@ def read_part(folder: Path, k: int) -> Iterator[Entry]:
     path = _part(folder, k)
     try:
         with zipfile.ZipFile(path) as z:
-            labels = dict(json.loads(z.read(_LABELS))["labels"] or [])
+            table = json.loads(z.read(_LABELS))
+            labels, groups = dict(table["labels"] or []), dict(table.get("groups", []))
             for name in z.namelist():
                 if name != _LABELS:
-                    yield Entry(name, z.read(name), labels.get(name))
+                    yield Entry(name, z.read(name), labels.get(name), groups.get(name))
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
         raise GddlabError(f"{path} is damaged ({e}): delete it and run the same command again") from None
 
@@ -94,8 +96,8 @@ def read_part(folder: Path, k: int) -> Iterator[Entry]:
 def assemble(folder: Path, count: int, out: Path, manifest: Callable[[Path], dict[str, Any]]) -> None:
     """Merges the parts 0..count - 1 into `out`, in order, then removes the folder; `out` appears when all is written.
 
-    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null), and manifest.json,
-    which `manifest` makes from the path of the zip without it.
+    The zip holds stored PNG files, dataset.json with `{"labels": [[name, class], ...]}` (or null) and the groups of
+    images that have one, and manifest.json, which `manifest` makes from the path of the zip without it.
 
     Raises:
         GddlabError: A part is missing or damaged, two images have one name, or only some have labels.
@@ -121,17 +123,19 @@ def _part(folder: Path, k: int) -> Path:
 def _write(path: Path, entries: Iterable[Entry]) -> None:
     """A zip of images and dataset.json."""
     labels: dict[str, int | None] = {}
+    groups: list[tuple[str, str]] = []
     with zipfile.ZipFile(path, "w") as z:
         for e in entries:
             if e.name in labels or e.name in (_LABELS, _MANIFEST):
                 raise GddlabError(f"two files of the zip are named {e.name!r}: give each image a name of its own")
             labels[e.name] = e.label
+            groups += [(e.name, e.group)] if e.group is not None else []
             _store(z, e.name, e.png)
         pairs = [(name, label) for name, label in labels.items() if label is not None]
         if pairs and len(pairs) < len(labels):
             name = next(name for name, label in labels.items() if label is None)
             raise GddlabError(f"{name!r} has no label, {len(pairs)} other images have one: give all or none")
-        _store(z, _LABELS, _json({"labels": pairs or None}))
+        _store(z, _LABELS, _json({"labels": pairs or None} | ({"groups": groups} if groups else {})))
 
 
 def _store(z: zipfile.ZipFile, name: str, content: bytes) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, PositiveInt
 
 from gddlab.datasets.base import ContentHash, Manifest
-from gddlab.datasets.listing import HINTS, MANIFEST, Listing, Problem, attempt, choose, refusal
+from gddlab.datasets.listing import HINTS, MANIFEST, Listing, Problem, attempt, choose, name_and_part, refusal
 from gddlab.datasets.open import Source, find_source, listed
 from gddlab.datasets.packing import (
     Entry,
@@ -32,7 +32,7 @@ from gddlab.datasets.packing import (
 )
 from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
-from gddlab.files import check_free, hash_json, path_of
+from gddlab.files import as_text, check_free, hash_json, path_of
 from gddlab.progress import progress_bar
 from gddlab.runtime import Seed, usable_cores
 
@@ -149,8 +149,11 @@ def make_part(
         problems.append(x) if isinstance(x, Problem) else made.append(x)
     if problems:
         return problems
-    labels = [None] * len(made) if listing.labels is None else listing.labels[index].tolist()
-    write_part(folder, k, [Entry(image_name(i), png(x), y) for i, x, y in zip(index, made, labels, strict=True)])
+    none = [None] * len(made)
+    labels = none if listing.labels is None else listing.labels[index].tolist()
+    groups = none if listing.groups is None else listing.groups[index.start : index.stop]
+    entries = zip(index, made, labels, groups, strict=True)
+    write_part(folder, k, [Entry(image_name(i), png(x), y, group) for i, x, y, group in entries])
     return np.stack(made)
 
 
@@ -304,7 +307,7 @@ def prepare(
     download: bool = False,
     progress: bool = True,
 ) -> PrepareReport:
-    """Makes an EDM zip: PNG files of one size, not compressed, dataset.json, and a manifest.
+    """Makes an EDM zip: PNG files of one size, not compressed, dataset.json, and a manifest; groups are kept.
 
     After an interruption the same call continues: finished parts are kept in OUT.parts. OUT appears when complete; the
     same call then returns its report.
@@ -393,7 +396,7 @@ def _target(source: Source, out: str | Path | None) -> Path:
     if path.suffix.lower() != ".zip" or path.is_dir():
         raise GddlabError(f"out={str(out)!r}: give a file named .zip")
     if isinstance(source, str | Path):
-        folder = Path(source).expanduser().resolve()
+        folder = Path(name_and_part(as_text(source))[0]).expanduser().resolve()
         if folder.is_dir() and path.resolve().is_relative_to(folder):
             raise GddlabError(f"{path} is inside the source {source}: choose another folder")
     return path

@@ -165,6 +165,7 @@ def _of_files(
         about={key: about.get(key, default) for key, default in known.items()},
         extra=extra,
         sha256=about.get("sha256"),
+        groups=classes.groups,
         problems=[*problems, *classes.problems],
         ignored=ignored,
     )

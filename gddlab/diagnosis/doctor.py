@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gddlab.datasets import BUILT_IN
+from gddlab.datasets import BUILT_IN, name_and_part
+from gddlab.datasets.open import emoji_zip
 from gddlab.datasets.readers import find_cifar10
 from gddlab.diagnosis import machine
 from gddlab.diagnosis.machine import CPU, GIB, GPU, device_problems, gib, torch_build
@@ -298,8 +299,9 @@ def _data_findings() -> list[Finding]:
         digits = Finding("data", "digits", True, text)
     except importlib.metadata.PackageNotFoundError:
         digits = Finding("data", "digits", False, "missing", "pip install scikit-learn")
-    out = [digits, _look("data", "cifar10", find_cifar10)]
-    for data in dict.fromkeys(make(run_dir="runs").data for make in PRESETS.values()):
+    emoji = _look("data", "emoji", lambda: p if (p := emoji_zip()).is_file() else None, "install gddlab again")
+    out = [digits, emoji, _look("data", "cifar10", find_cifar10)]
+    for data in dict.fromkeys(name_and_part(make(run_dir="runs").data)[0] for make in PRESETS.values()):
         if data not in BUILT_IN:
             path, name = Path(data).absolute(), Path(data).name
             remedy = f"gddlab prepare FOLDER {name} --resolution 64, or give another file as --data"
@@ -372,7 +374,7 @@ def needs() -> dict[str, list[str]]:
     for name, make in PRESETS.items():
         config = make(run_dir="runs")
         backbones = [f"backbone {b}" for b in config.discriminator.networks()] if config.discriminator else []
-        out[f"preset {name}"] = [f"teacher {config.teacher}", Path(config.data).name, *backbones]
+        out[f"preset {name}"] = [f"teacher {config.teacher}", Path(name_and_part(config.data)[0]).name, *backbones]
     return out | {
         "LPIPS": ["LPIPS network vgg16", "LPIPS linear layers"],
         "fd and kd on lite2": ["extractor lite2"],

@@ -38,10 +38,8 @@ def _mask(value: Any) -> Any:
 
 def _data(value: Any) -> Any:
     """As `located`; of the name of a part, "faces.zip:train", the path is "faces.zip"."""
-    if not isinstance(value, str | Path):
-        return value
-    name, part = name_and_part(as_text(value))
-    return ":".join([located(name, BUILT_IN), *([part] if part else [])])
+    name, part = name_and_part(as_text(value)) if isinstance(value, str | Path) else (value, None)
+    return f"{_data(name)}:{part}" if part else located(name, BUILT_IN)
 
 
 def _extractor(value: Any) -> Any:

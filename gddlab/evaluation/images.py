@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gddlab.datasets import ImageDataset, open_dataset
+from gddlab.datasets import ImageDataset, name_and_part, open_dataset
 from gddlab.errors import GddlabError, warn
 from gddlab.evaluation.extractors import Extractor, find_extractor
 from gddlab.evaluation.features import (
@@ -54,12 +54,12 @@ KEEP_GIB = 4.0
 def open_source(source: str | Path, *, progress: bool = True) -> Denoiser | ImageDataset:
     """A model or images by name or path.
 
-    Images are "data:NAME", a folder that is neither a run directory nor a teacher, and a file that is not .pkl,
-    .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a bundled teacher's name, also
-    where a folder is called so, a file of weights, a folder of diffusers.
+    Images are "data:NAME", a part such as "digits:held-out", a folder that is neither a run directory nor a teacher,
+    and a file that is not .pkl, .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a
+    bundled teacher's name, also where a folder is called so, a file of weights, a folder of diffusers.
     """
     text = as_text(source)
-    if text.startswith("data:"):
+    if text.startswith("data:") or name_and_part(text)[1]:
         return open_dataset(text.removeprefix("data:"), progress=progress)
     if text in bundled_teachers():
         return load_teacher(text)

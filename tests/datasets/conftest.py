@@ -82,7 +82,7 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
 
 @pytest.fixture
 def make_zip(tmp_path: Path) -> Callable[..., Path]:
-    """make_zip(files, labels=..., manifest=..., name=...): a zip as EDM's tool writes, or a bad one."""
+    """make_zip(files, labels=..., groups=..., manifest=..., name=...): a zip as EDM's tool writes, or a bad one."""
 
     def make(files: dict[str, bytes], *, name: str = "set.zip", **tables: Any) -> Path:
         path = tmp_path / name
@@ -90,7 +90,8 @@ def make_zip(tmp_path: Path) -> Callable[..., Path]:
             for member, content in files.items():
                 z.writestr(member, content)
             if "labels" in tables:
-                z.writestr("dataset.json", json.dumps({"labels": tables["labels"]}))
+                table = {key: tables[key] for key in ("labels", "groups") if key in tables}
+                z.writestr("dataset.json", json.dumps(table))
             if "manifest" in tables:
                 z.writestr("manifest.json", json.dumps(tables["manifest"]))
         return path
