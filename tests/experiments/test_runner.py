@@ -176,7 +176,7 @@ def test_the_digits_masks_are_those_that_were_trained() -> None:
         mask = experiments[name].mask(measured, run.config.seed)
         assert (mask and mask.hash) == (run.config.mask and run.config.mask.hash), run.run_dir
         seen.add(name)
-    assert {"gdd-i", "gdd", "random-50"} <= seen
+    assert {"gdd-i", "gdd"} <= seen
 
 
 def test_jobs_share_the_runs(tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
