@@ -105,6 +105,6 @@ def test_a_converted_network_that_differs_is_not_kept(tmp_path: Path, monkeypatc
 
 
 def test_the_card_keeps_how_noise_levels_were_drawn(tmp_path: Path) -> None:
-    for name in ("digits", "digits-high"):
+    for name in ("digits", "digits-dit"):
         copy = load_teacher(convert(name, tmp_path / f"{name}.safetensors").path)
         assert copy.card.levels == load_teacher(name).card.levels and "ln sigma" in str(copy.card)
