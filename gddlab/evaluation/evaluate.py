@@ -224,8 +224,9 @@ def yardsticks(
     Returns:
         By name:
             "copier": training images, drawn with replacement: a generator that copies each as often;
-            "held-out": images held out, the best that an honest generator can do; at most all of them, with a warning
-                where these are fewer than n;
+            "held-out": images held out, the best that an honest generator with the classes of the images can do; at
+                most all of them, with a warning where these are fewer than n. They have as many of each class as the
+                training part, so that a kernel distance is below 0, its mean where classes are drawn by chance;
             "missing class": training images without one class, drawn with replacement: the mean over classes (16 of
                 them, chosen at random, where there are more), its std over them; absent where there are no classes;
             "other half": two halves of the training part, as `real_split`, at most n of each; without "is" and

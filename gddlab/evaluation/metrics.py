@@ -81,9 +81,9 @@ def frechet(generated: Float[Tensor, "n d"] | Statistics, real: Float[Tensor, "m
 def kernel(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[Value]:
     """Kernel distance: unbiased squared MMD, kernel (x.y / D + 1)^3, over subsets (Binkowski et al. 2018, section 4).
 
-    Subsets have 1,000 images or, of smaller sets, as many as the smaller one. Each is then all of a set, which makes
-    the mean no less right, but the spread is then that of subsets of half the size: of a whole and its halves, the
-    standard error of the value.
+    A subset has 1,000 images or, where a set has fewer, as many as that set. Such subsets hardly differ; the spread is
+    therefore that of subsets of at most half a set: where sets have up to 2,000 images, about the value's standard
+    error.
 
     Args:
         generated, real: Features, (N, D) and (M, D), float32.
@@ -95,11 +95,9 @@ def kernel(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[
         return kid_features_to_metric(generated, real, **how)
 
     least = min(len(generated), len(real))
-    size = min(KID_SUBSET_SIZE, least)
+    size, half = min(KID_SUBSET_SIZE, least), min(KID_SUBSET_SIZE, least // 2)
     out = found(size)
-    std: float | None = out[KEY_METRIC_KID_STD]
-    if size == least:
-        std = found(size // 2)[KEY_METRIC_KID_STD] if size >= 4 else None
+    std = None if half < 2 else (out if half == size else found(half))[KEY_METRIC_KID_STD]
     settings = {"subsets": KID_SUBSETS, "subset_size": size, "rng_seed": SEED}
     return [Value("kid", out[KEY_METRIC_KID_MEAN], settings, std)]
 
@@ -204,6 +202,9 @@ def copying(
     image counts H / T of a held-out one, so that honest images have 0.5 and copies of training images 1; a tie counts
     half. "copying-ratio" is the ratio of the distances to the nearest training image and the nearest held-out one, at
     the quantile T / (T + H), the median where T = H: honest images have 1, copies 0. It is at most 1,000.
+
+    That is so of features that have seen neither set, such as pixels: to a judge, which has seen the training images,
+    images that are unlike both are nearer to those held out.
 
     Intervals are Wilson's (1927), of the share and of the quantile's level. Images that share their nearest real image
     stand or fall together, so N counts as N^2 / sum of squares of the numbers of images at each real one.
