@@ -332,7 +332,7 @@ def test_teacher_show(capsys: pytest.CaptureFixture[str]) -> None:
     main(["teacher", "show", "digits"])
     out = capsys.readouterr().out
     assert "1,036,769" in out
-    assert "fd-lite2@1797" in out
+    assert "fd-lite2@1198" in out
 
 
 def test_teacher_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
