@@ -104,8 +104,29 @@ def test_memory_follows_features_not_images(some, counter, monkeypatch):
         alive -= n
 
     monkeypatch.setattr(GeneratedImages, "batch", batch)
+    monkeypatch.setattr(features, "RECENT_BYTES", 0)  # these would be small enough to be kept for other extractors
     evaluate(network(), data=some, metrics="kid", n=64, batch_size=4)
     assert 4 <= most <= 8 and alive <= 8
+
+
+def test_small_images_are_drawn_once_for_several_extractors(some, counter, monkeypatch):
+    drawn = 0
+    real = GeneratedImages._batch
+
+    def batch(self, start, stop):
+        nonlocal drawn
+        drawn += stop - start
+        return real(self, start, stop)
+
+    monkeypatch.setattr(GeneratedImages, "_batch", batch)
+    net = network()
+    first = evaluate(net, data=some, metrics="kid", n=16, batch_size=4, extractor="pixels")
+    evaluate(net, data=some, metrics="kid", n=16, batch_size=4)
+    assert drawn == 16
+    with torch.no_grad():
+        next(net.parameters()).add_(0.5)  # another network
+    second = evaluate(net, data=some, metrics="kid", n=16, batch_size=4, extractor="pixels")
+    assert drawn == 32 and first["kd-pixels"] != second["kd-pixels"]
 
 
 def test_shares_are_whole_batches_and_cover_all():

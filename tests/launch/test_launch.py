@@ -88,7 +88,7 @@ def test_two_processes_score_together(shard: bool, tmp_path: Path, tiny_teacher:
     assert [r.kimg for r in records] == [0.016, 0.032, 0.048]
     assert run.best is not None
     assert run.best["value"] == min(r.value for r in records)
-    alone = evaluate(run.student("best"), data="digits", metrics=("fid",), n=16, progress=False)
+    alone = evaluate(run.student("best"), data="digits:train", metrics=("fid",), n=16, progress=False)
     assert_close(alone["fd-lite2"], run.best["value"], rtol=1e-4, atol=0)
     best = float((run.run_dir / "checkpoints" / "best").read_text())
     assert best == run.best["kimg"]

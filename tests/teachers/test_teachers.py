@@ -250,8 +250,7 @@ def test_bundled_teachers(name: str) -> None:
     assert (folder / "samples.png").exists()
     assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in ("digits-dit", "digits-high-all"))
     if name.endswith("-all"):
-        assert not card.scores  # those of the notebooks' first runs are on the cards of these runs
-        return
+        return  # rounded to half precision after they were scored
     assert all((folder / f"samples-{steps}.png").exists() for steps in (1, 5, 18))
     scores = {s["sampler"]: s for s in card.scores if s["metric"].startswith("fd-lite2@")}
     assert set(scores) == {"heun-1", "heun-5", "heun-18", "data"}
