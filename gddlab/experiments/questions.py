@@ -25,7 +25,7 @@ QUESTIONS = (
         arms=(*CENTRAL, *COPYING, "gdd-cd"),
         against="gdd",
         primary=DISTANCES,
-        also=(*BESIDE, "copying-digits", "copying-pixels"),
+        also=(*BESIDE, "copying-lite2", "copying-pixels"),
         at=12,
         studies=("teacher-steps",),
     ),

@@ -68,8 +68,9 @@ def scores_of(
         out.append((("kid",), {"extractor": judge.extractor, "data": judge.held_out}))
     if judge.own is not None:
         out.append((("fid", "kid", "classes"), {"extractor": judge.own, "data": data}))
-        own = [e for e in (judge.own, "pixels") if f"copying-{e}" in asked]
-        out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in own]
+    # not in the judge's features: it has seen the training images
+    copied = [e for e in (judge.extractor, "pixels") if f"copying-{e}" in asked]
+    out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in copied]
     return out
 
 
