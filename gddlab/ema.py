@@ -15,18 +15,26 @@ def ema_beta(batch: int, halflife_kimg: float, rampup: float | None, nimg: int) 
     return 0.5 ** (batch / max(h, 1e-8))
 
 
-@torch.no_grad()
-def ema_update(ema: nn.Module, net: nn.Module, beta: float) -> None:
-    """ema <- beta ema + (1 - beta) net, for trained parameters; frozen ones are equal in both, buffers are copied."""
-    e: list[torch.Tensor] = []
-    p: list[torch.Tensor] = []
-    for pe, pn in zip(ema.parameters(), net.parameters(), strict=True):
-        if pn.requires_grad:
-            e.append(local_shard(pe))
-            p.append(local_shard(pn))
-    torch._foreach_lerp_(e, p, 1 - beta)
-    for be, bn in zip(ema.buffers(), net.buffers(), strict=True):
-        be.copy_(bn)
+class Average:
+    """A network's moving average: trained parameters move, frozen ones are equal in both, buffers are copied.
+
+    Args:
+        ema: Network that holds the average.
+        net: Network that is trained; which of its parameters are, is looked at once.
+    """
+
+    def __init__(self, ema: nn.Module, net: nn.Module):
+        trained = [p.requires_grad for p in net.parameters()]
+        self.params = [[p for p, use in zip(x.parameters(), trained, strict=True) if use] for x in (ema, net)]
+        self.buffers = [list(x.buffers()) for x in (ema, net)]
+
+    @torch.no_grad()
+    def update(self, beta: float) -> None:
+        """ema <- beta ema + (1 - beta) net"""
+        ema, net = ([local_shard(p) for p in params] for params in self.params)
+        torch._foreach_lerp_(ema, net, 1 - beta)
+        for mine, given in zip(*self.buffers, strict=True):
+            mine.copy_(given)
 
 
 def local_shard(x: torch.Tensor) -> torch.Tensor:

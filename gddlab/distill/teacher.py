@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gddlab.datasets import BatchReader, ImageDataset, open_dataset
 from gddlab.distill.config import DataName, RunDir, RunSettings
-from gddlab.ema import ema_beta, ema_update
+from gddlab.ema import Average, ema_beta
 from gddlab.errors import GddlabError, validated
 from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_json, write_text
 from gddlab.nets import Precond, from_edm, save_network
@@ -181,6 +181,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
         write_json(run / "provenance.json", about)
 
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    average = Average(ema, net)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     reader = BatchReader(data, batch=config.batch, seed=config.seed)
     step, seconds = 0, 0.0
@@ -241,8 +242,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
             loss.backward()
             optimizer.step()
             step += 1
-            beta = ema_beta(config.batch, config.ema_halflife_kimg, config.ema_rampup, step * config.batch)
-            ema_update(ema, net, beta)
+            average.update(ema_beta(config.batch, config.ema_halflife_kimg, config.ema_rampup, step * config.batch))
             losses.append(loss.detach())
             if step in kept:
                 keep(run / "snapshots" / f"{kept[step]}.safetensors")

@@ -25,7 +25,7 @@ from gddlab.distill.randomness import Ahead, Batch, Draw, Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder
 from gddlab.distill.status import name_of, where_it_continues
 from gddlab.distill.step import Stats
-from gddlab.ema import ema_beta, ema_update, local_shard
+from gddlab.ema import Average, ema_beta, local_shard
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.nets import OneStepPrecond, Precond, save_network
@@ -63,6 +63,7 @@ class Trainer:
         self.teacher, self.data = check(config, world_size=world.size) if given is None else given
         self.step, self.ema = build_step(config, self.teacher, world)
         g = self.step.g
+        self.average = Average(self.ema, g)
         self.frozen = {n: local_shard(p) for n, p in g.named_parameters() if not p.requires_grad}
         self.frozen |= dict(g.named_buffers())
         self.frozen_hash = hash_tensors(self.frozen)
@@ -150,7 +151,7 @@ class Trainer:
                 stats["nonfinite/d"] = stats["nonfinite/d"] + bad
         self.iteration += 1
         self.reader.position += c.batch
-        ema_update(self.ema, step.g, ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg))
+        self.average.update(ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg))
         self.meter.add(stats)
 
     def every(self, kimg: float | None) -> bool:

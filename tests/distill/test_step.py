@@ -17,7 +17,7 @@ from gddlab.datasets import ImageDataset
 from gddlab.distill.distributed import Gradients, World
 from gddlab.distill.step import adam, update
 from gddlab.distill.trainer import Trainer
-from gddlab.ema import ema_beta, ema_update
+from gddlab.ema import Average, ema_beta
 from tests.conftest import tiny_config
 from tests.distill.test_trainer import by, tensors, trained
 
@@ -95,7 +95,7 @@ def test_average_moves_what_is_trained_and_copies_buffers() -> None:
     net[0].bias.requires_grad_(False)
     net(torch.randn(8, 3, dtype=torch.float64))
     before = {k: v.clone() for k, v in ema.state_dict().items()}
-    ema_update(ema, net, 0.9)
+    Average(ema, net).update(0.9)
     after, given = ema.state_dict(), net.state_dict()
     for name in ("0.weight", "1.weight", "1.bias"):
         assert_close(after[name], 0.9 * before[name] + 0.1 * given[name], rtol=1e-12, atol=1e-14)
