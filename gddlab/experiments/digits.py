@@ -17,8 +17,6 @@ from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import STUDIES
 
 TRAIN, HELD_OUT = "digits:train", "digits:held-out"
-SMALL: dict[str, Any] = {"input_size": 32}
-"""Large backbones see images at 32 pixels, so that a run takes minutes on two cores; so does their control, lite0."""
 RANDOM = "random weights, since its ImageNet weights are in no package"
 IMAGES = (50, 100, 200, 599)
 """Distinct images trained on; all are 1,198."""
@@ -35,26 +33,24 @@ OTHER_TEACHERS = (1, 2)
 
 
 def random_backbone(name: str) -> dict[str, Any]:
-    return {"discriminator": {"backbones": (name,), "weights": {name: "random"}, **SMALL}}
+    return {"discriminator": {"backbones": (name,), "weights": {name: "random"}}}
 
 
 def teacher(name: str, what: str, **fields: Any) -> TeacherRun:
     def configure(run_dir: Path) -> TeacherConfig:
-        return TeacherConfig(run_dir=run_dir, data=TRAIN, half=True, **fields)
+        return TeacherConfig(run_dir=run_dir, half=True, **fields)
 
-    return TeacherRun(name, what, configure, 18 * fields.get("total_kimg", 160))
+    return TeacherRun(name, what, configure, 7 * fields.get("total_kimg", 160))
 
 
 TEACHERS = (
-    teacher("early", "the bundled teacher again, kept while it was trained", keep_kimg=EARLY_KIMG),
+    # from there on its learning rate falls
+    teacher("early", "the bundled teacher's first half", keep_kimg=EARLY_KIMG, total_kimg=80, lr_rampdown=0),
     teacher("low", "trained at sigma 0.002 to 0.5 alone", uniform_share=1, uniform_sigmas=(0.002, 0.5), total_kimg=80),
-    *(
-        teacher(f"seed-{s}", f"as the bundled teacher, seed {s}, half as long", seed=s, total_kimg=80)
-        for s in OTHER_TEACHERS
-    ),
+    *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
-row = Rows("digits", at=(12,), long=(6, 12, 24, 40), sec_per_kimg=17.5, sec_scores=45.0)
+row = Rows("digits", at=(12,), long=(6, 12, 24, 40), sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
 
@@ -83,7 +79,7 @@ def teachers_rows() -> tuple[Experiment, ...]:
         row("from-low", "GDD from a network trained at sigma 0.002 to 0.5 alone", mask=free, **_of("low")),
         *(
             row(
-                f"scratch-lr-{LR * f:.0e}",
+                f"scratch-lr-{LR * f:g}",
                 f"from random weights, learning rates {LR * f:g}",
                 mask=free,
                 seeds=2,
@@ -112,7 +108,7 @@ def copying_rows() -> tuple[Experiment, ...]:
         row.copying(
             name,
             steps=16,
-            called=f"{name}-lr-{LR * f:.0e}",
+            called=f"{name}-lr-{LR * f:g}",
             what=f", learning rate {LR * f:g}",
             lr_g=LR * f,
             seeds=1,
@@ -160,10 +156,14 @@ def discriminator_rows() -> tuple[Experiment, ...]:
         row(
             "lpips-random", f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}", discriminator=lpips
         ),
-        row("lite0-32", "GDD-I with EfficientNet-lite0 at 32 pixels", discriminator=SMALL),
-        row("lite0-32-random", "the same with random weights", **random_backbone("tf_efficientnet_lite0")),
-        row("vgg16-random", f"GDD-I with VGG16-BN at 32 pixels, {RANDOM}", **random_backbone("vgg16_bn")),
-        row("deit-random", f"GDD-I with DeiT-B at 32 pixels, {RANDOM}", seeds=2, slower=2.4, **deit),
+        row("lite0-64", "GDD-I with EfficientNet-lite0 at 64 pixels", discriminator={"input_size": 64}, slower=1.6),
+        row(
+            "lite0-random",
+            "GDD-I with random weights of EfficientNet-lite0",
+            **random_backbone("tf_efficientnet_lite0"),
+        ),
+        row("vgg16-random", f"GDD-I with VGG16-BN, {RANDOM}", **random_backbone("vgg16_bn")),
+        row("deit-random", f"GDD-I with DeiT-B, {RANDOM}", seeds=2, slower=4.0, **deit),
     )
 
 

@@ -13,7 +13,7 @@ CENTRAL = ("gdd-i", "gdd", "random-50", "random-80", "scratch")
 COPYING = ("pd", "cd", "ctm", "rcd")
 RANDOM = tuple(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6))
 ORDERED = (*(f"ordered-{p}" for p in (40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
-RATES = tuple(f"{name}-lr-{lr}" for lr in ("1e-04", "2e-04", "8e-04") for name in ("gdd", "gdd-i", "random-50"))
+RATES = tuple(f"{name}-lr-{lr}" for lr in ("0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50"))
 COUNTS = (50, 100, 200, 599)
 
 QUESTIONS = (
@@ -81,7 +81,7 @@ QUESTIONS = (
         "augmentation and length.",
         arms=(
             *("gdd", *(f"age-{k}" for k in (80, 20, 5)), "from-high", "from-low", "shuffled"),
-            *("scratch", "scratch-lr-1e-04", "scratch-lr-8e-04", "scratch-augment"),
+            *("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
             *(f"{name}-teacher-{s}" for s in (1, 2) for name in ("gdd", "gdd-i")),
         ),
         against="gdd",
@@ -94,7 +94,7 @@ QUESTIONS = (
         "images; copies of the teacher in 2 to 16 steps; a GAN loss after copying, and copying after a GAN loss; the "
         "loss along the line between students' weights, with two seeds of one student as the yardstick.",
         arms=(
-            *("gdd", "gdd-i", *COPYING, *(f"{name}-lr-{lr}" for name in COPYING for lr in ("2e-04", "8e-04"))),
+            *("gdd", "gdd-i", *COPYING, *(f"{name}-lr-{lr}" for name in COPYING for lr in ("0.0004", "0.0016"))),
             *(f"rcd-{n}" for n in (2, 4, 8)),
             *("rcd-then-gdd", "gdd-then-rcd", "gdd-cd", "scratch"),
         ),
@@ -133,7 +133,7 @@ QUESTIONS = (
     Question(
         "18_discriminators",
         "How much of the result is due to the discriminator, its architecture and its pretrained weights?",
-        arms=("gdd-i", "lite0-32", "lite0-32-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2")
+        arms=("gdd-i", "lite0-64", "lite0-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2")
         + ("lite0", "vgg16", "deit", "lpips"),
         against="gdd-i",
         primary=DISTANCES,
@@ -169,7 +169,7 @@ QUESTIONS = (
             "second-step-0.8",
             "fresh-fakes",
             "stylegan2",
-            "lite0-32",
+            "lite0-64",
             "vgg16-random",
         )
         + ("deit-random", "lpips-random"),

@@ -134,7 +134,7 @@ class Rows:
         """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth."""
         lr = self.base.lr_g
         return tuple(
-            self(f"{name}-lr-{lr * f:.0e}", f"{what}; learning rate {lr * f:g}", mask=mask, lr_g=lr * f)
+            self(f"{name}-lr-{lr * f:g}", f"{what}; learning rate {lr * f:g}", mask=mask, lr_g=lr * f)
             for f in factors
             for name, (what, mask) in ALL_TRAINED.items()
         )

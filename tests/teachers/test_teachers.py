@@ -235,7 +235,7 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
     assert load_network(path)[0].model.label_dropout == 0.2
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-cond", "digits-dit", "digits-all", "digits-high-all"])
+@pytest.mark.parametrize("name", ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all"])
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
     teacher = load_teacher(name)
@@ -248,7 +248,7 @@ def test_bundled_teachers(name: str) -> None:
     assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     assert (folder / "samples.png").exists()
-    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in ("digits-dit", "digits-high-all"))
+    assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in ("digits-high", "digits-dit", "digits-high-all"))
     if name.endswith("-all"):
         return  # rounded to half precision after they were scored
     assert all((folder / f"samples-{steps}.png").exists() for steps in (1, 5, 18))
