@@ -137,7 +137,7 @@ class Subjects:
     Attributes:
         teacher: Its card names the data.
         data: Real images, by name or path.
-        students: Of the first training seed, by experiment; those of the study's `needs` that are trained.
+        students: By experiment, those of the study's `needs` that are trained; of the first seed, or of the one named.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
         configs: Of the first training seed, by experiment, for a study that times them.
@@ -169,7 +169,8 @@ class Study:
     Attributes:
         name: The folder, and the name on the command line.
         what: One line for people.
-        needs: Experiments whose students it measures; it is made again when more of them are trained.
+        needs: Experiments whose students it measures, "gdd" for the first seed's, "gdd/seed-1" for another's; it is
+            made again when more of them are trained.
         measure: Makes it.
         seconds: Roughly; None if it was never measured.
         timed: Also times the configurations of the experiments in its questions; use an idle machine.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+from torch import nn
 
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.freezing.candidates import Network
@@ -22,14 +23,14 @@ _LAYER = re.compile(r"\.(enc|dec)\.(\d+)x\d+_\w+\.(conv0|conv1|qkv|proj|skip|aff
 _KINDS = {"qkv": "attention", "proj": "attention", "affine": "embedding"}
 
 
-def groups(result: ProbeResult) -> dict[str, list[str]]:
+def groups(source: ProbeResult | nn.Module) -> dict[str, list[str]]:
     """Layers in blocks of a U-Net by stage, resolution and kind, such as "dec 8x8 conv0".
 
     Kinds are the two convolutions, attention, the convolution of the skip path, and the embedding of the noise level.
     Norms and what is outside of blocks are in no group: they are always trained.
     """
     out: dict[str, list[str]] = {}
-    for layer in Network(result).own:
+    for layer in Network(source).own:
         if found := _LAYER.search(layer):
             stage, side, kind = found.groups()
             out.setdefault(f"{stage} {side}x{side} {_KINDS.get(kind, kind)}", []).append(layer)

@@ -67,12 +67,14 @@ QUESTIONS = (
     Question(
         "02_choosing_a_mask",
         "Which groups of layers, when they are trained, bring the student nearer to the data? The main effects of a "
-        "two-level factorial over 17 groups, with their errors; then a mask chosen from them and from measurements, "
-        "against the rule, a random mask of equal share, and its inverse.",
+        "two-level factorial over 17 groups, with their errors; what a trained student loses when one group goes back "
+        "to the teacher's weights; then a mask chosen from them and from measurements, against the rule, a random mask "
+        "of equal share, and its inverse.",
         arms=("gdd-i", "random-50", "random-80", *(f"layers-{i:02}" for i in range(48))),
         against="gdd-i",
         primary=DISTANCES,
         at=12,
+        studies=("rewound",),
     ),
     Question(
         "20_initialisation",
@@ -100,7 +102,7 @@ QUESTIONS = (
         ),
         against="gdd",
         primary=DISTANCES,
-        studies=("teacher-steps", "local-minima"),
+        studies=("teacher-steps", "local-minima", "line"),
     ),
     Question(
         "21_data_efficiency",

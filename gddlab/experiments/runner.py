@@ -217,16 +217,21 @@ def _study_state(study: Study, folder: Path) -> tuple[str, float | None]:
 
 
 def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
-    """Hash of each student that a study can measure, by experiment: those of the first seed that were scored."""
+    """Hash of each student that a study can measure, by what it needs: those that were scored."""
     found: dict[str, str | None] = {}
     for name in study.needs:
-        run_dir = folder / name / "seed-0"
+        run_dir = _needed(folder, name)
         if (run_dir / "config.json").exists():
             run = load_run(run_dir)
             for record in load_records(run_dir):
                 if record.kimg == run.config.end_kimg:
                     found[name] = record.model_sha256
     return found
+
+
+def _needed(folder: Path, name: str) -> Path:
+    """The run that a study means by "gdd" or "gdd/seed-1"."""
+    return folder / (name if "/" in name else f"{name}/seed-0")
 
 
 def reproduce(
@@ -394,7 +399,7 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
     device = chosen_device()
     inputs = _inputs(study, folder)
-    students = {e: load_run(folder / e / "seed-0").student().to(device) for e in inputs}
+    students = {name: load_run(_needed(folder, name)).student().to(device) for name in inputs}
     began = time.perf_counter()
     teacher = load_precond(chosen.teacher).to(device)
     configs = {}

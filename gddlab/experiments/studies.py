@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from gddlab.diagnosis.preflight import preflight
 from gddlab.evaluation import evaluate, find_extractor, real_split
 from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.images import classes_of
-from gddlab.evaluation.metrics import frechet
+from gddlab.evaluation.metrics import frechet, kernel
 from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects
+from gddlab.experiments.factorial import groups
 from gddlab.nets import DiTPrecond, Precond
 from gddlab.probing import ablate, probe, weight_change
 from gddlab.probing.inputs import Inputs
+from gddlab.probing.layers import owner_of
 from gddlab.probing.null import Kind
 from gddlab.probing.reductions import radial_power
 from gddlab.sampling import sample
@@ -121,6 +124,81 @@ def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
 
 def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Tensor:
     return sample(net, n, steps=steps, seed=0, class_labels=classes_of(net, Reference.of(real), n, 0))
+
+
+def rewound(s: Subjects) -> Found:
+    """Each group of layers of the GDD student put back to the teacher's weights; and the teacher with the student's.
+
+    Rows of `into` "student" and "teacher"; groups are those of the factorial, beside "none", "all", and "rest" for what
+    is in no group. `share` is a group's share of the squared movement of all weights.
+    """
+    import pandas as pd
+
+    scores = _Scores(s)
+    student = s.students["gdd"]
+    own, theirs = ({k: v.clone() for k, v in net.state_dict().items()} for net in (student, s.teacher))
+    theirs = {k: theirs[k] for k in own}
+    moved = {k: (own[k] - theirs[k]).double().square().sum().item() for k in own}
+    parts = {name: {k for k in own if owner_of(k) in layers} for name, layers in groups(student).items()}
+    parts |= {"rest": {*own}.difference(*parts.values()), "none": set(), "all": {*own}}
+    rows: list[dict[str, Any]] = []
+    net = copy.deepcopy(student)
+    for into, (here, there) in {"student": (own, theirs), "teacher": (theirs, own)}.items():
+        for group, names in parts.items():
+            net.load_state_dict(here | {k: there[k] for k in names})
+            share = sum(moved[k] for k in names) / sum(moved.values())
+            rows += [{"into": into, "group": group, "share": share, **row} for row in scores(net)]
+    return Found(pd.DataFrame(rows), scores.about)
+
+
+def line(s: Subjects) -> Found:
+    """Students on the straight line between the weights of two networks, (1 - t) a + t b.
+
+    `length` is the distance of the two in weights; `copied` the distance of images to those of the full teacher for the
+    same noise, root mean square over [-1, 1], which is what losses that copy lower.
+    """
+    import pandas as pd
+
+    scores = _Scores(s)
+    target = to_uint8(_sampled(s.teacher, scores.real, scores.n, s.steps[-1])).float()
+    ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in s.students.items()}}
+    net = copy.deepcopy(next(iter(s.students.values())))
+    ends = {name: {k: state[k].clone() for k in net.state_dict()} for name, state in ends.items()}
+    rows: list[dict[str, Any]] = []
+    for a, b in LINES:
+        if a not in ends or b not in ends:
+            continue
+        length = sum((ends[a][k] - ends[b][k]).double().square().sum().item() for k in ends[a]) ** 0.5
+        for t in PLACES:
+            net.load_state_dict({k: torch.lerp(ends[a][k], ends[b][k], t) for k in ends[a]})
+            images = scores.images(net)
+            copied = ((images.float() - target) / 127.5).square().mean().sqrt().item()
+            about = {"a": a, "b": b, "t": t, "length": length, "copied": copied}
+            rows += [about | row for row in scores.of(images)]
+    return Found(pd.DataFrame(rows), scores.about)
+
+
+class _Scores:
+    """Distances of a one-step generator's images to the data, for many networks that differ little."""
+
+    def __init__(self, s: Subjects):
+        self.real = open_dataset(s.data)
+        self.spec = find_extractor(s.judge.extractor).fitted(self.real.channels, self.real.resolution)
+        self.n = s.judge.pairs or s.judge.n or len(self.real)
+        self.device = next(s.teacher.parameters()).device
+        self.theirs = real_features(self.real, self.spec, device=self.device)
+        self.about = {"n": self.n, "seed": 0, "extractor": self.spec.name, "extractor_sha256": self.spec.sha256}
+
+    def images(self, net: Precond) -> Tensor:
+        return to_uint8(_sampled(net, self.real, self.n, None))
+
+    def of(self, images: Tensor) -> list[dict[str, Any]]:
+        features = image_features(images, self.spec, device=self.device)
+        found = {"fid": frechet(features, self.theirs)[0].value, "kid": kernel(features, self.theirs)[0].value}
+        return [{"metric": self.spec.metric_name(name), "value": value, "n": self.n} for name, value in found.items()]
+
+    def __call__(self, net: Precond) -> list[dict[str, Any]]:
+        return self.of(self.images(net))
 
 
 def layers(s: Subjects) -> Found:
@@ -286,6 +364,11 @@ def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 STUDENTS = ("gdd", "gdd-i", "cd")
+LINES = (("teacher", "gdd"), ("teacher", "rcd"), ("gdd", "rcd"), ("gdd", "gdd-i"), ("gdd", "gdd/seed-1"))
+"""Between which networks weights are averaged; the last is the yardstick, two seeds of one student."""
+PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""On that line."""
+ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
 BOTH = "the teacher at 1 to its full number of Heun steps, by both extractors"
 STUDIES: tuple[Study, ...] = tuple(
@@ -293,6 +376,8 @@ STUDIES: tuple[Study, ...] = tuple(
     for name, what, needs, measure, seconds in (
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
+        ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
+        ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
         ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
         ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 1400.0),

@@ -64,6 +64,50 @@ def test_teacher_steps(subjects: Subjects) -> None:
     assert (f.frame.loc[f.frame["sampler"] == "data", "n"] == 898).all()
 
 
+def test_rewound(subjects: Subjects) -> None:
+    with torch.no_grad():
+        moved = make_student(subjects.teacher)
+        for name in (
+            "model.dec.16x16_block1.conv1.weight",
+            "model.enc.16x16_block0.affine.weight",
+            "model.map_layer0.weight",
+        ):
+            moved.get_parameter(name).mul_(1.5)
+    f = found("rewound", replace(subjects, students={"gdd": moved})).frame
+    f = f[f["metric"] == "fd-lite2"].set_index(["into", "group"])
+    own, theirs = (
+        evaluate(net, data="digits", metrics=("fid",), n=N, steps=1, progress=False)["fd-lite2"]
+        for net in (moved, make_student(subjects.teacher))
+    )
+    assert own != pytest.approx(theirs, rel=1e-3)
+    values = f["value"]
+    assert_close(values["student", "none"], own, rtol=1e-6, atol=0)
+    assert_close(values["student", "all"], theirs, rtol=1e-6, atol=0)
+    assert_close(values["teacher", "none"], theirs, rtol=1e-6, atol=0)
+    assert_close(values["teacher", "all"], own, rtol=1e-6, atol=0)
+    shares = f.loc["student", "share"]
+    assert set(shares[shares > 0].index) == {"dec 16x16 conv1", "enc 16x16 embedding", "rest", "all"}
+    assert shares.drop("all").sum() == pytest.approx(1) and shares["none"] == 0
+    with torch.no_grad():  # a group by hand
+        moved.get_parameter("model.dec.16x16_block1.conv1.weight").div_(1.5)
+    once = evaluate(moved, data="digits", metrics=("fid",), n=N, progress=False)["fd-lite2"]
+    assert_close(values["student", "dec 16x16 conv1"], once, rtol=1e-4, atol=0)
+
+
+def test_line(subjects: Subjects) -> None:
+    frame = found("line", subjects).frame
+    assert set(zip(frame["a"], frame["b"], strict=True)) == {("teacher", "gdd"), ("gdd", "gdd-i")}
+    f = frame[(frame["metric"] == "fd-lite2") & (frame["b"] == "gdd-i")].set_index("t")
+    own = evaluate(subjects.students["gdd-i"], data="digits", metrics=("fid",), n=N, progress=False)["fd-lite2"]
+    assert_close(f.loc[1.0, "value"], own, rtol=1e-6, atol=0)
+    other = subjects.students["gdd-i"].get_parameter("model.dec.16x16_block1.conv1.weight")
+    assert_close(f["length"].iloc[0], (other / 3).norm().item(), rtol=1e-5, atol=0)  # 1.5 w - w
+    full = sample(subjects.teacher, N, steps=3, seed=0).clamp(-1, 1)
+    rms = (sample(subjects.students["gdd-i"], N, seed=0).clamp(-1, 1) - full).square().mean().sqrt()
+    assert_close(f.loc[1.0, "copied"], rms.item(), rtol=0, atol=2 / 255)
+    assert (frame[frame["b"] == "gdd"].groupby("metric")["value"].nunique() == 1).all()  # the same weights
+
+
 def test_local_minima(subjects: Subjects) -> None:
     f = found("local-minima", subjects).frame.set_index(["a", "b", "distance"])
     networks = ["teacher-2", "teacher-3", "gdd", "gdd-i"]

@@ -235,7 +235,9 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
     assert load_network(path)[0].model.label_dropout == 0.2
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all"])
+@pytest.mark.parametrize(
+    "name", ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all"]
+)
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
     teacher = load_teacher(name)
