@@ -249,7 +249,7 @@ def test_a_file_comes_before_the_wheel_and_either_implementation_fits(nowhere: P
     assert backbone_file(LITE).find() == nowhere / f"{LITE}.pth"
     (nowhere / f"{LITE}.pth").unlink()
     state = create(LITE).state_dict()
-    state |= {k: v for k, v in net.state_dict().items() if k in state}
+    state |= {k: v.contiguous() for k, v in net.state_dict().items() if k in state}
     save_file({k: v for k, v in state.items() if not k.startswith("classifier")}, nowhere / "mine.safetensors")
     for weights in (lite_weights(LITE), nowhere / "mine.safetensors"):
         check_backbone(LITE, input_size=32, weights=weights)
