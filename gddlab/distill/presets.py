@@ -74,9 +74,9 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on the embedded digits, on a CPU.
 
     Reproduces: nothing published; it is this project's example.
-    Tested: three seeds on two cores, two to five minutes each.
+    Tested: one seed on one core, five minutes.
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
-    Expected: fd-lite2@1198 of 74 with the rule's mask (one seed); 74 for the teacher in 18 steps.
+    Expected: fd-lite2@1198 of 67 with the rule's mask (one seed); 65 for the teacher in 18 steps.
     """
     settings = {
         "teacher": "digits",
