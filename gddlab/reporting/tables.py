@@ -238,6 +238,8 @@ class PublishedRow(Settings):
     value: PositiveFloat
     images: Annotated[PositiveInt | None, BeforeValidator(lambda text: text or None)]
     source: Text
+    note: str
+    """What one must know to compare the value; mostly empty."""
 
 
 SETTINGS = {
@@ -262,7 +264,8 @@ def published(path: str | Path | None = None) -> pd.DataFrame:
 
     Returns:
         Columns method, dataset, conditional, nfe (network calls per image), metric ("fid", "clip-fid"; at 50,000
-        images), value, images (training images seen, NA where the source does not say), source.
+        images), value, images (training images seen, NA where the source does not say), source, note (other values of
+        the same, how it was read; "" where there is nothing to say).
 
     Raises:
         GddlabError: A column is missing or unknown, a value is not a positive number, or has no source.
@@ -304,8 +307,9 @@ def main_table(
 
     Returns:
         Text, indexed by method and source: network calls per image, digits, then one column per published setting.
-        Published cells are FID, or empty where no value was verified; ours are the mean and range over seeds, "not
-        run", or why there is no value; a score of only one block of 50,000 is marked.
+        Published cells are FID, with a star where `results` has a note, or empty where no value was verified; ours are
+        the mean and range over seeds, "not run", or why there is no value; a score of only one block of 50,000 is
+        marked.
 
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
@@ -326,7 +330,7 @@ def main_table(
         calls = dict.fromkeys([*filter(None, cell["network calls"].split(", ")), str(r.nfe)])
         cell["network calls"] = ", ".join(calls)
         conditional = f"{r.dataset}_cond" if r.conditional else ""
-        cell[SETTINGS.get(conditional) or SETTINGS[str(r.dataset)]] = f"{r.value:.2f}"
+        cell[SETTINGS.get(conditional) or SETTINGS[str(r.dataset)]] = f"{r.value:.2f}{'*' if r.note else ''}"
     for name in ("teacher", *rows):
         method = "EDM" if name == "teacher" else look(name).label
         cells = {"network calls": digits[name][1], last: digits[name][0]}
