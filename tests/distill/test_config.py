@@ -84,7 +84,7 @@ def test_another_configuration_is_refused_and_nothing_touched(tmp_path: Path, ti
     config.write()
     before = (tmp_path / "run" / "config.json").read_bytes()
     other = tiny_config(tmp_path / "run", tiny_teacher, lr_g=1e-3)
-    with pytest.raises(GddlabError, match=r"lr_g is 0\.0004 there, 0\.001 here"):
+    with pytest.raises(GddlabError, match=r"lr_g is 0\.0008 there, 0\.001 here"):
         other.write()
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 

@@ -243,6 +243,19 @@ def test_a_study_is_made_anew_when_another_student_is_there(tiny_list: list[int]
     assert load_study(tmp_path / "data" / "tiny" / "moved").equals(load_study(folder))
 
 
+def test_a_study_can_measure_another_seed(
+    tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = module.LISTS["tiny"]
+    study = replace(chosen.studies[0], needs=("rule/seed-1", "all"))
+    monkeypatch.setattr(module, "LISTS", {"tiny": replace(chosen, studies=(study,))})
+    reproduce("tiny", out=tmp_path, only=["rule", "moved"])
+    frame = load_study(tmp_path / "tiny" / "moved")
+    run = load_run(tmp_path / "tiny" / "rule" / "seed-1")
+    assert frame.attrs["inputs"] == {"rule/seed-1": run.student().card.sha256}
+    assert frame["network"].tolist() == ["rule/seed-1"]
+
+
 def test_a_run_that_lacks_a_score_at_its_end_is_scored_and_not_trained(tiny_list: list[int], tmp_path: Path) -> None:
     reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
     run_dir = tmp_path / "tiny" / "all" / "seed-0"
@@ -290,7 +303,7 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         assert not (own := module._own_teacher(experiment)) or own in made
         assert experiment.start is None or experiment.start in chosen.names
     for study in chosen.studies:
-        assert set(study.needs) < set(chosen.names)
+        assert {need.partition("/")[0] for need in study.needs} < set(chosen.names)
     for run in chosen.teachers:
         assert run.configure(tmp_path / run.name).data == chosen.data
 
