@@ -70,7 +70,7 @@ def evaluate(
         seed: Image i of a model comes from seed + i and has the class of real image i mod N; part of a data set is
             drawn with this seed.
         steps: Steps of a teacher, 18 if None; network calls of a student, its own if None.
-        extractor: "lite2" or "lite0", whose weights come with the package; "digits", the judge of that data set
+        extractor: "lite2" or "lite0", whose weights come with the package; "digits" or "emoji", the judge of that set
             (`train_judge`), or the file or folder of a judge; "pixels", the pixels themselves; or, with weights on this
             machine or downloaded, "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2"
             (class token of ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_INCEPTION, GDDLAB_CLIP,

@@ -288,7 +288,7 @@ def test_blocks_of_seeds_are_scored_at_the_end_alone(
     assert first is not None and first.seeds is not None and first.seeds[0] == 0 and first.value == firsts[0]
 
 
-@pytest.mark.parametrize("name", ["digits", *FULL])
+@pytest.mark.parametrize("name", ["digits", "emoji", *FULL])
 def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> None:
     chosen = module.LISTS[name]
     assert len(set(chosen.names)) == len(chosen.names)
@@ -298,7 +298,7 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         config = experiment.configure(tmp_path / experiment.name, seed, None)
         assert config.teacher == chosen.teacher
         assert config.data == chosen.data or experiment.name.endswith("other-images")
-        assert config.seed == seed + (0 if name == "digits" else 42)
+        assert config.seed == seed + (42 if name in FULL else 0)
         assert config.total_kimg % config.snapshot_kimg == 0 or config.total_kimg == 40
         assert not (own := module._own_teacher(experiment)) or own in made
         assert experiment.start is None or experiment.start in chosen.names
