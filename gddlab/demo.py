@@ -1,14 +1,14 @@
-"""`gddlab demo`: probes, trains and scores on images that come with the package, and writes a page."""
+"""`gddlab demo`: probes, trains and scores on the embedded digits, and writes a page."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gddlab
-from gddlab.errors import GddlabError, unknown
+from gddlab.errors import GddlabError
 from gddlab.files import data_dir, path_of, write_json, write_text
 from gddlab.theme import save_figure, themed
 
@@ -24,17 +24,15 @@ SCORE = "rel_update"
 METRIC = "fd-lite2"
 GRID = 64
 PROBED = 48
-PICTURES = {"digits": "handwritten digits", "emoji": "emoji in colour"}
-"""What the images show, by the name of data, teacher and preset."""
 CORRELATION = (
     "How like its output at sigma = 80 each convolution's output is at the other noise levels: correlation over images."
 )
 CODE = """import gddlab
 
-teacher = gddlab.load_teacher("{data}")
+teacher = gddlab.load_teacher("digits")
 result = gddlab.probe(teacher, 18)
 mask = gddlab.select_freeze(teacher, strategy="gdd-i")
-config = gddlab.presets.{data}(mask=mask, run_dir="runs/a", seed={seed})
+config = gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={seed})
 run = gddlab.train(config, nproc={nproc})
 run.watch()
 scores = gddlab.evaluate(run.student())"""
@@ -45,14 +43,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def demo(
-    out: str | Path = "demo",
-    *,
-    data: Literal["digits", "emoji"] = "digits",
-    seed: int = 0,
-    nproc: int = 1,
-    recompute: bool = False,
-) -> dict[str, Any]:
+def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: bool = False) -> dict[str, Any]:
     """Probe, mask, GDD-I training, evaluation against the teacher; writes index.html and demo.json.
 
     The mask that trains is the authors' rule (option 1); one chosen by measurement is shown beside it. The same call on
@@ -60,7 +51,6 @@ def demo(
 
     Args:
         out: Folder.
-        data: Which images, with their teacher and preset.
         seed: Seed of the training.
         nproc: Processes of the training.
         recompute: Scores the teacher again, which takes minutes, instead of reading the scores that ship with it.
@@ -77,9 +67,7 @@ def demo(
 
     began = time.perf_counter()
     out = path_of("out", out)
-    if data not in PICTURES:
-        raise unknown("data", data, PICTURES)
-    teacher = gddlab.load_teacher(data)
+    teacher = gddlab.load_teacher("digits")
     say(f"teacher   {teacher.card.parameters:,} parameters, {teacher.card.unet}, from {teacher.card.source}")
 
     result = gddlab.probe(teacher, 18, n=PROBED)
@@ -93,7 +81,7 @@ def demo(
     measured.save(out / "mask-measured.json")
     say(f"mask      GDD-I freezes {mask.fraction:.1%} of the parameters; the measured one {measured.fraction:.1%}")
 
-    config = gddlab.presets.preset(data, mask=mask, run_dir=out / "run", seed=seed)
+    config = gddlab.presets.digits(mask=mask, run_dir=out / "run", seed=seed)
     continued = (config.run_dir / "config.json").exists()
     run = gddlab.train(config, nproc=nproc)
     events = out / "run" / "events"
@@ -114,7 +102,6 @@ def demo(
         "metric_real_split": split.metric,
         "frozen_fraction": mask.fraction,
         "kimg": scores[-1][0],
-        "data": data,
         "seed": seed,
         "nproc": nproc,
         "continued": continued,
@@ -135,7 +122,6 @@ def demo(
     page = run_page(
         summary,
         "demo.html.j2",
-        pictures=PICTURES[data],
         title="gddlab: a diffusion model becomes a one-step generator",
         final=final,
         headline=headline,
@@ -145,7 +131,7 @@ def demo(
         similarity=of_figure(result.heatmap("correlation"), "heat map of correlations", CORRELATION),
         score=SCORE,
         masks=[of_figure(mask.plot(), "the rule's mask"), of_figure(measured.plot(), "the measured mask")],
-        code=CODE.format(data=data, seed=seed, nproc=nproc),
+        code=CODE.format(seed=seed, nproc=nproc),
     )
     write_text(out / "index.html", page)
     numbers["seconds"] = round(time.perf_counter() - began, 1)

@@ -10,7 +10,6 @@ import pytest
 import gddlab
 from gddlab import demo as demo_module
 from gddlab.distill import presets
-from gddlab.errors import GddlabError
 from gddlab.files import read_json
 from tests.evaluation.conftest import small_features
 
@@ -23,7 +22,7 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
             **fields, total_kimg=0.064, snapshot_kimg=0.032, tick_kimg=0.032, discriminator={"cache_real": False}
         )
 
-    monkeypatch.setitem(presets.PRESETS, "digits", short)
+    monkeypatch.setattr(presets, "digits", short)
     evaluate = gddlab.evaluate
 
     def few(*args: Any, **given: Any) -> Any:
@@ -52,8 +51,3 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     assert again["continued"]
     assert again["fd_student"] == numbers["fd_student"]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-
-
-def test_demo_refuses_unknown_data(tmp_path: Path) -> None:
-    with pytest.raises(GddlabError, match=r"unknown data 'faces': accepted: digits, emoji"):
-        demo_module.demo(tmp_path, data="faces")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Presets: functions that return a configuration, one per row of the authors' settings, and two for CPUs.
+"""Presets: functions that return a configuration, one per row of the authors' settings, and one for the digits.
 
 `run_dir` is the folder of the run. Any field of TrainConfig can be given in place of a preset's. A part can be given
 whole, `discriminator=StyleGAN2()`, or as a dict of the fields that differ from the preset's own part,
@@ -48,22 +48,6 @@ DEIT = PAPER | {
         backbones=("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"), input_size=224, cout=64
     ),
 }
-SMALL: dict[str, Any] = {
-    "total_kimg": 12,
-    "batch": 16,
-    "lr_g": 8e-4,
-    "lr_d": 8e-4,
-    "adversarial_weight": 64,
-    "r1_gamma": 1e-4,
-    "ema_halflife_kimg": 2,
-    "ema_rampup": 0.2,
-    "discriminator": Projected(input_size=32, cout=16, head_width=64, cache_real=True),
-    "reuse_fakes": True,
-    "tick_kimg": 0.256,
-    "snapshot_kimg": 4,
-    "checkpoint_kimg": 2,
-}
-"""For images that come with gddlab, on a CPU."""
 FAST: dict[str, Any] = {"precision": "bfloat16", "precision_d": "bfloat16", "reuse_fakes": True, "channels_last": True}
 """Fast mode: low precision, and generated images computed once instead of twice per step.
 
@@ -94,18 +78,24 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
     Expected: fd-lite2@1198 of 67 with the rule's mask (one seed); 65 for the teacher in 18 steps.
     """
-    return _made(SMALL | {"teacher": "digits", "data": "digits:train"}, run_dir, fields)
-
-
-def emoji(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
-    """GDD-I (with `mask`) or GDD (without) on the embedded emoji, in colour and with classes, on a CPU.
-
-    Reproduces: nothing published; it is this project's example.
-    Tested: TESTED
-    Launch: `gddlab train emoji --mask mask.json --run-dir runs/emoji`.
-    Expected: EXPECTED
-    """
-    return _made(SMALL | {"teacher": "emoji", "data": "emoji:train"}, run_dir, fields)
+    settings = {
+        "teacher": "digits",
+        "data": "digits:train",
+        "total_kimg": 12,
+        "batch": 16,
+        "lr_g": 8e-4,
+        "lr_d": 8e-4,
+        "adversarial_weight": 64,
+        "r1_gamma": 1e-4,
+        "ema_halflife_kimg": 2,
+        "ema_rampup": 0.2,
+        "discriminator": Projected(input_size=32, cout=16, head_width=64, cache_real=True),
+        "reuse_fakes": True,
+        "tick_kimg": 0.256,
+        "snapshot_kimg": 4,
+        "checkpoint_kimg": 2,
+    }
+    return _made(settings, run_dir, fields)
 
 
 def cifar10(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -172,7 +162,7 @@ def imagenet64(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     return _made(settings, run_dir, fields)
 
 
-PRESETS = {f.__name__: f for f in (digits, emoji, cifar10, cifar10_cond, afhqv2, ffhq, imagenet64)}
+PRESETS = {f.__name__: f for f in (digits, cifar10, cifar10_cond, afhqv2, ffhq, imagenet64)}
 """By name, as on the command line."""
 
 

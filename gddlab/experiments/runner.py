@@ -26,7 +26,6 @@ from gddlab.evaluation import (
     score_student,
 )
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.emoji import EMOJI
 from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure, rule
@@ -40,7 +39,7 @@ from gddlab.runtime import chosen_device
 from gddlab.teachers import load_precond
 from gddlab.workers import run_workers
 
-LISTS: dict[str, ExperimentList] = {"digits": DIGITS, "emoji": EMOJI, **FULL}
+LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 STAGES = ("teachers", "experiments", "studies")
 """In this order: each needs what is made before."""
 TEACHERS = "teachers"
@@ -251,7 +250,7 @@ def reproduce(
     no other has.
 
     Args:
-        name: "digits", "emoji", "cifar10", "afhqv2", "ffhq" or "imagenet64".
+        name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
         out: Folder.
         only: Teachers, experiments and studies by name, or notebooks for all that they read; all if empty.
         seeds: How many seeds of each experiment; None for as many as it has.

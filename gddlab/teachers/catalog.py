@@ -176,7 +176,7 @@ def load_teacher(
             the name of a bundled teacher: of "digits:train", "digits"; "digits-high", with a tenth of its noise levels
                 log-uniform in 5 to 80, where "digits" saw next to none; and "digits-cond", with classes; of all digits,
                 "digits-all" and "digits-high-all", twice as wide; and "digits-dit", a transformer with classes, trained
-                at the levels of "digits-high"; of "emoji:train", "emoji", in colour, with classes;
+                at the levels of "digits-high";
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,

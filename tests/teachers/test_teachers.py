@@ -236,7 +236,7 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits-high", "digits-cond", "digits-dit", "emoji", "digits-all", "digits-high-all"]
+    "name", ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all"]
 )
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
@@ -247,10 +247,10 @@ def test_bundled_teachers(name: str) -> None:
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit", "emoji"))
+    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     assert (folder / "samples.png").exists()
-    high = ("digits-high", "digits-dit", "emoji", "digits-high-all")
+    high = ("digits-high", "digits-dit", "digits-high-all")
     assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in high)
     if name.endswith("-all") or name == "digits-high":
         return  # rounded to half precision after they were scored; not scored yet
