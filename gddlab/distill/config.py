@@ -228,7 +228,10 @@ class TrainConfig(RunSettings):
     precision_d: Literal["float32", "bfloat16"] = "float32"
     """Of the discriminator's passes in the generator and discriminator steps; R1 stays float32."""
     channels_last: bool = False
-    """Memory format of student and discriminator: equal up to rounding, and faster for large networks."""
+    """Memory format of student and discriminator: equal up to rounding, and faster for large networks.
+
+    Pretrained backbones always have it.
+    """
     tf32: bool = False
     """Whether float32 convolutions and matrix products use TF32 on a GPU, 10 bits of mantissa; the authors' do not."""
     cuda_graph: bool = False
