@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.teacher import TeacherConfig
-from gddlab.evaluation import Record
+from gddlab.evaluation import Record, find_extractor
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SHOWN = 16
+"""Arms of a question that its text names."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,20 @@ class Question:
     studies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        from gddlab.reporting import look
+
         parts = [self.asked]
         if self.arms:
-            parts.append(f"Arms: {', '.join(self.arms)}.")
+            more = f"; and {len(self.arms) - SHOWN} others" if len(self.arms) > SHOWN else ""
+            parts.append(f"Arms: {'; '.join(look(name).label for name in self.arms[:SHOWN])}{more}.")
         if self.against is not None:
             at = "at the end" if self.at is None else f"after {self.at:g} thousand images"
-            parts.append(f"Compared with {self.against} by {', '.join(self.primary)}, {at}.")
+            parts.append(f"Compared with {look(self.against).label} by {', '.join(self.primary)}, {at}.")
         return "\n".join(parts)
+
+    def _repr_markdown_(self) -> str:
+        first, *rest = str(self).split("\n")
+        return "\n\n".join([f"**Asked before the runs.** {first}", *rest])
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,32 @@ class Judge:
     blocks: int = 1
     pairs: int | None = None
 
+    def scores(
+        self, data: str, *, asked: Collection[str] = (), end: bool = True
+    ) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+        """How a network is scored: metrics and arguments of `evaluate`, one pair per call.
+
+        Args:
+            data: Real images.
+            asked: Names of scores; the second extractor's and copying are made where they are among them.
+            end: Whether it is the end of a training, where `blocks` count.
+        """
+        own: dict[str, Any] = {"extractor": self.extractor, "data": data}
+        in_blocks = end and self.blocks > 1
+        together = ("kid", "prc") if in_blocks else ("fid", "kid", "prc")
+        out: list[tuple[tuple[str, ...], dict[str, Any]]] = [(together, own)]
+        if in_blocks:
+            out.append((("fid",), {**own, "blocks": self.blocks}))
+        if find_extractor(self.second).metric_name("fid") in asked:
+            out.append((("fid",), {"extractor": self.second, "data": data}))
+        if self.held_out is not None:
+            out.append((("kid",), {"extractor": self.extractor, "data": self.held_out}))
+        if self.own is not None:
+            out.append((("fid", "kid", "classes"), {"extractor": self.own, "data": data}))
+        # not in the judge's features: it has seen the training images
+        copied = [e for e in (self.extractor, "pixels") if f"copying-{e}" in asked]
+        return out + [(("copying",), {"extractor": extractor, "data": data}) for extractor in copied]
+
 
 @dataclass(frozen=True)
 class Subjects:
@@ -140,6 +177,7 @@ class Subjects:
         students: By experiment, those of the study's `needs` that are trained; of the first seed, or of the one named.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
+        asked: Scores that the study's questions ask for.
         configs: Of the first training seed, by experiment, for a study that times them.
         nproc: Processes that sample for a score.
     """
@@ -149,6 +187,7 @@ class Subjects:
     students: Mapping[str, OneStepPrecond]
     steps: tuple[int, ...]
     judge: Judge
+    asked: Collection[str] = ()
     configs: Mapping[str, TrainConfig] = field(default_factory=dict)
     nproc: int = 1
 
@@ -209,6 +248,11 @@ class ExperimentList:
     steps: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 18)
     threads: int | None = None
     machine: str = "two cores"
+
+    def asked_of(self, name: str) -> set[str]:
+        """Scores that the questions ask of an experiment or study."""
+        questions = (q for q in self.questions if name in q.arms or name in q.studies)
+        return {metric for q in questions for metric in (*q.primary, *q.also)}
 
     @property
     def names(self) -> list[str]:

@@ -27,7 +27,7 @@ QUESTIONS = (
         primary=DISTANCES,
         also=(*BESIDE, "copying-lite2", "copying-pixels"),
         at=12,
-        studies=("teacher-steps",),
+        studies=("teacher-steps", "known-cases"),
     ),
     Question(
         "10_fid_over_images",
@@ -36,7 +36,7 @@ QUESTIONS = (
         against="gdd",
         primary=DISTANCES,
         at=40,
-        studies=("teacher-steps",),
+        studies=("teacher-steps", "known-cases"),
     ),
     Question(
         "13_second_extractor",
@@ -53,7 +53,7 @@ QUESTIONS = (
             "recall-lite2",
         ),
         at=12,
-        studies=("teacher-steps",),
+        studies=("teacher-steps", "known-cases"),
     ),
     Question(
         "17_freezing",
@@ -102,7 +102,7 @@ QUESTIONS = (
         ),
         against="gdd",
         primary=DISTANCES,
-        studies=("teacher-steps", "local-minima", "line"),
+        studies=("teacher-steps", "known-cases", "local-minima", "line"),
     ),
     Question(
         "21_data_efficiency",

@@ -48,32 +48,6 @@ WAIT_S = 5.0
 """Between two looks at what other processes work on."""
 
 
-def scores_of(
-    chosen: ExperimentList, experiment: Experiment, *, end: bool
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Scores of a student, during its training or at the `end`: metrics, and arguments of `score_student`.
-
-    The second extractor's, and copying, are computed for those whose questions ask for them.
-    """
-    judge, data = chosen.judge, chosen.data
-    asked = {m for q in chosen.questions if experiment.name in q.arms for m in (*q.primary, *q.also)}
-    out: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("fid", "kid", "prc"), {"extractor": judge.extractor, "data": data}),
-    ]
-    if find_extractor(judge.second).metric_name("fid") in asked:
-        out.append((("fid",), {"extractor": judge.second, "data": data}))
-    if end and judge.blocks > 1:
-        out.append((("fid",), {"extractor": judge.extractor, "data": data, "blocks": judge.blocks}))
-    if judge.held_out is not None:
-        out.append((("kid",), {"extractor": judge.extractor, "data": judge.held_out}))
-    if judge.own is not None:
-        out.append((("fid", "kid", "classes"), {"extractor": judge.own, "data": data}))
-    # not in the judge's features: it has seen the training images
-    copied = [e for e in (judge.extractor, "pixels") if f"copying-{e}" in asked]
-    out += [(("copying",), {"extractor": extractor, "data": data}) for extractor in copied]
-    return out
-
-
 @dataclass(frozen=True)
 class Planned:
     """A teacher, run or study of a list, with its state.
@@ -198,7 +172,7 @@ def _run_state(chosen: ExperimentList, experiment: Experiment, run_dir: Path) ->
     missing = any(
         missing_scores(run, metrics, kimg=kimg, **how)
         for kimg in _points(experiment, run.config)
-        for metrics, how in scores_of(chosen, experiment, end=kimg is None)
+        for metrics, how in _scores(chosen, experiment, end=kimg is None)
     )
     return ("to evaluate" if missing else "done"), took
 
@@ -373,12 +347,16 @@ def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folde
     return config.model_copy(update=changed)
 
 
+def _scores(chosen: ExperimentList, experiment: Experiment, *, end: bool) -> Any:
+    return chosen.judge.scores(chosen.data, asked=chosen.asked_of(experiment.name), end=end)
+
+
 def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int) -> str:
     """Scores a run's students where the experiment says; every snapshot by the first distance where it does not."""
     judge = chosen.judge
     n = judge.n or len(open_dataset(chosen.data))
     for kimg in _points(experiment, run.config):
-        for metrics, how in scores_of(chosen, experiment, end=kimg is None):
+        for metrics, how in _scores(chosen, experiment, end=kimg is None):
             score_student(run, metrics, kimg=kimg, n=n, nproc=nproc, **how)
     if not experiment.at:
         evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)
@@ -410,7 +388,8 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
             for e in chosen.experiments
             if e.name in asked and e.teacher is None and e.start is None
         }
-    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, configs, nproc))
+    asked = chosen.asked_of(study.name)
+    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, asked, configs, nproc))
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there
     (target / "evaluation.jsonl").unlink(missing_ok=True)

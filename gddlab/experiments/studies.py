@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.diagnosis.preflight import preflight
-from gddlab.evaluation import evaluate, find_extractor, real_split
+from gddlab.evaluation import Record, evaluate, find_extractor, real_split, yardsticks
 from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.images import classes_of
 from gddlab.evaluation.metrics import frechet, kernel
@@ -45,7 +45,7 @@ SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 
 
 def teacher_steps(s: Subjects) -> Found:
-    """Scores of the teacher at each number of Heun steps, and of two halves of the real images."""
+    """Scores of the teacher at each number of Heun steps."""
     import pandas as pd
 
     rows, records = [], []
@@ -53,29 +53,44 @@ def teacher_steps(s: Subjects) -> Found:
         found = list(_scores(s, steps=steps))
         records += found
         rows += [{"steps": steps, "nfe": 2 * steps - 1, **_flat(r)} for r in found]
-    halves = list(real_split(s.data, extractor=s.judge.extractor, metrics=("fid", "kid", "prc"), progress=False))
-    rows += [{"steps": None, "nfe": None, **_flat(r)} for r in halves]
-    frame = pd.DataFrame(rows).astype({"steps": "Int64", "nfe": "Int64"})
-    return Found(frame, {"n": records[0].n, "seed": 0}, (*records, *halves))
+    return Found(pd.DataFrame(rows), {"n": records[0].n, "seed": 0}, tuple(records))
 
 
-def _scores(s: Subjects, *, steps: int) -> Iterator[Any]:
-    full: dict[str, Any] = {"blocks": s.judge.blocks if steps == s.steps[-1] else 1}
-    own = s.judge.extractor
-    shared: dict[str, Any] = {"data": s.data, "n": s.judge.n, "steps": steps, "nproc": s.nproc, "progress": False}
-    for metrics, how in (
-        ("fid", {"extractor": own} | full),
-        (("kid", "prc"), {"extractor": own}),
-        ("fid", {"extractor": s.judge.second}),
-    ):
+def _scores(s: Subjects, *, steps: int) -> Iterator[Record]:
+    n = s.judge.n or len(open_dataset(s.data))
+    shared: dict[str, Any] = {"n": n, "steps": steps, "nproc": s.nproc, "progress": False}
+    for metrics, how in s.judge.scores(s.data, asked=s.asked, end=steps == s.steps[-1]):
         yield from evaluate(s.teacher, metrics=metrics, **shared, **how)
 
 
-def _flat(record: Any) -> dict[str, Any]:
+def known_cases(s: Subjects) -> Found:
+    """Scores of known cases: a copier of the training images, images held out, a missing class, another half.
+
+    Where images are held out, these are `yardsticks`, and rows of `case` "copier" have the kernel distance of the
+    training images to those held out. Elsewhere there is "other half" alone.
+    """
+    import pandas as pd
+
+    rows, records = [], []
+    for metrics, how in s.judge.scores(s.data, asked=s.asked):
+        how |= {"metrics": metrics, "progress": False}
+        if how["data"] != s.data:
+            found = {"copier": evaluate(open_dataset(s.data), **how)}
+        elif s.judge.held_out is not None:
+            found = yardsticks(**how)
+        else:
+            found = {"other half": real_split(**how)}
+        for case, scores in found.items():
+            records += list(scores)
+            rows += [{"case": case, **_flat(r)} for r in scores]
+    return Found(pd.DataFrame(rows), {"seed": 0}, tuple(records))
+
+
+def _flat(record: Record) -> dict[str, Any]:
     """The fields of a record that fit into a table; the study's evaluation.jsonl has all."""
     keys = ("metric", "value", "std", "n", "extractor", "reference", "reference_n", "sampler", "model_sha256")
     seeds = "" if record.seeds is None else f"{record.seeds[0]} to {record.seeds[1]}"
-    return {k: getattr(record, k) for k in keys} | {"seeds": seeds}
+    return {"label": record.label, **{k: getattr(record, k) for k in keys}, "seeds": seeds}
 
 
 def local_minima(s: Subjects) -> Found:
@@ -370,11 +385,12 @@ PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
 ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
-BOTH = "the teacher at 1 to its full number of Heun steps, by both extractors"
+BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
 STUDIES: tuple[Study, ...] = tuple(
     Study(name, what, needs, measure, seconds, timed=measure is costs)
     for name, what, needs, measure, seconds in (
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
+        ("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
         ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),

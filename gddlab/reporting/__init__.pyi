@@ -1,6 +1,7 @@
 from gddlab.probing.plots.axes import STAGES as STAGES
 from gddlab.reporting.contrasts import contrast_table as contrast_table
-from gddlab.reporting.contrasts import draw_contrasts as draw_contrasts
+from gddlab.reporting.contrasts import contrast_text as contrast_text
+from gddlab.reporting.contrasts import draw_arms as draw_arms
 from gddlab.reporting.contrasts import draw_dose as draw_dose
 from gddlab.reporting.frequencies import draw_bands as draw_bands
 from gddlab.reporting.frequencies import draw_denoised as draw_denoised
@@ -19,6 +20,7 @@ from gddlab.reporting.local_minima import draw_between as draw_between
 from gddlab.reporting.local_minima import draw_minima as draw_minima
 from gddlab.reporting.local_minima import frechet_name as frechet_name
 from gddlab.reporting.local_minima import minima_table as minima_table
+from gddlab.reporting.run_summary import levels_of as levels_of
 from gddlab.reporting.run_summary import runs_folder as runs_folder
 from gddlab.reporting.run_summary import teacher_levels as teacher_levels
 from gddlab.reporting.run_summary import teacher_scores as teacher_scores

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.style import look
-from gddlab.reporting.tables import run_table
+from gddlab.reporting.style import fit_scale, look, seeds_text
+from gddlab.reporting.tables import format_of, run_table
 from gddlab.runs import Run
-from gddlab.theme import GREY, PALETTE, themed
+from gddlab.theme import GREY, themed
 
 LEVEL = 0.95
-FIRST = ("metric", "experiment", "frozen", "seeds", "mean", "low", "high")
+FIRST = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high")
 BETWEEN = ("difference", "difference_low", "difference_high", "g", "p")
 
 
@@ -43,12 +44,13 @@ def contrast_table(
         at: Thousands of images after which they count; None for the end of each run.
 
     Returns:
-        One row per score and arm: metric, experiment, frozen, seeds, mean, low, high, difference, difference_low,
-        difference_high, g, p, p_holm, state. The arm compared with has no difference; an arm with one seed has a mean
-        alone.
+        One row per score and arm: metric, experiment, frozen, images, seeds, mean, low, high, difference,
+        difference_low, difference_high, g, p, p_holm, state. The arm compared with has no difference; an arm with one
+        seed has a mean alone.
 
     Raises:
-        GddlabError: The arm compared with has no score; scores or trainers differ.
+        GddlabError: The arm compared with has no score; scores or trainers differ; seeds of an arm trained for
+            different lengths, and `at` is None.
     """
     arms = [*rows] if against in rows else [against, *rows]
     tables = [
@@ -67,13 +69,17 @@ def _contrasts(values: pd.DataFrame, arms: Sequence[str], against: str) -> pd.Da
     for arm in arms:
         x, own = samples[arm], values[values["experiment"] == arm]
         low, high = interval(x)
+        if len(lengths := sorted(own.loc[own["value"].notna(), "kimg"].unique())) > 1:
+            ends = " and ".join(f"{kimg:g}" for kimg in lengths)
+            raise GddlabError(f"runs of {arm!r} end at {ends} thousand images: give at=, when their scores count")
         row: dict[str, Any] = {"experiment": arm, "frozen": own["frozen"].mean(), "seeds": len(x)}
+        row["images"] = own["images"].astype(float).mean()
         row |= {"mean": x.mean() if len(x) else np.nan, "low": low, "high": high}
         row["state"] = "done" if len(x) else "; ".join(own["state"].unique())
         if arm != against:
             row |= difference(x, samples[against])
         rows.append(row)
-    return pd.DataFrame(rows, columns=["experiment", "frozen", "seeds", "mean", "low", "high", *BETWEEN, "state"])
+    return pd.DataFrame(rows, columns=[*FIRST[1:], *BETWEEN, "state"])
 
 
 def interval(x: np.ndarray) -> tuple[float, float]:
@@ -118,59 +124,132 @@ def holm(p: np.ndarray) -> np.ndarray:
     return out
 
 
+def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """A table from `contrast_table` to look at with `styled`: text, indexed by score and arm, both in words."""
+    rows = []
+    r: Any
+    for r in contrasts.itertuples():
+        form = format_of(str(r.metric))
+        rows.append(
+            {
+                "score": str(r.metric),
+                "arm": look(str(r.experiment)).label,
+                "frozen": f"{r.frozen:.1%}" if np.isfinite(r.frozen) else "",
+                "seeds": str(r.seeds),
+                "mean (95 %)": _ranged(form, r.mean, r.low, r.high),
+                "difference (95 %)": _ranged(form, r.difference, r.difference_low, r.difference_high),
+                "g": f"{r.g:.1f}" if np.isfinite(r.g) else "",
+                "p, Holm": "" if np.isnan(r.p_holm) else "< 0.001" if r.p_holm < 0.001 else f"{r.p_holm:.3f}",
+                "state": r.state,
+            }
+        )
+    return pd.DataFrame(rows).set_index(["score", "arm"])
+
+
+def _ranged(form: str, value: float, low: float, high: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    return form.format(value) + (f" ({form.format(low)} to {form.format(high)})" if np.isfinite(low) else "")
+
+
+Levels = Mapping[str, Mapping[str, float]]
+"""Score -> label -> value to compare with, such as the teacher's."""
+
+
+@themed
+def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None) -> Figure:
+    """Means of arms with their 95 % intervals, a panel per score.
+
+    A dot is filled where the arm differs from the one compared with, p_holm < 0.05; a line goes through the latter.
+
+    Args:
+        contrasts: From `contrast_table`.
+        levels: Score -> label -> value to compare with.
+    """
+    scored = contrasts[contrasts["mean"].notna()]
+    metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "experiment"))
+    size = (2.6 + 2.6 * len(metrics), 0.27 * len(arms) + 1.2)
+    figure, panels = plt.subplots(
+        1, max(1, len(metrics)), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, metric in zip(panels[0], metrics, strict=False):
+        rows = scored[scored["metric"] == metric]
+        r: Any
+        for r in rows.itertuples():
+            y, colour = arms.index(str(r.experiment)), look(str(r.experiment)).colour
+            base, differs = np.isnan(r.difference), r.p_holm < 1 - LEVEL
+            ax.plot([r.low, r.high], [y, y], color=colour, linewidth=1.4)
+            ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if differs else "none", markersize=5)
+            if base and r.seeds > 1:
+                ax.axvline(r.mean, color=colour, linewidth=0.8, zorder=0)
+        _levels(ax, (levels or {}).get(metric, {}), "x")
+        fit_scale(ax, rows["mean"], "x")
+        ax.set(xlabel=metric)
+        ax.grid(axis="y", color="0.93", zorder=-1)
+    panels[0][0].set_yticks(range(len(arms)), [look(arm).label for arm in arms])
+    panels[0][0].invert_yaxis()
+    figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}; filled: differs, p < 0.05", x=0.01, ha="left")
+    return figure
+
+
 @themed
 def draw_dose(
     contrasts: pd.DataFrame,
     groups: Mapping[str, Sequence[str]],
     *,
-    levels: Mapping[str, Mapping[str, float]] | None = None,
+    places: Mapping[str, float] | None = None,
+    xlabel: str = "parameters frozen, %",
+    log: bool = False,
+    levels: Levels | None = None,
 ) -> Figure:
-    """Scores over the share of the parameters that is frozen: a panel per score, means with 95 % intervals over seeds.
+    """Scores over something that arms differ in: a panel per score, means with 95 % intervals over seeds.
 
     Args:
-        contrasts: From `contrast_table`; its columns frozen, mean, low and high are drawn.
-        groups: Label -> experiments, which a line joins in the order of their share.
+        contrasts: From `contrast_table`.
+        groups: Label -> experiments, which a line joins in the order of their places.
+        places: Experiment -> its place on the horizontal axis; None for the share of the parameters that is frozen.
+        xlabel: What the horizontal axis is.
+        log: Whether it is logarithmic.
         levels: Score -> label -> value to compare with.
     """
     metrics = list(dict.fromkeys(contrasts["metric"]))
-    figure, panels = plt.subplots(
-        1, len(metrics), figsize=(3.3 * len(metrics), 3.2), layout="constrained", squeeze=False
-    )
-    for ax, metric in zip(panels[0], metrics, strict=True):
-        rows = contrasts[(contrasts["metric"] == metric) & contrasts["mean"].notna()].set_index("experiment")
-        for (label, names), colour in zip(groups.items(), PALETTE, strict=False):
-            own = rows.loc[[n for n in names if n in rows.index]].sort_values("frozen")
+    columns = min(len(metrics), 4)
+    shape = -(-len(metrics) // columns), columns
+    size = (2.9 * shape[1] + 0.4, 2.7 * shape[0] + 0.4)
+    figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    scored = contrasts[contrasts["mean"].notna()]
+    for ax, metric in zip(panels.flat, metrics, strict=False):
+        rows, drawn = scored[scored["metric"] == metric].set_index("experiment"), list[float]()
+        for i, (label, names) in enumerate(groups.items()):
+            own = rows.loc[[n for n in names if n in rows.index]]
+            x = 100 * own["frozen"] if places is None else own.index.map(places).to_series(index=own.index)
+            own, x = own.loc[x.sort_values().index], x.sort_values()
+            drawn += list(own["mean"])
             errors = [own["mean"] - own["low"], own["high"] - own["mean"]]
-            bars: dict[str, Any] = {"marker": "o", "capsize": 2, "elinewidth": 1, "color": colour}
-            ax.errorbar(100 * own["frozen"], own["mean"], yerr=errors, label=label, **bars)
-        for (label, value), style in zip((levels or {}).get(metric, {}).items(), ("--", ":", "-."), strict=False):
-            ax.axhline(value, color=GREY, linewidth=1, linestyle=style, zorder=0)
-            ax.annotate(label, (0.02, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color=GREY)
-        ax.set(xlabel="parameters frozen, %", title=metric)
+            colour = look(names[-1]).colour  # the first may be where all lines begin
+            bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
+            ax.errorbar(x, own["mean"], yerr=errors, label=label, **bars)
+        _levels(ax, (levels or {}).get(metric, {}), "y")
+        fit_scale(ax, drawn, "y")
+        ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
+    for ax in panels.flat[len(metrics) :]:
+        ax.set_axis_off()
     panels[0][0].legend(loc="best")
-    seeds = contrasts.loc[contrasts["mean"].notna(), "seeds"]
-    if len(seeds):
-        figure.suptitle(
-            f"means and 95 % intervals over {seeds.min()} to {seeds.max()} training seeds", x=0.01, ha="left"
-        )
+    figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}", x=0.01, ha="left")
     return figure
 
 
-@themed
-def draw_contrasts(contrasts: pd.DataFrame) -> Figure:
-    """Differences to the arm compared with, and their 95 % intervals; a panel per score, filled where p_holm < 0.05."""
-    rows = contrasts[contrasts["difference"].notna()]
-    metrics = list(dict.fromkeys(rows["metric"]))
-    arms = list(dict.fromkeys(rows["experiment"]))
-    size = (2.2 + 2.6 * len(metrics), 0.28 * len(arms) + 1)
-    figure, panels = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for ax, metric in zip(panels[0], metrics, strict=True):
-        for r in rows[rows["metric"] == metric].itertuples():
-            y, colour = arms.index(str(r.experiment)), look(str(r.experiment)).colour
-            ax.plot([r.difference_low, r.difference_high], [y, y], color=colour, linewidth=1.4)
-            ax.plot(r.difference, y, "o", color=colour, fillstyle="full" if r.p_holm < 1 - LEVEL else "none")
-        ax.axvline(0, color=GREY, linewidth=1, zorder=0)
-        ax.set(xlabel=f"difference in {metric}")
-    panels[0][0].set_yticks(range(len(arms)), [look(arm).label for arm in arms])
-    panels[0][0].invert_yaxis()
-    return figure
+def _seeds(scored: pd.DataFrame) -> str:
+    return seeds_text(scored["seeds"]) or "no seeds"
+
+
+def _levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"]) -> None:
+    """Grey lines, named where they end."""
+    for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
+        (ax.axhline if axis == "y" else ax.axvline)(value, color=GREY, linewidth=1, linestyle=style, zorder=0)
+        place: dict[str, Any] = {"color": GREY, "fontsize": 8}
+        if axis == "y":
+            ax.annotate(label, (0.02, value), xycoords=("axes fraction", "data"), va="bottom", **place)
+        else:
+            place |= {"rotation": 90, "ha": "right", "va": "top"}
+            ax.annotate(label, (value, 0.98), xycoords=("data", "axes fraction"), **place)

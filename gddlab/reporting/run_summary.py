@@ -20,7 +20,7 @@ from gddlab.files import data_dir
 from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
-from gddlab.runs import ARCHIVE, Run
+from gddlab.runs import ARCHIVE, Run, load_study
 
 NOT_RUN = "not run"
 T = TypeVar("T")
@@ -213,6 +213,35 @@ def teacher_levels(
     """
     scores = teacher_scores(runs, metric)
     return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}
+
+
+def levels_of(
+    folder: str | Path,
+    metrics: Sequence[str],
+    *,
+    steps: Sequence[int] = (18,),
+    cases: Sequence[str] = ("copier", "missing class"),
+) -> dict[str, dict[str, float]]:
+    """What scores are held against in figures: the teacher's own, and those of known cases.
+
+    Args:
+        folder: Of one list, with the studies "teacher-steps" and "known-cases"; one that is not there adds nothing.
+        metrics: Names of scores, as for `run_table`.
+        steps: Heun steps of the teacher.
+        cases: Of the study "known-cases".
+
+    Returns:
+        Score -> label -> value; a score that neither study has is not there.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for study, column, wanted in (("teacher-steps", "steps", steps), ("known-cases", "case", cases)):
+        if not (Path(folder) / study / "meta.json").is_file():
+            continue
+        frame = load_study(Path(folder) / study)
+        for row in frame[frame["label"].isin(metrics) & frame[column].isin(wanted)].to_dict("records"):
+            name = look(f"teacher-{row['steps']}").label if column == "steps" else str(row["case"])
+            out.setdefault(str(row["label"]), {})[name] = float(row["value"])
+    return out
 
 
 def _defaults() -> dict[str, Any]:

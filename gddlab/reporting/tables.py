@@ -191,8 +191,7 @@ def styled(
     text: dict[str, Any] = {}
     for name in map(str, shown.columns):
         head = heads.get(name, name)
-        start = next((start for start in formats if name.startswith(start)), "")
-        form = formats.get(name) or formats.get(start, "{:.3g}")
+        form = format_of(name, formats)
         columns[head] = [_written(v, form, s) for v, s in zip(shown[name], states, strict=True)]
         if not pd.api.types.is_numeric_dtype(shown[name].dtype):
             long = max(map(len, columns[head]), default=0) > 24
@@ -212,6 +211,12 @@ def styled(
     if isinstance(shown.index, pd.RangeIndex):
         out.hide(axis="index")
     return out
+
+
+def format_of(name: str, formats: Mapping[str, str] = FORMATS) -> str:
+    """The format of a column's numbers, or of a score's."""
+    start = next((start for start in formats if name.startswith(start)), "")
+    return formats.get(name) or formats.get(start, "{:.3g}")
 
 
 def _written(value: Any, form: str, state: str) -> str:

@@ -7,23 +7,23 @@ from textwrap import fill
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from gddlab.reporting.contrasts import interval
 from gddlab.reporting.run_summary import Summary, table_of
-from gddlab.reporting.style import seeds_text
+from gddlab.reporting.style import fit_scale, look, seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
 from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
-SPAN = 5
-"""Scores that differ by more than this factor get a logarithmic axis."""
+MARKERS = "osD^vP"
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 KIMG = "real images seen, thousands"
 
@@ -87,20 +87,22 @@ def draw_curves(
     labels: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Distance over images seen: the mean of each experiment, with a band from the lowest to the highest seed.
+    """Distance over images seen: the mean of each experiment, with its 95 % interval over training seeds.
 
     An axis is logarithmic where its values span more than a factor of five.
 
     Args:
         curves: From `curve_table`.
         levels: Label -> value to compare with, such as the teacher's distances.
-        labels: Experiment -> its name in the figure.
+        labels: Experiment -> its name in the figure; that of `look` for others.
     """
     ax = axes_of(ax, 6.4, 3.6)
-    named = curves.assign(experiment=curves["experiment"].map(lambda name: (labels or {}).get(str(name), str(name))))
-    missing = named.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
-    shown = _draw_lines(ax, named, "kimg", "experiment", levels or {}, missing)
-    _fit_scale(ax, shown["kimg"], "x")
+    named = {name: (labels or {}).get(str(name), look(str(name)).label) for name in curves["experiment"].unique()}
+    colours = {label: look(str(name)).colour for name, label in named.items()}
+    curves = curves.assign(experiment=curves["experiment"].map(named))
+    missing = curves.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
+    shown = _draw_lines(ax, curves, "kimg", "experiment", levels or {}, missing, colours)
+    fit_scale(ax, shown["kimg"], "x")
     ax.set(xlabel=KIMG)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**BESIDE)
@@ -108,21 +110,31 @@ def draw_curves(
 
 
 def _draw_lines(
-    ax: Axes, table: pd.DataFrame, x: str, hue: str, levels: Mapping[str, float], missing: pd.DataFrame
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    hue: str,
+    levels: Mapping[str, float],
+    missing: pd.DataFrame,
+    colours: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Mean distances over a column with their range over seeds, and levels; returns what is drawn.
+    """Mean distances over a column with their intervals over seeds, and levels; returns what is drawn.
 
     The title says over how many seeds, and what is `missing`, by what became of it.
     """
     shown = table.dropna(subset=["value", x]).astype({x: float})
     if len(shown):
-        colours = dict(zip(dict.fromkeys(shown[hue]), LINES * 9, strict=False))
-        look: dict[str, Any] = {"palette": colours, "marker": "o", "markeredgewidth": 0, "ax": ax}
-        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=("pi", 100), **look)
+        groups = list(dict.fromkeys(shown[hue]))
+        colours = colours or dict(zip(groups, LINES * 9, strict=False))
+        # lines of one colour differ in their markers
+        same = {name: [g for g in groups if colours[g] == colours[name]].index(name) for name in groups}
+        style: dict[str, Any] = {"palette": {g: colours[g] for g in groups}, "dashes": False, "markeredgewidth": 0}
+        style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
+        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=lambda y: interval(np.asarray(y)), **style)
     _draw_levels(ax, levels, "y", shown["value"])
     ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
     seeds = seeds_text(shown.groupby([hue, x]).size())
-    text = f"mean, band: range over {seeds}" if seeds not in ("", "1 seed") else seeds
+    text = f"mean, band: 95 % interval over {seeds}" if seeds not in ("", "1 seed") else seeds
     states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
     absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
     ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
@@ -178,11 +190,11 @@ def draw_runs(
     table = experiment_table(runs, sort=sort)
     order = list(table.index)
     ax = axes_of(ax, 6.4, 0.27 * len(order) + 1.3)
-    look: dict[str, Any] = {"x": "value", "y": "experiment", "order": order, "ax": ax}
-    sns.stripplot(runs, jitter=False, size=5, alpha=0.8, color=PALETTE[0], linewidth=0, **look)
+    how: dict[str, Any] = {"x": "value", "y": "experiment", "order": order, "ax": ax}
+    sns.stripplot(runs, jitter=False, size=5, alpha=0.8, color=PALETTE[0], linewidth=0, **how)
     bar: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": PALETTE[1]}
-    sns.pointplot(runs, errorbar=None, linestyle="none", **bar, **look)
-    _draw_levels(ax, levels or {}, "x", runs["value"].dropna(), zero=False)
+    sns.pointplot(runs, errorbar=None, linestyle="none", **bar, **how)
+    _draw_levels(ax, levels or {}, "x", runs["value"].dropna())
     for i, name in enumerate(order):
         if not table.loc[name, "seeds"]:
             place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
@@ -197,24 +209,9 @@ def draw_runs(
     return ax
 
 
-def _fit_scale(ax: Axes, values: Any, axis: Literal["x", "y"], *, zero: bool = True) -> None:
-    """Makes an axis logarithmic where its values span more than a factor of five; else it begins at 0, if asked for."""
-    values = list(values)
-    if values and min(values) > 0 and max(values) > SPAN * min(values):
-        ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.8 * min(values), 1.25 * max(values))})
-        ticks = ax.xaxis if axis == "x" else ax.yaxis
-        ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ticks.set_major_formatter("{x:g}")
-        ticks.set_minor_formatter(NullFormatter())
-    elif values and zero:
-        ax.set(**{f"{axis}lim": (min(0, *values), 1.05 * max(values))})
-
-
-def _draw_levels(
-    ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], values: pd.Series, *, zero: bool = True
-) -> None:
+def _draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], values: pd.Series) -> None:
     """Grey lines, named with their values in the legend, on an axis that fits them and `values`."""
-    _fit_scale(ax, [*values, *levels.values()], axis, zero=zero)
+    fit_scale(ax, [*values, *levels.values()], axis)
     for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
-        look: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": style}
-        (ax.axhline if axis == "y" else ax.axvline)(value, label=f"{label}: {value:.0f}", **look)
+        style_of: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": style}
+        (ax.axhline if axis == "y" else ax.axvline)(value, label=f"{label}: {value:.0f}", **style_of)

@@ -51,17 +51,27 @@ def found(name: str, subjects: Subjects) -> Found:
 
 def test_teacher_steps(subjects: Subjects) -> None:
     f = found("teacher-steps", subjects)
-    by_teacher = f.frame[f.frame["sampler"] != "data"]
+    by_teacher = f.frame
     assert by_teacher["steps"].unique().tolist() == [1, 2, 3]
     assert by_teacher["nfe"].unique().tolist() == [1, 3, 5]
-    names = {f"{m}@{N}" for m in ("fd-lite2", "kd-lite2", "precision-lite2", "recall-lite2", "fd-lite0")}
+    names = {f"{m}@{N}" for m in ("fd-lite2", "kd-lite2", "precision-lite2", "recall-lite2")}
     assert set(by_teacher["metric"]) == names
     two = evaluate(subjects.teacher, data="digits", metrics=("fid",), n=N, steps=2, progress=False)
     row = by_teacher.query(f"steps == 2 and metric == 'fd-lite2@{N}'").iloc[0]
     assert_close(row["value"], two["fd-lite2"], rtol=1e-9, atol=0)
     assert row["seeds"] == f"0 to {N - 1}"
     assert [r.value for r in f.records] == f.frame["value"].tolist()
-    assert (f.frame.loc[f.frame["sampler"] == "data", "n"] == 898).all()
+
+
+def test_known_cases(subjects: Subjects) -> None:
+    halves = found("known-cases", subjects).frame
+    assert set(halves["case"]) == {"other half"} and (halves["n"] == 898).all()
+    judge = Judge(held_out="digits:held-out", n=N)
+    frame = found("known-cases", replace(subjects, data="digits:train", judge=judge)).frame.set_index("case")
+    assert [*dict.fromkeys(frame.index)] == ["copier", "held-out", "missing class", "other half"]
+    copier, classless = (frame.loc[case].set_index("label")["value"] for case in ("copier", "missing class"))
+    assert copier["fd-lite2"] < classless["fd-lite2"]
+    assert "kd-lite2:held-out" in copier and "kd-lite2:held-out" not in classless
 
 
 def test_rewound(subjects: Subjects) -> None:

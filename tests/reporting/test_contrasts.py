@@ -10,7 +10,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
-from gddlab.reporting.contrasts import contrast_table, difference, draw_contrasts, draw_dose, holm, interval
+from gddlab.reporting.contrasts import contrast_table, contrast_text, difference, draw_arms, draw_dose, holm, interval
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
@@ -93,6 +93,31 @@ def test_figures(runs: list[Run]) -> None:
     figure = draw_dose(found, {"all": ("gdd", "gdd-i", "never")}, levels={"fd-lite2": {"teacher": 63.0}})
     assert [ax.get_title() for ax in figure.axes] == ["fd-lite2", "kd-lite2"]
     assert len(figure.axes[0].get_lines()) > len(figure.axes[1].get_lines())  # with the level
-    figure = draw_contrasts(found)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I"]
+    figure = draw_arms(found, levels={"fd-lite2": {"teacher": 63.0}})
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD", "GDD-I", "one"]
+    dots = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([71.333333, 58.666667, 60.0])
+    assert [t.get_text() for t in figure.axes[0].texts] == ["teacher"]
+    figure = draw_dose(found, {"GDD": ("gdd", "gdd-i")}, places={"gdd": 10, "gdd-i": 1}, xlabel="age", log=True)
+    (line,) = figure.axes[0].get_lines()[:1]
+    assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
     plt.close("all")
+
+
+def test_a_contrast_in_words(runs: list[Run]) -> None:
+    shown = contrast_text(contrast_table(runs, ("gdd-i", "one", "never"), against="gdd"))
+    assert shown.index.tolist() == [("fd-lite2", name) for name in ("GDD", "GDD-I", "one", "never")]
+    row = shown.loc["fd-lite2", "GDD-I"]
+    assert row["mean (95 %)"] == "58.7 (51.1 to 66.3)" and row["seeds"] == "3"
+    assert (
+        shown.loc["fd-lite2", "GDD"]["difference (95 %)"] == ""
+        and shown.loc["fd-lite2", "one"]["mean (95 %)"] == "60.0"
+    )
+    assert shown.loc["fd-lite2", "never"]["state"] == "not run"
+
+
+def test_seeds_of_different_length_are_not_averaged(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
+    longer = made(tmp_path, tiny_teacher, "gdd", 7, {0.048: 70.0, 0.096: 60.0}, total_kimg=0.096)
+    with pytest.raises(GddlabError, match=r"runs of .gdd. end at 0\.048 and 0\.096 thousand images: give at="):
+        contrast_table([*runs, longer], ("gdd-i",), against="gdd")
+    assert contrast_table([*runs, longer], ("gdd-i",), against="gdd", at=0.048)["seeds"].tolist() == [4, 3]
