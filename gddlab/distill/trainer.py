@@ -155,11 +155,12 @@ class Trainer:
         self.meter.add(stats)
 
     def every(self, kimg: float | None) -> bool:
-        """Whether the last step ends an interval of `kimg`, or the run; never for None."""
+        """Whether the last step reached a multiple of `kimg`, or the end of the run; never for None."""
         if kimg is None:
             return False
-        steps = max(1, round(kimg * 1000 / self.config.batch))
-        return self.iteration % steps == 0 or self.iteration == self.total
+        interval = max(1, round(kimg * 1000))
+        reached = self.nimg // interval > (self.nimg - self.config.batch) // interval
+        return reached or self.iteration == self.total
 
     def tick(self) -> dict[str, float]:
         """One line of metrics.jsonl: means over the iterations since the last one, over ranks."""

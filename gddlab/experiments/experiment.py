@@ -208,8 +208,8 @@ class Study:
     Attributes:
         name: The folder, and the name on the command line.
         what: One line for people.
-        needs: Experiments whose students it measures, "gdd" for the first seed's, "gdd/seed-1" for another's; it is
-            made again when more of them are trained.
+        needs: Experiments whose students it measures, "gdd" for the first seed's, "gdd/seed-1" for another's; what a
+            list lacks is omitted. It is made again when more of them are trained.
         measure: Makes it.
         seconds: Roughly; None if it was never measured.
         timed: Also times the configurations of the experiments in its questions; use an idle machine.

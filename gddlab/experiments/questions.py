@@ -63,6 +63,7 @@ QUESTIONS = (
         against="gdd",
         primary=BOTH,
         at=12,
+        studies=("teacher-steps", "known-cases", "followed"),
     ),
     Question(
         "02_choosing_a_mask",

@@ -128,6 +128,33 @@ def local_minima(s: Subjects) -> Found:
     return Found(pd.DataFrame(rows), about | {"data_sha256": real.manifest.sha256, "reference_n": len(real)})
 
 
+def followed(s: Subjects) -> Found:
+    """How often a student makes the teacher's image of the same noise, by the share of its weights that are its own.
+
+    Columns: experiment, seed, frozen (share of the parameters equal to the teacher's), retrieved (share of its images
+    to which the full teacher's image of the same noise is nearer, in pixels, than its images of all other noises),
+    pixel (distance to that image, root mean square over [-1, 1]), n.
+    """
+    import pandas as pd
+
+    real = open_dataset(s.data)
+    n = s.judge.pairs or s.judge.n or len(real)
+    target = to_uint8(_sampled(s.teacher, real, n, s.steps[-1])).flatten(1).float() / 127.5
+    theirs, rows = s.teacher.state_dict(), list[dict[str, Any]]()
+    for name, student in s.students.items():
+        own = dict(student.named_parameters())
+        frozen = sum(int((own[k] == theirs[k]).sum()) for k in own) / sum(p.numel() for p in own.values())
+        images = to_uint8(_sampled(student, real, n, None)).flatten(1).float() / 127.5
+        nearest = torch.cdist(images, target).argmin(1)
+        found = {
+            "retrieved": (nearest == torch.arange(n)).double().mean().item(),
+            "pixel": (images - target).square().mean(1).sqrt().mean().item(),
+        }
+        experiment, _, seed = name.partition("/seed-")
+        rows.append({"experiment": experiment, "seed": int(seed or 0), "frozen": frozen, **found, "n": n})
+    return Found(pd.DataFrame(rows), {"n": n, "seed": 0})
+
+
 def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
     """Name, network, Heun steps."""
     for steps in s.steps:
@@ -384,6 +411,8 @@ LINES = (("teacher", "gdd"), ("teacher", "rcd"), ("gdd", "rcd"), ("gdd", "gdd-i"
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
 ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
+FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)), "rcd", "scratch")
+FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
 STUDIES: tuple[Study, ...] = tuple(
@@ -392,6 +421,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
+        ("followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0),
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
         ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),

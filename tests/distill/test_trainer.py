@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,6 +283,16 @@ def test_the_best_student_is_kept(tmp_path: Path, tiny_teacher: Path) -> None:
     (message,) = run.alarms.loc[run.alarms["kind"] == "jump", "message"]
     assert "fd@16 jumped to 9" in message
     assert not list((tmp_path / "run").glob(".candidate*"))
+
+
+@pytest.mark.parametrize(
+    ("kimg", "found"), [(0.012, [16, 24, 40, 48]), (0.024, [24, 48]), (0.001, [*range(8, 49, 8)]), (1.0, [48]), (None, [])]
+)
+def test_an_interval_ends_at_its_multiples_without_drifting(kimg: float | None, found: list[int]) -> None:
+    def at(iteration: int) -> Any:
+        return SimpleNamespace(nimg=8 * iteration, config=SimpleNamespace(batch=8), iteration=iteration, total=6)
+
+    assert [8 * i for i in range(1, 7) if Trainer.every(at(i), kimg)] == found
 
 
 def test_scores_of_students_are_records(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,17 @@ def test_known_cases(subjects: Subjects) -> None:
     assert "kd-lite2:held-out" in copier and "kd-lite2:held-out" not in classless
 
 
+def test_followed(subjects: Subjects) -> None:
+    students = {"gdd/seed-0": subjects.students["gdd"], "gdd-i/seed-1": subjects.students["gdd-i"]}
+    frame = found("followed", replace(subjects, students=students)).frame.set_index("experiment")
+    assert frame["seed"].to_dict() == {"gdd": 0, "gdd-i": 1}
+    assert frame.loc["gdd", "frozen"] == 1 and 0.5 < frame.loc["gdd-i", "frozen"] < 1
+    assert (0 <= frame["retrieved"]).all() and (frame["retrieved"] <= 1).all() and (frame["pixel"] > 0).all()
+    perfect = replace(subjects, students={"gdd": subjects.teacher}, steps=(1,))  # one step each: the same images
+    row = found("followed", perfect).frame.iloc[0]
+    assert row["retrieved"] == 1 and row["pixel"] == 0
+
+
 def test_rewound(subjects: Subjects) -> None:
     with torch.no_grad():
         moved = make_student(subjects.teacher)
