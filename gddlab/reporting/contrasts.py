@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.style import fit_scale, look, seeds_text
+from gddlab.reporting.style import checked, fit_scale, look, seeds_text
 from gddlab.reporting.tables import format_of, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
@@ -122,6 +123,26 @@ def holm(p: np.ndarray) -> np.ndarray:
         least = max(least, min(1.0, (len(order) - k) * p[i]))
         out[i] = least
     return out
+
+
+def followed_table(study: pd.DataFrame) -> pd.DataFrame:
+    """The study "followed" as a table for `draw_dose`: means over seeds, with their 95 % intervals.
+
+    Scores are "teacher's image found", the share of a student's images to which the teacher's image of the same noise
+    is the nearest one, and "distance to it", in pixels, root mean square over [-1, 1].
+
+    Raises:
+        GddlabError: Another table.
+    """
+    names = {"retrieved": "teacher's image found", "pixel": "distance to it"}
+    study = checked(study, ("experiment", "seed", "frozen", *names), "followed")
+    rows = []
+    for (column, name), (arm, own) in itertools.product(names.items(), study.groupby("experiment", sort=False)):
+        x = own[column].to_numpy(float)
+        low, high = interval(x)
+        row = {"metric": name, "experiment": arm, "frozen": own["frozen"].mean(), "seeds": len(x), "mean": x.mean()}
+        rows.append(row | {"low": low, "high": high, "state": "done"})
+    return pd.DataFrame(rows)
 
 
 def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:

@@ -231,16 +231,16 @@ def levels_of(
         cases: Of the study "known-cases".
 
     Returns:
-        Score -> label -> value; a score that neither study has is not there.
+        Score -> label -> value.
     """
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
     for study, column, wanted in (("teacher-steps", "steps", steps), ("known-cases", "case", cases)):
         if not (Path(folder) / study / "meta.json").is_file():
             continue
         frame = load_study(Path(folder) / study)
         for row in frame[frame["label"].isin(metrics) & frame[column].isin(wanted)].to_dict("records"):
             name = look(f"teacher-{row['steps']}").label if column == "steps" else str(row["case"])
-            out.setdefault(str(row["label"]), {})[name] = float(row["value"])
+            out[str(row["label"])][name] = float(row["value"])
     return out
 
 

@@ -298,6 +298,7 @@ def main_table(
     *,
     rows: Sequence[str] = ("gdd", "gdd-i"),
     teachers: Mapping[str, pd.DataFrame] | None = None,
+    at: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Methods against settings: published FIDs with their sources, ours in the rows below those of the same method.
 
@@ -309,6 +310,8 @@ def main_table(
         rows: Experiments to show; "not run" where there are none.
         teachers: A key as in `runs_by_setting` -> the study `teacher-steps`; without it, the teacher's scores are those
             on its card.
+        at: A key as in `runs_by_setting` -> thousands of images after which its scores count; the end of each run
+            where there is none.
 
     Returns:
         Text, indexed by method and source: network calls per image, digits, then one column per published setting.
@@ -319,14 +322,16 @@ def main_table(
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
     """
-    studies = teachers or {}
+    studies, at = teachers or {}, at or {}
     for name in (*runs_by_setting, *studies):
         if name not in (*SETTINGS, "digits"):
             raise unknown("setting", name, (*SETTINGS, "digits"))
-    digits, metric = _ours(runs_by_setting.get("digits", ()), ("fd-lite2",), rows, studies.get("digits"))
-    ours = {
-        name: _ours(runs_by_setting.get(name, ()), ("fid-min3", "fid"), rows, studies.get(name))[0] for name in SETTINGS
-    }
+
+    def found(name: str, metrics: Sequence[str]) -> tuple[dict[str, tuple[str, str]], str]:
+        return _ours(runs_by_setting.get(name, ()), metrics, rows, studies.get(name), at.get(name))
+
+    digits, metric = found("digits", ("fd-lite2",))
+    ours = {name: found(name, ("fid-min3", "fid"))[0] for name in SETTINGS}
     last = f"digits, {metric}"
     out: dict[tuple[str, str], dict[str, str]] = {}
     fids = results[results["metric"] == "fid"]
@@ -347,10 +352,10 @@ def main_table(
 
 
 def _ours(
-    runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str], study: pd.DataFrame | None
+    runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str], study: pd.DataFrame | None, at: float | None
 ) -> tuple[dict[str, tuple[str, str]], str]:
     """Cells and network calls of teacher and experiments by the first metric that a run has; and that metric."""
-    tables = {metric: run_table(runs, metric, rows=rows) for metric in metrics}
+    tables = {metric: run_table(runs, metric, rows=rows, at=at) for metric in metrics}
     metric = next((m for m, t in tables.items() if t["value"].notna().any()), metrics[-1])
     table = tables[metric]
     named = next(iter(table["metric"].dropna()), metric)

@@ -23,6 +23,8 @@ from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
+BANDED = 3
+"""Seeds from which on a band is drawn: the interval of two is 13 times as wide as their distance."""
 MARKERS = "osD^vP"
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 KIMG = "real images seen, thousands"
@@ -130,15 +132,19 @@ def _draw_lines(
         same = {name: [g for g in groups if colours[g] == colours[name]].index(name) for name in groups}
         style: dict[str, Any] = {"palette": {g: colours[g] for g in groups}, "dashes": False, "markeredgewidth": 0}
         style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
-        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=lambda y: interval(np.asarray(y)), **style)
+        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=_band, **style)
     _draw_levels(ax, levels, "y", shown["value"])
     ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
     seeds = seeds_text(shown.groupby([hue, x]).size())
-    text = f"mean, band: 95 % interval over {seeds}" if seeds not in ("", "1 seed") else seeds
+    text = f"mean over {seeds}; band: 95 % interval, from {BANDED} seeds on" if seeds not in ("", "1 seed") else seeds
     states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
     absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
     ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
     return shown
+
+
+def _band(values: pd.Series) -> tuple[float, float]:
+    return interval(values.to_numpy(float)) if len(values) >= BANDED else (np.nan, np.nan)
 
 
 @themed

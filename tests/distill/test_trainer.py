@@ -286,7 +286,8 @@ def test_the_best_student_is_kept(tmp_path: Path, tiny_teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kimg", "found"), [(0.012, [16, 24, 40, 48]), (0.024, [24, 48]), (0.001, [*range(8, 49, 8)]), (1.0, [48]), (None, [])]
+    ("kimg", "found"),
+    [(0.012, [16, 24, 40, 48]), (0.024, [24, 48]), (0.001, [*range(8, 49, 8)]), (1.0, [48]), (None, [])],
 )
 def test_an_interval_ends_at_its_multiples_without_drifting(kimg: float | None, found: list[int]) -> None:
     def at(iteration: int) -> Any:

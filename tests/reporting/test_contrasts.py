@@ -6,11 +6,21 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
-from gddlab.reporting.contrasts import contrast_table, contrast_text, difference, draw_arms, draw_dose, holm, interval
+from gddlab.reporting.contrasts import (
+    contrast_table,
+    contrast_text,
+    difference,
+    draw_arms,
+    draw_dose,
+    followed_table,
+    holm,
+    interval,
+)
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
@@ -102,6 +112,19 @@ def test_figures(runs: list[Run]) -> None:
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
     plt.close("all")
+
+
+def test_followers_over_the_share(tmp_path: Path) -> None:
+    rows = [("gdd", 0, 0.0, 0.2, 0.5), ("gdd", 1, 0.0, 0.4, 0.3), ("gdd-i", 0, 0.8, 0.9, 0.1)]
+    study = pd.DataFrame(rows, columns=["experiment", "seed", "frozen", "retrieved", "pixel"])
+    table = followed_table(study).set_index(["metric", "experiment"])
+    assert table.loc[("teacher's image found", "gdd"), "mean"] == pytest.approx(0.3)
+    assert table.loc[("distance to it", "gdd-i"), "seeds"] == 1
+    figure = draw_dose(followed_table(study), {"all": ("gdd", "gdd-i")})
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [0, 80]
+    plt.close("all")
+    with pytest.raises(GddlabError, match="give the table of the study 'followed'"):
+        followed_table(study.drop(columns="pixel"))
 
 
 def test_a_contrast_in_words(runs: list[Run]) -> None:

@@ -38,7 +38,7 @@ def names(ax: plt.Axes) -> list[str]:
 
 
 def lines(ax: plt.Axes) -> list[list[float]]:
-    return [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    return [list(line.get_ydata()) for line in ax.lines if line.get_marker() in "os" and len(line.get_xdata())]
 
 
 def test_every_score_on_the_way(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
@@ -54,18 +54,25 @@ def test_every_score_on_the_way(runs: list[Run], tmp_path: Path, tiny_teacher: P
         curve_table([*runs, other])
 
 
-def test_curves_show_means_and_the_range_of_seeds(runs: list[Run]) -> None:
+def test_curves_show_means_and_their_intervals(runs: list[Run]) -> None:
     ax = draw_curves(curve_table(runs, rows=("whole", "few", "never")), levels={"teacher": 50.0})
     assert lines(ax) == [[70.0, 60.0], [90.0, 80.0]]
-    band = ax.collections[1].get_paths()[0].vertices
-    assert {(x, y) for x, y in band.tolist()} >= {(0.024, 85.0), (0.024, 95.0), (0.048, 70.0), (0.048, 90.0)}
     assert names(ax) == ["whole", "few", "teacher: 50"]
-    assert ax.get_title(loc="left") == "mean, band: range over 1 to 2 seeds\nnot run: never"
+    assert ax.get_title(loc="left") == "mean over 1 to 2 seeds; band: 95 % interval, from 3 seeds on\nnot run: never"
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fd-lite2@64"
     wide = draw_curves(curve_table(runs), levels={"teacher": 900.0})
     assert wide.get_yscale() == "log"
     _, own = plt.subplots(figsize=(3.2, 2.8), layout="constrained")
     assert draw_curves(curve_table(runs), ax=own) is own
+
+
+def test_a_band_is_the_interval_of_three_seeds(tmp_path: Path, tiny_teacher: Path) -> None:
+    for seed, value in enumerate((70.0, 66.0, 78.0)):
+        made(tmp_path, tiny_teacher, "three", seed, {0.024: 2 * value, 0.048: value})
+    ax = draw_curves(curve_table(load_runs(tmp_path)))
+    heights = {float(y) for x, y in ax.collections[0].get_paths()[0].vertices.tolist() if x == 0.048}
+    half = 4.302653 * np.std((70.0, 66.0, 78.0), ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
+    np.testing.assert_allclose(sorted(heights), [214 / 3 - half, 214 / 3 + half], rtol=1e-6)
 
 
 def test_nothing_to_draw_is_drawn_as_such(runs: list[Run]) -> None:
