@@ -1,6 +1,7 @@
 """Declared experiments and studies: what is run for the figures and tables."""
 
 from gddlab.experiments.experiment import Experiment, ExperimentList, Question, Study, TeacherRun
+from gddlab.experiments.factorial import effects
 from gddlab.experiments.runner import LISTS, Planned, feeding, plan, question, reproduce, ship
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Question",
     "Study",
     "TeacherRun",
+    "effects",
     "feeding",
     "plan",
     "question",

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
+from gddlab.errors import GddlabError
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.freezing.candidates import Network
 from gddlab.probing import ProbeResult
+from gddlab.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUNS = 48
 SHARES = (0.4, 0.6)
@@ -81,6 +87,54 @@ def shares(result: ProbeResult) -> dict[str, float]:
     network = Network(result)
     sizes = {name: sum(sum(network.own[m].values()) for m in layers) for name, layers in groups(result).items()}
     return {name: size / network.n_params for name, size in sizes.items()}
+
+
+def effects(
+    runs: Sequence[Run], result: ProbeResult, metrics: Sequence[str], *, at: float | None = None
+) -> pd.DataFrame:
+    """Main effects of training each group rather than freezing it, by least squares over the rows of the design.
+
+    Args:
+        runs: Those of the experiments "layers-00" and so on; others are omitted.
+        result: The probe that masks were chosen from.
+        metrics, at: As for `contrast_table`.
+
+    Returns:
+        As `contrast_table` gives it: a row per score and group, `mean` and `difference` the effect, `frozen` the share
+        of the parameters that the group has, `seeds` the runs, intervals of 95 % and p of Student's t with
+        runs - groups - 1 degrees of freedom, `p_holm` corrected for the table.
+
+    Raises:
+        GddlabError: Too few of the runs have a score to tell the groups apart.
+    """
+    import pandas as pd
+    from scipy.stats import t
+
+    from gddlab.reporting.contrasts import holm
+    from gddlab.reporting.tables import run_table
+
+    sizes, names = shares(result), [f"layers-{i:02}" for i in range(RUNS)]
+    trained = 1.0 - 2.0 * design(sizes)  # (runs, groups): 1 is trained, -1 frozen
+    tables = []
+    for metric in metrics:
+        values = run_table(runs, metric, rows=names, at=at).set_index("experiment")["value"].reindex(names)
+        there = values.notna().to_numpy()
+        x, y = np.hstack([np.ones((there.sum(), 1)), trained[there]]), values[there].to_numpy(float)
+        freedom = len(y) - x.shape[1]
+        if freedom < 1 or np.linalg.matrix_rank(x) < x.shape[1]:
+            raise GddlabError(f"{len(y)} of {RUNS} runs have a score {metric!r}: too few for {len(sizes)} groups")
+        inverse = np.linalg.inv(x.T @ x)
+        found = inverse @ x.T @ y
+        error = np.sqrt(((y - x @ found) ** 2).sum() / freedom * np.diag(inverse))[1:]
+        effect, half = 2 * found[1:], 2 * error * t.ppf(0.975, freedom)  # from frozen to trained are two units
+        columns = {"metric": metric, "experiment": list(sizes), "frozen": list(sizes.values()), "seeds": len(y)}
+        columns |= {"mean": effect, "low": effect - half, "high": effect + half}
+        columns |= {"difference": effect, "difference_low": effect - half, "difference_high": effect + half}
+        tables.append(
+            pd.DataFrame(columns).assign(g=effect / y.std(ddof=1), p=2 * t.sf(abs(effect) / (2 * error), freedom))
+        )
+    out = pd.concat(tables, ignore_index=True)
+    return out.assign(p_holm=holm(out["p"].to_numpy(float)), state="done")
 
 
 def mask_of(result: ProbeResult, row: int) -> FreezeMask:

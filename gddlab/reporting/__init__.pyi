@@ -4,6 +4,7 @@ from gddlab.reporting.contrasts import contrast_text as contrast_text
 from gddlab.reporting.contrasts import draw_arms as draw_arms
 from gddlab.reporting.contrasts import draw_dose as draw_dose
 from gddlab.reporting.contrasts import followed_table as followed_table
+from gddlab.reporting.contrasts import rewound_table as rewound_table
 from gddlab.reporting.frequencies import draw_bands as draw_bands
 from gddlab.reporting.frequencies import draw_denoised as draw_denoised
 from gddlab.reporting.frequencies import draw_spectra as draw_spectra

@@ -145,6 +145,30 @@ def followed_table(study: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def rewound_table(study: pd.DataFrame, into: str = "student") -> pd.DataFrame:
+    """The study "rewound" as a table for `draw_arms`: what each score becomes when a group of layers is put back.
+
+    Args:
+        study: "rewound", as `gddlab.load_study` gives it.
+        into: "student" for the teacher's weights in a student, "teacher" for the reverse.
+
+    Returns:
+        metric, experiment (the group; "none" is the network as it was, "all" the other one), frozen (the group's share
+        of the squared movement of all weights), mean, difference (to "none"), state; one training seed, so that
+        intervals and p are NaN.
+
+    Raises:
+        GddlabError: Another table.
+    """
+    study = checked(study, ("into", "group", "share", "metric", "value"), "rewound")
+    own = study[study["into"] == into].rename(columns={"group": "experiment", "share": "frozen", "value": "mean"})
+    whole = own[own["experiment"] == "none"].set_index("metric")["mean"]
+    gap = own["mean"] - own["metric"].map(whole)
+    return own.assign(difference=gap.where(own["experiment"] != "none"), seeds=1, low=np.nan, high=np.nan).assign(
+        p_holm=np.nan, state="done"
+    )
+
+
 def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
     """A table from `contrast_table` to look at with `styled`: text, indexed by score and arm, both in words."""
     rows = []
@@ -178,14 +202,15 @@ Levels = Mapping[str, Mapping[str, float]]
 
 
 @themed
-def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None) -> Figure:
+def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None, title: str | None = None) -> Figure:
     """Means of arms with their 95 % intervals, a panel per score.
 
     A dot is filled where the arm differs from the one compared with, p_holm < 0.05; a line goes through the latter.
 
     Args:
-        contrasts: From `contrast_table`.
+        contrasts: From `contrast_table`, or another table like it.
         levels: Score -> label -> value to compare with.
+        title: What is drawn; None says over how many seeds.
     """
     scored = contrasts[contrasts["mean"].notna()]
     metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "experiment"))
@@ -201,7 +226,7 @@ def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None) -> Figur
             base, differs = np.isnan(r.difference), r.p_holm < 1 - LEVEL
             ax.plot([r.low, r.high], [y, y], color=colour, linewidth=1.4)
             ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if differs else "none", markersize=5)
-            if base and r.seeds > 1:
+            if base:
                 ax.axvline(r.mean, color=colour, linewidth=0.8, zorder=0)
         _levels(ax, (levels or {}).get(metric, {}), "x")
         fit_scale(ax, rows["mean"], "x")
@@ -209,7 +234,8 @@ def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None) -> Figur
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), [look(arm).label for arm in arms])
     panels[0][0].invert_yaxis()
-    figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}; filled: differs, p < 0.05", x=0.01, ha="left")
+    title = title or f"means and 95 % intervals over {_seeds(scored)}; filled: differs, p < 0.05"
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 

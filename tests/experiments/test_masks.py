@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
-from gddlab.experiments.factorial import RUNS, SHARES, design, groups, mask_of, shares
+from gddlab.experiments.factorial import RUNS, SHARES, design, effects, groups, mask_of, shares
 from gddlab.experiments.masks import at_share, by_rule, measure, rule
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
@@ -83,3 +85,28 @@ def test_the_design_estimates_every_group(measured: Measured) -> None:
     expected = {n for n, on in zip(groups(measured.result), rows[3], strict=True) if on}
     inside = {n for n, group in groups(measured.result).items() if {*group} <= {owner_of(p) for p in mask.frozen}}
     assert inside == expected
+
+
+def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = shares(measured.result)
+    frozen, draw = design(sizes), np.random.default_rng(0)
+    truth = np.zeros(len(sizes))
+    truth[[2, 5]] = -6.0, 4.0
+    values = 60 + (~frozen) @ truth + draw.normal(0, 0.5, RUNS)
+    done = RUNS
+
+    def table(runs: object, metric: str, *, rows: list[str], at: float | None) -> pd.DataFrame:
+        assert at == 12 and rows[:2] == ["layers-00", "layers-01"]
+        return pd.DataFrame({"experiment": rows[:done], "value": values[:done]})
+
+    monkeypatch.setattr("gddlab.reporting.tables.run_table", table)
+    found = effects([], measured.result, ["fd-lite2", "kd-lite2"], at=12)
+    assert len(found) == 2 * len(sizes) and found["seeds"].unique().tolist() == [RUNS]
+    one = found[found["metric"] == "fd-lite2"].reset_index()
+    np.testing.assert_allclose(one["mean"], truth, atol=0.8)
+    assert one.index[one["p_holm"] < 0.001].tolist() == [2, 5]
+    assert ((one["low"] < truth) & (truth < one["high"])).mean() > 0.8
+    assert one["experiment"].tolist() == list(sizes) and (one["frozen"] == list(sizes.values())).all()
+    done = 12
+    with pytest.raises(GddlabError, match="12 of 48 runs have a score 'fd-lite2': too few for 17 groups"):
+        effects([], measured.result, ["fd-lite2"], at=12)

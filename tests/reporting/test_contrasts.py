@@ -20,6 +20,7 @@ from gddlab.reporting.contrasts import (
     followed_table,
     holm,
     interval,
+    rewound_table,
 )
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
@@ -125,6 +126,20 @@ def test_followers_over_the_share(tmp_path: Path) -> None:
     plt.close("all")
     with pytest.raises(GddlabError, match="give the table of the study 'followed'"):
         followed_table(study.drop(columns="pixel"))
+
+
+def test_groups_put_back() -> None:
+    rows = [
+        ("student", g, x, "fd-lite2@8", v) for g, x, v in (("none", 0.0, 60.0), ("dec", 0.7, 80.0), ("all", 1.0, 900.0))
+    ]
+    study = pd.DataFrame([*rows, ("teacher", "none", 0.0, "fd-lite2@8", 900.0)])
+    study.columns = pd.Index(["into", "group", "share", "metric", "value"])
+    table = rewound_table(study).set_index("experiment")
+    assert table["mean"].tolist() == [60, 80, 900] and table.loc["dec", "difference"] == 20
+    assert np.isnan(table.loc["none", "difference"])
+    figure = draw_arms(rewound_table(study), title="one seed")
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["none", "dec", "all"]
+    plt.close("all")
 
 
 def test_a_contrast_in_words(runs: list[Run]) -> None:
