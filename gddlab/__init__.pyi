@@ -17,6 +17,11 @@ from gddlab.distill.projected import Projected as Projected
 from gddlab.distill.stylegan2 import StyleGAN2 as StyleGAN2
 from gddlab.distill.teacher import TeacherConfig as TeacherConfig
 from gddlab.distill.teacher import train_teacher as train_teacher
+from gddlab.editing import directions as directions
+from gddlab.editing import edit as edit
+from gddlab.editing import inpaint as inpaint
+from gddlab.editing import invert as invert
+from gddlab.editing import restore as restore
 from gddlab.errors import GddlabError as GddlabError
 from gddlab.evaluation import evaluate as evaluate
 from gddlab.evaluation import real_split as real_split

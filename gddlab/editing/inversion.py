@@ -1,0 +1,258 @@
+"""`invert`: the noise whose image is nearest to a given one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gddlab.editing.search import LR, Generator, Search, check_images, check_share, class_ids_of, running
+from gddlab.errors import GddlabError, NotFound, validated
+from gddlab.files import atomic_path, folder_of, hash_json, hash_tensors, path_of, read_json, write_json
+from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
+from gddlab.sampling.samplers import weights_hash
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_CLASSES = 32
+"""Classes among which the best is searched where none is given."""
+FIRST = 4
+"""Where the class is searched, the first 1 / FIRST of the steps are taken in each class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """Noise whose images are near given ones, one row per image.
+
+    Attributes:
+        z: Noise on the Gaussian's shell, (B, C, H, W).
+        images: What the student makes of it, in [-1, 1], (B, C, H, W).
+        distance: To the given image, root mean square of pixels on the scale of [-1, 1], (B,).
+        perceptual: `Lite0Distance` to it, (B,); NaN where it was not asked for.
+        class_ids: Given or found, (B,); -1 for an unconditional student.
+        seeds: Whose noise the search began at, and which later steps of a student of several take, (B,).
+        calls: Calls of the network per image; each but the last is followed by a backward pass.
+        seconds: Wall time per image.
+    """
+
+    z: Tensor
+    images: Tensor
+    distance: Tensor
+    perceptual: Tensor
+    class_ids: Tensor
+    seeds: Tensor
+    calls: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __repr__(self) -> str:
+        return (
+            f"Inversion of {len(self)} images: distance {self.distance.median():.3f} (median), "
+            f"{self.calls:,} calls and {self.seconds:.2g} s an image"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per image: distance, perceptual, class_ids, seeds, calls, seconds."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name).numpy() for name in ("distance", "perceptual", "class_ids", "seeds")}
+        return pd.DataFrame(columns | {"calls": self.calls, "seconds": self.seconds})
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .safetensors file, atomically."""
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.type == "Tensor"}
+        with atomic_path(path_of("path", path)) as tmp:
+            save_file(tensors, tmp, metadata={"calls": str(self.calls), "seconds": str(self.seconds)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inversion:
+        """Reads what `save` wrote.
+
+        Raises:
+            NotFound: No such file. GddlabError: Another kind of file.
+        """
+        path = path_of("path", path)
+        if not path.is_file():
+            raise NotFound(f"no such file: {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, calls=int(about["calls"]), seconds=float(about["seconds"]))
+        except Exception as e:  # safetensors' own errors have no common base
+            raise GddlabError(f"{path} holds no inversion: {e}") from None
+
+
+@beside_runs()
+@validated
+def invert(
+    student: Any,
+    images: Any,
+    *,
+    class_labels: Any = None,
+    steps: PositiveInt = 200,
+    restarts: PositiveInt = 4,
+    perceptual: float = 0.0,
+    lr: PositiveFloat = LR,
+    seed: NonNegativeInt = 0,
+    batch_size: PositiveInt = 128,
+    dtype: Any = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Inversion:
+    """Finds noise from which a student makes given images.
+
+    Each image is searched for from several starts, by Adam on the noise, which stays on the Gaussian's shell |z| =
+    sqrt(d); the nearest counts. The squared error of pixels is lowered, plus `perceptual` times a distance of
+    EfficientNet-lite0 features. Weights are not touched. A result depends on the image's place and the seed, not on
+    `batch_size`, but for rounding.
+
+    Args:
+        student: A one-step student, or one of several steps, whose later noise is then fixed.
+        images: float [-1, 1], (B, C, H, W).
+        class_labels: For a conditional student: class ids, or one for all; None finds the class, of at most 32.
+        steps: Of the search.
+        restarts: Starts per image.
+        perceptual: Weight of `Lite0Distance`, beside the mean squared error of pixels; 0 omits it.
+        lr: Adam's learning rate, where noise has unit variance.
+        seed: Of the starts: image i, start r has the noise of seed + i * restarts + r.
+        batch_size: Rows, images x starts, at once.
+        dtype: Runs the student under autocast, as for `sample`.
+        out: A folder where finished batches are kept; the same call continues there.
+        progress: Shows a bar at a terminal.
+
+    Raises:
+        GddlabError: No student; images of another shape or out of range; labels that do not fit, or too many classes to
+            search; a folder that holds another inversion.
+    """
+    make = Generator(student)
+    goal = check_images("images", images, make.shape)
+    ids = class_ids_of(student, class_labels, len(goal))
+    check_share("perceptual", perceptual)
+    classes = make.label_dim if ids is None else 0
+    if classes > MOST_CLASSES:
+        raise GddlabError(f"the student has {classes} classes, too many to search: give class_labels=")
+    how: dict[str, Any] = {"steps": steps, "restarts": restarts, "perceptual": perceptual, "lr": lr, "seed": seed}
+    size = max(1, batch_size // (restarts * max(classes, 1)))
+    folder = None if out is None else _prepared(out, make, goal, ids, how | {"size": size, "dtype": str(dtype)})
+    parts: list[Inversion] = []
+    with progress_bar(total=len(goal), desc="inverting", unit="img", enabled=progress) as bar:
+        for i in range(0, len(goal), size):
+            file = None if folder is None else folder / f"{i:06}.safetensors"
+            if file is not None and file.exists():
+                parts.append(Inversion.load(file))
+            else:
+                rows = slice(i, i + size)
+                with running(student, dtype):
+                    parts.append(_inverted(make, goal[rows], None if ids is None else ids[rows], first=i, **how))
+                if file is not None:
+                    parts[-1].save(file)
+            bar.update(len(parts[-1]))
+    return _together(parts)
+
+
+def _prepared(out: str | Path, make: Generator, goal: Tensor, ids: Tensor | None, how: dict[str, Any]) -> Path:
+    """The folder, which holds this inversion alone."""
+    folder = folder_of("out", out)
+    about = how | {"student": weights_hash(make.module), "images": hash_tensors({"images": goal})}
+    about["class_ids"] = None if ids is None else ids.tolist()
+    path, sign = folder / "inversion.json", {"sha256": hash_json(about)}
+    if path.exists() and read_json(path).get("sha256") != sign["sha256"]:
+        raise GddlabError(f"{folder} holds another inversion (student, images or settings): give another out=")
+    if not path.exists():
+        write_json(path, {"steps": how["steps"], "restarts": how["restarts"], "images": len(goal)} | sign)
+    return folder
+
+
+def _inverted(
+    make: Generator,
+    goal: Tensor,
+    ids: Tensor | None,
+    *,
+    first: int,
+    steps: int,
+    restarts: int,
+    perceptual: float,
+    lr: float,
+    seed: int,
+) -> Inversion:
+    """The images of one batch, `first` the place of the first."""
+    began, n = time.perf_counter(), len(goal)
+    classes = make.label_dim if ids is None else 0
+    tries = restarts * max(classes, 1)
+    seeds = [
+        seed + (first + i) * restarts + r for i in range(n) for _ in range(max(classes, 1)) for r in range(restarts)
+    ]
+    z, later = make.noise(seeds)
+    of = torch.arange(n).repeat_interleave(tries)  # (rows,): which image a row is for
+    row_ids = (
+        ids[of] if ids is not None else torch.arange(classes).repeat_interleave(restarts).repeat(n) if classes else None
+    )
+    wanted, labels = goal.to(make.device)[of], make.one_hot(row_ids)
+    feel = _perceptual(make.device) if perceptual else None
+
+    def errors(x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = (x - wanted).square().mean((1, 2, 3))
+        return pixels, pixels.new_full((len(x),), torch.nan) if feel is None else feel(x.clamp(-1, 1), wanted)
+
+    def loss(z: Tensor) -> Tensor:
+        pixels, felt = errors(make(z, labels, later))
+        return pixels + perceptual * felt if perceptual else pixels
+
+    search, calls = Search(z, steps, lr=lr), 0
+    taken = max(1, steps // FIRST) if classes else steps
+    search.run(loss, taken)
+    calls += tries * taken
+    if classes:
+        with torch.no_grad():
+            found = loss(search.z).view(n, tries)
+        best = (found.argsort(1)[:, :restarts] + torch.arange(n, device=found.device)[:, None] * tries).flatten()
+        search.keep(best)
+        rows = best.cpu()
+        wanted, labels, later, of = (
+            wanted[best],
+            labels[best] if labels is not None else None,
+            [x[best] for x in later],
+            of[rows],
+        )
+        row_ids = row_ids[rows] if row_ids is not None else None
+        seeds = [seeds[i] for i in rows.tolist()]
+        search.run(loss, steps - taken)
+        calls += tries + restarts * (steps - taken)
+    with torch.no_grad():
+        x = make(search.z, labels, later)
+        pixels, felt = errors(x)
+        total = pixels + perceptual * felt if perceptual else pixels
+    best = (total.view(n, restarts).argmin(1) + torch.arange(n, device=total.device) * restarts).cpu()
+    kept = {"z": search.z, "images": x.clamp(-1, 1), "distance": pixels.sqrt(), "perceptual": felt}
+    return Inversion(
+        **{name: value.detach().cpu()[best] for name, value in kept.items()},
+        class_ids=torch.full((n,), -1) if row_ids is None else row_ids[best],
+        seeds=torch.tensor(seeds)[best],
+        calls=(calls + restarts) * make.calls,
+        seconds=(time.perf_counter() - began) / n,
+    )
+
+
+def _perceptual(device: torch.device) -> Any:
+    from gddlab.distill.distances import Lite0Distance
+
+    return Lite0Distance().to(device)
+
+
+def _together(parts: list[Inversion]) -> Inversion:
+    """Batches as one; calls are the same in each, seconds the mean."""
+    tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Inversion) if f.type == "Tensor"}
+    seconds = sum(p.seconds * len(p) for p in parts) / sum(map(len, parts))
+    return Inversion(**tensors, calls=parts[0].calls, seconds=seconds)

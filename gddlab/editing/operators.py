@@ -1,0 +1,172 @@
+"""Linear measurements of images, with their adjoints: known pixels, fewer pixels, blur, grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn import functional
+
+from gddlab.errors import GddlabError, validated
+
+ADJOINT_ERROR = 1e-4
+"""Relative error of the dot-product test above which an adjoint is refused."""
+SOLVED = 1e-6
+"""Relative residual at which conjugate gradients end."""
+
+
+class Operator:
+    """A linear measurement y = A x of images.
+
+    Args:
+        apply: x, float (B, C, H, W), to y, (B, ...); differentiable.
+        adjoint: y to A^T y, of the shape of x.
+        name: For tables.
+    """
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], name: str = "operator"):
+        self.apply, self.adjoint, self.name = apply, adjoint, name
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name!r})"
+
+    def at(self, rows: Tensor) -> Operator:
+        """The operator of some of the images; most treat all alike."""
+        return self
+
+    def check(self, shape: Sequence[int]) -> None:
+        """The dot-product test: <A x, y> = <x, A^T y> for two random images and measurements.
+
+        Raises:
+            GddlabError: They differ by more than 1e-4 of |A x| |y|, or shapes do not fit.
+        """
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn((2, *shape), generator=draw)
+        try:
+            ax = self.apply(x)
+            y = torch.randn(ax.shape, generator=draw)
+            aty = self.adjoint(y)
+            if aty.shape != x.shape:
+                raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
+        except (RuntimeError, TypeError, AttributeError, IndexError) as e:
+            raise GddlabError(f"{self.name!r} does not take images {tuple(x.shape)}: {e}") from None
+        inside, outside = (ax.double() * y.double()).sum().item(), (x.double() * aty.double()).sum().item()
+        size = ax.double().norm().item() * y.double().norm().item()
+        if not math.isfinite(size) or size == 0:
+            raise GddlabError(f"{self.name!r} measures nothing: A x has length {ax.norm().item():g}")
+        if not abs(inside - outside) <= ADJOINT_ERROR * size:
+            raise GddlabError(
+                f"the adjoint of {self.name!r} is none: <A x, y> = {inside:.5g}, <x, A^T y> = {outside:.5g}; give A^T"
+            )
+
+    def put_back(self, x: Float[Tensor, "b c h w"], y: Tensor, *, iterations: int = 50) -> Float[Tensor, "b c h w"]:
+        """The image nearest to x that measures as y: x + A^T (A A^T)^-1 (y - A x), by conjugate gradients."""
+        residual = y - self.apply(x)
+        solution, r = torch.zeros_like(residual), residual
+        p, rr = r, _dot(r, r)
+        start = rr
+        for _ in range(iterations):
+            if not (rr > SOLVED**2 * start).any():
+                break
+            aap = self.apply(self.adjoint(p))
+            alpha = torch.where(rr > SOLVED**2 * start, rr / _dot(p, aap).clamp(min=1e-30), 0.0)
+            solution, r = solution + _like(alpha, p) * p, r - _like(alpha, p) * aap
+            new = _dot(r, r)
+            p, rr = r + _like(new / rr.clamp(min=1e-30), p) * p, new
+        return x + self.adjoint(solution)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _like(x: Tensor, of: Tensor) -> Tensor:
+    """One number per row, to multiply rows of `of` with."""
+    return x.view(-1, *[1] * (of.ndim - 1))
+
+
+class Pixels(Operator):
+    """Some pixels of each image are known; `keep` is bool, (B, 1 or C, H, W)."""
+
+    def __init__(self, keep: Tensor):
+        super().__init__(self._masked, self._masked, "pixels")
+        self.keep = keep
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return x * self.keep.to(x)  # unknown pixels measure as 0
+
+    def at(self, rows: Tensor) -> Pixels:
+        return Pixels(self.keep[rows.to(self.keep.device)] if len(self.keep) > 1 else self.keep)
+
+    def put_back(self, x: Tensor, y: Tensor, *, iterations: int = 0) -> Tensor:
+        return torch.where(self.keep.to(x.device), y, x)  # equal to the bit
+
+
+@validated
+def downscale(factor: PositiveInt) -> Operator:
+    """Means of squares of factor x factor pixels: super-resolution takes the way back."""
+
+    def apply(x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x, factor)
+
+    def adjoint(y: Tensor) -> Tensor:
+        return y.repeat_interleave(factor, -1).repeat_interleave(factor, -2) / factor**2
+
+    return Operator(apply, adjoint, f"downscale {factor}")
+
+
+@validated
+def blur(std: PositiveFloat) -> Operator:
+    """Gaussian blur of standard deviation `std`, pixels; black outside of the image."""
+    half = math.ceil(3 * std)
+    line = torch.exp(-0.5 * (torch.arange(-half, half + 1) / std) ** 2)
+    line = line / line.sum()
+
+    def apply(x: Tensor) -> Tensor:
+        kernel = line.to(x).repeat(x.shape[1], 1, 1, 1)  # (C, 1, 1, K), symmetric: its own adjoint
+        x = functional.conv2d(x, kernel, padding=(0, half), groups=x.shape[1])
+        return functional.conv2d(x, kernel.transpose(-1, -2), padding=(half, 0), groups=x.shape[1])
+
+    return Operator(apply, apply, f"blur {std:g}")
+
+
+@validated
+def greyscale(channels: PositiveInt = 3) -> Operator:
+    """The mean of the channels: colouring takes the way back."""
+
+    def apply(x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+    def adjoint(y: Tensor) -> Tensor:
+        return y.expand(-1, channels, -1, -1) / channels
+
+    return Operator(apply, adjoint, "greyscale")
+
+
+def check_keep(keep: Any, n: int, shape: Sequence[int]) -> Tensor:
+    """A mask of known pixels as bool (1 or n, 1 or C, H, W).
+
+    Raises:
+        GddlabError: Another shape or other values than 0 and 1; an image of which nothing is known or nothing missing.
+    """
+    c, h, w = shape
+    if not isinstance(keep, Tensor):
+        raise GddlabError(f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known")
+    mask = keep.detach().cpu()
+    mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape) if mask.ndim < 4 else mask
+    if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] not in (1, c) or tuple(mask.shape[2:]) != (h, w):
+        raise GddlabError(
+            f"keep is {tuple(keep.shape)}: give ({h}, {w}), ({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w}) for {n} images"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise GddlabError("keep has other values than 0 and 1: give a mask, 1 where a pixel is known")
+    known = mask.bool().flatten(1)
+    for what, found in (("known", known.any(1)), ("missing", (~known).any(1))):
+        if not found.all():
+            raise GddlabError(f"nothing is {what} of image {int((~found).nonzero()[0])}: give another keep")
+    return mask.bool()

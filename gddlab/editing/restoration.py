@@ -1,0 +1,339 @@
+"""`inpaint` and `restore`: images that agree with what was measured of them, several for each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from gddlab.editing.operators import Operator, Pixels, check_keep
+from gddlab.editing.search import LR, Generator, Search, check_images, class_ids_of, running, shape_of, student_in
+from gddlab.errors import GddlabError, validated
+from gddlab.nets import OneStepPrecond
+from gddlab.nets.bare import device_of
+from gddlab.progress import progress_bar
+from gddlab.runtime import beside_runs
+from gddlab.sampling.samplers import ImageNoise, denoiser_in, karras_sigmas, one_hot
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Method = Literal["optimise", "rounds", "teacher"]
+STEPS: dict[str, int] = {"optimise": 100, "rounds": 4, "teacher": 18}
+"""Of the search; times that the later steps of a student are gone through; noise levels of a teacher."""
+RESAMPLED = 4
+"""Times that a teacher denoises at each noise level."""
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration:
+    """Several images for each measurement.
+
+    Attributes:
+        images: In [-1, 1], (B, n, C, H, W).
+        error: Root mean square of A x - y over what was measured, before known pixels were put back, (B, n).
+        z: The noise of the images on the Gaussian's shell, (B, n, C, H, W); None for the method "teacher".
+        method, operator: How, and of what.
+        calls: Calls of the network per completed image.
+        seconds: Wall time per completed image.
+    """
+
+    images: Tensor
+    error: Tensor
+    z: Tensor | None
+    method: str
+    operator: str
+    calls: int
+    seconds: float
+
+    def __repr__(self) -> str:
+        b, n = self.images.shape[:2]
+        return (
+            f"Restoration of {b} x {n} images by {self.method!r} from {self.operator}: error {self.error.median():.3f} "
+            f"(median), {self.calls:,} calls and {self.seconds:.2g} s an image"
+        )
+
+    def scores(self, truth: Tensor | None = None) -> pd.DataFrame:
+        """One row: error, diversity, and distances to the hidden truth.
+
+        Args:
+            truth: What was measured, (B, C, H, W) in [-1, 1]; None omits its columns.
+
+        Returns:
+            Columns method, operator, images (B x n), error (mean), diversity (mean perceptual distance between two
+            completions of one image; NaN for one), perceptual, pixels (to the truth: mean of `Lite0Distance`, mean root
+            mean square), perceptual_best, pixels_best (of the best of n), calls, seconds.
+
+        Raises:
+            GddlabError: A truth of another shape.
+        """
+        import pandas as pd
+
+        from gddlab.distill.distances import Lite0Distance
+
+        b, n = self.images.shape[:2]
+        feel = Lite0Distance()
+
+        def distances(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([feel(p, q) for p, q in zip(x.split(64), y.split(64), strict=True)])
+
+        row: dict[str, Any] = {"method": self.method, "operator": self.operator, "images": b * n}
+        row |= {"error": self.error.mean().item(), "diversity": math.nan}
+        if n > 1:
+            i, j = torch.triu_indices(n, n, 1)
+            row["diversity"] = distances(self.images[:, i].flatten(0, 1), self.images[:, j].flatten(0, 1)).mean().item()
+        if truth is not None:
+            truth = check_images("truth", truth, self.images.shape[2:])
+            if len(truth) != b:
+                raise GddlabError(f"truth has {len(truth)} images: give {b}")
+            known = truth[:, None].expand_as(self.images).flatten(0, 1)
+            felt = distances(self.images.flatten(0, 1), known).view(b, n)
+            pixels = (self.images - truth[:, None]).square().mean((2, 3, 4)).sqrt()
+            for name, found in (("perceptual", felt), ("pixels", pixels)):
+                row |= {name: found.mean().item(), f"{name}_best": found.min(1).values.mean().item()}
+        return pd.DataFrame([row | {"calls": self.calls, "seconds": self.seconds}])
+
+
+class Problem(NamedTuple):
+    """What one batch of rows is to agree with.
+
+    Attributes:
+        y: Measurements, one per row.
+        operator: Of these rows.
+        labels: One-hot, or None.
+        seeds: One per row.
+    """
+
+    y: Tensor
+    operator: Operator
+    labels: Tensor | None
+    seeds: list[int]
+
+    def error(self, x: Tensor) -> Tensor:
+        """Mean square of A x - y over what was measured, (rows,)."""
+        gap = (self.operator.apply(x) - self.y).square()
+        if isinstance(self.operator, Pixels):
+            keep = self.operator.keep.to(gap.device).expand_as(gap)
+            return gap.flatten(1).sum(1) / keep.flatten(1).sum(1)
+        return gap.flatten(1).mean(1)
+
+
+@beside_runs()
+@validated
+def inpaint(
+    student: Any,
+    images: Any,
+    keep: Any,
+    *,
+    n: PositiveInt = 4,
+    method: Method = "optimise",
+    class_labels: Any = None,
+    steps: PositiveInt | None = None,
+    restarts: PositiveInt = 2,
+    seed: NonNegativeInt = 0,
+    batch_size: PositiveInt = 128,
+    dtype: Any = None,
+    progress: bool = True,
+) -> Restoration:
+    """Completes images of which some pixels are known, each in several ways.
+
+        found = gddlab.inpaint(student, images, keep, n=4)  # found.images: (B, 4, C, H, W)
+
+    Known pixels are in the result as they were given, to the bit.
+
+    Args:
+        student, n, method, class_labels, steps, restarts, seed, batch_size, dtype, progress: As for `restore`.
+        images: float [-1, 1], (B, C, H, W); unknown pixels may have any value in range.
+        keep: Which pixels are known, bool or 0 and 1: (H, W) for all images, or (B, 1 or C, H, W).
+
+    Raises:
+        GddlabError: Images or a mask of another shape, an image of which nothing is known or nothing missing, and what
+            `restore` refuses.
+    """
+    shape = shape_of(student)
+    images = check_images("images", images, shape)
+    mask = check_keep(keep, len(images), shape)
+    operator = Pixels(mask)
+    how: dict[str, Any] = {"n": n, "method": method, "class_labels": class_labels, "steps": steps, "seed": seed}
+    how |= {"restarts": restarts, "batch_size": batch_size, "dtype": dtype, "progress": progress}
+    return _restored(student, operator.apply(images), operator, **how)
+
+
+@beside_runs()
+@validated
+def restore(
+    student: Any,
+    measured: Tensor,
+    operator: Operator,
+    *,
+    n: PositiveInt = 4,
+    method: Method = "optimise",
+    class_labels: Any = None,
+    steps: PositiveInt | None = None,
+    restarts: PositiveInt = 2,
+    seed: NonNegativeInt = 0,
+    batch_size: PositiveInt = 128,
+    dtype: Any = None,
+    progress: bool = True,
+) -> Restoration:
+    """Images that a network could have made and that measure as given: super-resolution, deblurring, colouring.
+
+        restore(student, small, downscale(4)).images
+
+    Methods:
+        "optimise": noise on the Gaussian's shell is moved until the student's image measures as given; completions
+            begin at other noise, each the best of `restarts`;
+        "rounds": for a student of several steps: its image is made to agree, gets noise again and goes through the
+            later steps, `steps` times (as consistency models edit; Song et al. 2023, algorithm 4);
+        "teacher": for comparison, with a teacher in place of the student: Euler's steps, before each of which the state
+            is made to agree with the measurement at that noise level; each step is taken 4 times, with fresh noise in
+            between (RePaint; Lugmayr et al. 2022, algorithm 1).
+
+    A result depends on an image's place and the seed, not on `batch_size`, but for rounding.
+
+    Args:
+        student: A student; a teacher for the method "teacher".
+        measured: What was measured, as `operator.apply` gives it, (B, ...).
+        operator: What was measured; its adjoint is checked.
+        n: Images per measurement.
+        method: See above.
+        class_labels: For a conditional network: class ids, or one for all; None draws one for each image.
+        steps: Of the search, by default 100; of rounds 4; of a teacher 18.
+        restarts: Of "optimise", starts per completed image.
+        seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on.
+        batch_size: Rows, images x completions x starts, at once.
+        dtype: Runs the network under autocast, as for `sample`.
+        progress: Shows a bar at a terminal.
+
+    Raises:
+        GddlabError: A network that does not fit the method; measurements that the operator cannot have given; an
+            adjoint that is none; classes of an unconditional network.
+    """
+    shape = shape_of(student)
+    operator.check(shape)
+    expected = tuple(operator.apply(torch.zeros(1, *shape)).shape[1:])
+    if measured.ndim < 2 or tuple(measured.shape[1:]) != expected or not len(measured):
+        raise GddlabError(f"measured is {tuple(measured.shape)}: give (B, {', '.join(map(str, expected))})")
+    if not measured.is_floating_point() or not measured.isfinite().all():
+        raise GddlabError(f"measured is {measured.dtype} or not finite: give finite float numbers")
+    how: dict[str, Any] = {"n": n, "method": method, "class_labels": class_labels, "steps": steps, "seed": seed}
+    how |= {"restarts": restarts, "batch_size": batch_size, "dtype": dtype, "progress": progress}
+    return _restored(student, measured.detach().float(), operator, **how)
+
+
+def _restored(
+    net: Any,
+    y: Tensor,
+    operator: Operator,
+    *,
+    n: int,
+    method: str,
+    class_labels: Any,
+    steps: int | None,
+    restarts: int,
+    seed: int,
+    batch_size: int,
+    dtype: Any,
+    progress: bool,
+) -> Restoration:
+    began, b = time.perf_counter(), len(y)
+    student = isinstance(denoiser_in(net), OneStepPrecond)
+    if student == (method == "teacher"):
+        kind = "student" if student else "teacher"
+        raise GddlabError(
+            f"method={method!r} with a {kind}: give " + ("a teacher" if student else "a one-step student")
+        )
+    if method == "rounds" and not student_in(net).mid_sigmas:
+        raise GddlabError('method="rounds" with a student of one step: give one of several, or method="optimise"')
+    run, tries = METHODS[method], restarts if method == "optimise" else 1
+    ids, classes = class_ids_of(net, class_labels, b), denoiser_in(net).label_dim
+    size, of = max(1, batch_size // tries), torch.arange(b).repeat_interleave(n)  # (completions,)
+    device, found = device_of(net), list[tuple[Tensor, Tensor, Tensor | None]]()
+    calls = 0
+    with (
+        progress_bar(total=b * n, desc=f"restoring, {method}", unit="img", enabled=progress) as bar,
+        running(net, dtype),
+    ):
+        for i in range(0, b * n, size):
+            rows = of[i : i + size].repeat_interleave(tries)
+            seeds = [seed + i * tries + k for k in range(len(rows))]
+            labels = one_hot(classes, seeds, None if ids is None else ids[rows])
+            labels = None if labels is None else labels.to(device)
+            problem = Problem(y.to(device)[rows.to(device)], operator.at(rows), labels, seeds)
+            z, x, calls = run(net, problem, STEPS[method] if steps is None else steps)
+            error = problem.error(x)
+            best = error.view(-1, tries).argmin(1) + torch.arange(0, len(x), tries, device=x.device)
+            if isinstance(operator, Pixels):
+                x = problem.operator.put_back(x.clamp(-1, 1), problem.y)
+            found.append((x.clamp(-1, 1)[best].cpu(), error.sqrt()[best].cpu(), None if z is None else z[best].cpu()))
+            bar.update(len(best))
+    images, errors = (
+        torch.cat(parts).unflatten(0, (b, n)) for parts in zip(*((x, e) for x, e, _ in found), strict=True)
+    )
+    noise = [z for _, _, z in found if z is not None]
+    return Restoration(
+        images,
+        errors,
+        torch.cat(noise).unflatten(0, (b, n)) if noise else None,
+        method,
+        operator.name,
+        calls * tries,
+        (time.perf_counter() - began) / (b * n),
+    )
+
+
+def _optimise(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tensor, int]:
+    make = Generator(student)
+    z, later = make.noise(problem.seeds)
+    search = Search(z, steps, lr=LR)
+    search.run(lambda z: problem.error(make(z, problem.labels, later)), steps)
+    with torch.no_grad():
+        return search.z, make(search.z, problem.labels, later), (steps + 1) * make.calls
+
+
+@torch.no_grad()
+def _rounds(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tensor, int]:
+    net, noise = student_in(student), ImageNoise(problem.seeds, shape_of(student))
+    z = noise(torch.float32).to(problem.y.device)
+    x = student(net.sigma_g * z, net.sigma_g, problem.labels)
+    levels = [sigma for _ in range(steps) for sigma in net.mid_sigmas]
+    for sigma in levels:
+        x = problem.operator.put_back(x, problem.y)
+        fresh = noise(torch.float32).to(x)
+        x = student(x + math.sqrt(sigma**2 - net.eps**2) * fresh, sigma, problem.labels)
+    return z, x.float(), 1 + len(levels)
+
+
+@torch.no_grad()
+def _teacher(teacher: Any, problem: Problem, steps: int) -> tuple[None, Tensor, int]:
+    net, noise = denoiser_in(teacher), ImageNoise(problem.seeds, shape_of(teacher))
+    lo, hi = max(0.002, net.sigma_min), min(80.0, net.sigma_max)
+    levels = [*karras_sigmas(steps, sigma_min=lo, sigma_max=hi).tolist(), 0.0]
+    x = levels[0] * noise(torch.float32).to(problem.y.device)
+    image = x
+    for i, (sigma, lower) in enumerate(itertools.pairwise(levels)):
+        again = RESAMPLED if i > 0 and lower > 0 else 1
+        for k in range(again):
+            known = problem.y + sigma * problem.operator.apply(noise(torch.float32).to(x))
+            x = problem.operator.put_back(x, known)
+            image = teacher(x, torch.tensor(sigma, dtype=torch.float32, device=x.device), problem.labels).float()
+            x = image + lower / sigma * (x - image)  # Euler's step
+            if k < again - 1:
+                x = x + math.sqrt(sigma**2 - lower**2) * noise(torch.float32).to(x)
+    calls = sum(RESAMPLED if i > 0 and levels[i + 1] > 0 else 1 for i in range(steps))
+    return None, image, calls
+
+
+METHODS: dict[str, Callable[[Any, Problem, int], tuple[Tensor | None, Tensor, int]]] = {
+    "optimise": _optimise,
+    "rounds": _rounds,
+    "teacher": _teacher,
+}

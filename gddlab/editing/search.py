@@ -1,0 +1,175 @@
+"""Noise from which a one-step generator makes what is wanted: Adam on the Gaussian's shell, many rows at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gddlab.errors import GddlabError, shown
+from gddlab.nets import OneStepPrecond
+from gddlab.nets.bare import check_weights, device_of
+from gddlab.probing.guard import as_it_was, differentiable
+from gddlab.sampling.samplers import ImageNoise, denoiser_in, one_hot
+
+LR = 0.1
+"""Adam's learning rate at its highest; noise has unit variance."""
+BETAS = (0.9, 0.99)
+RAMP = 10
+"""Steps over which the learning rate rises."""
+
+
+class Generator:
+    """A student as a function of the noise that it starts from.
+
+    The noise of later steps, if it has any, is fixed by each row's seed, as `gddlab.sample` draws it.
+
+    Args:
+        net: The student, also one that torch.compile has wrapped.
+
+    Attributes:
+        shape: Of an image and its noise, (C, H, W).
+        label_dim: Classes; 0 for an unconditional student.
+        calls: Calls of the network per image.
+
+    Raises:
+        GddlabError: No student.
+    """
+
+    def __init__(self, net: Any):
+        self.net, self.module = net, student_in(net)
+        self.shape, self.label_dim = shape_of(self.module), self.module.label_dim
+        self.calls, self.device = len(self.module.sigmas), device_of(net)
+
+    def noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Starting noise of some seeds, and that of each later step: what `sample` uses.  -> (B, C, H, W), [...]"""
+        drawn = ImageNoise(seeds, self.shape)
+        z = drawn(torch.float32).to(self.device)
+        return z, [drawn().float().to(self.device) for _ in self.module.mid_sigmas]
+
+    def __call__(
+        self, z: Float[Tensor, "b c h w"], labels: Tensor | None = None, later: Sequence[Tensor] = ()
+    ) -> Float[Tensor, "b c h w"]:
+        """Images, not clipped, so that gradients reach all pixels."""
+        first, *others = self.module.sigmas
+        x: Tensor = self.net(first * z, first, labels)
+        for sigma, noise in zip(others, later, strict=True):
+            x = self.net(x + math.sqrt(sigma**2 - self.module.eps**2) * noise, sigma, labels)
+        return x.float()
+
+    def one_hot(self, ids: Tensor | None) -> Tensor | None:
+        """One-hot labels of class ids, on the network's device."""
+        return None if ids is None else torch.nn.functional.one_hot(ids, self.label_dim).float().to(self.device)
+
+
+def student_in(net: Any) -> OneStepPrecond:
+    """The student itself, also when torch.compile has wrapped it."""
+    module = denoiser_in(net)
+    if not isinstance(module, OneStepPrecond):
+        raise GddlabError(f"{type(module).__name__} is no one-step student: give load_run(...).student()")
+    check_weights(net)
+    return module
+
+
+def shape_of(net: Any) -> tuple[int, int, int]:
+    """Shape of what a network makes, (C, H, W)."""
+    module = denoiser_in(net)
+    return (module.img_channels, module.img_resolution, module.img_resolution)
+
+
+def class_ids_of(net: Any, labels: Any, n: int) -> Tensor | None:
+    """Class ids of n images, on the CPU, from what a user gave; None where nothing was given.
+
+    Raises:
+        GddlabError: Labels that do not fit, or any for an unconditional network.
+    """
+    if labels is None:
+        return None
+    rows = one_hot(denoiser_in(net).label_dim, range(n), labels)
+    return None if rows is None else rows.argmax(1)
+
+
+@contextlib.contextmanager
+def running(net: Any, dtype: torch.dtype | str | None = None) -> Iterator[None]:
+    """Eval mode, gradients of the noise alone, autocast to `dtype`; afterwards as before."""
+    with as_it_was(net, dtype=dtype), differentiable(net):
+        yield
+
+
+def on_shell(z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Scaled to length sqrt(d), near which almost all of a standard Gaussian of d dimensions lies."""
+    return z * (math.sqrt(z[0].numel()) / z.flatten(1).norm(dim=1).clamp(min=1e-12)).view(-1, 1, 1, 1)
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """From a (t = 0) to b (t = 1) along the great circle, lengths interpolated; rows of (B, C, H, W)."""
+    length = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (a, b)]
+    unit = [x / n.clamp(min=1e-12) for x, n in zip((a, b), length, strict=True)]
+    cos = (unit[0] * unit[1]).flatten(1).sum(1).clamp(-1, 1).view(-1, 1, 1, 1)
+    angle = cos.acos()
+    near = angle.sin().abs() < 1e-4  # the circle is a straight line there
+    wa, wb = (torch.where(near, u, (angle * u).sin() / angle.sin()) for u in (torch.tensor(1 - t), torch.tensor(t)))
+    return (wa * unit[0] + wb * unit[1]) * ((1 - t) * length[0] + t * length[1])
+
+
+class Search:
+    """Adam on noise, row by row: what a row becomes does not depend on the others.
+
+    Args:
+        z: Where rows begin, (B, C, H, W).
+        steps: Of the whole search; the learning rate rises for the first and falls over the second half.
+        lr: Its highest value.
+    """
+
+    def __init__(self, z: Float[Tensor, "b c h w"], steps: int, *, lr: float = LR):
+        self.z, self.steps, self.lr, self.step = z.clone(), steps, lr, 0
+        self.m, self.v = torch.zeros_like(z), torch.zeros_like(z)
+
+    def run(self, loss: Callable[[Tensor], Tensor], steps: int) -> None:
+        """Takes some of the steps; `loss` maps noise on the shell to one number per row, (B,)."""
+        b1, b2 = BETAS
+        for _ in range(steps):
+            z = self.z.detach().requires_grad_()
+            (g,) = torch.autograd.grad(loss(on_shell(z)).sum(), z)
+            self.step += 1
+            self.m.lerp_(g, 1 - b1)
+            self.v.lerp_(g.square(), 1 - b2)
+            rate = self.lr * min(1.0, self.step / RAMP, 2 * (1 - (self.step - 1) / self.steps))
+            change = self.m / (1 - b1**self.step) / ((self.v / (1 - b2**self.step)).sqrt() + 1e-12)
+            # on the shell again: the length of z says nothing, but scales its gradient
+            self.z = on_shell(self.z - rate * change)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some rows alone."""
+        self.z, self.m, self.v = self.z[rows], self.m[rows], self.v[rows]
+
+
+def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:
+    """Images of a student's shape in [-1, 1], float32; a single one, (C, H, W), becomes a batch.
+
+    Raises:
+        GddlabError: Another shape or type, or values out of range.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
+        raise GddlabError(f"{name} is a {kind}: give a float tensor (B, C, H, W) in [-1, 1]")
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape) or not len(images):
+        raise GddlabError(f"{name} is {tuple(images.shape)}: give (B, {', '.join(map(str, shape))})")
+    images = images.detach().float()
+    if not images.isfinite().all() or images.abs().max() > 1 + 1e-4:
+        low, high = images.min().item(), images.max().item()
+        raise GddlabError(f"{name} has values from {low:.3g} to {high:.3g}: give images in [-1, 1]")
+    return images
+
+
+def check_share(name: str, value: float) -> float:
+    """A number of at least 0."""
+    if not math.isfinite(value) or value < 0:
+        raise GddlabError(f"{name}={shown(value)}: give a number, at least 0")
+    return value

@@ -1,0 +1,104 @@
+"""`inpaint` and `restore`: known pixels stay, measurements are met, seeds reproduce, methods take their networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gddlab.editing import Operator, Restoration, downscale, inpaint, restore
+from gddlab.errors import GddlabError
+from gddlab.nets import OneStepPrecond
+from gddlab.nets.io import make_student
+from gddlab.sampling import sample
+from tests.conftest import tiny_net
+
+HALF = torch.ones(16, 16)
+HALF[8:] = 0
+
+
+@pytest.fixture(scope="module")
+def student() -> OneStepPrecond:
+    return make_student(tiny_net()).eval()
+
+
+@pytest.fixture(scope="module")
+def images(student: OneStepPrecond) -> torch.Tensor:
+    return sample(student, 2, seed=30)
+
+
+@pytest.mark.parametrize("method", ["optimise", "rounds", "teacher"])
+def test_known_pixels_stay_and_completions_differ(method: str, images: torch.Tensor) -> None:
+    net = tiny_net() if method == "teacher" else make_student(tiny_net(), mid_sigmas=(0.8,)).eval()
+    found = inpaint(net, images, HALF, n=3, method=method, steps=4)
+    assert found.images.shape == (2, 3, 1, 16, 16) and found.error.shape == (2, 3)
+    assert all(torch.equal(found.images[:, k, :, :8], images[:, :, :8]) for k in range(3))
+    assert (found.images[:, 0, :, 8:] - found.images[:, 1, :, 8:]).abs().mean() > 1e-4
+    again = inpaint(net, images, HALF, n=3, method=method, steps=4, batch_size=2)
+    assert_close(again.images, found.images, rtol=1e-3, atol=2e-3)
+    other = inpaint(net, images, HALF, n=3, method=method, steps=4, seed=99)
+    assert not torch.allclose(other.images, found.images)
+    calls = {"optimise": 2 * 5 * 2, "rounds": 5, "teacher": 1 + 4 + 4 + 1}
+    assert found.calls == calls[method] and (found.z is None) == (method == "teacher")
+
+
+def test_a_search_meets_what_is_known(student: OneStepPrecond, images: torch.Tensor) -> None:
+    few, many = (inpaint(student, images, HALF, n=2, steps=steps) for steps in (3, 60))
+    assert many.error.mean() < 0.5 * few.error.mean()
+    with torch.no_grad():
+        made = student.generate(many.z.flatten(0, 1)).clamp(-1, 1).unflatten(0, (2, 2))
+    assert torch.equal(made[..., 8:, :], many.images[..., 8:, :])
+    expected = (made[..., :8, :] - images[:, None, :, :8]).square().mean((2, 3, 4)).sqrt()
+    assert_close(many.error, expected, rtol=0.05, atol=1e-3)
+
+
+def test_fewer_pixels_are_met_by_all_methods(images: torch.Tensor, student: OneStepPrecond) -> None:
+    small = downscale(4).apply(images)
+    found = restore(student, small, downscale(4), n=2, steps=60)
+    assert (downscale(4).apply(found.images.flatten(0, 1)).unflatten(0, (2, 2)) - small[:, None]).abs().mean() < 0.1
+    assert found.operator == "downscale 4" and "Restoration of 2 x 2 images by 'optimise'" in repr(found)
+    by_teacher = restore(tiny_net(), small, downscale(4), n=1, method="teacher", steps=6)
+    assert by_teacher.images.shape == (2, 1, 1, 16, 16)
+
+
+def test_scores(student: OneStepPrecond, images: torch.Tensor) -> None:
+    same = Restoration(images[:, None].repeat(1, 2, 1, 1, 1), torch.zeros(2, 2), None, "optimise", "pixels", 5, 0.1)
+    row = same.scores(images).iloc[0]
+    assert row["diversity"] == row["perceptual"] == row["pixels"] == row["pixels_best"] == 0
+    assert row["images"] == 4 and row["calls"] == 5
+    other = Restoration(torch.stack([images, -images], 1), torch.zeros(2, 2), None, "optimise", "pixels", 5, 0.1)
+    row = other.scores(images).iloc[0]
+    assert row["pixels_best"] == 0 and row["pixels"] == pytest.approx(
+        images.square().mean((1, 2, 3)).sqrt().mean().item()
+    )
+    assert row["diversity"] > 0 and row["perceptual"] == pytest.approx(row["diversity"] / 2, rel=1e-3)
+    assert "pixels" not in other.scores()
+    with pytest.raises(GddlabError, match="truth has 1 images: give 2"):
+        other.scores(images[:1])
+
+
+def test_classes_are_kept(images: torch.Tensor) -> None:
+    student = make_student(tiny_net(label_dim=3)).eval()
+    with torch.no_grad():
+        student.model.map_label.weight.mul_(20)
+    a, b = (inpaint(student, images, HALF, n=1, steps=2, class_labels=c).images for c in (0, 2))
+    assert not torch.allclose(a, b)
+    assert inpaint(student, images, HALF, n=1, steps=2).images.shape == (2, 1, 1, 16, 16)
+
+
+def test_refusals(student: OneStepPrecond, images: torch.Tensor) -> None:
+    for call, text in (
+        (lambda: inpaint(tiny_net(), images, HALF), "method='optimise' with a teacher: give a one-step student"),
+        (lambda: inpaint(student, images, HALF, method="teacher"), "method='teacher' with a student: give a teacher"),
+        (lambda: inpaint(student, images, HALF, method="rounds"), "student of one step: give one of several"),
+        (lambda: inpaint(student, images, HALF, method="optimize"), "did you mean 'optimise'"),
+        (lambda: inpaint(student, images, torch.ones(16, 16)), "nothing is missing of image 0"),
+        (lambda: inpaint(student, images * 3, HALF), "give images in"),
+        (lambda: inpaint(student, images, HALF, n=0), "n=0"),
+        (lambda: inpaint(student, images, HALF, class_labels=1), "with an unconditional network"),
+        (lambda: restore(student, images, downscale(4)), r"measured is \(2, 1, 16, 16\): give \(B, 1, 4, 4\)"),
+        (lambda: restore(student, images[:, :, :4, :4] / 0, downscale(4)), "not finite"),
+        (lambda: restore(student, images, Operator(lambda x: x, lambda y: 2 * y)), "is none"),
+    ):
+        with pytest.raises(GddlabError, match=text):
+            call()
