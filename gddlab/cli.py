@@ -568,6 +568,121 @@ def sample(
     say(out)
 
 
+@command("invert", "gddlab.editing:invert", omit="class_labels dtype")
+def invert(
+    model: Positional[str],
+    data: Positional[str],
+    images: int = 16,
+    start: int = 0,
+    label: int | None = None,
+    out: Path = Path("inverted"),
+    **options: Any,
+) -> None:
+    """Finds the noise from which a student makes images. The same command continues.
+
+    Args:
+        model: Run directory of a student, or .safetensors file.
+        data: Images by name or path.
+        images: How many.
+        start: The first of them.
+        label: For a conditional student: class of all images; by default it is searched for.
+        out: Folder for the noise, inversion.safetensors, and for a grid of the images given, above, and found.
+    """
+    import torch
+
+    from gddlab.sampling import save_grid
+
+    given = _images(data, start, images)
+    found = gddlab.invert(gddlab.load_teacher(model), given, class_labels=label, out=out, **options)
+    found.save(out / "inversion.safetensors")
+    save_grid(torch.cat([given, found.images]), out / "images.png", columns=len(given))
+    say(found)
+    say(out)
+
+
+@command("inpaint", "gddlab.editing:inpaint", "gddlab.editing:restore", omit="class_labels dtype")
+def inpaint(
+    model: Positional[str],
+    data: Positional[str],
+    keep: str = "top",
+    images: int = 8,
+    start: int = 0,
+    label: int | None = None,
+    out: Path = Path("inpainted.png"),
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Completes images of which some pixels are known, and compares with what was hidden.
+
+    Args:
+        model: Run directory of a student, or .safetensors file; a teacher for --method teacher.
+        data: Images by name or path.
+        keep: What is known: top, bottom, left, right, border, or a PNG of the images' size, white where it is known.
+        images: How many.
+        start: The first of them.
+        label: For a conditional network: class of all images; by default the classes in turn.
+        out: Grid: each row an image, what is known of it, and its completions.
+        overwrite: Replaces that file.
+    """
+    import torch
+
+    from gddlab.editing.operators import check_keep
+    from gddlab.sampling import save_grid
+
+    check_free(out, overwrite)
+    given = _images(data, start, images)
+    mask = check_keep(_mask(keep, given.shape[-1]) if Path(keep).suffix else keep, len(given), given.shape[1:])
+    found = gddlab.inpaint(gddlab.load_teacher(model), given, mask, class_labels=label, **options)
+    rows = torch.cat([given[:, None], torch.where(mask, given, 0.0)[:, None], found.images], 1)
+    save_grid(rows.flatten(0, 1), out, columns=rows.shape[1])
+    say(found)
+    say(found.scores(given).round(4).to_string(index=False))
+    say(out)
+
+
+@command("edit", "gddlab.editing:edit", omit="source strength class_labels towards strokes direction layers")
+def edit(
+    model: Positional[str],
+    seeds: tuple[int, ...] = (0, 1, 2, 3),
+    strength: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0),
+    towards: tuple[int, ...] | None = None,
+    label: int | None = None,
+    layer: str | None = None,
+    component: int = 0,
+    layers: tuple[str, ...] | None = None,
+    out: Path = Path("edited.png"),
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Changes images of a student: towards others, to another class, or along a direction at a layer.
+
+    Args:
+        model: Run directory of a student, or .safetensors file.
+        seeds: Of the images.
+        strength: Of the edit; 0 leaves an image as it is, 1 is the whole edit; standard deviations along a direction.
+        towards: Seeds of other images, as many.
+        label: Class that the images shall have.
+        layer: Layer whose principal component is followed.
+        component: Which one, the largest first.
+        layers: With --towards and --label: the layers that see the edit.
+        out: Grid: each row an image and its edits.
+        overwrite: Replaces that file.
+    """
+    import torch
+
+    from gddlab.sampling import save_grid
+
+    check_free(out, overwrite)
+    student = gddlab.load_teacher(model)
+    direction = None if layer is None else gddlab.directions(student, layer, k=component + 1)[component]
+    how: dict[str, Any] = {"class_labels": label, "towards": towards, "direction": direction, "layers": layers}
+    found = gddlab.edit(student, seeds, strength=strength, **how, **options)
+    rows = torch.cat([found.before[:, None], found.images], 1)
+    save_grid(rows.flatten(0, 1), out, columns=rows.shape[1])
+    say(found)
+    say(out)
+
+
 @command("evaluate", "gddlab.evaluation:evaluate", sampler=sampler_of)
 def evaluate(
     model: Positional[str],
@@ -735,6 +850,28 @@ def levels_of(sigmas: tuple[float, ...], options: dict[str, Any]) -> dict[str, A
     if sigmas and "timesteps" in options:
         raise GddlabError("--sigmas and --timesteps: give one of them")
     return {"timesteps": list(sigmas)} if sigmas else {}
+
+
+def _images(data: str, start: int, n: int) -> Any:
+    """Some images of a dataset by name or path, float (n, C, H, W)."""
+    whole = gddlab.open_dataset(data)
+    if start < 0 or n < 1 or start + n > len(whole):
+        raise GddlabError(f"{n} images from {start} on: {data} has {len(whole)}")
+    return whole.images(slice(start, start + n))
+
+
+def _mask(path: str, size: int) -> Any:
+    """A mask of known pixels from a PNG, white where a pixel is known."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    file = path_of("keep", path)
+    try:
+        pixels = np.asarray(Image.open(file).convert("L"))
+    except OSError as e:
+        raise GddlabError(f"{file} cannot be read as an image ({e}): give a PNG of {size} x {size} pixels") from None
+    return torch.from_numpy(pixels > 127)
 
 
 def _number(name: str, word: str) -> float:

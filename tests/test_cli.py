@@ -19,6 +19,7 @@ import gddlab
 from gddlab.cli import COMMANDS, main
 from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
+from gddlab.editing import Inversion
 from gddlab.errors import NotFound
 from gddlab.files import read_json
 from gddlab.freezing import FreezeMask
@@ -28,6 +29,7 @@ from gddlab.probing import ProbeResult
 from gddlab.runs import load_run
 from gddlab.sampling import sample
 from gddlab.sampling.grid import to_uint8
+from gddlab.teachers import load_teacher
 from tests.conftest import tiny_config, tiny_net
 from tests.nets.test_dit import tiny_dit
 from tests.teachers.pickles import write_snapshot
@@ -46,6 +48,52 @@ def make_run(folder: Path) -> None:
     """What a finished run of digits leaves, as far as scoring it needs."""
     tiny_config(folder, Path("digits")).write()
     save_network(make_student(gddlab.load_teacher("digits")), folder / "student.safetensors", data="digits")
+
+
+def test_invert_inpaint_edit(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, digits = str(tmp_path / "student.safetensors"), "digits:held-out"
+    save_network(make_student(load_teacher(tiny_teacher)), student)
+    few = ["--images", "2", "--steps", "3", "--restarts", "1"]
+    main(["invert", student, digits, *few, "--out", str(tmp_path / "z")])
+    assert "Inversion of 2 images" in capsys.readouterr().out
+    assert len(Inversion.load(tmp_path / "z" / "inversion.safetensors")) == 2
+    assert Image.open(tmp_path / "z" / "images.png").size == (65, 65)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 16, 8))
+    mask.save(tmp_path / "mask.png")
+    for keep in ("top", str(tmp_path / "mask.png")):
+        out = tmp_path / f"{Path(keep).stem}-inpainted.png"
+        main(["inpaint", student, digits, *few, "--keep", keep, "--n", "3", "--out", str(out)])
+        assert "diversity" in capsys.readouterr().out and Image.open(out).size == (5 * 33 - 1, 2 * 33 - 1)
+    top, drawn = (np.asarray(Image.open(tmp_path / f"{name}-inpainted.png")) for name in ("top", "mask"))
+    assert (top == drawn).all()
+    main(
+        [
+            "edit",
+            student,
+            "--seeds",
+            "0",
+            "1",
+            "--towards",
+            "5,6",
+            "--strength",
+            "0.5,1",
+            "--out",
+            str(tmp_path / "e.png"),
+        ]
+    )
+    assert "2 images at strengths 0.5, 1" in capsys.readouterr().out
+    layer = ["--layer", "model.dec.16x16_block0", "--component", "1", "--overwrite"]
+    main(["edit", student, *layer, "--strength", "-2", "2", "--out", str(tmp_path / "e.png")])
+    assert Image.open(tmp_path / "e.png").size == (3 * 33 - 1, 4 * 33 - 1)
+    assert "no edit given: give one of" in refused(capsys, "edit", student, "--out", str(tmp_path / "f.png"))
+    assert "700 images from 0 on: digits:held-out has 599" in refused(
+        capsys, "invert", student, digits, "--images", "700"
+    )
+    assert "unknown keep 'topp'" in refused(capsys, "inpaint", student, digits, "--keep", "topp", "--out", "x.png")
+    assert "cannot be read as an image" in refused(
+        capsys, "inpaint", student, digits, "--keep", "no.png", "--out", "x.png"
+    )
 
 
 def test_probe_freeze_train_sample_evaluate(

@@ -12,7 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
-from gddlab.errors import GddlabError, validated
+from gddlab.errors import GddlabError, unknown, validated
 
 ADJOINT_ERROR = 1e-4
 """Relative error of the dot-product test above which an adjoint is refused."""
@@ -148,15 +148,32 @@ def greyscale(channels: PositiveInt = 3) -> Operator:
     return Operator(apply, adjoint, "greyscale")
 
 
+KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "top": lambda y, x: y < 0.5,
+    "bottom": lambda y, x: y >= 0.5,
+    "left": lambda y, x: x < 0.5,
+    "right": lambda y, x: x >= 0.5,
+    "border": lambda y, x: torch.maximum((y - 0.5).abs(), (x - 0.5).abs()) > 0.25,
+}
+"""Masks by name: which pixels are known, from their places between 0 (top, left) and 1."""
+
+
 def check_keep(keep: Any, n: int, shape: Sequence[int]) -> Tensor:
-    """A mask of known pixels as bool (1 or n, 1 or C, H, W).
+    """A mask of known pixels as bool (1 or n, 1 or C, H, W), from a tensor or one of the names of `KEPT`.
 
     Raises:
-        GddlabError: Another shape or other values than 0 and 1; an image of which nothing is known or nothing missing.
+        GddlabError: An unknown name; another shape or other values than 0 and 1; an image of which nothing is known or
+            nothing missing.
     """
     c, h, w = shape
+    if isinstance(keep, str):
+        if keep not in KEPT:
+            raise unknown("keep", keep, KEPT)
+        return KEPT[keep]((torch.arange(h)[:, None] + 0.5) / h, (torch.arange(w)[None] + 0.5) / w).expand(1, 1, h, w)
     if not isinstance(keep, Tensor):
-        raise GddlabError(f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known")
+        raise GddlabError(
+            f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known, or a name"
+        )
     mask = keep.detach().cpu()
     mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape) if mask.ndim < 4 else mask
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] not in (1, c) or tuple(mask.shape[2:]) != (h, w):

@@ -152,7 +152,8 @@ def inpaint(
     Args:
         student, n, method, class_labels, steps, restarts, seed, batch_size, dtype, progress: As for `restore`.
         images: float [-1, 1], (B, C, H, W); unknown pixels may have any value in range.
-        keep: Which pixels are known, bool or 0 and 1: (H, W) for all images, or (B, 1 or C, H, W).
+        keep: Which pixels are known, bool or 0 and 1: (H, W) for all images, or (B, 1 or C, H, W); or the known part by
+            name: "top", "bottom", "left", "right" half, or the "border" without the middle.
 
     Raises:
         GddlabError: Images or a mask of another shape, an image of which nothing is known or nothing missing, and what
@@ -204,7 +205,7 @@ def restore(
         measured: What was measured, as `operator.apply` gives it, (B, ...).
         operator: What was measured; its adjoint is checked.
         n: Images per measurement.
-        method: See above.
+        method: One of the above.
         class_labels: For a conditional network: class ids, or one for all; None draws one for each image.
         steps: Of the search, by default 100; of rounds 4; of a teacher 18.
         restarts: Of "optimise", starts per completed image.

@@ -66,7 +66,10 @@ def test_masks_are_refused_in_one_line() -> None:
     half = torch.ones(8, 8)
     half[4:] = 0
     assert check_keep(half, 3, shape).shape == (1, 1, 8, 8)
+    assert torch.equal(check_keep("top", 3, (1, 8, 8))[0, 0], half.bool())
+    assert check_keep("border", 1, (3, 8, 8)).sum() == 64 - 16
     for bad, text in (
+        ("topp", "unknown keep 'topp': did you mean 'top'"),
         (torch.ones(4, 4), r"keep is \(4, 4\): give \(8, 8\), \(3, 1, 8, 8\)"),
         (half * 0.5, "other values than 0 and 1"),
         (torch.ones(8, 8), "nothing is missing of image 0"),
