@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -32,6 +34,7 @@ from gddlab.experiments.masks import measure, rule
 from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, thin_jsonl, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
+from gddlab.nets import load_network, save_network
 from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import ARCHIVE, Run, load_run, write_archive
@@ -42,6 +45,7 @@ from gddlab.workers import run_workers
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
 STAGES = ("teachers", "experiments", "studies")
 """In this order: each needs what is made before."""
+STUDENT = "student.safetensors"
 TEACHERS = "teachers"
 """Folder of the teachers of a list; what begins with it is the path of one."""
 WAIT_S = 5.0
@@ -311,7 +315,7 @@ def _lacks(chosen: ExperimentList, item: Planned, folder: Path) -> str | None:
     if (start := item.item.start) is None:
         return None
     before = folder / start / f"seed-{item.seed}"
-    done = (before / "config.json").exists() and (before / "student.safetensors").exists()
+    done = (before / "config.json").exists() and (before / STUDENT).exists()
     return None if done else f"{start} seed {item.seed}"
 
 
@@ -343,7 +347,7 @@ def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folde
         path = str((folder / experiment.teacher).absolute())
         changed["teacher"] = path if _own_teacher(experiment) else experiment.teacher
     if experiment.start is not None:
-        changed["student"] = str((folder / experiment.start / f"seed-{seed}" / "student.safetensors").absolute())
+        changed["student"] = str((folder / experiment.start / f"seed-{seed}" / STUDENT).absolute())
     return config.model_copy(update=changed)
 
 
@@ -434,12 +438,14 @@ RUN_FILES = (
     *("config.json", "mask.json", "provenance.json", "teacher.json"),
     *("evaluation.jsonl", "alarms.jsonl", "status.json"),
 )
-"""What ships of a run, beside some rows of its metrics; of the first seed, where a notebook shows it, a sample grid."""
+"""What ships of a run, beside some rows of its metrics; see `SHOWN` for more."""
 STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
 ROWS = 24
 """Rows of metrics that ship of a run."""
 SHOWN = "11_samples"
-"""The notebook that shows sample grids."""
+"""The notebook whose arms also ship, of their first seed, the last sample grid and the student in half precision."""
+LARGEST = 2 << 20
+"""Bytes of a student that ships."""
 
 
 def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()) -> list[Path]:
@@ -465,13 +471,12 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
     studies = [p for p in done if isinstance(p.item, Study)]
     if not runs and not studies:
         raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
-    grids = {*shown.arms} if (shown := chosen.asked_by(SHOWN)) else set()
+    looked_at = {*shown.arms} if (shown := chosen.asked_by(SHOWN)) else set()
     written: list[Path] = []
     for experiment, items in runs.items():
         files: dict[str, bytes] = {}
         for item in items:
-            grid = experiment in grids and item is items[0]
-            found = _run_files(item.folder, out / name, grid=grid)
+            found = _run_files(item.folder, out / name, shown=experiment in looked_at and item is items[0])
             files |= {f"{experiment}/seed-{item.seed}/{n}": content for n, content in found.items()}
         path = to / name / f"{experiment}{ARCHIVE}"
         write_archive(path, files)
@@ -489,7 +494,7 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
     return written
 
 
-def _run_files(run_dir: Path, top: Path, *, grid: bool) -> dict[str, bytes]:
+def _run_files(run_dir: Path, top: Path, *, shown: bool) -> dict[str, bytes]:
     """What ships of a run by name; paths of this machine become paths below the list's folder."""
     own = f"{top.absolute()}{os.sep}".encode()
     files = {n: (run_dir / n).read_bytes().replace(own, b"") for n in RUN_FILES if (run_dir / n).exists()}
@@ -499,6 +504,20 @@ def _run_files(run_dir: Path, top: Path, *, grid: bool) -> dict[str, bytes]:
     if "source" in card:
         card["source"] = card["source"] if card["source"].startswith(TEACHERS) else Path(card["source"]).name
         files["teacher.json"] = json.dumps(card).encode()
-    for path in load_run(run_dir).grids()[-1:] if grid else ():
+    for path in load_run(run_dir).grids()[-1:] if shown else ():
         files[f"samples/{path.name}"] = path.read_bytes()
+    if shown:
+        net, meta = load_network(run_dir / STUDENT)
+        with TemporaryDirectory() as tmp:
+            save_network(net, Path(tmp) / STUDENT, half=True, **meta)
+            content = _sorted_header((Path(tmp) / STUDENT).read_bytes())
+        files |= {STUDENT: content} if len(content) <= LARGEST else {}
     return files
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """A .safetensors file with its header in order, which safetensors writes in another one each time."""
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[8 + size :]

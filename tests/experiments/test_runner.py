@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from gddlab.distill.teacher import TeacherConfig
 from gddlab.errors import GddlabError
@@ -118,7 +119,10 @@ def test_a_list_runs_once_and_ships_what_is_light(tiny_list: list[int], tmp_path
     (shipped,) = load_runs(tmp_path / "data")
     assert shipped.run_dir.parent.name == "rule"
     files = {p.relative_to(shipped.run_dir).as_posix() for p in shipped.run_dir.rglob("*") if p.is_file()}
-    assert files | {"alarms.jsonl"} == {*RUN_FILES, "metrics.jsonl", "samples/000000.016.png"}
+    looked_at = {"samples/000000.016.png", "student.safetensors"}
+    assert files | {"alarms.jsonl"} == {*RUN_FILES, "metrics.jsonl", *looked_at}
+    for own, theirs in zip(shipped.student().parameters(), run.student().parameters(), strict=True):
+        assert torch.equal(own, theirs.half().float())
     assert shipped.config.mask == run.config.mask
     assert shipped.metrics["nimg"].tolist() == run.metrics["nimg"].tolist()
     assert ProbeResult.load(tmp_path / "data" / "tiny" / "measured").stats
