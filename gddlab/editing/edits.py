@@ -19,7 +19,7 @@ from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import one_hot, seed_list
 
-STROKE_STEPS = 100
+STROKE_STEPS = 50
 """Of the search that carries strokes into what the student can make."""
 
 

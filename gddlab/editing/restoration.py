@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Method = Literal["optimise", "rounds", "teacher"]
-STEPS: dict[str, int] = {"optimise": 100, "rounds": 4, "teacher": 18}
+STEPS: dict[str, int] = {"optimise": 50, "rounds": 4, "teacher": 18}
 """Of the search; times that the later steps of a student are gone through; noise levels of a teacher."""
 RESAMPLED = 4
 """Times that a teacher denoises at each noise level."""
@@ -137,7 +137,7 @@ def inpaint(
     method: Method = "optimise",
     class_labels: Any = None,
     steps: PositiveInt | None = None,
-    restarts: PositiveInt = 2,
+    restarts: PositiveInt = 1,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
     dtype: Any = None,
@@ -179,7 +179,7 @@ def restore(
     method: Method = "optimise",
     class_labels: Any = None,
     steps: PositiveInt | None = None,
-    restarts: PositiveInt = 2,
+    restarts: PositiveInt = 1,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
     dtype: Any = None,
@@ -207,7 +207,7 @@ def restore(
         n: Images per measurement.
         method: One of the above.
         class_labels: For a conditional network: class ids, or one for all; None draws one for each image.
-        steps: Of the search, by default 100; of rounds 4; of a teacher 18.
+        steps: Of the search, by default 50; of rounds 4; of a teacher 18.
         restarts: Of "optimise", starts per completed image.
         seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on.
         batch_size: Rows, images x completions x starts, at once.

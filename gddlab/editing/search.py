@@ -17,10 +17,11 @@ from gddlab.nets.bare import check_weights, device_of
 from gddlab.probing.guard import as_it_was, differentiable
 from gddlab.sampling.samplers import ImageNoise, denoiser_in, one_hot
 
-LR = 0.1
+LR = 0.5
 """Adam's learning rate at its highest; noise has unit variance."""
-BETAS = (0.9, 0.99)
-RAMP = 10
+BETAS = (0.6, 0.9)
+"""A search of tens of steps has no use for the memory of a thousand."""
+RAMP = 5
 """Steps over which the learning rate rises."""
 
 

@@ -162,6 +162,12 @@ QUESTIONS = (
         studies=("spectra", "layers"),
     ),
     Question(
+        "24_editing",
+        "What is a one-step student good for? Its completions of held-out images against the teacher's, by the number "
+        "of network calls.",
+        studies=("completed",),
+    ),
+    Question(
         "23_cost",
         "What does a training step cost?",
         arms=(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.diagnosis.preflight import preflight
+from gddlab.editing import Restoration, inpaint
+from gddlab.editing.operators import check_keep
 from gddlab.evaluation import Record, evaluate, find_extractor, real_split, yardsticks
 from gddlab.evaluation.features import image_features, real_features
 from gddlab.evaluation.images import classes_of
@@ -153,6 +155,43 @@ def followed(s: Subjects) -> Found:
         experiment, _, seed = name.partition("/seed-")
         rows.append({"experiment": experiment, "seed": int(seed or 0), "frozen": frozen, **found, "n": n})
     return Found(pd.DataFrame(rows), {"n": n, "seed": 0})
+
+
+def completed(s: Subjects) -> Found:
+    """Held-out images of which a part is known, completed by students and by the teacher in several settings.
+
+    One row per part and setting: the columns of `Restoration.scores`, and `kd`, the unbiased kernel distance of all
+    completions to the training images. Settings "hidden truth" and "pasted" are what was hidden, and known pixels on
+    an image of the GDD-I student: the best and the worst that can be expected.
+    """
+    import pandas as pd
+
+    held_out = open_dataset(s.judge.held_out or s.data)
+    truth = held_out.images(slice(0, min(COMPLETED, len(held_out))))
+    student, several = s.students["gdd-i"], s.students.get("second-step-0.8")
+    settings: list[tuple[str, Any, dict[str, Any]]] = [
+        (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED
+    ]
+    settings += [(f"teacher, {n} steps", s.teacher, {"steps": n, "method": "teacher"}) for n in TAUGHT]
+    if several is not None:
+        settings.insert(len(SEARCHED), ("student of two steps, rounds", several, {"method": "rounds"}))
+    rows = []
+    for part in PARTS:
+        keep = check_keep(part, len(truth), truth.shape[1:])
+        drawn = sample(student, len(truth) * WAYS, seed=0).unflatten(0, (len(truth), WAYS))
+        pasted = torch.where(keep[:, None], truth[:, None], drawn)
+        known = {"hidden truth": truth[:, None].repeat(1, WAYS, 1, 1, 1), "pasted": pasted}
+        none = torch.full((len(truth), WAYS), float("nan"))
+        found = {name: Restoration(x, none, None, "none", part, 0, 0.0) for name, x in known.items()}
+        for name, net, how in settings:
+            found[name] = inpaint(net, truth, part, n=WAYS, progress=False, **how)
+        for name, restored in found.items():
+            how = {"data": s.data, "extractor": s.judge.extractor, "metrics": "kid", "progress": False}
+            (kd,) = evaluate(restored.images.flatten(0, 1), **how)
+            about = {"part": part, "setting": name, "kd": kd.value}
+            rows += [about | row for row in restored.scores(truth).drop(columns="operator").to_dict("records")]
+    about = {"images": len(truth), "ways": WAYS, "seed": 0, "data": held_out.name, "extractor": s.judge.extractor}
+    return Found(pd.DataFrame(rows), about)
 
 
 def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
@@ -406,6 +445,12 @@ def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 STUDENTS = ("gdd", "gdd-i", "cd")
+COMPLETED, WAYS = 64, 4
+"""Images completed, and in how many ways each."""
+PARTS = ("top", "border")
+"""What is known of them."""
+SEARCHED, TAUGHT = (5, 15, 50, 150), (18, 100)
+"""Steps of a student's search, and of a teacher, each of which is taken four times."""
 LINES = (("teacher", "gdd"), ("teacher", "rcd"), ("gdd", "rcd"), ("gdd", "gdd-i"), ("gdd", "gdd/seed-1"))
 """Between which networks weights are averaged; the last is the yardstick, two seeds of one student."""
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -413,6 +458,7 @@ PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
 FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)), "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
+COMPLETING = ("gdd-i", "second-step-0.8")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
 STUDIES: tuple[Study, ...] = tuple(
@@ -424,6 +470,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0),
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
         ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
+        ("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
         ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
         ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 1400.0),

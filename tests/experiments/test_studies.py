@@ -85,6 +85,21 @@ def test_followed(subjects: Subjects) -> None:
     assert row["retrieved"] == 1 and row["pixel"] == 0
 
 
+def test_completed(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"COMPLETED": 4, "WAYS": 2, "PARTS": ("top",), "SEARCHED": (1, 3), "TAUGHT": (2,)}.items():
+        monkeypatch.setattr(f"gddlab.experiments.studies.{name}", value)
+    judge = Judge(held_out="digits:held-out", n=N)
+    two = make_student(subjects.teacher, mid_sigmas=(0.8,))
+    students = {**subjects.students, "second-step-0.8": two}
+    frame = found("completed", replace(subjects, data="digits:train", judge=judge, students=students)).frame
+    settings = ["hidden truth", "pasted", "student, search of 1 steps", "student, search of 3 steps"]
+    assert frame["setting"].tolist() == [*settings, "student of two steps, rounds", "teacher, 2 steps"]
+    rows = frame.set_index("setting")
+    assert rows.loc["hidden truth", "pixels"] == 0 and rows.loc["pasted", "pixels"] > 0
+    assert rows.loc["student, search of 3 steps", "error"] < rows.loc["student, search of 1 steps", "error"]
+    assert rows["kd"].notna().all() and rows["calls"].tolist() == [0, 0, 2, 4, 5, 2]
+
+
 def test_rewound(subjects: Subjects) -> None:
     with torch.no_grad():
         moved = make_student(subjects.teacher)
