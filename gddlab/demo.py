@@ -24,6 +24,8 @@ SCORE = "rel_update"
 METRIC = "fd-lite2"
 GRID = 64
 PROBED = 48
+COMPLETED, WAYS = 8, 4
+"""Held-out digits that the student completes, and in how many ways."""
 CORRELATION = (
     "How like its output at sigma = 80 each convolution's output is at the other noise levels: correlation over images."
 )
@@ -126,6 +128,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         final=final,
         headline=headline,
         networks=[of_pixels(pixels, title) for title, pixels in grids.items()],
+        completed=of_pixels(_completed(student), f"digits, their upper halves, and {WAYS} completions of each"),
         images=result.meta["n_images"],
         update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
         similarity=of_figure(result.heatmap("correlation"), "heat map of correlations", CORRELATION),
@@ -171,6 +174,19 @@ def _grids(teacher: Denoiser, images: Tensor) -> dict[str, np.ndarray]:
         out[title] = np.asarray(Image.open(folder / f"samples-{steps}.png").convert("RGB"))
     out["student, 1 step (1 network call)"] = image_grid(images, columns=8)
     return out
+
+
+def _completed(student: Denoiser) -> np.ndarray:
+    """Held-out digits, row by row: whole, their upper halves, and completions by the student; a column per digit."""
+    import torch
+
+    from gddlab.sampling import image_grid
+
+    digits = gddlab.open_dataset("digits:held-out").images(slice(0, COMPLETED))
+    known = digits.clone()
+    known[..., digits.shape[-2] // 2 :, :] = 0  # grey
+    found = gddlab.inpaint(student, digits, "top", n=WAYS, progress=False).images
+    return image_grid(torch.cat([digits, known, *found.unbind(1)]), columns=COMPLETED)
 
 
 @themed

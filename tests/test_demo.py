@@ -41,7 +41,7 @@ def test_demo_writes_page_and_numbers_and_continues(tmp_path: Path, monkeypatch:
     assert numbers["fd_teacher_18"] < numbers["fd_teacher_1"]
     assert (numbers["kimg"], numbers["seed"], numbers["continued"]) == (0.064, 3, False)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<img") >= 9
+    assert page.count("<img") >= 10 and "upper halves" in page
     assert "student, 0.064 kimg" in page
     for file in ("images.png", "mask.json", "mask-measured.json", "probe/frame.parquet", "run/student.safetensors"):
         assert (tmp_path / file).exists(), file
