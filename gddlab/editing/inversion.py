@@ -127,7 +127,7 @@ def invert(
         perceptual: Weight of `Lite0Distance`, beside the mean squared error of pixels; 0 omits it.
         lr: Adam's learning rate, where noise has unit variance.
         seed: Of the starts: image i, start r has the noise of seed + i * restarts + r.
-        batch_size: Rows, images x starts, at once.
+        batch_size: Rows, images x starts (x classes), at once; at least one image.
         dtype: Runs the student under autocast, as for `sample`.
         out: A folder where finished batches are kept; the same call continues there.
         progress: Shows a bar at a terminal.

@@ -39,17 +39,20 @@ class Operator:
         """The operator of some of the images; most treat all alike."""
         return self
 
-    def check(self, shape: Sequence[int]) -> None:
+    def check(self, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[int, ...]:
         """The dot-product test: <A x, y> = <x, A^T y> for two random images and measurements.
+
+        Returns:
+            The shape of the measurement of one image.
 
         Raises:
             GddlabError: They differ by more than 1e-4 of |A x| |y|, or shapes do not fit.
         """
         draw = torch.Generator().manual_seed(0)
-        x = torch.randn((2, *shape), generator=draw)
+        x = torch.randn((2, *shape), generator=draw).to(device)
         try:
             ax = self.apply(x)
-            y = torch.randn(ax.shape, generator=draw)
+            y = torch.randn(ax.shape, generator=draw).to(device)
             aty = self.adjoint(y)
             if aty.shape != x.shape:
                 raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
@@ -63,6 +66,7 @@ class Operator:
             raise GddlabError(
                 f"the adjoint of {self.name!r} is none: <A x, y> = {inside:.5g}, <x, A^T y> = {outside:.5g}; give A^T"
             )
+        return tuple(ax.shape[1:])
 
     def put_back(self, x: Float[Tensor, "b c h w"], y: Tensor, *, iterations: int = 50) -> Float[Tensor, "b c h w"]:
         """The image nearest to x that measures as y: x + A^T (A A^T)^-1 (y - A x), by conjugate gradients."""

@@ -210,7 +210,7 @@ def restore(
         steps: Of the search, by default 50; of rounds 4; of a teacher 18.
         restarts: Of "optimise", starts per completed image.
         seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on.
-        batch_size: Rows, images x completions x starts, at once.
+        batch_size: Rows, completions x starts, at once; at least one completion.
         dtype: Runs the network under autocast, as for `sample`.
         progress: Shows a bar at a terminal.
 
@@ -219,8 +219,7 @@ def restore(
             adjoint that is none; classes of an unconditional network.
     """
     shape = shape_of(student)
-    operator.check(shape)
-    expected = tuple(operator.apply(torch.zeros(1, *shape)).shape[1:])
+    expected = operator.check(shape, device_of(student))
     if measured.ndim < 2 or tuple(measured.shape[1:]) != expected or not len(measured):
         raise GddlabError(f"measured is {tuple(measured.shape)}: give (B, {', '.join(map(str, expected))})")
     if not measured.is_floating_point() or not measured.isfinite().all():
