@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -175,6 +176,76 @@ def _prepared(out: str | Path, make: Generator, goal: Tensor, ids: Tensor | None
     return folder
 
 
+class _Rows(NamedTuple):
+    """Starts of the search, on the network's device but for the last two; row i * tries + k is of image i.
+
+    Attributes:
+        wanted: The image that a row is for, (rows, C, H, W).
+        z, later: Starting noise, and that of later steps.
+        labels: One-hot; None for an unconditional student.
+        ids: Class of each row, -1 without; on the CPU.
+        seeds: Of the noise; on the CPU.
+    """
+
+    wanted: Tensor
+    z: Tensor
+    later: list[Tensor]
+    labels: Tensor | None
+    ids: Tensor
+    seeds: Tensor
+
+    @classmethod
+    def of(cls, make: Generator, goal: Tensor, ids: Tensor | None, first: int, restarts: int) -> _Rows:
+        """`restarts` starts per image in its class, or in each class where none is given; the seed of the first."""
+        n = len(goal)
+        searched = torch.arange(make.label_dim) if ids is None and make.label_dim else None
+        if searched is not None:
+            each = searched.repeat(n, 1)  # (n, classes)
+        else:
+            each = torch.full((n, 1), -1) if ids is None else ids[:, None]
+        starts = first + torch.arange(n)[:, None, None] * restarts + torch.arange(restarts)  # (n, 1, restarts)
+        seeds = starts.expand(n, each.shape[1], restarts).flatten()
+        classes = each[:, :, None].expand(n, each.shape[1], restarts).flatten()
+        z, later = make.noise(seeds.tolist())
+        wanted = goal.to(make.device).repeat_interleave(len(seeds) // n, 0)
+        return cls(wanted, z, later, make.one_hot(classes) if make.label_dim else None, classes, seeds)
+
+    def take(self, rows: Tensor) -> _Rows:
+        here, there = rows.to(self.z.device), rows.cpu()
+        labels = None if self.labels is None else self.labels[here]
+        later = [x[here] for x in self.later]
+        return _Rows(self.wanted[here], self.z[here], later, labels, self.ids[there], self.seeds[there])
+
+
+class _Distance:
+    """How far rows' images are from those wanted: the mean square of pixels, and a perceptual distance or NaN."""
+
+    def __init__(self, make: Generator, perceptual: float):
+        from gddlab.distill.distances import Lite0Distance
+
+        self.make, self.weight = make, perceptual
+        self.feel = Lite0Distance().to(make.device) if perceptual else None
+
+    def parts(self, rows: _Rows, x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = (x - rows.wanted).square().mean((1, 2, 3))
+        felt = torch.full_like(pixels, torch.nan) if self.feel is None else self.feel(x.clamp(-1, 1), rows.wanted)
+        return pixels, felt
+
+    def total(self, pixels: Tensor, felt: Tensor) -> Tensor:
+        return pixels + self.weight * felt if self.weight else pixels
+
+    def of(self, rows: _Rows) -> Callable[[Tensor], Tensor]:
+        """What a search lowers."""
+        return lambda z: self.total(*self.parts(rows, self.make(z, rows.labels, rows.later)))
+
+
+def _nearest(distance: Tensor, n: int, k: int) -> Tensor:
+    """The k nearest rows of each of n images, which have as many rows each; (n * k,)."""
+    by_image = distance.view(n, -1)
+    first = torch.arange(n, device=distance.device)[:, None] * by_image.shape[1]
+    return (by_image.argsort(1)[:, :k] + first).flatten()
+
+
 def _inverted(
     make: Generator,
     goal: Tensor,
@@ -189,66 +260,31 @@ def _inverted(
 ) -> Inversion:
     """The images of one batch, `first` the place of the first."""
     began, n = time.perf_counter(), len(goal)
-    classes = make.label_dim if ids is None else 0
-    tries = restarts * max(classes, 1)
-    seeds = [
-        seed + (first + i) * restarts + r for i in range(n) for _ in range(max(classes, 1)) for r in range(restarts)
-    ]
-    z, later = make.noise(seeds)
-    of = torch.arange(n).repeat_interleave(tries)  # (rows,): which image a row is for
-    row_ids = (
-        ids[of] if ids is not None else torch.arange(classes).repeat_interleave(restarts).repeat(n) if classes else None
-    )
-    wanted, labels = goal.to(make.device)[of], make.one_hot(row_ids)
-    feel = _perceptual(make.device) if perceptual else None
-
-    def errors(x: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = (x - wanted).square().mean((1, 2, 3))
-        return pixels, pixels.new_full((len(x),), torch.nan) if feel is None else feel(x.clamp(-1, 1), wanted)
-
-    def loss(z: Tensor) -> Tensor:
-        pixels, felt = errors(make(z, labels, later))
-        return pixels + perceptual * felt if perceptual else pixels
-
-    search, calls = Search(z, steps, lr=lr), 0
-    taken = max(1, steps // FIRST) if classes else steps
-    search.run(loss, taken)
-    calls += tries * taken
-    if classes:
+    rows = _Rows.of(make, goal, ids, seed + first * restarts, restarts)
+    distance, search, calls = _Distance(make, perceptual), Search(rows.z, steps, lr=lr), 0
+    taken = 0
+    if len(rows.z) > n * restarts:  # in every class: the best go on
+        taken = max(1, steps // FIRST)
+        search.run(distance.of(rows), taken)
+        calls += len(rows.z) * (taken + 1)
         with torch.no_grad():
-            found = loss(search.z).view(n, tries)
-        best = (found.argsort(1)[:, :restarts] + torch.arange(n, device=found.device)[:, None] * tries).flatten()
+            best = _nearest(distance.of(rows)(search.z), n, restarts)
         search.keep(best)
-        rows = best.cpu()
-        wanted, labels, later, of = (
-            wanted[best],
-            labels[best] if labels is not None else None,
-            [x[best] for x in later],
-            of[rows],
-        )
-        row_ids = row_ids[rows] if row_ids is not None else None
-        seeds = [seeds[i] for i in rows.tolist()]
-        search.run(loss, steps - taken)
-        calls += tries + restarts * (steps - taken)
+        rows = rows.take(best)
+    search.run(distance.of(rows), steps - taken)
+    calls += len(rows.z) * (steps - taken + 1)
     with torch.no_grad():
-        x = make(search.z, labels, later)
-        pixels, felt = errors(x)
-        total = pixels + perceptual * felt if perceptual else pixels
-    best = (total.view(n, restarts).argmin(1) + torch.arange(n, device=total.device) * restarts).cpu()
+        x = make(search.z, rows.labels, rows.later)
+        pixels, felt = distance.parts(rows, x)
+    best = _nearest(distance.total(pixels, felt), n, 1)
     kept = {"z": search.z, "images": x.clamp(-1, 1), "distance": pixels.sqrt(), "perceptual": felt}
     return Inversion(
-        **{name: value.detach().cpu()[best] for name, value in kept.items()},
-        class_ids=torch.full((n,), -1) if row_ids is None else row_ids[best],
-        seeds=torch.tensor(seeds)[best],
-        calls=(calls + restarts) * make.calls,
+        **{name: value[best].cpu() for name, value in kept.items()},
+        class_ids=rows.ids[best.cpu()],
+        seeds=rows.seeds[best.cpu()],
+        calls=calls // n * make.calls,
         seconds=(time.perf_counter() - began) / n,
     )
-
-
-def _perceptual(device: torch.device) -> Any:
-    from gddlab.distill.distances import Lite0Distance
-
-    return Lite0Distance().to(device)
 
 
 def _together(parts: list[Inversion]) -> Inversion:
