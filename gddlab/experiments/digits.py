@@ -53,6 +53,8 @@ TEACHERS = (
 row = Rows("digits", at=(12,), long=(6, 12, 24, 40), sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
+STILL = 1e-12
+"""A learning rate of the student at which it stays the teacher."""
 
 
 def teachers_rows() -> tuple[Experiment, ...]:
@@ -172,6 +174,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *copying_rows(),
     *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
     *row.step_sizes((0.25, 0.5, 2)),
+    row(
+        "warm",
+        "the discriminator alone is trained, on the teacher's one-step images",
+        mask=free,
+        seeds=1,
+        lr_g=STILL,
+        total_kimg=2,
+        snapshot_kimg=2,
+    ),
     *factorial_rows(),
     *teachers_rows(),
     *row.few_images(IMAGES),

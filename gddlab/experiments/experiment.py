@@ -177,6 +177,7 @@ class Subjects:
         students: By experiment, those of the study's `needs` that are trained; of the first seed, or of the one named.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
+        folders: Run directories of the students.
         asked: Scores that the study's questions ask for.
         configs: Of the first training seed, by experiment, for a study that times them.
         nproc: Processes that sample for a score.
@@ -187,6 +188,7 @@ class Subjects:
     students: Mapping[str, OneStepPrecond]
     steps: tuple[int, ...]
     judge: Judge
+    folders: Mapping[str, Path] = field(default_factory=dict)
     asked: Collection[str] = ()
     configs: Mapping[str, TrainConfig] = field(default_factory=dict)
     nproc: int = 1

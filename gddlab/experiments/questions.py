@@ -75,7 +75,7 @@ QUESTIONS = (
         against="gdd-i",
         primary=DISTANCES,
         at=12,
-        studies=("rewound",),
+        studies=("rewound", "pulls"),
     ),
     Question(
         "20_initialisation",

@@ -392,8 +392,9 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
             for e in chosen.experiments
             if e.name in asked and e.teacher is None and e.start is None
         }
-    asked = chosen.asked_of(study.name)
-    found = study.measure(Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, asked, configs, nproc))
+    asked, folders = chosen.asked_of(study.name), {need: _needed(folder, need) for need in inputs}
+    subjects = Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, folders, asked, configs, nproc)
+    found = study.measure(subjects)
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there
     (target / "evaluation.jsonl").unlink(missing_ok=True)

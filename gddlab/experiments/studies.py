@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gddlab.datasets import ImageDataset, open_dataset
 from gddlab.diagnosis.preflight import preflight
+from gddlab.distill.adversarial import adversarial_problem
 from gddlab.editing import Restoration, inpaint
 from gddlab.editing.operators import check_keep
 from gddlab.evaluation import Record, evaluate, find_extractor, real_split, yardsticks
@@ -22,7 +23,7 @@ from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects
 from gddlab.experiments.factorial import groups
 from gddlab.nets import DiTPrecond, Precond
-from gddlab.probing import ablate, probe, weight_change
+from gddlab.probing import ablate, grad_probe, probe, weight_change
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import owner_of
 from gddlab.probing.null import Kind
@@ -231,6 +232,58 @@ def rewound(s: Subjects) -> Found:
             share = sum(moved[k] for k in names) / sum(moved.values())
             rows += [{"into": into, "group": group, "share": share, **row} for row in scores(net)]
     return Found(pd.DataFrame(rows), scores.about)
+
+
+def pulls(s: Subjects) -> Found:
+    """What might say which layers to train: one row per layer and measure, with the layer's group of the factorial.
+
+    Measures are the statistics of `grad_probe` for the GAN loss at the teacher's weights, against a discriminator that
+    has been trained on its one-step images ("gan fisher" and so on), and for the denoising loss at low noise
+    ("denoising fisher"); of GDD students "moved", the mean of |w - w_teacher| / |w_teacher| over training seeds, and
+    "agreement", the cosine of these movements between two seeds, mean over pairs; of the teacher at sigma 80 "ablation"
+    and "rel_update" (of the block).
+    """
+    import pandas as pd
+
+    group_of = {layer: name for name, layers in groups(s.teacher).items() for layer in layers}
+    layers, rows = [*group_of], list[dict[str, Any]]()
+
+    def add(measure: str, values: Mapping[Any, float]) -> None:
+        rows.extend(
+            {"layer": k, "group": group_of[k], "measure": measure, "value": v}
+            for k, v in values.items()
+            if k in group_of
+        )
+
+    problem = adversarial_problem(s.folders["warm"], n=PULLED)
+    gan = grad_probe(*problem, layers=layers, progress=False)
+    low = grad_probe(s.teacher, timesteps=LOW, layers=layers, data=s.data, n=PULLED, progress=False)
+    for name, result in (("gan", gan), ("denoising", low)):
+        for stat in ("grad_norm_ratio", "grad_snr", "fisher", "taylor"):
+            add(f"{name} {stat}", result.pivot(stat).mean(axis=1).to_dict())
+    theirs = s.teacher.state_dict()
+    moves = [
+        {k: v - theirs[k] for k, v in net.state_dict().items()} for name, net in s.students.items() if name != "warm"
+    ]
+    parts = {layer: [k for k in moves[0] if owner_of(k) == layer] for layer in layers} if moves else {}
+
+    def flat(state: Mapping[str, Tensor], layer: str) -> Tensor:
+        return torch.cat([state[k].flatten().double() for k in parts[layer]])
+
+    moved, agreed = dict[str, float](), dict[str, float]()
+    for layer in parts:
+        own = [flat(m, layer) for m in moves]
+        moved[layer] = (sum(x.norm() for x in own) / len(own) / flat(theirs, layer).norm()).item()
+        pairs = [torch.cosine_similarity(a, b, 0).item() for a, b in itertools.combinations(own, 2)]
+        agreed[layer] = sum(pairs) / len(pairs) if pairs else float("nan")
+    add("moved", moved)
+    add("agreement", agreed)
+    ablated = ablate(s.teacher, [80.0], layers=layers, data=s.data, n=ABLATED, progress=False)
+    add("ablation", ablated.pivot("ablation_output_mean")[80.0].to_dict())
+    blocks = probe(s.teacher, [80.0], layers="block", data=s.data, n=PROBED, stats=("rel_update",), progress=False)
+    update = blocks.pivot("rel_update")[80.0].to_dict()
+    add("rel_update", {k: update[k.rpartition(".")[0]] for k in layers if k.rpartition(".")[0] in update})
+    return Found(pd.DataFrame(rows), {"n": PULLED, "seed": 0, "denoising": list(LOW)})
 
 
 def line(s: Subjects) -> Found:
@@ -446,6 +499,8 @@ def _denoised(net: Precond, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 STUDENTS = ("gdd", "gdd-i", "cd")
+PULLED, LOW = 512, (0.1, 0.3, 1.0)
+"""Images of gradients, and noise levels of the denoising loss."""
 COMPLETED, WAYS = 256, 2
 """Images completed, and in how many ways each."""
 PARTS = ("top", "border")
@@ -459,6 +514,7 @@ PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
 FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)), "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
+PULLING = ("warm", "gdd/seed-0", "gdd/seed-1", "gdd/seed-2")
 COMPLETING = ("gdd-i", "second-step-0.8")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
@@ -470,6 +526,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
         ("followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0),
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
+        ("pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0),
         ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
         ("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),

@@ -10,8 +10,12 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.datasets import open_dataset
+from gddlab.distill.distributed import World
+from gddlab.distill.trainer import Trainer
 from gddlab.evaluation import evaluate
+from gddlab.experiments.digits import STILL
 from gddlab.experiments.experiment import Found, Judge, Subjects
+from gddlab.experiments.factorial import groups
 from gddlab.experiments.studies import STUDIES
 from gddlab.nets.io import make_student
 from gddlab.probing.reductions import radial_power
@@ -98,6 +102,29 @@ def test_completed(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.loc["hidden truth", "pixels"] == 0 and rows.loc["pasted", "pixels"] > 0
     assert rows.loc["student, search of 3 steps", "error"] < rows.loc["student, search of 1 steps", "error"]
     assert rows["kd"].notna().all() and rows["calls"].tolist() == [0, 0, 2, 4, 5, 2]
+
+
+def test_pulls(subjects: Subjects, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PULLED": 16, "PROBED": 2, "ABLATED": 2}.items():
+        monkeypatch.setattr(f"gddlab.experiments.studies.{name}", value)
+    config = tiny_config(tmp_path / "warm", tiny_teacher, total_kimg=0.016, lr_g=STILL)
+    config.write()
+    trainer = Trainer(config, World(0, 1, torch.device("cpu")))
+    assert trainer.train() == "done"
+    still = dict(trainer.step.g.named_parameters())
+    moved = [(still[k] - p).abs().max().item() for k, p in subjects.teacher.named_parameters() if k in still]
+    assert max(moved) < 1e-6  # the student stays the teacher
+    students = {"warm": trainer.ema, "gdd/seed-0": subjects.students["gdd-i"], "gdd/seed-1": subjects.students["gdd-i"]}
+    given = replace(subjects, students=students, folders={"warm": config.run_dir})
+    frame = found("pulls", given).frame
+    assert set(frame["group"]) == set(groups(subjects.teacher))
+    table = frame.pivot(index="layer", columns="measure", values="value")
+    names = {f"{loss} {stat}" for loss in ("gan", "denoising") for stat in ("fisher", "taylor", "grad_snr")}
+    assert names < set(table) and (table["gan fisher"] > 0).all() and (table["denoising fisher"] > 0).all()
+    layer = "model.dec.16x16_block1.conv1"  # alone was moved, half as far again, in both alike
+    assert table["moved"].drop(layer).max() == 0 and 0.4 < table.loc[layer, "moved"] < 0.6
+    assert table.loc[layer, "agreement"] == pytest.approx(1) and table.loc[layer, "ablation"] > 0
+    assert table["rel_update"].notna().sum() > len(table) / 2
 
 
 def test_rewound(subjects: Subjects) -> None:
