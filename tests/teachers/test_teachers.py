@@ -236,7 +236,8 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all"]
+    "name",
+    ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all", "digits-cond-all"],
 )
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
@@ -247,13 +248,15 @@ def test_bundled_teachers(name: str) -> None:
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
+    assert read_json(folder / "config.json")["conditional"] == (
+        name in ("digits-cond", "digits-dit", "digits-cond-all")
+    )
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     assert (folder / "samples.png").exists()
     high = ("digits-high", "digits-dit", "digits-high-all")
     assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in high)
-    if name.endswith("-all") or name == "digits-high":
-        return  # rounded to half precision after they were scored; not scored yet
+    if name.endswith("-all"):
+        return  # rounded to half precision after they were scored
     assert all((folder / f"samples-{steps}.png").exists() for steps in (1, 5, 18))
     scores = {s["sampler"]: s for s in card.scores if s["metric"].startswith("fd-lite2@")}
     assert set(scores) == {"heun-1", "heun-5", "heun-18", "data"}
