@@ -59,7 +59,9 @@ def contrast_table(
     ]
     out = pd.concat(tables, ignore_index=True)
     out["p_holm"] = holm(out["p"].to_numpy(float))
-    return out[[*FIRST, *BETWEEN, "p_holm", "state"]]
+    out = out[[*FIRST, *BETWEEN, "p_holm", "state"]]
+    out.attrs["against"] = against
+    return out
 
 
 def _contrasts(values: pd.DataFrame, arms: Sequence[str], against: str) -> pd.DataFrame:
@@ -164,9 +166,10 @@ def rewound_table(study: pd.DataFrame, into: str = "student") -> pd.DataFrame:
     own = study[study["into"] == into].rename(columns={"group": "experiment", "share": "frozen", "value": "mean"})
     whole = own[own["experiment"] == "none"].set_index("metric")["mean"]
     gap = own["mean"] - own["metric"].map(whole)
-    return own.assign(difference=gap.where(own["experiment"] != "none"), seeds=1, low=np.nan, high=np.nan).assign(
-        p_holm=np.nan, state="done"
-    )
+    out = own.assign(difference=gap.where(own["experiment"] != "none"), seeds=1, low=np.nan, high=np.nan)
+    out = out.assign(p_holm=np.nan, state="done")
+    out.attrs["against"] = "none"
+    return out
 
 
 def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
@@ -214,7 +217,7 @@ def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None, title: s
     """
     scored = contrasts[contrasts["mean"].notna()]
     metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "experiment"))
-    size = (2.6 + 2.6 * len(metrics), 0.27 * len(arms) + 1.2)
+    size = (3.8 + 2.4 * len(metrics), 0.27 * len(arms) + 1.2)
     figure, panels = plt.subplots(
         1, max(1, len(metrics)), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
@@ -223,17 +226,18 @@ def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None, title: s
         r: Any
         for r in rows.itertuples():
             y, colour = arms.index(str(r.experiment)), look(str(r.experiment)).colour
-            base, differs = np.isnan(r.difference), r.p_holm < 1 - LEVEL
+            differs = r.p_holm < 1 - LEVEL
             ax.plot([r.low, r.high], [y, y], color=colour, linewidth=1.4)
             ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if differs else "none", markersize=5)
-            if base:
+            if r.experiment == contrasts.attrs.get("against"):
                 ax.axvline(r.mean, color=colour, linewidth=0.8, zorder=0)
-        _levels(ax, (levels or {}).get(metric, {}), "x")
-        fit_scale(ax, rows["mean"], "x")
+        _levels(ax, levels, metric, "x")
+        fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
         ax.set(xlabel=metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), [look(arm).label for arm in arms])
     panels[0][0].invert_yaxis()
+    _legend(figure, panels)
     title = title or f"means and 95 % intervals over {_seeds(scored)}; filled: differs, p < 0.05"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -262,7 +266,7 @@ def draw_dose(
     metrics = list(dict.fromkeys(contrasts["metric"]))
     columns = min(len(metrics), 4)
     shape = -(-len(metrics) // columns), columns
-    size = (2.9 * shape[1] + 0.4, 2.7 * shape[0] + 0.4)
+    size = (2.7 * shape[1] + 1.9, 2.7 * shape[0] + 0.4)
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     scored = contrasts[contrasts["mean"].notna()]
     for ax, metric in zip(panels.flat, metrics, strict=False):
@@ -276,12 +280,12 @@ def draw_dose(
             colour = look(names[-1]).colour  # the first may be where all lines begin
             bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
             ax.errorbar(x, own["mean"], yerr=errors, label=label, **bars)
-        _levels(ax, (levels or {}).get(metric, {}), "y")
-        fit_scale(ax, drawn, "y")
+        _levels(ax, levels, metric, "y")
+        fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
     for ax in panels.flat[len(metrics) :]:
         ax.set_axis_off()
-    panels[0][0].legend(loc="best")
+    _legend(figure, panels)
     figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}", x=0.01, ha="left")
     return figure
 
@@ -290,13 +294,22 @@ def _seeds(scored: pd.DataFrame) -> str:
     return seeds_text(scored["seeds"]) or "no seeds"
 
 
-def _levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"]) -> None:
-    """Grey lines, named where they end."""
-    for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
-        (ax.axhline if axis == "y" else ax.axvline)(value, color=GREY, linewidth=1, linestyle=style, zorder=0)
-        place: dict[str, Any] = {"color": GREY, "fontsize": 8}
-        if axis == "y":
-            ax.annotate(label, (0.02, value), xycoords=("axes fraction", "data"), va="bottom", **place)
-        else:
-            place |= {"rotation": 90, "ha": "right", "va": "top"}
-            ax.annotate(label, (value, 0.98), xycoords=("data", "axes fraction"), **place)
+DASHES = ("--", ":", "-.")
+
+
+def _levels(ax: Axes, levels: Levels | None, metric: str, axis: Literal["x", "y"]) -> None:
+    """Grey lines at the levels of a score, each label in its own dashes in all panels."""
+    names = list(dict.fromkeys(label for own in (levels or {}).values() for label in own))
+    for label, value in (levels or {}).get(metric, {}).items():
+        how: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "label": label}
+        (ax.axhline if axis == "y" else ax.axvline)(value, linestyle=DASHES[names.index(label) % len(DASHES)], **how)
+
+
+def _legend(figure: Figure, panels: Any) -> None:
+    """What is named in any panel, once, beside them."""
+    found: dict[str, Any] = {}
+    for ax in panels.flat:
+        handles, labels = ax.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside right upper")

@@ -106,7 +106,8 @@ def score_table(
         rows, at: As for `run_table`.
 
     Returns:
-        Indexed by experiment: one column per score, named with its n where there is one; state.
+        Indexed by experiment: one column per score, named with its n where there is one, "kd-lite2@599:held-out";
+        state.
 
     Raises:
         GddlabError: As for `run_table`, for each score.
@@ -116,7 +117,8 @@ def score_table(
     for metric in metrics:
         table = run_table(runs, metric, rows=rows, at=at)
         found = experiment_table(table)
-        parts[next(iter(table["metric"].dropna()), metric)] = found["mean"]
+        named, part = next(iter(table["metric"].dropna()), None), metric.partition(":")[2]
+        parts[metric if named is None else f"{named}:{part}" if part else named] = found["mean"]
         states[metric] = found["state"]
     out = pd.DataFrame(parts)
     out["state"] = [_together({m: s[name] for m, s in states.items()}) for name in out.index]

@@ -22,7 +22,7 @@ from gddlab.reporting.contrasts import (
     interval,
     rewound_table,
 )
-from gddlab.reporting.tables import run_table
+from gddlab.reporting.tables import run_table, score_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
 from tests.reporting.made import made
@@ -54,6 +54,9 @@ def test_a_row_per_score_and_arm(runs: list[Run]) -> None:
     assert np.isnan(rows.loc["gdd", "p"]) and np.isnan(rows.loc["one", "low"]) and np.isnan(rows.loc["one", "p"])
     assert rows.loc["never", "state"] == "not run"
     assert rows.loc["gdd-i", "p_holm"] == pytest.approx(2 * rows.loc["gdd-i", "p"])  # two tests in the table
+    beside = score_table(runs, ["kd-lite2", "kd-lite2:held-out"], rows=["gdd"])
+    assert beside.columns.tolist() == ["kd-lite2@64", "kd-lite2@64:held-out", "state"]
+    assert beside.loc["gdd", "kd-lite2@64"] == pytest.approx(0.0713333 * 1000 / 900)
     held_out = found[found["metric"] == "kd-lite2:held-out"].set_index("experiment")
     assert held_out.loc["gdd", "mean"] == pytest.approx(0.0713333)
     early = contrast_table(runs, ("gdd-i",), against="gdd", at=0.024).set_index("experiment")
@@ -108,7 +111,7 @@ def test_figures(runs: list[Run]) -> None:
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD", "GDD-I", "one"]
     dots = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([71.333333, 58.666667, 60.0])
-    assert [t.get_text() for t in figure.axes[0].texts] == ["teacher"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["teacher"]
     figure = draw_dose(found, {"GDD": ("gdd", "gdd-i")}, places={"gdd": 10, "gdd-i": 1}, xlabel="age", log=True)
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
