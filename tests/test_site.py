@@ -44,6 +44,7 @@ NOTEBOOKS = [
     "21_data_efficiency",
     "22_frequencies",
     "23_cost",
+    "24_editing",
 ]
 GENERATED = "api/cli.md"
 RESOURCES = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}

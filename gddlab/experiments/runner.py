@@ -140,7 +140,8 @@ def _wanted(chosen: ExperimentList, only: Sequence[str]) -> set[str]:
         if name in asked:
             q = chosen.asked_by(name)
             assert q is not None
-            out |= {*q.arms, *q.studies}
+            needs = {need.partition("/")[0] for s in chosen.studies if s.name in q.studies for need in s.needs}
+            out |= {*q.arms, *q.studies, *(needs & {*chosen.names})}
         elif name in chosen.names:
             out.add(name)
         else:

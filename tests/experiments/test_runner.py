@@ -225,7 +225,7 @@ def test_only_takes_a_notebook(tiny_list: list[int], tmp_path: Path) -> None:
     assert [p.item.name for p in named] == ["rule", "all", "moved"]
     assert [p.seed for p in plan("tiny", out=tmp_path, only=["all"])] == [0, 1, 2]
     text = str(question("02_n", "tiny"))
-    assert "Does the rule differ?" in text and "rule, all." in text
+    assert "Does the rule differ?" in text and "rule; all." in text
 
 
 def test_a_study_is_made_anew_when_another_student_is_there(tiny_list: list[int], tmp_path: Path) -> None:
@@ -317,7 +317,9 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
 def test_questions_ask_for_what_there_is() -> None:
     """Each experiment of the digits answers a question, and each arm of a question is in one of the lists."""
     asked = {arm for q in DIGITS.questions for arm in q.arms}
-    assert {e.name for e in DIGITS.experiments} <= asked
+    needed = {need.partition("/")[0] for s in DIGITS.studies for need in s.needs}
+    assert {e.name for e in DIGITS.experiments} <= asked | needed
+    assert "warm" in {str(p.item.name) for p in plan("digits", only=["02_choosing_a_mask"], seeds=1)}
     assert asked <= {e.name for chosen in (DIGITS, *FULL.values()) for e in chosen.experiments}
     studies = {s for q in DIGITS.questions for s in q.studies}
     assert studies == {s.name for s in DIGITS.studies}
