@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from gddlab.editing.inversion import Inversion, invert
 from gddlab.editing.search import Generator, Search, check_images, class_ids_of, running, slerp
 from gddlab.errors import GddlabError, numbers_in, shown, validated
 from gddlab.probing.effects import AtSite, keep, tapped
+from gddlab.probing.inputs import Labels
 from gddlab.probing.layers import LayerSelection, select_layers
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -100,7 +101,7 @@ def directions(
     k: PositiveInt = 8,
     n: PositiveInt = 512,
     seed: NonNegativeInt = 0,
-    class_labels: Any = None,
+    class_labels: Labels = None,
     batch_size: PositiveInt = 64,
     progress: bool = True,
 ) -> Directions:
@@ -122,7 +123,7 @@ def directions(
         GddlabError: No student; no such layer, or several; fewer images than directions.
     """
     make = Generator(student)
-    (name,) = _one_layer(student, layer)
+    name = _one_layer(student, layer)
     if n <= k:
         raise GddlabError(f"n={n} images for k={k} directions: give more than {k}")
     labels = one_hot(make.label_dim, seed_list(n, seed, None), class_labels)
@@ -132,9 +133,9 @@ def directions(
     with bar, running(student), torch.no_grad():
         for i in range(0, n, batch_size):
             j = min(i + batch_size, n)
-            z, _ = make.noise(range(seed + i, seed + j))
-            with tapped(student, {name: keep(kept)}, j - i):
-                make.net(make.module.sigma_g * z, make.module.sigma_g, None if labels is None else labels[i:j].to(z))
+            z, later = make.noise(range(seed + i, seed + j))
+            rows = None if labels is None else labels[i:j].to(z)
+            make(z, rows, later, [tapped(student, {name: keep(kept)}, j - i)])
             found.append(kept[name].float().cpu())
             bar.update(j - i)
     x = torch.cat(found).double()
@@ -155,11 +156,11 @@ def directions(
     )
 
 
-def _one_layer(student: Any, layer: str) -> tuple[str]:
+def _one_layer(student: Any, layer: str) -> str:
     names = [found.name for found in select_layers(student, [layer])]
     if len(names) != 1:
         raise GddlabError(f"layer={layer!r} means {len(names)} layers: give the name of one")
-    return (names[0],)
+    return names[0]
 
 
 @beside_runs()
@@ -169,7 +170,7 @@ def edit(
     source: Any,
     *,
     strength: Any = 1.0,
-    class_labels: Any = None,
+    class_labels: Labels = None,
     towards: Any = None,
     strokes: Any = None,
     direction: Direction | None = None,
@@ -192,7 +193,7 @@ def edit(
             of both.
         strokes: Painted images, [-1, 1], (B, C, H, W): noise is searched for from the source's on, until the student's
             image is like the painted one; between 0 and 1 along the great circle.
-        direction: One of `directions`, added to its layer's output, or several of your own.
+        direction: One of `directions`, or one of your own, added to its layer's output in the student's first step.
         layers: With `class_labels` and `towards`: the layers that see the edit; the others see the source. Strengths
             mix their outputs.
         batch_size: Images at once.
@@ -235,14 +236,16 @@ def edit(
             a, b, fixed = z[rows], goal[rows], [x[rows] for x in later]
             ca, cb = (make.one_hot(x if x is None else x[rows]) for x in (ids, goal_ids))
             before[rows] = make(a, ca, fixed).clamp(-1, 1).cpu()
-            kept = _kept(make, names, b, cb, fixed) if names is not None else {}
+            kept: list[dict[str, Tensor]] = [{} for _ in make.module.sigmas]
+            if names is not None:
+                make(b, cb, fixed, [tapped(student, dict.fromkeys(names, keep(step)), len(a)) for step in kept])
             for s, t in enumerate(strengths):
                 if direction is not None:
-                    with tapped(student, {direction.layer: AtSite(_added(direction.vector, t))}, len(a)):
-                        x = make(a, ca, fixed)
+                    change = {direction.layer: AtSite(_added(direction.vector, t))}
+                    x = make(a, ca, fixed, [tapped(student, change, len(a))])
                 elif names is not None:
-                    with tapped(student, dict.fromkeys(names, AtSite(_mixed(kept, t))), len(a)):
-                        x = make(a, ca, fixed)
+                    changes = [dict.fromkeys(names, AtSite(_mixed(step, t))) for step in kept]
+                    x = make(a, ca, fixed, [tapped(student, change, len(a)) for change in changes])
                 else:
                     at = a if b is a else slerp(a, b, t)
                     noise[rows, s] = at
@@ -274,16 +277,12 @@ def _source(make: Generator, source: Any, progress: bool) -> tuple[Tensor, Tenso
             raise GddlabError(f"the inversion is of images {tuple(source.z.shape[1:])}: give one of {make.shape}")
         _, later = make.noise(source.seeds.tolist())
         return source.z.to(make.device), source.class_ids if make.label_dim else None, later
-    seeds = seed_list(
-        None, 0, source if isinstance(source, Sequence) and not isinstance(source, str) else _not_seeds(source)
-    )
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        raise GddlabError(f"{shown(source)} is no source: give a list of seeds, an Inversion, or images (B, C, H, W)")
+    seeds = seed_list(None, 0, list(source))
     labels = one_hot(make.label_dim, seeds, None)
     z, later = make.noise(seeds)
     return z, None if labels is None else labels.argmax(1), later
-
-
-def _not_seeds(source: Any) -> Any:
-    raise GddlabError(f"{shown(source)} is no source: give a list of seeds, an Inversion, or images (B, C, H, W)")
 
 
 def _carried(
@@ -304,16 +303,6 @@ def _carried(
             search.run(loss, STROKE_STEPS)
         out[rows] = search.z
     return out
-
-
-def _kept(
-    make: Generator, names: Sequence[str], z: Tensor, labels: Tensor | None, later: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """What layers give for the edited input."""
-    kept: dict[str, Tensor] = {}
-    with tapped(make.net, dict.fromkeys(names, keep(kept)), len(z)):
-        make(z, labels, later)
-    return kept
 
 
 def _added(vector: Tensor, strength: float) -> Any:

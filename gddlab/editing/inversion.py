@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gddlab.editing.search import LR, Generator, Search, check_images, check_share, class_ids_of, running
+from gddlab.editing.search import LR, Generator, Search, check_images, check_weight, class_ids_of, running
 from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.files import atomic_path, folder_of, hash_json, hash_tensors, path_of, read_json, write_json
+from gddlab.probing.inputs import Labels, Precision
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import weights_hash
@@ -101,14 +102,14 @@ def invert(
     student: Any,
     images: Any,
     *,
-    class_labels: Any = None,
+    class_labels: Labels = None,
     steps: PositiveInt = 100,
     restarts: PositiveInt = 2,
     perceptual: float = 0.0,
     lr: PositiveFloat = LR,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
-    dtype: Any = None,
+    dtype: Precision = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Inversion:
@@ -140,7 +141,7 @@ def invert(
     make = Generator(student)
     goal = check_images("images", images, make.shape)
     ids = class_ids_of(student, class_labels, len(goal))
-    check_share("perceptual", perceptual)
+    check_weight("perceptual", perceptual)
     classes = make.label_dim if ids is None else 0
     if classes > MOST_CLASSES:
         raise GddlabError(f"the student has {classes} classes, too many to search: give class_labels=")

@@ -29,6 +29,9 @@ class Operator:
         name: For tables.
     """
 
+    exact = False
+    """Whether `put_back` is exact to the bit, so that it is done to results, too."""
+
     def __init__(self, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], name: str = "operator"):
         self.apply, self.adjoint, self.name = apply, adjoint, name
 
@@ -68,6 +71,10 @@ class Operator:
             )
         return tuple(ax.shape[1:])
 
+    def error(self, x: Float[Tensor, "b c h w"], y: Tensor) -> Float[Tensor, " b"]:
+        """Mean square of A x - y over what was measured."""
+        return (self.apply(x) - y).square().flatten(1).mean(1)
+
     def put_back(self, x: Float[Tensor, "b c h w"], y: Tensor, *, iterations: int = 50) -> Float[Tensor, "b c h w"]:
         """The image nearest to x that measures as y: x + A^T (A A^T)^-1 (y - A x), by conjugate gradients."""
         residual = y - self.apply(x)
@@ -97,6 +104,8 @@ def _like(x: Tensor, of: Tensor) -> Tensor:
 class Pixels(Operator):
     """Some pixels of each image are known; `keep` is bool, (B, 1 or C, H, W)."""
 
+    exact = True
+
     def __init__(self, keep: Tensor):
         super().__init__(self._masked, self._masked, "pixels")
         self.keep = keep
@@ -107,8 +116,15 @@ class Pixels(Operator):
     def at(self, rows: Tensor) -> Pixels:
         return Pixels(self.keep[rows.to(self.keep.device)] if len(self.keep) > 1 else self.keep)
 
+    def check(self, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[int, ...]:
+        return tuple(shape)  # its own adjoint; the mask has a row for each image, not for two random ones
+
+    def error(self, x: Tensor, y: Tensor) -> Tensor:
+        keep = self.keep.to(x.device).expand_as(x).flatten(1)
+        return ((x - y).flatten(1) * keep).square().sum(1) / keep.sum(1)
+
     def put_back(self, x: Tensor, y: Tensor, *, iterations: int = 0) -> Tensor:
-        return torch.where(self.keep.to(x.device), y, x)  # equal to the bit
+        return torch.where(self.keep.to(x.device), y, x)
 
 
 @validated

@@ -14,13 +14,22 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from gddlab.editing.operators import Operator, Pixels, check_keep
-from gddlab.editing.search import LR, Generator, Search, check_images, class_ids_of, running, shape_of, student_in
+from gddlab.editing.search import Generator, Search, check_images, class_ids_of, running, student_in
 from gddlab.errors import GddlabError, validated
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.bare import device_of
+from gddlab.probing.inputs import Labels, Precision
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
-from gddlab.sampling.samplers import ImageNoise, denoiser_in, karras_sigmas, one_hot
+from gddlab.sampling.samplers import (
+    ImageNoise,
+    Sampler,
+    denoiser_in,
+    image_shape,
+    input_type,
+    noised_again,
+    one_hot,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +48,7 @@ class Restoration:
     Attributes:
         images: In [-1, 1], (B, n, C, H, W).
         error: Root mean square of A x - y over what was measured, before known pixels were put back, (B, n).
-        z: The noise of the images on the Gaussian's shell, (B, n, C, H, W); None for the method "teacher".
+        z: The noise that the student's images start from, (B, n, C, H, W); None for the method "teacher".
         method, operator: How, and of what.
         calls: Calls of the network per completed image.
         seconds: Wall time per completed image.
@@ -119,11 +128,7 @@ class Problem(NamedTuple):
 
     def error(self, x: Tensor) -> Tensor:
         """Mean square of A x - y over what was measured, (rows,)."""
-        gap = (self.operator.apply(x) - self.y).square()
-        if isinstance(self.operator, Pixels):
-            keep = self.operator.keep.to(gap.device).expand_as(gap)
-            return gap.flatten(1).sum(1) / keep.flatten(1).sum(1)
-        return gap.flatten(1).mean(1)
+        return self.operator.error(x, self.y)
 
 
 @beside_runs()
@@ -135,12 +140,12 @@ def inpaint(
     *,
     n: PositiveInt = 4,
     method: Method = "optimise",
-    class_labels: Any = None,
+    class_labels: Labels = None,
     steps: PositiveInt | None = None,
     restarts: PositiveInt = 1,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
-    dtype: Any = None,
+    dtype: Precision = None,
     progress: bool = True,
 ) -> Restoration:
     """Completes images of which some pixels are known, each in several ways.
@@ -159,13 +164,23 @@ def inpaint(
         GddlabError: Images or a mask of another shape, an image of which nothing is known or nothing missing, and what
             `restore` refuses.
     """
-    shape = shape_of(student)
+    shape = image_shape(student)
     images = check_images("images", images, shape)
-    mask = check_keep(keep, len(images), shape)
-    operator = Pixels(mask)
-    how: dict[str, Any] = {"n": n, "method": method, "class_labels": class_labels, "steps": steps, "seed": seed}
-    how |= {"restarts": restarts, "batch_size": batch_size, "dtype": dtype, "progress": progress}
-    return _restored(student, operator.apply(images), operator, **how)
+    known = Pixels(check_keep(keep, len(images), shape))
+    return restore(
+        student,
+        known.apply(images),
+        known,
+        n=n,
+        method=method,
+        class_labels=class_labels,
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        progress=progress,
+    )
 
 
 @beside_runs()
@@ -177,12 +192,12 @@ def restore(
     *,
     n: PositiveInt = 4,
     method: Method = "optimise",
-    class_labels: Any = None,
+    class_labels: Labels = None,
     steps: PositiveInt | None = None,
     restarts: PositiveInt = 1,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
-    dtype: Any = None,
+    dtype: Precision = None,
     progress: bool = True,
 ) -> Restoration:
     """Images that a network could have made and that measure as given: super-resolution, deblurring, colouring.
@@ -218,62 +233,41 @@ def restore(
         GddlabError: A network that does not fit the method; measurements that the operator cannot have given; an
             adjoint that is none; classes of an unconditional network.
     """
-    shape = shape_of(student)
-    expected = operator.check(shape, device_of(student))
-    if measured.ndim < 2 or tuple(measured.shape[1:]) != expected or not len(measured):
-        raise GddlabError(f"measured is {tuple(measured.shape)}: give (B, {', '.join(map(str, expected))})")
-    if not measured.is_floating_point() or not measured.isfinite().all():
-        raise GddlabError(f"measured is {measured.dtype} or not finite: give finite float numbers")
-    how: dict[str, Any] = {"n": n, "method": method, "class_labels": class_labels, "steps": steps, "seed": seed}
-    how |= {"restarts": restarts, "batch_size": batch_size, "dtype": dtype, "progress": progress}
-    return _restored(student, measured.detach().float(), operator, **how)
-
-
-def _restored(
-    net: Any,
-    y: Tensor,
-    operator: Operator,
-    *,
-    n: int,
-    method: str,
-    class_labels: Any,
-    steps: int | None,
-    restarts: int,
-    seed: int,
-    batch_size: int,
-    dtype: Any,
-    progress: bool,
-) -> Restoration:
-    began, b = time.perf_counter(), len(y)
-    student = isinstance(denoiser_in(net), OneStepPrecond)
-    if student == (method == "teacher"):
-        kind = "student" if student else "teacher"
-        raise GddlabError(
-            f"method={method!r} with a {kind}: give " + ("a teacher" if student else "a one-step student")
-        )
-    if method == "rounds" and not student_in(net).mid_sigmas:
+    net, y = denoiser_in(student), measured
+    if net.latent:
+        raise GddlabError("this network works on latents: give one that makes images")
+    expected = operator.check(image_shape(student), device_of(student))
+    if y.ndim < 2 or tuple(y.shape[1:]) != expected or not len(y):
+        raise GddlabError(f"measured is {tuple(y.shape)}: give (B, {', '.join(map(str, expected))})")
+    if not y.is_floating_point() or not y.isfinite().all():
+        raise GddlabError(f"measured is {y.dtype} or not finite: give finite float numbers")
+    if (one_step := isinstance(net, OneStepPrecond)) == (method == "teacher"):
+        kind, other = ("student", "a teacher") if one_step else ("teacher", "a one-step student")
+        raise GddlabError(f"method={method!r} with a {kind}: give {other}")
+    if method == "rounds" and not student_in(student).mid_sigmas:
         raise GddlabError('method="rounds" with a student of one step: give one of several, or method="optimise"')
+    began, b, device = time.perf_counter(), len(y), device_of(student)
     run, tries = METHODS[method], restarts if method == "optimise" else 1
-    ids, classes = class_ids_of(net, class_labels, b), denoiser_in(net).label_dim
+    ids, y = class_ids_of(student, class_labels, b), y.detach().float().to(device)
     size, of = max(1, batch_size // tries), torch.arange(b).repeat_interleave(n)  # (completions,)
-    device, found = device_of(net), list[tuple[Tensor, Tensor, Tensor | None]]()
-    calls = 0
+    calls, found = 0, list[tuple[Tensor, Tensor, Tensor | None]]()
     with (
         progress_bar(total=b * n, desc=f"restoring, {method}", unit="img", enabled=progress) as bar,
-        running(net, dtype),
+        running(student, dtype),
     ):
         for i in range(0, b * n, size):
             rows = of[i : i + size].repeat_interleave(tries)
             seeds = [seed + i * tries + k for k in range(len(rows))]
-            labels = one_hot(classes, seeds, None if ids is None else ids[rows])
+            labels = one_hot(net.label_dim, seeds, None if ids is None else ids[rows])
             labels = None if labels is None else labels.to(device)
-            problem = Problem(y.to(device)[rows.to(device)], operator.at(rows), labels, seeds)
-            z, x, calls = run(net, problem, STEPS[method] if steps is None else steps)
+            problem = Problem(y[rows.to(device)], operator.at(rows), labels, seeds)
+            z, x, calls = run(student, problem, STEPS[method] if steps is None else steps)
             error = problem.error(x)
             best = error.view(-1, tries).argmin(1) + torch.arange(0, len(x), tries, device=x.device)
-            if isinstance(operator, Pixels):
-                x = problem.operator.put_back(x.clamp(-1, 1), problem.y)
-            found.append((x.clamp(-1, 1)[best].cpu(), error.sqrt()[best].cpu(), None if z is None else z[best].cpu()))
+            x = x.clamp(-1, 1)
+            if operator.exact:
+                x = problem.operator.put_back(x, problem.y)
+            found.append((x[best].cpu(), error.sqrt()[best].cpu(), None if z is None else z[best].cpu()))
             bar.update(len(best))
     images, errors = (
         torch.cat(parts).unflatten(0, (b, n)) for parts in zip(*((x, e) for x, e, _ in found), strict=True)
@@ -293,7 +287,7 @@ def _restored(
 def _optimise(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tensor, int]:
     make = Generator(student)
     z, later = make.noise(problem.seeds)
-    search = Search(z, steps, lr=LR)
+    search = Search(z, steps)
     search.run(lambda z: problem.error(make(z, problem.labels, later)), steps)
     with torch.no_grad():
         return search.z, make(search.z, problem.labels, later), (steps + 1) * make.calls
@@ -301,34 +295,33 @@ def _optimise(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def _rounds(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tensor, int]:
-    net, noise = student_in(student), ImageNoise(problem.seeds, shape_of(student))
+    net, noise = student_in(student), ImageNoise(problem.seeds, image_shape(student))
     z = noise(torch.float32).to(problem.y.device)
-    x = student(net.sigma_g * z, net.sigma_g, problem.labels)
-    levels = [sigma for _ in range(steps) for sigma in net.mid_sigmas]
+    x = student((net.sigma_g * z).to(input_type(net)), net.sigma_g, problem.labels)
+    levels = steps * net.mid_sigmas
     for sigma in levels:
-        x = problem.operator.put_back(x, problem.y)
-        fresh = noise(torch.float32).to(x)
-        x = student(x + math.sqrt(sigma**2 - net.eps**2) * fresh, sigma, problem.labels)
+        x = noised_again(net, problem.operator.put_back(x.float(), problem.y), sigma, noise(torch.float32))
+        x = student(x.to(input_type(net)), sigma, problem.labels)
     return z, x.float(), 1 + len(levels)
 
 
 @torch.no_grad()
 def _teacher(teacher: Any, problem: Problem, steps: int) -> tuple[None, Tensor, int]:
-    net, noise = denoiser_in(teacher), ImageNoise(problem.seeds, shape_of(teacher))
-    lo, hi = max(0.002, net.sigma_min), min(80.0, net.sigma_max)
-    levels = [*karras_sigmas(steps, sigma_min=lo, sigma_max=hi).tolist(), 0.0]
-    x = levels[0] * noise(torch.float32).to(problem.y.device)
-    image = x
-    for i, (sigma, lower) in enumerate(itertools.pairwise(levels)):
+    net, noise = denoiser_in(teacher), ImageNoise(problem.seeds, image_shape(teacher))
+    sampler = Sampler(steps=steps)
+    levels = [float(x) for x in net.round_sigma(sampler.noise_levels(*sampler.sigma_range(net)))]
+    x = levels[0] * noise(torch.float32).to(problem.y)
+    image, calls = x, 0
+    for i, (sigma, lower) in enumerate(itertools.pairwise([*levels, 0.0])):
         again = RESAMPLED if i > 0 and lower > 0 else 1
         for k in range(again):
             known = problem.y + sigma * problem.operator.apply(noise(torch.float32).to(x))
             x = problem.operator.put_back(x, known)
-            image = teacher(x, torch.tensor(sigma, dtype=torch.float32, device=x.device), problem.labels).float()
+            level = torch.tensor(sigma, dtype=input_type(net), device=x.device)
+            image, calls = teacher(x.to(level), level, problem.labels).float(), calls + 1
             x = image + lower / sigma * (x - image)  # Euler's step
             if k < again - 1:
                 x = x + math.sqrt(sigma**2 - lower**2) * noise(torch.float32).to(x)
-    calls = sum(RESAMPLED if i > 0 and levels[i + 1] > 0 else 1 for i in range(steps))
     return None, image, calls
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError, shown
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.bare import check_weights, device_of
 from gddlab.probing.guard import as_it_was, differentiable
-from gddlab.sampling.samplers import ImageNoise, denoiser_in, one_hot
+from gddlab.sampling.samplers import ImageNoise, denoiser_in, image_shape, input_type, multistep, one_hot
 
 LR = 0.5
 """Adam's learning rate at its highest; noise has unit variance."""
@@ -44,7 +44,7 @@ class Generator:
 
     def __init__(self, net: Any):
         self.net, self.module = net, student_in(net)
-        self.shape, self.label_dim = shape_of(self.module), self.module.label_dim
+        self.shape, self.label_dim = image_shape(net), self.module.label_dim
         self.calls, self.device = len(self.module.sigmas), device_of(net)
 
     def noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -54,18 +54,21 @@ class Generator:
         return z, [drawn().float().to(self.device) for _ in self.module.mid_sigmas]
 
     def __call__(
-        self, z: Float[Tensor, "b c h w"], labels: Tensor | None = None, later: Sequence[Tensor] = ()
+        self,
+        z: Float[Tensor, "b c h w"],
+        labels: Tensor | None = None,
+        later: Sequence[Tensor] = (),
+        within: Iterable[contextlib.AbstractContextManager[Any]] = (),
     ) -> Float[Tensor, "b c h w"]:
-        """Images, not clipped, so that gradients reach all pixels."""
-        first, *others = self.module.sigmas
-        x: Tensor = self.net(first * z, first, labels)
-        for sigma, noise in zip(others, later, strict=True):
-            x = self.net(x + math.sqrt(sigma**2 - self.module.eps**2) * noise, sigma, labels)
-        return x.float()
+        """Images, not clipped, so that gradients reach all pixels; `within` as for `multistep`."""
+        net, noise = cast(OneStepPrecond, self.net), iter(later).__next__
+        z = z.to(input_type(self.module))
+        return multistep(net, z, labels, sigmas=self.module.sigmas, noise=noise, within=within).float()
 
     def one_hot(self, ids: Tensor | None) -> Tensor | None:
         """One-hot labels of class ids, on the network's device."""
-        return None if ids is None else torch.nn.functional.one_hot(ids, self.label_dim).float().to(self.device)
+        labels = None if ids is None else one_hot(self.label_dim, range(len(ids)), ids)
+        return None if labels is None else labels.to(self.device)
 
 
 def student_in(net: Any) -> OneStepPrecond:
@@ -75,12 +78,6 @@ def student_in(net: Any) -> OneStepPrecond:
         raise GddlabError(f"{type(module).__name__} is no one-step student: give load_run(...).student()")
     check_weights(net)
     return module
-
-
-def shape_of(net: Any) -> tuple[int, int, int]:
-    """Shape of what a network makes, (C, H, W)."""
-    module = denoiser_in(net)
-    return (module.img_channels, module.img_resolution, module.img_resolution)
 
 
 def class_ids_of(net: Any, labels: Any, n: int) -> Tensor | None:
@@ -169,8 +166,8 @@ def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:
     return images
 
 
-def check_share(name: str, value: float) -> float:
-    """A number of at least 0."""
+def check_weight(name: str, value: float) -> float:
+    """The weight of a part of a loss, at least 0."""
     if not math.isfinite(value) or value < 0:
         raise GddlabError(f"{name}={shown(value)}: give a number, at least 0")
     return value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.teacher import TeacherConfig
+from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, find_extractor
 from gddlab.freezing import FreezeMask
 from gddlab.nets import OneStepPrecond, Precond
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-SHOWN = 16
+NAMED = 16
 """Arms of a question that its text names."""
 
 
@@ -105,8 +106,8 @@ class Question:
 
         parts = [self.asked]
         if self.arms:
-            more = f"; and {len(self.arms) - SHOWN} others" if len(self.arms) > SHOWN else ""
-            parts.append(f"Arms: {'; '.join(look(name).label for name in self.arms[:SHOWN])}{more}.")
+            more = f"; and {len(self.arms) - NAMED} others" if len(self.arms) > NAMED else ""
+            parts.append(f"Arms: {'; '.join(look(name).label for name in self.arms[:NAMED])}{more}.")
         if self.against is not None:
             at = "at the end" if self.at is None else f"after {self.at:g} thousand images"
             parts.append(f"Compared with {look(self.against).label} by {', '.join(self.primary)}, {at}.")
@@ -192,6 +193,16 @@ class Subjects:
     asked: Collection[str] = ()
     configs: Mapping[str, TrainConfig] = field(default_factory=dict)
     nproc: int = 1
+
+    def student(self, name: str) -> OneStepPrecond:
+        """One that the study cannot do without.
+
+        Raises:
+            GddlabError: It is not trained.
+        """
+        if name not in self.students:
+            raise GddlabError(f"the study needs a student of {name!r}, which is not there: run --only {name} first")
+        return self.students[name]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def known_cases(s: Subjects) -> Found:
     import pandas as pd
 
     rows, records = [], []
-    for metrics, how in s.judge.scores(s.data, asked=s.asked):
+    for metrics, how in s.judge.scores(s.data, asked=s.asked, end=False):
         how |= {"metrics": metrics, "progress": False}
         if how["data"] != s.data:
             found = {"copier": evaluate(open_dataset(s.data), **how)}
@@ -168,9 +168,10 @@ def completed(s: Subjects) -> Found:
     """
     import pandas as pd
 
-    held_out = open_dataset(s.judge.held_out or s.data)
+    assert s.judge.held_out is not None
+    held_out = open_dataset(s.judge.held_out)
     truth = held_out.images(slice(0, min(COMPLETED, len(held_out))))
-    student, several = s.students["gdd-i"], s.students.get("second-step-0.8")
+    student, several = s.student("gdd-i"), s.students.get("second-step-0.8")
     settings: list[tuple[str, Any, dict[str, Any]]] = [
         (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED
     ]
@@ -218,7 +219,7 @@ def rewound(s: Subjects) -> Found:
     import pandas as pd
 
     scores = _Scores(s)
-    student = s.students["gdd"]
+    student = s.student("gdd")
     own, theirs = ({k: v.clone() for k, v in net.state_dict().items()} for net in (student, s.teacher))
     theirs = {k: theirs[k] for k in own}
     moved = {k: (own[k] - theirs[k]).double().square().sum().item() for k in own}
@@ -255,6 +256,7 @@ def pulls(s: Subjects) -> Found:
             if k in group_of
         )
 
+    s.student("warm")
     problem = adversarial_problem(s.folders["warm"], n=PULLED)
     gan = grad_probe(*problem, layers=layers, progress=False)
     low = grad_probe(s.teacher, timesteps=LOW, layers=layers, data=s.data, n=PULLED, progress=False)

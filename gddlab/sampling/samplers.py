@@ -292,6 +292,7 @@ def multistep(
     *,
     sigmas: Sequence[float],
     noise: Callable[[], Tensor],
+    within: Iterable[contextlib.AbstractContextManager[Any]] = (),
 ) -> Float[Tensor, "b c h w"]:
     """n-step sampling of a student: G, then noise and G in turn (Song et al. 2023, algorithm 1).
 
@@ -301,6 +302,7 @@ def multistep(
         class_labels: One-hot, (B, label_dim).
         sigmas: Descending noise levels above eps, one per step; the student starts from the first, 80.
         noise: Gives standard normal noise, (B, C, H, W), for each later step; an `ImageNoise` after its latents.
+        within: Contexts in which the network is called, first step first; none for steps beyond them.
 
     Returns:
         (B, C, H, W), float32.
@@ -308,11 +310,18 @@ def multistep(
     Raises:
         GddlabError: Noise levels that do not descend, or not above eps.
     """
-    sigmas = _student_levels(net, sigmas)
-    x: Tensor = net(sigmas[0] * z, sigmas[0], class_labels)
+    sigmas, contexts = _student_levels(net, sigmas), iter(within)
+    with next(contexts, contextlib.nullcontext()):
+        x: Tensor = net(sigmas[0] * z, sigmas[0], class_labels)
     for sigma in sigmas[1:]:
-        x = net(x + math.sqrt(sigma**2 - net.eps**2) * noise().to(x), sigma, class_labels)
+        with next(contexts, contextlib.nullcontext()):
+            x = net(noised_again(net, x, sigma, noise()), sigma, class_labels)
     return x
+
+
+def noised_again(net: OneStepPrecond, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
+    """An image of a student, which has noise of eps, at a noise level above."""
+    return x + math.sqrt(sigma**2 - net.eps**2) * noise.to(x)
 
 
 def _student_levels(net: OneStepPrecond, sigmas: Any) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Completing and inverting images: seconds an image by rows at once, compiled or not, in pairs; prints JSON.
+"""Completing images: seconds a completion by rows at once, compiled or not, in pairs; prints JSON.
 
 python tests/benchmarks/editing.py [PAIRS]
 """

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.editing import Direction, directions, edit, invert
+from gddlab.editing.search import Generator
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student
@@ -96,6 +97,26 @@ def test_along_a_direction(student: OneStepPrecond) -> None:
     assert_close(found.images[:, 2], expected, rtol=1e-4, atol=1e-5)
     own = edit(student, [0], direction=Direction(LAYER, torch.zeros(1, 1, 1)))
     assert_close(own.images[:, 0], own.before)
+
+
+def test_a_student_of_two_steps() -> None:
+    """A direction acts in the first step; layers that see an edit see it in both."""
+    two = make_student(tiny_net(), mid_sigmas=(0.8,)).eval()
+    a = sample(two, 1, seed=0)
+    whole = edit(two, [0], towards=[9]).images[:, 0]  # with the later noise of the source
+    last = edit(two, [0], towards=[9], layers=["model.dec.16x16_aux_conv"], strength=[0, 1]).images
+    assert_close(last[:, 0], a, rtol=1e-4, atol=1e-5)
+    assert_close(last[:, 1], whole, rtol=0, atol=0.02)
+    assert (whole - a).abs().mean() > 0.02
+    vector = torch.ones(1, 1, 1)
+    found = edit(two, [0], direction=Direction(LAYER, vector)).images[:, 0]
+    make = Generator(two)
+    z, later = make.noise([0])
+    with torch.no_grad():
+        expected = make(z, None, later, [tapped(two, {LAYER: lambda x: x + 1})]).clamp(-1, 1)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, a, atol=1e-3)
+    assert directions(two, LAYER, k=2, n=8).n == 8
 
 
 def test_refusals(student: OneStepPrecond) -> None:

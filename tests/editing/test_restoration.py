@@ -12,6 +12,7 @@ from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample
 from tests.conftest import tiny_net
+from tests.nets.test_dit import tiny_dit
 
 HALF = torch.ones(16, 16)
 HALF[8:] = 0
@@ -59,6 +60,21 @@ def test_fewer_pixels_are_met_by_all_methods(images: torch.Tensor, student: OneS
     assert found.operator == "downscale 4" and "Restoration of 2 x 2 images by 'optimise'" in repr(found)
     by_teacher = restore(tiny_net(), small, downscale(4), n=1, method="teacher", steps=6)
     assert by_teacher.images.shape == (2, 1, 1, 16, 16)
+
+
+def test_a_mask_of_each_image(student: OneStepPrecond) -> None:
+    images = sample(student, 3, seed=30)
+    keep = torch.stack([HALF, 1 - HALF, HALF])[:, None]
+    found = inpaint(student, images, keep, n=2, steps=2)
+    whole = keep.bool()[:, None].expand_as(found.images)
+    assert torch.equal(found.images[whole], images[:, None].expand_as(found.images)[whole])
+
+
+def test_a_teacher_by_flow_matching(images: torch.Tensor) -> None:
+    """Its levels are those of the sampler, which ends below pure noise."""
+    pictures = images[..., :8, :8].repeat(1, 2, 1, 1)
+    found = inpaint(tiny_dit(), pictures, torch.ones(8, 8).tril(), n=1, method="teacher", steps=3)
+    assert found.images.isfinite().all() and found.calls == 1 + 4 + 1
 
 
 def test_scores(student: OneStepPrecond, images: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from gddlab.datasets import open_dataset
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
+from gddlab.errors import GddlabError
 from gddlab.evaluation import evaluate
 from gddlab.experiments.digits import STILL
 from gddlab.experiments.experiment import Found, Judge, Subjects
@@ -76,6 +77,14 @@ def test_known_cases(subjects: Subjects) -> None:
     copier, classless = (frame.loc[case].set_index("label")["value"] for case in ("copier", "missing class"))
     assert copier["fd-lite2"] < classless["fd-lite2"]
     assert "kd-lite2:held-out" in copier and "kd-lite2:held-out" not in classless
+    in_blocks = found("known-cases", replace(subjects, judge=Judge(n=N, blocks=2))).frame
+    assert in_blocks["label"].tolist() == halves["label"].tolist()
+
+
+def test_a_student_that_is_not_there_is_named(subjects: Subjects) -> None:
+    for name, needed in (("rewound", "gdd"), ("pulls", "warm")):
+        with pytest.raises(GddlabError, match=f"needs a student of '{needed}', which is not there"):
+            found(name, replace(subjects, students={}))
 
 
 def test_followed(subjects: Subjects) -> None:
