@@ -1,4 +1,4 @@
-"""Memory that the C library keeps: page faults of tensors that come and go, in processes of their own."""
+"""Memory that the C library keeps: tensors that come and go are not fetched anew, in processes of their own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ from gddlab.workers import run_workers
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc"
 )
-ALONE = "import tests.test_memory as t; print(t.keep_memory(), t.faults())"
+ALONE = "import tests.test_memory as t; print(t.keep_memory(), t.fetched())"
 
 
-def faults(report: object = None) -> int:
-    """Page faults of ten tensors of 64 MiB, one after the other, after some that fetched the memory."""
+def fetched(report: object = None) -> int:
+    """How many of ten tensors of 64 MiB, one after the other, had their memory fetched: 16 page faults and more.
+
+    Where pages are huge (2 MiB) a tensor has 32. One of the ten may be fetched although memory is kept, where a
+    thread that starts has put something small in the midst of what was free.
+    """
+    found = 0
     for _ in range(4):
         torch.zeros(1 << 24).add_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.zeros(1 << 24).add_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before >= 16
+    return found
 
 
 def in_a_process(**environment: str) -> tuple[bool, int]:
@@ -43,7 +49,7 @@ def in_a_process(**environment: str) -> tuple[bool, int]:
 @glibc
 def test_kept_memory_is_not_fetched_again() -> None:
     took, found = in_a_process()
-    assert took and found < 10
+    assert took and found <= 2
 
 
 @glibc
@@ -51,13 +57,13 @@ def test_kept_memory_is_not_fetched_again() -> None:
 def test_it_is_switched_off(environment: dict[str, str]) -> None:
     """By gddlab's own variable, and by a setting of glibc's, which is not overwritten."""
     took, found = in_a_process(**environment)
-    assert not took and found >= 10  # as few where pages are huge
+    assert not took and found == 10
 
 
 @glibc
 def test_workers_keep_memory() -> None:
-    (found,) = run_workers({}, entry="tests.test_memory:faults")
-    assert found < 10
+    (found,) = run_workers({}, entry="tests.test_memory:fetched")
+    assert found <= 2
 
 
 class Kept(Exception):
