@@ -47,9 +47,9 @@ OF_NETWORK = {"unet": ("channel_mult", "attn_resolutions", "dropout"), "dit": ("
 class TeacherConfig(RunSettings):
     """How a teacher is trained; the defaults are those of the bundled digits teacher (NCSN++, 0.26 M parameters).
 
-    With network="dit" they are those of the bundled digits-dit (transformer, 1.06 M parameters), which is of all
-    digits: classes, of which a tenth is dropped, width 96, 6 blocks, learning rate 0.001, a tenth of the noise levels
-    log-uniform. Files that ship are rounded (`half`).
+    With network="dit" they are those of the bundled digits-dit (transformer, 1.06 M parameters): classes, of which a
+    tenth is dropped, width 96, 6 blocks, learning rate 0.001, a tenth of the noise levels log-uniform. Files that ship
+    are rounded (`half`).
     """
 
     places: ClassVar[tuple[str, ...]] = ("data",)

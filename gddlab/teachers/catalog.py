@@ -174,9 +174,9 @@ def load_teacher(
     Args:
         source: One of
             the name of a bundled teacher, trained on "digits:train": "digits"; "digits-high", with a tenth of its noise
-                levels log-uniform in 5 to 80, where "digits" saw next to none; "digits-cond", with classes; or on all
-                digits: "digits-dit", a transformer with classes at the levels of "digits-high"; "digits-all",
-                "digits-high-all" and "digits-cond-all", twice as wide;
+                levels log-uniform in 5 to 80, where "digits" saw next to none; "digits-cond", with classes;
+                "digits-dit", a transformer with classes at the levels of "digits-high"; or on all digits, twice as
+                wide: "digits-all", "digits-high-all" and "digits-cond-all";
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
