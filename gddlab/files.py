@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def data_dir() -> Path:
-    """Folder of what ships with gddlab: `data/` in a clone, `gddlab/data/` in an installed wheel."""
+    """Folder of what ships with gddlab: `data/` in a clone, `gddlab/data/` in an installed wheel (without `runs`)."""
     package = Path(__file__).resolve().parent
     inside = package / "data"
     return inside if inside.is_dir() else package.parent / "data"

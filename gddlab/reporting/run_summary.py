@@ -394,9 +394,10 @@ def runs_folder(names: Mapping[str, Any]) -> Path:
     given = names.get("runs") or ""
     folder = Path(given) if given else data_dir() / "runs"
     if not folder.is_dir():
-        raise NotFound(
-            f"runs={str(given)!r}: no such folder; give the --out of gddlab reproduce, or '' for the shipped runs"
-        )
+        wanted = "give the --out of gddlab reproduce, or '' for the shipped runs"
+        if not given:
+            wanted = "the shipped runs come with a clone of gddlab, not with its wheel; or give your own"
+        raise NotFound(f"runs={str(given)!r}: no such folder; {wanted}")
     found = [
         any(True for kind in ("/seed-*/config.json", ARCHIVE) for _ in folder.glob(n + kind)) for n in ("*", "*/*")
     ]

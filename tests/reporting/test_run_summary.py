@@ -21,6 +21,12 @@ def test_the_shipped_runs_or_those_given(tmp_path: Path, capsys: pytest.CaptureF
         runs_folder({"runs": str(tmp_path / "absent")})
 
 
+def test_a_wheel_has_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.reporting.run_summary.data_dir", lambda: tmp_path)
+    with pytest.raises(NotFound, match="come with a clone of gddlab, not with its wheel"):
+        runs_folder({"runs": ""})
+
+
 def test_the_folder_of_one_list_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "digits" / "gdd" / "seed-0" / "config.json"
     config.parent.mkdir(parents=True)
