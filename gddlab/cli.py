@@ -564,7 +564,7 @@ def sample(
     if nproc != 1:
         raise GddlabError(f"nproc={nproc} for a grid: several processes write a folder or a .zip")
     check_free(out, overwrite)
-    save_grid(gddlab.sample(gddlab.load_teacher(model), progress=True, **{"batch_size": 64} | options), out)
+    save_grid(gddlab.sample(network(model), progress=True, **{"batch_size": 64} | options), out)
     say(out)
 
 
@@ -593,7 +593,7 @@ def invert(
     from gddlab.sampling import save_grid
 
     given = _images(data, start, images)
-    found = gddlab.invert(gddlab.load_teacher(model), given, class_labels=label, out=out, **options)
+    found = gddlab.invert(network(model), given, class_labels=label, out=out, **options)
     found.save(out / "inversion.safetensors")
     save_grid(torch.cat([given, found.images]), out / "images.png", columns=len(given))
     say(found)
@@ -632,7 +632,7 @@ def inpaint(
     check_free(out, overwrite)
     given = _images(data, start, images)
     mask = check_keep(_mask(keep, given.shape[-1]) if Path(keep).suffix else keep, len(given), given.shape[1:])
-    found = gddlab.inpaint(gddlab.load_teacher(model), given, mask, class_labels=label, **options)
+    found = gddlab.inpaint(network(model), given, mask, class_labels=label, **options)
     rows = torch.cat([given[:, None], torch.where(mask, given, 0.0)[:, None], found.images], 1)
     save_grid(rows.flatten(0, 1), out, columns=rows.shape[1])
     say(found)
@@ -673,7 +673,7 @@ def edit(
     from gddlab.sampling import save_grid
 
     check_free(out, overwrite)
-    student = gddlab.load_teacher(model)
+    student = network(model)
     direction = None if layer is None else gddlab.directions(student, layer, k=component + 1)[component]
     how: dict[str, Any] = {"class_labels": label, "towards": towards, "direction": direction, "layers": layers}
     found = gddlab.edit(student, seeds, strength=strength, **how, **options)
@@ -706,6 +706,7 @@ def evaluate(
         overwrite: Replaces that file.
     """
     from gddlab.evaluation import append_records
+    from gddlab.runtime import chosen_device
     from gddlab.teachers.catalog import run_of
 
     if out is not None:
@@ -715,7 +716,7 @@ def evaluate(
     run_dir = None if model.startswith("data:") else run_of(model)
     if snapshot is not None and run_dir is None:
         raise GddlabError(f"snapshot {snapshot} of {model}, which is no run directory: omit --snapshot")
-    source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot)
+    source: Any = model if snapshot is None else gddlab.load_run(model).student(snapshot).to(chosen_device())
     scores = gddlab.evaluate(source, **options, **sampler.given)
     if int(os.environ.get("RANK", 0)):
         return  # every rank has the scores, the first one reports them
@@ -821,7 +822,14 @@ def doctor(json: bool = False) -> None:
         sys.exit(2)
 
 
-# What commands print and write.
+# What commands read, print and write.
+
+
+def network(source: str) -> Any:
+    """A teacher or student by name or path, on the GPU where there is one."""
+    from gddlab.runtime import chosen_device
+
+    return gddlab.load_teacher(source).to(chosen_device())
 
 
 def say(text: object) -> None:

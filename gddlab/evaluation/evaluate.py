@@ -58,7 +58,8 @@ def evaluate(
         source: Student, teacher, data set, or images: a tensor, float32 in [-1, 1], (N, C, R, R), an array, uint8,
             (N, R, R, C), a list of Pillow images; or by name or path: a run, a teacher, a file of weights, a folder of
             diffusers, a folder, zip, .npz or .npy of images, "data:NAME" for a data set; or the handle of a run. Also
-            what `wrap` made: latents are decoded, recorded prompts take turns.
+            what `wrap` made: latents are decoded, recorded prompts take turns. A network that is given stays on its
+            device; one by name or path goes to the GPU where there is one.
         data: The real images, as for `open_dataset`, or a .npz of their statistics: EDM's (for "fid" alone), or what
             `reference` wrote. None takes the data set on the model's card; "data:NAME" alone is scored against itself.
         metrics: Some of "fid" (Frechet distance), "kid" (kernel distance), "prc" (precision, recall), "is" (inception

@@ -56,20 +56,21 @@ def open_source(source: str | Path, *, progress: bool = True) -> Denoiser | Imag
 
     Images are "data:NAME", a part such as "digits:held-out", a folder that is neither a run directory nor a teacher,
     and a file that is not .pkl, .safetensors, .pt or .pth. Everything else goes to `load_teacher`: a run directory, a
-    bundled teacher's name, also where a folder is called so, a file of weights, a folder of diffusers.
+    bundled teacher's name, also where a folder is called so, a file of weights, a folder of diffusers; the model is
+    then on the GPU where there is one.
     """
     text = as_text(source)
     if text.startswith("data:") or name_and_part(text)[1]:
         return open_dataset(text.removeprefix("data:"), progress=progress)
     if text in bundled_teachers():
-        return load_teacher(text)
+        return load_teacher(text).to(chosen_device())
     path = path_of("source", source)
     images = path.is_dir() and not (
         is_run(path) or (path / "teacher.safetensors").exists() or is_diffusers_folder(path)
     )
     if images or (path.is_file() and path.suffix.lower() not in (".pkl", ".safetensors", ".pt", ".pth")):
         return open_dataset(path, progress=progress)
-    return load_teacher(source)
+    return load_teacher(source).to(chosen_device())
 
 
 def images_of(
