@@ -247,7 +247,7 @@ def edit(
                     changes = [dict.fromkeys(names, AtSite(_mixed(step, t))) for step in kept]
                     x = make(a, ca, fixed, [tapped(student, change, len(a)) for change in changes])
                 else:
-                    at = a if b is a else slerp(a, b, t)
+                    at = a if goal is z else slerp(a, b, t)
                     noise[rows, s] = at
                     x = make(at, ca if ca is None or cb is None else torch.lerp(ca, cb, t), fixed)
                 images[rows, s] = x.clamp(-1, 1).cpu()

@@ -6,7 +6,16 @@ from gddlab.evaluation.evaluate import evaluate, real_split, yardsticks
 from gddlab.evaluation.extractors import EXTRACTORS, Extractor, find_extractor, register
 from gddlab.evaluation.judge import train_judge
 from gddlab.evaluation.metrics import METRICS
-from gddlab.evaluation.records import Comparison, Record, Scores, Trace, append_records, compare, load_records
+from gddlab.evaluation.records import (
+    Comparison,
+    Record,
+    Scores,
+    Trace,
+    append_records,
+    compare,
+    load_records,
+    scores_of,
+)
 from gddlab.evaluation.references import reference
 from gddlab.evaluation.run_scores import evaluate_snapshots, missing_scores, score_student, scorer
 from gddlab.evaluation.trace import trace
@@ -31,6 +40,7 @@ __all__ = [
     "register",
     "score_student",
     "scorer",
+    "scores_of",
     "trace",
     "train_judge",
     "yardsticks",

@@ -98,7 +98,8 @@ def images_of(
         return GeneratedImages(source, how, count, seed, classes_of(source, real, count, seed), batch_size)
     for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
         if value is not None:
-            raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a teacher takes {name}")
+            who = "student" if name == "sigmas" else "model" if name == "steps" else "teacher"
+            raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a {who} takes {name}")
     if n is not None and isinstance(source, ImageDataset | Tensor) and n > len(source):
         raise GddlabError(f"n={n} images: only {len(source)} were given")
     if isinstance(source, ImageDataset):
@@ -112,7 +113,7 @@ def images_of(
             f"source is a {type(source).__name__}: give a student, a teacher, a dataset, or images as an array, uint8 "
             "(N, H, W, C), as a list of Pillow images, or as a tensor in [-1, 1]"
         )
-    if source.ndim != 4 or not source.is_floating_point():
+    if source.ndim != 4 or not source.is_floating_point() or not len(source):
         what = f"{source.dtype} {tuple(source.shape)}"
         raise GddlabError(f"images are {what}: give float (N, C, R, R) in [-1, 1], or an array, uint8 (N, R, R, C)")
     check_shape((source.shape[1], *source.shape[2:]), real, "images")

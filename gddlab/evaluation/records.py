@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gddlab.datasets import HELD_OUT, name_and_part
+from gddlab.distill.config import TrainConfig
 from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import argument_of
 from gddlab.evaluation.metrics import METRICS, metric_of, names_of
 from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text
+from gddlab.nets import SIGMA_MAX
 from gddlab.runs import Run
+from gddlab.sampling.samplers import sampler_name
 from gddlab.teachers import bundled_teachers
 
 if TYPE_CHECKING:
@@ -378,6 +381,27 @@ def _holds(path: Path, model_sha256: str) -> bool:
     from safetensors.torch import load_file
 
     return path.suffix == ".safetensors" and path.is_file() and hash_tensors(load_file(path)) == model_sha256
+
+
+def scores_of(records: Iterable[Record], config: TrainConfig) -> list[Record]:
+    """The scores that count for a run: of its students by their own steps, of the first block of seeds, the newest.
+
+    Args:
+        records: Of its evaluation.jsonl, which may hold others: by other steps, of other images.
+        config: The run's.
+
+    Returns:
+        One record per label and thousands of images, in the order of the records.
+    """
+    own = sampler_name((SIGMA_MAX, *config.mid_sigmas))
+    out: dict[tuple[str, float], Record] = {}
+    for r in records:
+        if r.sampler != own or r.kimg is None:
+            continue
+        before = out.get((r.label, r.kimg), r)
+        if (r.seeds or (0, 0))[0] <= (before.seeds or (0, 0))[0]:
+            out[r.label, r.kimg] = r
+    return list(out.values())
 
 
 def sampler_settings(text: str) -> dict[str, str]:

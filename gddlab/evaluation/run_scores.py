@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError
 from gddlab.evaluation.evaluate import evaluate, real_split
 from gddlab.evaluation.extractors import find_extractor
 from gddlab.evaluation.metrics import DISTANCES, names_of
-from gddlab.evaluation.records import Record, append_records, label_of, least_name, load_records
+from gddlab.evaluation.records import Record, append_records, label_of, least_name, load_records, scores_of
 from gddlab.files import path_of, write_json
 from gddlab.runs import Run, load_run
 from gddlab.runtime import chosen_device
@@ -46,7 +46,7 @@ def evaluate_snapshots(
         (thousands of images, record), oldest first.
     """
     metric = find_extractor(extractor).metric_name("fid")
-    known = _known(run.run_dir, metric, n)
+    known = _known(run.run_dir, run.config, metric, n, data=data)
     out: list[tuple[float, Record]] = []
     for path in run.snapshots():
         net = run.student(path)
@@ -80,7 +80,8 @@ def missing_scores(
         kimg: Thousands of images after which the student was kept; None for the final one.
     """
     kimg = run.config.end_kimg if kimg is None else kimg
-    have = {r.label for r in load_records(run.run_dir) if r.kimg is not None and math.isclose(r.kimg, kimg)}
+    scored = scores_of(load_records(run.run_dir), run.config)
+    have = {r.label for r in scored if r.kimg is not None and math.isclose(r.kimg, kimg)}
     part = None if data is None else name_and_part(data)[1]
 
     def missing(kind: str) -> bool:
@@ -121,9 +122,14 @@ def score_student(
     return records
 
 
-def _known(run_dir: Path, metric: str, n: int | None) -> dict[str | None, Record]:
-    """The records of a metric at `n` images, at any number if None, by the hash of what was scored."""
-    return {r.model_sha256: r for r in load_records(run_dir) if r.name == metric and n in (None, r.n)}
+def _known(
+    run_dir: Path, config: TrainConfig, metric: str, n: int | None, *, data: str | None = None
+) -> dict[str | None, Record]:
+    """The scores of a run against `data`, its own if None, at `n` images, at any number if None, by what was scored."""
+    label = label_of(metric, name_and_part(config.data if data is None else data)[1])
+    return {
+        r.model_sha256: r for r in scores_of(load_records(run_dir), config) if r.label == label and n in (None, r.n)
+    }
 
 
 def scorer(config: TrainConfig, world: World) -> Score:
@@ -141,7 +147,7 @@ def scorer(config: TrainConfig, world: World) -> Score:
 
     def score(file: Path) -> tuple[str, float, float | None]:
         net = load_run(config.run_dir).student(file).to(world.device)
-        record = _known(config.run_dir, metric, config.metric_n).get(net.card.sha256)
+        record = _known(config.run_dir, config, metric, config.metric_n).get(net.card.sha256)
         if record is None:
             how: dict[str, Any] = {"n": config.metric_n, "extractor": config.metric_extractor, "progress": False}
             try:

@@ -50,7 +50,9 @@ TEACHERS = (
     *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
-row = Rows("digits", at=(12,), long=(6, 12, 24, 40), sec_per_kimg=15.0, sec_scores=40.0)
+AT = 12
+"""Thousands of images that every student sees; where it is scored."""
+row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
 STILL = 1e-12
@@ -124,13 +126,14 @@ def copying_rows() -> tuple[Experiment, ...]:
         row.copying("rcd", steps=n, called=f"rcd-{n}", what=f", the teacher in {n} steps", seeds=2, **COPYING)
         for n in STEPS
     )
-    then: dict[str, Any] = {"mask": free, "start": "rcd"}
     return (
         *row.baselines(steps=16, slower=slower, longer=2, **COPYING),
         *rates,
         *steps,
-        row("rcd-then-gdd", "GDD from RCD's student", **then),
-        row.copying("rcd", steps=16, called="gdd-then-rcd", what=", from GDD's student", start="gdd", **COPYING),
+        row("rcd-then-gdd", f"GDD from RCD's student after {AT} kimg", mask=free, start=("rcd", AT)),
+        row.copying(
+            "rcd", steps=16, called="gdd-then-rcd", what=f", from GDD's after {AT} kimg", start=("gdd", AT), **COPYING
+        ),
     )
 
 
@@ -173,7 +176,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *row.central(seeds=10, longer=3),
     *copying_rows(),
     *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
-    *row.step_sizes((0.25, 0.5, 2)),
+    *row.step_sizes((0.25, 0.5, 2), seeds=5),
     row(
         "warm",
         "the discriminator alone is trained, on the teacher's one-step images",

@@ -62,7 +62,7 @@ class Experiment:
             there are none, all snapshots are scored by the first distance.
         teacher: File of the teacher within the list's folder, such as "teachers/early/snapshots/20.safetensors"; None
             for the list's own.
-        start: An experiment whose student of the same seed is where this one begins.
+        start: An experiment, and thousands of images after which its student of the same seed is where this one begins.
         seconds: One run with its evaluation, roughly; None if it was never measured.
     """
 
@@ -73,7 +73,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     at: tuple[float, ...] = ()
     teacher: str | None = None
-    start: str | None = None
+    start: tuple[str, float] | None = None
     seconds: float | None = None
 
 
@@ -84,22 +84,24 @@ class Question:
     Attributes:
         notebook: The notebook's file without .ipynb.
         asked: One or two sentences.
-        arms: Experiments that are compared.
-        against: The arm that others are compared with; None where nothing is tested.
-        primary: Names of the scores by which it is decided, without their n.
+        arms: Experiments that are shown.
+        contrasts: Arms, and what each is compared with; these differences are tested together.
+        primary: Names of the scores by which it is decided, without their n: a pair differs where it does by each.
         also: Names of other scores that are shown.
         at: Thousands of images after which they count; None for the end of the runs.
         studies: Studies that it reads.
+        since: What was known when this was last changed; "" where it stands as before the first run.
     """
 
     notebook: str
     asked: str
     arms: tuple[str, ...] = ()
-    against: str | None = None
+    contrasts: tuple[tuple[str, str], ...] = ()
     primary: tuple[str, ...] = ("fd-lite2", "kd-lite2")
     also: tuple[str, ...] = ()
     at: float | None = None
     studies: tuple[str, ...] = ()
+    since: str = ""
 
     def __str__(self) -> str:
         from gddlab.reporting import look
@@ -108,14 +110,20 @@ class Question:
         if self.arms:
             more = f"; and {len(self.arms) - NAMED} others" if len(self.arms) > NAMED else ""
             parts.append(f"Arms: {'; '.join(look(name).label for name in self.arms[:NAMED])}{more}.")
-        if self.against is not None:
-            at = "at the end" if self.at is None else f"after {self.at:g} thousand images"
-            parts.append(f"Compared with {look(self.against).label} by {', '.join(self.primary)}, {at}.")
+        at = "at the end" if self.at is None else f"after {self.at:g} thousand images"
+        together: dict[str, list[str]] = {}
+        for arm, other in self.contrasts:
+            together.setdefault(look(other).label, []).append(look(arm).label)
+        if together:
+            parts.append(f"Compared by {', '.join(self.primary)}, {at}.")
+            parts += [f"Against {other}: {'; '.join(arms)}." for other, arms in together.items()]
+        if self.since:
+            parts.append(f"As of {self.since}.")
         return "\n".join(parts)
 
     def _repr_markdown_(self) -> str:
         first, *rest = str(self).split("\n")
-        return "\n\n".join([f"**Asked before the runs.** {first}", *rest])
+        return "\n\n".join([f"**Asked{'' if self.since else ' before the runs'}.** {first}", *rest])
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,8 @@ class Judge:
 
         Args:
             data: Real images.
-            asked: Names of scores; the second extractor's and copying are made where they are among them.
+            asked: Names of scores; the second extractor's, and copying where there are images held out, are made where
+                they are among them.
             end: Whether it is the end of a training, where `blocks` count.
         """
         own: dict[str, Any] = {"extractor": self.extractor, "data": data}
@@ -164,7 +173,7 @@ class Judge:
         if self.own is not None:
             out.append((("fid", "kid", "classes"), {"extractor": self.own, "data": data}))
         # not in the judge's features: it has seen the training images
-        copied = [e for e in (self.extractor, "pixels") if f"copying-{e}" in asked]
+        copied = [e for e in (self.extractor, "pixels") if self.held_out is not None and f"copying-{e}" in asked]
         return out + [(("copying",), {"extractor": extractor, "data": data}) for extractor in copied]
 
 
@@ -175,7 +184,8 @@ class Subjects:
     Attributes:
         teacher: Its card names the data.
         data: Real images, by name or path.
-        students: By experiment, those of the study's `needs` that are trained; of the first seed, or of the one named.
+        students: By experiment, those of the study's `needs` that are trained; of the first seed, or of the one named;
+            after as many images as the study says.
         steps: Heun steps of the teacher, ascending; the last is the full sampler.
         judge: How images are scored.
         folders: Run directories of the students.
@@ -224,6 +234,8 @@ class Study:
         needs: Experiments whose students it measures, "gdd" for the first seed's, "gdd/seed-1" for another's; what a
             list lacks is omitted. It is made again when more of them are trained.
         measure: Makes it.
+        at: Thousands of images after which students are measured, or at their end where that is earlier; None for the
+            end.
         seconds: Roughly; None if it was never measured.
         timed: Also times the configurations of the experiments in its questions; use an idle machine.
     """
@@ -233,6 +245,7 @@ class Study:
     needs: tuple[str, ...]
     measure: Callable[[Subjects], Found]
     seconds: float | None = None
+    at: float | None = None
     timed: bool = False
 
 
@@ -279,7 +292,8 @@ class ExperimentList:
             return None
         names = set(self.names)
         arms, studies = (tuple(n for n in given if n in names) for given in (found.arms, found.studies))
-        return replace(found, arms=arms, studies=studies)
+        contrasts = tuple(pair for pair in found.contrasts if names.issuperset(pair))
+        return replace(found, arms=arms, studies=studies, contrasts=contrasts)
 
     def notebooks_of(self, name: str) -> tuple[str, ...]:
         """Notebooks that read an experiment or study."""

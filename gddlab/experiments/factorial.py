@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNS = 48
-SHARES = (0.4, 0.6)
-"""Least and greatest frozen share of the parameters of a run."""
+MOST = 0.6
+"""Greatest frozen share of the parameters of a run, and of its complement."""
 ROUNDS = 20
 CANDIDATES = 4096
 """Rows among which a design is searched."""
@@ -44,18 +44,20 @@ def groups(source: ProbeResult | nn.Module) -> dict[str, list[str]]:
 
 
 def design(sizes: Mapping[str, float], *, runs: int = RUNS, seed: int = 0) -> np.ndarray:
-    """Which groups each run freezes, so that all main effects are estimated as well as possible.
+    """Which groups each run freezes: half of the rows, and for each of them the row that freezes the other groups.
 
-    Rows are drawn among those that freeze between 40 and 60 % of the parameters, then exchanged one by one while that
-    raises the determinant of the information matrix (D-optimal; Fedorov 1972; Atkinson & Donev 1992, section 15).
+    With its complement in the design, a row's pairs of groups cancel: no main effect holds any part of an interaction
+    of two groups (a foldover; Box & Wilson 1951). The first half are rows that freeze about half of the parameters,
+    exchanged one by one while that raises the determinant of the information matrix (D-optimal; Fedorov 1972; Atkinson
+    & Donev 1992, section 15).
 
     Args:
         sizes: Share of all parameters of each group.
-        runs: Number of rows.
+        runs: Number of rows, even.
         seed: Of the first rows.
 
     Returns:
-        bool, (runs, groups); True is frozen.
+        bool, (runs, groups); True is frozen. Row i + runs / 2 is the complement of row i.
     """
     return _design(tuple(sizes.values()), runs, seed)
 
@@ -63,15 +65,15 @@ def design(sizes: Mapping[str, float], *, runs: int = RUNS, seed: int = 0) -> np
 @functools.cache
 def _design(sizes: tuple[float, ...], runs: int, seed: int) -> np.ndarray:
     n, draw = len(sizes), np.random.default_rng(seed)
-    levels = (np.arange(2**n)[:, None] >> np.arange(n)) & 1  # every choice of groups, (2^n, n)
+    levels = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1  # without the last group: its complement has it
     share = levels @ np.asarray(sizes)
-    levels = levels[(share >= SHARES[0]) & (share <= SHARES[1])]
+    levels = levels[(share <= MOST) & (sum(sizes) - share <= MOST)]
     levels = levels[np.sort(draw.choice(len(levels), min(CANDIDATES, len(levels)), replace=False))]
-    x = np.hstack([np.ones((len(levels), 1)), 2.0 * levels - 1])  # (candidates, 1 + n)
-    rows = draw.choice(len(x), runs, replace=False)
+    x = 2.0 * levels - 1  # a row and its complement say as much about the effects, and together nothing about the mean
+    rows = draw.choice(len(x), runs // 2, replace=False)
     for _ in range(ROUNDS):
         before = rows.copy()
-        for i in range(runs):
+        for i in range(len(rows)):
             others = np.delete(rows, i)
             inverse = np.linalg.inv(x[others].T @ x[others])
             gain = np.einsum("ij,jk,ik->i", x, inverse, x)  # det(X'X + xx') = det(X'X) (1 + x' (X'X)^-1 x)
@@ -79,7 +81,8 @@ def _design(sizes: tuple[float, ...], runs: int, seed: int) -> np.ndarray:
             rows[i] = int(gain.argmax()) if gain.max() > gain[rows[i]] * (1 + 1e-9) else rows[i]
         if (rows == before).all():
             break
-    return levels[np.sort(rows)].astype(bool)
+    half = levels[np.sort(rows)].astype(bool)
+    return np.concatenate([half, ~half])
 
 
 def shares(result: ProbeResult) -> dict[str, float]:
@@ -100,9 +103,10 @@ def effects(
         metrics, at: As for `contrast_table`.
 
     Returns:
-        As `contrast_table` gives it: a row per score and group, `mean` and `difference` the effect, `frozen` the share
-        of the parameters that the group has, `seeds` the runs, intervals of 95 % and p of Student's t with
-        runs - groups - 1 degrees of freedom, `p_holm` corrected for the table.
+        As `contrast_table` gives it: a row per score and group, with `against` empty, `difference` the effect, `seeds`
+        the runs, `g` the effect over the residual standard deviation, intervals of 95 % and p of Student's t with
+        runs - groups - 1 degrees of freedom, `p_holm` corrected for all groups; and `frozen`, the group's share of the
+        parameters.
 
     Raises:
         GddlabError: Too few of the runs have a score to tell the groups apart.
@@ -110,7 +114,7 @@ def effects(
     import pandas as pd
     from scipy.stats import t
 
-    from gddlab.reporting.contrasts import holm
+    from gddlab.reporting.contrasts import corrected
     from gddlab.reporting.tables import run_table
 
     sizes, names = shares(result), [f"layers-{i:02}" for i in range(RUNS)]
@@ -125,16 +129,15 @@ def effects(
             raise GddlabError(f"{len(y)} of {RUNS} runs have a score {metric!r}: too few for {len(sizes)} groups")
         inverse = np.linalg.inv(x.T @ x)
         found = inverse @ x.T @ y
-        error = np.sqrt(((y - x @ found) ** 2).sum() / freedom * np.diag(inverse))[1:]
-        effect, half = 2 * found[1:], 2 * error * t.ppf(0.975, freedom)  # from frozen to trained are two units
-        columns = {"metric": metric, "experiment": list(sizes), "frozen": list(sizes.values()), "seeds": len(y)}
-        columns |= {"mean": effect, "low": effect - half, "high": effect + half}
-        columns |= {"difference": effect, "difference_low": effect - half, "difference_high": effect + half}
-        tables.append(
-            pd.DataFrame(columns).assign(g=effect / y.std(ddof=1), p=2 * t.sf(abs(effect) / (2 * error), freedom))
-        )
-    out = pd.concat(tables, ignore_index=True)
-    return out.assign(p_holm=holm(out["p"].to_numpy(float)), state="done")
+        spread = np.sqrt(((y - x @ found) ** 2).sum() / freedom)
+        # from frozen to trained are two units
+        effect, error = 2 * found[1:], 2 * spread * np.sqrt(np.diag(inverse))[1:]
+        half = error * t.ppf(0.975, freedom)
+        columns: dict[str, Any] = {"metric": metric, "experiment": list(sizes), "against": "", "seeds": len(y)}
+        columns |= {"difference": effect, "low": effect - half, "high": effect + half, "g": effect / spread}
+        columns |= {"p": 2 * t.sf(abs(effect) / error, freedom), "frozen": list(sizes.values()), "state": "done"}
+        tables.append(pd.DataFrame(columns))
+    return corrected(pd.concat(tables, ignore_index=True))
 
 
 def mask_of(result: ProbeResult, row: int) -> FreezeMask:

@@ -43,7 +43,7 @@ def _list(
             for name in (base.discriminator.networks() if base.discriminator else ())
         ),
     )
-    studies = tuple(replace(s, seconds=None) for s in STUDIES if s.name not in DIGITS_ALONE)
+    studies = tuple(replace(s, seconds=None, at=None) for s in STUDIES if s.name not in DIGITS_ALONE)
     return ExperimentList(
         base.teacher,
         base.data,

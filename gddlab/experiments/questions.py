@@ -6,7 +6,6 @@ from gddlab.experiments.experiment import Question
 
 DISTANCES = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
-BOTH = (*DISTANCES, "precision-lite2", "recall-lite2")
 BESIDE = ("kd-lite2", "fd-digits", "precision-lite2", "recall-lite2", "class-chi2-digits", "confidence-digits")
 """Other judges, shown beside every distance."""
 CENTRAL = ("gdd-i", "gdd", "random-50", "random-80", "scratch")
@@ -15,6 +14,14 @@ RANDOM = tuple(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6))
 ORDERED = (*(f"ordered-{p}" for p in (40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
 RATES = tuple(f"{name}-lr-{lr}" for lr in ("0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50"))
 COUNTS = (50, 100, 200, 599)
+JUDGES = (*DISTANCES, "fd-digits")
+"""With the distance of a classifier of the data, which is no relative of any discriminator."""
+SEEN = "29 November 2026, when seed 0 of the central and the copying arms was known"
+
+
+def versus(reference: str, *arms: str) -> tuple[tuple[str, str], ...]:
+    return tuple((arm, reference) for arm in arms)
+
 
 QUESTIONS = (
     Question(
@@ -23,17 +30,17 @@ QUESTIONS = (
         "than training everything, than freezing as much at random, and than freezing half at random? Do random "
         "weights fail?",
         arms=(*CENTRAL, *COPYING, "gdd-cd"),
-        against="gdd",
-        primary=DISTANCES,
+        contrasts=(*versus("gdd", "gdd-i", "scratch"), ("gdd-i", "random-80"), ("gdd-i", "random-50")),
+        primary=JUDGES,
         also=(*BESIDE, "copying-lite2", "copying-pixels"),
         at=12,
+        since=SEEN,
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
         "10_fid_over_images",
         "How fast does the distance fall over the images seen, and which methods are still falling where they end?",
         arms=("gdd-i", "gdd", "random-50", "rcd", "scratch"),
-        against="gdd",
         primary=DISTANCES,
         at=40,
         studies=("teacher-steps", "known-cases"),
@@ -52,7 +59,9 @@ QUESTIONS = (
             "precision-lite2",
             "recall-lite2",
         ),
+        contrasts=(*versus("gdd", "gdd-i", "scratch", "rcd"), ("gdd-i", "random-80"), ("gdd-i", "random-50")),
         at=12,
+        since=SEEN,
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
@@ -60,9 +69,15 @@ QUESTIONS = (
         "How do distance, precision and recall depend on the share of the parameters that is frozen, and is it the "
         "freezing or the step size? Does the rule's order differ from a random one at equal share?",
         arms=("gdd", *RANDOM, *ORDERED, *RATES),
-        against="gdd",
-        primary=BOTH,
+        contrasts=(
+            *((f"ordered-{p}", f"random-{p}") for p in (40, 60, 95)),
+            ("gdd-i", "random-80"),
+            *((arm, f"gdd-lr-{lr}") for lr in ("0.0002", "0.0004") for arm in ("gdd-i", "random-50")),
+        ),
+        primary=DISTANCES,
+        also=("precision-lite2", "recall-lite2"),
         at=12,
+        since=SEEN,
         studies=("teacher-steps", "known-cases", "followed"),
     ),
     Question(
@@ -72,9 +87,9 @@ QUESTIONS = (
         "to the teacher's weights; then a mask chosen from them and from measurements, against the rule, a random mask "
         "of equal share, and its inverse.",
         arms=("gdd-i", "random-50", "random-80", *(f"layers-{i:02}" for i in range(48))),
-        against="gdd-i",
         primary=DISTANCES,
         at=12,
+        since=SEEN,
         studies=("rewound", "pulls"),
     ),
     Question(
@@ -87,22 +102,32 @@ QUESTIONS = (
             *("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
             *(f"{name}-teacher-{s}" for s in (1, 2) for name in ("gdd", "gdd-i")),
         ),
-        against="gdd",
+        contrasts=(
+            *versus("gdd", "age-80", "age-20", "age-5", "from-high", "shuffled", "scratch"),
+            ("from-low", "age-80"),
+            *versus("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
+            *((f"gdd-i-teacher-{s}", f"gdd-teacher-{s}") for s in (1, 2)),
+            ("gdd-i", "gdd"),
+        ),
         primary=DISTANCES,
         at=12,
+        since=SEEN,
     ),
     Question(
         "14_local_minima",
-        "Are students that copy the teacher held back? Each at its best of three learning rates and 40 thousand "
-        "images; copies of the teacher in 2 to 16 steps; a GAN loss after copying, and copying after a GAN loss; the "
-        "loss along the line between students' weights, with two seeds of one student as the yardstick.",
+        "Are students that copy the teacher held back? At three learning rates, of one seed, and after 12 and 40 "
+        "thousand images; copies of the teacher in 2 to 16 steps; a GAN loss after copying and copying after a GAN "
+        "loss, against either for as long; the distances along the line between students' weights, with two seeds of "
+        "one student as the yardstick.",
         arms=(
             *("gdd", "gdd-i", *COPYING, *(f"{name}-lr-{lr}" for name in COPYING for lr in ("0.0004", "0.0016"))),
             *(f"rcd-{n}" for n in (2, 4, 8)),
             *("rcd-then-gdd", "gdd-then-rcd", "gdd-cd", "scratch"),
         ),
-        against="gdd",
-        primary=DISTANCES,
+        contrasts=versus("gdd", *COPYING, "rcd-2", "rcd-4", "rcd-8", "gdd-cd"),
+        primary=JUDGES,
+        at=12,
+        since=SEEN,
         studies=("teacher-steps", "known-cases", "local-minima", "line"),
     ),
     Question(
@@ -113,23 +138,30 @@ QUESTIONS = (
             *("gdd-i", "gdd", *(f"{name}-images-{n}" for n in COUNTS for name in ("gdd-i", "gdd"))),
             *(f"{name}-other-images" for name in ("gdd-i", "gdd")),
         ),
-        against="gdd-i",
-        primary=(*DISTANCES, "copying-pixels"),
+        contrasts=(
+            *((f"gdd-i-images-{n}", f"gdd-images-{n}") for n in COUNTS),
+            *versus("gdd-i", *(f"gdd-i-images-{n}" for n in COUNTS)),
+            ("gdd-i", "gdd"),
+        ),
+        primary=DISTANCES,
+        also=("kd-lite2", "copying-pixels"),
         at=12,
+        since=SEEN,
     ),
     Question(
         "25_second_step",
         "Is a second step worth a second network call, and at which noise level?",
         arms=("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
-        against="gdd-i",
-        primary=BOTH,
+        contrasts=versus("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
+        primary=DISTANCES,
+        also=("precision-lite2", "recall-lite2"),
         at=12,
     ),
     Question(
         "19_augmentation_r1",
         "What do R1, augmentation, and fresh images in the discriminator's step change?",
         arms=("gdd-i", "fresh-fakes", "reuse-fakes", "no-r1", "augment", "ada"),
-        against="gdd-i",
+        contrasts=versus("gdd-i", "fresh-fakes", "reuse-fakes", "no-r1", "augment", "ada"),
         primary=DISTANCES,
         at=12,
     ),
@@ -138,7 +170,9 @@ QUESTIONS = (
         "How much of the result is due to the discriminator, its architecture and its pretrained weights?",
         arms=("gdd-i", "lite0-64", "lite0-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2")
         + ("lite0", "vgg16", "deit", "lpips"),
-        against="gdd-i",
+        contrasts=versus(
+            "gdd-i", "lite0-64", "lite0-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2"
+        ),
         primary=DISTANCES,
         at=12,
     ),

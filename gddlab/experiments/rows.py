@@ -72,7 +72,7 @@ class Rows:
         seeds: int | tuple[int, ...] | None = None,
         longer: int = 0,
         teacher: str | None = None,
-        start: str | None = None,
+        start: tuple[str, float] | None = None,
         slower: float = 1.0,
         **fields: Any,
     ) -> Experiment:
@@ -104,7 +104,7 @@ class Rows:
         return Experiment(name, what, mask, configure, chosen, at, teacher, start, seconds)
 
     def central(self, *, seeds: int | None = None, longer: int = 0) -> tuple[Experiment, ...]:
-        """GDD, GDD-I, half of the parameters and the rule's share frozen at random; from random weights; copying."""
+        """GDD, GDD-I, half of the parameters and the rule's share frozen at random; from random weights."""
         how: dict[str, Any] = {"seeds": seeds, "longer": longer}
         return (
             *(self(name, what, mask=mask, **how) for name, (what, mask) in ALL_TRAINED.items()),
@@ -122,7 +122,12 @@ class Rows:
                 for p in random
             ),
             *(
-                self(f"ordered-{p:g}", f"{p:g} % frozen in the rule's order", mask=at_share(p / 100, ordered=True))
+                self(
+                    f"ordered-{p:g}",
+                    f"{p:g} % frozen in the rule's order",
+                    mask=at_share(p / 100, ordered=True),
+                    seeds=seeds,
+                )
                 for p in ordered
             ),
             self("option-2", "the authors' option 2: attention's qkv is frozen too", mask=by_rule("gdd-i-2")),
@@ -130,11 +135,20 @@ class Rows:
             self("norms-only", "norms alone are trained", mask=by_rule("norms-only")),
         )
 
-    def step_sizes(self, factors: Iterable[float]) -> tuple[Experiment, ...]:
-        """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth."""
+    def step_sizes(self, factors: Iterable[float], *, seeds: int | None = None) -> tuple[Experiment, ...]:
+        """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth.
+
+        `seeds` are those of the arms that freezing is tested against: everything trained, at lower rates.
+        """
         lr = self.base.lr_g
         return tuple(
-            self(f"{name}-lr-{lr * f:g}", f"{what}; learning rate {lr * f:g}", mask=mask, lr_g=lr * f)
+            self(
+                f"{name}-lr-{lr * f:g}",
+                f"{what}; learning rate {lr * f:g}",
+                mask=mask,
+                lr_g=lr * f,
+                seeds=seeds if f < 1 and mask is free else None,
+            )
             for f in factors
             for name, (what, mask) in ALL_TRAINED.items()
         )

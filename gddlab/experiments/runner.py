@@ -26,6 +26,7 @@ from gddlab.evaluation import (
     load_records,
     missing_scores,
     score_student,
+    scores_of,
 )
 from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
@@ -127,11 +128,15 @@ def plan(
     for s in chosen.studies:
         if s.name in wanted:
             planned.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
+    if not planned:
+        raise GddlabError(f"only={[*only]}: the list {name!r} has none of what it reads")
     return planned
 
 
 def _wanted(chosen: ExperimentList, only: Sequence[str]) -> set[str]:
     """Names that `only` means: of teachers, experiments, studies, or of notebooks for all that they read."""
+    if isinstance(only, str):
+        raise GddlabError(f"only={only!r}: give a list of names")
     if not only:
         return set(chosen.names)
     asked = {q.notebook for q in chosen.questions}
@@ -146,6 +151,8 @@ def _wanted(chosen: ExperimentList, only: Sequence[str]) -> set[str]:
             out.add(name)
         else:
             raise unknown("experiment", name, [*chosen.names, *sorted(asked)])
+    for e in reversed(chosen.experiments):  # what others begin with stands before them
+        out |= {e.start[0]} if e.name in out and e.start else set()
     return out | {teacher for e in chosen.experiments if e.name in out and (teacher := _own_teacher(e))}
 
 
@@ -202,10 +209,16 @@ def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
         run_dir = _needed(folder, name)
         if (run_dir / "config.json").exists():
             run = load_run(run_dir)
-            for record in load_records(run_dir):
-                if record.kimg == run.config.end_kimg:
+            kimg = _measured_at(study, run)
+            for record in scores_of(load_records(run_dir), run.config):
+                if record.kimg == kimg:
                     found[name] = record.model_sha256
     return found
+
+
+def _measured_at(study: Study, run: Run) -> float:
+    """Thousands of images after which a study measures the student of a run."""
+    return min(study.at or run.config.end_kimg, run.config.end_kimg)
 
 
 def _needed(folder: Path, name: str) -> Path:
@@ -292,10 +305,9 @@ def work(
         items = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
         made = 0
         for item in items:
-            if isinstance(item.item, Experiment) and (lacks := _lacks(chosen, item, folder)):
-                if not wait:
-                    raise GddlabError(f"{item} begins with what is not there, {lacks}: add it to only=")
-                continue
+            start = _start(item.item, item.seed, folder) if isinstance(item.item, Experiment) else None
+            if start is not None and not start.exists():
+                continue  # another process works on it
             with _claimed(item.folder) as mine:
                 if mine:
                     made += 1
@@ -304,20 +316,18 @@ def work(
                 elif not wait and str(item) not in told:
                     told.add(str(item))
                     report(f"{item}: another process works on it")
-        if not wait or not items:
+        if not items or not (wait or made):
             return
         if not made:
             time.sleep(WAIT_S)
 
 
-def _lacks(chosen: ExperimentList, item: Planned, folder: Path) -> str | None:
-    """The experiment of the same seed that a run begins with, where it is not done."""
-    assert isinstance(item.item, Experiment)
-    if (start := item.item.start) is None:
+def _start(experiment: Experiment, seed: int | None, folder: Path) -> Path | None:
+    """The student that a run begins with; None where that is the teacher."""
+    if experiment.start is None:
         return None
-    before = folder / start / f"seed-{item.seed}"
-    done = (before / "config.json").exists() and (before / STUDENT).exists()
-    return None if done else f"{start} seed {item.seed}"
+    name, kimg = experiment.start
+    return folder / name / f"seed-{seed}" / "snapshots" / f"{kimg:010.3f}.safetensors"
 
 
 def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc: int) -> str:
@@ -347,8 +357,8 @@ def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folde
     if experiment.teacher is not None:
         path = str((folder / experiment.teacher).absolute())
         changed["teacher"] = path if _own_teacher(experiment) else experiment.teacher
-    if experiment.start is not None:
-        changed["student"] = str((folder / experiment.start / f"seed-{seed}" / STUDENT).absolute())
+    if (start := _start(experiment, seed, folder)) is not None:
+        changed["student"] = str(start.absolute())
     return config.model_copy(update=changed)
 
 
@@ -366,7 +376,8 @@ def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int)
     if not experiment.at:
         evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)
     name = find_extractor(judge.extractor).metric_name("fid")
-    (record, *_) = (r for r in load_records(run.run_dir) if r.label == name and r.kimg == run.config.end_kimg)
+    scored = scores_of(load_records(run.run_dir), run.config)
+    (record,) = (r for r in scored if r.label == name and r.kimg == run.config.end_kimg)
     return f"{record.metric} {record.value:.1f} at {record.kimg:g} kimg"
 
 
@@ -382,7 +393,12 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
     device = chosen_device()
     inputs = _inputs(study, folder)
-    students = {name: load_run(_needed(folder, name)).student().to(device) for name in inputs}
+    runs = {name: load_run(_needed(folder, name)) for name in inputs}
+    ends = {name: _measured_at(study, run) for name, run in runs.items()}
+    students = {
+        name: run.student(None if ends[name] == run.config.end_kimg else ends[name]).to(device)
+        for name, run in runs.items()
+    }
     began = time.perf_counter()
     teacher = load_precond(chosen.teacher).to(device)
     configs = {}

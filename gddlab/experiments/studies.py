@@ -1,4 +1,4 @@
-"""Studies: the teacher in few steps, local minima, layers of teacher and students, spectra."""
+"""Studies: what is measured of the teacher and of trained students, each with a table of its own."""
 
 from __future__ import annotations
 
@@ -296,10 +296,10 @@ def line(s: Subjects) -> Found:
     """
     import pandas as pd
 
+    net = copy.deepcopy(s.student("gdd"))
     scores = _Scores(s)
     target = to_uint8(_sampled(s.teacher, scores.real, scores.n, s.steps[-1])).float()
     ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in s.students.items()}}
-    net = copy.deepcopy(next(iter(s.students.values())))
     ends = {name: {k: state[k].clone() for k in net.state_dict()} for name, state in ends.items()}
     rows: list[dict[str, Any]] = []
     for a, b in LINES:
@@ -518,10 +518,12 @@ FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 8
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
 PULLING = ("warm", "gdd/seed-0", "gdd/seed-1", "gdd/seed-2")
 COMPLETING = ("gdd-i", "second-step-0.8")
-MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd", "gdd-cd")
+MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
+AT = 12.0
+"""Thousands of images that all students have seen."""
 STUDIES: tuple[Study, ...] = tuple(
-    Study(name, what, needs, measure, seconds, timed=measure is costs)
+    Study(name, what, needs, measure, seconds, AT if measure in (followed, pulls, rewound) else None, measure is costs)
     for name, what, needs, measure, seconds in (
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),

@@ -1,4 +1,7 @@
 from gddlab.probing.plots.axes import STAGES as STAGES
+from gddlab.reporting.contrasts import arm_table as arm_table
+from gddlab.reporting.contrasts import arm_text as arm_text
+from gddlab.reporting.contrasts import change_table as change_table
 from gddlab.reporting.contrasts import contrast_table as contrast_table
 from gddlab.reporting.contrasts import contrast_text as contrast_text
 from gddlab.reporting.contrasts import draw_arms as draw_arms

@@ -1,4 +1,4 @@
-"""Arms of a question against one of them: means with intervals, effect sizes, and p corrected for all comparisons."""
+"""Arms of a question: means over training seeds, and the differences that it asks for, tested together."""
 
 from __future__ import annotations
 
@@ -14,75 +14,105 @@ from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.style import checked, fit_scale, look, seeds_text
-from gddlab.reporting.tables import format_of, run_table
+from gddlab.reporting.tables import When, format_of, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
 
 LEVEL = 0.95
-FIRST = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high")
-BETWEEN = ("difference", "difference_low", "difference_high", "g", "p")
+LEAST = 5
+"""Seeds of both arms from which a difference has a p: with fewer, Welch's errs up to eight times as often in its tail
+as it says."""
+ARM = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high", "state")
+DIFFERENCE = ("difference", "low", "high", "g", "p")
+PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
 
 
-def contrast_table(
-    runs: Sequence[Run],
-    rows: Sequence[str],
-    *,
-    against: str,
-    metrics: Sequence[str] = ("fd-lite2",),
-    at: float | None = None,
+def arm_table(
+    runs: Sequence[Run], rows: Sequence[str], *, metrics: Sequence[str] = ("fd-lite2",), at: When = None
 ) -> pd.DataFrame:
-    """Each arm's mean over training seeds, and its difference to one of them.
-
-    Intervals are of 95 %, by Student's t over seeds; of a difference by Welch's, which does not take the variances as
-    equal. The effect size is Hedges' g: the difference over the pooled standard deviation, corrected for few seeds
-    (Hedges 1981). p is Welch's, two-sided, and `p_holm` is corrected for all arms and scores of the table (Holm 1979).
+    """Each arm's mean over training seeds, with its 95 % interval by Student's t.
 
     Args:
         runs: Run directories.
         rows: Experiments, in this order.
-        against: The one that others are compared with.
         metrics: Scores, as for `run_table`.
-        at: Thousands of images after which they count; None for the end of each run.
+        at: Thousands of images after which they count, of all arms or by arm; None for the end of each run.
 
     Returns:
-        One row per score and arm: metric, experiment, frozen, images, seeds, mean, low, high, difference,
-        difference_low, difference_high, g, p, p_holm, state. The arm compared with has no difference; an arm with one
-        seed has a mean alone.
+        One row per score and arm: metric, experiment, frozen, images, seeds, mean, low, high, state. An arm with one
+        seed has no interval. `state` is "done" where every seed has the score, and says otherwise how many have it.
 
     Raises:
-        GddlabError: The arm compared with has no score; scores or trainers differ; seeds of an arm trained for
-            different lengths, and `at` is None.
+        GddlabError: Scores or trainers differ; seeds of an arm trained for different lengths, and `at` is None.
     """
-    arms = [*rows] if against in rows else [against, *rows]
-    tables = [
-        _contrasts(run_table(runs, metric, rows=arms, at=at), arms, against).assign(metric=metric) for metric in metrics
-    ]
-    out = pd.concat(tables, ignore_index=True)
-    out["p_holm"] = holm(out["p"].to_numpy(float))
-    out = out[[*FIRST, *BETWEEN, "p_holm", "state"]]
-    out.attrs["against"] = against
-    return out
+    tables = []
+    for metric in metrics:
+        values = run_table(runs, metric, rows=rows, at=at)
+        tables += [_arm(metric, values, arm) for arm in rows]
+    return pd.DataFrame(tables, columns=[*ARM])
 
 
-def _contrasts(values: pd.DataFrame, arms: Sequence[str], against: str) -> pd.DataFrame:
-    samples = {arm: values.loc[values["experiment"] == arm, "value"].dropna().to_numpy(float) for arm in arms}
-    if len(samples[against]) == 0:
-        raise GddlabError(f"{against!r}, which others are compared with, has no score: run it first")
-    rows = []
-    for arm in arms:
-        x, own = samples[arm], values[values["experiment"] == arm]
-        low, high = interval(x)
-        if len(lengths := sorted(own.loc[own["value"].notna(), "kimg"].unique())) > 1:
-            ends = " and ".join(f"{kimg:g}" for kimg in lengths)
-            raise GddlabError(f"runs of {arm!r} end at {ends} thousand images: give at=, when their scores count")
-        row: dict[str, Any] = {"experiment": arm, "frozen": own["frozen"].mean(), "seeds": len(x)}
-        row["images"] = own["images"].astype(float).mean()
-        row |= {"mean": x.mean() if len(x) else np.nan, "low": low, "high": high}
-        row["state"] = "done" if len(x) else "; ".join(own["state"].unique())
-        if arm != against:
-            row |= difference(x, samples[against])
-        rows.append(row)
-    return pd.DataFrame(rows, columns=[*FIRST[1:], *BETWEEN, "state"])
+def _arm(metric: str, values: pd.DataFrame, arm: str) -> dict[str, Any]:
+    own = values[values["experiment"] == arm]
+    x, state = _sample(own, arm)
+    low, high = interval(x)
+    row = {
+        "metric": metric,
+        "experiment": arm,
+        "frozen": own["frozen"].mean(),
+        "images": own["images"].astype(float).mean(),
+    }
+    return row | {"seeds": len(x), "mean": x.mean() if len(x) else np.nan, "low": low, "high": high, "state": state}
+
+
+def contrast_table(
+    runs: Sequence[Run],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    metrics: Sequence[str] = ("fd-lite2",),
+    at: When = None,
+) -> pd.DataFrame:
+    """Differences between arms, tested together.
+
+    Intervals are of 95 %, by Welch's t, which does not take the variances as equal; they are not corrected. The effect
+    size is Hedges' g: the difference over the pooled standard deviation, corrected for few seeds (Hedges 1981). A pair
+    differs where it does by each of its scores: its p is the largest of theirs, 1 where they disagree in sign (Berger
+    1982), and `p_holm` corrects it for all pairs of the table (Holm 1979). Arms of fewer than 5 seeds have no p.
+
+    Args:
+        runs: Run directories.
+        pairs: Experiments, and what each is compared with, such as ("gdd-i", "gdd").
+        metrics, at: As for `arm_table`.
+
+    Returns:
+        One row per score and pair: metric, experiment, against, seeds, seeds_against, difference, low, high, g, p,
+        state, p_holm (of the pair).
+
+    Raises:
+        GddlabError: As for `arm_table`.
+    """
+    arms, rows = list(dict.fromkeys(itertools.chain.from_iterable(pairs))), []
+    for metric in metrics:
+        values = run_table(runs, metric, rows=arms, at=at)
+        samples = {arm: _sample(values[values["experiment"] == arm], arm) for arm in arms}
+        for arm, other in pairs:
+            (x, own), (y, theirs) = samples[arm], samples[other]
+            told = dict.fromkeys(f"{look(n).label}: {s}" for n, s in ((arm, own), (other, theirs)) if s != "done")
+            row = {"metric": metric, "experiment": arm, "against": other, "seeds": len(x), "seeds_against": len(y)}
+            rows.append(row | difference(x, y) | {"state": "; ".join(told) or "done"})
+    return corrected(pd.DataFrame(rows, columns=[*PAIR]))
+
+
+def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
+    """The values of an arm's seeds, and "done" or how many lack one and why."""
+    scored = own[own["value"].notna()]
+    if len(lengths := sorted(scored["kimg"].unique())) > 1:
+        ends = " and ".join(f"{kimg:g}" for kimg in lengths)
+        raise GddlabError(f"runs of {arm!r} end at {ends} thousand images: give at=, when their scores count")
+    why = "; ".join(own.loc[own["value"].isna(), "state"].unique())
+    if why and len(scored):
+        why = f"{len(scored)} of {len(own)} seeds, {why}"
+    return scored["value"].to_numpy(float), why or "done"
 
 
 def interval(x: np.ndarray) -> tuple[float, float]:
@@ -96,24 +126,54 @@ def interval(x: np.ndarray) -> tuple[float, float]:
 
 
 def difference(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Difference of two means with Welch's interval and p, and Hedges' g; {} where one has fewer than two values."""
+    """Difference of two means with Welch's interval and p, and Hedges' g; NaN for what too few values allow."""
     from scipy.stats import ttest_ind
 
+    out = dict.fromkeys(DIFFERENCE, np.nan)
+    if min(len(x), len(y)) < 1:
+        return out
+    out["difference"] = gap = float(x.mean() - y.mean())
     if min(len(x), len(y)) < 2:
-        return {}
+        return out
     found = ttest_ind(x, y, equal_var=False)
     bounds = found.confidence_interval(LEVEL)
     n = len(x) + len(y) - 2
     pooled = np.sqrt(((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / n)
-    gap = float(x.mean() - y.mean())
-    g = gap / pooled * (1 - 3 / (4 * n - 1)) if pooled > 0 else np.nan
-    return {
-        "difference": gap,
-        "difference_low": float(bounds.low),
-        "difference_high": float(bounds.high),
-        "g": float(g),
-        "p": float(found.pvalue),
-    }
+    out |= {"low": float(bounds.low), "high": float(bounds.high)}
+    out["g"] = float(gap / pooled * (1 - 3 / (4 * n - 1))) if pooled > 0 else np.nan
+    return out | ({"p": float(found.pvalue)} if min(len(x), len(y)) >= LEAST else {})
+
+
+def corrected(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """Adds `p_holm` to rows by score and pair: p of a pair over all its scores, corrected for all pairs."""
+    p: dict[Any, float] = {}
+    for pair, own in contrasts.groupby(["experiment", "against"], sort=False):
+        agree = own["difference"].gt(0).all() or own["difference"].lt(0).all()
+        p[pair] = own["p"].max(skipna=False) if agree or own["p"].isna().any() else 1.0
+    of_pair = dict(zip(p, holm(np.array([*p.values()], float)), strict=True))
+    keys = zip(contrasts["experiment"], contrasts["against"], strict=True)
+    return contrasts.assign(p_holm=[of_pair[k] for k in keys])
+
+
+def change_table(
+    runs: Sequence[Run], rows: Sequence[str], *, metrics: Sequence[str], start: float, end: float
+) -> pd.DataFrame:
+    """How far each arm's scores move between two lengths of its own runs: means over seeds that have both.
+
+    Args:
+        runs, rows, metrics: As for `arm_table`.
+        start, end: Thousands of images.
+
+    Returns:
+        As `arm_table`; `mean` is the score after `end` less that after `start`, with its 95 % interval over seeds.
+    """
+    tables = []
+    for metric in metrics:
+        early, late = (run_table(runs, metric, rows=rows, at=at) for at in (start, end))
+        both = late.assign(value=late["value"] - early["value"])
+        both["state"] = late["state"].where(late["value"].isna(), early["state"])
+        tables += [_arm(metric, both, arm) for arm in rows]
+    return pd.DataFrame(tables, columns=[*ARM])
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -156,42 +216,52 @@ def rewound_table(study: pd.DataFrame, into: str = "student") -> pd.DataFrame:
 
     Returns:
         metric, experiment (the group; "none" is the network as it was, "all" the other one), frozen (the group's share
-        of the squared movement of all weights), mean, difference (to "none"), state; one training seed, so that
-        intervals and p are NaN.
+        of the squared movement of all weights), mean, state; one training seed, so that there are no intervals.
 
     Raises:
         GddlabError: Another table.
     """
     study = checked(study, ("into", "group", "share", "metric", "value"), "rewound")
     own = study[study["into"] == into].rename(columns={"group": "experiment", "share": "frozen", "value": "mean"})
-    whole = own[own["experiment"] == "none"].set_index("metric")["mean"]
-    gap = own["mean"] - own["metric"].map(whole)
-    out = own.assign(difference=gap.where(own["experiment"] != "none"), seeds=1, low=np.nan, high=np.nan)
-    out = out.assign(p_holm=np.nan, state="done")
-    out.attrs["against"] = "none"
-    return out
+    return own.assign(seeds=1, low=np.nan, high=np.nan, state="done")
+
+
+def arm_text(arms: pd.DataFrame) -> pd.DataFrame:
+    """A table from `arm_table` to look at with `styled`: text, a row per arm in words, a column per score."""
+    out: dict[str, dict[str, str]] = {}
+    r: Any
+    for r in arms.itertuples():
+        row = out.setdefault(look(str(r.experiment)).label, {"frozen": "", "seeds": "0", "state": r.state})
+        row["frozen"] = f"{r.frozen:.1%}" if np.isfinite(r.frozen) else ""
+        row["seeds"] = max(row["seeds"], str(r.seeds), key=int)
+        row[f"{r.metric} (95 %)"] = _ranged(format_of(str(r.metric)), r.mean, r.low, r.high)
+        row["state"] = row["state"] if r.state in ("done", row["state"]) else r.state
+    table = pd.DataFrame.from_dict(out, orient="index").rename_axis("arm")
+    return table[[*(c for c in table if c != "state"), "state"]]
 
 
 def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """A table from `contrast_table` to look at with `styled`: text, indexed by score and arm, both in words."""
-    rows = []
+    """A table from `contrast_table` to look at with `styled`: text, a row per pair in words, two columns per score."""
+    out: dict[str, dict[str, str]] = {}
     r: Any
     for r in contrasts.itertuples():
-        form = format_of(str(r.metric))
-        rows.append(
-            {
-                "score": str(r.metric),
-                "arm": look(str(r.experiment)).label,
-                "frozen": f"{r.frozen:.1%}" if np.isfinite(r.frozen) else "",
-                "seeds": str(r.seeds),
-                "mean (95 %)": _ranged(form, r.mean, r.low, r.high),
-                "difference (95 %)": _ranged(form, r.difference, r.difference_low, r.difference_high),
-                "g": f"{r.g:.1f}" if np.isfinite(r.g) else "",
-                "p, Holm": "" if np.isnan(r.p_holm) else "< 0.001" if r.p_holm < 0.001 else f"{r.p_holm:.3f}",
-                "state": r.state,
-            }
-        )
-    return pd.DataFrame(rows).set_index(["score", "arm"])
+        row = out.setdefault(_pair(r), {"frozen": "", "seeds": "", "state": r.state})
+        row["state"] = row["state"] if r.state in ("done", row["state"]) else r.state
+        row["seeds"] = f"{r.seeds} and {r.seeds_against}" if r.against else str(r.seeds)
+        if "frozen" in contrasts:
+            row["frozen"] = f"{r.frozen:.1%}"
+        row[f"{r.metric} (95 %)"] = _ranged(format_of(str(r.metric)), r.difference, r.low, r.high)
+        row[f"g, {r.metric}"] = f"{r.g:.1f}" if np.isfinite(r.g) else ""
+        row["p, Holm"] = "" if np.isnan(r.p_holm) else "< 0.001" if r.p_holm < 0.001 else f"{r.p_holm:.3f}"
+    table = pd.DataFrame.from_dict(out, orient="index").rename_axis("difference")
+    dropped = [] if "frozen" in contrasts else ["frozen"]
+    return table[[*(c for c in table if c not in ("p, Holm", "state", *dropped)), "p, Holm", "state"]]
+
+
+def _pair(row: Any) -> str:
+    """An arm, or an arm and what it is compared with, in words."""
+    against = getattr(row, "against", "")
+    return look(str(row.experiment)).label + (f" against {look(str(against)).label}" if against else "")
 
 
 def _ranged(form: str, value: float, low: float, high: float) -> str:
@@ -205,19 +275,22 @@ Levels = Mapping[str, Mapping[str, float]]
 
 
 @themed
-def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None, title: str | None = None) -> Figure:
-    """Means of arms with their 95 % intervals, a panel per score.
+def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str | None = None) -> Figure:
+    """Means of arms, or differences between them, with their 95 % intervals, a panel per score.
 
-    A dot is filled where the arm differs from the one compared with, p_holm < 0.05; a line goes through the latter.
+    Of differences, a line stands at 0, and a dot is filled where p_holm < 0.05.
 
     Args:
-        contrasts: From `contrast_table`, or another table like it.
+        table: From `arm_table` or `contrast_table`, or another like them.
         levels: Score -> label -> value to compare with.
         title: What is drawn; None says over how many seeds.
     """
-    scored = contrasts[contrasts["mean"].notna()]
-    metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "experiment"))
-    size = (3.8 + 2.4 * len(metrics), 0.27 * len(arms) + 1.2)
+    between = "against" in table
+    scored = table.assign(mean=table["difference"]) if between else table
+    scored = scored[scored["mean"].notna()]
+    scored = scored.assign(arm=[_pair(r) for r in scored.itertuples()])
+    metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "arm"))
+    size = (3.8 + between + 2.4 * len(metrics), 0.27 * len(arms) + 1.2)
     figure, panels = plt.subplots(
         1, max(1, len(metrics)), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
@@ -225,27 +298,28 @@ def draw_arms(contrasts: pd.DataFrame, *, levels: Levels | None = None, title: s
         rows = scored[scored["metric"] == metric]
         r: Any
         for r in rows.itertuples():
-            y, colour = arms.index(str(r.experiment)), look(str(r.experiment)).colour
-            differs = r.p_holm < 1 - LEVEL
+            y, colour = arms.index(r.arm), look(str(r.experiment)).colour
+            filled = not between or r.p_holm < 1 - LEVEL
             ax.plot([r.low, r.high], [y, y], color=colour, linewidth=1.4)
-            ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if differs else "none", markersize=5)
-            if r.experiment == contrasts.attrs.get("against"):
-                ax.axvline(r.mean, color=colour, linewidth=0.8, zorder=0)
+            ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if filled else "none", markersize=5)
+        if between:
+            ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
         _levels(ax, levels, metric, "x")
         fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
-        ax.set(xlabel=metric)
+        ax.set(xlabel=f"{metric}, difference" if between else metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
-    panels[0][0].set_yticks(range(len(arms)), [look(arm).label for arm in arms])
+    panels[0][0].set_yticks(range(len(arms)), arms)
     panels[0][0].invert_yaxis()
     _legend(figure, panels)
-    title = title or f"means and 95 % intervals over {_seeds(scored)}; filled: differs, p < 0.05"
+    means = "differences and 95 % intervals" if between else "means and 95 % intervals"
+    title = title or f"{means} over {_seeds(scored)}{'; filled: p < 0.05, corrected' if between else ''}"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 @themed
 def draw_dose(
-    contrasts: pd.DataFrame,
+    arms: pd.DataFrame,
     groups: Mapping[str, Sequence[str]],
     *,
     places: Mapping[str, float] | None = None,
@@ -256,19 +330,19 @@ def draw_dose(
     """Scores over something that arms differ in: a panel per score, means with 95 % intervals over seeds.
 
     Args:
-        contrasts: From `contrast_table`.
+        arms: From `arm_table`.
         groups: Label -> experiments, which a line joins in the order of their places.
         places: Experiment -> its place on the horizontal axis; None for the share of the parameters that is frozen.
         xlabel: What the horizontal axis is.
         log: Whether it is logarithmic.
         levels: Score -> label -> value to compare with.
     """
-    metrics = list(dict.fromkeys(contrasts["metric"]))
+    metrics = list(dict.fromkeys(arms["metric"]))
     columns = min(len(metrics), 4)
     shape = -(-len(metrics) // columns), columns
     size = (2.7 * shape[1] + 1.9, 2.7 * shape[0] + 0.4)
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    scored = contrasts[contrasts["mean"].notna()]
+    scored = arms[arms["mean"].notna()]
     for ax, metric in zip(panels.flat, metrics, strict=False):
         rows, drawn = scored[scored["metric"] == metric].set_index("experiment"), list[float]()
         for i, (label, names) in enumerate(groups.items()):

@@ -105,7 +105,7 @@ def draw_denoised(study: pd.DataFrame) -> Figure:
         _frequencies(ax, np.unique(long["frequency"]))
         ax.set_title(f"σ = {plain(sigma)}", loc="left")
     grid.set_axis_labels(FREQUENCY, "power")
-    grid.legend.set_title(f"n = {int(study['n'].max())} images")
+    grid.legend.set_title(f"n = {int(part['n'].max())} images\n({int(data['n'].max())} of the data)")
     grid.tight_layout()
     return grid.figure
 

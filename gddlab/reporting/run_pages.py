@@ -181,7 +181,8 @@ def _teacher_name(record: Record) -> str:
     """How a score on a teacher's card is called: by its steps, or as two halves of the real images."""
     if record.sampler == "data":
         return "two halves of the real images"
-    return look(f"teacher-{record.sampler.rpartition('-')[2]}").label
+    steps, *more = record.sampler.rpartition("heun-")[2].split(" ", 1)
+    return ", ".join([look(f"teacher-{steps}").label, *more])
 
 
 def _score_rows(f: Summary) -> list[list[str]]:
@@ -216,11 +217,7 @@ def _value(record: Record) -> str:
 
 def _best(f: Summary) -> str:
     """Which student was best, in a sentence; empty where none can be told."""
-    try:
-        kept = f.run.best
-    except GddlabError:
-        kept = None
-    if kept:
+    if kept := f.best:
         score = f"{kept['metric']} {kept['value']:.4g} at {kept['kimg']:g} kimg"
         return f"The best student scored during training is kept: {score}."
     for group in _drawable(f.records):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from gddlab.distill.config import TrainConfig
 from gddlab.errors import GddlabError, NotFound, unknown
-from gddlab.evaluation import Record, compare, load_records
+from gddlab.evaluation import Record, compare, load_records, scores_of
 from gddlab.files import data_dir
 from gddlab.freezing import FreezeMask
 from gddlab.launch import RunHandle
@@ -39,6 +39,8 @@ class Lenient(Generic[T]):
         self.name = name
 
     def __get__(self, summary: Summary, owner: type) -> T:
+        if summary is None:  # of the class
+            return self
         found = self.otherwise
         try:
             found = self.read(summary)
@@ -78,6 +80,7 @@ class Summary:
     )
     provenance: Lenient[dict[str, Any]] = Lenient("provenance.json", lambda s: s.run.provenance, {}, needed=True)
     alarms: Lenient[pd.DataFrame] = Lenient("alarms.jsonl", lambda s: s.run.alarms, pd.DataFrame())
+    best: Lenient[dict[str, Any] | None] = Lenient("best.json", lambda s: _complete(s.run.best), None)
 
     def __init__(self, run: Run, name: str = "") -> None:
         self.run, self.name = RunHandle(run.run_dir), name
@@ -130,13 +133,17 @@ class Summary:
             return float(self.metrics["kimg"].iloc[-1])
         return float(self.status.get("nimg", 0)) / 1000
 
+    @cached_property
+    def scores(self) -> list[Record]:
+        """The scores that count, of those in `records`."""
+        return [] if self.config is None else scores_of(self.records, self.config)
+
     def at_end(self, metric: str, kimg: float | None = None) -> Record | None:
-        """The newest score of a metric, by its label, after `kimg` or at the end, of the first block of seeds."""
+        """The score of a metric, by its label, after `kimg` or at the end."""
         if self.config is None:
             return None
         kimg = self.config.end_kimg if kimg is None else kimg
-        found = [r for r in self.records if r.label == metric and r.kimg == kimg]
-        return min(reversed(found), key=lambda r: r.seeds[0] if r.seeds else 0, default=None)
+        return next((r for r in self.scores if r.label == metric and r.kimg == kimg), None)
 
     def state_of(self, metric: str, kimg: float | None = None) -> str:
         """The state, or that a finished run lacks this score."""
@@ -148,6 +155,11 @@ class Summary:
         among = list(records)
         own = [r for r in self.records if r in among]
         return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
+
+
+def _complete(best: dict[str, Any] | None) -> dict[str, Any] | None:
+    """best.json, where it has what is told of it."""
+    return best if best is None else {name: best[name] for name in ("metric", "value", "kimg")}
 
 
 NUMBERS = dict.fromkeys(("seed", "nfe", "images"), "Int64") | dict.fromkeys(("frozen", "kimg", "value"), "float64")
@@ -173,8 +185,10 @@ def table_of(
     for run in runs:
         name = run.run_dir.parent.name
         if name in told or not rows:
-            told.setdefault(name, []).extend(tell(Summary(run)))
-            trainers.setdefault(run.provenance.get("trainer", 1), f"{name}/{run.run_dir.name}")
+            summary = Summary(run)
+            told.setdefault(name, []).extend(tell(summary))
+            if summary.provenance:
+                trainers.setdefault(summary.provenance.get("trainer", 1), f"{name}/{run.run_dir.name}")
     if len(trainers) > 1:
         (a, one), (b, other), *_ = sorted(trainers.items())
         raise GddlabError(f"{one} was trained by trainer {a}, {other} by {b}, whose numbers differ: train both anew")
@@ -195,7 +209,8 @@ def teacher_scores(runs: Sequence[Run], metric: str = "fd-lite2") -> dict[int, f
     """
     card = next((card for run in runs if (card := run.card)), {})
     scores = [Record.from_dict(d) for d in card.get("scores") or ()]
-    found = {int(r.sampler[5:]): r for r in scores if r.name == metric and r.sampler.startswith("heun-")}
+    named = {r.sampler: r for r in scores if r.name == metric}
+    found = {int(steps[1]): r for text, r in named.items() if (steps := re.fullmatch(r"heun-(\d+)", text))}
     for own in [r for run in runs for r in Summary(run).records if r.name == metric][:1]:
         for record in found.values():
             compare(record, own)

@@ -68,10 +68,8 @@ def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(1
     for label, x in images.items():
         if x.ndim != 4 or sides[label] != next(iter(sides.values())):
             raise GddlabError(f"images of {label!r} are {tuple(x.shape)}: give (N, C, H, W), all of one size")
-        if min(seeds) < 0 or max(seeds) >= len(x):
-            raise GddlabError(
-                f"{label!r} has images of seeds 0 to {len(x) - 1}, not of {max(seeds)}: sample more of it"
-            )
+        if (wrong := next((seed for seed in seeds if not 0 <= seed < len(x)), None)) is not None:
+            raise GddlabError(f"{label!r} has images of seeds 0 to {len(x) - 1}, not of {wrong}: sample more of it")
     rows = [x[list(seeds)].expand(-1, 3, -1, -1).cpu() for x in images.values()]
     grid = image_grid(torch.cat(rows), columns=len(seeds))
     side = (grid.shape[0] + GAP) // len(rows), (grid.shape[1] + GAP) // len(seeds)

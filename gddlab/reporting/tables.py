@@ -25,8 +25,12 @@ from gddlab.theme import PALETTE, axes_of, themed
 RUN_COLUMNS = ("seed", "strategy", "score", "freeze", "frozen", "images", "nfe", "kimg", "metric", "value", "state")
 
 
+When = float | Mapping[str, float] | None
+"""Thousands of images after which scores count, of all experiments or by experiment; None for the end of each run."""
+
+
 def run_table(
-    runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = (), at: float | None = None
+    runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence[str] = (), at: When = None
 ) -> pd.DataFrame:
     """One row per run: experiment (the name of its folder's parent), seed, mask, and the student's score at the end.
 
@@ -34,7 +38,8 @@ def run_table(
         runs: Run directories.
         metric: Name of the score, without its n; "kd-lite2:held-out" is against held-out images.
         rows: Experiments to show, in this order; one without any run is a row too. All that have runs for ().
-        at: Thousands of images after which the score counts; None for the end of each run.
+        at: Thousands of images after which the score counts, of all experiments or by experiment; the end of each run
+            for None and for those without one.
 
     Returns:
         Columns experiment, seed, strategy, score, freeze, frozen (share of all parameters), images (distinct real
@@ -48,7 +53,8 @@ def run_table(
     return table_of(runs, rows, RUN_COLUMNS, lambda summary: [_row(summary, metric, at)])
 
 
-def _row(summary: Summary, metric: str, at: float | None) -> dict[str, Any]:
+def _row(summary: Summary, metric: str, when: When) -> dict[str, Any]:
+    at = when.get(summary.run.run_dir.parent.name) if isinstance(when, Mapping) else when
     row: dict[str, Any] = {"state": summary.state_of(metric, at)}
     config, record = summary.config, summary.at_end(metric, at)
     if config is None:
@@ -96,7 +102,7 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
 
 
 def score_table(
-    runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = (), at: float | None = None
+    runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = (), at: When = None
 ) -> pd.DataFrame:
     """Several scores of the same students side by side: one row per experiment, means over seeds.
 
@@ -127,9 +133,13 @@ def score_table(
 
 def _together(states: dict[str, str]) -> str:
     """The state of an experiment, from its states for each score."""
-    missing = [m for m, s in states.items() if s == f"no {m} at the end"]
-    other = dict.fromkeys(s for m, s in states.items() if m not in missing and s != "done")
-    return "; ".join([*other, *([f"no {', '.join(missing)} at the end"] if missing else [])]) or "done"
+    ends: dict[str, list[str]] = {}
+    for m, s in states.items():
+        if s.startswith(start := f"no {m} at "):
+            ends.setdefault(s.removeprefix(start), []).append(m)
+    missing = [f"no {', '.join(own)} at {end}" for end, own in ends.items()]
+    other = dict.fromkeys(s for m, s in states.items() if not s.startswith(f"no {m} at ") and s != "done")
+    return "; ".join([*other, *missing]) or "done"
 
 
 HEADS = {
@@ -191,9 +201,9 @@ def styled(
     heads, formats = HEADS | dict(heads or {}), FORMATS | dict(formats or {})
     columns: dict[str, list[str]] = {}
     text: dict[str, Any] = {}
-    for name in map(str, shown.columns):
-        head = heads.get(name, name)
-        form = format_of(name, formats)
+    for name in shown.columns:
+        head = heads.get(name, str(name))
+        form = format_of(str(name), formats)
         columns[head] = [_written(v, form, s) for v, s in zip(shown[name], states, strict=True)]
         if not pd.api.types.is_numeric_dtype(shown[name].dtype):
             long = max(map(len, columns[head]), default=0) > 24
@@ -345,7 +355,8 @@ def main_table(
         cell[SETTINGS.get(conditional) or SETTINGS[str(r.dataset)]] = f"{r.value:.2f}{'*' if r.note else ''}"
     for name in ("teacher", *rows):
         method = "EDM" if name == "teacher" else look(name).label
-        cells = {"network calls": digits[name][1], last: digits[name][0]}
+        told = [own[name][1] for own in (digits, *ours.values())]
+        cells = {"network calls": next(filter(None, told), ""), last: digits[name][0]}
         out[method, OURS] = cells | {SETTINGS[s]: ours[s][name][0] for s in SETTINGS}
     families = [method.partition(" (")[0] for method, _ in out]  # without what is said in parentheses
     index = sorted(out, key=lambda key: (families.index(key[0].partition(" (")[0]), key[1] == OURS))

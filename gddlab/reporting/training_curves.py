@@ -75,7 +75,7 @@ def curve_table(runs: Sequence[Run], metric: str = "fd-lite2", *, rows: Sequence
 def _scores(summary: Summary, metric: str) -> list[dict[str, Any]]:
     """One row per score of a run, or one that says why there is none."""
     seed = summary.config.seed if summary.config else None
-    scores = {float(r.kimg): r for r in summary.records if r.label == metric and r.kimg}
+    scores = {float(r.kimg): r for r in summary.scores if r.label == metric and r.kimg}
     if not scores:
         return [{"seed": seed, "state": summary.state_of(metric)}]
     return [{"seed": seed, "kimg": k, "record": scores[k], "state": summary.state} for k in sorted(scores)]
@@ -100,7 +100,9 @@ def draw_curves(
     """
     ax = axes_of(ax, 6.4, 3.6)
     named = {name: (labels or {}).get(str(name), look(str(name)).label) for name in curves["experiment"].unique()}
-    colours = {label: look(str(name)).colour for name, label in named.items()}
+    others = iter(LINES * 9)  # those without a colour of their own
+    looks = {label: look(str(name)) for name, label in named.items()}
+    colours = {label: next(others) if own.sort == "other" else own.colour for label, own in looks.items()}
     curves = curves.assign(experiment=curves["experiment"].map(named))
     missing = curves.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
     shown = _draw_lines(ax, curves, "kimg", "experiment", levels or {}, missing, colours)

@@ -330,7 +330,8 @@ def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None
     elif str(snapshot).endswith(".safetensors"):
         found = [p for p in [path_of("snapshot", snapshot)] if p.is_file()]
     else:
-        found = [p for p in snapshots_of(run_dir) if str(snapshot) in (p.stem, f"{float(p.stem):g}")]
+        wanted = f"{snapshot:g}" if isinstance(snapshot, int | float) else str(snapshot)
+        found = [p for p in snapshots_of(run_dir) if wanted in (p.stem, f"{float(p.stem):g}")]
     if not found:
         have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
         raise NotFound(f"{run_dir} has no student {'' if snapshot is None else shown(snapshot)}: snapshots are {have}")

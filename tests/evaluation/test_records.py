@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from gddlab.errors import GddlabError, NotFound
-from gddlab.evaluation import Record, Scores, append_records, compare, load_records
+from gddlab.evaluation import Record, Scores, append_records, compare, load_records, scores_of
 from gddlab.files import data_dir, read_json
 from gddlab.runs import load_runs
+from tests.conftest import tiny_config
 
 LATER = ("kimg", "preprocessing", "source", "data", "interval")
 """Fields that records had not from the start."""
@@ -144,3 +146,18 @@ def test_append_records(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["evaluation.jsonl"]
     with pytest.raises(NotFound):
         append_records(tmp_path / "absent", [record()])
+
+
+def test_scores_that_count(tmp_path: Path, tiny_teacher: Path) -> None:
+    """By the student's own steps, of the first block, the newest; each reference apart."""
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    first, newer = record(kimg=0.048), record(kimg=0.048, value=60.0)
+    others = (
+        record(kimg=0.048, value=1.0, sampler="consistency-2 sigmas=80,0.8"),
+        record(kimg=0.048, value=2.0, seeds=(64, 127)),
+        record(value=3.0),  # of no age
+    )
+    held_out, early = record(kimg=0.048, reference="digits:held-out"), record(kimg=0.024)
+    assert scores_of([first, newer, *others, held_out, early], config) == [newer, held_out, early]
+    two = tiny_config(tmp_path / "two", tiny_teacher, mid_sigmas=(0.8,))
+    assert scores_of([first, *others], two) == [others[0]]

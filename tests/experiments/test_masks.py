@@ -10,7 +10,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
-from gddlab.experiments.factorial import RUNS, SHARES, design, effects, groups, mask_of, shares
+from gddlab.experiments.factorial import MOST, RUNS, design, effects, groups, mask_of, shares
 from gddlab.experiments.masks import at_share, by_rule, measure, rule
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
@@ -70,8 +70,11 @@ def test_the_design_estimates_every_group(measured: Measured) -> None:
     assert rows.shape == (RUNS, len(sizes)) and (rows == design(sizes)).all()
     assert len({tuple(row) for row in rows.tolist()}) == RUNS
     share = rows @ np.array(list(sizes.values()))
-    assert (share >= SHARES[0]).all() and (share <= SHARES[1]).all()
+    assert share.max() <= MOST and share.min() >= sum(sizes.values()) - MOST - 1e-9
     x = np.hstack([np.ones((RUNS, 1)), 2.0 * rows - 1])
+    # no main effect holds a part of an interaction of two groups
+    pairs = np.stack([x[:, i] * x[:, j] for i in range(1, x.shape[1]) for j in range(1, i)], 1)
+    assert abs((np.linalg.pinv(x) @ pairs)[1:]).max() < 1e-9
     errors = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * RUNS)  # 1 for orthogonal columns
     assert errors.max() < 2
     drawn = np.random.default_rng(1).random((RUNS, len(sizes))) < 0.5
@@ -103,7 +106,8 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
     found = effects([], measured.result, ["fd-lite2", "kd-lite2"], at=12)
     assert len(found) == 2 * len(sizes) and found["seeds"].unique().tolist() == [RUNS]
     one = found[found["metric"] == "fd-lite2"].reset_index()
-    np.testing.assert_allclose(one["mean"], truth, atol=0.8)
+    np.testing.assert_allclose(one["difference"], truth, atol=0.8)
+    assert one.loc[2, "g"] == pytest.approx(-6 / 0.5, rel=0.4)  # over the residual spread
     assert one.index[one["p_holm"] < 0.001].tolist() == [2, 5]
     assert ((one["low"] < truth) & (truth < one["high"])).mean() > 0.8
     assert one["experiment"].tolist() == list(sizes) and (one["frozen"] == list(sizes.values())).all()

@@ -200,24 +200,36 @@ def test_teachers_and_starts(tiny_list: list[int], tmp_path: Path, monkeypatch: 
 
     first, everything = tiny.experiments
     other = replace(everything, name="other", teacher="teachers/young/snapshots/0.008.safetensors", seeds=(0,))
-    then = replace(everything, name="then", start="other", teacher=other.teacher, seeds=(0,))
-    more = replace(tiny, teachers=(TeacherRun("young", "a small one", own),), experiments=(then, first, other))
+    then = replace(everything, name="then", start=("other", 0.016), teacher=other.teacher, seeds=(0,))
+    more = replace(tiny, teachers=(TeacherRun("young", "a small one", own),), experiments=(first, other, then))
     monkeypatch.setattr(module, "LISTS", {"tiny": more})
-    with pytest.raises(GddlabError, match="then seed 0 begins with what is not there, other seed 0"):
-        reproduce("tiny", out=tmp_path, only=["then"])
-    done = reproduce("tiny", out=tmp_path, only=["other"])
-    assert [(p.item.name, p.state) for p in done] == [("young", "done"), ("other", "done")]
-    reproduce("tiny", out=tmp_path, only=["then"])
+    done = reproduce("tiny", out=tmp_path, only=["then"])  # with what it begins with
+    assert [(p.item.name, p.state) for p in done] == [("young", "done"), ("other", "done"), ("then", "done")]
     teacher, before, after = (load_run(tmp_path / "tiny" / name / "seed-0") for name in ("other", "other", "then"))
     assert teacher.config.teacher == str(tmp_path / "tiny" / "teachers" / "young" / "snapshots" / "0.008.safetensors")
-    assert after.config.student == str(before.run_dir / "student.safetensors")
+    assert after.config.student == str(before.run_dir / "snapshots" / "000000.016.safetensors")
     changed = weight_change(after.student(), before.student(), "conv").frame["value"]
     far = weight_change(after.student(), load_precond(teacher.config.teacher), "conv").frame["value"]
     assert 0 < changed.mean() < far.mean()
     ship("tiny", tmp_path, tmp_path / "data")
     shipped = {r.run_dir.parent.name: r for r in load_runs(tmp_path / "data")}
-    assert shipped["then"].written_config["student"] == "other/seed-0/student.safetensors"
+    assert shipped["then"].written_config["student"] == "other/seed-0/snapshots/000000.016.safetensors"
     assert shipped["then"].written_config["teacher"] == "teachers/young/snapshots/0.008.safetensors"
+
+
+def test_only_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="only='gdd': give a list of names"):
+        plan("digits", out=tmp_path, only="gdd")
+    with pytest.raises(GddlabError, match=r"only=\['24_editing'\]: the list 'cifar10' has none of what it reads"):
+        plan("cifar10", out=tmp_path, only=["24_editing"])
+
+
+def test_copying_is_scored_where_images_are_held_out() -> None:
+    asked = ("copying-pixels", "copying-lite2")
+    metrics = [m for names, _ in Judge().scores("cifar10", asked=asked) for m in names]
+    assert "copying" not in metrics
+    apart = Judge(held_out="digits:held-out").scores("digits:train", asked=asked)
+    assert [how["extractor"] for names, how in apart if "copying" in names] == ["lite2", "pixels"]
 
 
 def test_only_takes_a_notebook(tiny_list: list[int], tmp_path: Path) -> None:
@@ -306,7 +318,9 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         for kimg in module._points(experiment, config)[:-1]:  # a snapshot is there when scores are made
             assert kimg is not None and kimg * 1000 % config.batch == 0 and kimg % config.snapshot_kimg == 0
         assert not (own := module._own_teacher(experiment)) or own in made
-        assert experiment.start is None or experiment.start in chosen.names
+        if experiment.start is not None:  # before it in the list, where only= looks for it
+            name_of = [e.name for e in chosen.experiments]
+            assert name_of.index(experiment.start[0]) < name_of.index(experiment.name)
     for study in chosen.studies:
         needs = {need.partition("/")[0] for need in study.needs}
         assert not needs or needs & set(chosen.names)  # a list may lack some
@@ -323,7 +337,7 @@ def test_questions_ask_for_what_there_is() -> None:
     assert asked <= {e.name for chosen in (DIGITS, *FULL.values()) for e in chosen.experiments}
     studies = {s for q in DIGITS.questions for s in q.studies}
     assert studies == {s.name for s in DIGITS.studies}
-    assert all(q.against is None or q.against in q.arms for q in DIGITS.questions)
+    assert {arm for q in DIGITS.questions for pair in q.contrasts for arm in pair} <= asked
     assert "scratch" in feeding("20_initialisation") and "scratch" in feeding("20_initialisation", "cifar10")
     assert "from-low" not in feeding("20_initialisation", "cifar10")
     with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):

@@ -232,7 +232,7 @@ def test_architectures(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in {"PROBED": 4, "ABLATED": 2, "DRAWS": 1, "NULLS": ("init",)}.items():
         monkeypatch.setattr(f"gddlab.experiments.studies.{name}", value)
     monkeypatch.setattr("gddlab.experiments.studies.bundled_teachers", lambda: ["digits-dit"])
-    f = found("architectures", subjects).frame
+    f = found("architectures", replace(subjects, data="digits:train")).frame
     assert set(f["network"]) == {"tiny", "digits-dit"}
     assert set(f["what"]) == {"level", "needed", "response", "effect", "above null"}
     level = f[f["what"] == "level"]

@@ -1,4 +1,4 @@
-"""Arms against one of them: intervals, effect sizes and p are those of the textbooks."""
+"""Arms and their differences: intervals, effect sizes and p are those of the textbooks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import pytest
 from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
 from gddlab.reporting.contrasts import (
+    arm_table,
+    arm_text,
+    change_table,
     contrast_table,
     contrast_text,
+    corrected,
     difference,
     draw_arms,
     draw_dose,
@@ -42,41 +46,75 @@ def runs(tmp_path: Path, tiny_teacher: Path) -> list[Run]:
 
 def test_a_row_per_score_and_arm(runs: list[Run]) -> None:
     metrics = ("fd-lite2", "kd-lite2:held-out")
-    found = contrast_table(runs, ("gdd-i", "one", "never"), against="gdd", metrics=metrics)
+    found = arm_table(runs, ("gdd", "gdd-i", "one", "never"), metrics=metrics)
     assert found["experiment"].tolist() == ["gdd", "gdd-i", "one", "never"] * 2
     rows = found[found["metric"] == "fd-lite2"].set_index("experiment")
     assert rows["seeds"].tolist() == [3, 3, 1, 0]
     assert rows.loc["gdd", "mean"] == pytest.approx(71.333333)
-    assert rows.loc["gdd-i", "difference"] == pytest.approx(-12.666667)
     # Student's t with 2 degrees of freedom: 4.302653 sd / sqrt(3)
     half = 4.302653 * np.std(VALUES["gdd-i"], ddof=1) / np.sqrt(3)
     assert rows.loc["gdd-i", "high"] - rows.loc["gdd-i", "mean"] == pytest.approx(half, rel=1e-6)
-    assert np.isnan(rows.loc["gdd", "p"]) and np.isnan(rows.loc["one", "low"]) and np.isnan(rows.loc["one", "p"])
-    assert rows.loc["never", "state"] == "not run"
-    assert rows.loc["gdd-i", "p_holm"] == pytest.approx(2 * rows.loc["gdd-i", "p"])  # two tests in the table
+    assert np.isnan(rows.loc["one", "low"]) and rows.loc["never", "state"] == "not run"
     beside = score_table(runs, ["kd-lite2", "kd-lite2:held-out"], rows=["gdd"])
     assert beside.columns.tolist() == ["kd-lite2@64", "kd-lite2@64:held-out", "state"]
     assert beside.loc["gdd", "kd-lite2@64"] == pytest.approx(0.0713333 * 1000 / 900)
     held_out = found[found["metric"] == "kd-lite2:held-out"].set_index("experiment")
     assert held_out.loc["gdd", "mean"] == pytest.approx(0.0713333)
-    early = contrast_table(runs, ("gdd-i",), against="gdd", at=0.024).set_index("experiment")
+    early = arm_table(runs, ("gdd", "gdd-i"), at={"gdd": 0.024}).set_index("experiment")
     assert early.loc["gdd", "mean"] == pytest.approx(142.666667)
+    assert early.loc["gdd-i", "mean"] == rows.loc["gdd-i", "mean"]  # at its end
+
+
+def test_seeds_without_a_score_are_told(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
+    more = made(tmp_path, tiny_teacher, "gdd", 7, {0.024: 70.0, 0.048: 60.0}, scored={"metric": "fd-lite0@64"})
+    found = arm_table([*runs, more], ("gdd", "gdd-i")).set_index("experiment")
+    assert found["seeds"].tolist() == [3, 3]
+    assert found["state"].tolist() == ["3 of 4 seeds, no fd-lite2 at the end", "done"]
+    (row,) = contrast_table([*runs, more], [("gdd-i", "gdd")]).itertuples()
+    assert row.state == "GDD: 3 of 4 seeds, no fd-lite2 at the end"
+
+
+def test_differences_between_pairs(runs: list[Run]) -> None:
+    pairs = [("gdd-i", "gdd"), ("one", "gdd-i"), ("never", "gdd")]
+    found = contrast_table(runs, pairs).set_index("experiment")
+    assert found["difference"].tolist()[:2] == pytest.approx([-12.666667, 60 - 58.666667])
+    assert found[["seeds", "seeds_against"]].to_numpy().tolist() == [[3, 3], [1, 3], [0, 3]]
+    assert np.isfinite(found.loc["gdd-i", "low"]) and np.isnan(found.loc["one", "low"])
+    assert found["p"].isna().all()  # three seeds
+    assert found.loc["never", "state"] == "never: not run"
+
+
+def test_a_pair_differs_where_it_does_by_each_score() -> None:
+    rows = [("a", "x", "fd", -2.0, 0.01), ("a", "x", "kd", -1.0, 0.02), ("b", "x", "fd", -2.0, 0.001)]
+    rows += [("b", "x", "kd", 0.1, 0.002), ("c", "x", "fd", 1.0, 0.03), ("c", "x", "kd", 1.0, np.nan)]
+    table = pd.DataFrame(rows, columns=["experiment", "against", "metric", "difference", "p"])
+    found = corrected(table)["p_holm"].tolist()
+    assert found[:2] == [0.04, 0.04]  # the larger of its scores, and two pairs
+    assert found[2:4] == [1.0, 1.0] and np.isnan(found[4:]).all()
+
+
+def test_a_change_is_of_the_same_seeds(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
+    more = made(tmp_path, tiny_teacher, "gdd", 7, {0.048: 60.0})
+    found = change_table([*runs, more], ("gdd",), metrics=("fd-lite2",), start=0.024, end=0.048)
+    assert found.loc[0, "seeds"] == 3 and found.loc[0, "mean"] == pytest.approx(-71.333333)
+    assert found.loc[0, "state"] == "3 of 4 seeds, no fd-lite2 at 0.024 kimg"
 
 
 def test_welch_and_hedges_by_hand() -> None:
-    x, y = np.array([58.0, 62.0, 56.0]), np.array([70.0, 66.0, 78.0, 71.0])
-    found = difference(x, y)
-    error = np.sqrt(x.var(ddof=1) / 3 + y.var(ddof=1) / 4)
-    gap = x.mean() - y.mean()
-    pooled = np.sqrt((2 * x.var(ddof=1) + 3 * y.var(ddof=1)) / 5)
-    assert found["g"] == pytest.approx(gap / pooled * (1 - 3 / 19))
-    middle = (found["difference_low"] + found["difference_high"]) / 2
-    assert middle == pytest.approx(gap)
-    freedom = error**4 / ((x.var(ddof=1) / 3) ** 2 / 2 + (y.var(ddof=1) / 4) ** 2 / 3)
     from scipy.stats import t
 
+    x, y = np.array([58.0, 62.0, 56.0, 60.0, 59.0]), np.array([70.0, 66.0, 78.0, 71.0, 69.0, 68.0])
+    found = difference(x, y)
+    error = np.sqrt(x.var(ddof=1) / 5 + y.var(ddof=1) / 6)
+    gap = x.mean() - y.mean()
+    pooled = np.sqrt((4 * x.var(ddof=1) + 5 * y.var(ddof=1)) / 9)
+    assert found["g"] == pytest.approx(gap / pooled * (1 - 3 / 35))
+    assert (found["low"] + found["high"]) / 2 == pytest.approx(gap)
+    freedom = error**4 / ((x.var(ddof=1) / 5) ** 2 / 4 + (y.var(ddof=1) / 6) ** 2 / 5)
     assert found["p"] == pytest.approx(2 * t.sf(abs(gap) / error, freedom))
-    assert difference(x[:1], y) == {}
+    assert np.isnan(difference(x[:4], y)["p"]) and np.isfinite(difference(x[:4], y)["low"])
+    assert difference(x[:1], y)["difference"] == pytest.approx(58 - y.mean())
+    assert np.isnan(difference(x[:1], y)["low"]) and np.isnan(difference(x[:0], y)["difference"])
     assert all(np.isnan(interval(x[:1])))
 
 
@@ -87,23 +125,25 @@ def test_an_interval_holds_the_mean_95_times_in_100() -> None:
 
 
 def test_holm() -> None:
-    corrected = holm(np.array([0.01, np.nan, 0.04, 0.03, 0.005]))
-    np.testing.assert_allclose(corrected, [0.03, np.nan, 0.06, 0.06, 0.02])
+    found = holm(np.array([0.01, np.nan, 0.04, 0.03, 0.005]))
+    np.testing.assert_allclose(found, [0.03, np.nan, 0.06, 0.06, 0.02])
     assert holm(np.array([0.9, 0.8])).max() <= 1
 
 
 def test_refusals(runs: list[Run]) -> None:
-    with pytest.raises(GddlabError, match="'never', which others are compared with, has no score: run it first"):
-        contrast_table(runs, ("gdd",), against="never")
+    with pytest.raises(GddlabError, match="rows='gdd': give a list of experiments"):
+        arm_table(runs, "gdd")
     path = runs[0].run_dir / "provenance.json"
     write_json(path, read_json(path) | {"trainer": 2})
     name = f"{runs[0].run_dir.parent.name}/{runs[0].run_dir.name}"
     with pytest.raises(GddlabError, match=f"was trained by trainer 1, {name} by 2, whose numbers differ"):
         run_table(runs)
+    path.unlink()  # a run that has not begun says nothing of its trainer
+    assert len(run_table(runs)) == 7
 
 
 def test_figures(runs: list[Run]) -> None:
-    found = contrast_table(runs, ("gdd-i", "one", "never"), against="gdd", metrics=("fd-lite2", "kd-lite2"))
+    found = arm_table(runs, ("gdd", "gdd-i", "one", "never"), metrics=("fd-lite2", "kd-lite2"))
     figure = draw_dose(found, {"all": ("gdd", "gdd-i", "never")}, levels={"fd-lite2": {"teacher": 63.0}})
     assert [ax.get_title() for ax in figure.axes] == ["fd-lite2", "kd-lite2"]
     assert len(figure.axes[0].get_lines()) > len(figure.axes[1].get_lines())  # with the level
@@ -115,6 +155,11 @@ def test_figures(runs: list[Run]) -> None:
     figure = draw_dose(found, {"GDD": ("gdd", "gdd-i")}, places={"gdd": 10, "gdd-i": 1}, xlabel="age", log=True)
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
+    between = contrast_table(runs, [("gdd-i", "gdd"), ("never", "gdd")])
+    figure = draw_arms(between)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD"]
+    (dot,) = (line for line in figure.axes[0].get_lines() if line.get_marker() == "o")
+    assert float(dot.get_xdata()[0]) == pytest.approx(-12.666667) and dot.get_fillstyle() == "none"
     plt.close("all")
 
 
@@ -138,27 +183,26 @@ def test_groups_put_back() -> None:
     study = pd.DataFrame([*rows, ("teacher", "none", 0.0, "fd-lite2@8", 900.0)])
     study.columns = pd.Index(["into", "group", "share", "metric", "value"])
     table = rewound_table(study).set_index("experiment")
-    assert table["mean"].tolist() == [60, 80, 900] and table.loc["dec", "difference"] == 20
-    assert np.isnan(table.loc["none", "difference"])
+    assert table["mean"].tolist() == [60, 80, 900] and table["frozen"].tolist() == [0, 0.7, 1]
     figure = draw_arms(rewound_table(study), title="one seed")
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["none", "dec", "all"]
     plt.close("all")
 
 
-def test_a_contrast_in_words(runs: list[Run]) -> None:
-    shown = contrast_text(contrast_table(runs, ("gdd-i", "one", "never"), against="gdd"))
-    assert shown.index.tolist() == [("fd-lite2", name) for name in ("GDD", "GDD-I", "one", "never")]
-    row = shown.loc["fd-lite2", "GDD-I"]
-    assert row["mean (95 %)"] == "58.7 (51.1 to 66.3)" and row["seeds"] == "3"
-    assert (
-        shown.loc["fd-lite2", "GDD"]["difference (95 %)"] == ""
-        and shown.loc["fd-lite2", "one"]["mean (95 %)"] == "60.0"
-    )
-    assert shown.loc["fd-lite2", "never"]["state"] == "not run"
+def test_arms_and_contrasts_in_words(runs: list[Run]) -> None:
+    shown = arm_text(arm_table(runs, ("gdd", "gdd-i", "one", "never"), metrics=("fd-lite2", "kd-lite2")))
+    assert shown.index.tolist() == ["GDD", "GDD-I", "one", "never"]
+    assert shown.columns.tolist() == ["frozen", "seeds", "fd-lite2 (95 %)", "kd-lite2 (95 %)", "state"]
+    assert shown.loc["GDD-I"].tolist()[1:3] == ["3", "58.7 (51.1 to 66.3)"]
+    assert shown.loc["one", "fd-lite2 (95 %)"] == "60.0" and shown.loc["never", "state"] == "not run"
+    pairs = contrast_text(contrast_table(runs, [("gdd-i", "gdd"), ("one", "gdd"), ("never", "gdd")]))
+    assert pairs.columns.tolist() == ["seeds", "fd-lite2 (95 %)", "g, fd-lite2", "p, Holm", "state"]
+    assert pairs.loc["GDD-I against GDD"].tolist()[:2] == ["3 and 3", "-12.7 (-25.4 to 0.0)"]
+    assert pairs.loc["one against GDD", "fd-lite2 (95 %)"] == "-11.3" and pairs.loc["never against GDD"].iloc[1] == ""
 
 
 def test_seeds_of_different_length_are_not_averaged(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
     longer = made(tmp_path, tiny_teacher, "gdd", 7, {0.048: 70.0, 0.096: 60.0}, total_kimg=0.096)
     with pytest.raises(GddlabError, match=r"runs of .gdd. end at 0\.048 and 0\.096 thousand images: give at="):
-        contrast_table([*runs, longer], ("gdd-i",), against="gdd")
-    assert contrast_table([*runs, longer], ("gdd-i",), against="gdd", at=0.048)["seeds"].tolist() == [4, 3]
+        contrast_table([*runs, longer], [("gdd-i", "gdd")])
+    assert arm_table([*runs, longer], ("gdd", "gdd-i"), at=0.048)["seeds"].tolist() == [4, 3]
