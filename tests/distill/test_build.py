@@ -10,6 +10,7 @@ import torch
 from gddlab.datasets import ImageDataset
 from gddlab.distill.build import check
 from gddlab.distill.distributed import World
+from gddlab.distill.presets import digits
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
 from gddlab.freezing import select_freeze
@@ -34,6 +35,12 @@ def test_a_conditional_teacher_needs_labels(tmp_path: Path) -> None:
         Image.fromarray(x[..., 0]).save(folder / f"{i}.png")
     with pytest.raises(GddlabError, match=r"conditional with 10 classes, data .* has no labels"):
         Trainer(tiny_config(tmp_path / "run", path, data=str(folder)), ALONE)
+
+
+def test_a_teacher_without_a_student_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(GddlabError, match="a DiTPrecond teacher has no one-step student: give an EDMPrecond network"):
+        train(digits(run_dir=tmp_path / "run", teacher="digits-dit"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_parts_of_a_batch_hold_whole_groups_of_stylegan2s_deviation(tmp_path: Path, tiny_teacher: Path) -> None:

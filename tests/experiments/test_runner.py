@@ -340,5 +340,8 @@ def test_questions_ask_for_what_there_is() -> None:
     assert {arm for q in DIGITS.questions for pair in q.contrasts for arm in pair} <= asked
     assert "scratch" in feeding("20_initialisation") and "scratch" in feeding("20_initialisation", "cifar10")
     assert "from-low" not in feeding("20_initialisation", "cifar10")
+    full = question("13_second_extractor", "cifar10")
+    assert full.primary == ("fid-min3", "clip-fid", "kid", "precision", "recall") and full.at is None
+    assert "clip-fid" in FULL["cifar10"].asked_of("gdd-i")
     with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):
         feeding("20_initialization")
