@@ -19,6 +19,8 @@ from gddlab.runs import Run
 from gddlab.theme import GREY, themed
 
 LEVEL = 0.95
+FEWEST = 3
+"""Seeds from which a mean has an interval."""
 LEAST = 5
 """Seeds of both arms from which a difference has a p: with fewer, Welch's errs up to eight times as often in its tail
 as it says."""
@@ -39,8 +41,9 @@ def arm_table(
         at: Thousands of images after which they count, of all arms or by arm; None for the end of each run.
 
     Returns:
-        One row per score and arm: metric, experiment, frozen, images, seeds, mean, low, high, state. An arm with one
-        seed has no interval. `state` is "done" where every seed has the score, and says otherwise how many have it.
+        One row per score and arm: metric, experiment, frozen, images, seeds, mean, low, high, state. An arm of fewer
+        than three seeds has no interval. `state` is "done" where every seed has the score, and says otherwise how many
+        have it.
 
     Raises:
         GddlabError: Scores or trainers differ; seeds of an arm trained for different lengths, and `at` is None.
@@ -116,10 +119,10 @@ def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
 
 
 def interval(x: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t; NaN for fewer than two values."""
+    """The 95 % interval of a mean, by Student's t; NaN for fewer than three values, whose interval says nothing."""
     from scipy.stats import t
 
-    if len(x) < 2:
+    if len(x) < FEWEST:
         return np.nan, np.nan
     half = t.ppf(0.5 + LEVEL / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
     return float(x.mean() - half), float(x.mean() + half)
@@ -133,7 +136,7 @@ def difference(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     if min(len(x), len(y)) < 1:
         return out
     out["difference"] = gap = float(x.mean() - y.mean())
-    if min(len(x), len(y)) < 2:
+    if min(len(x), len(y)) < FEWEST:
         return out
     found = ttest_ind(x, y, equal_var=False)
     bounds = found.confidence_interval(LEVEL)
@@ -305,7 +308,8 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
         if between:
             ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
         _levels(ax, levels, metric, "x")
-        fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
+        if not between:
+            fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
         ax.set(xlabel=f"{metric}, difference" if between else metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), arms)

@@ -161,7 +161,8 @@ HEADS = {
 FORMATS = (
     dict.fromkeys(("mean", "sd", "min", "max", "value", "sec_per_kimg", "minutes", "fd-"), "{:.1f}")
     | dict.fromkeys(("frozen", "share trained"), "{:.1%}")
-    | dict.fromkeys(("kd-", "precision", "recall"), "{:.3f}")
+    | dict.fromkeys(("kd-", "precision", "recall", "confidence", "class-chi2", "copying"), "{:.3f}")
+    | {"fd-digits": "{:.2f}"}
     | dict.fromkeys(("fid", "clip-fid"), "{:.2f}")
     | {"kid": "{:.4f}", "kimg": "{:g}", "peak_mem_mib": "{:,.0f}"}
 )

@@ -114,8 +114,8 @@ def test_welch_and_hedges_by_hand() -> None:
     assert found["p"] == pytest.approx(2 * t.sf(abs(gap) / error, freedom))
     assert np.isnan(difference(x[:4], y)["p"]) and np.isfinite(difference(x[:4], y)["low"])
     assert difference(x[:1], y)["difference"] == pytest.approx(58 - y.mean())
-    assert np.isnan(difference(x[:1], y)["low"]) and np.isnan(difference(x[:0], y)["difference"])
-    assert all(np.isnan(interval(x[:1])))
+    assert np.isnan(difference(x[:2], y)["low"]) and np.isnan(difference(x[:0], y)["difference"])
+    assert all(np.isnan(interval(x[:2])))
 
 
 def test_an_interval_holds_the_mean_95_times_in_100() -> None:
