@@ -31,6 +31,7 @@ from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
 from gddlab.files import atomic_path, check_free, folder_of, path_of, write_json
 from gddlab.memory import keep_memory
+from gddlab.progress import say
 
 if TYPE_CHECKING:
     from gddlab.diagnosis import Doctor
@@ -832,12 +833,6 @@ def network(source: str) -> Any:
     return gddlab.load_teacher(source).to(chosen_device())
 
 
-def say(text: object) -> None:
-    """Prints at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def to_json(value: object) -> str:
     """Strict JSON, indented."""
     return json.dumps(value, indent=2, allow_nan=False)
@@ -985,9 +980,6 @@ def main(argv: list[str] | None = None) -> None:
         if words == ["--version"]:
             say(f"gddlab {gddlab.__version__}")
             return
-        if words[:2] == ["mask", "diff"]:  # its former name, as --rule below
-            words = ["mask", "compare", *words[2:]]
-        words = [re.sub("^--rule(?==|$)", "--strategy", word) for word in words]
         name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
         if name is None:
             overview(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gddlab
 from gddlab.errors import GddlabError
 from gddlab.files import data_dir, path_of, write_json, write_text
+from gddlab.progress import say
 from gddlab.theme import save_figure, themed
 
 if TYPE_CHECKING:
@@ -38,11 +38,6 @@ config = gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={seed})
 run = gddlab.train(config, nproc={nproc})
 run.watch()
 scores = gddlab.evaluate(run.student())"""
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Progress bars at a terminal, silent elsewhere."""
+"""What is told at a terminal: lines, and progress bars, which are silent elsewhere."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.1f} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def say(text: object) -> None:
+    """Prints at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

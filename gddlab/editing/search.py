@@ -89,7 +89,7 @@ def class_ids_of(net: Any, labels: Any, n: int) -> Tensor | None:
     if labels is None:
         return None
     rows = one_hot(denoiser_in(net).label_dim, range(n), labels)
-    return None if rows is None else rows.argmax(1)
+    return None if rows is None else rows.argmax(1).cpu()
 
 
 @contextlib.contextmanager

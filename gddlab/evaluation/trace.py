@@ -39,7 +39,7 @@ from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling import ImageNoise, heun_step
 from gddlab.sampling.grid import to_uint8
-from gddlab.sampling.samplers import resolve, sampler_name
+from gddlab.sampling.samplers import noised_again, resolve, sampler_name
 
 Mode = Literal["mean", "zero", "resample", "donor"]
 
@@ -391,7 +391,7 @@ class Sampling:
         if self.student is not None:
             x = denoise(x, sigma)
             if k + 1 < len(self):
-                x = x + math.sqrt(following**2 - self.student.eps**2) * self._noise(i, j, k + 1).to(x)
+                x = noised_again(self.student, x, following, self._noise(i, j, k + 1))
             return x
 
         def slope(x: Tensor, sigma: float) -> Tensor:

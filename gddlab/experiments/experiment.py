@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from gddlab.distill.config import TrainConfig
 from gddlab.distill.teacher import TeacherConfig
 from gddlab.errors import GddlabError
 from gddlab.evaluation import Record, find_extractor
-from gddlab.freezing import FreezeMask
+from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
 
@@ -28,7 +29,10 @@ class Measured:
     """What masks are chosen from: the teacher's probe, and the rule's mask, whose budget others share."""
 
     result: ProbeResult
-    rule: FreezeMask
+
+    @cached_property
+    def rule(self) -> FreezeMask:
+        return select_freeze(self.result, strategy="gdd-i")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from gddlab.experiments.experiment import Measured
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.freezing.candidates import ENDS, Network, fill, shuffled
-from gddlab.nets import Precond
 from gddlab.probing import DEFAULT, ProbeResult, ablate, probe
 from gddlab.probing.layers import owner_of
 from gddlab.runtime import chosen_device
@@ -16,15 +15,11 @@ from gddlab.teachers import load_precond
 Chooser = Callable[[Measured, int], FreezeMask | None]
 
 
-def measure(teacher: str, data: str) -> Measured:
+def measure(teacher: str, data: str) -> ProbeResult:
     """Probes and ablates a teacher: 64 and 16 images at 18 noise levels, seed 0."""
     net = load_precond(teacher).to(chosen_device())
     probed = probe(net, 18, data=data, stats=(*DEFAULT, "cosine"), n=64, seed=0)
-    return Measured(probed.join(ablate(net, 18, data=data, n=16, seed=0)), rule(net))
-
-
-def rule(source: Precond | ProbeResult) -> FreezeMask:
-    return select_freeze(source, strategy="gdd-i")
+    return probed.join(ablate(net, 18, data=data, n=16, seed=0))
 
 
 def ruled(measured: Measured, seed: int) -> FreezeMask | None:

@@ -31,7 +31,7 @@ from gddlab.evaluation import (
 from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
 from gddlab.experiments.full import FULL
-from gddlab.experiments.masks import measure, rule
+from gddlab.experiments.masks import measure
 from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, thin_jsonl, write_bytes, write_json
 from gddlab.launch import attach, train
 from gddlab.lock import held
@@ -346,6 +346,8 @@ def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc:
     # a run outlives the process that started it: if it still trains, this one waits for it
     run = attach(item.folder) if held(item.folder) else train(config, nproc=nproc)
     run.wait()
+    if run.status != "done":
+        raise GddlabError(f"{item} was {run.status}: the same call continues it")
     return _score(chosen, item.item, run, nproc)
 
 
@@ -385,9 +387,8 @@ def _measured(chosen: ExperimentList, folder: Path) -> Measured:
     """The probe that masks are chosen from; it is made once."""
     with _claimed(folder, wait=True):
         if not (folder / "meta.json").exists():
-            measure(chosen.teacher, chosen.data).result.save(folder)
-    result = ProbeResult.load(folder)
-    return Measured(result, rule(result))
+            measure(chosen.teacher, chosen.data).save(folder)
+    return Measured(ProbeResult.load(folder))
 
 
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:

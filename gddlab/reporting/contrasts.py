@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.style import checked, fit_scale, look, seeds_text
+from gddlab.reporting.style import checked, draw_levels, fit_scale, look, seeds_text
 from gddlab.reporting.tables import When, format_of, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
@@ -307,7 +306,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
             ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if filled else "none", markersize=5)
         if between:
             ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
-        _levels(ax, levels, metric, "x")
+        draw_levels(ax, (levels or {}).get(metric, {}), "x")
         if not between:
             fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
         ax.set(xlabel=f"{metric}, difference" if between else metric)
@@ -358,7 +357,7 @@ def draw_dose(
             colour = look(names[-1]).colour  # the first may be where all lines begin
             bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
             ax.errorbar(x, own["mean"], yerr=errors, label=label, **bars)
-        _levels(ax, levels, metric, "y")
+        draw_levels(ax, (levels or {}).get(metric, {}), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
     for ax in panels.flat[len(metrics) :]:
@@ -370,17 +369,6 @@ def draw_dose(
 
 def _seeds(scored: pd.DataFrame) -> str:
     return seeds_text(scored["seeds"]) or "no seeds"
-
-
-DASHES = ("--", ":", "-.")
-
-
-def _levels(ax: Axes, levels: Levels | None, metric: str, axis: Literal["x", "y"]) -> None:
-    """Grey lines at the levels of a score, each label in its own dashes in all panels."""
-    names = list(dict.fromkeys(label for own in (levels or {}).values() for label in own))
-    for label, value in (levels or {}).get(metric, {}).items():
-        how: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "label": label}
-        (ax.axhline if axis == "y" else ax.axvline)(value, linestyle=DASHES[names.index(label) % len(DASHES)], **how)
 
 
 def _legend(figure: Figure, panels: Any) -> None:

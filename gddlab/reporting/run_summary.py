@@ -22,7 +22,7 @@ from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
 from gddlab.runs import ARCHIVE, Run, load_study
 
-NOT_RUN = "not run"
+NOT_RUN, LACKING = "not run", "missing class"
 T = TypeVar("T")
 
 
@@ -230,31 +230,26 @@ def teacher_levels(
     return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}
 
 
-def levels_of(
-    folder: str | Path,
-    metrics: Sequence[str],
-    *,
-    steps: Sequence[int] = (18,),
-    cases: Sequence[str] = ("copier", "missing class"),
-) -> dict[str, dict[str, float]]:
-    """What scores are held against in figures: the teacher's own, and those of known cases.
+def levels_of(folder: str | Path, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What scores are held against in figures: those of the full teacher, of a copier, and of a missing class.
 
     Args:
         folder: Of one list, with the studies "teacher-steps" and "known-cases"; one that is not there adds nothing.
         metrics: Names of scores, as for `run_table`.
-        steps: Heun steps of the teacher.
-        cases: Of the study "known-cases".
 
     Returns:
         Score -> label -> value.
     """
+    if isinstance(metrics, str):
+        raise GddlabError(f"metrics={metrics!r}: give a list of scores")
     out: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
-    for study, column, wanted in (("teacher-steps", "steps", steps), ("known-cases", "case", cases)):
+    for study in ("teacher-steps", "known-cases"):
         if not (Path(folder) / study / "meta.json").is_file():
             continue
         frame = load_study(Path(folder) / study)
-        for row in frame[frame["label"].isin(metrics) & frame[column].isin(wanted)].to_dict("records"):
-            name = look(f"teacher-{row['steps']}").label if column == "steps" else str(row["case"])
+        full = frame["steps"] == frame["steps"].max() if "steps" in frame else frame["case"].isin(["copier", LACKING])
+        for row in frame[frame["label"].isin(metrics) & full].to_dict("records"):
+            name = look(f"teacher-{row['steps']}").label if "steps" in row else str(row["case"])
             out[str(row["label"])][name] = float(row["value"])
     return out
 

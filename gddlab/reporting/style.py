@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -106,6 +106,17 @@ def fit_scale(ax: Axes, values: Iterable[float], axis: Literal["x", "y"]) -> Non
         ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ticks.set_major_formatter("{x:g}")
         ticks.set_minor_formatter(NullFormatter())
+
+
+DASHES = ("--", ":", "-.")
+
+
+def draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], *, told: bool = False) -> None:
+    """Grey lines at what scores are held against, each in its own dashes; with their values in the legend if `told`."""
+    for (label, value), dashes in zip(levels.items(), DASHES * 9, strict=False):
+        text = f"{label}: {value:.0f}" if told else label
+        how: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": dashes, "label": text}
+        (ax.axhline if axis == "y" else ax.axvline)(value, **how)
 
 
 def checked(frame: pd.DataFrame, columns: Iterable[str], study: str) -> pd.DataFrame:

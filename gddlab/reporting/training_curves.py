@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gddlab.reporting.contrasts import interval
 from gddlab.reporting.run_summary import Summary, table_of
-from gddlab.reporting.style import fit_scale, look, seeds_text
+from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
 from gddlab.sampling import image_grid
@@ -135,7 +135,8 @@ def _draw_lines(
         style: dict[str, Any] = {"palette": {g: colours[g] for g in groups}, "dashes": False, "markeredgewidth": 0}
         style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
         sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=_band, **style)
-    _draw_levels(ax, levels, "y", shown["value"])
+    fit_scale(ax, [*shown["value"], *levels.values()], "y")
+    draw_levels(ax, levels, "y", told=True)
     ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
     seeds = seeds_text(shown.groupby([hue, x]).size())
     text = f"mean over {seeds}; band: 95 % interval, from {BANDED} seeds on" if seeds not in ("", "1 seed") else seeds
@@ -202,7 +203,8 @@ def draw_runs(
     sns.stripplot(runs, jitter=False, size=5, alpha=0.8, color=PALETTE[0], linewidth=0, **how)
     bar: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": PALETTE[1]}
     sns.pointplot(runs, errorbar=None, linestyle="none", **bar, **how)
-    _draw_levels(ax, levels or {}, "x", runs["value"].dropna())
+    fit_scale(ax, [*runs["value"].dropna(), *(levels or {}).values()], "x")
+    draw_levels(ax, levels or {}, "x", told=True)
     for i, name in enumerate(order):
         if not table.loc[name, "seeds"]:
             place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
@@ -215,11 +217,3 @@ def draw_runs(
     if levels:
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3)
     return ax
-
-
-def _draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], values: pd.Series) -> None:
-    """Grey lines, named with their values in the legend, on an axis that fits them and `values`."""
-    fit_scale(ax, [*values, *levels.values()], axis)
-    for (label, value), style in zip(levels.items(), ("--", ":", "-.") * 9, strict=False):
-        style_of: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": style}
-        (ax.axhline if axis == "y" else ax.axvline)(value, label=f"{label}: {value:.0f}", **style_of)

@@ -11,7 +11,7 @@ import pytest
 from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
 from gddlab.experiments.factorial import MOST, RUNS, design, effects, groups, mask_of, shares
-from gddlab.experiments.masks import at_share, by_rule, measure, rule
+from gddlab.experiments.masks import at_share, by_rule, measure
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
 from gddlab.probing.layers import owner_of
@@ -21,13 +21,13 @@ from gddlab.teachers import load_teacher
 @pytest.fixture(scope="module")
 def measured() -> Measured:
     net = load_teacher("digits")
-    return Measured(probe(net, [80.0], n=2, progress=False), rule(net))
+    return Measured(probe(net, [80.0], n=2, progress=False))
 
 
 def test_what_is_measured_of_a_teacher(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(str(tiny_teacher), "digits")
-    assert {"rel_update", "cosine", "ablation_output_mean"} <= set(found.result.stats)
-    assert found.rule == select_freeze(found.result, strategy="gdd-i")
+    assert {"rel_update", "cosine", "ablation_output_mean"} <= set(found.stats)
+    assert Measured(found).rule == select_freeze(found, strategy="gdd-i")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95])

@@ -31,11 +31,10 @@ from gddlab.experiments import (
 )
 from gddlab.experiments import runner as module
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
+from gddlab.experiments.experiment import Found, Judge, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import read_jsonl
-from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
@@ -53,10 +52,9 @@ def tiny_list(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     small_features(monkeypatch)
     measured: list[int] = []
 
-    def measure(teacher: str, data: str) -> Measured:
+    def measure(teacher: str, data: str) -> ProbeResult:
         measured.append(1)
-        result = probe(load_teacher(tiny_teacher), [80.0, 1.0], n=2, progress=False)
-        return Measured(result, select_freeze(result, strategy="gdd-i"))
+        return probe(load_teacher(tiny_teacher), [80.0, 1.0], n=2, progress=False)
 
     def configure(run_dir: Path, seed: int, mask: object) -> object:
         fast = {"kind": "stylegan2", "channel_max": 8}  # its processes do without timm
@@ -222,6 +220,13 @@ def test_only_names_what_there_is(tmp_path: Path) -> None:
         plan("digits", out=tmp_path, only="gdd")
     with pytest.raises(GddlabError, match=r"only=\['24_editing'\]: the list 'cifar10' has none of what it reads"):
         plan("cifar10", out=tmp_path, only=["24_editing"])
+
+
+def test_a_stopped_run_is_told(tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.launch.handle.RunHandle.wait", lambda run: None)
+    monkeypatch.setattr("gddlab.launch.handle.RunHandle.status", "stopped")
+    with pytest.raises(GddlabError, match="all seed 0 was stopped: the same call continues it"):
+        reproduce("tiny", out=tmp_path, only=["all"], seeds=1)
 
 
 def test_copying_is_scored_where_images_are_held_out() -> None:
