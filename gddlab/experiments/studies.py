@@ -163,8 +163,9 @@ def completed(s: Subjects) -> Found:
 
     One row per part and setting: the columns of `Restoration.scores`, and `kd`, the unbiased kernel distance of the
     first completion of each image to the training images (all completions would count an image as often as they are
-    alike). Settings "hidden truth" and "pasted" are what was hidden, and known pixels on an image of the GDD-I student
-    that has nothing to do with them: the best and the worst that can be expected.
+    alike), with its standard deviation over subsets, `kd_std`. Settings "hidden truth" and "pasted" are what was
+    hidden, and known pixels on an image of the GDD-I student that has nothing to do with them: the best and the worst
+    that can be expected.
     """
     import pandas as pd
 
@@ -191,7 +192,7 @@ def completed(s: Subjects) -> Found:
         for name, restored in found.items():
             how = {"data": s.data, "extractor": s.judge.extractor, "metrics": "kid", "progress": False}
             (kd,) = evaluate(restored.images[:, 0], **how)
-            about = {"part": part, "setting": name, "kd": kd.value}
+            about = {"part": part, "setting": name, "kd": kd.value, "kd_std": kd.std}
             rows += [about | row for row in restored.scores(truth).drop(columns="operator").to_dict("records")]
     about = {"images": len(truth), "ways": WAYS, "seed": 0, "data": held_out.name, "extractor": s.judge.extractor}
     return Found(pd.DataFrame(rows), about)

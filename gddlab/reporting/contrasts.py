@@ -13,13 +13,10 @@ from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.style import checked, draw_levels, fit_scale, look, seeds_text
-from gddlab.reporting.tables import When, format_of, run_table
+from gddlab.reporting.tables import FEWEST, LEVEL, When, format_of, interval, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
 
-LEVEL = 0.95
-FEWEST = 3
-"""Seeds from which a mean has an interval."""
 LEAST = 5
 """Seeds of both arms from which a difference has a p: with fewer, Welch's errs up to eight times as often in its tail
 as it says."""
@@ -115,16 +112,6 @@ def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
     if why and len(scored):
         why = f"{len(scored)} of {len(own)} seeds, {why}"
     return scored["value"].to_numpy(float), why or "done"
-
-
-def interval(x: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t; NaN for fewer than three values, whose interval says nothing."""
-    from scipy.stats import t
-
-    if len(x) < FEWEST:
-        return np.nan, np.nan
-    half = t.ppf(0.5 + LEVEL / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return float(x.mean() - half), float(x.mean() + half)
 
 
 def difference(x: np.ndarray, y: np.ndarray) -> dict[str, float]:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -22,8 +23,10 @@ from gddlab.reporting.style import checked, look
 from gddlab.runs import Run
 from gddlab.theme import PALETTE, axes_of, themed
 
+LEVEL = 0.95
+FEWEST = 3
+"""Seeds from which a mean has an interval."""
 RUN_COLUMNS = ("seed", "strategy", "score", "freeze", "frozen", "images", "nfe", "kimg", "metric", "value", "state")
-
 
 When = float | Mapping[str, float] | None
 """Thousands of images after which scores count, of all experiments or by experiment; None for the end of each run."""
@@ -74,6 +77,16 @@ def _row(summary: Summary, metric: str, when: When) -> dict[str, Any]:
     if summary.state == "done" and record is not None:
         row |= {"record": record, "images": config.max_images or record.reference_n}
     return row
+
+
+def interval(x: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean, by Student's t; NaN for fewer than three values, whose interval says nothing."""
+    from scipy.stats import t
+
+    if len(x) < FEWEST:
+        return np.nan, np.nan
+    half = t.ppf(0.5 + LEVEL / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean() - half), float(x.mean() + half)
 
 
 def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
@@ -329,8 +342,8 @@ def main_table(
     Returns:
         Text, indexed by method and source: network calls per image, digits, then one column per published setting.
         Published cells are FID, with a star where `results` has a note, or empty where no value was verified; ours are
-        the mean and range over seeds, "not run", or why there is no value; a score of only one block of 50,000 is
-        marked.
+        the mean over seeds and from three on its 95 % interval, "not run", or why there is no value; a score of only
+        one block of 50,000 is marked.
 
     Raises:
         GddlabError: Unknown setting, or scores in one cell that cannot be compared.
@@ -377,19 +390,18 @@ def _ours(
     calls = table.groupby("experiment")["nfe"].first()
     out: dict[str, tuple[str, str]] = {}
     for name in rows:
-        row: Any = found.loc[name]
-        values = [row["mean"], row["min"], row["max"]] if row["seeds"] > 1 else [row["mean"]]
-        cell = _cell(named, values) if row["seeds"] else str(row["state"])
+        values = table.loc[table["experiment"] == name, "value"].dropna().to_numpy(float)
+        cell = _cell(named, [values.mean(), *interval(values)]) if len(values) else str(found.loc[name, "state"])
         out[name] = cell, "" if calls.isna()[name] else str(calls[name])
     out["teacher"] = _teacher([r for r in runs if r.run_dir.parent.name in rows], named, study)
     return out, named
 
 
 def _cell(metric: str, values: Sequence[float]) -> str:
-    """A value, or mean, least and greatest; what is no FID at 50,000 images is not written as one."""
+    """A value, with its interval if there is one; what is no FID at 50,000 images is not written as one."""
     if metric.startswith("fid") and metric not in FIDS:
         return f"{metric}, not comparable"
-    mean, *ends = (f"{value:.{2 if metric.startswith('fid') else 1}f}" for value in values)
+    mean, *ends = (f"{value:.{2 if metric.startswith('fid') else 1}f}" for value in values if np.isfinite(value))
     return mean + (f" ({' to '.join(ends)})" if ends else "") + FIDS.get(metric, "")
 
 
