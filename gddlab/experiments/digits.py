@@ -50,9 +50,13 @@ TEACHERS = (
     *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
+COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", "gdd-lr-0.0002", "random-50")}
+COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
+COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 5, "longer": 2} for name in ("gdd", "scratch")}
+"""Training seeds of arms, and how many of them are followed for longer."""
 AT = 12
 """Thousands of images that every student sees; where it is scored."""
-row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), sec_per_kimg=15.0, sec_scores=40.0)
+row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
 STILL = 1e-12
@@ -127,7 +131,7 @@ def copying_rows() -> tuple[Experiment, ...]:
         for n in STEPS
     )
     return (
-        *row.baselines(steps=16, slower=slower, longer=2, **COPYING),
+        *row.baselines(steps=16, slower=slower, **COPYING),
         *rates,
         *steps,
         row("rcd-then-gdd", f"GDD from RCD's student after {AT} kimg", mask=free, start=("rcd", AT)),
@@ -173,10 +177,10 @@ def discriminator_rows() -> tuple[Experiment, ...]:
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (
-    *row.central(seeds=10, longer=3),
+    *row.central(),
     *copying_rows(),
     *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
-    *row.step_sizes((0.25, 0.5, 2), seeds=5),
+    *row.step_sizes((0.125, 0.25, 0.5, 2)),
     row(
         "warm",
         "the discriminator alone is trained, on the teacher's one-step images",

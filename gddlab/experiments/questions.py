@@ -8,15 +8,21 @@ DISTANCES = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
 BESIDE = ("kd-lite2", "fd-digits", "precision-lite2", "recall-lite2", "class-chi2-digits", "confidence-digits")
 """Other judges, shown beside every distance."""
-CENTRAL = ("gdd-i", "gdd", "random-50", "random-80", "scratch")
+CENTRAL = ("gdd-i", "gdd-lr-0.0002", "gdd", "random-50", "random-80", "scratch")
 COPYING = ("pd", "cd", "ctm", "rcd")
 RANDOM = tuple(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6))
 ORDERED = (*(f"ordered-{p}" for p in (40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
-RATES = tuple(f"{name}-lr-{lr}" for lr in ("0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50"))
+RATES = tuple(
+    f"{name}-lr-{lr}" for lr in ("0.0001", "0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50")
+)
 COUNTS = (50, 100, 200, 599)
 JUDGES = (*DISTANCES, "fd-digits")
 """With the distance of a classifier of the data, which is no relative of any discriminator."""
 SEEN = "29 November 2026, when seed 0 of the central and the copying arms was known"
+RATED = (
+    "30 November 2026: seed 0 had shown that the preset's learning rate, 8e-4, suits GDD-I, and a quarter of it GDD; "
+    "it is not counted in what is compared"
+)
 
 
 def versus(reference: str, *arms: str) -> tuple[tuple[str, str], ...]:
@@ -27,20 +33,21 @@ QUESTIONS = (
     Question(
         "12_main_results",
         "Does a GAN loss alone turn the teacher into a one-step generator? Is freezing by the authors' rule better "
-        "than training everything, than freezing as much at random, and than freezing half at random? Do random "
-        "weights fail?",
+        "than training everything, each at its own learning rate and at one; than freezing as much, or half, at "
+        "random? Do random weights fail?",
         arms=(*CENTRAL, *COPYING, "gdd-cd"),
-        contrasts=(*versus("gdd", "gdd-i", "scratch"), ("gdd-i", "random-80"), ("gdd-i", "random-50")),
+        contrasts=(("gdd-i", "gdd-lr-0.0002"), *versus("gdd", "gdd-i", "scratch"), *versus("random-80", "gdd-i"))
+        + versus("random-50", "gdd-i"),
         primary=JUDGES,
         also=(*BESIDE, "copying-lite2", "copying-pixels"),
         at=12,
-        since=SEEN,
+        since=RATED,
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
         "10_fid_over_images",
         "How fast does the distance fall over the images seen, and which methods are still falling where they end?",
-        arms=("gdd-i", "gdd", "random-50", "rcd", "scratch"),
+        arms=("gdd-i", "gdd-lr-0.0002", "gdd", "random-50", "rcd", "scratch"),
         primary=DISTANCES,
         at=40,
         studies=("teacher-steps", "known-cases"),
@@ -59,9 +66,10 @@ QUESTIONS = (
             "precision-lite2",
             "recall-lite2",
         ),
-        contrasts=(*versus("gdd", "gdd-i", "scratch", "rcd"), ("gdd-i", "random-80"), ("gdd-i", "random-50")),
+        contrasts=(("gdd-i", "gdd-lr-0.0002"), *versus("gdd", "gdd-i", "scratch", "rcd"), *versus("random-80", "gdd-i"))
+        + versus("random-50", "gdd-i"),
         at=12,
-        since=SEEN,
+        since=RATED,
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
@@ -72,12 +80,12 @@ QUESTIONS = (
         contrasts=(
             *((f"ordered-{p}", f"random-{p}") for p in (40, 60, 95)),
             ("gdd-i", "random-80"),
-            *((arm, f"gdd-lr-{lr}") for lr in ("0.0002", "0.0004") for arm in ("gdd-i", "random-50")),
+            *versus("gdd-lr-0.0002", "gdd-i", "random-50"),
         ),
         primary=DISTANCES,
         also=("precision-lite2", "recall-lite2"),
         at=12,
-        since=SEEN,
+        since=RATED,
         studies=("teacher-steps", "known-cases", "followed"),
     ),
     Question(
@@ -120,14 +128,20 @@ QUESTIONS = (
         "loss, against either for as long; the distances along the line between students' weights, with two seeds of "
         "one student as the yardstick.",
         arms=(
-            *("gdd", "gdd-i", *COPYING, *(f"{name}-lr-{lr}" for name in COPYING for lr in ("0.0004", "0.0016"))),
+            *(
+                "gdd-lr-0.0002",
+                "gdd",
+                "gdd-i",
+                *COPYING,
+                *(f"{name}-lr-{lr}" for name in COPYING for lr in ("0.0004", "0.0016")),
+            ),
             *(f"rcd-{n}" for n in (2, 4, 8)),
             *("rcd-then-gdd", "gdd-then-rcd", "gdd-cd", "scratch"),
         ),
-        contrasts=versus("gdd", *COPYING, "rcd-2", "rcd-4", "rcd-8", "gdd-cd"),
+        contrasts=versus("gdd-lr-0.0002", *COPYING, "rcd-2", "rcd-4", "rcd-8", "gdd-cd"),
         primary=JUDGES,
         at=12,
-        since=SEEN,
+        since=RATED,
         studies=("teacher-steps", "known-cases", "local-minima", "line"),
     ),
     Question(

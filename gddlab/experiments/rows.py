@@ -37,6 +37,7 @@ class Rows:
         at: Thousands of images after which students are scored.
         long: The same of the first seeds of an experiment with `longer`.
         seeds: Training seeds of an experiment that does not say.
+        counted: `seeds` and `longer` of experiments by name, for those that do not say.
         snapshots: How often a student is kept during its training, unless `long` has more.
         first_seed: Seed s trains with `first_seed` + s.
         sec_per_kimg: Seconds per thousand images of one run; None if unknown.
@@ -51,6 +52,7 @@ class Rows:
         at: tuple[float, ...] = (),
         long: tuple[float, ...] = (),
         seeds: int = 3,
+        counted: Mapping[str, Mapping[str, int]] | None = None,
         snapshots: int = 4,
         first_seed: int = 0,
         sec_per_kimg: float | None = None,
@@ -58,7 +60,7 @@ class Rows:
         fields: Mapping[str, Any] | None = None,
     ):
         self.preset, self.at, self.long, self.seeds, self.first_seed = preset, at, long, seeds, first_seed
-        self.fields = dict(fields or {})
+        self.fields, self.counted = dict(fields or {}), counted or {}
         self.base = presets.preset(preset, run_dir="runs", **self.fields)
         self.snapshot_kimg = self.base.total_kimg / snapshots
         self.sec_per_kimg, self.sec_scores = sec_per_kimg, sec_scores
@@ -70,7 +72,7 @@ class Rows:
         *,
         mask: Chooser = ruled,
         seeds: int | tuple[int, ...] | None = None,
-        longer: int = 0,
+        longer: int | None = None,
         teacher: str | None = None,
         start: tuple[str, float] | None = None,
         slower: float = 1.0,
@@ -81,12 +83,14 @@ class Rows:
         Args:
             name, what, mask, teacher, start: As in `Experiment`.
             seeds: Their number, or the seeds.
-            longer: How many of the seeds, the first ones, train as long as the list's `long` says.
+            longer: How many of the seeds, the first ones, train as long as the list's `long` says; none if not given.
             slower: Its time over that of an ordinary one.
             **fields: Of `TrainConfig`.
         """
         given: dict[str, Any] = self.fields | {"snapshot_kimg": self.snapshot_kimg} | fields
-        chosen = self.seeds if seeds is None else seeds
+        counted = self.counted.get(name, {})
+        chosen = counted.get("seeds", self.seeds) if seeds is None else seeds
+        longer = counted.get("longer", 0) if longer is None else longer
         chosen = tuple(range(chosen)) if isinstance(chosen, int) else chosen
 
         def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
@@ -103,13 +107,12 @@ class Rows:
             seconds = (slower * self.sec_per_kimg * sum(shares) + self.sec_scores * scored) / len(chosen)
         return Experiment(name, what, mask, configure, chosen, at, teacher, start, seconds)
 
-    def central(self, *, seeds: int | None = None, longer: int = 0) -> tuple[Experiment, ...]:
+    def central(self) -> tuple[Experiment, ...]:
         """GDD, GDD-I, half of the parameters and the rule's share frozen at random; from random weights."""
-        how: dict[str, Any] = {"seeds": seeds, "longer": longer}
         return (
-            *(self(name, what, mask=mask, **how) for name, (what, mask) in ALL_TRAINED.items()),
-            self("random-80", "four fifths of the parameters frozen, at random", mask=at_share(0.8), seeds=seeds),
-            self("scratch", "GDD from random weights in place of the teacher's", mask=free, student="scratch", **how),
+            *(self(name, what, mask=mask) for name, (what, mask) in ALL_TRAINED.items()),
+            self("random-80", "four fifths of the parameters frozen, at random", mask=at_share(0.8)),
+            self("scratch", "GDD from random weights in place of the teacher's", mask=free, student="scratch"),
         )
 
     def dose(self, random: Iterable[float], ordered: Iterable[float], *, seeds: int) -> tuple[Experiment, ...]:
@@ -135,20 +138,11 @@ class Rows:
             self("norms-only", "norms alone are trained", mask=by_rule("norms-only")),
         )
 
-    def step_sizes(self, factors: Iterable[float], *, seeds: int | None = None) -> tuple[Experiment, ...]:
-        """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth.
-
-        `seeds` are those of the arms that freezing is tested against: everything trained, at lower rates.
-        """
+    def step_sizes(self, factors: Iterable[float]) -> tuple[Experiment, ...]:
+        """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth."""
         lr = self.base.lr_g
         return tuple(
-            self(
-                f"{name}-lr-{lr * f:g}",
-                f"{what}; learning rate {lr * f:g}",
-                mask=mask,
-                lr_g=lr * f,
-                seeds=seeds if f < 1 and mask is free else None,
-            )
+            self(f"{name}-lr-{lr * f:g}", f"{what}; learning rate {lr * f:g}", mask=mask, lr_g=lr * f)
             for f in factors
             for name, (what, mask) in ALL_TRAINED.items()
         )
