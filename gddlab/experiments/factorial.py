@@ -23,6 +23,7 @@ RUNS = 48
 MOST = 0.6
 """Greatest frozen share of the parameters of a run, and of its complement."""
 ROUNDS = 20
+PERMUTED = 10_000
 CANDIDATES = 4096
 """Rows among which a design is searched."""
 _LAYER = re.compile(r"\.(enc|dec)\.(\d+)x\d+_\w+\.(conv0|conv1|qkv|proj|skip|affine)$")
@@ -138,6 +139,48 @@ def effects(
         columns |= {"p": 2 * t.sf(abs(effect) / error, freedom), "frozen": list(sizes.values()), "state": "done"}
         tables.append(pd.DataFrame(columns))
     return corrected(pd.concat(tables, ignore_index=True))
+
+
+def foretold(found: pd.DataFrame, pulls: pd.DataFrame, metric: str = "fd-lite2", *, seed: int = 0) -> pd.DataFrame:
+    """Which measurements foretell the effect of training a group: rank correlations over the groups.
+
+    Args:
+        found: From `effects`.
+        pulls: The study "pulls": group, measure, value; a group has the mean of its layers.
+        metric: Whose effect is foretold.
+        seed: Of the permutations.
+
+    Returns:
+        Indexed by measure: rho (Spearman's, with how far training the group lowers the score), rho_share (the same with
+        the group's share of the parameters held constant: of what ranks of both do not owe to it), p (of rho, corrected
+        for all measures: how often the largest |rho| of any of them is as large when effects are permuted; Westfall &
+        Young 1993).
+
+    Raises:
+        GddlabError: A group has no effect.
+    """
+    import pandas as pd
+    from scipy.stats import rankdata
+
+    own = found[found["metric"] == metric].set_index("experiment")
+    table = pulls.groupby(["measure", "group"], sort=False, observed=True)["value"].mean().unstack("group")
+    if lacking := [group for group in table.columns if group not in own.index]:
+        raise GddlabError(f"group {lacking[0]!r} has no effect by {metric!r}: give the table of effects of this list")
+    measures = _unit(rankdata(table.to_numpy(float), axis=-1))  # (measures, groups)
+    gain = _unit(rankdata(-own.loc[table.columns, "difference"].to_numpy(float)))
+    share = _unit(rankdata(own.loc[table.columns, "frozen"].to_numpy(float)))
+    rho = measures @ gain
+    partial = _unit(measures - (measures @ share)[:, None] * share) @ _unit(gain - (gain @ share) * share)
+    draw = np.random.default_rng(seed)
+    largest = np.array([abs(measures @ draw.permutation(gain)).max() for _ in range(PERMUTED)])
+    p = [(1 + int((largest >= abs(r) - 1e-12).sum())) / (1 + PERMUTED) for r in rho]
+    return pd.DataFrame({"rho": rho, "rho_share": partial, "p": p}, index=table.index)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Centred and of length 1 along the last axis, so that products are correlations; 0 where nothing is left."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
 def mask_of(result: ProbeResult, row: int) -> FreezeMask:

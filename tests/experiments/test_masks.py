@@ -10,7 +10,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
-from gddlab.experiments.factorial import MOST, RUNS, design, effects, groups, mask_of, shares
+from gddlab.experiments.factorial import MOST, RUNS, design, effects, foretold, groups, mask_of, shares
 from gddlab.experiments.masks import at_share, by_rule, measure
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
@@ -114,3 +114,24 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
     done = 12
     with pytest.raises(GddlabError, match="12 of 48 runs have a score 'fd-lite2': too few for 17 groups"):
         effects([], measured.result, ["fd-lite2"], at=12)
+
+
+def test_what_foretells_an_effect() -> None:
+    """Spearman's correlation, without what size explains, and p for the largest of several measures."""
+    from scipy.stats import spearmanr
+
+    draw = np.random.default_rng(0)
+    names, size = [f"g{i}" for i in range(17)], draw.random(17)
+    effect = -2 * size + 0.3 * draw.normal(size=17)  # the larger, the more a group lowers the score
+    found = pd.DataFrame({"metric": "fd", "experiment": names, "difference": effect, "frozen": size})
+    values = {"size again": size**3, "the effect": -effect, "chance": draw.random(17)}
+    rows = [(name, g, v) for name, own in values.items() for g, v in zip(names, own, strict=True)]
+    pulls = pd.DataFrame([*rows, *rows], columns=["measure", "group", "value"])  # two layers a group
+    table = foretold(found, pulls, "fd")
+    assert table.loc["the effect", "rho"] == pytest.approx(1) and table.loc["the effect", "p"] < 0.001
+    for name, own in values.items():
+        assert table.loc[name, "rho"] == pytest.approx(spearmanr(own, -effect).statistic)
+    assert table.loc["size again", "rho"] > 0.8 and abs(table.loc["size again", "rho_share"]) < 1e-4
+    assert table.loc["chance", "p"] > 0.05
+    with pytest.raises(GddlabError, match="group 'g0' has no effect by 'kd'"):
+        foretold(found, pulls, "kd")
