@@ -31,6 +31,7 @@ from gddlab.reporting.run_summary import teacher_levels as teacher_levels
 from gddlab.reporting.run_summary import teacher_scores as teacher_scores
 from gddlab.reporting.samples import cut_grid as cut_grid
 from gddlab.reporting.samples import draw_same_noise as draw_same_noise
+from gddlab.reporting.samples import found_again as found_again
 from gddlab.reporting.style import look as look
 from gddlab.reporting.tables import SETTINGS as SETTINGS
 from gddlab.reporting.tables import cost_table as cost_table

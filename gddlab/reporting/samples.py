@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -86,3 +87,38 @@ def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(1
     ax.spines[:].set_visible(False)
     ax.annotate("seed", (0, 1), (-4, 2), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=6.5)
     return ax
+
+
+def found_again(images: Mapping[str, Tensor], target: Tensor) -> pd.DataFrame:
+    """How often networks make one network's image of the same noise.
+
+    Images are compared by the correlation of their pixels, after the mean of each set is subtracted.
+
+    Args:
+        images: Label -> images, (N, C, H, W), image i from the noise of `target[i]`.
+        target: The other network's, (N, C, H, W); colours are averaged.
+
+    Returns:
+        Indexed by label: found, the share of images to which the target's image of the same noise is more alike than
+        those of all other noises (1/N by chance), and correlation, the mean with the target's image of the same noise.
+
+    Raises:
+        GddlabError: Fewer images than in `target`, or of another size.
+    """
+    n, theirs = len(target), _centred(target)
+    rows = {}
+    for label, x in images.items():
+        if len(x) < n or x.shape[-2:] != target.shape[-2:]:
+            raise GddlabError(
+                f"images of {label!r} are {tuple(x.shape)}: give {n} of {tuple(target.shape[-2:])} pixels"
+            )
+        alike = _centred(x[:n]) @ theirs.T
+        found = (alike.argmax(1) == torch.arange(n)).double().mean()
+        rows[label] = {"found": found.item(), "correlation": alike.diagonal().mean().item()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Images as rows of length 1, (N, H * W), without their mean."""
+    x = x.detach().cpu().double().mean(1).flatten(1)
+    return torch.nn.functional.normalize(x - x.mean(0), dim=1)

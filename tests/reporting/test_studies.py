@@ -33,7 +33,7 @@ from gddlab.reporting.layer_changes import (
     squared_norms,
 )
 from gddlab.reporting.local_minima import between, draw_between, draw_minima, frechet_name, minima_table
-from gddlab.reporting.samples import cut_grid, draw_same_noise
+from gddlab.reporting.samples import cut_grid, draw_same_noise, found_again
 from gddlab.reporting.style import look
 from gddlab.sampling import save_grid
 from tests.conftest import tiny_net
@@ -458,3 +458,14 @@ def test_notebooks_run(name: str, filled: bool, tmp_path: Path, monkeypatch: pyt
     pictures = sum("image/png" in o.get("data", {}) for o in outputs)
     assert ("not run: gddlab reproduce digits --only" in said) == (not filled or name == "11_samples")
     assert (pictures > 0) == (filled or name == "11_samples")
+
+
+def test_who_makes_the_same_image_of_the_same_noise() -> None:
+    target = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = {"same": 0.5 * target + 3, "noisy": target + 0.3 * other, "more": target.repeat(2, 1, 1, 1)}
+    table = found_again(images | {"other": other}, target)
+    assert table.loc[[*images], "found"].tolist() == [1, 1, 1] and table.loc["other", "found"] < 0.4
+    assert table.loc["same", "correlation"] == pytest.approx(1) and abs(table.loc["other", "correlation"]) < 0.2
+    with pytest.raises(GddlabError, match=r"images of 'few' are \(3, 1, 8, 8\): give 16 of \(8, 8\) pixels"):
+        found_again({"few": target[:3]}, target)
