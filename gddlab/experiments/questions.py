@@ -164,12 +164,14 @@ QUESTIONS = (
     ),
     Question(
         "25_second_step",
-        "Is a second step worth a second network call, and at which noise level?",
+        "Is a second step worth a second network call, and at which noise level? If it is not, why?",
         arms=("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
         contrasts=versus("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
         primary=DISTANCES,
-        also=("precision-lite2", "recall-lite2"),
+        also=("fd-digits", "precision-lite2", "recall-lite2"),
         at=12,
+        studies=("each-step",),
+        since="30 November 2026: seed 0 had shown two steps to be worse by both; the study was added to find out why",
     ),
     Question(
         "19_augmentation_r1",

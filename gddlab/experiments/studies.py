@@ -236,6 +236,32 @@ def rewound(s: Subjects) -> Found:
     return Found(pd.DataFrame(rows), scores.about)
 
 
+def each_step(s: Subjects) -> Found:
+    """What students make with each number of their steps, and all of them mixed, which is what the discriminator saw.
+
+    Rows by experiment, seed, `steps` (their number; 0 for the mixture, an equal part of each) and metric; `level` is
+    the mean over pixels, 0 is black and 1 white, of these images, and `data_level` that of the data.
+    """
+    import pandas as pd
+
+    scores, rows = _Scores(s), list[dict[str, Any]]()
+    data_level = torch.from_numpy(scores.real.uint8).double().mean().item() / 255
+    for name, student in s.students.items():
+        labels = classes_of(student, Reference.of(scores.real), scores.n, 0)
+        made = {
+            k: to_uint8(sample(student, scores.n, sigmas=student.sigmas[:k], seed=0, class_labels=labels))
+            for k in range(1, len(student.sigmas) + 1)
+        }
+        if len(made) > 1:
+            made[0] = torch.stack([made[1 + i % len(made)][i] for i in range(scores.n)])
+        experiment, _, seed = name.partition("/seed-")
+        for steps, images in made.items():
+            about = {"experiment": experiment, "seed": int(seed or 0), "steps": steps, "data_level": data_level}
+            about["level"] = images.double().mean().item() / 255
+            rows += [about | row for row in scores.of(images)]
+    return Found(pd.DataFrame(rows), scores.about)
+
+
 def pulls(s: Subjects) -> Found:
     """What might say which layers to train: one row per layer and measure, with the layer's group of the factorial.
 
@@ -517,6 +543,9 @@ PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
 FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)), "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
+STEPPED = tuple(
+    f"{x}/seed-{seed}" for x in ("gdd-i", *(f"second-step-{m}" for m in (0.2, 0.8, 2.5))) for seed in range(3)
+)
 PULLING = ("warm", "gdd/seed-0", "gdd/seed-1", "gdd/seed-2")
 COMPLETING = ("gdd-i", "second-step-0.8")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
@@ -524,7 +553,15 @@ BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student
 AT = 12.0
 """Thousands of images that all students have seen."""
 STUDIES: tuple[Study, ...] = tuple(
-    Study(name, what, needs, measure, seconds, AT if measure in (followed, pulls, rewound) else None, measure is costs)
+    Study(
+        name,
+        what,
+        needs,
+        measure,
+        seconds,
+        AT if measure in (followed, pulls, rewound, each_step) else None,
+        measure is costs,
+    )
     for name, what, needs, measure, seconds in (
         ("teacher-steps", BOTH, (), teacher_steps, 900.0),
         ("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),
@@ -533,6 +570,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
         ("pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0),
         ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
+        ("each-step", "images of few-step students by each number of their steps", STEPPED, each_step, 600.0),
         ("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
         ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),

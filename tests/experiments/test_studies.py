@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.datasets import open_dataset
+from gddlab.datasets import digits, open_dataset
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError
@@ -96,6 +96,23 @@ def test_followed(subjects: Subjects) -> None:
     perfect = replace(subjects, students={"gdd": subjects.teacher}, steps=(18,))  # its own images
     row = found("followed", perfect).frame.iloc[0]
     assert row["retrieved"] == 1 and row["pixel"] == 0
+
+
+def test_each_step(subjects: Subjects) -> None:
+    two = make_student(subjects.teacher, mid_sigmas=(0.8,))
+    students = {"gdd-i/seed-1": subjects.students["gdd-i"], "second-step-0.8/seed-0": two}
+    f = found("each-step", replace(subjects, students=students)).frame
+    assert f.groupby("experiment", sort=False)["steps"].unique().map(list).to_dict() == {
+        "gdd-i": [1],
+        "second-step-0.8": [1, 2, 0],
+    }
+    f = f[f["metric"] == "fd-lite2"].set_index(["experiment", "steps"])
+    for steps, sigmas in ((1, (80.0,)), (2, (80.0, 0.8))):
+        scores = evaluate(two, data="digits", metrics=("fid",), n=N, sigmas=sigmas, progress=False)
+        assert f.loc[("second-step-0.8", steps), "value"] == pytest.approx(scores["fd-lite2"])
+    ends = f.loc["second-step-0.8", "level"]
+    assert ends[0] == pytest.approx((ends[1] + ends[2]) / 2, abs=0.03)  # images of other noises
+    assert f["data_level"].unique() == pytest.approx([digits().uint8.mean() / 255])
 
 
 def test_completed(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
