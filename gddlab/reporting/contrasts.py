@@ -334,12 +334,13 @@ def draw_dose(
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     scored = arms[arms["mean"].notna()]
     for ax, metric in zip(panels.flat, metrics, strict=False):
-        rows, drawn = scored[scored["metric"] == metric].set_index("experiment"), list[float]()
+        rows = scored[scored["metric"] == metric].set_index("experiment")
+        drawn, dots = list[float](), list[float]()
         for i, (label, names) in enumerate(groups.items()):
             own = rows.loc[[n for n in names if n in rows.index]]
             x = 100 * own["frozen"] if places is None else own.index.map(places).to_series(index=own.index)
             own, x = own.loc[x.sort_values().index], x.sort_values()
-            drawn += list(own["mean"])
+            drawn, dots = [*drawn, *own["mean"]], [*dots, *x]
             errors = [own["mean"] - own["low"], own["high"] - own["mean"]]
             colour = look(names[-1]).colour  # the first may be where all lines begin
             bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
@@ -347,6 +348,9 @@ def draw_dose(
         draw_levels(ax, (levels or {}).get(metric, {}), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
+        if log and (at := sorted(set(dots))):
+            ax.set_xticks(at, [f"{x:g}" for x in at])
+            ax.minorticks_off()
     for ax in panels.flat[len(metrics) :]:
         ax.set_axis_off()
     _legend(figure, panels)

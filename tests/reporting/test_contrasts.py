@@ -155,6 +155,7 @@ def test_figures(runs: list[Run]) -> None:
     figure = draw_dose(found, {"GDD": ("gdd", "gdd-i")}, places={"gdd": 10, "gdd-i": 1}, xlabel="age", log=True)
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "10"]
     between = contrast_table(runs, [("gdd-i", "gdd"), ("never", "gdd")])
     figure = draw_arms(between)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD"]
