@@ -44,7 +44,7 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def test_there_is_a_notebook_for_each_figure_and_table() -> None:
-    assert [int(p.name[:2]) for p in RESULTS] == list(range(10, 25))
+    assert [int(p.name[:2]) for p in RESULTS] == list(range(10, 26))
 
 
 def test_it_asks_shows_and_concludes(notebook: nbformat.NotebookNode) -> None:

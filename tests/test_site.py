@@ -45,6 +45,7 @@ NOTEBOOKS = [
     "22_frequencies",
     "23_cost",
     "24_editing",
+    "25_second_step",
 ]
 GENERATED = "api/cli.md"
 RESOURCES = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}

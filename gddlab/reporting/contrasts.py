@@ -295,7 +295,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
             ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
         draw_levels(ax, (levels or {}).get(metric, {}), "x")
         if not between:
-            fit_scale(ax, [*rows["mean"], *(levels or {}).get(metric, {}).values()], "x")
+            fit_scale(ax, [*_ends(rows), *(levels or {}).get(metric, {}).values()], "x")
         ax.set(xlabel=f"{metric}, difference" if between else metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), arms)
@@ -340,7 +340,7 @@ def draw_dose(
             own = rows.loc[[n for n in names if n in rows.index]]
             x = 100 * own["frozen"] if places is None else own.index.map(places).to_series(index=own.index)
             own, x = own.loc[x.sort_values().index], x.sort_values()
-            drawn, dots = [*drawn, *own["mean"]], [*dots, *x]
+            drawn, dots = [*drawn, *_ends(own)], [*dots, *x]
             errors = [own["mean"] - own["low"], own["high"] - own["mean"]]
             colour = look(names[-1]).colour  # the first may be where all lines begin
             bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
@@ -356,6 +356,11 @@ def draw_dose(
     _legend(figure, panels)
     figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}", x=0.01, ha="left")
     return figure
+
+
+def _ends(rows: pd.DataFrame) -> list[float]:
+    """Means and the ends of their intervals, where they have one."""
+    return [float(x) for x in rows[["mean", "low", "high"]].to_numpy().flat if np.isfinite(x)]
 
 
 def _seeds(scored: pd.DataFrame) -> str:
