@@ -98,7 +98,7 @@ def images_of(
         return GeneratedImages(source, how, count, seed, classes_of(source, real, count, seed), batch_size)
     for name, value in {"steps": steps, "sigmas": sigmas, **sampler}.items():
         if value is not None:
-            who = "student" if name == "sigmas" else "model" if name == "steps" else "teacher"
+            who = "student" if name == "sigmas" else "teacher"
             raise GddlabError(f"{name}={value} with a {type(source).__name__}: only a {who} takes {name}")
     if n is not None and isinstance(source, ImageDataset | Tensor) and n > len(source):
         raise GddlabError(f"n={n} images: only {len(source)} were given")

@@ -14,7 +14,7 @@ from gddlab.experiments.factorial import RUNS, mask_of
 from gddlab.experiments.masks import free, ruled
 from gddlab.experiments.questions import QUESTIONS
 from gddlab.experiments.rows import INSTANCE, Rows
-from gddlab.experiments.studies import STUDIES
+from gddlab.experiments.studies import AT, STUDIES
 
 TRAIN, HELD_OUT = "digits:train", "digits:held-out"
 RANDOM = "random weights, since its ImageNet weights are in no package"
@@ -54,8 +54,6 @@ COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", "gdd-lr-0.0002
 COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
 COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 5, "longer": 2} for name in ("gdd", "scratch")}
 """Training seeds of arms, and how many of them are followed for longer."""
-AT = 12
-"""Thousands of images that every student sees; where it is scored."""
 row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from gddlab.evaluation import Record, find_extractor
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.nets import OneStepPrecond, Precond
 from gddlab.probing import ProbeResult
+from gddlab.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +96,7 @@ class Question:
         at: Thousands of images after which they count; None for the end of the runs.
         studies: Studies that it reads.
         since: What was known when this was last changed; "" where it stands as before the first run.
+        chosen_by: Training seeds that chose what is compared, so that they do not count in it.
     """
 
     notebook: str
@@ -106,6 +108,11 @@ class Question:
     at: float | None = None
     studies: tuple[str, ...] = ()
     since: str = ""
+    chosen_by: tuple[int, ...] = ()
+
+    def counted(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs that count in `contrasts`: those of other seeds than the ones that chose what is compared."""
+        return [run for run in runs if run.run_dir.name not in {f"seed-{seed}" for seed in self.chosen_by}]
 
     def __str__(self) -> str:
         from gddlab.reporting import look
@@ -123,6 +130,8 @@ class Question:
             parts += [f"Against {other}: {'; '.join(arms)}." for other, arms in together.items()]
         if self.since:
             parts.append(f"As of {self.since}.")
+        if self.chosen_by:
+            parts.append(f"Not counted in what is compared: seed {', '.join(map(str, self.chosen_by))}.")
         return "\n".join(parts)
 
     def _repr_markdown_(self) -> str:

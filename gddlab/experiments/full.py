@@ -31,7 +31,7 @@ DIGITS_ALONE = ("completed", "pulls")
 def _asked(question: Question) -> Question:
     """A question of the digits, asked of a list at full size: by its scores, at the end."""
     primary, also = (tuple(SCORES[m] for m in given if m in SCORES) for given in (question.primary, question.also))
-    return replace(question, primary=primary, also=also, at=None, since="")
+    return replace(question, primary=primary, also=also, at=None, since="", chosen_by=())
 
 
 def _list(

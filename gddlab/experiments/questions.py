@@ -19,10 +19,7 @@ COUNTS = (50, 100, 200, 599)
 JUDGES = (*DISTANCES, "fd-digits")
 """With the distance of a classifier of the data, which is no relative of any discriminator."""
 SEEN = "29 November 2026, when seed 0 of the central and the copying arms was known"
-RATED = (
-    "30 November 2026: seed 0 had shown that the preset's learning rate, 8e-4, suits GDD-I, and a quarter of it GDD; "
-    "it is not counted in what is compared"
-)
+RATED = "30 November 2026: seed 0 had shown that the preset's learning rate, 8e-4, suits GDD-I, and a quarter of it GDD"
 
 
 def versus(reference: str, *arms: str) -> tuple[tuple[str, str], ...]:
@@ -42,6 +39,7 @@ QUESTIONS = (
         also=(*BESIDE, "copying-lite2", "copying-pixels"),
         at=12,
         since=RATED,
+        chosen_by=(0,),
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
@@ -70,6 +68,7 @@ QUESTIONS = (
         + versus("random-50", "gdd-i"),
         at=12,
         since=RATED,
+        chosen_by=(0,),
         studies=("teacher-steps", "known-cases"),
     ),
     Question(
@@ -86,6 +85,7 @@ QUESTIONS = (
         also=("precision-lite2", "recall-lite2"),
         at=12,
         since=RATED,
+        chosen_by=(0,),
         studies=("teacher-steps", "known-cases", "followed"),
     ),
     Question(

@@ -550,8 +550,8 @@ PULLING = ("warm", "gdd/seed-0", "gdd/seed-1", "gdd/seed-2")
 COMPLETING = ("gdd-i", "second-step-0.8")
 MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
-AT = 12.0
-"""Thousands of images that all students have seen."""
+AT = 12
+"""Thousands of images that every student of the digits sees."""
 STUDIES: tuple[Study, ...] = tuple(
     Study(
         name,

@@ -234,17 +234,15 @@ def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
     out: dict[str, dict[str, str]] = {}
     r: Any
     for r in contrasts.itertuples():
-        row = out.setdefault(_pair(r), {"frozen": "", "seeds": "", "state": r.state})
+        shared = {"frozen": f"{r.frozen:.1%}"} if "frozen" in contrasts else {}
+        row = out.setdefault(_pair(r), shared | {"state": r.state})
         row["state"] = row["state"] if r.state in ("done", row["state"]) else r.state
         row["seeds"] = f"{r.seeds} and {r.seeds_against}" if r.against else str(r.seeds)
-        if "frozen" in contrasts:
-            row["frozen"] = f"{r.frozen:.1%}"
         row[f"{r.metric} (95 %)"] = _ranged(format_of(str(r.metric)), r.difference, r.low, r.high)
         row[f"g, {r.metric}"] = f"{r.g:.1f}" if np.isfinite(r.g) else ""
         row["p, Holm"] = "" if np.isnan(r.p_holm) else "< 0.001" if r.p_holm < 0.001 else f"{r.p_holm:.3f}"
     table = pd.DataFrame.from_dict(out, orient="index").rename_axis("difference")
-    dropped = [] if "frozen" in contrasts else ["frozen"]
-    return table[[*(c for c in table if c not in ("p, Holm", "state", *dropped)), "p, Holm", "state"]]
+    return table[[*(c for c in table if c not in ("p, Holm", "state")), "p, Holm", "state"]]
 
 
 def _pair(row: Any) -> str:
@@ -293,7 +291,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
             ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if filled else "none", markersize=5)
         if between:
             ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
-        draw_levels(ax, (levels or {}).get(metric, {}), "x")
+        draw_levels(ax, _of_panel(levels, metric), "x")
         if not between:
             fit_scale(ax, [*_ends(rows), *(levels or {}).get(metric, {}).values()], "x")
         ax.set(xlabel=f"{metric}, difference" if between else metric)
@@ -345,7 +343,7 @@ def draw_dose(
             colour = look(names[-1]).colour  # the first may be where all lines begin
             bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
             ax.errorbar(x, own["mean"], yerr=errors, label=label, **bars)
-        draw_levels(ax, (levels or {}).get(metric, {}), "y")
+        draw_levels(ax, _of_panel(levels, metric), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
         if log and (at := sorted(set(dots))):
@@ -356,6 +354,12 @@ def draw_dose(
     _legend(figure, panels)
     figure.suptitle(f"means and 95 % intervals over {_seeds(scored)}", x=0.01, ha="left")
     return figure
+
+
+def _of_panel(levels: Levels | None, metric: str) -> dict[str, float]:
+    """All levels that any score has, NaN where this one lacks it, so that each has the same dashes in all panels."""
+    labels = dict.fromkeys(label for own in (levels or {}).values() for label in own)
+    return {label: (levels or {}).get(metric, {}).get(label, np.nan) for label in labels}
 
 
 def _ends(rows: pd.DataFrame) -> list[float]:

@@ -22,7 +22,9 @@ from gddlab.launch import RunHandle
 from gddlab.reporting.style import look
 from gddlab.runs import ARCHIVE, Run, load_study
 
-NOT_RUN, LACKING = "not run", "missing class"
+NOT_RUN = "not run"
+CASES = ("copier", "missing class")
+"""Of the study "known-cases": what figures show."""
 T = TypeVar("T")
 
 
@@ -247,7 +249,7 @@ def levels_of(folder: str | Path, metrics: Sequence[str]) -> dict[str, dict[str,
         if not (Path(folder) / study / "meta.json").is_file():
             continue
         frame = load_study(Path(folder) / study)
-        full = frame["steps"] == frame["steps"].max() if "steps" in frame else frame["case"].isin(["copier", LACKING])
+        full = frame["steps"] == frame["steps"].max() if "steps" in frame else frame["case"].isin(CASES)
         for row in frame[frame["label"].isin(metrics) & full].to_dict("records"):
             name = look(f"teacher-{row['steps']}").label if "steps" in row else str(row["case"])
             out[str(row["label"])][name] = float(row["value"])

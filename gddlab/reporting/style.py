@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,8 +113,13 @@ DASHES = ("--", ":", "-.")
 
 
 def draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], *, told: bool = False) -> None:
-    """Grey lines at what scores are held against, each in its own dashes; with their values in the legend if `told`."""
+    """Grey lines at what scores are held against, each in its own dashes; with their values in the legend if `told`.
+
+    A level that is NaN has no line.
+    """
     for (label, value), dashes in zip(levels.items(), DASHES * 9, strict=False):
+        if math.isnan(value):
+            continue
         text = f"{label}: {value:.0f}" if told else label
         how: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": dashes, "label": text}
         (ax.axhline if axis == "y" else ax.axvline)(value, **how)

@@ -61,6 +61,7 @@ def test_another_class_for_the_same_noise() -> None:
     assert_close(found.images[:, 0], sample(student, 2, seed=0), rtol=1e-4, atol=1e-5)
     assert_close(found.images[:, 1], sample(student, 2, seed=0, class_labels=2), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.z[:, 0], found.z[:, 1])
+    assert torch.equal(found.images[:, 0], found.before)
 
 
 def test_strokes_are_carried_into_what_the_student_makes(student: OneStepPrecond) -> None:

@@ -253,6 +253,10 @@ def test_refusals(some, counter):
         evaluate(x, data=some, n=65)
     with pytest.raises(GddlabError, match="n=1: input should be greater"):
         evaluate(some, data=some, n=1)
+    with pytest.raises(GddlabError, match="only a student takes sigmas"):
+        evaluate("data:digits", n=8, sigmas=(80.0,), metrics="fid")
+    with pytest.raises(GddlabError, match=r"images are torch.float32 \(0, 1, 16, 16\): give float"):
+        evaluate(torch.zeros(0, 1, 16, 16), data="digits", metrics="fid")
     with pytest.raises(GddlabError, match="only a teacher takes steps"):
         evaluate(x, data=some, steps=4)
     with pytest.raises(GddlabError, match="1 of 64 images are not finite"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gddlab import cli
 from gddlab.datasets import ImageDataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation import evaluate, features
@@ -235,3 +236,10 @@ def test_what_a_function_does_is_not_cached(photos, counter):
         found = evaluate(net, data=photos, metrics="kid", n=4, steps=2).records[0]
         want = evaluate(sample(net, 4, steps=2), data=photos, metrics="kid").records[0]
         assert found.images_sha256 == want.images_sha256
+
+
+def test_what_is_named_goes_to_the_device_and_what_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.evaluation.images.chosen_device", lambda: torch.device("meta"))
+    assert {p.device.type for p in generated.open_source("digits").parameters()} == {"meta"}
+    monkeypatch.setattr("gddlab.runtime.chosen_device", lambda: torch.device("meta"))
+    assert {p.device.type for p in cli.network("digits").parameters()} == {"meta"}

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -326,6 +327,8 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         if experiment.start is not None:  # before it in the list, where only= looks for it
             name_of = [e.name for e in chosen.experiments]
             assert name_of.index(experiment.start[0]) < name_of.index(experiment.name)
+            before = chosen.experiments[name_of.index(experiment.start[0])]
+            assert {*experiment.seeds} <= {*before.seeds} and experiment.start[1] % config.snapshot_kimg == 0
     for study in chosen.studies:
         needs = {need.partition("/")[0] for need in study.needs}
         assert not needs or needs & set(chosen.names)  # a list may lack some
@@ -345,7 +348,11 @@ def test_questions_ask_for_what_there_is() -> None:
     assert {arm for q in DIGITS.questions for pair in q.contrasts for arm in pair} <= asked
     assert "scratch" in feeding("20_initialisation") and "scratch" in feeding("20_initialisation", "cifar10")
     assert "from-low" not in feeding("20_initialisation", "cifar10")
+    runs: list[Any] = [SimpleNamespace(run_dir=Path("runs") / "gdd" / f"seed-{seed}") for seed in (0, 1, 10)]
+    assert [r.run_dir.name for r in question("12_main_results").counted(runs)] == ["seed-1", "seed-10"]
+    assert "Not counted in what is compared: seed 0." in str(question("17_freezing"))
     full = question("13_second_extractor", "cifar10")
+    assert full.counted(runs) == runs
     assert full.primary == ("fid-min3", "clip-fid", "kid", "precision", "recall") and full.at is None
     assert "clip-fid" in FULL["cifar10"].asked_of("gdd-i")
     with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):

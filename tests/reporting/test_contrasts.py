@@ -152,6 +152,9 @@ def test_figures(runs: list[Run]) -> None:
     dots = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([71.333333, 58.666667, 60.0])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["teacher"]
+    figure = draw_arms(found, levels={"fd-lite2": {"teacher": 63.0, "copier": 19.0}, "kd-lite2": {"copier": 0.0}})
+    styles = [{x.get_label(): x.get_linestyle() for x in ax.get_lines()} for ax in figure.axes]
+    assert styles[0]["copier"] == styles[1]["copier"] != styles[0]["teacher"] and "teacher" not in styles[1]
     figure = draw_dose(found, {"GDD": ("gdd", "gdd-i")}, places={"gdd": 10, "gdd-i": 1}, xlabel="age", log=True)
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"

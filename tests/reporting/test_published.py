@@ -116,6 +116,7 @@ def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> 
     fid = {"extractor": "inception-v3-compat", "metric": "fid@50000", "n": 50000}
     made(tmp_path / "cifar10", tiny_teacher, "gdd-i", 0, {0.048: 1.5}, scored=fid)
     made(tmp_path / "ffhq", tiny_teacher, "gdd-i", 0, {0.048: 1.5}, scored=fid | {"metric": "fid@64", "n": 64})
+    made(tmp_path / "cifar10", tiny_teacher, "gdd", 0, {0.048: 1.7}, scored=fid)
     runs = {name: load_runs(tmp_path / name) for name in ("digits", "cifar10", "ffhq")}
     table = main_table(published(), runs, rows=("gdd", "gdd-i", "own"))
     digits = "digits, fd-lite2@64"
@@ -124,6 +125,7 @@ def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> 
     assert ours[digits] == "60.0 (35.2 to 84.8)" and ours["network calls"] == "1"
     assert ours["CIFAR-10"] == "1.50, one block" and ours["FFHQ 64"] == "fid@64, not comparable"
     assert ours["ImageNet 64"] == "not run"
+    assert table.loc[("GDD", "here"), "network calls"] == "1"  # of CIFAR-10: the digits have no such run
     assert set(table.loc[("own", "here")].drop("network calls")) == {"not run"}
     assert table.loc[("EDM", "here"), digits] == "50.0" and table.loc[("EDM", "here"), "network calls"] == "35"
     known = table.loc[("GDD-I", "arXiv:2405.20750")]

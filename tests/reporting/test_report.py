@@ -254,6 +254,10 @@ def test_alarms_best_student_and_a_judge_of_its_own_kin(tmp_path: Path) -> None:
     assert "fd-lite2@1797 55.5 at 6 kimg" in html
     assert "lite0 is a backbone of the discriminator, and no neutral judge" in html
     assert "lite2 is a backbone" not in html
+    for damaged in ("{", '{"metric": "fd-lite2@1797"}'):  # told, and not made up
+        (run_dir / "best.json").write_text(damaged)
+        html = gddlab.report(run_dir, tmp_path / "p.html").read_text()
+        assert "best.json: " in html and "The best student scored during training" not in html
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

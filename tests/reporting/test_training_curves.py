@@ -58,6 +58,7 @@ def test_curves_show_means_and_their_intervals(runs: list[Run]) -> None:
     ax = draw_curves(curve_table(runs, rows=("whole", "few", "never")), levels={"teacher": 50.0})
     assert lines(ax) == [[70.0, 60.0], [90.0, 80.0]]
     assert names(ax) == ["whole", "few", "teacher: 50"]
+    assert len({line.get_color() for line in ax.get_lines()[:2]}) == 2  # also of names that no experiment has
     assert ax.get_title(loc="left") == "mean over 1 to 2 seeds; band: 95 % interval, from 3 seeds on\nnot run: never"
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fd-lite2@64"
     wide = draw_curves(curve_table(runs), levels={"teacher": 900.0})
