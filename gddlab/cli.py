@@ -146,7 +146,7 @@ def probe(
     check_folder(out, overwrite or dry_run)
     if timesteps is not None:
         options["timesteps"] = timesteps
-    options |= levels_of(sigmas, options)
+    options |= timesteps_of(sigmas, options)
     if told:
         options["told"] = "cross" if told == ("cross",) else [_number("told", t) for t in told]
     model = gddlab.load_teacher(teacher)
@@ -173,7 +173,7 @@ def ablate(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite)
-    options |= levels_of(sigmas, options)
+    options |= timesteps_of(sigmas, options)
     save_result(gddlab.ablate(gddlab.load_teacher(teacher), **options), out)
 
 
@@ -226,7 +226,7 @@ def decode(
         overwrite: Replaces a result that is there.
     """
     check_folder(out, overwrite)
-    options |= levels_of(sigmas, options)
+    options |= timesteps_of(sigmas, options)
     save_result(gddlab.decode(gddlab.load_teacher(teacher), **options), out)
 
 
@@ -848,7 +848,7 @@ def check_folder(folder: Path, overwrite: bool, *, kind: Any = None) -> None:
     check_free(folder, overwrite)
 
 
-def levels_of(sigmas: tuple[float, ...], options: dict[str, Any]) -> dict[str, Any]:
+def timesteps_of(sigmas: tuple[float, ...], options: dict[str, Any]) -> dict[str, Any]:
     """The noise levels of --sigmas as the library takes them."""
     if sigmas and "timesteps" in options:
         raise GddlabError("--sigmas and --timesteps: give one of them")

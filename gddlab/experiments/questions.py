@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gddlab.experiments.experiment import Question
 
-DISTANCES = ("fd-lite2", "kd-lite2:held-out")
+PRIMARY = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
 BESIDE = ("kd-lite2", "fd-digits", "precision-lite2", "recall-lite2", "class-chi2-digits", "confidence-digits")
 """Other judges, shown beside every distance."""
@@ -16,7 +16,7 @@ RATES = tuple(
     f"{name}-lr-{lr}" for lr in ("0.0001", "0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50")
 )
 COUNTS = (50, 100, 200, 599)
-JUDGES = (*DISTANCES, "fd-digits")
+JUDGES = (*PRIMARY, "fd-digits")
 """With the distance of a classifier of the data, which is no relative of any discriminator."""
 SEEN = "29 November 2026, when seed 0 of the central and the copying arms was known"
 RATED = "30 November 2026: seed 0 had shown that the preset's learning rate, 8e-4, suits GDD-I, and a quarter of it GDD"
@@ -46,7 +46,7 @@ QUESTIONS = (
         "10_fid_over_images",
         "How fast does the distance fall over the images seen, and which methods are still falling where they end?",
         arms=("gdd-i", "gdd-lr-0.0002", "gdd", "random-50", "rcd", "scratch"),
-        primary=DISTANCES,
+        primary=PRIMARY,
         at=40,
         studies=("teacher-steps", "known-cases"),
     ),
@@ -81,7 +81,7 @@ QUESTIONS = (
             ("gdd-i", "random-80"),
             *versus("gdd-lr-0.0002", "gdd-i", "random-50"),
         ),
-        primary=DISTANCES,
+        primary=PRIMARY,
         also=("precision-lite2", "recall-lite2"),
         at=12,
         since=RATED,
@@ -95,7 +95,7 @@ QUESTIONS = (
         "to the teacher's weights; then a mask chosen from them and from measurements, against the rule, a random mask "
         "of equal share, and its inverse.",
         arms=("gdd-i", "random-50", "random-80", *(f"layers-{i:02}" for i in range(48))),
-        primary=DISTANCES,
+        primary=PRIMARY,
         at=12,
         since=SEEN,
         studies=("rewound", "pulls"),
@@ -117,7 +117,7 @@ QUESTIONS = (
             *((f"gdd-i-teacher-{s}", f"gdd-teacher-{s}") for s in (1, 2)),
             ("gdd-i", "gdd"),
         ),
-        primary=DISTANCES,
+        primary=PRIMARY,
         at=12,
         since=SEEN,
     ),
@@ -157,7 +157,7 @@ QUESTIONS = (
             *versus("gdd-i", *(f"gdd-i-images-{n}" for n in COUNTS)),
             ("gdd-i", "gdd"),
         ),
-        primary=DISTANCES,
+        primary=PRIMARY,
         also=("kd-lite2", "copying-pixels"),
         at=12,
         since=SEEN,
@@ -167,7 +167,7 @@ QUESTIONS = (
         "Is a second step worth a second network call, and at which noise level? If it is not, why?",
         arms=("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
         contrasts=versus("gdd-i", "second-step-0.2", "second-step-0.8", "second-step-2.5"),
-        primary=DISTANCES,
+        primary=PRIMARY,
         also=("fd-digits", "precision-lite2", "recall-lite2"),
         at=12,
         studies=("each-step",),
@@ -178,7 +178,7 @@ QUESTIONS = (
         "What do R1, augmentation, and fresh images in the discriminator's step change?",
         arms=("gdd-i", "fresh-fakes", "reuse-fakes", "no-r1", "augment", "ada"),
         contrasts=versus("gdd-i", "fresh-fakes", "reuse-fakes", "no-r1", "augment", "ada"),
-        primary=DISTANCES,
+        primary=PRIMARY,
         at=12,
     ),
     Question(
@@ -189,7 +189,7 @@ QUESTIONS = (
         contrasts=versus(
             "gdd-i", "lite0-64", "lite0-random", "vgg16-random", "deit-random", "lpips-random", "stylegan2"
         ),
-        primary=DISTANCES,
+        primary=PRIMARY,
         at=12,
     ),
     Question(

@@ -25,7 +25,7 @@ from gddlab.reporting.local_minima import draw_between as draw_between
 from gddlab.reporting.local_minima import draw_minima as draw_minima
 from gddlab.reporting.local_minima import frechet_name as frechet_name
 from gddlab.reporting.local_minima import minima_table as minima_table
-from gddlab.reporting.run_summary import levels_of as levels_of
+from gddlab.reporting.run_summary import known_levels as known_levels
 from gddlab.reporting.run_summary import runs_folder as runs_folder
 from gddlab.reporting.run_summary import teacher_levels as teacher_levels
 from gddlab.reporting.run_summary import teacher_scores as teacher_scores

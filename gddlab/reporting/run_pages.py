@@ -13,7 +13,7 @@ from gddlab.evaluation import Record, compare
 from gddlab.evaluation.metrics import DISTANCES
 from gddlab.evaluation.records import COMPARED, kind_of
 from gddlab.reporting.pages import Picture, of_figure, of_file, render
-from gddlab.reporting.run_summary import Summary, differing, provenance_rows, python_of, shown, trained_rows
+from gddlab.reporting.run_summary import Summary, differing, in_words, provenance_rows, python_of, trained_rows
 from gddlab.reporting.style import look
 from gddlab.reporting.training_curves import draw_curves, draw_metrics
 
@@ -165,7 +165,7 @@ def _apart(groups: Sequence[Sequence[Record]]) -> list[str]:
         first = firsts.setdefault(other.name, other)
         differ = [x for x in COMPARED if x != "metric" and getattr(first, x) != getattr(other, x)]
         if differ:
-            why = "; ".join(f"{x}, {shown(getattr(first, x))} and {shown(getattr(other, x))}" for x in differ)
+            why = "; ".join(f"{x}, {in_words(getattr(first, x))} and {in_words(getattr(other, x))}" for x in differ)
             out.append(f"{first.metric} and {other.metric} cannot stand beside each other: they differ in {why}.")
     return out
 

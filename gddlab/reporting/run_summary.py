@@ -232,7 +232,7 @@ def teacher_levels(
     return {look(f"teacher-{n}").label: v for n, v in scores.items() if steps is None or n in steps}
 
 
-def levels_of(folder: str | Path, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+def known_levels(folder: str | Path, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
     """What scores are held against in figures: those of the full teacher, of a copier, and of a missing class.
 
     Args:
@@ -292,9 +292,9 @@ def trained_rows(f: Summary) -> list[list[str]]:
         ["data", f"{c['data']}{images}{', mirrored too' if c['xflip'] else ''}"],
         ["length", f"{c['total_kimg']:g} thousand images, {c['batch']} an iteration{reused}"],
         ["learning rates", f"student {c['lr_g']:g}, discriminator {c['lr_d']:g}"],
-        ["average", f"half-life {c['ema_halflife_kimg']:g} kimg, ramp {shown(c['ema_rampup'])}"],
+        ["average", f"half-life {c['ema_halflife_kimg']:g} kimg, ramp {in_words(c['ema_rampup'])}"],
         ["precision", f"student {c['precision']}, discriminator {c['precision_d']}"],
-        ["seed", shown(c["seed"])],
+        ["seed", in_words(c["seed"])],
     ]
     return rows
 
@@ -314,7 +314,7 @@ def provenance_rows(f: Summary) -> list[list[str]]:
     p = f.provenance
     if not p:
         return []
-    machine = ", ".join(f"{k} {shown(v)}" for k, v in p.get("hardware", {}).items() if v)
+    machine = ", ".join(f"{k} {in_words(v)}" for k, v in p.get("hardware", {}).items() if v)
     rows = [
         ["commit", p.get("commit") or "installed package"],
         ["versions", ", ".join(f"{k} {v}" for k, v in p.get("versions", {}).items())],
@@ -347,7 +347,7 @@ def differing(runs: Sequence[Summary]) -> dict[str, list[str]]:
     for name in dict.fromkeys(k for row in rows for k in row):
         values = [row.get(name) for row in rows]
         if any(v != values[0] for v in values):
-            out[name] = [_mask_cell(f) if name == "mask" else shown(v) for f, v in zip(runs, values, strict=True)]
+            out[name] = [_mask_cell(f) if name == "mask" else in_words(v) for f, v in zip(runs, values, strict=True)]
     return out
 
 
@@ -361,13 +361,13 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mask_cell(f: Summary) -> str:
     if f.mask is None:
-        return shown(f.fields["mask"])[:12]
+        return in_words(f.fields["mask"])[:12]
     score = f.mask.arguments.get("score")
-    what = f", {shown(score)} {f.mask.arguments.get('freeze') or ''}".rstrip() if score else ""
+    what = f", {in_words(score)} {f.mask.arguments.get('freeze') or ''}".rstrip() if score else ""
     return f"{f.mask.strategy}{what}: {f.mask.fraction:.1%} ({f.mask.hash[:6]})"
 
 
-def shown(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value of a configuration, for people."""
     if value is None or value == [] or value == () or value == {}:
         return "none"
@@ -376,9 +376,9 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(in_words, value))
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {shown(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {in_words(v)}" for k, v in value.items())
     return str(value)
 
 

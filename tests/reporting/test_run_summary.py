@@ -9,7 +9,7 @@ import pytest
 
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import data_dir
-from gddlab.reporting.run_summary import levels_of, runs_folder
+from gddlab.reporting.run_summary import known_levels, runs_folder
 
 
 def test_the_shipped_runs_or_those_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,13 +54,13 @@ def test_what_scores_are_held_against(tmp_path: Path) -> None:
             columns=["case", "label", "value"],
         ),
     }
-    assert levels_of(tmp_path, ["fd-lite2"]) == {"fd-lite2": {}}
+    assert known_levels(tmp_path, ["fd-lite2"]) == {"fd-lite2": {}}
     for name, table in tables.items():
         (tmp_path / name).mkdir()
         table.to_parquet(tmp_path / name / "frame.parquet")
         (tmp_path / name / "meta.json").write_text("{}")
-    found = levels_of(tmp_path, ["fd-lite2", "fd-digits"])
+    found = known_levels(tmp_path, ["fd-lite2", "fd-digits"])
     assert found["fd-lite2"] == {"teacher, 18 steps": 65.0, "copier": 19.0, "missing class": 35.0}
     assert found["fd-digits"] == {}
     with pytest.raises(GddlabError, match="metrics='fd-lite2': give a list of scores"):
-        levels_of(tmp_path, "fd-lite2")
+        known_levels(tmp_path, "fd-lite2")
