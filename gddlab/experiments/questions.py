@@ -195,7 +195,7 @@ QUESTIONS = (
     Question(
         "11_samples",
         "What do the networks' images look like, from the same noise?",
-        arms=("gdd-i", "gdd", "random-50", "scratch", *COPYING),
+        arms=("gdd-i", "gdd-lr-0.0002", "gdd", "random-50", "scratch", *COPYING),
     ),
     Question(
         "15_activations",
