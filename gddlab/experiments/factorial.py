@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,16 +183,40 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
-def mask_of(result: ProbeResult, row: int) -> FreezeMask:
+def best_frozen(found: pd.DataFrame, *, low: float = 0.45, high: float = 0.55) -> list[str]:
+    """The groups to freeze that the main effects foretell as best, among all sets of groups of about one share.
+
+    Best is where the effects of training the frozen groups add up to the most, each over the residual standard
+    deviation of its score and averaged over the scores: what would harm most is not trained.
+
+    Args:
+        found: From `effects`.
+        low, high: Accepted frozen share of the parameters.
+
+    Raises:
+        GddlabError: No set of groups has such a share.
+    """
+    table = found.groupby("experiment", sort=False)[["g", "frozen"]].mean()
+    n = len(table)
+    frozen = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    share = frozen @ table["frozen"].to_numpy()
+    harm = np.where((share >= low) & (share <= high), frozen @ table["g"].to_numpy(), -np.inf)
+    if not np.isfinite(harm.max()):
+        raise GddlabError(f"low={low}, high={high}: no set of these groups freezes such a share of the parameters")
+    return [group for group, on in zip(table.index, frozen[harm.argmax()], strict=True) if on]
+
+
+def mask_of(result: ProbeResult, frozen: Collection[str]) -> FreezeMask:
+    """The mask that freezes these groups."""
+    layers = [layer for group, own in groups(result).items() if group in frozen for layer in own]
+
+    def by_group(source: object) -> list[str]:
+        return layers
+
+    return select_freeze(result, strategy=by_group)
+
+
+def row_mask(result: ProbeResult, row: int) -> FreezeMask:
     """The mask of a row of the design."""
-    frozen = [
-        layer
-        for layers, on in zip(groups(result).values(), design(shares(result))[row], strict=True)
-        if on
-        for layer in layers
-    ]
-
-    def factorial(source: object) -> list[str]:
-        return frozen
-
-    return select_freeze(result, strategy=factorial)
+    sizes = shares(result)
+    return mask_of(result, [group for group, on in zip(sizes, design(sizes)[row], strict=True) if on])

@@ -91,13 +91,14 @@ QUESTIONS = (
     Question(
         "02_choosing_a_mask",
         "Which groups of layers, when they are trained, bring the student nearer to the data? The main effects of a "
-        "two-level factorial over 17 groups, with their errors; what a trained student loses when one group goes back "
-        "to the teacher's weights; then a mask chosen from them and from measurements, against the rule, a random mask "
-        "of equal share, and its inverse.",
+        "two-level factorial over 17 groups, with their errors, at half of the preset's learning rate, where training "
+        "all and a fifth are equally near; what a trained student loses when one group goes back to the teacher's "
+        "weights. Then the mask that the effects foretell as best at half the share, against its inverse, random masks "
+        "of equal share and rate, and the rule.",
         arms=("gdd-i", "random-50", "random-80", *(f"layers-{i:02}" for i in range(48))),
         primary=PRIMARY,
         at=12,
-        since=SEEN,
+        since="30 November 2026, before a row of the factorial was run",
         studies=("rewound", "pulls"),
     ),
     Question(

@@ -212,7 +212,7 @@ def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Ten
 
 
 def rewound(s: Subjects) -> Found:
-    """Each group of layers of the GDD student put back to the teacher's weights; and the teacher with the student's.
+    """Each group of layers of a GDD student put back to the teacher's weights; and the teacher with the student's.
 
     Rows of `into` "student" and "teacher"; groups are those of the factorial, beside "none", "all", and "rest" for what
     is in no group. `share` is a group's share of the squared movement of all weights.
@@ -220,7 +220,7 @@ def rewound(s: Subjects) -> Found:
     import pandas as pd
 
     scores = _Scores(s)
-    student = s.student("gdd")
+    student = s.student(_gdd(s))
     own, theirs = ({k: v.clone() for k, v in net.state_dict().items()} for net in (student, s.teacher))
     theirs = {k: theirs[k] for k in own}
     moved = {k: (own[k] - theirs[k]).double().square().sum().item() for k in own}
@@ -323,13 +323,14 @@ def line(s: Subjects) -> Found:
     """
     import pandas as pd
 
-    net = copy.deepcopy(s.student("gdd"))
+    gdd = _gdd(s)
+    net = copy.deepcopy(s.student(gdd))
     scores = _Scores(s)
     target = to_uint8(_sampled(s.teacher, scores.real, scores.n, s.steps[-1])).float()
     ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in s.students.items()}}
     ends = {name: {k: state[k].clone() for k in net.state_dict()} for name, state in ends.items()}
     rows: list[dict[str, Any]] = []
-    for a, b in LINES:
+    for a, b in ((a.format(gdd=gdd), b.format(gdd=gdd)) for a, b in LINES):
         if a not in ends or b not in ends:
             continue
         length = sum((ends[a][k] - ends[b][k]).double().square().sum().item() for k in ends[a]) ** 0.5
@@ -340,6 +341,11 @@ def line(s: Subjects) -> Found:
             about = {"a": a, "b": b, "t": t, "length": length, "copied": copied}
             rows += [about | row for row in scores.of(images)]
     return Found(pd.DataFrame(rows), scores.about)
+
+
+def _gdd(s: Subjects) -> str:
+    """The student that is trained whole, at its own learning rate where the list has one, else at the preset's."""
+    return OWN_RATE if OWN_RATE in s.students else "gdd"
 
 
 class _Scores:
@@ -536,19 +542,29 @@ PARTS = ("top", "border")
 """What is known of them."""
 SEARCHED, TAUGHT = (5, 15, 50), (6, 18)
 """Steps of a student's search, and of a teacher, each of which is taken four times."""
-LINES = (("teacher", "gdd"), ("teacher", "rcd"), ("gdd", "rcd"), ("gdd", "gdd-i"), ("gdd", "gdd/seed-1"))
+OWN_RATE = "gdd-lr-0.0002"
+"""GDD of the digits at a quarter of the preset's learning rate, which suits it."""
+LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "gdd-i"), ("{gdd}", "{gdd}/seed-1"))
 """Between which networks weights are averaged; the last is the yardstick, two seeds of one student."""
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
-ALONG = ("gdd", "gdd/seed-1", "gdd-i", "rcd")
-FOLLOWERS = ("gdd", "gdd-i", *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)), "rcd", "scratch")
+ALONG = ("gdd", "gdd/seed-1", OWN_RATE, f"{OWN_RATE}/seed-1", "gdd-i", "rcd")
+FOLLOWERS = (
+    "gdd",
+    OWN_RATE,
+    "gdd-i",
+    *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)),
+    "rcd",
+    "scratch",
+)
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
 STEPPED = tuple(
     f"{x}/seed-{seed}" for x in ("gdd-i", *(f"second-step-{m}" for m in (0.2, 0.8, 2.5))) for seed in range(3)
 )
-PULLING = ("warm", "gdd/seed-0", "gdd/seed-1", "gdd/seed-2")
+PULLING = ("warm", *(f"{OWN_RATE}/seed-{seed}" for seed in range(3)))
+REWOUND = ("gdd", OWN_RATE)
 COMPLETING = ("gdd-i", "second-step-0.8")
-MANY = ("gdd", "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
+MANY = ("gdd", OWN_RATE, "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
 AT = 12
 """Thousands of images that every student of the digits sees."""
@@ -569,7 +585,7 @@ STUDIES: tuple[Study, ...] = tuple(
         ("followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0),
         ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
         ("pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0),
-        ("rewound", "the GDD student with the teacher's weights in one group of layers", ("gdd",), rewound, 1400.0),
+        ("rewound", "a GDD student with the teacher's weights in one group of layers", REWOUND, rewound, 1400.0),
         ("each-step", "images of few-step students by each number of their steps", STEPPED, each_step, 600.0),
         ("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
         ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),

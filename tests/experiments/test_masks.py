@@ -10,7 +10,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
-from gddlab.experiments.factorial import MOST, RUNS, design, effects, foretold, groups, mask_of, shares
+from gddlab.experiments.factorial import MOST, RUNS, best_frozen, design, effects, foretold, groups, row_mask, shares
 from gddlab.experiments.masks import at_share, by_rule, measure
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
@@ -84,7 +84,7 @@ def test_the_design_estimates_every_group(measured: Measured) -> None:
     effects = np.linspace(-1, 1, len(sizes))
     found = np.linalg.lstsq(x, x[:, 1:] @ effects + 5, rcond=None)[0]
     np.testing.assert_allclose(found, [5, *effects], atol=1e-9)
-    mask = mask_of(measured.result, 3)
+    mask = row_mask(measured.result, 3)
     expected = {n for n, on in zip(groups(measured.result), rows[3], strict=True) if on}
     inside = {n for n, group in groups(measured.result).items() if {*group} <= {owner_of(p) for p in mask.frozen}}
     assert inside == expected
@@ -111,6 +111,14 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
     assert one.index[one["p_holm"] < 0.001].tolist() == [2, 5]
     assert ((one["low"] < truth) & (truth < one["high"])).mean() > 0.8
     assert one["experiment"].tolist() == list(sizes) and (one["frozen"] == list(sizes.values())).all()
+    frozen_groups = best_frozen(found)  # what harms is not trained, what helps is
+    names = list(sizes)
+    assert names[5] in frozen_groups and names[2] not in frozen_groups
+    assert 0.45 <= sum(sizes[name] for name in frozen_groups) <= 0.55
+    inverse = best_frozen(found.assign(g=-found["g"]), low=0.4, high=0.6)
+    assert names[2] in inverse and names[5] not in inverse
+    with pytest.raises(GddlabError, match=r"low=0.001, high=0.0011: no set of these groups"):
+        best_frozen(found, low=0.001, high=0.0011)
     done = 12
     with pytest.raises(GddlabError, match="12 of 48 runs have a score 'fd-lite2': too few for 17 groups"):
         effects([], measured.result, ["fd-lite2"], at=12)
