@@ -52,7 +52,7 @@ TEACHERS = (
 
 COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", "gdd-lr-0.0002", "random-50")}
 COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
-COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 5, "longer": 2} for name in ("gdd", "scratch")}
+COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
 """Training seeds of arms, and how many of them are followed for longer."""
 row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
