@@ -148,9 +148,12 @@ class Summary:
         return next((r for r in self.scores if r.label == metric and r.kimg == kimg), None)
 
     def state_of(self, metric: str, kimg: float | None = None) -> str:
-        """The state, or that a finished run lacks this score."""
-        when = "at the end" if kimg is None else f"at {kimg:g} kimg"
-        return f"no {metric} {when}" if self.state == "done" and self.at_end(metric, kimg) is None else self.state
+        """The state, or why a finished run lacks this score."""
+        if self.state != "done" or self.at_end(metric, kimg) is not None:
+            return self.state
+        if kimg is not None and self.config is not None and kimg > self.config.end_kimg:
+            return f"ends at {self.config.end_kimg:g} kimg"
+        return f"no {metric} {'at the end' if kimg is None else f'at {kimg:g} kimg'}"
 
     def last(self, records: Iterable[Record]) -> Record | None:
         """The newest score of this run that is among `records`."""

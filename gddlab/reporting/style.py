@@ -30,6 +30,7 @@ SORTS = {
 NAMES = {
     "data": ("data", "data", BLACK),
     "gdd": ("GDD", "GAN loss", BLUE),
+    "gdd-lr-0.0002": ("GDD, learning rate 0.0002", "GAN loss", "#0b2a4a"),
     "gdd-i": ("GDD-I", "GAN loss", ORANGE),
     "scratch": ("GDD, random start", "GAN loss", PINK),
     "pd": ("PD", "instance loss", "#6b2c00"),

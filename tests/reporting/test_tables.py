@@ -121,6 +121,8 @@ def test_several_scores_side_by_side(tmp_path: Path, tiny_teacher: Path) -> None
     ]
     early = score_table(load_runs(tmp_path), ["fd-lite2", "kd-lite2", "fd-lite0"], rows=["b"], at=0.024)
     assert early["state"].tolist() == ["no fd-lite2, kd-lite2, fd-lite0 at 0.024 kimg"]
+    late = score_table(load_runs(tmp_path), ["fd-lite2"], rows=["b"], at=0.096)
+    assert late["state"].tolist() == ["ends at 0.048 kimg"]
 
 
 def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
