@@ -22,6 +22,8 @@ LEAST = 5
 as it says."""
 ARM = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high", "state")
 DIFFERENCE = ("difference", "low", "high", "g", "p")
+WIDEST = 4
+"""Panels beside each other in a figure, at most."""
 PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
 
 
@@ -277,11 +279,11 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
     scored = scored[scored["mean"].notna()]
     scored = scored.assign(arm=[_pair(r) for r in scored.itertuples()])
     metrics, arms = (list(dict.fromkeys(scored[c])) for c in ("metric", "arm"))
-    size = (3.8 + between + 2.4 * len(metrics), 0.27 * len(arms) + 1.2)
-    figure, panels = plt.subplots(
-        1, max(1, len(metrics)), figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    for ax, metric in zip(panels[0], metrics, strict=False):
+    columns = max(1, min(len(metrics), WIDEST))
+    shape = max(1, -(-len(metrics) // columns)), columns
+    size = (3.8 + between + 2.4 * columns, (0.27 * len(arms) + 1.0) * shape[0] + 0.2)
+    figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for ax, metric in zip(panels.flat, metrics, strict=False):
         rows = scored[scored["metric"] == metric]
         r: Any
         for r in rows.itertuples():
@@ -297,7 +299,9 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
         ax.set(xlabel=f"{metric}, difference" if between else metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), arms)
-    panels[0][0].invert_yaxis()
+    panels[0][0].set_ylim(len(arms) - 0.5, -0.5)  # the first at the top
+    for ax in panels.flat[len(metrics) :]:
+        ax.set_axis_off()
     _legend(figure, panels)
     means = "differences and 95 % intervals" if between else "means and 95 % intervals"
     title = title or f"{means} over {_seeds(scored)}{'; filled: p < 0.05, corrected' if between else ''}"
@@ -326,7 +330,7 @@ def draw_dose(
         levels: Score -> label -> value to compare with.
     """
     metrics = list(dict.fromkeys(arms["metric"]))
-    columns = min(len(metrics), 4)
+    columns = min(len(metrics), WIDEST)
     shape = -(-len(metrics) // columns), columns
     size = (2.7 * shape[1] + 1.9, 2.7 * shape[0] + 0.4)
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)

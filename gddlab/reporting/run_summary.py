@@ -201,7 +201,9 @@ def table_of(
     scored = [row for row in out if "record" in row]
     for row in scored:
         compare(row["record"], scored[0]["record"])
-        row |= {"metric": row["record"].metric, "value": row["record"].value}
+        record = row["record"]
+        _, colon, images = record.label.partition(":")  # held against other images than those trained on
+        row |= {"metric": record.metric + colon + images, "value": record.value}
     types = {name: kind for name, kind in NUMBERS.items() if name in columns}
     return pd.DataFrame(out, columns=["experiment", *columns]).astype(types)
 

@@ -136,8 +136,8 @@ def score_table(
     for metric in metrics:
         table = run_table(runs, metric, rows=rows, at=at)
         found = experiment_table(table)
-        named, part = next(iter(table["metric"].dropna()), None), metric.partition(":")[2]
-        parts[metric if named is None else f"{named}:{part}" if part else named] = found["mean"]
+        named = next(iter(table["metric"].dropna()), metric)
+        parts[named] = found["mean"]
         states[metric] = found["state"]
     out = pd.DataFrame(parts)
     out["state"] = [_together({m: s[name] for m, s in states.items()}) for name in out.index]
