@@ -210,7 +210,7 @@ def test_only_a_result_of_the_same_kind_is_replaced(tmp_path: Path, capsys: pyte
     ):
         for more in ([], ["--overwrite"]):
             assert "give another name" in refused(capsys, *words.split(), "--out", str(tmp_path / name), *more)
-    run = str(Path(gddlab.__file__).parents[1] / "data/runs/first/gdd/seed-0")
+    run = str(Path(gddlab.__file__).parents[1] / "data/runs/digits/gdd/seed-0")
     for name, said in (("config.json", "give a name that ends in .html"), ("page.html", "no page of gddlab")):
         assert said in refused(capsys, "report", run, "--out", str(tmp_path / name))
     assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"{}"}

@@ -89,7 +89,7 @@ def test_a_network_is_named_not_shown() -> None:
         lambda: gddlab.sample(teacher, class_labels=teacher),
         lambda: gddlab.select_freeze(teacher, strategy=teacher),
         lambda: gddlab.presets.digits(run_dir="r", augment=teacher),
-        lambda: gddlab.load_run("data/runs/first/cd/seed-0").student(teacher),
+        lambda: gddlab.load_run("data/runs/digits/cd/seed-0").student(teacher),
     ):
         with pytest.raises(GddlabError) as refused:
             call()

@@ -40,7 +40,6 @@ from gddlab.reporting.tables import experiment_table as experiment_table
 from gddlab.reporting.tables import main_table as main_table
 from gddlab.reporting.tables import published as published
 from gddlab.reporting.tables import run_table as run_table
-from gddlab.reporting.tables import score_table as score_table
 from gddlab.reporting.tables import styled as styled
 from gddlab.reporting.training_curves import curve_table as curve_table
 from gddlab.reporting.training_curves import draw_curves as draw_curves

@@ -114,47 +114,6 @@ def experiment_table(runs: pd.DataFrame, *, sort: bool = False) -> pd.DataFrame:
     return out.sort_values("mean", kind="stable") if sort else out
 
 
-def score_table(
-    runs: Sequence[Run], metrics: Sequence[str], *, rows: Sequence[str] = (), at: When = None
-) -> pd.DataFrame:
-    """Several scores of the same students side by side: one row per experiment, means over seeds.
-
-    Args:
-        runs: Run directories.
-        metrics: Names of the scores, without their n.
-        rows, at: As for `run_table`.
-
-    Returns:
-        Indexed by experiment: one column per score, named with its n where there is one, "kd-lite2@599:held-out";
-        state.
-
-    Raises:
-        GddlabError: As for `run_table`, for each score.
-    """
-    parts: dict[str, pd.Series] = {}
-    states: dict[str, pd.Series] = {}
-    for metric in metrics:
-        table = run_table(runs, metric, rows=rows, at=at)
-        found = experiment_table(table)
-        named = next(iter(table["metric"].dropna()), metric)
-        parts[named] = found["mean"]
-        states[metric] = found["state"]
-    out = pd.DataFrame(parts)
-    out["state"] = [_together({m: s[name] for m, s in states.items()}) for name in out.index]
-    return out
-
-
-def _together(states: dict[str, str]) -> str:
-    """The state of an experiment, from its states for each score."""
-    ends: dict[str, list[str]] = {}
-    for m, s in states.items():
-        if s.startswith(start := f"no {m} at "):
-            ends.setdefault(s.removeprefix(start), []).append(m)
-    missing = [f"no {', '.join(own)} at {end}" for end, own in ends.items()]
-    other = dict.fromkeys(s for m, s in states.items() if not s.startswith(f"no {m} at ") and s != "done")
-    return "; ".join([*other, *missing]) or "done"
-
-
 HEADS = {
     "frozen": "frozen parameters",
     "kimg": "thousand images seen",

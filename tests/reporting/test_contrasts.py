@@ -26,7 +26,7 @@ from gddlab.reporting.contrasts import (
     interval,
     rewound_table,
 )
-from gddlab.reporting.tables import run_table, score_table
+from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
 from tests.reporting.made import made
@@ -55,9 +55,10 @@ def test_a_row_per_score_and_arm(runs: list[Run]) -> None:
     half = 4.302653 * np.std(VALUES["gdd-i"], ddof=1) / np.sqrt(3)
     assert rows.loc["gdd-i", "high"] - rows.loc["gdd-i", "mean"] == pytest.approx(half, rel=1e-6)
     assert np.isnan(rows.loc["one", "low"]) and rows.loc["never", "state"] == "not run"
-    beside = score_table(runs, ["kd-lite2", "kd-lite2:held-out"], rows=["gdd"])
-    assert beside.columns.tolist() == ["kd-lite2@64", "kd-lite2@64:held-out", "state"]
-    assert beside.loc["gdd", "kd-lite2@64"] == pytest.approx(0.0713333 * 1000 / 900)
+    for metric, named in (("kd-lite2", "kd-lite2@64"), ("kd-lite2:held-out", "kd-lite2@64:held-out")):
+        assert run_table(runs, metric, rows=["gdd"])["metric"].unique().tolist() == [named]
+    seen = arm_table(runs, ("gdd",), metrics=("kd-lite2",))
+    assert seen["mean"].item() == pytest.approx(0.0713333 * 1000 / 900)
     held_out = found[found["metric"] == "kd-lite2:held-out"].set_index("experiment")
     assert held_out.loc["gdd", "mean"] == pytest.approx(0.0713333)
     early = arm_table(runs, ("gdd", "gdd-i"), at={"gdd": 0.024}).set_index("experiment")
@@ -98,6 +99,7 @@ def test_a_change_is_of_the_same_seeds(runs: list[Run], tmp_path: Path, tiny_tea
     found = change_table([*runs, more], ("gdd",), metrics=("fd-lite2",), start=0.024, end=0.048)
     assert found.loc[0, "seeds"] == 3 and found.loc[0, "mean"] == pytest.approx(-71.333333)
     assert found.loc[0, "state"] == "3 of 4 seeds, no fd-lite2 at 0.024 kimg"
+    assert arm_table(runs, ("gdd",), at=0.096)["state"].item() == "ends at 0.048 kimg"
 
 
 def test_welch_and_hedges_by_hand() -> None:

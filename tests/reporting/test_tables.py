@@ -15,7 +15,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
 from gddlab.freezing import select_freeze
 from gddlab.reporting.run_summary import Summary, teacher_levels, teacher_scores
-from gddlab.reporting.tables import cost_table, experiment_table, run_table, score_table, styled
+from gddlab.reporting.tables import cost_table, experiment_table, run_table, styled
 from gddlab.runs import Run, load_runs
 from gddlab.teachers import load_teacher
 from tests.evaluation.test_records import record
@@ -73,7 +73,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path: Path, tiny_teacher
     with pytest.raises(GddlabError, match="differ in metric"):
         run_table(runs, rows=["a"])
     with pytest.raises(GddlabError, match="differ in extractor_sha256"):
-        score_table(runs[:1] + runs[2:], ["fd-lite2"])
+        run_table(runs[:1] + runs[2:])
 
 
 def test_a_run_that_cannot_be_read_is_a_row_that_says_why(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -104,25 +104,10 @@ def test_a_run_that_cannot_be_read_is_a_row_that_says_why(tmp_path: Path, tiny_t
     assert states["failed"] == "failed at 0.008 of 0.048 kimg"
 
 
-def test_several_scores_side_by_side(tmp_path: Path, tiny_teacher: Path) -> None:
+def test_the_newest_of_several_scores_counts(tmp_path: Path, tiny_teacher: Path) -> None:
     kernel = tuple(record(metric="kd-lite2@64", value=v, kimg=0.048) for v in (9.0, 0.25))
-    made(tmp_path, tiny_teacher, "a", 0, {0.048: 60.0}, more=kernel)
-    made(tmp_path, tiny_teacher, "b", 0, {0.048: 70.0})
-    made(tmp_path, tiny_teacher, "c", 0, {0.024: 70.0}, state="stopped")
-    found = score_table(load_runs(tmp_path), ["fd-lite2", "kd-lite2", "fd-lite0"], rows=["b", "a", "c", "never"])
-    assert list(found.columns) == ["fd-lite2@64", "kd-lite2@64", "fd-lite0", "state"]
-    assert found["fd-lite2@64"].tolist()[:2] == [70.0, 60.0]
-    assert found.loc["a", "kd-lite2@64"] == 0.25  # the newest
-    assert found["state"].tolist() == [
-        "no kd-lite2, fd-lite0 at the end",
-        "no fd-lite0 at the end",
-        "stopped at 0.024 of 0.048 kimg",
-        "not run",
-    ]
-    early = score_table(load_runs(tmp_path), ["fd-lite2", "kd-lite2", "fd-lite0"], rows=["b"], at=0.024)
-    assert early["state"].tolist() == ["no fd-lite2, kd-lite2, fd-lite0 at 0.024 kimg"]
-    late = score_table(load_runs(tmp_path), ["fd-lite2"], rows=["b"], at=0.096)
-    assert late["state"].tolist() == ["ends at 0.048 kimg"]
+    run = made(tmp_path, tiny_teacher, "a", 0, {0.048: 60.0}, more=kernel)
+    assert run_table([run], "kd-lite2")["value"].tolist() == [0.25]
 
 
 def test_levels_of_the_teacher(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:
