@@ -74,7 +74,7 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on the embedded digits, on a CPU.
 
     Reproduces: nothing published; it is this project's example.
-    Tested: ten seeds, three minutes each on two cores.
+    Tested: ten seeds, about three and a half minutes each on one core.
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
     Expected: fd-lite2@1198 of 71 (67 to 78) with the rule's mask; without a mask and with lr_g=2e-4, 67 (62 to 76);
     65 for the teacher in 18 steps.

@@ -12,7 +12,7 @@ from gddlab.distill.teacher import TeacherConfig
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, TeacherRun
 from gddlab.experiments.factorial import RUNS, row_mask
 from gddlab.experiments.masks import free, ruled
-from gddlab.experiments.questions import QUESTIONS
+from gddlab.experiments.questions import OWN_RATE, QUESTIONS
 from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import AT, STUDIES
 
@@ -50,7 +50,7 @@ TEACHERS = (
     *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
-COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", "gdd-lr-0.0002", "random-50")}
+COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
 COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
 COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
 """Training seeds of arms, and how many of them are followed for longer."""
@@ -140,7 +140,7 @@ def copying_rows() -> tuple[Experiment, ...]:
 
 
 def factorial_rows() -> tuple[Experiment, ...]:
-    """At half of the preset's learning rate, where training all and a fifth are equally near, by seed 0 of both."""
+    """At half of the preset's learning rate, where training all and a fifth are about as near (fd-lite2 78, 72)."""
     return tuple(
         row(
             f"layers-{i:02}",

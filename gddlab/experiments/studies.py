@@ -22,6 +22,7 @@ from gddlab.evaluation.metrics import frechet, kernel
 from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects
 from gddlab.experiments.factorial import groups
+from gddlab.experiments.questions import OWN_RATE
 from gddlab.nets import DiTPrecond, Precond
 from gddlab.probing import ablate, grad_probe, probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -220,7 +221,8 @@ def rewound(s: Subjects) -> Found:
     import pandas as pd
 
     scores = _Scores(s)
-    student = s.student(_gdd(s))
+    name = _gdd(s)
+    student = s.student(name)
     own, theirs = ({k: v.clone() for k, v in net.state_dict().items()} for net in (student, s.teacher))
     theirs = {k: theirs[k] for k in own}
     moved = {k: (own[k] - theirs[k]).double().square().sum().item() for k in own}
@@ -233,7 +235,7 @@ def rewound(s: Subjects) -> Found:
             net.load_state_dict(here | {k: there[k] for k in names})
             share = sum(moved[k] for k in names) / sum(moved.values())
             rows += [{"into": into, "group": group, "share": share, **row} for row in scores(net)]
-    return Found(pd.DataFrame(rows), scores.about)
+    return Found(pd.DataFrame(rows), scores.about | {"student": name})
 
 
 def each_step(s: Subjects) -> Found:
@@ -542,8 +544,6 @@ PARTS = ("top", "border")
 """What is known of them."""
 SEARCHED, TAUGHT = (5, 15, 50), (6, 18)
 """Steps of a student's search, and of a teacher, each of which is taken four times."""
-OWN_RATE = "gdd-lr-0.0002"
-"""GDD of the digits at a quarter of the preset's learning rate, which suits it."""
 LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "gdd-i"), ("{gdd}", "{gdd}/seed-1"))
 """Between which networks weights are averaged; the last is the yardstick, two seeds of one student."""
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)

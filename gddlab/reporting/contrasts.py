@@ -22,9 +22,9 @@ LEAST = 5
 as it says."""
 ARM = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high", "state")
 DIFFERENCE = ("difference", "low", "high", "g", "p")
+PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
 WIDEST = 4
 """Panels beside each other in a figure, at most."""
-PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
 
 
 def arm_table(

@@ -17,6 +17,7 @@ from gddlab.evaluation import evaluate
 from gddlab.experiments.digits import STILL
 from gddlab.experiments.experiment import Found, Judge, Subjects
 from gddlab.experiments.factorial import groups
+from gddlab.experiments.questions import OWN_RATE
 from gddlab.experiments.studies import STUDIES
 from gddlab.nets.io import make_student
 from gddlab.probing.reductions import radial_power
@@ -162,7 +163,9 @@ def test_rewound(subjects: Subjects) -> None:
             "model.map_layer0.weight",
         ):
             moved.get_parameter(name).mul_(1.5)
-    f = found("rewound", replace(subjects, students={"gdd": moved})).frame
+    study = found("rewound", replace(subjects, students={"gdd": subjects.students["gdd"], OWN_RATE: moved}))
+    assert study.about["student"] == OWN_RATE
+    f = study.frame
     f = f[f["metric"] == "fd-lite2"].set_index(["into", "group"])
     own, theirs = (
         evaluate(net, data="digits", metrics=("fid",), n=N, steps=1, progress=False)["fd-lite2"]
@@ -181,6 +184,13 @@ def test_rewound(subjects: Subjects) -> None:
         moved.get_parameter("model.dec.16x16_block1.conv1.weight").div_(1.5)
     once = evaluate(moved, data="digits", metrics=("fid",), n=N, progress=False)["fd-lite2"]
     assert_close(values["student", "dec 16x16 conv1"], once, rtol=1e-4, atol=0)
+
+
+def test_gdd_is_measured_at_its_own_learning_rate_where_a_list_has_it(subjects: Subjects) -> None:
+    gdd, other = subjects.students["gdd"], subjects.students["gdd-i"]
+    own = {OWN_RATE: gdd, f"{OWN_RATE}/seed-1": other, "gdd": other}
+    frame = found("line", replace(subjects, students=own)).frame
+    assert set(zip(frame["a"], frame["b"], strict=True)) == {("teacher", OWN_RATE), (OWN_RATE, f"{OWN_RATE}/seed-1")}
 
 
 def test_line(subjects: Subjects) -> None:

@@ -161,6 +161,9 @@ def test_figures(runs: list[Run]) -> None:
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "10"]
+    many = pd.concat([found.assign(metric=f"score-{i}") for i in range(3)] + [found])  # five: four beside each other
+    first, *_, fifth, off = (ax.get_position() for ax in draw_arms(many).axes[:6])
+    assert fifth.y1 < first.y0 and fifth.x0 == pytest.approx(first.x0) and off.y0 == pytest.approx(fifth.y0)
     between = contrast_table(runs, [("gdd-i", "gdd"), ("never", "gdd")])
     figure = draw_arms(between)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD"]

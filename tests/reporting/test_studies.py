@@ -413,6 +413,8 @@ def test_names_of_networks() -> None:
     assert look("teacher-1").label == "teacher, 1 step"
     assert look("teacher-18").sort == "teacher"
     assert look("gdd-i").label == "GDD-I"
+    rates = {look(name).colour for name in ("gdd", "gdd-lr-0.0002")}
+    assert len(rates) == 2  # both stand in one figure
     assert look("gdd-cd").sort == "GAN and instance loss"
     assert look("half-random").label == "half-random"
 
