@@ -6,8 +6,10 @@ Torch is imported only where it is needed, so that listing runs and starting the
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import io
 import lzma
+import os
 import socket
 import tarfile
 import tempfile
@@ -265,6 +267,15 @@ def _unpacked(folder: Path, archives: Sequence[Path]) -> Path:
     return top
 
 
+def _files_below(folder: Path, pattern: str) -> list[Path]:
+    """Files by name; folders that vanish meanwhile hold none, as others' runs are trained and unpacked beside this."""
+    found = []
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(top, name) for name in fnmatch.filter(names, pattern)]
+    return found
+
+
 def load_runs(folder: str | Path) -> list[Run]:
     """Every run directory at or below `folder`, by name; those in archives, NAME.tar.xz, are unpacked in the cache.
 
@@ -277,10 +288,10 @@ def load_runs(folder: str | Path) -> list[Run]:
     if not folder.is_dir():
         raise NotFound(f"no such folder: {folder}: give a folder that holds run directories")
     archives: dict[Path, list[Path]] = {}
-    for path in sorted(folder.rglob(f"*{ARCHIVE}")):
+    for path in _files_below(folder, f"*{ARCHIVE}"):
         archives.setdefault(path.parent, []).append(path)
-    places = [folder, *(_unpacked(parent, paths) for parent, paths in archives.items())]
-    runs = [(p.parent.relative_to(top), p.parent) for top in places for p in top.rglob("config.json")]
+    places = [folder, *(_unpacked(parent, sorted(paths)) for parent, paths in archives.items())]
+    runs = [(p.parent.relative_to(top), p.parent) for top in places for p in _files_below(top, "config.json")]
     found = [path for _, path in sorted(runs) if is_run(path)]
     if not found:
         what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_a_folder_of_archives_is_a_folder_of_runs(shipped: Path) -> None:
     for missing in (shipped / "c" / "seed-0", shipped / "a" / "seed-7"):
         with pytest.raises(NotFound):
             load_run(missing)
+
+
+def test_folders_that_vanish_while_they_are_read(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process unpacks an archive into a folder beside, and moves it; a run that trains removes checkpoints."""
+    top = load_runs(shipped)[0].run_dir.parents[1]
+    (top / ".half" / "a" / "seed-0").mkdir(parents=True)
+    for path in (shipped / "c" / "seed-0" / "checkpoints", top / "gone"):
+        path.mkdir(parents=True)
+    for name in ("config", "status"):
+        (shipped / "c" / "seed-0" / f"{name}.json").write_text("{}")
+    scan = os.scandir
+
+    def vanishing(path: str | Path = ".") -> object:
+        if Path(path).name in (".half", "checkpoints", "gone"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [r.run_dir.parent.name for r in load_runs(shipped)] == ["a", "a", "b", "b", "c"]
 
 
 def test_a_changed_archive_is_unpacked_anew(shipped: Path) -> None:
