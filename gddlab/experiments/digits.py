@@ -9,12 +9,13 @@ from gddlab.distill.augment import Augment
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.distill.teacher import TeacherConfig
-from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, TeacherRun
-from gddlab.experiments.factorial import RUNS, row_mask
+from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, TeacherRun
+from gddlab.experiments.factorial import FACTORIAL, best_frozen, effects, groups, mask_of, row_mask
 from gddlab.experiments.masks import free, ruled
-from gddlab.experiments.questions import OWN_RATE, QUESTIONS
+from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS
 from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import AT, STUDIES
+from gddlab.freezing import FreezeMask
 
 TRAIN, HELD_OUT = "digits:train", "digits:held-out"
 RANDOM = "random weights, since its ImageNet weights are in no package"
@@ -52,7 +53,8 @@ TEACHERS = (
 
 COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
 COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
-COUNTED |= {"random-80": {"seeds": 10}} | {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
+COUNTED |= {name: {"seeds": 10} for name in ("random-80", "random-50-lr-0.0004")}
+COUNTED |= {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
 """Training seeds of arms, and how many of them are followed for longer."""
 row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
@@ -140,16 +142,35 @@ def copying_rows() -> tuple[Experiment, ...]:
 
 
 def factorial_rows() -> tuple[Experiment, ...]:
-    """At half of the preset's learning rate, where training all and a fifth are about as near (fd-lite2 78, 72)."""
-    return tuple(
+    """At half of the preset's learning rate, where training all and a fifth are about as near (fd-lite2 78, 72).
+
+    Then the mask that the rows foretell as best at half the share, and the one that freezes the other groups.
+    """
+    rows = tuple(
         row(
-            f"layers-{i:02}",
+            name,
             f"row {i} of the factorial over groups of layers; learning rate {LR / 2:g}",
             mask=lambda measured, seed: row_mask(measured.result, seed),
             seeds=(i,),
             lr_g=LR / 2,
         )
-        for i in range(RUNS)
+        for i, name in enumerate(FACTORIAL)
+    )
+
+    def best(measured: Measured) -> list[str]:
+        return best_frozen(effects(measured.runs, measured.result, PRIMARY, at=AT))
+
+    def chosen(measured: Measured, seed: int) -> FreezeMask:
+        return mask_of(measured.result, best(measured))
+
+    def inverse(measured: Measured, seed: int) -> FreezeMask:
+        return mask_of(measured.result, {*groups(measured.result)} - {*best(measured)})
+
+    fresh: dict[str, Any] = {"seeds": tuple(range(100, 110)), "lr_g": LR / 2, "after": FACTORIAL}
+    return (
+        *rows,
+        row("chosen", "the half frozen that the factorial foretells as best", mask=chosen, **fresh),
+        row("chosen-inverse", "the other half frozen", mask=inverse, **fresh),
     )
 
 

@@ -27,9 +27,10 @@ NAMED = 16
 
 @dataclass(frozen=True)
 class Measured:
-    """What masks are chosen from: the teacher's probe, and the rule's mask, whose budget others share."""
+    """What masks are chosen from: the teacher's probe, the rule's mask, and what `after` has trained."""
 
     result: ProbeResult
+    runs: Sequence[Run] = ()
 
     @cached_property
     def rule(self) -> FreezeMask:
@@ -68,6 +69,7 @@ class Experiment:
         teacher: File of the teacher within the list's folder, such as "teachers/early/snapshots/20.safetensors"; None
             for the list's own.
         start: An experiment, and thousands of images after which its student of the same seed is where this one begins.
+        after: Experiments whose runs `mask` reads; it waits for them.
         seconds: One run with its evaluation, roughly; None if it was never measured.
     """
 
@@ -79,7 +81,13 @@ class Experiment:
     at: tuple[float, ...] = ()
     teacher: str | None = None
     start: tuple[str, float] | None = None
+    after: tuple[str, ...] = ()
     seconds: float | None = None
+
+    @property
+    def needs(self) -> set[str]:
+        """Experiments that must be run before."""
+        return {*self.after, *(self.start[:1] if self.start else ())}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNS = 48
+FACTORIAL = tuple(f"layers-{i:02}" for i in range(RUNS))
+"""Experiments that run the rows of the design."""
 MOST = 0.6
 """Greatest frozen share of the parameters of a run, and of its complement."""
 ROUNDS = 20
@@ -99,7 +101,7 @@ def effects(
     """Main effects of training each group rather than freezing it, by least squares over the rows of the design.
 
     Args:
-        runs: Those of the experiments "layers-00" and so on; others are omitted.
+        runs: Those of the experiments `FACTORIAL`; others are omitted.
         result: The probe that masks were chosen from.
         metrics, at: As for `contrast_table`.
 
@@ -118,11 +120,11 @@ def effects(
     from gddlab.reporting.contrasts import corrected
     from gddlab.reporting.tables import run_table
 
-    sizes, names = shares(result), [f"layers-{i:02}" for i in range(RUNS)]
+    sizes = shares(result)
     trained = 1.0 - 2.0 * design(sizes)  # (runs, groups): 1 is trained, -1 frozen
     tables = []
     for metric in metrics:
-        values = run_table(runs, metric, rows=names, at=at).set_index("experiment")["value"].reindex(names)
+        values = run_table(runs, metric, rows=FACTORIAL, at=at).set_index("experiment")["value"].reindex([*FACTORIAL])
         there = values.notna().to_numpy()
         x, y = np.hstack([np.ones((there.sum(), 1)), trained[there]]), values[there].to_numpy(float)
         freedom = len(y) - x.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gddlab.experiments.experiment import Question
+from gddlab.experiments.factorial import FACTORIAL
 
 PRIMARY = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
@@ -96,11 +97,13 @@ QUESTIONS = (
         "two-level factorial over 17 groups, with their errors, at half of the preset's learning rate, where training "
         "all and a fifth are about as near; what a trained student loses when one group goes back to the teacher's "
         "weights. Then the mask that the effects foretell as best at half the share, against its inverse, random masks "
-        "of equal share and rate, and the rule.",
-        arms=("gdd-i", "random-50", "random-50-lr-0.0004", "random-80", *(f"layers-{i:02}" for i in range(48))),
+        "of equal share and rate, the rule, and GDD at its own rate.",
+        arms=("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE, *FACTORIAL),
+        contrasts=versus("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE),
         primary=PRIMARY,
+        also=("precision-lite2", "recall-lite2"),
         at=12,
-        since="30 November 2026, before a row of the factorial was run",
+        since="30 November 2026, before a row of the factorial was run; GDD was added when nine were",
         studies=("rewound", "pulls"),
     ),
     Question(

@@ -75,13 +75,14 @@ class Rows:
         longer: int | None = None,
         teacher: str | None = None,
         start: tuple[str, float] | None = None,
+        after: tuple[str, ...] = (),
         slower: float = 1.0,
         **fields: Any,
     ) -> Experiment:
         """An experiment whose configurations differ from the list's in `fields`.
 
         Args:
-            name, what, mask, teacher, start: As in `Experiment`.
+            name, what, mask, teacher, start, after: As in `Experiment`.
             seeds: Their number, or the seeds.
             longer: How many of the seeds, the first ones, train as long as the list's `long` says; none if not given.
             slower: Its time over that of an ordinary one.
@@ -105,7 +106,7 @@ class Rows:
             shares = [max(self.long) if seed < longer else total for seed in chosen]
             scored = sum(1 + sum(x < kimg for x in at) for kimg in shares)
             seconds = (slower * self.sec_per_kimg * sum(shares) + self.sec_scores * scored) / len(chosen)
-        return Experiment(name, what, mask, configure, chosen, at, teacher, start, seconds)
+        return Experiment(name, what, mask, configure, chosen, at, teacher, start, after, seconds)
 
     def central(self) -> tuple[Experiment, ...]:
         """GDD, GDD-I, half of the parameters and the rule's share frozen at random; from random weights."""

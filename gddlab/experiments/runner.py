@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ def _wanted(chosen: ExperimentList, only: Sequence[str]) -> set[str]:
         else:
             raise unknown("experiment", name, [*chosen.names, *sorted(asked)])
     for e in reversed(chosen.experiments):  # what others begin with stands before them
-        out |= {e.start[0]} if e.name in out and e.start else set()
+        out |= e.needs if e.name in out else set()
     return out | {teacher for e in chosen.experiments if e.name in out and (teacher := _own_teacher(e))}
 
 
@@ -305,9 +305,8 @@ def work(
         items = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
         made = 0
         for item in items:
-            start = _start(item.item, item.seed, folder) if isinstance(item.item, Experiment) else None
-            if start is not None and not start.exists():
-                continue  # another process works on it
+            if isinstance(item.item, Experiment) and not _ready(item.item, item.seed, folder, items):
+                continue  # another process works on what it needs
             with _claimed(item.folder) as mine:
                 if mine:
                     made += 1
@@ -328,6 +327,12 @@ def _start(experiment: Experiment, seed: int | None, folder: Path) -> Path | Non
         return None
     name, kimg = experiment.start
     return folder / name / f"seed-{seed}" / "snapshots" / f"{kimg:010.3f}.safetensors"
+
+
+def _ready(experiment: Experiment, seed: int | None, folder: Path, left: Sequence[Planned]) -> bool:
+    """Whether what a run begins with and what its mask is chosen from is there."""
+    start = _start(experiment, seed, folder)
+    return (start is None or start.exists()) and not any(p.item.name in experiment.after for p in left)
 
 
 def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc: int) -> str:
@@ -353,7 +358,7 @@ def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc:
 
 def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folder: Path) -> TrainConfig:
     """The configuration of a run, with its mask, and its own teacher and start where it has them."""
-    measured = _measured(chosen, folder / "measured")
+    measured = Measured(_measured(chosen, folder / "measured"), _runs_of(chosen, experiment.after, folder))
     config = experiment.configure(folder / experiment.name / f"seed-{seed}", seed, experiment.mask(measured, seed))
     changed: dict[str, Any] = {}
     if experiment.teacher is not None:
@@ -383,12 +388,18 @@ def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int)
     return f"{record.metric} {record.value:.1f} at {record.kimg:g} kimg"
 
 
-def _measured(chosen: ExperimentList, folder: Path) -> Measured:
+def _runs_of(chosen: ExperimentList, names: Collection[str], folder: Path) -> list[Run]:
+    """The runs of experiments that are there."""
+    runs = [folder / e.name / f"seed-{seed}" for e in chosen.experiments if e.name in names for seed in e.seeds]
+    return [load_run(path) for path in runs if (path / "config.json").exists()]
+
+
+def _measured(chosen: ExperimentList, folder: Path) -> ProbeResult:
     """The probe that masks are chosen from; it is made once."""
     with _claimed(folder, wait=True):
         if not (folder / "meta.json").exists():
             measure(chosen.teacher, chosen.data).save(folder)
-    return Measured(ProbeResult.load(folder))
+    return ProbeResult.load(folder)
 
 
 def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, nproc: int) -> None:
@@ -408,7 +419,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
         configs = {
             e.name: _configured(chosen, e, e.seeds[0], folder)
             for e in chosen.experiments
-            if e.name in asked and e.teacher is None and e.start is None
+            if e.name in asked and e.teacher is None and not e.needs
         }
     asked, folders = chosen.asked_of(study.name), {need: _needed(folder, need) for need in inputs}
     subjects = Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, folders, asked, configs, nproc)

@@ -67,6 +67,8 @@ VARIED = (
     (r"(lite0|vgg16|deit|lpips)", "GDD-I, D on {0}", ORANGE),
     (r"(lite0|vgg16|deit|lpips)-random", "GDD-I, D on {0}, random weights", ORANGE),
     (r"layers-(\d+)", "row {0} of the factorial", BLUE),
+    (r"chosen", "half frozen as the factorial foretells", GREEN),
+    (r"chosen-inverse", "the other half frozen", PINK),
     (r"(lite0)-(\d+)", "GDD-I, D on {0} at {1} pixels", ORANGE),
 )
 """Experiments by pattern -> label, in which a name stands by its own label, and colour; None for that of the first."""

@@ -98,9 +98,9 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
     values = 60 + (~frozen) @ truth + draw.normal(0, 0.5, RUNS)
     done = RUNS
 
-    def table(runs: object, metric: str, *, rows: list[str], at: float | None) -> pd.DataFrame:
-        assert at == 12 and rows[:2] == ["layers-00", "layers-01"]
-        return pd.DataFrame({"experiment": rows[:done], "value": values[:done]})
+    def table(runs: object, metric: str, *, rows: tuple[str, ...], at: float | None) -> pd.DataFrame:
+        assert at == 12 and [*rows][:2] == ["layers-00", "layers-01"]
+        return pd.DataFrame({"experiment": [*rows][:done], "value": values[:done]})
 
     monkeypatch.setattr("gddlab.reporting.tables.run_table", table)
     found = effects([], measured.result, ["fd-lite2", "kd-lite2"], at=12)

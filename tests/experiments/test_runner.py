@@ -32,10 +32,11 @@ from gddlab.experiments import (
 )
 from gddlab.experiments import runner as module
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Found, Judge, Subjects
+from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import read_jsonl
+from gddlab.freezing import FreezeMask
 from gddlab.launch import train
 from gddlab.lock import held
 from gddlab.probing import ProbeResult, probe, weight_change
@@ -216,6 +217,26 @@ def test_teachers_and_starts(tiny_list: list[int], tmp_path: Path, monkeypatch: 
     assert shipped["then"].written_config["teacher"] == "teachers/young/snapshots/0.008.safetensors"
 
 
+def test_a_mask_chosen_from_runs(tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for all that it is chosen from, whatever the order, and sees no other run."""
+    tiny = module.LISTS["tiny"]
+    rule, everything = tiny.experiments
+    seen: list[list[str]] = []
+
+    def chosen(measured: Measured, seed: int) -> FreezeMask:
+        seen.append([f"{run.run_dir.parent.name}/{run.run_dir.name}: {run.status}" for run in measured.runs])
+        return measured.rule
+
+    last = replace(everything, name="chosen", mask=chosen, after=("all",), seeds=(7,))
+    monkeypatch.setattr(module, "LISTS", {"tiny": replace(tiny, experiments=(rule, everything, last))})
+    assert [str(p) for p in plan("tiny", out=tmp_path, only=["chosen"], seeds=2)] == [
+        *("all seed 0", "chosen seed 7", "all seed 1")
+    ]
+    done = reproduce("tiny", out=tmp_path, only=["chosen"], seeds=2)
+    assert {p.state for p in done} == {"done"}
+    assert seen == [["all/seed-0: done", "all/seed-1: done"]]
+
+
 def test_only_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(GddlabError, match="only='gdd': give a list of names"):
         plan("digits", out=tmp_path, only="gdd")
@@ -324,9 +345,10 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         for kimg in module._points(experiment, config)[:-1]:  # a snapshot is there when scores are made
             assert kimg is not None and kimg * 1000 % config.batch == 0 and kimg % config.snapshot_kimg == 0
         assert not (own := module._own_teacher(experiment)) or own in made
-        if experiment.start is not None:  # before it in the list, where only= looks for it
-            name_of = [e.name for e in chosen.experiments]
-            assert name_of.index(experiment.start[0]) < name_of.index(experiment.name)
+        name_of = [e.name for e in chosen.experiments]
+        for need in experiment.needs:  # before it in the list, where only= looks for it
+            assert name_of.index(need) < name_of.index(experiment.name)
+        if experiment.start is not None:
             before = chosen.experiments[name_of.index(experiment.start[0])]
             assert {*experiment.seeds} <= {*before.seeds} and experiment.start[1] % config.snapshot_kimg == 0
     for study in chosen.studies:
