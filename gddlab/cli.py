@@ -791,7 +791,7 @@ def reproduce(
         say(f"{p!s:<{width}}  {p.state:<11}  {time:>12}  {p.item.what}{read_by}")
     left = [p for p in items if p.state != "done"]
     hours = sum(p.seconds or 0 for p in left) / 3600
-    at_once = f", {jobs} at a time" if jobs > 1 else ""
+    at_once = f", {jobs} at a time" if jobs > 1 or listed.threads else ""
     rest = f"the rest takes about {hours / jobs:.1f} hours on {listed.machine}{at_once}"
     if untimed := sum(p.seconds is None for p in left):
         rest += f", not counting {untimed} that were never timed: see gddlab preflight {name}"

@@ -568,30 +568,27 @@ MANY = ("gdd", OWN_RATE, "gdd-i", "scratch", "pd", "cd", "ctm", "rcd")
 BOTH = "the teacher at 1 to its full number of Heun steps, scored like a student"
 AT = 12
 """Thousands of images that every student of the digits sees."""
-STUDIES: tuple[Study, ...] = tuple(
+STUDIES = (
+    Study("teacher-steps", BOTH, (), teacher_steps, 900.0),
+    Study("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),
+    Study("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
     Study(
-        name,
-        what,
-        needs,
-        measure,
-        seconds,
-        AT if measure in (followed, pulls, rewound, each_step) else None,
-        measure is costs,
-    )
-    for name, what, needs, measure, seconds in (
-        ("teacher-steps", BOTH, (), teacher_steps, 900.0),
-        ("known-cases", "scores of a copier, of images held out, of a missing class", (), known_cases, 120.0),
-        ("local-minima", "distances of teacher and students to the data and to each other", MANY, local_minima, 500.0),
-        ("followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0),
-        ("line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0),
-        ("pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0),
-        ("rewound", "a GDD student with the teacher's weights in one group of layers", REWOUND, rewound, 1400.0),
-        ("each-step", "images of few-step students by each number of their steps", STEPPED, each_step, 600.0),
-        ("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
-        ("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
-        ("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
-        ("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 1400.0),
-        ("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
-        ("costs", "time and memory of a training step of each configuration", (), costs, 600.0),
-    )
+        "followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0, at=AT
+    ),
+    Study(
+        "line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0
+    ),
+    Study(
+        "pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0, at=AT
+    ),
+    Study(
+        "rewound", "a GDD student with the teacher's weights in one group of layers", REWOUND, rewound, 1400.0, at=AT
+    ),
+    Study("each-step", "images of few-step students by each number of their steps", STEPPED, each_step, 600.0, at=AT),
+    Study("completed", "held-out images of which a part is known, completed", COMPLETING, completed, 1200.0),
+    Study("layers", "activation over noise levels and moved weights, teacher and students", STUDENTS, layers, 60.0),
+    Study("input-or-level", "what layers respond to: the input or the level told", ("gdd-i",), input_or_level, 1500.0),
+    Study("architectures", "blocks of U-Nets and transformers beside each other", (), architectures, 1400.0),
+    Study("spectra", "power spectra of images: data, noised, denoised, sampled", STUDENTS, spectra, 300.0),
+    Study("costs", "time and memory of a training step of each configuration", (), costs, 600.0, timed=True),
 )
