@@ -11,7 +11,7 @@ from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.distill.teacher import TeacherConfig
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, TeacherRun
 from gddlab.experiments.factorial import FACTORIAL, best_frozen, effects, groups, mask_of, row_mask
-from gddlab.experiments.masks import free, ruled
+from gddlab.experiments.masks import free
 from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS
 from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import AT, STUDIES
@@ -59,32 +59,34 @@ COUNTED |= {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
 row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
+OWN: dict[str, Any] = {"mask": free, "lr_g": LR / 4}
+"""GDD at its own learning rate, `OWN_RATE`, wherever one thing is changed in it."""
 STILL = 1e-12
 """A learning rate of the student at which it stays the teacher."""
 
 
 def teachers_rows() -> tuple[Experiment, ...]:
-    """Students of other teachers, and from other weights."""
+    """Students of other teachers, and from other weights; GDD at its own learning rate."""
     early = (
         row(
             f"age-{k}",
             f"GDD from the teacher after {k} kimg",
-            mask=free,
             teacher=f"teachers/early/snapshots/{k}.safetensors",
+            **OWN,
         )
         for k in EARLY_KIMG
     )
     other = (
-        row(f"{name}-teacher-{s}", f"{name.upper()} from a teacher of seed {s}", mask=mask, **_of(f"seed-{s}"))
+        row(f"{name}-teacher-{s}", f"{name.upper()} from a teacher of seed {s}", **how, **_of(f"seed-{s}"))
         for s in OTHER_TEACHERS
-        for name, mask in (("gdd", free), ("gdd-i", ruled))
+        for name, how in (("gdd", OWN), ("gdd-i", {}))
     )
     fixed = Augment(ops=("color", "translation", "cutout"))
     return (
         *early,
-        row("shuffled", "GDD from the teacher's weights in random order", mask=free, student="shuffled"),
-        row("from-high", "GDD from the teacher that has seen sigma 80, digits-high", mask=free, teacher="digits-high"),
-        row("from-low", "GDD from a network trained at sigma 0.002 to 0.5 alone", mask=free, **_of("low")),
+        row("shuffled", "GDD from the teacher's weights in random order", student="shuffled", **OWN),
+        row("from-high", "GDD from the teacher that has seen sigma 80, digits-high", teacher="digits-high", **OWN),
+        row("from-low", "GDD from a network trained at sigma 0.002 to 0.5 alone", **_of("low"), **OWN),
         *(
             row(
                 f"scratch-lr-{LR * f:g}",
@@ -134,9 +136,14 @@ def copying_rows() -> tuple[Experiment, ...]:
         *row.baselines(steps=16, slower=slower, **COPYING),
         *rates,
         *steps,
-        row("rcd-then-gdd", f"GDD from RCD's student after {AT} kimg", mask=free, start=("rcd", AT)),
+        row("rcd-then-gdd", f"GDD from RCD's student after {AT} kimg", start=("rcd", AT), **OWN),
         row.copying(
-            "rcd", steps=16, called="gdd-then-rcd", what=f", from GDD's after {AT} kimg", start=("gdd", AT), **COPYING
+            "rcd",
+            steps=16,
+            called="gdd-then-rcd",
+            what=f", from GDD's after {AT} kimg",
+            start=(OWN_RATE, AT),
+            **COPYING,
         ),
     )
 
@@ -200,9 +207,9 @@ def discriminator_rows() -> tuple[Experiment, ...]:
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     *row.central(),
+    *row.step_sizes((0.125, 0.25, 0.5, 2)),
     *copying_rows(),
     *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
-    *row.step_sizes((0.125, 0.25, 0.5, 2)),
     row(
         "warm",
         "the discriminator alone is trained, on the teacher's one-step images",
@@ -214,12 +221,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     *factorial_rows(),
     *teachers_rows(),
-    *row.few_images(IMAGES),
+    *row.few_images(IMAGES, gdd=OWN),
     *(
         row(
-            f"{name}-other-images", f"{name.upper()} on 599 images that the teacher has not seen", mask=m, data=HELD_OUT
+            f"{name}-other-images",
+            f"{name.upper()} on 599 images that the teacher has not seen",
+            data=HELD_OUT,
+            **how,
         )
-        for name, m in (("gdd-i", ruled), ("gdd", free))
+        for name, how in (("gdd-i", {}), ("gdd", OWN))
     ),
     *row.controls(mids=(0.2, 0.8, 2.5)),
     row("fresh-fakes", "GDD-I with fresh images in the discriminator step, as the paper has it", reuse_fakes=False),

@@ -21,7 +21,6 @@ RATES = tuple(
 COUNTS = (50, 100, 200, 599)
 JUDGES = (*PRIMARY, "fd-digits")
 """With the distance of a classifier of the data, which is no relative of any discriminator."""
-SEEN = "29 November 2026, when seed 0 of the central and the copying arms was known"
 RATED = "30 November 2026: seed 0 had shown that the preset's learning rate, 8e-4, suits GDD-I, and a quarter of it GDD"
 
 
@@ -109,23 +108,23 @@ QUESTIONS = (
     Question(
         "20_initialisation",
         "Is the ability the teacher's? Students of teachers of different age, of shuffled weights, of a network that "
-        "only knows low noise, of one that has seen sigma 80, and of random weights with other learning rates, "
-        "augmentation and length.",
+        "only knows low noise, of one that has seen sigma 80, each as GDD at its own learning rate; and of random "
+        "weights with other learning rates, augmentation and length.",
         arms=(
-            *("gdd", *(f"age-{k}" for k in (80, 20, 5)), "from-high", "from-low", "shuffled"),
+            *(OWN_RATE, *(f"age-{k}" for k in (80, 20, 5)), "from-high", "from-low", "shuffled"),
             *("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
             *(f"{name}-teacher-{s}" for s in (1, 2) for name in ("gdd", "gdd-i")),
         ),
         contrasts=(
-            *versus("gdd", "age-80", "age-20", "age-5", "from-high", "shuffled", "scratch"),
+            *versus(OWN_RATE, "age-80", "age-20", "age-5", "from-high", "shuffled", "scratch"),
             ("from-low", "age-80"),
             *versus("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
             *((f"gdd-i-teacher-{s}", f"gdd-teacher-{s}") for s in (1, 2)),
-            ("gdd-i", "gdd"),
+            ("gdd-i", OWN_RATE),
         ),
         primary=PRIMARY,
         at=12,
-        since=SEEN,
+        since=RATED,
     ),
     Question(
         "14_local_minima",
@@ -152,21 +151,21 @@ QUESTIONS = (
     ),
     Question(
         "21_data_efficiency",
-        "How few distinct images are enough, for GDD-I and for GDD, with another choice of images in each run? Does it "
-        "matter whether the student sees the teacher's images or others?",
+        "How few distinct images are enough, for GDD-I and for GDD at its own learning rate, with another choice of "
+        "images in each run? Does it matter whether the student sees the teacher's images or others?",
         arms=(
-            *("gdd-i", "gdd", *(f"{name}-images-{n}" for n in COUNTS for name in ("gdd-i", "gdd"))),
+            *("gdd-i", OWN_RATE, *(f"{name}-images-{n}" for n in COUNTS for name in ("gdd-i", "gdd"))),
             *(f"{name}-other-images" for name in ("gdd-i", "gdd")),
         ),
         contrasts=(
             *((f"gdd-i-images-{n}", f"gdd-images-{n}") for n in COUNTS),
             *versus("gdd-i", *(f"gdd-i-images-{n}" for n in COUNTS)),
-            ("gdd-i", "gdd"),
+            ("gdd-i", OWN_RATE),
         ),
         primary=PRIMARY,
         also=("kd-lite2", "copying-pixels"),
         at=12,
-        since=SEEN,
+        since=RATED,
     ),
     Question(
         "25_second_step",

@@ -196,10 +196,17 @@ class Rows:
         both: dict[str, Any] = {"instance": added(steps=steps, distance=distance), "slower": slower.get("gdd-cd", 1.0)}
         return (*copying, self("gdd-cd", what, mask=free, **both))
 
-    def few_images(self, counts: Iterable[int], **fields: Any) -> tuple[Experiment, ...]:
-        """GDD-I and GDD trained on some of the images, other ones for each training seed."""
+    def few_images(
+        self, counts: Iterable[int], *, gdd: Mapping[str, Any] | None = None, **fields: Any
+    ) -> tuple[Experiment, ...]:
+        """GDD-I and GDD, with fields of its own, trained on some of the images, other ones for each training seed."""
         return tuple(
-            self(f"{name}-images-{n}", f"{name.upper()} with {n:,} distinct images", mask=mask, max_images=n, **fields)
+            self(
+                f"{name}-images-{n}",
+                f"{name.upper()} with {n:,} distinct images",
+                max_images=n,
+                **(fields | own),
+            )
             for n in counts
-            for name, mask in (("gdd-i", ruled), ("gdd", free))
+            for name, own in (("gdd-i", {"mask": ruled}), ("gdd", {"mask": free, **(gdd or {})}))
         )
