@@ -12,7 +12,7 @@ from gddlab.distill.teacher import TeacherConfig
 from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, TeacherRun
 from gddlab.experiments.factorial import FACTORIAL, best_frozen, effects, groups, mask_of, row_mask
 from gddlab.experiments.masks import free
-from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS
+from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS, RATES
 from gddlab.experiments.rows import INSTANCE, Rows
 from gddlab.experiments.studies import AT, STUDIES
 from gddlab.freezing import FreezeMask
@@ -31,6 +31,8 @@ STEPS = (2, 4, 8)
 """Heun steps of teachers that are copied, beside 16."""
 OTHER_TEACHERS = (1, 2)
 """Seeds of the other teachers."""
+MIDS = (0.2, 0.8, 2.5)
+"""Noise levels of a second step."""
 
 
 def random_backbone(name: str) -> dict[str, Any]:
@@ -51,12 +53,15 @@ TEACHERS = (
     *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
-COUNTED = {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
-COUNTED |= {"pd": {"longer": 2}, "cd": {"longer": 1}, "ctm": {"longer": 1}, "rcd": {"longer": 2}}
+FEWER = (*RATES, "option-2", "option-3", "norms-only", *(f"second-step-{mid:g}" for mid in MIDS))
+COUNTED = {name: {"seeds": 3} for name in (*FEWER, "rcd-then-gdd", "gdd-then-rcd", "scratch-augment")}
+COUNTED |= {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
 COUNTED |= {name: {"seeds": 10} for name in ("random-80", "random-50-lr-0.0004")}
 COUNTED |= {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
-"""Training seeds of arms, and how many of them are followed for longer."""
-row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), counted=COUNTED, sec_per_kimg=15.0, sec_scores=40.0)
+COUNTED |= {name: {"seeds": 3, "longer": 2 if name in ("pd", "rcd") else 1} for name in INSTANCE}
+COUNTED |= {"gdd-cd": {"seeds": 1}}
+"""Training seeds of arms where they are not five, and how many of them are followed for longer."""
+row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), seeds=5, counted=COUNTED, sec_per_kimg=15.0, sec_scores=30.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g
 OWN: dict[str, Any] = {"mask": free, "lr_g": LR / 4}
@@ -77,7 +82,7 @@ def teachers_rows() -> tuple[Experiment, ...]:
         for k in EARLY_KIMG
     )
     other = (
-        row(f"{name}-teacher-{s}", f"{name.upper()} from a teacher of seed {s}", **how, **_of(f"seed-{s}"))
+        row(f"{name}-teacher-{s}", f"{name.upper()} from a teacher of seed {s}", seeds=3, **how, **_of(f"seed-{s}"))
         for s in OTHER_TEACHERS
         for name, how in (("gdd", OWN), ("gdd-i", {}))
     )
@@ -192,7 +197,10 @@ def discriminator_rows() -> tuple[Experiment, ...]:
             discriminator=small,
         ),
         row(
-            "lpips-random", f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}", discriminator=lpips
+            "lpips-random",
+            f"GDD-I with the LPIPS network (SqueezeNet) as discriminator, {RANDOM}",
+            seeds=1,
+            discriminator=lpips,
         ),
         row("lite0-64", "GDD-I with EfficientNet-lite0 at 64 pixels", discriminator={"input_size": 64}, slower=1.6),
         row(
@@ -200,16 +208,18 @@ def discriminator_rows() -> tuple[Experiment, ...]:
             "GDD-I with random weights of EfficientNet-lite0",
             **random_backbone("tf_efficientnet_lite0"),
         ),
-        row("vgg16-random", f"GDD-I with VGG16-BN, {RANDOM}", **random_backbone("vgg16_bn")),
-        row("deit-random", f"GDD-I with DeiT-B, {RANDOM}", seeds=2, slower=4.0, **deit),
+        row("vgg16-random", f"GDD-I with VGG16-BN, {RANDOM}", seeds=1, **random_backbone("vgg16_bn")),
+        row("deit-random", f"GDD-I with DeiT-B, {RANDOM}", seeds=1, slower=4.0, **deit),
     )
 
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     *row.central(),
-    *row.step_sizes((0.125, 0.25, 0.5, 2)),
+    *row.step_sizes((0.25, 0.5)),
+    *row.step_sizes((0.125,), ("gdd",)),  # each at four rates, around its best
+    *row.step_sizes((2,), ("gdd-i", "random-50")),
     *copying_rows(),
-    *row.dose(RANDOM_SHARES, ORDERED_SHARES, seeds=5),
+    *row.dose(RANDOM_SHARES, ORDERED_SHARES),
     row(
         "warm",
         "the discriminator alone is trained, on the teacher's one-step images",
@@ -231,7 +241,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         )
         for name, how in (("gdd-i", {}), ("gdd", OWN))
     ),
-    *row.controls(mids=(0.2, 0.8, 2.5)),
+    *row.controls(MIDS),
     row("fresh-fakes", "GDD-I with fresh images in the discriminator step, as the paper has it", reuse_fakes=False),
     *row.augmented(ada_kimg=10, discriminator={"cache_real": False}),
     *discriminator_rows(),

@@ -43,7 +43,7 @@ def _list(
     base = row.base
     experiments = (
         *row.central(),
-        *row.dose((10, 20, 40, 60, 95), (40,), seeds=row.seeds),
+        *row.dose((10, 20, 40, 60, 95), (40,)),
         *row.step_sizes((0.5, 2)),
         *row.baselines(distance="lpips", steps=instance_steps, slower={}),
         *row.few_images(images),

@@ -15,8 +15,9 @@ CENTRAL = ("gdd-i", OWN_RATE, "gdd", "random-50", "random-80", "scratch")
 COPYING = ("pd", "cd", "ctm", "rcd")
 RANDOM = tuple(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6))
 ORDERED = (*(f"ordered-{p}" for p in (40, 60)), "gdd-i", "option-2", "option-3", "ordered-95", "norms-only")
-RATES = tuple(
-    f"{name}-lr-{lr}" for lr in ("0.0001", "0.0002", "0.0004", "0.0016") for name in ("gdd", "gdd-i", "random-50")
+RATES = (
+    *(f"gdd-lr-{lr}" for lr in ("0.0001", "0.0002", "0.0004")),
+    *(f"{name}-lr-{lr}" for name in ("gdd-i", "random-50") for lr in ("0.0002", "0.0004", "0.0016")),
 )
 COUNTS = (50, 100, 200, 599)
 JUDGES = (*PRIMARY, "fd-digits")

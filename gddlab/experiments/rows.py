@@ -116,13 +116,11 @@ class Rows:
             self("scratch", "GDD from random weights in place of the teacher's", mask=free, student="scratch"),
         )
 
-    def dose(self, random: Iterable[float], ordered: Iterable[float], *, seeds: int) -> tuple[Experiment, ...]:
+    def dose(self, random: Iterable[float], ordered: Iterable[float]) -> tuple[Experiment, ...]:
         """Shares of the parameters frozen, in per cent: at random, and in the rule's order."""
         return (
             *(
-                self(
-                    f"random-{p:g}", f"{p:g} % of the parameters frozen, at random", mask=at_share(p / 100), seeds=seeds
-                )
+                self(f"random-{p:g}", f"{p:g} % of the parameters frozen, at random", mask=at_share(p / 100))
                 for p in random
             ),
             *(
@@ -130,7 +128,6 @@ class Rows:
                     f"ordered-{p:g}",
                     f"{p:g} % frozen in the rule's order",
                     mask=at_share(p / 100, ordered=True),
-                    seeds=seeds,
                 )
                 for p in ordered
             ),
@@ -139,13 +136,13 @@ class Rows:
             self("norms-only", "norms alone are trained", mask=by_rule("norms-only")),
         )
 
-    def step_sizes(self, factors: Iterable[float]) -> tuple[Experiment, ...]:
+    def step_sizes(self, factors: Iterable[float], names: Iterable[str] = ALL_TRAINED) -> tuple[Experiment, ...]:
         """Other learning rates of the student, as multiples of the preset's, with everything trained, half, a fifth."""
         lr = self.base.lr_g
         return tuple(
             self(f"{name}-lr-{lr * f:g}", f"{what}; learning rate {lr * f:g}", mask=mask, lr_g=lr * f)
             for f in factors
-            for name, (what, mask) in ALL_TRAINED.items()
+            for name, (what, mask) in ((name, ALL_TRAINED[name]) for name in names)
         )
 
     def controls(self, mids: Iterable[float] = (0.8,)) -> tuple[Experiment, ...]:
