@@ -335,6 +335,9 @@ def draw_dose(
     size = (2.7 * shape[1] + 1.9, 2.7 * shape[0] + 0.4)
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     scored = arms[arms["mean"].notna()]
+    colours = [look(names[-1]).colour for names in groups.values()]  # the first may be where all lines begin
+    if len({*colours}) < len(colours):  # lines of one method, as by its learning rate
+        colours = [*plt.get_cmap("viridis")(np.linspace(0, 0.85, len(colours)))]
     for ax, metric in zip(panels.flat, metrics, strict=False):
         rows = scored[scored["metric"] == metric].set_index("experiment")
         drawn, dots = list[float](), list[float]()
@@ -344,8 +347,7 @@ def draw_dose(
             own, x = own.loc[x.sort_values().index], x.sort_values()
             drawn, dots = [*drawn, *_ends(own)], [*dots, *x]
             errors = [own["mean"] - own["low"], own["high"] - own["mean"]]
-            colour = look(names[-1]).colour  # the first may be where all lines begin
-            bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colour}
+            bars: dict[str, Any] = {"marker": "osD^v"[i % 5], "capsize": 2, "elinewidth": 1, "color": colours[i]}
             ax.errorbar(x, own["mean"], yerr=errors, label=label, **bars)
         draw_levels(ax, _of_panel(levels, metric), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")

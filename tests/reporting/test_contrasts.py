@@ -26,6 +26,7 @@ from gddlab.reporting.contrasts import (
     interval,
     rewound_table,
 )
+from gddlab.reporting.style import look
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
@@ -161,6 +162,10 @@ def test_figures(runs: list[Run]) -> None:
     (line,) = figure.axes[0].get_lines()[:1]
     assert line.get_xdata().tolist() == [1, 10] and figure.axes[0].get_xlabel() == "age"
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "10"]
+    for groups, own in (({"a": ["gdd"], "b": ["gdd-i"]}, True), ({"a": ["one", "gdd"], "b": ["gdd"]}, False)):
+        drawn = [c.lines[0].get_color() for c in draw_dose(found, groups).axes[0].containers]
+        assert len({str(c) for c in drawn}) == 2  # two lines of one method, too
+        assert ([str(c) for c in drawn] == [look("gdd").colour, look("gdd-i").colour]) == own
     many = pd.concat([found.assign(metric=f"score-{i}") for i in range(3)] + [found])  # five: four beside each other
     first, *_, fifth, off = (ax.get_position() for ax in draw_arms(many).axes[:6])
     assert fifth.y1 < first.y0 and fifth.x0 == pytest.approx(first.x0) and off.y0 == pytest.approx(fifth.y0)
