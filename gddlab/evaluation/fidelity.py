@@ -1,4 +1,4 @@
-"""EfficientNet-lite and DINOv2 as torch-fidelity extractors; imported only when features are wanted."""
+"""EfficientNet-lite, DINOv2 and open_nsfw as torch-fidelity extractors; imported only when features are wanted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from gddlab.pretrained.published import load_fitting, read_state
 LITE_SIZE = 96
 """Side that images are resized to, pixels: the digits take 11 s on one core, 23 s at 128."""
 LITE_LAYER = "1280"
+
+
+def _resized_images(x: Tensor, side: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), bilinear, 0 to 255."""
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}: give uint8 (B, 3, H, W)")
+    shrinks = max(x.shape[2:]) > side  # without antialiasing only every k-th pixel would count
+    how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": shrinks}
+    return torch.nn.functional.interpolate(x.float(), size=(side, side), **how)
 
 
 class FeatureExtractorLite(FeatureExtractorBase):
@@ -36,13 +45,7 @@ class FeatureExtractorLite(FeatureExtractorBase):
         Returns:
             float32, (B, 1280), in a tuple.
         """
-        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"images are {x.dtype} {tuple(x.shape)}: give uint8 (B, 3, H, W)")
-        y = (x.float() / 255 - LITE_MEAN) / LITE_STD
-        shrinks = max(x.shape[2:]) > LITE_SIZE  # without antialiasing only every k-th pixel would count
-        y = torch.nn.functional.interpolate(
-            y, size=(LITE_SIZE, LITE_SIZE), mode="bilinear", align_corners=False, antialias=shrinks
-        )
+        y = (_resized_images(x, LITE_SIZE) / 255 - LITE_MEAN) / LITE_STD
         y = self.net.forward_features(y.contiguous(memory_format=torch.channels_last))  # (B, 1280, 3, 3)
         out = {LITE_LAYER: y.mean((2, 3)).float()}
         return tuple(out[name] for name in self.features_list)
@@ -70,6 +73,65 @@ class FeatureExtractorLite0(FeatureExtractorLite):
 
 class FeatureExtractorLite2(FeatureExtractorLite):
     backbone = "tf_efficientnet_lite2"
+
+
+NSFW_SIZE, NSFW_LAYER = 224, "1024"
+NSFW_POOLED = "pool/AvgPool:0"
+NSFW_MEAN = (104.0, 117.0, 123.0)
+"""Of blue, green, red; subtracted from pixels of 0 to 255."""
+
+
+class FeatureExtractorOpenNsfw(FeatureExtractorBase):
+    """The 1024 pooled features of Yahoo's open_nsfw: a ResNet-50 (He et al. 2016) of half the width, by onnxruntime.
+
+    It was trained on ImageNet, then to tell images that are not safe for work. It runs on the CPU.
+    """
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
+    ):
+        super().__init__(name, features_list)
+        assert feature_extractor_weights_path is not None, "give the path of the weights"
+        import onnx
+        from google.protobuf.message import DecodeError
+        from onnxruntime import InferenceSession, SessionOptions
+
+        try:
+            model = onnx.load(feature_extractor_weights_path)
+        except DecodeError:
+            raise ValueError("it is no ONNX file") from None
+        if NSFW_POOLED not in {name for node in model.graph.node for name in node.output}:
+            raise ValueError(f"its graph has no {NSFW_POOLED}")
+        model.graph.output.append(onnx.ValueInfoProto(name=NSFW_POOLED))
+        options = SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of images.
+
+        Args:
+            x: uint8, (B, 3, H, W).
+
+        Returns:
+            float32, (B, 1024), in a tuple.
+        """
+        y = _resized_images(x, NSFW_SIZE).flip(1).permute(0, 2, 3, 1).cpu() - torch.tensor(NSFW_MEAN)
+        (features,) = self.session.run([NSFW_POOLED], {self.session.get_inputs()[0].name: y.numpy()})
+        out = {NSFW_LAYER: torch.from_numpy(features).flatten(1).to(x.device)}
+        return tuple(out[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (NSFW_LAYER,)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return {"fid": NSFW_LAYER, "kid": NSFW_LAYER, "prc": NSFW_LAYER}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
 
 
 GRID = 16

@@ -153,7 +153,7 @@ class Judge:
 
     Attributes:
         extractor: Feature network of the scores during a training and at its end.
-        second: Another one, for the distance alone.
+        others: More of them, for the distance alone.
         own: An extractor trained on these data, for distances, classes and copying; None if there is none.
         held_out: Real images that nobody has trained on, for a second kernel distance; None if there are none.
         n: Images; None for as many as there are real ones.
@@ -163,7 +163,7 @@ class Judge:
     """
 
     extractor: str = "lite2"
-    second: str = "lite0"
+    others: tuple[str, ...] = ("lite0", "open-nsfw")
     own: str | None = None
     held_out: str | None = None
     n: int | None = None
@@ -177,8 +177,8 @@ class Judge:
 
         Args:
             data: Real images.
-            asked: Names of scores; the second extractor's, and copying where there are images held out, are made where
-                they are among them.
+            asked: Names of scores; those of other extractors, and copying where there are images held out, are made
+                where they are among them.
             end: Whether it is the end of a training, where `blocks` count.
         """
         own: dict[str, Any] = {"extractor": self.extractor, "data": data}
@@ -187,8 +187,9 @@ class Judge:
         out: list[tuple[tuple[str, ...], dict[str, Any]]] = [(together, own)]
         if in_blocks:
             out.append((("fid",), {**own, "blocks": self.blocks}))
-        if find_extractor(self.second).metric_name("fid") in asked:
-            out.append((("fid",), {"extractor": self.second, "data": data}))
+        for other in self.others:
+            if find_extractor(other).metric_name("fid") in asked:
+                out.append((("fid",), {"extractor": other, "data": data}))
         if self.held_out is not None:
             out.append((("kid",), {"extractor": self.extractor, "data": self.held_out}))
         if self.own is not None:

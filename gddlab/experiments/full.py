@@ -13,7 +13,7 @@ from gddlab.experiments.rows import Rows
 from gddlab.experiments.studies import STUDIES
 
 BACKBONES = {"tf_efficientnet_lite0": "lite0", "vgg16_bn": "vgg16", "deit_base_distilled_patch16_224": "deit"}
-JUDGE = Judge("inception", "clip", n=50_000, blocks=3, pairs=5_000)
+JUDGE = Judge("inception", ("clip",), n=50_000, blocks=3, pairs=5_000)
 SCORES = {
     "fd-lite2": "fid-min3",
     "fd-lite0": "clip-fid",

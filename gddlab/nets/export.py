@@ -212,7 +212,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict
 
 
 def _open_onnx(path: Path) -> Callable[..., Tensor]:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
