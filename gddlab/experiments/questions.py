@@ -55,8 +55,8 @@ QUESTIONS = (
     ),
     Question(
         "13_second_extractor",
-        "Do other judges order the students as fd-lite2 does: lite0, a ResNet-50 that is no relative of it, a classifier "
-        "of the same data, precision, recall, held-out images?",
+        "Do other judges order the students as fd-lite2 does: lite0, a ResNet-50 that is no relative of it, a "
+        "classifier of the same data, precision, recall, held-out images?",
         arms=(*CENTRAL, *COPYING, "gdd-cd", "stylegan2"),
         primary=(
             "fd-lite2",

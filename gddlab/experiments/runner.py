@@ -127,7 +127,7 @@ def plan(
         planned.append(Planned(e, seed, path, *_run_state(chosen, e, path)))
     for s in chosen.studies:
         if s.name in wanted:
-            planned.append(Planned(s, None, folder / s.name, *_study_state(s, folder)))
+            planned.append(Planned(s, None, folder / s.name, *_study_state(chosen, s, folder)))
     if not planned:
         raise GddlabError(f"only={[*only]}: the list {name!r} has none of what it reads")
     return planned
@@ -194,12 +194,13 @@ def _points(experiment: Experiment, config: TrainConfig) -> list[float | None]:
     return [*(kimg for kimg in experiment.at if kimg < config.end_kimg), None]
 
 
-def _study_state(study: Study, folder: Path) -> tuple[str, float | None]:
+def _study_state(chosen: ExperimentList, study: Study, folder: Path) -> tuple[str, float | None]:
     path = folder / study.name / "meta.json"
     if not path.exists():
         return "to do", study.seconds
     about = read_json(path)
-    return ("done" if about["inputs"] == _inputs(study, folder) else "to do"), float(about["seconds"])
+    made = about["inputs"] == _inputs(study, folder) and chosen.asked_of(study.name) <= {*about["asked"]}
+    return ("done" if made else "to do"), float(about["seconds"])
 
 
 def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
@@ -340,7 +341,7 @@ def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc:
     if isinstance(item.item, TeacherRun):
         return f"{train_teacher(item.item.configure(item.folder), progress=False)}"
     if isinstance(item.item, Study):
-        if _study_state(item.item, folder)[0] == "done":
+        if _study_state(chosen, item.item, folder)[0] == "done":
             return ""
         _make_study(chosen, item.item, folder, name, nproc)
         return str(item.folder)
@@ -415,11 +416,11 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
     teacher = load_precond(chosen.teacher).to(device)
     configs = {}
     if study.timed:
-        asked = {arm for q in chosen.questions if study.name in q.studies for arm in q.arms}
+        arms = {arm for q in chosen.questions if study.name in q.studies for arm in q.arms}
         configs = {
             e.name: _configured(chosen, e, e.seeds[0], folder)
             for e in chosen.experiments
-            if e.name in asked and e.teacher is None and not e.needs
+            if e.name in arms and e.teacher is None and not e.needs
         }
     asked, folders = chosen.asked_of(study.name), {need: _needed(folder, need) for need in inputs}
     subjects = Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, folders, asked, configs, nproc)
@@ -438,6 +439,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
         "teacher": chosen.teacher,
         "teacher_sha256": teacher.card.sha256,
         "inputs": inputs,
+        "asked": sorted(asked),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
         "commit": commit(),

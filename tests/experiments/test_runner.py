@@ -267,7 +267,9 @@ def test_only_takes_a_notebook(tiny_list: list[int], tmp_path: Path) -> None:
     assert "Does the rule differ?" in text and "rule; all." in text
 
 
-def test_a_study_is_made_anew_when_another_student_is_there(tiny_list: list[int], tmp_path: Path) -> None:
+def test_a_study_is_made_anew_when_another_student_is_there(
+    tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reproduce("tiny", out=tmp_path, only=["rule", "moved"], seeds=1)
     folder = tmp_path / "tiny" / "moved"
     frame = load_study(folder)
@@ -284,6 +286,10 @@ def test_a_study_is_made_anew_when_another_student_is_there(tiny_list: list[int]
     shipped = {f.name for f in ship("tiny", tmp_path, tmp_path / "data", only=["moved"])}
     assert shipped == {"moved", "measured"}
     assert load_study(tmp_path / "data" / "tiny" / "moved").equals(load_study(folder))
+    tiny = module.LISTS["tiny"]
+    more = replace(tiny.questions[0], also=("fd-lite0", "recall-lite2"))
+    monkeypatch.setattr(module, "LISTS", {"tiny": replace(tiny, questions=(more,))})
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["to do"]  # another score is asked of it
 
 
 def test_a_study_can_measure_another_seed(
