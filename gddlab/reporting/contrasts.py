@@ -112,7 +112,7 @@ def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
         raise GddlabError(f"runs of {arm!r} end at {ends} thousand images: give at=, when their scores count")
     why = "; ".join(own.loc[own["value"].isna(), "state"].unique())
     if why and len(scored):
-        why = f"{len(scored)} of {len(own)} seeds, {why}"
+        why = f"{len(scored)} of {len(own)} seeds; others: {why}"
     return scored["value"].to_numpy(float), why or "done"
 
 
@@ -267,14 +267,14 @@ Levels = Mapping[str, Mapping[str, float]]
 def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str | None = None) -> Figure:
     """Means of arms, or differences between them, with their 95 % intervals, a panel per score.
 
-    Of differences, a line stands at 0, and a dot is filled where p_holm < 0.05.
+    Of differences, a line stands at 0; where the table has p_holm, a dot is filled where it is below 0.05.
 
     Args:
         table: From `arm_table` or `contrast_table`, or another like them.
         levels: Score -> label -> value to compare with.
         title: What is drawn; None says over how many seeds.
     """
-    between = "against" in table
+    between, tested = "against" in table, "p_holm" in table
     scored = table.assign(mean=table["difference"]) if between else table
     scored = scored[scored["mean"].notna()]
     scored = scored.assign(arm=[_pair(r) for r in scored.itertuples()])
@@ -288,7 +288,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
         r: Any
         for r in rows.itertuples():
             y, colour = arms.index(r.arm), look(str(r.experiment)).colour
-            filled = not between or r.p_holm < 1 - LEVEL
+            filled = not tested or r.p_holm < 1 - LEVEL
             ax.plot([r.low, r.high], [y, y], color=colour, linewidth=1.4)
             ax.plot(r.mean, y, "o", color=colour, fillstyle="full" if filled else "none", markersize=5)
         if between:
@@ -304,7 +304,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
         ax.set_axis_off()
     _legend(figure, panels)
     means = "differences and 95 % intervals" if between else "means and 95 % intervals"
-    title = title or f"{means} over {_seeds(scored)}{'; filled: p < 0.05, corrected' if between else ''}"
+    title = title or f"{means} over {_seeds(scored)}{'; filled: p < 0.05, corrected' if tested else ''}"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

@@ -101,19 +101,18 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     else:
         change, compared = activation_ratio(study, stat, student, teacher=teacher), "log2({1} / {0})".format(*names)
     top = float(np.nanmax(np.abs(change.to_numpy()))) or 1.0
-    size = (6.6, 0.09 * len(rows) + 1.9)
+    size = (7.6, 0.14 * len(rows) + 2.0)
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
     shared = scale.colours()
     around_zero = {"cmap": DIVERGING, "vmin": -top, "vmax": top, "norm": None}
-    panels = [(names[0], theirs, shared), (names[1], ours, shared), ("difference", change, around_zero)]
+    panels = [(names[0], theirs, shared), (names[1], ours, shared), ("compared", change, around_zero)]
     sigmas = list(theirs.columns)
     every = math.ceil(len(sigmas) / 9)
     ticks = [plain(s) if (len(sigmas) - 1 - i) % every == 0 else "" for i, s in enumerate(sigmas)]  # 80 is named
     meshes = []
     for ax, (title, table, colours) in zip(axes, panels, strict=True):
         shown = table.set_axis(short_names(list(rows.index)))
-        ax.tick_params(axis="y", labelsize=5.5)
-        ax.tick_params(axis="x", labelsize=6.5)
+        ax.tick_params(labelsize=8)
         meshes.append(draw_cells(ax, shown, scale, None, xticklabels=ticks, **colours))
         ax.tick_params(axis="y", labelleft=ax is axes[0])
         ax.set_xlabel("noise level σ")

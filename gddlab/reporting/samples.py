@@ -76,16 +76,16 @@ def draw_same_noise(images: Mapping[str, Tensor], seeds: Sequence[int] = range(1
     side = (grid.shape[0] + GAP) // len(rows), (grid.shape[1] + GAP) // len(seeds)
     grid[side[0] - GAP :: side[0]] = grid[:, side[1] - GAP :: side[1]] = 255  # white lines between images
     if ax is None:
-        names = 0.066 * max(map(len, images)) + 0.1
+        names = 0.07 * max(map(len, images)) + 0.1
         ax = axes_of(None, 6.4, (6.4 - names) * grid.shape[0] / grid.shape[1] + 0.3)
     ax.imshow(grid, interpolation="nearest")
     ax.set_anchor("E")
-    ax.set_yticks([side[0] * (i + 0.5) - 1 for i in range(len(rows))], list(images), fontsize=7.5)
-    ax.set_xticks([side[1] * (i + 0.5) - 1 for i in range(len(seeds))], [str(s) for s in seeds], fontsize=6.5)
+    ax.set_yticks([side[0] * (i + 0.5) - 1 for i in range(len(rows))], list(images), fontsize=8)
+    ax.set_xticks([side[1] * (i + 0.5) - 1 for i in range(len(seeds))], [str(s) for s in seeds], fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, pad=2)
     ax.spines[:].set_visible(False)
-    ax.annotate("seed", (0, 1), (-4, 2), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=6.5)
+    ax.annotate("seed", (0, 1), (-4, 2), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)
     return ax
 
 

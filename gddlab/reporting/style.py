@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -30,7 +30,7 @@ SORTS = {
 NAMES = {
     "data": ("data", "data", BLACK),
     "gdd": ("GDD", "GAN loss", BLUE),
-    "gdd-lr-0.0002": ("GDD, learning rate 0.0002", "GAN loss", "#0b2a4a"),
+    "gdd-lr-0.0002": ("GDD (learning rate 2e-4)", "GAN loss", "#0b2a4a"),
     "gdd-i": ("GDD-I", "GAN loss", ORANGE),
     "scratch": ("GDD, random start", "GAN loss", PINK),
     "pd": ("PD", "instance loss", "#6b2c00"),
@@ -85,6 +85,11 @@ class Look:
 
 def look(name: str) -> Look:
     """How a network or experiment is shown: "teacher-18" as "teacher, 18 steps"; an unknown name as itself."""
+    found = _look(name)
+    return replace(found, label=f"{found.label} (preset's rate)") if name == "gdd" else found
+
+
+def _look(name: str) -> Look:
     if name in NAMES:
         return Look(*NAMES[name])
     if steps := re.fullmatch(r"teacher-(\d+)(.*)", name):
@@ -93,7 +98,7 @@ def look(name: str) -> Look:
         return Look(f"teacher, {count} step{'s' if count > 1 else ''}{steps[2]}", "teacher", shade)
     for pattern, label, colour in VARIED:
         if found := re.fullmatch(pattern, name):
-            parts = [BACKBONES.get(part) or (look(part) if part[0].isalpha() else part) for part in found.groups()]
+            parts = [BACKBONES.get(part) or (_look(part) if part[0].isalpha() else part) for part in found.groups()]
             looks = [part for part in parts if isinstance(part, Look)] or [Look("", "GAN loss", BLUE)]
             sort = looks[0].sort if len({p.sort for p in looks}) == 1 else "GAN and instance loss"
             text = label.format(*(p.label if isinstance(p, Look) else p for p in parts))

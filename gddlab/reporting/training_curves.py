@@ -23,8 +23,9 @@ from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
-BANDED = 3
-"""Seeds from which on a band is drawn: the interval of two is 13 times as wide as their distance."""
+BANDED, SHOWN = 3, 5
+"""Seeds from which on there is a band (the interval of two is 13 times as wide as their distance), and up to how many
+each has a line of its own instead."""
 MARKERS = "osD^vP"
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 KIMG = "real images seen, thousands"
@@ -127,6 +128,7 @@ def _draw_lines(
     The title says over how many seeds, and what is `missing`, by what became of it.
     """
     shown = table.dropna(subset=["value", x]).astype({x: float})
+    each = "seed" in shown and shown.groupby([hue, x]).size().max() <= SHOWN
     if len(shown):
         groups = list(dict.fromkeys(shown[hue]))
         colours = colours or dict(zip(groups, LINES * 9, strict=False))
@@ -134,15 +136,20 @@ def _draw_lines(
         same = {name: [g for g in groups if colours[g] == colours[name]].index(name) for name in groups}
         style: dict[str, Any] = {"palette": {g: colours[g] for g in groups}, "dashes": False, "markeredgewidth": 0}
         style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
-        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=_band, **style)
+        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=None if each else _band, **style)
+        if each:
+            for (group, _), own in shown.groupby([hue, "seed"]):
+                ax.plot(own[x], own["value"], color=colours[str(group)], linewidth=0.6, alpha=0.6, zorder=1)
     fit_scale(ax, [*shown["value"], *levels.values()], "y")
     draw_levels(ax, levels, "y", told=True)
     ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
     seeds = seeds_text(shown.groupby([hue, x]).size())
-    text = f"mean over {seeds}; band: 95 % interval, from {BANDED} seeds on" if seeds not in ("", "1 seed") else seeds
+    if seeds not in ("", "1 seed"):
+        how = "thin: each seed" if each else f"band: 95 % interval, from {BANDED} seeds on"
+        seeds = f"mean over {seeds}; {how}"
     states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
     absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
-    ax.set_title("\n".join(filter(None, [text, *absent])), loc="left", fontsize=8)
+    ax.set_title("\n".join(filter(None, [seeds, *absent])), loc="left", fontsize=8)
     return shown
 
 

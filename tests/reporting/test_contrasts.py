@@ -71,9 +71,9 @@ def test_seeds_without_a_score_are_told(runs: list[Run], tmp_path: Path, tiny_te
     more = made(tmp_path, tiny_teacher, "gdd", 7, {0.024: 70.0, 0.048: 60.0}, scored={"metric": "fd-lite0@64"})
     found = arm_table([*runs, more], ("gdd", "gdd-i")).set_index("experiment")
     assert found["seeds"].tolist() == [3, 3]
-    assert found["state"].tolist() == ["3 of 4 seeds, no fd-lite2 at the end", "done"]
+    assert found["state"].tolist() == ["3 of 4 seeds; others: no fd-lite2 at the end", "done"]
     (row,) = contrast_table([*runs, more], [("gdd-i", "gdd")]).itertuples()
-    assert row.state == "GDD: 3 of 4 seeds, no fd-lite2 at the end"
+    assert row.state == "GDD (preset's rate): 3 of 4 seeds; others: no fd-lite2 at the end"
 
 
 def test_differences_between_pairs(runs: list[Run]) -> None:
@@ -99,7 +99,7 @@ def test_a_change_is_of_the_same_seeds(runs: list[Run], tmp_path: Path, tiny_tea
     more = made(tmp_path, tiny_teacher, "gdd", 7, {0.048: 60.0})
     found = change_table([*runs, more], ("gdd",), metrics=("fd-lite2",), start=0.024, end=0.048)
     assert found.loc[0, "seeds"] == 3 and found.loc[0, "mean"] == pytest.approx(-71.333333)
-    assert found.loc[0, "state"] == "3 of 4 seeds, no fd-lite2 at 0.024 kimg"
+    assert found.loc[0, "state"] == "3 of 4 seeds; others: no fd-lite2 at 0.024 kimg"
     assert arm_table(runs, ("gdd",), at=0.096)["state"].item() == "ends at 0.048 kimg"
 
 
@@ -151,7 +151,7 @@ def test_figures(runs: list[Run]) -> None:
     assert [ax.get_title() for ax in figure.axes] == ["fd-lite2", "kd-lite2"]
     assert len(figure.axes[0].get_lines()) > len(figure.axes[1].get_lines())  # with the level
     figure = draw_arms(found, levels={"fd-lite2": {"teacher": 63.0}})
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD", "GDD-I", "one"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD (preset's rate)", "GDD-I", "one"]
     dots = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([71.333333, 58.666667, 60.0])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["teacher"]
@@ -171,7 +171,7 @@ def test_figures(runs: list[Run]) -> None:
     assert fifth.y1 < first.y0 and fifth.x0 == pytest.approx(first.x0) and off.y0 == pytest.approx(fifth.y0)
     between = contrast_table(runs, [("gdd-i", "gdd"), ("never", "gdd")])
     figure = draw_arms(between)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD (preset's rate)"]
     (dot,) = (line for line in figure.axes[0].get_lines() if line.get_marker() == "o")
     assert float(dot.get_xdata()[0]) == pytest.approx(-12.666667) and dot.get_fillstyle() == "none"
     plt.close("all")
@@ -205,14 +205,17 @@ def test_groups_put_back() -> None:
 
 def test_arms_and_contrasts_in_words(runs: list[Run]) -> None:
     shown = arm_text(arm_table(runs, ("gdd", "gdd-i", "one", "never"), metrics=("fd-lite2", "kd-lite2")))
-    assert shown.index.tolist() == ["GDD", "GDD-I", "one", "never"]
+    assert shown.index.tolist() == ["GDD (preset's rate)", "GDD-I", "one", "never"]
     assert shown.columns.tolist() == ["frozen", "seeds", "fd-lite2 (95 %)", "kd-lite2 (95 %)", "state"]
     assert shown.loc["GDD-I"].tolist()[1:3] == ["3", "58.7 (51.1 to 66.3)"]
     assert shown.loc["one", "fd-lite2 (95 %)"] == "60.0" and shown.loc["never", "state"] == "not run"
     pairs = contrast_text(contrast_table(runs, [("gdd-i", "gdd"), ("one", "gdd"), ("never", "gdd")]))
     assert pairs.columns.tolist() == ["seeds", "fd-lite2 (95 %)", "g, fd-lite2", "p, Holm", "state"]
-    assert pairs.loc["GDD-I against GDD"].tolist()[:2] == ["3 and 3", "-12.7 (-25.4 to 0.0)"]
-    assert pairs.loc["one against GDD", "fd-lite2 (95 %)"] == "-11.3" and pairs.loc["never against GDD"].iloc[1] == ""
+    assert pairs.loc["GDD-I against GDD (preset's rate)"].tolist()[:2] == ["3 and 3", "-12.7 (-25.4 to 0.0)"]
+    assert (
+        pairs.loc["one against GDD (preset's rate)", "fd-lite2 (95 %)"] == "-11.3"
+        and pairs.loc["never against GDD (preset's rate)"].iloc[1] == ""
+    )
 
 
 def test_seeds_of_different_length_are_not_averaged(runs: list[Run], tmp_path: Path, tiny_teacher: Path) -> None:

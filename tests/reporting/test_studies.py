@@ -209,7 +209,7 @@ def test_minima_are_drawn_with_their_yardsticks(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in yardsticks] == [[63.0, 63.0], [0.6, 0.6], [40.0, 40.0]]
     dots = panels[0].collections[0].get_offsets()
     assert [float(x) for x, _ in dots] == [2000.0, 63.0, 70.0, 400.0, 90.0]
-    assert {"CD", "GDD", "teacher, 18 steps", "other noise", "instance loss"} <= set(texts_of(figure))
+    assert {"CD", "GDD (preset's rate)", "teacher, 18 steps", "other noise", "instance loss"} <= set(texts_of(figure))
     saved(figure, tmp_path / "minima.png")
     alone = draw_minima(minima_study(), ["teacher-18"])
     assert alone.axes[2].get_xlim()[1] > 0.6  # the yardstick stays in sight
@@ -267,13 +267,15 @@ def test_a_students_activation_is_compared_with_its_teachers() -> None:
 def test_three_heat_maps_share_their_rows(tmp_path: Path, stat: str) -> None:
     figure = draw_activations(layers_study(), stat, "gdd")
     teacher, student, third = figure.axes[:3]
-    assert [ax.get_title("left") for ax in (teacher, student)] == ["teacher", "GDD"]
+    assert [ax.get_title("left") for ax in (teacher, student)] == ["teacher", "GDD (preset's rate)"]
     meshes = [ax.collections[0] for ax in (teacher, student, third)]
     assert meshes[0].norm is meshes[1].norm
     assert meshes[2].norm.vmin == -meshes[2].norm.vmax
     expected = 1.0 if stat == "rms" else -0.5
     np.testing.assert_allclose(np.ma.getdata(meshes[2].get_array()), expected)
-    assert ("log2(GDD / teacher)" if stat == "rms" else "GDD - teacher") in texts_of(figure)
+    assert ("log2(GDD (preset's rate) / teacher)" if stat == "rms" else "GDD (preset's rate) - teacher") in texts_of(
+        figure
+    )
     saved(figure, tmp_path / "activations.png")
 
 
@@ -282,7 +284,7 @@ def test_along_depth_the_teacher_stands_beside_its_students(tmp_path: Path) -> N
     ax = draw_depth(layers_study(), "rms")
     lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
     assert [float(line.get_ydata()[0]) for line in lines] == [81.0, 162.0, 81.0]
-    assert {"teacher", "GDD", "GDD-I"} <= set(texts_of(ax.figure))
+    assert {"teacher", "GDD (preset's rate)", "GDD-I"} <= set(texts_of(ax.figure))
     saved(ax.figure, tmp_path / "depth.png")
     _, own = plt.subplots()
     assert draw_depth(layers_study(), "rms", ["gdd"], ax=own) is own
@@ -362,7 +364,7 @@ def test_layers_that_did_not_move_are_marked(tmp_path: Path) -> None:
     still = [int(np.isclose(y.astype(float), floor).sum()) for y in dots]
     layers = moved_layers(layers_study())
     assert still == [0, int((layers["gdd-i"] == 0).sum())]
-    assert first.get_title(loc="left") == "GDD: all layers moved"
+    assert first.get_title(loc="left") == "GDD (preset's rate): all layers moved"
     assert f"{still[1]} of {len(layers)} layers unmoved" in second.get_title(loc="left")
     saved(figure, tmp_path / "moved.png")
     heights = [ax.get_position().height for ax in (first, second)]

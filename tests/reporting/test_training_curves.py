@@ -59,7 +59,7 @@ def test_curves_show_means_and_their_intervals(runs: list[Run]) -> None:
     assert lines(ax) == [[70.0, 60.0], [90.0, 80.0]]
     assert names(ax) == ["whole", "few", "teacher: 50"]
     assert len({line.get_color() for line in ax.get_lines()[:2]}) == 2  # also of names that no experiment has
-    assert ax.get_title(loc="left") == "mean over 1 to 2 seeds; band: 95 % interval, from 3 seeds on\nnot run: never"
+    assert ax.get_title(loc="left") == "mean over 1 to 2 seeds; thin: each seed\nnot run: never"
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fd-lite2@64"
     wide = draw_curves(curve_table(runs), levels={"teacher": 900.0})
     assert wide.get_yscale() == "log"
@@ -67,13 +67,19 @@ def test_curves_show_means_and_their_intervals(runs: list[Run]) -> None:
     assert draw_curves(curve_table(runs), ax=own) is own
 
 
-def test_a_band_is_the_interval_of_three_seeds(tmp_path: Path, tiny_teacher: Path) -> None:
-    for seed, value in enumerate((70.0, 66.0, 78.0)):
-        made(tmp_path, tiny_teacher, "three", seed, {0.024: 2 * value, 0.048: value})
-    ax = draw_curves(curve_table(load_runs(tmp_path)))
+def test_a_band_is_the_interval_of_six_seeds_and_fewer_are_lines(tmp_path: Path, tiny_teacher: Path) -> None:
+    values = (70.0, 66.0, 78.0, 71.0, 69.0, 75.0)
+    for seed, value in enumerate(values):
+        made(tmp_path, tiny_teacher, "six", seed, {0.024: 2 * value, 0.048: value})
+    runs = load_runs(tmp_path)
+    ax = draw_curves(curve_table(runs))
     heights = {float(y) for x, y in ax.collections[0].get_paths()[0].vertices.tolist() if x == 0.048}
-    half = 4.302653 * np.std((70.0, 66.0, 78.0), ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
-    np.testing.assert_allclose(sorted(heights), [214 / 3 - half, 214 / 3 + half], rtol=1e-6)
+    half = 2.570582 * np.std(values, ddof=1) / np.sqrt(6)  # Student's t, 5 degrees of freedom
+    np.testing.assert_allclose(sorted(heights), [71.5 - half, 71.5 + half], rtol=1e-6)
+    ax = draw_curves(curve_table(runs[:3]))
+    assert not ax.collections and ax.get_title(loc="left") == "mean over 3 seeds; thin: each seed"
+    thin = [list(line.get_ydata()) for line in ax.lines if line.get_linewidth() < 1]
+    assert thin == [[2 * value, value] for value in values[:3]]
 
 
 def test_nothing_to_draw_is_drawn_as_such(runs: list[Run]) -> None:
