@@ -267,7 +267,7 @@ def moved_table(
     Returns:
         Indexed by family and stage: layers, parameters, and for each student S three columns: "S" (root of the sum of
         |w - teacher's|^2 over that of |teacher's|^2, over all parameters of the group), "S share" (of the student's
-        whole |w - teacher's|^2), "S still" (share of the group's parameters in layers that have not moved).
+        whole |w - teacher's|^2), "S unmoved" (share of the group's parameters in layers that have not moved).
 
     Raises:
         GddlabError: The table is another one; a layer has no norm.
@@ -287,7 +287,7 @@ def moved_table(
         moved = (layers[name] ** 2 * size).fillna(0.0)
         out[name] = np.sqrt(total(moved) / total(size))
         out[f"{name} share"] = total(moved) / moved.sum()
-        out[f"{name} still"] = total(layers["n_params"].where(layers[name] == 0, 0)) / out["parameters"]
+        out[f"{name} unmoved"] = total(layers["n_params"].where(layers[name] == 0, 0)) / out["parameters"]
     return out
 
 

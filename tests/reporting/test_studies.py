@@ -300,8 +300,8 @@ def test_what_moved_is_summed_in_squares() -> None:
     table = moved_table(study, norms, ["gdd", "gdd-i"])
     np.testing.assert_allclose(table["gdd"], 0.1)  # all layers by the same share, so every group too
     assert table["gdd share"].sum() == pytest.approx(1) == table["gdd-i share"].sum()
-    assert table.loc[("convolution", "enc"), ["gdd-i", "gdd-i share", "gdd-i still"]].tolist() == [0, 0, 1]
-    assert table["gdd still"].max() == 0
+    assert table.loc[("convolution", "enc"), ["gdd-i", "gdd-i share", "gdd-i unmoved"]].tolist() == [0, 0, 1]
+    assert table["gdd unmoved"].max() == 0
     assert table["parameters"].sum() == layers["n_params"].sum()
     name = layers.loc[layers["family"] == "convolution", "layer"].iloc[0]
     changed = study.assign(
