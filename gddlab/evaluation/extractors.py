@@ -256,10 +256,10 @@ EXTRACTORS = {
         "open-nsfw",
         "1024",
         1024,
-        224,
+        96,
         "onnxruntime",
         "open-nsfw",
-        _RGB.format(224) + ", half-pixel centres, antialiased when it shrinks; BGR less its mean; float32",
+        _RGB.format(96) + ", half-pixel centres, antialiased when it shrinks; BGR less its mean; float32",
         Published(
             "open_nsfw",
             "GDDLAB_OPEN_NSFW",

@@ -21,7 +21,9 @@ from gddlab.sampling.grid import to_uint8
 SPEC = find_extractor("open-nsfw")
 
 
-def test_features_are_those_that_its_classifier_reads() -> None:
+def test_features_are_those_that_its_classifier_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the size that its classifier takes."""
+    monkeypatch.setattr("gddlab.evaluation.fidelity.NSFW_SIZE", 224)
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (features,) = SPEC.build()(images)
     assert features.shape == (2, SPEC.dims) and features.dtype == torch.float32
