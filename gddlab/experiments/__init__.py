@@ -1,7 +1,7 @@
 """Declared experiments and studies: what is run for the figures and tables."""
 
 from gddlab.experiments.experiment import Experiment, ExperimentList, Question, Study, TeacherRun
-from gddlab.experiments.factorial import effects, foretold
+from gddlab.experiments.factorial import best_frozen, effects, foretold
 from gddlab.experiments.runner import LISTS, Planned, feeding, plan, question, reproduce, ship
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Question",
     "Study",
     "TeacherRun",
+    "best_frozen",
     "effects",
     "feeding",
     "foretold",

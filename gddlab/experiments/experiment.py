@@ -318,5 +318,6 @@ class ExperimentList:
         return replace(found, arms=arms, studies=studies, contrasts=contrasts)
 
     def notebooks_of(self, name: str) -> tuple[str, ...]:
-        """Notebooks that read an experiment or study."""
-        return tuple(q.notebook for q in self.questions if name in q.arms or name in q.studies)
+        """Notebooks that read an experiment or study, or show what an experiment is needed for."""
+        read = {name} | {e.name for e in self.experiments if name in e.needs}
+        return tuple(q.notebook for q in self.questions if read & {*q.arms, *q.studies})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from gddlab.experiments.experiment import Question
-from gddlab.experiments.factorial import FACTORIAL
 
 PRIMARY = ("fd-lite2", "kd-lite2:held-out")
 """To the training images, and the unbiased one to images that nobody has trained on."""
@@ -99,7 +98,7 @@ QUESTIONS = (
         "all and a fifth are about as near; what a trained student loses when one group goes back to the teacher's "
         "weights. Then the mask that the effects foretell as best at half the share, against its inverse, random masks "
         "of equal share and rate, the rule, and GDD at its own rate.",
-        arms=("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE, *FACTORIAL),
+        arms=("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE),
         contrasts=versus("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE),
         primary=PRIMARY,
         also=("precision-lite2", "recall-lite2"),

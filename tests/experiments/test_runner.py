@@ -368,8 +368,10 @@ def test_questions_ask_for_what_there_is() -> None:
     """Each experiment of the digits answers a question, and each arm of a question is in one of the lists."""
     asked = {arm for q in DIGITS.questions for arm in q.arms}
     needed = {need.partition("/")[0] for s in DIGITS.studies for need in s.needs}
+    needed |= {need for e in DIGITS.experiments for need in e.needs}
     assert {e.name for e in DIGITS.experiments} <= asked | needed
-    assert "warm" in {str(p.item.name) for p in plan("digits", only=["02_choosing_a_mask"], seeds=1)}
+    assert {"warm", "layers-47"} <= {str(p.item.name) for p in plan("digits", only=["02_choosing_a_mask"], seeds=1)}
+    assert DIGITS.notebooks_of("layers-47") == ("02_choosing_a_mask",)
     assert asked <= {e.name for chosen in (DIGITS, *FULL.values()) for e in chosen.experiments}
     studies = {s for q in DIGITS.questions for s in q.studies}
     assert studies == {s.name for s in DIGITS.studies}
