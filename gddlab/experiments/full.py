@@ -8,7 +8,7 @@ from dataclasses import replace
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.experiments.experiment import ExperimentList, Judge, Question
-from gddlab.experiments.questions import QUESTIONS
+from gddlab.experiments.questions import OWN_RATE, QUESTIONS
 from gddlab.experiments.rows import Rows
 from gddlab.experiments.studies import STUDIES
 
@@ -31,7 +31,16 @@ DIGITS_ALONE = ("completed", "pulls")
 def _asked(question: Question) -> Question:
     """A question of the digits, asked of a list at full size: by its scores, at the end."""
     primary, also = (tuple(SCORES[m] for m in given if m in SCORES) for given in (question.primary, question.also))
-    return replace(question, primary=primary, also=also, at=None, since="", chosen_by=())
+    arms = dict.fromkeys(_at_full_size(arm) for arm in question.arms)
+    pairs = dict.fromkeys((_at_full_size(a), _at_full_size(b)) for a, b in question.contrasts)
+    contrasts = tuple(pair for pair in pairs if pair[0] != pair[1])
+    asked = replace(question, arms=tuple(arms), contrasts=contrasts, primary=primary, also=also)
+    return replace(asked, at=None, since="", chosen_by=())
+
+
+def _at_full_size(arm: str) -> str:
+    """GDD has one learning rate there; the digits' own is of the digits."""
+    return "gdd" if arm == OWN_RATE else arm
 
 
 def _list(

@@ -103,7 +103,8 @@ QUESTIONS = (
         primary=PRIMARY,
         also=("precision-lite2", "recall-lite2"),
         at=12,
-        since="30 November 2026, before a row of the factorial was run; GDD was added when nine were",
+        since="30 November 2026, before a row of the factorial was run; GDD was added after nine rows",
+        chosen_by=(0,),
         studies=("rewound", "pulls"),
     ),
     Question(
@@ -121,7 +122,6 @@ QUESTIONS = (
             ("from-low", "age-80"),
             *versus("scratch", "scratch-lr-0.0002", "scratch-lr-0.0016", "scratch-augment"),
             *((f"gdd-i-teacher-{s}", f"gdd-teacher-{s}") for s in (1, 2)),
-            ("gdd-i", OWN_RATE),
         ),
         primary=PRIMARY,
         at=12,
@@ -161,7 +161,6 @@ QUESTIONS = (
         contrasts=(
             *((f"gdd-i-images-{n}", f"gdd-images-{n}") for n in COUNTS),
             *versus("gdd-i", *(f"gdd-i-images-{n}" for n in COUNTS)),
-            ("gdd-i", OWN_RATE),
         ),
         primary=PRIMARY,
         also=("kd-lite2", "copying-pixels"),

@@ -199,7 +199,8 @@ def _study_state(chosen: ExperimentList, study: Study, folder: Path) -> tuple[st
     if not path.exists():
         return "to do", study.seconds
     about = read_json(path)
-    made = about["inputs"] == _inputs(study, folder) and chosen.asked_of(study.name) <= {*about["asked"]}
+    asked = chosen.asked_of(study.name) if "asked" in about else set()
+    made = about["inputs"] == _inputs(study, folder) and asked <= {*about.get("asked", ())}
     return ("done" if made else "to do"), float(about["seconds"])
 
 
@@ -245,7 +246,8 @@ def reproduce(
     Args:
         name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
         out: Folder.
-        only: Teachers, experiments and studies by name, or notebooks for all that they read; all if empty.
+        only: Teachers, experiments and studies by name, or notebooks for all that they read; with what these begin with
+            or are chosen from; all if empty.
         seeds: How many seeds of each experiment; None for as many as it has.
         jobs: How many are run at the same time. Where the list says the threads of a run, as for the digits, numbers do
             not depend on it.
@@ -256,12 +258,17 @@ def reproduce(
         The plan as it stands afterwards.
 
     Raises:
-        GddlabError: Unknown list or experiment. RunFailed: a run failed, with its traceback.
+        GddlabError: Unknown list or experiment, or an extractor of its scores lacks weights or a package. RunFailed: a
+            run failed, with its traceback.
     """
     chosen = find_list(name)
     if jobs < 1:
         raise GddlabError(f"jobs={jobs}: give at least 1")
     folder_of("out", out)
+    left = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done"]
+    scores = (s for p in left for s in chosen.judge.scores(chosen.data, asked=chosen.asked_of(p.item.name)))
+    for extractor in {how["extractor"] for _, how in scores}:
+        find_extractor(extractor).check()
     for stage in STAGES:
         left = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
         if not left:
@@ -304,15 +311,16 @@ def work(
     told: set[str] = set()
     while True:
         items = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done" and _stage(p) == stage]
-        made = 0
+        made, left = 0, [*items]
         for item in items:
-            if isinstance(item.item, Experiment) and not _ready(item.item, item.seed, folder, items):
+            if isinstance(item.item, Experiment) and not _ready(item.item, item.seed, folder, left):
                 continue  # another process works on what it needs
             with _claimed(item.folder) as mine:
                 if mine:
                     made += 1
                     if said := _make(chosen, item, folder, name, nproc):
                         report(f"{item}: {said}")
+                    left.remove(item)
                 elif not wait and str(item) not in told:
                     told.add(str(item))
                     report(f"{item}: another process works on it")
@@ -390,9 +398,10 @@ def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int)
 
 
 def _runs_of(chosen: ExperimentList, names: Collection[str], folder: Path) -> list[Run]:
-    """The runs of experiments that are there."""
-    runs = [folder / e.name / f"seed-{seed}" for e in chosen.experiments if e.name in names for seed in e.seeds]
-    return [load_run(path) for path in runs if (path / "config.json").exists()]
+    """The finished runs of experiments."""
+    paths = [folder / e.name / f"seed-{seed}" for e in chosen.experiments if e.name in names for seed in e.seeds]
+    runs = [load_run(path) for path in paths if (path / "config.json").exists()]
+    return [run for run in runs if run.written_status.get("state") == "done"]
 
 
 def _measured(chosen: ExperimentList, folder: Path) -> ProbeResult:
@@ -439,7 +448,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
         "teacher": chosen.teacher,
         "teacher_sha256": teacher.card.sha256,
         "inputs": inputs,
-        "asked": sorted(asked),
+        **({"asked": sorted(asked)} if found.records else {}),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
         "commit": commit(),

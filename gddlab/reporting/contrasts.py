@@ -267,14 +267,14 @@ Levels = Mapping[str, Mapping[str, float]]
 def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str | None = None) -> Figure:
     """Means of arms, or differences between them, with their 95 % intervals, a panel per score.
 
-    Of differences, a line stands at 0; where the table has p_holm, a dot is filled where it is below 0.05.
+    Of differences, a line stands at 0; where they were tested, a dot is filled if p_holm < 0.05.
 
     Args:
         table: From `arm_table` or `contrast_table`, or another like them.
         levels: Score -> label -> value to compare with.
         title: What is drawn; None says over how many seeds.
     """
-    between, tested = "against" in table, "p_holm" in table
+    between, tested = "against" in table, "p_holm" in table and table["p_holm"].notna().any()
     scored = table.assign(mean=table["difference"]) if between else table
     scored = scored[scored["mean"].notna()]
     scored = scored.assign(arm=[_pair(r) for r in scored.itertuples()])
@@ -336,7 +336,7 @@ def draw_dose(
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     scored = arms[arms["mean"].notna()]
     colours = [look(names[-1]).colour for names in groups.values()]  # the first may be where all lines begin
-    if len({*colours}) < len(colours):  # lines of one method, as by its learning rate
+    if len({*colours}) == 1 < len(colours):  # lines of one method, as by its learning rate
         colours = [*plt.get_cmap("viridis")(np.linspace(0, 0.85, len(colours)))]
     for ax, metric in zip(panels.flat, metrics, strict=False):
         rows = scored[scored["metric"] == metric].set_index("experiment")

@@ -105,7 +105,7 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
     shared = scale.colours()
     around_zero = {"cmap": DIVERGING, "vmin": -top, "vmax": top, "norm": None}
-    panels = [(names[0], theirs, shared), (names[1], ours, shared), ("compared", change, around_zero)]
+    panels = [(names[0], theirs, shared), (names[1], ours, shared), ("student against teacher", change, around_zero)]
     sigmas = list(theirs.columns)
     every = math.ceil(len(sigmas) / 9)
     ticks = [plain(s) if (len(sigmas) - 1 - i) % every == 0 else "" for i, s in enumerate(sigmas)]  # 80 is named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
@@ -29,8 +29,8 @@ SORTS = {
 """Sort of network -> colour."""
 NAMES = {
     "data": ("data", "data", BLACK),
-    "gdd": ("GDD", "GAN loss", BLUE),
-    "gdd-lr-0.0002": ("GDD (learning rate 2e-4)", "GAN loss", "#0b2a4a"),
+    "gdd": ("GDD (preset's rate)", "GAN loss", BLUE),
+    "gdd-lr-0.0002": ("GDD (learning rate 0.0002)", "GAN loss", "#0b2a4a"),
     "gdd-i": ("GDD-I", "GAN loss", ORANGE),
     "scratch": ("GDD, random start", "GAN loss", PINK),
     "pd": ("PD", "instance loss", "#6b2c00"),
@@ -46,7 +46,7 @@ VARIED = (
     (r"ordered-([\d.]+)", "{0} % frozen, in the rule's order", BROWN),
     (r"option-([23])", "the authors' option {0}", BROWN),
     (r"norms-only", "only norms trained", BROWN),
-    (r"(.+)-lr-([\d.e-]+)", "{0}, learning rate {1}", None),
+    (r"(.+)-lr-([\d.e-]+)", "{0} (learning rate {1})", None),
     (r"(.+)-images-(\d+)", "{0}, {1} images", None),
     (r"(.+)-other-images", "{0}, images new to the teacher", None),
     (r"(.+)-teacher-(\d+)", "{0}, another teacher ({1})", None),
@@ -67,7 +67,7 @@ VARIED = (
     (r"(lite0|vgg16|deit|lpips)", "GDD-I, D on {0}", ORANGE),
     (r"(lite0|vgg16|deit|lpips)-random", "GDD-I, D on {0}, random weights", ORANGE),
     (r"layers-(\d+)", "row {0} of the factorial", BLUE),
-    (r"chosen", "half frozen as the factorial foretells", GREEN),
+    (r"chosen", "half frozen as the factorial predicts", GREEN),
     (r"chosen-inverse", "the other half frozen", PINK),
     (r"(lite0)-(\d+)", "GDD-I, D on {0} at {1} pixels", ORANGE),
 )
@@ -85,11 +85,6 @@ class Look:
 
 def look(name: str) -> Look:
     """How a network or experiment is shown: "teacher-18" as "teacher, 18 steps"; an unknown name as itself."""
-    found = _look(name)
-    return replace(found, label=f"{found.label} (preset's rate)") if name == "gdd" else found
-
-
-def _look(name: str) -> Look:
     if name in NAMES:
         return Look(*NAMES[name])
     if steps := re.fullmatch(r"teacher-(\d+)(.*)", name):
@@ -98,10 +93,10 @@ def _look(name: str) -> Look:
         return Look(f"teacher, {count} step{'s' if count > 1 else ''}{steps[2]}", "teacher", shade)
     for pattern, label, colour in VARIED:
         if found := re.fullmatch(pattern, name):
-            parts = [BACKBONES.get(part) or (_look(part) if part[0].isalpha() else part) for part in found.groups()]
+            parts = [BACKBONES.get(part) or (look(part) if part[0].isalpha() else part) for part in found.groups()]
             looks = [part for part in parts if isinstance(part, Look)] or [Look("", "GAN loss", BLUE)]
             sort = looks[0].sort if len({p.sort for p in looks}) == 1 else "GAN and instance loss"
-            text = label.format(*(p.label if isinstance(p, Look) else p for p in parts))
+            text = label.format(*(p.label.partition(" (")[0] if isinstance(p, Look) else p for p in parts))
             return Look(text, sort, colour or looks[0].colour)
     return Look(name, "teacher", "0.25") if name == "teacher" else Look(name, "other", SORTS["other"])
 

@@ -23,9 +23,10 @@ from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
-BANDED, SHOWN = 3, 5
-"""Seeds from which on there is a band (the interval of two is 13 times as wide as their distance), and up to how many
-each has a line of its own instead."""
+BANDED = 3
+"""Seeds from which on there is a band: the interval of two is 13 times as wide as their distance."""
+LINED = 5
+"""Seeds up to which each has a line of its own, in place of bands."""
 MARKERS = "osD^vP"
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 KIMG = "real images seen, thousands"
@@ -128,7 +129,7 @@ def _draw_lines(
     The title says over how many seeds, and what is `missing`, by what became of it.
     """
     shown = table.dropna(subset=["value", x]).astype({x: float})
-    each = "seed" in shown and shown.groupby([hue, x]).size().max() <= SHOWN
+    each = "seed" in shown and shown.groupby([hue, x]).size().max() <= LINED
     if len(shown):
         groups = list(dict.fromkeys(shown[hue]))
         colours = colours or dict(zip(groups, LINES * 9, strict=False))
@@ -138,7 +139,7 @@ def _draw_lines(
         style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
         sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=None if each else _band, **style)
         if each:
-            for (group, _), own in shown.groupby([hue, "seed"]):
+            for (group, _), own in shown.sort_values(x).groupby([hue, "seed"]):
                 ax.plot(own[x], own["value"], color=colours[str(group)], linewidth=0.6, alpha=0.6, zorder=1)
     fit_scale(ax, [*shown["value"], *levels.values()], "y")
     draw_levels(ax, levels, "y", told=True)

@@ -13,10 +13,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gddlab.datasets import open_dataset
 from gddlab.errors import GddlabError
 from gddlab.evaluation import evaluate, find_extractor
-from gddlab.sampling.grid import to_uint8
 
 SPEC = find_extractor("open-nsfw")
 
@@ -33,17 +31,6 @@ def test_features_are_those_that_its_classifier_reads(monkeypatch: pytest.Monkey
     weights = {x.name: numpy_helper.to_array(x) for x in onnx.load(SPEC.weights).graph.initializer}
     logits = features.numpy() @ weights["fc_nsfw/MatMul/ReadVariableOp:0"] + weights["fc_nsfw/BiasAdd/ReadVariableOp:0"]
     np.testing.assert_allclose(torch.softmax(torch.from_numpy(logits), 1), theirs, rtol=1e-3)
-
-
-def test_it_tells_digits_apart() -> None:
-    """The nearest of 100 training images has the class of a held-out one far more often than one in ten."""
-    real = [open_dataset(name) for name in ("digits:train", "digits:held-out")]
-    build = SPEC.build()
-    some = [torch.arange(n) for n in (100, 20)]
-    images = [to_uint8(d.images(i)).expand(-1, 3, -1, -1) for d, i in zip(real, some, strict=True)]
-    a, b = (build(x)[0] for x in images)
-    of_a, of_b = (d.labels(i).argmax(1) for d, i in zip(real, some, strict=True))
-    assert (of_a[torch.cdist(b, a).argmin(1)] == of_b).float().mean() > 0.5
 
 
 def test_scores_carry_its_name_and_what_is_missing_is_named(

@@ -19,7 +19,7 @@ from gddlab.pretrained.published import Published
 from tests.evaluation.conftest import as_float, subset
 from tests.evaluation.networks import save_clip, save_inception, save_vgg16
 
-VARIABLES = ("GDDLAB_INCEPTION", "GDDLAB_CLIP", "GDDLAB_DINOV2", "GDDLAB_VGG16")
+VARIABLES = ("GDDLAB_OPEN_NSFW", "GDDLAB_INCEPTION", "GDDLAB_CLIP", "GDDLAB_DINOV2", "GDDLAB_VGG16")
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
 from gddlab.experiments.full import FULL
 from gddlab.experiments.runner import RUN_FILES
-from gddlab.files import read_jsonl
+from gddlab.files import read_json, read_jsonl, write_json
 from gddlab.freezing import FreezeMask
 from gddlab.launch import train
 from gddlab.lock import held
@@ -232,7 +232,7 @@ def test_a_mask_chosen_from_runs(tiny_list: list[int], tmp_path: Path, monkeypat
     assert [str(p) for p in plan("tiny", out=tmp_path, only=["chosen"], seeds=2)] == [
         *("all seed 0", "chosen seed 7", "all seed 1")
     ]
-    done = reproduce("tiny", out=tmp_path, only=["chosen"], seeds=2)
+    done = reproduce("tiny", out=tmp_path, only=["rule", "chosen"], seeds=2)
     assert {p.state for p in done} == {"done"}
     assert seen == [["all/seed-0: done", "all/seed-1: done"]]
 
@@ -257,6 +257,8 @@ def test_copying_is_scored_where_images_are_held_out() -> None:
     assert "copying" not in metrics
     apart = Judge(held_out="digits:held-out").scores("digits:train", asked=asked)
     assert [how["extractor"] for names, how in apart if "copying" in names] == ["lite2", "pixels"]
+    asked = ("fd-open-nsfw", "fd-lite0")
+    assert [h["extractor"] for _, h in Judge().scores("cifar10", asked=asked)] == ["lite2", "lite0", "open-nsfw"]
 
 
 def test_only_takes_a_notebook(tiny_list: list[int], tmp_path: Path) -> None:
@@ -289,7 +291,22 @@ def test_a_study_is_made_anew_when_another_student_is_there(
     tiny = module.LISTS["tiny"]
     more = replace(tiny.questions[0], also=("fd-lite0", "recall-lite2"))
     monkeypatch.setattr(module, "LISTS", {"tiny": replace(tiny, questions=(more,))})
-    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["to do"]  # another score is asked of it
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["done"]  # it makes no scores
+    meta = folder / "meta.json"
+    write_json(meta, read_json(meta) | {"asked": ["fd-lite2", "kd-lite2", "fd-lite0"]})  # as of one that does
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["to do"]
+
+
+def test_a_missing_extractor_is_told_before_anything_is_trained(
+    tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = module.LISTS["tiny"]
+    asked = replace(tiny.questions[0], also=("fd-open-nsfw",))
+    monkeypatch.setattr(module, "LISTS", {"tiny": replace(tiny, questions=(asked,))})
+    monkeypatch.setattr("gddlab.evaluation.extractors.find_spec", lambda name: None)
+    with pytest.raises(GddlabError, match="extractor 'open-nsfw' needs onnx and onnxruntime: pip install"):
+        reproduce("tiny", out=tmp_path, only=["all"])
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_study_can_measure_another_seed(
@@ -383,6 +400,7 @@ def test_questions_ask_for_what_there_is() -> None:
     assert "Not counted in what is compared: seed 0." in str(question("17_freezing"))
     full = question("13_second_extractor", "cifar10")
     assert full.counted(runs) == runs
+    assert ("scratch", "gdd") in question("20_initialisation", "cifar10").contrasts  # the digits' own rate is theirs
     assert full.primary == ("fid-min3", "clip-fid", "kid", "precision", "recall") and full.at is None
     assert "clip-fid" in FULL["cifar10"].asked_of("gdd-i")
     with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):

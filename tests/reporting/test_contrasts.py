@@ -173,7 +173,11 @@ def test_figures(runs: list[Run]) -> None:
     figure = draw_arms(between)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["GDD-I against GDD (preset's rate)"]
     (dot,) = (line for line in figure.axes[0].get_lines() if line.get_marker() == "o")
-    assert float(dot.get_xdata()[0]) == pytest.approx(-12.666667) and dot.get_fillstyle() == "none"
+    assert float(dot.get_xdata()[0]) == pytest.approx(-12.666667)
+    for p, style, told in ((float("nan"), "full", False), (0.2, "none", True), (0.01, "full", True)):
+        figure = draw_arms(between.assign(p_holm=p))
+        (dot,) = (line for line in figure.axes[0].get_lines() if line.get_marker() == "o")
+        assert dot.get_fillstyle() == style and figure.get_suptitle().endswith("filled: p < 0.05, corrected") == told
     plt.close("all")
 
 
