@@ -101,7 +101,7 @@ def draw_activations(study: pd.DataFrame, stat: str, student: str, *, teacher: s
     else:
         change, compared = activation_ratio(study, stat, student, teacher=teacher), "log2({1} / {0})".format(*names)
     top = float(np.nanmax(np.abs(change.to_numpy()))) or 1.0
-    size = (7.6, 0.14 * len(rows) + 2.0)
+    size = (7.0, 0.125 * len(rows) + 2.0)
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
     shared = scale.colours()
     around_zero = {"cmap": DIVERGING, "vmin": -top, "vmax": top, "norm": None}
