@@ -94,8 +94,8 @@ SOME = ("card", "rates", "golden network", "agreement", "training: fast*", "trai
 def test_the_script_for_a_card_on_a_cpu(only: tuple[str, ...], bare: dict[str, str], tmp_path: Path) -> None:
     """Every step is done, or skipped since it needs a card; lines and file say the same."""
     out = tmp_path / "gpu.json"
-    words = [sys.executable, "-c", TINY, "--out", str(out), "--only", *only]
-    ran = subprocess.run(words, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    words = [sys.executable, "-c", TINY, "--out", str(out), "--limit", "900", "--only", *only]
+    ran = subprocess.run(words, env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=1000)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
     found = json.loads(out.read_text())

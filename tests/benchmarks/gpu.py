@@ -161,8 +161,11 @@ class Report:
         """Seconds."""
         return self.limit - (time.monotonic() - self.began)
 
-    def step(self, name: str, run: Callable[..., str], *given: Any, most: float = 120.0) -> bool:
-        """Runs a step for at most this many seconds; whether it was done, or skipped for a reason of its own."""
+    def step(self, name: str, run: Callable[..., str], *given: Any, most: float | None = None) -> bool:
+        """Runs a step for at most this many seconds; whether it was done, or skipped for a reason of its own.
+
+        A third of the limit where none are given, so that no step takes the time of all others.
+        """
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only):
             return True
         began = time.monotonic()
@@ -170,7 +173,7 @@ class Report:
         try:
             if self.left() <= 0:
                 raise Skip("no time left")
-            with at_most(min(most, self.left())):
+            with at_most(min(self.limit / 3 if most is None else most, self.left())):
                 line, state = run(self.bench, found, *given), {"state": "done"}
         except Skip as e:
             line, state = f"skipped: {e}", {"state": "skipped", "why": str(e)}
