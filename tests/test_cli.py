@@ -556,7 +556,7 @@ def test_the_plan_of_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert out.count("to do") == 4
     assert out.count("17_freezing") == 4 and out.count("02_choosing_a_mask") == 2
-    assert "0 of 4 are done" in out
+    assert "0 of 4 are done" in out and "on two cores, 1 at a time" in out
     assert not list(tmp_path.iterdir())
     assert "did you mean 'gdd-i'" in refused(capsys, "reproduce", "digits", "--only", "gddi", "--out", str(tmp_path))
 

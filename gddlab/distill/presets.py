@@ -76,8 +76,8 @@ def digits(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     Reproduces: nothing published; it is this project's example.
     Tested: ten seeds, about three and a half minutes each on one core.
     Launch: `gddlab train digits --mask mask.json --run-dir runs/digits`.
-    Expected: fd-lite2@1198 of 71 (67 to 78) with the rule's mask; without a mask and with lr_g=2e-4, 67 (62 to 76);
-    65 for the teacher in 18 steps.
+    Expected: fd-lite2@1198 of 71.1 with the rule's mask; without a mask and with lr_g=2e-4, 67.2; 65.4 for the teacher
+    in 18 steps (means; notebook 12_main_results).
     """
     settings = {
         "teacher": "digits",

@@ -18,23 +18,21 @@ LITE_SIZE = 96
 LITE_LAYER = "1280"
 
 
-def _resized_images(x: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), bilinear, 0 to 255."""
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}: give uint8 (B, 3, H, W)")
+def _resize(x: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side), bilinear."""
     shrinks = max(x.shape[2:]) > side  # without antialiasing only every k-th pixel would count
     how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": shrinks}
-    return torch.nn.functional.interpolate(x.float(), size=(side, side), **how)
+    return torch.nn.functional.interpolate(x, size=(side, side), **how)
 
 
-class FeatureExtractorLite(FeatureExtractorBase):
-    """The 1280 pooled features after `conv_head` of a timm EfficientNet-lite (Tan & Le 2019) with ImageNet weights."""
+class Pooled(FeatureExtractorBase):
+    """A network with one layer of features: the mean over positions of what `maps` gives."""
 
-    backbone: str
+    layer: str
 
-    def __init__(self, name: str, features_list: list[str], **kwargs: Any):
-        super().__init__(name, features_list)
-        self.net: Any = lite_backbone(self.backbone).to(memory_format=torch.channels_last)
+    def maps(self, x: Tensor) -> Tensor:
+        """uint8 images, (B, 3, H, W) -> float32, (B, features, h, w)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features of images.
@@ -43,20 +41,39 @@ class FeatureExtractorLite(FeatureExtractorBase):
             x: uint8, (B, 3, H, W).
 
         Returns:
-            float32, (B, 1280), in a tuple.
+            float32, (B, features), in a tuple.
         """
-        y = (_resized_images(x, LITE_SIZE) / 255 - LITE_MEAN) / LITE_STD
-        y = self.net.forward_features(y.contiguous(memory_format=torch.channels_last))  # (B, 1280, 3, 3)
-        out = {LITE_LAYER: y.mean((2, 3)).float()}
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"images are {x.dtype} {tuple(x.shape)}: give uint8 (B, 3, H, W)")
+        out = {self.layer: self.maps(x).mean((2, 3)).float()}
         return tuple(out[name] for name in self.features_list)
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LITE_LAYER,)
+    @classmethod
+    def get_provided_features_list(cls) -> tuple[str, ...]:
+        return (cls.layer,)
+
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric: str) -> str:
+        return {"fid": cls.layer, "kid": cls.layer, "prc": cls.layer}[metric]
 
     @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"fid": LITE_LAYER, "kid": LITE_LAYER, "prc": LITE_LAYER}[metric]
+    def can_be_compiled() -> bool:
+        return False
+
+
+class FeatureExtractorLite(Pooled):
+    """The 1280 pooled features after `conv_head` of a timm EfficientNet-lite (Tan & Le 2019) with ImageNet weights."""
+
+    backbone: str
+    layer = LITE_LAYER
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any):
+        super().__init__(name, features_list)
+        self.net: Any = lite_backbone(self.backbone).to(memory_format=torch.channels_last)
+
+    def maps(self, x: Tensor) -> Tensor:
+        y = _resize((x.float() / 255 - LITE_MEAN) / LITE_STD, LITE_SIZE)
+        return self.net.forward_features(y.contiguous(memory_format=torch.channels_last))  # (B, 1280, 3, 3)
 
     @staticmethod
     def can_be_compiled() -> bool:
@@ -85,11 +102,13 @@ NSFW_MEAN = (104.0, 117.0, 123.0)
 """Of blue, green, red; subtracted from pixels of 0 to 255."""
 
 
-class FeatureExtractorOpenNsfw(FeatureExtractorBase):
+class FeatureExtractorOpenNsfw(Pooled):
     """The 1024 pooled features of Yahoo's open_nsfw: a ResNet-50 (He et al. 2016) of half the width, by onnxruntime.
 
     It was trained on ImageNet, then to tell images that are not safe for work. It runs on the CPU.
     """
+
+    layer = NSFW_LAYER
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
@@ -117,31 +136,10 @@ class FeatureExtractorOpenNsfw(FeatureExtractorBase):
         options.log_severity_level = 3  # it warns of weights that the classifier alone had used
         self.session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of images.
-
-        Args:
-            x: uint8, (B, 3, H, W).
-
-        Returns:
-            float32, (B, 1024), in a tuple.
-        """
-        y = _resized_images(x.cpu(), NSFW_SIZE).flip(1).permute(0, 2, 3, 1) - torch.tensor(NSFW_MEAN)
+    def maps(self, x: Tensor) -> Tensor:
+        y = _resize(x.cpu().float(), NSFW_SIZE).flip(1).permute(0, 2, 3, 1) - torch.tensor(NSFW_MEAN)
         (last,) = self.session.run(None, {self.session.get_inputs()[0].name: y.numpy()})  # (B, 1024, 3, 3)
-        out = {NSFW_LAYER: torch.from_numpy(last).mean((2, 3)).to(x.device)}
-        return tuple(out[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (NSFW_LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"fid": NSFW_LAYER, "kid": NSFW_LAYER, "prc": NSFW_LAYER}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        return torch.from_numpy(last).to(x.device)
 
 
 GRID = 16

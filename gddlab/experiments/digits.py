@@ -14,7 +14,7 @@ from gddlab.experiments.factorial import FACTORIAL, best_frozen, effects, groups
 from gddlab.experiments.masks import free
 from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS, RATES
 from gddlab.experiments.rows import INSTANCE, Rows
-from gddlab.experiments.studies import AT, STUDIES
+from gddlab.experiments.studies import AT, MIDS, STUDIES
 from gddlab.freezing import FreezeMask
 
 TRAIN, HELD_OUT = "digits:train", "digits:held-out"
@@ -31,8 +31,6 @@ STEPS = (2, 4, 8)
 """Heun steps of teachers that are copied, beside 16."""
 OTHER_TEACHERS = (1, 2)
 """Seeds of the other teachers."""
-MIDS = (0.2, 0.8, 2.5)
-"""Noise levels of a second step."""
 
 
 def random_backbone(name: str) -> dict[str, Any]:
@@ -56,6 +54,7 @@ TEACHERS = (
 COMPARED = (*(f"random-{p}" for p in ORDERED_SHARES), *(f"ordered-{p}" for p in ORDERED_SHARES))
 FEWER = (*RATES, "option-2", "option-3", "norms-only", *(f"second-step-{mid:g}" for mid in MIDS))
 COUNTED = {name: {"seeds": 3} for name in (*FEWER, "rcd-then-gdd", "gdd-then-rcd", "scratch-augment")}
+# more for two of these rates
 COUNTED |= {name: {"seeds": 10, "longer": 3} for name in ("gdd-i", OWN_RATE, "random-50")}
 COUNTED |= {name: {"seeds": 10} for name in ("random-80", "random-50-lr-0.0004")}
 COUNTED |= {name: {"seeds": 6, "longer": 2} for name in ("gdd", "scratch")}
@@ -182,7 +181,7 @@ def factorial_rows() -> tuple[Experiment, ...]:
     fresh: dict[str, Any] = {"seeds": tuple(range(100, 110)), "lr_g": LR / 2, "after": FACTORIAL}
     return (
         *rows,
-        row("chosen", "the half frozen that the factorial foretells as best", mask=chosen, **fresh),
+        row("chosen", "the half frozen that the factorial predicts as best", mask=chosen, **fresh),
         row("chosen-inverse", "the other half frozen", mask=inverse, **fresh),
     )
 

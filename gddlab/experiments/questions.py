@@ -96,7 +96,7 @@ QUESTIONS = (
         "Which groups of layers, when they are trained, bring the student nearer to the data? The main effects of a "
         "two-level factorial over 17 groups, with their errors, at half of the preset's learning rate, where training "
         "all and a fifth are about as near; what a trained student loses when one group goes back to the teacher's "
-        "weights. Then the mask that the effects foretell as best at half the share, against its inverse, random masks "
+        "weights. Then the mask that the effects predict as best at half the share, against its inverse, random masks "
         "of equal share and rate, the rule, and GDD at its own rate.",
         arms=("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE),
         contrasts=versus("chosen", "chosen-inverse", "random-50-lr-0.0004", "gdd-i", OWN_RATE),

@@ -199,8 +199,8 @@ def _study_state(chosen: ExperimentList, study: Study, folder: Path) -> tuple[st
     if not path.exists():
         return "to do", study.seconds
     about = read_json(path)
-    asked = chosen.asked_of(study.name) if "asked" in about else set()
-    made = about["inputs"] == _inputs(study, folder) and asked <= {*about.get("asked", ())}
+    lacking = "asked" in about and not chosen.asked_of(study.name) <= {*about["asked"]}
+    made = about["inputs"] == _inputs(study, folder) and not lacking
     return ("done" if made else "to do"), float(about["seconds"])
 
 
@@ -265,8 +265,8 @@ def reproduce(
     if jobs < 1:
         raise GddlabError(f"jobs={jobs}: give at least 1")
     folder_of("out", out)
-    left = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done"]
-    scores = (s for p in left for s in chosen.judge.scores(chosen.data, asked=chosen.asked_of(p.item.name)))
+    todo = [p for p in plan(name, out=out, only=only, seeds=seeds) if p.state != "done"]
+    scores = (s for p in todo for s in chosen.judge.scores(chosen.data, asked=chosen.asked_of(p.item.name)))
     for extractor in {how["extractor"] for _, how in scores}:
         find_extractor(extractor).check()
     for stage in STAGES:

@@ -22,7 +22,7 @@ from gddlab.evaluation.metrics import frechet, kernel
 from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Found, Study, Subjects
 from gddlab.experiments.factorial import groups
-from gddlab.experiments.questions import OWN_RATE
+from gddlab.experiments.questions import OWN_RATE, RANDOM
 from gddlab.nets import DiTPrecond, Precond
 from gddlab.probing import ablate, grad_probe, probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -549,18 +549,11 @@ LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
 ALONG = ("gdd", "gdd/seed-1", OWN_RATE, f"{OWN_RATE}/seed-1", "gdd-i", "rcd")
-FOLLOWERS = (
-    "gdd",
-    OWN_RATE,
-    "gdd-i",
-    *(f"random-{p}" for p in (20, 40, 50, 60, 70, 80, 88, 95, 99.6)),
-    "rcd",
-    "scratch",
-)
+FOLLOWERS = ("gdd", OWN_RATE, "gdd-i", *RANDOM, "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
-STEPPED = tuple(
-    f"{x}/seed-{seed}" for x in ("gdd-i", *(f"second-step-{m}" for m in (0.2, 0.8, 2.5))) for seed in range(3)
-)
+MIDS = (0.2, 0.8, 2.5)
+"""Noise levels of a second step."""
+STEPPED = tuple(f"{x}/seed-{seed}" for x in ("gdd-i", *(f"second-step-{m:g}" for m in MIDS)) for seed in range(3))
 PULLING = ("warm", *(f"{OWN_RATE}/seed-{seed}" for seed in range(3)))
 REWOUND = ("gdd", OWN_RATE)
 COMPLETING = ("gdd-i", "second-step-0.8")

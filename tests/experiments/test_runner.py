@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from gddlab.experiments import runner as module
 from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
 from gddlab.experiments.full import FULL
+from gddlab.experiments.questions import OWN_RATE
 from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import read_json, read_jsonl, write_json
 from gddlab.freezing import FreezeMask
@@ -379,6 +381,12 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         assert not needs or needs & set(chosen.names)  # a list may lack some
     for run in chosen.teachers:
         assert run.configure(tmp_path / run.name).data == chosen.data
+
+
+def test_gdd_is_varied_at_its_own_rate(tmp_path: Path) -> None:
+    rates = {e.name: e.configure(tmp_path, 0, None).lr_g for e in DIGITS.experiments}
+    varied = [n for n in rates if re.match(r"age-|from-|shuffled|rcd-then-gdd|gdd-(images|teacher|other)-", n)]
+    assert len(varied) == 14 and {rates[n] for n in varied} == {rates[OWN_RATE]} != {rates["gdd"]}
 
 
 def test_questions_ask_for_what_there_is() -> None:

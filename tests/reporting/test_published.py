@@ -125,9 +125,8 @@ def test_ours_stand_beside_the_published(tmp_path: Path, tiny_teacher: Path) -> 
     assert ours[digits] == "60.0 (35.2 to 84.8)" and ours["network calls"] == "1"
     assert ours["CIFAR-10"] == "1.50, one block" and ours["FFHQ 64"] == "fid@64, not comparable"
     assert ours["ImageNet 64"] == "not run"
-    assert (
-        table.loc[("GDD (preset's rate)", "here"), "network calls"] == "1"
-    )  # of CIFAR-10: the digits have no such run
+    # of CIFAR-10: the digits have no such run
+    assert table.loc[("GDD (preset's rate)", "here"), "network calls"] == "1"
     assert set(table.loc[("own", "here")].drop("network calls")) == {"not run"}
     assert table.loc[("EDM", "here"), digits] == "50.0" and table.loc[("EDM", "here"), "network calls"] == "35"
     known = table.loc[("GDD-I", "arXiv:2405.20750")]
