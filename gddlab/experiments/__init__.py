@@ -1,7 +1,7 @@
 """Declared experiments and studies: what is run for the figures and tables."""
 
 from gddlab.experiments.experiment import Experiment, ExperimentList, Question, Study, TeacherRun
-from gddlab.experiments.factorial import best_frozen, effects, foretold
+from gddlab.experiments.factorial import best_frozen, effects, explained, foretold
 from gddlab.experiments.runner import LISTS, Planned, feeding, plan, question, reproduce, ship
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TeacherRun",
     "best_frozen",
     "effects",
+    "explained",
     "feeding",
     "foretold",
     "plan",

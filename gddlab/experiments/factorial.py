@@ -118,18 +118,12 @@ def effects(
     from scipy.stats import t
 
     from gddlab.reporting.contrasts import corrected
-    from gddlab.reporting.tables import run_table
 
     sizes = shares(result)
-    trained = 1.0 - 2.0 * design(sizes)  # (runs, groups): 1 is trained, -1 frozen
     tables = []
     for metric in metrics:
-        values = run_table(runs, metric, rows=FACTORIAL, at=at).set_index("experiment")["value"].reindex([*FACTORIAL])
-        there = values.notna().to_numpy()
-        x, y = np.hstack([np.ones((there.sum(), 1)), trained[there]]), values[there].to_numpy(float)
+        x, y = _rows(runs, sizes, metric, at)
         freedom = len(y) - x.shape[1]
-        if freedom < 1 or np.linalg.matrix_rank(x) < x.shape[1]:
-            raise GddlabError(f"{len(y)} of {RUNS} runs have a score {metric!r}: too few for {len(sizes)} groups")
         inverse = np.linalg.inv(x.T @ x)
         found = inverse @ x.T @ y
         spread = np.sqrt(((y - x @ found) ** 2).sum() / freedom)
@@ -141,6 +135,66 @@ def effects(
         columns |= {"p": 2 * t.sf(abs(effect) / error, freedom), "frozen": list(sizes.values()), "state": "done"}
         tables.append(pd.DataFrame(columns))
     return corrected(pd.concat(tables, ignore_index=True))
+
+
+def explained(
+    runs: Sequence[Run], result: ProbeResult, metrics: Sequence[str], alike: Sequence[str], *, at: float | None = None
+) -> pd.DataFrame:
+    """How much of what the rows of the design differ in is due to their masks.
+
+    Args:
+        runs, result, metrics, at: As for `effects`.
+        alike: Experiments whose runs have one mask each and differ in the training seed alone.
+
+    Returns:
+        Indexed by score: runs; spread (standard deviation over the rows, whose masks and seeds differ), spread_alike
+        (over the seeds of one mask, pooled over `alike`), p_masks (one-sided F test that the first is larger);
+        explained (share of the variance that main effects of all groups fit, R squared), by_chance (what as many groups
+        fit on average where none matters), p_groups (F test of all main effects together). Not corrected.
+
+    Raises:
+        GddlabError: As for `effects`; none of `alike` has two runs with the score.
+    """
+    import pandas as pd
+    from scipy.stats import f
+
+    from gddlab.reporting.tables import run_table
+
+    out = {}
+    for metric in metrics:
+        x, y = _rows(runs, shares(result), metric, at)
+        n, k = len(y), x.shape[1] - 1
+        left = float(np.sum((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2))
+        rows = y.var(ddof=1)
+        share = 1 - left / (rows * (n - 1))
+        same = run_table(runs, metric, rows=alike, at=at).dropna(subset="value").groupby("experiment")["value"]
+        if not (freedom := int((same.size() - 1).sum())):
+            raise GddlabError(f"alike={', '.join(alike)}: none has two runs with a score {metric!r}")
+        within = float((same.var().fillna(0) * (same.size() - 1)).sum() / freedom)
+        out[metric] = {
+            "runs": n,
+            "spread": np.sqrt(rows),
+            "spread_alike": np.sqrt(within),
+            "p_masks": f.sf(rows / within, n - 1, freedom),
+            "explained": share,
+            "by_chance": k / (n - 1),
+            "p_groups": f.sf(share / k / ((1 - share) / (n - 1 - k)), k, n - 1 - k),
+        }
+    return pd.DataFrame.from_dict(out, orient="index").rename_axis("metric")
+
+
+def _rows(
+    runs: Sequence[Run], sizes: Mapping[str, float], metric: str, at: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows that have the score: (rows, 1 + groups), 1 and then 1 if trained or -1 if frozen; the scores."""
+    from gddlab.reporting.tables import run_table
+
+    values = run_table(runs, metric, rows=FACTORIAL, at=at).set_index("experiment")["value"].reindex([*FACTORIAL])
+    there = values.notna().to_numpy()
+    x = np.hstack([np.ones((RUNS, 1)), 1.0 - 2.0 * design(sizes)])[there]
+    if len(x) <= x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
+        raise GddlabError(f"{len(x)} of {RUNS} runs have a score {metric!r}: too few for {len(sizes)} groups")
+    return x, values[there].to_numpy(float)
 
 
 def foretold(found: pd.DataFrame, pulls: pd.DataFrame, metric: str = "fd-lite2", *, seed: int = 0) -> pd.DataFrame:

@@ -10,7 +10,18 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.experiments.experiment import Measured
-from gddlab.experiments.factorial import MOST, RUNS, best_frozen, design, effects, foretold, groups, row_mask, shares
+from gddlab.experiments.factorial import (
+    MOST,
+    RUNS,
+    best_frozen,
+    design,
+    effects,
+    explained,
+    foretold,
+    groups,
+    row_mask,
+    shares,
+)
 from gddlab.experiments.masks import at_share, by_rule, measure
 from gddlab.freezing import select_freeze
 from gddlab.probing import probe
@@ -122,6 +133,42 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
     done = 12
     with pytest.raises(GddlabError, match="12 of 48 runs have a score 'fd-lite2': too few for 17 groups"):
         effects([], measured.result, ["fd-lite2"], at=12)
+
+
+@pytest.mark.parametrize("matters", [True, False])
+def test_how_much_the_masks_explain(measured: Measured, monkeypatch: pytest.MonkeyPatch, matters: bool) -> None:
+    from scipy.stats import f_oneway
+
+    sizes, draw = shares(measured.result), np.random.default_rng(3)
+    truth = np.linspace(-4, 4, len(sizes)) * matters
+    rows = 60 + (~design(sizes)) @ truth + draw.normal(0, 1, RUNS)
+    seeds = {"a": 50 + draw.normal(0, 1, 10), "b": 70 + draw.normal(0, 1, 6)}  # means of masks do not count
+
+    def table(runs: object, metric: str, *, rows: tuple[str, ...], at: float | None) -> pd.DataFrame:
+        values = {e: v for e, v in seeds.items() if e in rows} or dict(zip(rows, values_of_rows[:, None], strict=True))
+        return pd.DataFrame([{"experiment": e, "value": v} for e, own in values.items() for v in own])
+
+    values_of_rows = rows
+    monkeypatch.setattr("gddlab.reporting.tables.run_table", table)
+    found = explained([], measured.result, ["fd-lite2"], ["a", "b"], at=12).loc["fd-lite2"]
+    assert found["runs"] == RUNS and found["spread"] == pytest.approx(rows.std(ddof=1))
+    pooled = (9 * seeds["a"].var(ddof=1) + 5 * seeds["b"].var(ddof=1)) / 14
+    assert found["spread_alike"] == pytest.approx(pooled**0.5)
+    assert found["by_chance"] == pytest.approx(17 / 47)
+    if matters:
+        assert found["explained"] > 0.9 and max(found["p_groups"], found["p_masks"]) < 0.001
+    else:
+        assert found["explained"] < 0.6 and min(found["p_groups"], found["p_masks"]) > 0.05
+    # of one group alone, the F test of all rows is that of an analysis of variance of two samples
+    one = {"dec 8x8 conv0": sizes["dec 8x8 conv0"]}
+    halves = np.arange(RUNS) % 2 == 0
+    monkeypatch.setattr("gddlab.experiments.factorial.shares", lambda result: one)
+    monkeypatch.setattr("gddlab.experiments.factorial.design", lambda sizes: halves[:, None])
+    alone = explained([], measured.result, ["fd-lite2"], ["a"], at=12).loc["fd-lite2"]
+    assert alone["p_groups"] == pytest.approx(f_oneway(rows[halves], rows[~halves]).pvalue)
+    seeds = {"a": np.array([50.0])}
+    with pytest.raises(GddlabError, match="alike=a: none has two runs with a score 'fd-lite2'"):
+        explained([], measured.result, ["fd-lite2"], ["a"], at=12)
 
 
 def test_what_foretells_an_effect() -> None:
