@@ -237,7 +237,8 @@ def write_archive(path: str | Path, files: Mapping[str, bytes]) -> None:
 def _place(path: Path) -> Path:
     """Where a run, or the folder of an experiment's runs, is: there, or unpacked in the cache from its archive."""
     if not path.exists():
-        for named in (path.parent, path):
+        path = path.absolute()
+        for named in (p for p in (path.parent, path) if p.name):
             archive = named.with_name(f"{named.name}{ARCHIVE}")
             if archive.is_file():
                 return _unpacked(named.parent, [archive]) / named.name / path.relative_to(named)
@@ -282,6 +283,8 @@ def _files_below(folder: Path, pattern: str) -> list[Path]:
 def load_runs(folder: str | Path) -> list[Run]:
     """Every run directory at or below `folder`, by name; those in archives, NAME.tar.xz, are unpacked in the cache.
 
+    A run that is both in a folder and in an archive beside it is the folder's.
+
     Raises:
         NotFound: No such folder, or no run in it.
     """
@@ -293,9 +296,12 @@ def load_runs(folder: str | Path) -> list[Run]:
     archives: dict[Path, list[Path]] = {}
     for path in _files_below(folder, f"*{ARCHIVE}"):
         archives.setdefault(path.parent, []).append(path)
-    places = [folder, *(_unpacked(parent, sorted(paths)) for parent, paths in archives.items())]
-    runs = [(p.parent.relative_to(top), p.parent) for top in places for p in _files_below(top, "config.json")]
-    found = [path for _, path in sorted(runs) if is_run(path)]
+    places = {folder: folder} | {_unpacked(parent, sorted(paths)): parent for parent, paths in archives.items()}
+    runs: dict[Path, Path] = {}
+    for top, stands_for in places.items():
+        for path in (p.parent for p in _files_below(top, "config.json")):
+            runs.setdefault(stands_for / path.relative_to(top), path)
+    found = [path for _, path in sorted(runs.items()) if is_run(path)]
     if not found:
         what = f"{folder} is {_what(folder)}" if made_in(folder) == "teacher" else f"no run below {folder}"
         raise NotFound(f"{what}: give a folder that holds run directories")

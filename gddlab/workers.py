@@ -82,7 +82,7 @@ def run_workers(
         What `entry` returned in each process, by rank; JSON values.
 
     Raises:
-        GddlabError: A process refused the job, or died; the others are ended.
+        GddlabError: A process refused the job, of the class that it raised; or it died. The others are ended.
     """
     plain = json.dumps({"entry": entry, **job}, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
     events: queue.Queue[tuple[int, Any]] = queue.Queue()  # rank and what it wrote; None at its end
@@ -104,13 +104,16 @@ def run_workers(
             rank, wrote = events.get()
             if isinstance(wrote, int | str):
                 report(wrote)
-            elif wrote is not None:
-                results[rank] = wrote["result"]
-            else:
+            elif wrote is None:
                 running -= 1
                 process, log = workers[rank]
                 if process.wait() != 0:
                     raise GddlabError(_why(process.returncode, rank, nproc, log, hint))
+            elif "refused" in wrote:
+                module, name, text = wrote["refused"]
+                raise getattr(importlib.import_module(module), name)(text)
+            else:
+                results[rank] = wrote["result"]
     return results
 
 
@@ -125,12 +128,10 @@ def _follow(process: subprocess.Popen[bytes], rank: int, job: bytes, events: que
 
 
 def _why(code: int, rank: int, nproc: int, log: IO[bytes], hint: str) -> str:
-    """How a process ended, in one line: its refusal, the signal, or the last line of its log."""
+    """How a process ended, in one line: the signal, or the last line of its log."""
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else ""
-    if code == 2 and last.startswith("gddlab: "):
-        return last.removeprefix("gddlab: ")
     how = f"was ended by signal {-code}" if code < 0 else f"failed: {last or f'exit code {code}'}"
     return "; ".join(filter(None, [f"process {rank} of {nproc} {how}", hint]))
 
@@ -148,7 +149,7 @@ def main() -> int:
     try:
         result = call(**job, report=lambda done: out.write(f"{json.dumps(done)}\n"))
     except GddlabError as e:
-        sys.stderr.write(f"gddlab: {e}\n")
+        out.write(json.dumps({"refused": [type(e).__module__, type(e).__qualname__, str(e)]}) + "\n")
         return 2
     if result is not None:
         out.write(json.dumps({"result": result}) + "\n")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from gddlab import cli
-from gddlab.launch import rank
+from gddlab.errors import GddlabError, NotFound
+from gddlab.launch import RunFailed, rank
 from gddlab.memory import keep_memory
 from gddlab.workers import run_workers
 
@@ -64,6 +65,17 @@ def test_it_is_switched_off(environment: dict[str, str]) -> None:
 def test_workers_keep_memory() -> None:
     (found,) = run_workers({}, entry="tests.test_memory:fetched")
     assert found <= 2
+
+
+def fails(kind: str, **_: object) -> None:
+    raise {"failed": RunFailed, "absent": NotFound, "other": GddlabError}[kind]("the reason\n  of two lines")
+
+
+@pytest.mark.parametrize(("kind", "error"), [("failed", RunFailed), ("absent", NotFound), ("other", GddlabError)])
+def test_a_refusal_of_a_worker_keeps_its_class_and_its_text(kind: str, error: type[GddlabError]) -> None:
+    with pytest.raises(GddlabError) as caught:
+        run_workers({"kind": kind}, entry="tests.test_memory:fails")
+    assert type(caught.value) is error and str(caught.value) == "the reason\n  of two lines"
 
 
 class Kept(Exception):

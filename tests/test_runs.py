@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -38,6 +39,24 @@ def test_a_folder_of_archives_is_a_folder_of_runs(shipped: Path) -> None:
     for missing in (shipped / "c" / "seed-0", shipped / "a" / "seed-7"):
         with pytest.raises(NotFound):
             load_run(missing)
+
+
+def test_a_run_in_a_folder_and_in_an_archive_is_one(shipped: Path) -> None:
+    (shipped / "a").mkdir()
+    copytree(load_run(shipped / "b" / "seed-1").run_dir, shipped / "b" / "seed-1")
+    found = load_runs(shipped.parent)
+    assert [f"{r.run_dir.parent.name}/{r.run_dir.name}" for r in found] == [
+        *("a/seed-0", "a/seed-1", "b/seed-0", "b/seed-1")
+    ]
+    assert found[3].run_dir == shipped / "b" / "seed-1"
+
+
+def test_a_name_that_is_nowhere_is_refused(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shipped)
+    assert len(load_runs("a")) == 2 and len(load_runs(".")) == 4
+    for name in ("nope", "nope/seed-0", "../nope"):
+        with pytest.raises(NotFound, match="no such folder"):
+            load_runs(name)
 
 
 def test_folders_that_vanish_while_they_are_read(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

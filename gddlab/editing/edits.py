@@ -20,6 +20,9 @@ from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
 from gddlab.sampling.samplers import one_hot, seed_list
 
+RANK = 1e-12
+"""Least variance of a direction over the mean square of all outputs; single precision rounds at 1e-14."""
+
 STROKE_STEPS = 50
 """Of the search that carries strokes into what the student can make."""
 
@@ -120,7 +123,8 @@ def directions(
         progress: Shows a bar at a terminal.
 
     Raises:
-        GddlabError: No student; no such layer, or several; fewer images than directions.
+        GddlabError: No student; no such layer, or several; fewer images than directions; the outputs vary in fewer
+            directions, as those of a layer that sees the noise level alone.
     """
     make = Generator(student)
     name = _one_layer(student, layer)
@@ -143,7 +147,12 @@ def directions(
     flat = (x - mean).flatten(1)  # (n, d), d mostly above n
     values, vectors = torch.linalg.eigh(flat @ flat.T)
     top, order = values.flip(0)[:k].clamp(min=0), vectors.flip(1)[:, :k]
-    axes = (flat.T @ order / top.sqrt().clamp(min=1e-30)).T
+    if (rank := int((values > RANK * max(x.square().sum().item(), 1e-30)).sum())) < k:
+        raise GddlabError(
+            f"k={k} directions of {name!r}: its outputs for {n} images vary in {rank} alone, give a smaller k or "
+            "another layer"
+        )
+    axes = (flat.T @ order / top.sqrt()).T
     axes = axes * axes.sum(1, keepdim=True).sign()  # eigenvectors have no sign of their own
     total = values.clamp(min=0).sum()
     return Directions(

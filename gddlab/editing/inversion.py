@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gddlab.editing.search import LR, Generator, Search, check_images, check_weight, class_ids_of, running
+from gddlab.editing.search import LR, Generator, Search, check_images, class_ids_of, running
 from gddlab.errors import GddlabError, NotFound, validated
-from gddlab.files import atomic_path, folder_of, hash_json, hash_tensors, path_of, read_json, write_json
+from gddlab.files import atomic_path, check_kind, folder_of, hash_json, hash_tensors, path_of, read_json, write_json
 from gddlab.probing.inputs import Labels, Precision
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
@@ -72,9 +72,14 @@ class Inversion:
         return pd.DataFrame(columns | {"calls": self.calls, "seconds": self.seconds})
 
     def save(self, path: str | Path) -> None:
-        """Writes a .safetensors file, atomically."""
+        """Writes a .safetensors file, atomically; a file there is replaced if it is an inversion.
+
+        Raises:
+            GddlabError: Another file is there.
+        """
+        check_kind(path := path_of("path", path), _is_inversion, "inversion")
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.type == "Tensor"}
-        with atomic_path(path_of("path", path)) as tmp:
+        with atomic_path(path) as tmp:
             save_file(tensors, tmp, metadata={"calls": str(self.calls), "seconds": str(self.seconds)})
 
     @classmethod
@@ -96,6 +101,13 @@ class Inversion:
             raise GddlabError(f"{path} holds no inversion: {e}") from None
 
 
+def _is_inversion(path: Path) -> bool:
+    try:
+        return bool(Inversion.load(path))
+    except GddlabError:
+        return False
+
+
 @beside_runs()
 @validated
 def invert(
@@ -105,7 +117,7 @@ def invert(
     class_labels: Labels = None,
     steps: PositiveInt = 100,
     restarts: PositiveInt = 2,
-    perceptual: float = 0.0,
+    perceptual: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     lr: PositiveFloat = LR,
     seed: NonNegativeInt = 0,
     batch_size: PositiveInt = 128,
@@ -141,7 +153,6 @@ def invert(
     make = Generator(student)
     goal = check_images("images", images, make.shape)
     ids = class_ids_of(student, class_labels, len(goal))
-    check_weight("perceptual", perceptual)
     classes = make.label_dim if ids is None else 0
     if classes > MOST_CLASSES:
         raise GddlabError(f"the student has {classes} classes, too many to search: give class_labels=")

@@ -195,7 +195,7 @@ def check_keep(keep: Any, n: int, shape: Sequence[int]) -> Tensor:
             f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known, or a name"
         )
     mask = keep.detach().cpu()
-    mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape) if mask.ndim < 4 else mask
+    mask = mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] not in (1, c) or tuple(mask.shape[2:]) != (h, w):
         raise GddlabError(
             f"keep is {tuple(keep.shape)}: give ({h}, {w}), ({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w}) for {n} images"

@@ -210,8 +210,8 @@ def restore(
         "rounds": for a student of several steps: its image is made to agree, gets noise again and goes through the
             later steps, `steps` times (as consistency models edit; Song et al. 2023, algorithm 4);
         "teacher": for comparison, with a teacher in place of the student: Euler's steps, before each of which the state
-            is made to agree with the measurement at that noise level; each step is taken 4 times, with fresh noise in
-            between (RePaint; Lugmayr et al. 2022, algorithm 1).
+            is made to agree with the measurement at that noise level; each step but the first and the last is taken 4
+            times, with fresh noise in between (RePaint; Lugmayr et al. 2022, algorithm 1).
 
     A result depends on an image's place and the seed, not on `batch_size`, but for rounding.
 

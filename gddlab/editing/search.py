@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gddlab.errors import GddlabError, shown
+from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.bare import check_weights, device_of
 from gddlab.probing.guard import as_it_was, differentiable
@@ -164,10 +164,3 @@ def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:
         low, high = images.min().item(), images.max().item()
         raise GddlabError(f"{name} has values from {low:.3g} to {high:.3g}: give images in [-1, 1]")
     return images
-
-
-def check_weight(name: str, value: float) -> float:
-    """The weight of a part of a loss, at least 0."""
-    if not math.isfinite(value) or value < 0:
-        raise GddlabError(f"{name}={shown(value)}: give a number, at least 0")
-    return value

@@ -136,9 +136,10 @@ def evaluate(
         records: list[Record] = []
         for images in parts:
             ours = _extracted(images, spec, ranks, nproc or 1, progress)
-            shared, start = time.perf_counter() - start, time.perf_counter()
+            shared = time.perf_counter() - start
             for kind in kinds:
                 records += _score(kind, ours, theirs[kind], images, spec, about, shared)
+            start = time.perf_counter()
     if blocks > 1:
         records += _least(records, kinds, spec, blocks, seed)
     return Scores(tuple(records))

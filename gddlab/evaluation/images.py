@@ -106,8 +106,7 @@ def images_of(
         check_shape((source.channels, source.resolution), real, f"dataset {source.name!r}")
         if n is None or n == len(source):
             return StoredImages(source.uint8, "data", whole=source)
-        some = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n]
-        return StoredImages(source.uint8, "data", index=some, seeds=(seed, seed))
+        return StoredImages(source.uint8, "data", index=drawn(len(source), n, seed), seeds=(seed, seed))
     if not isinstance(source, Tensor):
         raise GddlabError(
             f"source is a {type(source).__name__}: give a student, a teacher, a dataset, or images as an array, uint8 "
@@ -129,9 +128,10 @@ def images_of(
 
 
 def classes_of(net: Denoiser, real: Reference, n: int, seed: int) -> Tensor | None:
-    """Image i of a conditional model has the class of real image i mod N; without those, classes take turns.
+    """Classes of n images of a conditional model: those of real images; without these, classes take turns.
 
-    So do recorded prompts.
+    Image i has the class of real image i mod N; of fewer images than real ones, that of one drawn at random with
+    `seed`, since data sets are often in the order of their classes. Recorded prompts take turns.
     """
     if not net.label_dim:
         return None
@@ -139,7 +139,14 @@ def classes_of(net: Denoiser, real: Reference, n: int, seed: int) -> Tensor | No
         return (torch.arange(n) + seed) % net.label_dim
     if net.label_dim != real.classes:
         raise GddlabError(f"the model has {net.label_dim} classes, {real.name!r} {real.classes}: give its own dataset")
-    return torch.from_numpy(real.class_ids)[torch.arange(n) % len(real.class_ids)]
+    return torch.from_numpy(real.class_ids)[drawn(len(real.class_ids), n, seed)]
+
+
+def drawn(total: int, n: int, seed: int) -> Tensor:
+    """Which n of some images: all in turn, again and again; at random if n are fewer."""
+    if n >= total:
+        return torch.arange(n) % total
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
 
 
 def check_shape(given: tuple[int, ...], real: Reference, what: str) -> None:

@@ -167,9 +167,11 @@ def classes(generated: Float[Tensor, "n classes"], real: Float[Tensor, "m classe
 
     "class-chi2" is (X - (K - 1)) / N: X is Pearson's chi-squared of the counts of N images to the shares p that the
     judge sees in the real images, of which K > 0. It estimates sum of (q - p)^2 / p, where q are the generator's own
-    shares, without bias: 0 of an honest generator, about 1 / (K - 1) where one of K equal classes is missing, at any N.
-    (X / (K - 1) would be 1, and would grow with N.) Of an honest one it spreads by sqrt(2 (K - 1)) / N. A class without
-    real images counts as half a one.
+    shares, with no bias that grows with N, as X / (K - 1) has: about 1 / (K - 1) where one of K equal classes is
+    missing. Of an honest generator it is 0 on average, and spreads by sqrt(2 (K - 1)) / N, where p are the true shares;
+    shares counted in M real images add (K - 1) / M, and sqrt(2 (K - 1)) / M to the spread. Classes that are given to a
+    model, as often as they are in the real images, and that the judge sees in its images take it to -(K - 1) / N. A
+    class without real images counts as half a one.
 
     "confidence" is the mean of the largest class probability; its interval that of the mean.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock
 
 from gddlab.datasets import HELD_OUT, name_and_part
 from gddlab.distill.config import TrainConfig
@@ -16,7 +19,7 @@ from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import argument_of
 from gddlab.evaluation.metrics import METRICS, metric_of, names_of
-from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text
+from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text, writing
 from gddlab.nets import SIGMA_MAX
 from gddlab.runs import Run
 from gddlab.sampling.samplers import sampler_name
@@ -196,14 +199,17 @@ def _text(record: Record) -> str:
 def append_records(run_dir: str | Path, records: Iterable[Record]) -> Path:
     """Adds records to `evaluation.jsonl` of a run directory; the file is replaced as a whole, atomically.
 
+    Processes that add at the same time wait for each other.
+
     Raises:
         NotFound: No such directory.
     """
     run_dir = path_of("run_dir", run_dir)
     if not run_dir.is_dir():
         raise NotFound(f"no such run directory: {run_dir}")
-    lines = [*read_jsonl(run_dir / FILE), *(r.to_dict() for r in records)]
-    write_text(run_dir / FILE, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    with writing(run_dir), FileLock(run_dir / f".{FILE}.lock"):
+        lines = [*read_jsonl(run_dir / FILE), *(r.to_dict() for r in records)]
+        write_text(run_dir / FILE, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     return run_dir / FILE
 
 
@@ -383,23 +389,38 @@ def _holds(path: Path, model_sha256: str) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and hash_tensors(load_file(path)) == model_sha256
 
 
-def scores_of(records: Iterable[Record], config: TrainConfig) -> list[Record]:
-    """The scores that count for a run: of its students by their own steps, of the first block of seeds, the newest.
+def scores_of(
+    records: Iterable[Record], config: TrainConfig, *, data: str | None = None, n: int | None = None
+) -> list[Record]:
+    """The scores that count for a run: of its students by their own steps.
+
+    Of several, one against the data that the run trains on goes before others, then as many images as real ones, then
+    more images, then the first block of seeds, then the newest.
 
     Args:
         records: Of its evaluation.jsonl, which may hold others: by other steps, of other images.
         config: The run's.
+        data: Against these real images alone, by name or path.
+        n: Of so many images alone.
 
     Returns:
         One record per label and thousands of images, in the order of the records.
     """
     own = sampler_name((SIGMA_MAX, *config.mid_sigmas))
+    whole: dict[str | None, str] = {None: name_and_part(config.data)[0]}
+
+    def against(r: Record, given: str) -> bool:
+        theirs = whole.setdefault(r.data, name_and_part(r.data or "")[0])
+        return os.path.abspath(theirs) == os.path.abspath(name_and_part(given)[0])
+
+    def rank(r: Record) -> tuple[bool, bool, int, int]:
+        return against(r, config.data), r.n == r.reference_n, r.n, -(r.seeds or (0, 0))[0]
+
     out: dict[tuple[str, float], Record] = {}
     for r in records:
-        if r.sampler != own or r.kimg is None:
+        if r.sampler != own or r.kimg is None or n not in (None, r.n) or not (data is None or against(r, data)):
             continue
-        before = out.get((r.label, r.kimg), r)
-        if (r.seeds or (0, 0))[0] <= (before.seeds or (0, 0))[0]:
+        if rank(r) >= rank(out.get((r.label, r.kimg), r)):
             out[r.label, r.kimg] = r
     return list(out.values())
 

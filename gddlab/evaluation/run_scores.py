@@ -70,6 +70,7 @@ def missing_scores(
     kimg: float | None = None,
     data: str | None = None,
     extractor: str | Path = "lite2",
+    n: int | None = None,
     blocks: int = 1,
 ) -> list[str]:
     """The metrics that have no record of a student; of several blocks, a distance needs its least.
@@ -78,9 +79,10 @@ def missing_scores(
         run: A run directory.
         metrics, data, extractor, blocks: As for `evaluate`.
         kimg: Thousands of images after which the student was kept; None for the final one.
+        n: Number of images; None for any.
     """
     kimg = run.config.end_kimg if kimg is None else kimg
-    scored = scores_of(load_records(run.run_dir), run.config)
+    scored = scores_of(load_records(run.run_dir), run.config, data=data or run.config.data, n=n)
     have = {r.label for r in scored if r.kimg is not None and math.isclose(r.kimg, kimg)}
     part = None if data is None else name_and_part(data)[1]
 
@@ -112,7 +114,7 @@ def score_student(
     Returns:
         The new records.
     """
-    missing = missing_scores(run, metrics, kimg=kimg, data=data, extractor=extractor, blocks=blocks)
+    missing = missing_scores(run, metrics, kimg=kimg, data=data, extractor=extractor, n=n, blocks=blocks)
     if not missing:
         return []
     how: dict[str, Any] = {"n": n, "extractor": extractor, "blocks": blocks, "nproc": nproc, "progress": False}
@@ -126,10 +128,9 @@ def _known(
     run_dir: Path, config: TrainConfig, metric: str, n: int | None, *, data: str | None = None
 ) -> dict[str | None, Record]:
     """The scores of a run against `data`, its own if None, at `n` images, at any number if None, by what was scored."""
-    label = label_of(metric, name_and_part(config.data if data is None else data)[1])
-    return {
-        r.model_sha256: r for r in scores_of(load_records(run_dir), config) if r.label == label and n in (None, r.n)
-    }
+    data = config.data if data is None else data
+    label = label_of(metric, name_and_part(data)[1])
+    return {r.model_sha256: r for r in scores_of(load_records(run_dir), config, data=data, n=n) if r.label == label}
 
 
 def scorer(config: TrainConfig, world: World) -> Score:

@@ -2,7 +2,7 @@
 
 from gddlab.experiments.experiment import Experiment, ExperimentList, Question, Study, TeacherRun
 from gddlab.experiments.factorial import best_frozen, effects, explained, foretold
-from gddlab.experiments.runner import LISTS, Planned, feeding, plan, question, reproduce, ship
+from gddlab.experiments.runner import LISTS, Planned, plan, question, reproduce, ship
 
 __all__ = [
     "LISTS",
@@ -15,7 +15,6 @@ __all__ = [
     "best_frozen",
     "effects",
     "explained",
-    "feeding",
     "foretold",
     "plan",
     "question",

@@ -9,7 +9,7 @@ from gddlab.distill.augment import Augment
 from gddlab.distill.lpips import LPIPS
 from gddlab.distill.stylegan2 import StyleGAN2
 from gddlab.distill.teacher import TeacherConfig
-from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, Measured, TeacherRun
+from gddlab.experiments.experiment import Experiment, ExperimentList, Judge, MaskInputs, TeacherRun
 from gddlab.experiments.factorial import FACTORIAL, best_frozen, effects, groups, mask_of, row_mask
 from gddlab.experiments.masks import free
 from gddlab.experiments.questions import OWN_RATE, PRIMARY, QUESTIONS, RATES
@@ -169,13 +169,13 @@ def factorial_rows() -> tuple[Experiment, ...]:
         for i, name in enumerate(FACTORIAL)
     )
 
-    def best(measured: Measured) -> list[str]:
+    def best(measured: MaskInputs) -> list[str]:
         return best_frozen(effects(measured.runs, measured.result, PRIMARY, at=AT))
 
-    def chosen(measured: Measured, seed: int) -> FreezeMask:
+    def chosen(measured: MaskInputs, seed: int) -> FreezeMask:
         return mask_of(measured.result, best(measured))
 
-    def inverse(measured: Measured, seed: int) -> FreezeMask:
+    def inverse(measured: MaskInputs, seed: int) -> FreezeMask:
         return mask_of(measured.result, {*groups(measured.result)} - {*best(measured)})
 
     fresh: dict[str, Any] = {"seeds": tuple(range(100, 110)), "lr_g": LR / 2, "after": FACTORIAL}

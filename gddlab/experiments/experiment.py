@@ -26,7 +26,7 @@ NAMED = 16
 
 
 @dataclass(frozen=True)
-class Measured:
+class MaskInputs:
     """What masks are chosen from: the teacher's probe, the rule's mask, and what `after` has trained."""
 
     result: ProbeResult
@@ -75,7 +75,7 @@ class Experiment:
 
     name: str
     what: str
-    mask: Callable[[Measured, int], FreezeMask | None]
+    mask: Callable[[MaskInputs, int], FreezeMask | None]
     configure: Callable[[Path, int, FreezeMask | None], TrainConfig]
     seeds: tuple[int, ...] = (0, 1, 2)
     at: tuple[float, ...] = ()
@@ -200,7 +200,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Subjects:
+class StudyInputs:
     """What a study measures.
 
     Attributes:
@@ -238,7 +238,7 @@ class Subjects:
 
 
 @dataclass(frozen=True)
-class Found:
+class StudyResult:
     """What a study found: a table, facts about it, and the evaluation records behind it if there are any."""
 
     frame: pd.DataFrame
@@ -265,7 +265,7 @@ class Study:
     name: str
     what: str
     needs: tuple[str, ...]
-    measure: Callable[[Subjects], Found]
+    measure: Callable[[StudyInputs], StudyResult]
     seconds: float | None = None
     at: float | None = None
     timed: bool = False

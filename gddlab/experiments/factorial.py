@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 RUNS = 48
 FACTORIAL = tuple(f"layers-{i:02}" for i in range(RUNS))
 """Experiments that run the rows of the design."""
+GROUPS = 20
+"""Most groups of which all sets are looked through."""
 MOST = 0.6
 """Greatest frozen share of the parameters of a run, and of its complement."""
 ROUNDS = 20
@@ -89,9 +91,15 @@ def _design(sizes: tuple[float, ...], runs: int, seed: int) -> np.ndarray:
 
 
 def shares(result: ProbeResult) -> dict[str, float]:
-    """Share of all parameters of each group."""
+    """Share of all parameters of each group.
+
+    Raises:
+        GddlabError: More groups than a design is searched for, as of a U-Net with four resolutions.
+    """
     network = Network(result)
-    sizes = {name: sum(sum(network.own[m].values()) for m in layers) for name, layers in groups(result).items()}
+    if len(found := groups(result)) > GROUPS:
+        raise GddlabError(f"{len(found)} groups of layers: all sets of at most {GROUPS} can be looked through")
+    sizes = {name: sum(sum(network.own[m].values()) for m in layers) for name, layers in found.items()}
     return {name: size / network.n_params for name, size in sizes.items()}
 
 
@@ -213,7 +221,7 @@ def foretold(found: pd.DataFrame, pulls: pd.DataFrame, metric: str = "fd-lite2",
         Young 1993).
 
     Raises:
-        GddlabError: A group has no effect.
+        GddlabError: A group has no effect, or a measure no value in a group.
     """
     import pandas as pd
     from scipy.stats import rankdata
@@ -222,6 +230,8 @@ def foretold(found: pd.DataFrame, pulls: pd.DataFrame, metric: str = "fd-lite2",
     table = pulls.groupby(["measure", "group"], sort=False, observed=True)["value"].mean().unstack("group")
     if lacking := [group for group in table.columns if group not in own.index]:
         raise GddlabError(f"group {lacking[0]!r} has no effect by {metric!r}: give the table of effects of this list")
+    for measure in table.index[~np.isfinite(table.to_numpy(float)).all(axis=-1)]:
+        raise GddlabError(f"measure {measure!r} has no value in a group, or one that is not finite: leave it out")
     measures = _unit(rankdata(table.to_numpy(float), axis=-1))  # (measures, groups)
     gain = _unit(rankdata(-own.loc[table.columns, "difference"].to_numpy(float)))
     share = _unit(rankdata(own.loc[table.columns, "frozen"].to_numpy(float)))

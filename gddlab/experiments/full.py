@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from gddlab.distill.lpips import LPIPS
@@ -24,23 +25,36 @@ SCORES = {
 """The scores of the digits' questions -> what they are here; others need images held out, or a judge of the data."""
 HOURS_ON_8_A100 = 6.0
 """What the authors need for 5 million images (arXiv:2405.20750); `gddlab preflight` measures the longer ones."""
+NUMBER = re.compile(r"[\d.]+(e-?\d+)?$")
+"""What may end the name of an arm: a share, a count, a rate."""
 DIGITS_ALONE = ("completed", "pulls")
 """Studies that need images held out, and a run of the digits' list."""
 
 
-def _asked(question: Question) -> Question:
-    """A question of the digits, asked of a list at full size: by its scores, at the end."""
+def _asked(question: Question, names: Collection[str]) -> Question:
+    """A question of the digits, asked of a list at full size: by its scores, of its shares and counts, at the end."""
     primary, also = (tuple(SCORES[m] for m in given if m in SCORES) for given in (question.primary, question.also))
-    arms = dict.fromkeys(_at_full_size(arm) for arm in question.arms)
-    pairs = dict.fromkeys((_at_full_size(a), _at_full_size(b)) for a, b in question.contrasts)
-    contrasts = tuple(pair for pair in pairs if pair[0] != pair[1])
-    asked = replace(question, arms=tuple(arms), contrasts=contrasts, primary=primary, also=also)
+    arms = dict.fromkeys(own for arm in question.arms for own in _at_full_size((arm,), names))
+    pairs = dict.fromkeys(own for pair in question.contrasts for own in _at_full_size(pair, names))
+    contrasts = tuple((a, b) for a, b in pairs if a != b)
+    asked = replace(question, arms=tuple(a for (a,) in arms), contrasts=contrasts, primary=primary, also=also)
     return replace(asked, at=None, since="", chosen_by=())
 
 
-def _at_full_size(arm: str) -> str:
-    """GDD has one learning rate there; the digits' own is of the digits."""
-    return "gdd" if arm == OWN_RATE else arm
+def _at_full_size(arms: tuple[str, ...], names: Collection[str]) -> list[tuple[str, ...]]:
+    """What arms of the digits, compared with each other, are in another list.
+
+    GDD has one learning rate there, the digits' own is of the digits. Where a number that ends a name is the digits'
+    alone, such as that of few images, those of the list stand in its place, the same in all arms.
+    """
+    same = tuple("gdd" if arm == OWN_RATE else arm for arm in arms)
+    if all(arm in names for arm in same):
+        return [same]
+    stems = [None if arm in names else NUMBER.sub("", arm) for arm in same]
+    ends = [NUMBER.search(name) for name in names]
+    numbers = dict.fromkeys(found[0] for found in ends if found)
+    made = [tuple(a if stem is None else f"{stem}{n}" for a, stem in zip(same, stems, strict=True)) for n in numbers]
+    return [own for own in made if all(arm in names for arm in own)]
 
 
 def _list(
@@ -66,13 +80,14 @@ def _list(
             for name in (base.discriminator.networks() if base.discriminator else ())
         ),
     )
+    names = [e.name for e in experiments]
     studies = tuple(replace(s, seconds=None, at=None) for s in STUDIES if s.name not in DIGITS_ALONE)
     return ExperimentList(
         base.teacher,
         base.data,
         experiments,
         studies,
-        tuple(map(_asked, QUESTIONS)),
+        tuple(asked for q in QUESTIONS if (asked := _asked(q, names)).contrasts or not q.contrasts),
         judge=JUDGE,
         steps=(1, 2, 4, 6, 8, 10, steps),
         machine="8 A100",

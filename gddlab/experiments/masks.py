@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from gddlab.experiments.experiment import Measured
+from gddlab.experiments.experiment import MaskInputs
 from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.freezing.candidates import ENDS, Network, fill, shuffled
 from gddlab.probing import DEFAULT, ProbeResult, ablate, probe
@@ -12,7 +12,7 @@ from gddlab.probing.layers import owner_of
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_precond
 
-Chooser = Callable[[Measured, int], FreezeMask | None]
+Chooser = Callable[[MaskInputs, int], FreezeMask | None]
 
 
 def measure(teacher: str, data: str) -> ProbeResult:
@@ -22,11 +22,11 @@ def measure(teacher: str, data: str) -> ProbeResult:
     return probed.join(ablate(net, 18, data=data, n=16, seed=0))
 
 
-def ruled(measured: Measured, seed: int) -> FreezeMask | None:
+def ruled(measured: MaskInputs, seed: int) -> FreezeMask | None:
     return measured.rule
 
 
-def free(measured: Measured, seed: int) -> FreezeMask | None:
+def free(measured: MaskInputs, seed: int) -> FreezeMask | None:
     return None
 
 
@@ -42,7 +42,7 @@ def at_share(share: float, *, ordered: bool = False) -> Chooser:
     that option 1 freezes, in random order, then what option 2 adds, what option 3 adds, and all others.
     """
 
-    def chosen(measured: Measured, seed: int) -> FreezeMask:
+    def chosen(measured: MaskInputs, seed: int) -> FreezeMask:
         network, result = Network(measured.result), measured.result
         if ordered:
             rules = (select_freeze(result, strategy=s) for s in ("gdd-i", "gdd-i-2", "gdd-i-3"))

@@ -42,7 +42,6 @@ class Rows:
         first_seed: Seed s trains with `first_seed` + s.
         sec_per_kimg: Seconds per thousand images of one run; None if unknown.
         sec_scores: Seconds for all scores of a student.
-        fields: Fields of the configuration that differ from the preset's in all experiments.
     """
 
     def __init__(
@@ -57,11 +56,10 @@ class Rows:
         first_seed: int = 0,
         sec_per_kimg: float | None = None,
         sec_scores: float = 0.0,
-        fields: Mapping[str, Any] | None = None,
     ):
         self.preset, self.at, self.long, self.seeds, self.first_seed = preset, at, long, seeds, first_seed
-        self.fields, self.counted = dict(fields or {}), counted or {}
-        self.base = presets.preset(preset, run_dir="runs", **self.fields)
+        self.counted = counted or {}
+        self.base = presets.preset(preset, run_dir="runs")
         self.snapshot_kimg = self.base.total_kimg / snapshots
         self.sec_per_kimg, self.sec_scores = sec_per_kimg, sec_scores
 
@@ -88,7 +86,7 @@ class Rows:
             slower: Its time over that of an ordinary one.
             **fields: Of `TrainConfig`.
         """
-        given: dict[str, Any] = self.fields | {"snapshot_kimg": self.snapshot_kimg} | fields
+        given: dict[str, Any] = {"snapshot_kimg": self.snapshot_kimg} | fields
         counted = self.counted.get(name, {})
         chosen = counted.get("seeds", self.seeds) if seeds is None else seeds
         longer = counted.get("longer", 0) if longer is None else longer
@@ -96,14 +94,14 @@ class Rows:
 
         def configure(run_dir: Path, seed: int, mask: FreezeMask | None) -> TrainConfig:
             own: dict[str, Any] = {"seed": self.first_seed + seed, "subset_seed": seed}
-            if seed < longer:
+            if seed in chosen[:longer]:
                 own["total_kimg"] = max(self.long)
             return presets.preset(self.preset, run_dir=run_dir, mask=mask, **(given | own))
 
         seconds, at = None, tuple(sorted({*self.at, *(self.long if longer else ())}))
         if self.sec_per_kimg is not None:
             total = given.get("total_kimg", self.base.total_kimg)
-            shares = [max(self.long) if seed < longer else total for seed in chosen]
+            shares = [max(self.long) if seed in chosen[:longer] else total for seed in chosen]
             scored = sum(1 + sum(x < kimg for x in at) for kimg in shares)
             seconds = (slower * self.sec_per_kimg * sum(shares) + self.sec_scores * scored) / len(chosen)
         return Experiment(name, what, mask, configure, chosen, at, teacher, start, after, seconds)
@@ -193,16 +191,14 @@ class Rows:
         both: dict[str, Any] = {"instance": added(steps=steps, distance=distance), "slower": slower.get("gdd-cd", 1.0)}
         return (*copying, self("gdd-cd", what, mask=free, **both))
 
-    def few_images(
-        self, counts: Iterable[int], *, gdd: Mapping[str, Any] | None = None, **fields: Any
-    ) -> tuple[Experiment, ...]:
+    def few_images(self, counts: Iterable[int], *, gdd: Mapping[str, Any] | None = None) -> tuple[Experiment, ...]:
         """GDD-I and GDD, with fields of its own, trained on some of the images, other ones for each training seed."""
         return tuple(
             self(
                 f"{name}-images-{n}",
                 f"{name.upper()} with {n:,} distinct images",
                 max_images=n,
-                **(fields | own),
+                **own,
             )
             for n in counts
             for name, own in (("gdd-i", {"mask": ruled}), ("gdd", {"mask": free, **(gdd or {})}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -29,7 +30,15 @@ from gddlab.evaluation import (
     scores_of,
 )
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Experiment, ExperimentList, Measured, Question, Study, Subjects, TeacherRun
+from gddlab.experiments.experiment import (
+    Experiment,
+    ExperimentList,
+    MaskInputs,
+    Question,
+    Study,
+    StudyInputs,
+    TeacherRun,
+)
 from gddlab.experiments.full import FULL
 from gddlab.experiments.masks import measure
 from gddlab.files import atomic_path, folder_of, last_jsonl, read_json, thin_jsonl, write_bytes, write_json
@@ -40,7 +49,7 @@ from gddlab.probing import ProbeResult
 from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import ARCHIVE, Run, load_run, write_archive
 from gddlab.runtime import chosen_device
-from gddlab.teachers import load_precond
+from gddlab.teachers import bundled_teachers, load_precond
 from gddlab.workers import run_workers
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
@@ -94,11 +103,6 @@ def question(notebook: str, name: str = "digits") -> Question:
     if found is None:
         raise unknown("notebook", notebook, sorted(q.notebook for q in chosen.questions))
     return found
-
-
-def feeding(notebook: str, name: str = "digits") -> tuple[str, ...]:
-    """Experiments that a notebook shows, in the order of its question; arguments and errors as for `question`."""
-    return question(notebook, name).arms
 
 
 def plan(
@@ -182,11 +186,21 @@ def _run_state(chosen: ExperimentList, experiment: Experiment, run_dir: Path) ->
         share = last["kimg"] / run.config.total_kimg if last else 0.0
         return "begun", None if experiment.seconds is None else experiment.seconds * (1 - share)
     missing = any(
-        missing_scores(run, metrics, kimg=kimg, **how)
+        missing_scores(run, metrics, kimg=kimg, n=_scored(chosen), **how)
         for kimg in _points(experiment, run.config)
         for metrics, how in _scores(chosen, experiment, end=kimg is None)
     )
     return ("to evaluate" if missing else "done"), took
+
+
+def _scored(chosen: ExperimentList) -> int:
+    """Images that scores of a list's students are of: as many as real ones, unless its judge says otherwise."""
+    return chosen.judge.n or _length(chosen.data)
+
+
+@functools.cache
+def _length(data: str) -> int:
+    return len(open_dataset(data))
 
 
 def _points(experiment: Experiment, config: TrainConfig) -> list[float | None]:
@@ -200,8 +214,15 @@ def _study_state(chosen: ExperimentList, study: Study, folder: Path) -> tuple[st
         return "to do", study.seconds
     about = read_json(path)
     lacking = "asked" in about and not chosen.asked_of(study.name) <= {*about["asked"]}
-    made = about["inputs"] == _inputs(study, folder) and not lacking
+    other = about["teacher_sha256"] != (_bundled_sha256(chosen.teacher) or about["teacher_sha256"])
+    made = about["inputs"] == _inputs(study, folder) and not lacking and not other
     return ("done" if made else "to do"), float(about["seconds"])
+
+
+@functools.cache
+def _bundled_sha256(teacher: str) -> str | None:
+    """Hash of a bundled teacher; None of another, which may have to be downloaded."""
+    return load_precond(teacher).card.sha256 if teacher in bundled_teachers() else None
 
 
 def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
@@ -341,7 +362,15 @@ def _start(experiment: Experiment, seed: int | None, folder: Path) -> Path | Non
 def _ready(experiment: Experiment, seed: int | None, folder: Path, left: Sequence[Planned]) -> bool:
     """Whether what a run begins with and what its mask is chosen from is there."""
     start = _start(experiment, seed, folder)
-    return (start is None or start.exists()) and not any(p.item.name in experiment.after for p in left)
+    if start is not None and not start.exists():
+        assert experiment.start is not None
+        name, run_dir = experiment.start[0], start.parents[1]
+        if not any((p.item.name, p.seed) == (name, seed) for p in left):
+            raise GddlabError(
+                f"{experiment.name} begins with {start}, which is gone: remove {run_dir} to train it anew"
+            )
+        return False
+    return not any(p.item.name in experiment.after for p in left)
 
 
 def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc: int) -> str:
@@ -367,7 +396,7 @@ def _make(chosen: ExperimentList, item: Planned, folder: Path, name: str, nproc:
 
 def _configured(chosen: ExperimentList, experiment: Experiment, seed: int, folder: Path) -> TrainConfig:
     """The configuration of a run, with its mask, and its own teacher and start where it has them."""
-    measured = Measured(_measured(chosen, folder / "measured"), _runs_of(chosen, experiment.after, folder))
+    measured = MaskInputs(_measured(chosen, folder / "measured"), _runs_of(chosen, experiment.after, folder))
     config = experiment.configure(folder / experiment.name / f"seed-{seed}", seed, experiment.mask(measured, seed))
     changed: dict[str, Any] = {}
     if experiment.teacher is not None:
@@ -384,15 +413,14 @@ def _scores(chosen: ExperimentList, experiment: Experiment, *, end: bool) -> Any
 
 def _score(chosen: ExperimentList, experiment: Experiment, run: Run, nproc: int) -> str:
     """Scores a run's students where the experiment says; every snapshot by the first distance where it does not."""
-    judge = chosen.judge
-    n = judge.n or len(open_dataset(chosen.data))
+    judge, n = chosen.judge, _scored(chosen)
     for kimg in _points(experiment, run.config):
         for metrics, how in _scores(chosen, experiment, end=kimg is None):
             score_student(run, metrics, kimg=kimg, n=n, nproc=nproc, **how)
     if not experiment.at:
         evaluate_snapshots(run, data=chosen.data, extractor=judge.extractor, n=n, nproc=nproc)
     name = find_extractor(judge.extractor).metric_name("fid")
-    scored = scores_of(load_records(run.run_dir), run.config)
+    scored = scores_of(load_records(run.run_dir), run.config, n=n)
     (record,) = (r for r in scored if r.label == name and r.kimg == run.config.end_kimg)
     return f"{record.metric} {record.value:.1f} at {record.kimg:g} kimg"
 
@@ -432,7 +460,7 @@ def _make_study(chosen: ExperimentList, study: Study, folder: Path, name: str, n
             if e.name in arms and e.teacher is None and not e.needs
         }
     asked, folders = chosen.asked_of(study.name), {need: _needed(folder, need) for need in inputs}
-    subjects = Subjects(teacher, chosen.data, students, chosen.steps, chosen.judge, folders, asked, configs, nproc)
+    subjects = StudyInputs(teacher, chosen.data, students, chosen.steps, chosen.judge, folders, asked, configs, nproc)
     found = study.measure(subjects)
     target = folder / study.name
     (target / "meta.json").unlink(missing_ok=True)  # written last: the study is complete once it is there
@@ -500,10 +528,12 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
         The files and folders written.
 
     Raises:
-        GddlabError: No run and no study of these is done.
+        GddlabError: No run and no study of these is done; `to` is `out`.
     """
     chosen = find_list(name)
     out, to = folder_of("out", out), folder_of("to", to)
+    if to.resolve() == out.resolve():
+        raise GddlabError(f"to={to} is where the runs are: give another folder")
     done = [p for p in plan(name, out=out, only=only) if p.state == "done"]
     runs: dict[str, list[Planned]] = {}
     for p in done:

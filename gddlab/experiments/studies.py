@@ -17,10 +17,10 @@ from gddlab.editing import Restoration, inpaint
 from gddlab.editing.operators import check_keep
 from gddlab.evaluation import Record, evaluate, find_extractor, real_split, yardsticks
 from gddlab.evaluation.features import image_features, real_features
-from gddlab.evaluation.images import classes_of
+from gddlab.evaluation.images import classes_of, drawn
 from gddlab.evaluation.metrics import frechet, kernel
 from gddlab.evaluation.references import Reference
-from gddlab.experiments.experiment import Found, Study, Subjects
+from gddlab.experiments.experiment import Study, StudyInputs, StudyResult
 from gddlab.experiments.factorial import groups
 from gddlab.experiments.questions import OWN_RATE, RANDOM
 from gddlab.nets import DiTPrecond, Precond
@@ -48,7 +48,7 @@ SIGMAS = (80.0, 10.0, 2.5, 1.0, 0.5, 0.1)
 """Noise levels of denoised images' spectra."""
 
 
-def teacher_steps(s: Subjects) -> Found:
+def teacher_steps(s: StudyInputs) -> StudyResult:
     """Scores of the teacher at each number of Heun steps."""
     import pandas as pd
 
@@ -57,17 +57,17 @@ def teacher_steps(s: Subjects) -> Found:
         found = list(_scores(s, steps=steps))
         records += found
         rows += [{"steps": steps, "nfe": 2 * steps - 1, **_flat(r)} for r in found]
-    return Found(pd.DataFrame(rows), {"n": records[0].n, "seed": 0}, tuple(records))
+    return StudyResult(pd.DataFrame(rows), {"n": records[0].n, "seed": 0}, tuple(records))
 
 
-def _scores(s: Subjects, *, steps: int) -> Iterator[Record]:
+def _scores(s: StudyInputs, *, steps: int) -> Iterator[Record]:
     n = s.judge.n or len(open_dataset(s.data))
     shared: dict[str, Any] = {"n": n, "steps": steps, "nproc": s.nproc, "progress": False}
     for metrics, how in s.judge.scores(s.data, asked=s.asked, end=steps == s.steps[-1]):
         yield from evaluate(s.teacher, metrics=metrics, **shared, **how)
 
 
-def known_cases(s: Subjects) -> Found:
+def known_cases(s: StudyInputs) -> StudyResult:
     """Scores of known cases: a copier of the training images, images held out, a missing class, another half.
 
     Where images are held out, these are `yardsticks`, and rows of `case` "copier" have the kernel distance of the
@@ -87,7 +87,7 @@ def known_cases(s: Subjects) -> Found:
         for case, scores in found.items():
             records += list(scores)
             rows += [{"case": case, **_flat(r)} for r in scores]
-    return Found(pd.DataFrame(rows), {"seed": 0}, tuple(records))
+    return StudyResult(pd.DataFrame(rows), {"seed": 0}, tuple(records))
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _flat(record: Record) -> dict[str, Any]:
     return {"label": record.label, **{k: getattr(record, k) for k in keys}, "seeds": seeds}
 
 
-def local_minima(s: Subjects) -> Found:
+def local_minima(s: StudyInputs) -> StudyResult:
     """Distances of networks to the data and to each other: as sets, and image by image for the same noise."""
     import pandas as pd
 
@@ -129,10 +129,10 @@ def local_minima(s: Subjects) -> Found:
     x, f = images[full], features[full]
     same_noise(full, f"{full}, {OTHER_NOISE}", x, x.roll(1, 0), f, f.roll(1, 0))
     about = {"n": n, "seed": 0, "extractor": spec.name, "extractor_sha256": spec.sha256, "data": real.name}
-    return Found(pd.DataFrame(rows), about | {"data_sha256": real.manifest.sha256, "reference_n": len(real)})
+    return StudyResult(pd.DataFrame(rows), about | {"data_sha256": real.manifest.sha256, "reference_n": len(real)})
 
 
-def followed(s: Subjects) -> Found:
+def followed(s: StudyInputs) -> StudyResult:
     """How often a student makes the teacher's image of the same noise, by the share of its weights that are its own.
 
     Columns: experiment, seed, frozen (share of the parameters equal to the teacher's), retrieved (share of its images
@@ -141,25 +141,30 @@ def followed(s: Subjects) -> Found:
     """
     import pandas as pd
 
+    from gddlab.reporting import found_again
+
     real = open_dataset(s.data)
     n = s.judge.pairs or s.judge.n or len(real)
-    target = to_uint8(_sampled(s.teacher, real, n, s.steps[-1])).flatten(1).float() / 127.5
+    target = _sampled(s.teacher, real, n, s.steps[-1])
     theirs, rows = s.teacher.state_dict(), list[dict[str, Any]]()
     for name, student in s.students.items():
         own = dict(student.named_parameters())
         frozen = sum(int((own[k] == theirs[k]).sum()) for k in own) / sum(p.numel() for p in own.values())
-        images = to_uint8(_sampled(student, real, n, None)).flatten(1).float() / 127.5
-        nearest = torch.cdist(images, target).argmin(1)
-        found = {
-            "retrieved": (nearest == torch.arange(n)).double().mean().item(),
-            "pixel": (images - target).square().mean(1).sqrt().mean().item(),
-        }
+        alike = found_again({name: _sampled(student, real, n, None)}, target).loc[name]
         experiment, _, seed = name.partition("/seed-")
-        rows.append({"experiment": experiment, "seed": int(seed or 0), "frozen": frozen, **found, "n": n})
-    return Found(pd.DataFrame(rows), {"n": n, "seed": 0})
+        rows.append(
+            {
+                "experiment": experiment,
+                "seed": int(seed or 0),
+                "frozen": frozen,
+                **{str(k): v for k, v in alike.items()},
+                "n": n,
+            }
+        )
+    return StudyResult(pd.DataFrame(rows), {"n": n, "seed": 0})
 
 
-def completed(s: Subjects) -> Found:
+def completed(s: StudyInputs) -> StudyResult:
     """Held-out images of which a part is known, completed by students and by the teacher in several settings.
 
     One row per part and setting: the columns of `Restoration.scores`, and `kd`, the unbiased kernel distance of the
@@ -196,10 +201,10 @@ def completed(s: Subjects) -> Found:
             about = {"part": part, "setting": name, "kd": kd.value, "kd_std": kd.std}
             rows += [about | row for row in restored.scores(truth).drop(columns="operator").to_dict("records")]
     about = {"images": len(truth), "ways": WAYS, "seed": 0, "data": held_out.name, "extractor": s.judge.extractor}
-    return Found(pd.DataFrame(rows), about)
+    return StudyResult(pd.DataFrame(rows), about)
 
 
-def _networks(s: Subjects) -> Iterator[tuple[str, Precond, int | None]]:
+def _networks(s: StudyInputs) -> Iterator[tuple[str, Precond, int | None]]:
     """Name, network, Heun steps."""
     for steps in s.steps:
         if steps > 1:  # one Euler step is the mean of the data, for every noise
@@ -212,7 +217,7 @@ def _sampled(net: Precond, real: ImageDataset, n: int, steps: int | None) -> Ten
     return sample(net, n, steps=steps, seed=0, class_labels=classes_of(net, Reference.of(real), n, 0))
 
 
-def rewound(s: Subjects) -> Found:
+def rewound(s: StudyInputs) -> StudyResult:
     """Each group of layers of a GDD student put back to the teacher's weights; and the teacher with the student's.
 
     Rows of `into` "student" and "teacher"; groups are those of the factorial, beside "none", "all", and "rest" for what
@@ -235,10 +240,10 @@ def rewound(s: Subjects) -> Found:
             net.load_state_dict(here | {k: there[k] for k in names})
             share = sum(moved[k] for k in names) / sum(moved.values())
             rows += [{"into": into, "group": group, "share": share, **row} for row in scores(net)]
-    return Found(pd.DataFrame(rows), scores.about | {"student": name})
+    return StudyResult(pd.DataFrame(rows), scores.about | {"student": name})
 
 
-def each_step(s: Subjects) -> Found:
+def each_step(s: StudyInputs) -> StudyResult:
     """What students make with each number of their steps, and all of them mixed, which is what the discriminator saw.
 
     Rows by experiment, seed, `steps` (their number; 0 for the mixture, an equal part of each) and metric; `level` is
@@ -261,17 +266,17 @@ def each_step(s: Subjects) -> Found:
             about = {"experiment": experiment, "seed": int(seed or 0), "steps": steps, "data_level": data_level}
             about["level"] = images.double().mean().item() / 255
             rows += [about | row for row in scores.of(images)]
-    return Found(pd.DataFrame(rows), scores.about)
+    return StudyResult(pd.DataFrame(rows), scores.about)
 
 
-def pulls(s: Subjects) -> Found:
+def pulls(s: StudyInputs) -> StudyResult:
     """What might say which layers to train: one row per layer and measure, with the layer's group of the factorial.
 
     Measures are the statistics of `grad_probe` for the GAN loss at the teacher's weights, against a discriminator that
     has been trained on its one-step images ("gan fisher" and so on), and for the denoising loss at low noise
     ("denoising fisher"); of GDD students "moved", the mean of |w - w_teacher| / |w_teacher| over training seeds, and
-    "agreement", the cosine of these movements between two seeds, mean over pairs; of the teacher at sigma 80 "ablation"
-    and "rel_update" (of the block).
+    "agreement", the cosine of these movements between two seeds, mean over pairs, where there are two; of the teacher
+    at sigma 80 "ablation" and "rel_update" (of the block).
     """
     import pandas as pd
 
@@ -305,8 +310,8 @@ def pulls(s: Subjects) -> Found:
     for layer in parts:
         own = [flat(m, layer) for m in moves]
         moved[layer] = (sum(x.norm() for x in own) / len(own) / flat(theirs, layer).norm()).item()
-        pairs = [torch.cosine_similarity(a, b, 0).item() for a, b in itertools.combinations(own, 2)]
-        agreed[layer] = sum(pairs) / len(pairs) if pairs else float("nan")
+        if pairs := [torch.cosine_similarity(a, b, 0).item() for a, b in itertools.combinations(own, 2)]:
+            agreed[layer] = sum(pairs) / len(pairs)
     add("moved", moved)
     add("agreement", agreed)
     ablated = ablate(s.teacher, [80.0], layers=layers, data=s.data, n=ABLATED, progress=False)
@@ -314,10 +319,10 @@ def pulls(s: Subjects) -> Found:
     blocks = probe(s.teacher, [80.0], layers="block", data=s.data, n=PROBED, stats=("rel_update",), progress=False)
     update = blocks.pivot("rel_update")[80.0].to_dict()
     add("rel_update", {k: update[k.rpartition(".")[0]] for k in layers if k.rpartition(".")[0] in update})
-    return Found(pd.DataFrame(rows), {"n": PULLED, "seed": 0, "denoising": list(LOW)})
+    return StudyResult(pd.DataFrame(rows), {"n": PULLED, "seed": 0, "denoising": list(LOW)})
 
 
-def line(s: Subjects) -> Found:
+def line(s: StudyInputs) -> StudyResult:
     """Students on the straight line between the weights of two networks, (1 - t) a + t b.
 
     `length` is the distance of the two in weights; `copied` the distance of images to those of the full teacher for the
@@ -342,10 +347,10 @@ def line(s: Subjects) -> Found:
             copied = ((images.float() - target) / 127.5).square().mean().sqrt().item()
             about = {"a": a, "b": b, "t": t, "length": length, "copied": copied}
             rows += [about | row for row in scores.of(images)]
-    return Found(pd.DataFrame(rows), scores.about)
+    return StudyResult(pd.DataFrame(rows), scores.about)
 
 
-def _gdd(s: Subjects) -> str:
+def _gdd(s: StudyInputs) -> str:
     """The student that is trained whole, at its own learning rate where the list has one, else at the preset's."""
     return OWN_RATE if OWN_RATE in s.students else "gdd"
 
@@ -353,7 +358,7 @@ def _gdd(s: Subjects) -> str:
 class _Scores:
     """Distances of a one-step generator's images to the data, for many networks that differ little."""
 
-    def __init__(self, s: Subjects):
+    def __init__(self, s: StudyInputs):
         self.real = open_dataset(s.data)
         self.spec = find_extractor(s.judge.extractor).fitted(self.real.channels, self.real.resolution)
         self.n = s.judge.pairs or s.judge.n or len(self.real)
@@ -373,7 +378,7 @@ class _Scores:
         return self.of(self.images(net))
 
 
-def layers(s: Subjects) -> Found:
+def layers(s: StudyInputs) -> StudyResult:
     """Activation of layers over noise levels, teacher and students; and how far each layer's weights moved."""
     import pandas as pd
 
@@ -391,10 +396,10 @@ def layers(s: Subjects) -> Found:
             parts.append(moved[moved["layer"].isin(own)].assign(network=name, states="weights"))
     texts = ("layer", "block", "kind", "stage", "stat", "unit", "network", "states")
     frame = pd.concat(parts, ignore_index=True).astype(dict.fromkeys(texts, "category"))
-    return Found(frame, {"n": PROBED, "seed": 0})
+    return StudyResult(frame, {"n": PROBED, "seed": 0})
 
 
-def input_or_level(s: Subjects) -> Found:
+def input_or_level(s: StudyInputs) -> StudyResult:
     """What layers respond to, the input or the level told, of the teachers of these data, students and null models.
 
     Rows of `what` "response" are of `ProbeResult.responses`, "effect" of `effects`, "above null" of `above_null`.
@@ -403,10 +408,10 @@ def input_or_level(s: Subjects) -> Found:
 
     networks = {**_teachers(s, same=True), **s.students}
     frame = pd.concat([_crossed(name, net, s, _in_blocks) for name, net in networks.items()], ignore_index=True)
-    return Found(_texts(frame), _about_nulls("convolutions in blocks"))
+    return StudyResult(_texts(frame), _about_nulls("convolutions in blocks"))
 
 
-def architectures(s: Subjects) -> Found:
+def architectures(s: StudyInputs) -> StudyResult:
     """Blocks of all teachers of these data, U-Nets and transformers: what is active, what they respond to and need.
 
     Rows as of `input_or_level`, and of `what` "level" (18 levels, the network told its input's; null models by `draw`)
@@ -429,10 +434,10 @@ def architectures(s: Subjects) -> Found:
         frame = pd.concat(parts, ignore_index=True).assign(network=name)
         order = {layer: i for i, layer in enumerate(levels.frame["layer"].unique())}
         frames.append(frame.assign(position=frame["layer"].map(order) / max(1, len(order) - 1)))
-    return Found(_texts(pd.concat(frames, ignore_index=True)), _about_nulls("blocks") | {"ablated": ABLATED})
+    return StudyResult(_texts(pd.concat(frames, ignore_index=True)), _about_nulls("blocks") | {"ablated": ABLATED})
 
 
-def _crossed(name: str, net: Precond, s: Subjects, layers: Any) -> pd.DataFrame:
+def _crossed(name: str, net: Precond, s: StudyInputs, layers: Any) -> pd.DataFrame:
     """Responses, effects and what is above null models, of six levels of the input, each told as each of the six."""
     import pandas as pd
 
@@ -465,7 +470,7 @@ def _about_nulls(layers: str) -> dict[str, Any]:
     return {"n": PROBED, "seed": 0, "nulls": list(NULLS), "draws": DRAWS, "layers": layers}
 
 
-def _teachers(s: Subjects, *, same: bool = False) -> dict[str, Precond]:
+def _teachers(s: StudyInputs, *, same: bool = False) -> dict[str, Precond]:
     """The teacher, and those of its images that ship with gddlab; of the `same` architecture alone, or of all."""
     out = {s.teacher.card.name: s.teacher}
     for name in bundled_teachers():
@@ -480,7 +485,7 @@ def _in_blocks(name: str, module: Any) -> bool:
     return name.rpartition(".")[2] in ("conv0", "conv1")
 
 
-def spectra(s: Subjects) -> Found:
+def spectra(s: StudyInputs) -> StudyResult:
     """Radial power spectra of images: the data, noised and denoised, and sampled by teacher and students."""
     import pandas as pd
 
@@ -495,7 +500,7 @@ def spectra(s: Subjects) -> Found:
         about = {"network": network, "source": source, "sigma": float("nan") if sigma is None else sigma}
         parts.append(pd.DataFrame({**about, **columns, "n": len(x)}))
 
-    add("data", "data", None, real.images(slice(0, n)))
+    add("data", "data", None, real.images(drawn(len(real), n, 0)))
     for name, net, steps in _networks(s):
         add(name, "sampled", None, _sampled(net, real, n, steps))
     inputs = Inputs(s.teacher, SIGMAS, data=s.data, n=min(DENOISED, len(real)), seed=0)
@@ -503,10 +508,10 @@ def spectra(s: Subjects) -> Found:
     for i, sigma in enumerate(inputs.sigmas):
         add("data", "noised", sigma, x[:, i])
         add("teacher", "denoised", sigma, y[:, i])
-    return Found(pd.concat(parts, ignore_index=True), {"n": n, "seed": 0, "data": real.name})
+    return StudyResult(pd.concat(parts, ignore_index=True), {"n": n, "seed": 0, "data": real.name})
 
 
-def costs(s: Subjects) -> Found:
+def costs(s: StudyInputs) -> StudyResult:
     """Time and memory of a training step of each configuration, one after the other."""
     import pandas as pd
 
@@ -520,7 +525,7 @@ def costs(s: Subjects) -> Found:
             | {k: getattr(found, k) for k in numbers}
             | {"state": missing or "done"}
         )
-    return Found(pd.DataFrame(rows), {"steps": TIMED})
+    return StudyResult(pd.DataFrame(rows), {"steps": TIMED})
 
 
 @torch.inference_mode()

@@ -93,7 +93,7 @@ def contrast_table(
         GddlabError: As for `arm_table`.
     """
     arms, rows = list(dict.fromkeys(itertools.chain.from_iterable(pairs))), []
-    for metric in metrics:
+    for metric in metrics if pairs else ():
         values = run_table(runs, metric, rows=arms, at=at)
         samples = {arm: _sample(values[values["experiment"] == arm], arm) for arm in arms}
         for arm, other in pairs:
@@ -107,6 +107,8 @@ def contrast_table(
 def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
     """The values of an arm's seeds, and "done" or how many lack one and why."""
     scored = own[own["value"].notna()]
+    if len(twice := scored["seed"][scored["seed"].duplicated()]):
+        raise GddlabError(f"arm {arm!r} has two runs of seed {twice.iloc[0]}: give load_runs a folder that holds one")
     if len(lengths := sorted(scored["kimg"].unique())) > 1:
         ends = " and ".join(f"{kimg:g}" for kimg in lengths)
         raise GddlabError(f"runs of {arm!r} end at {ends} thousand images: give at=, when their scores count")
@@ -182,12 +184,12 @@ def followed_table(study: pd.DataFrame) -> pd.DataFrame:
     """The study "followed" as a table for `draw_dose`: means over seeds, with their 95 % intervals.
 
     Scores are "teacher's image found", the share of a student's images to which the teacher's image of the same noise
-    is the nearest one, and "distance to it", in pixels, root mean square over [-1, 1].
+    is the most alike of all, and "correlation with it", as `found_again` gives them.
 
     Raises:
         GddlabError: Another table.
     """
-    names = {"retrieved": "teacher's image found", "pixel": "distance to it"}
+    names = {"found": "teacher's image found", "correlation": "correlation with it"}
     study = checked(study, ("experiment", "seed", "frozen", *names), "followed")
     rows = []
     for (column, name), (arm, own) in itertools.product(names.items(), study.groupby("experiment", sort=False)):
@@ -228,7 +230,7 @@ def arm_text(arms: pd.DataFrame) -> pd.DataFrame:
         row[f"{r.metric} (95 %)"] = _ranged(format_of(str(r.metric)), r.mean, r.low, r.high)
         row["state"] = row["state"] if r.state in ("done", row["state"]) else r.state
     table = pd.DataFrame.from_dict(out, orient="index").rename_axis("arm")
-    return table[[*(c for c in table if c != "state"), "state"]]
+    return table.reindex(columns=[*(c for c in table if c != "state"), "state"])
 
 
 def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
@@ -244,7 +246,7 @@ def contrast_text(contrasts: pd.DataFrame) -> pd.DataFrame:
         row[f"g, {r.metric}"] = f"{r.g:.1f}" if np.isfinite(r.g) else ""
         row["p, Holm"] = "" if np.isnan(r.p_holm) else "< 0.001" if r.p_holm < 0.001 else f"{r.p_holm:.3f}"
     table = pd.DataFrame.from_dict(out, orient="index").rename_axis("difference")
-    return table[[*(c for c in table if c not in ("p, Holm", "state")), "p, Holm", "state"]]
+    return table.reindex(columns=[*(c for c in table if c not in ("p, Holm", "state")), "p, Holm", "state"])
 
 
 def _pair(row: Any) -> str:
@@ -299,7 +301,7 @@ def draw_arms(table: pd.DataFrame, *, levels: Levels | None = None, title: str |
         ax.set(xlabel=f"{metric}, difference" if between else metric)
         ax.grid(axis="y", color="0.93", zorder=-1)
     panels[0][0].set_yticks(range(len(arms)), arms)
-    panels[0][0].set_ylim(len(arms) - 0.5, -0.5)  # the first at the top
+    panels[0][0].set_ylim(max(1, len(arms)) - 0.5, -0.5)  # the first at the top
     for ax in panels.flat[len(metrics) :]:
         ax.set_axis_off()
     _legend(figure, panels)
@@ -330,8 +332,8 @@ def draw_dose(
         levels: Score -> label -> value to compare with.
     """
     metrics = list(dict.fromkeys(arms["metric"]))
-    columns = min(len(metrics), WIDEST)
-    shape = -(-len(metrics) // columns), columns
+    columns = max(1, min(len(metrics), WIDEST))
+    shape = max(1, -(-len(metrics) // columns)), columns
     size = (2.7 * shape[1] + 1.9, 2.7 * shape[0] + 0.4)
     figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     scored = arms[arms["mean"].notna()]

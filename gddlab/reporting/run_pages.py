@@ -54,7 +54,7 @@ def run_page(f: Summary, template: str = "run.html.j2", **more: Any) -> str:
 
 
 def runs_page(runs: Sequence[Summary]) -> str:
-    groups = _comparable(r for f in runs for r in f.records)
+    groups = _comparable(r for f in runs for r in f.scores)
     names, fields = _labels(groups), differing(runs)
     rows = []
     for i, f in enumerate(runs):
@@ -91,7 +91,7 @@ def _grid(path: Path, name: str, width: str) -> Picture:
 
 def _headline(f: Summary) -> dict[str, str]:
     out = {"state": f.short_state, f"of {f.fields['total_kimg']:g} thousand images": f"{f.kimg:g}"}
-    for group in _drawable(f.records)[:1]:
+    for group in _drawable(f.scores)[:1]:
         out[f"{group[0].metric}, student"] = _score_cell(f, group)
         best = dict(sorted(_levels(f, group).items(), key=lambda level: level[1])[:1])
         out |= {f"{group[0].metric}, {name}": f"{level:.4g}" for name, level in best.items()}
@@ -220,7 +220,7 @@ def _best(f: Summary) -> str:
     if kept := f.best:
         score = f"{kept['metric']} {kept['value']:.4g} at {kept['kimg']:g} kimg"
         return f"The best student scored during training is kept: {score}."
-    for group in _drawable(f.records):
+    for group in _drawable(f.scores):
         own = [r for r in group if r.kimg is not None]
         first = min(own, key=lambda r: r.value)
         return f"The nearest to the data of {len(own)} scored: {first.metric} {_value(first)} at {first.kimg:g} kimg."
@@ -229,14 +229,14 @@ def _best(f: Summary) -> str:
 
 def _charts(runs: Sequence[Summary]) -> list[tuple[str, Picture, list[str]]]:
     """Distances of runs over the training, one line per experiment: name, picture, runs without such a score."""
-    charts, groups = [], _comparable(r for f in runs for r in f.records)
-    drawable = _drawable(r for f in runs for r in f.records)
+    charts, groups = [], _comparable(r for f in runs for r in f.scores)
+    drawable = _drawable(r for f in runs for r in f.scores)
     for group, name in zip(groups, _labels(groups), strict=True):
         if group not in drawable:
             continue
         rows: list[dict[str, Any]] = []
         for f in runs:
-            own = {r.kimg: r.value for r in f.records if r in group and r.kimg is not None}
+            own = {r.kimg: r.value for r in f.scores if r in group and r.kimg is not None}
             about = {"experiment": f.experiment, "metric": name, "state": f.state}
             rows += [about | {"kimg": kimg, "value": v} for kimg, v in own.items()]
         levels = next((found for f in runs if (found := _levels(f, group))), {})

@@ -137,8 +137,8 @@ class Summary:
 
     @cached_property
     def scores(self) -> list[Record]:
-        """The scores that count, of those in `records`."""
-        return [] if self.config is None else scores_of(self.records, self.config)
+        """The scores that count, of those in `records`; all where the configuration cannot be read."""
+        return [*self.records] if self.config is None else scores_of(self.records, self.config)
 
     def at_end(self, metric: str, kimg: float | None = None) -> Record | None:
         """The score of a metric, by its label, after `kimg` or at the end."""
@@ -156,9 +156,9 @@ class Summary:
         return f"no {metric} {'at the end' if kimg is None else f'at {kimg:g} kimg'}"
 
     def last(self, records: Iterable[Record]) -> Record | None:
-        """The newest score of this run that is among `records`."""
+        """The score of this run after the most images that counts and is among `records`."""
         among = list(records)
-        own = [r for r in self.records if r in among]
+        own = [r for r in self.scores if r in among]
         return max(own, key=lambda r: -1.0 if r.kimg is None else r.kimg, default=None)
 
 

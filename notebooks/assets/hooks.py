@@ -30,6 +30,11 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Pictures of data/, which a clone finds there, are copied into the site."""
+    return markdown.replace("](../data/", "](assets/")
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """Moves the styles of JupyterLab, half a megabyte, out of each notebook into one file; mends links between files.
 

@@ -136,6 +136,10 @@ def test_refusals(student: OneStepPrecond) -> None:
             "model.dec.16x16_blo",
         ),
         (lambda: directions(student, "model.enc.*"), "give the name of one"),
+        (
+            lambda: directions(student, "model.map_layer0", k=2, n=4),
+            "k=2 directions of 'model.map_layer0': its outputs for 4 images vary in 0 alone",
+        ),
         (lambda: directions(student, LAYER, k=8, n=8), "n=8 images for k=8 directions: give more than 8"),
     ):
         with pytest.raises(GddlabError, match=text):

@@ -66,7 +66,7 @@ def test_a_perceptual_distance_joins(student: OneStepPrecond) -> None:
     found = invert(student, images, steps=4, restarts=1, perceptual=0.5)
     assert (found.perceptual > 0).all()
     assert invert(student, images, steps=4, restarts=1).perceptual.isnan().all()
-    with pytest.raises(GddlabError, match=r"perceptual=-1\.0: give a number, at least 0"):
+    with pytest.raises(GddlabError, match=r"perceptual=-1: .*greater than or equal to 0"):
         invert(student, images, perceptual=-1)
 
 
@@ -99,7 +99,11 @@ def test_a_result_is_saved_and_shown(student: OneStepPrecond, tmp_path: Path) ->
     assert "Inversion of 2 images: distance" in repr(found)
     with pytest.raises(NotFound):
         Inversion.load(tmp_path / "none.safetensors")
+    found.save(tmp_path / "z.safetensors")  # again
     (tmp_path / "bad.safetensors").write_bytes(b"x")
+    with pytest.raises(GddlabError, match="is there and no inversion: give another name"):
+        found.save(tmp_path / "bad.safetensors")
+    assert (tmp_path / "bad.safetensors").read_bytes() == b"x"
     with pytest.raises(GddlabError, match="holds no inversion"):
         Inversion.load(tmp_path / "bad.safetensors")
 

@@ -207,6 +207,10 @@ def test_classes_follow_the_real_labels(some, counter, monkeypatch):
     evaluate(network(), data=some, metrics="kid", n=70, batch_size=32)
     assert torch.cat(asked).tolist() == [*some.class_ids, *some.class_ids[:6]]
     assert [len(a) for a in asked] == [32, 32, 6]
+    asked.clear()
+    evaluate(network(), data=some, metrics="kid", n=20, batch_size=32)  # fewer: of any class, as data sets are in order
+    (few,) = asked
+    assert few.tolist() == some.class_ids[torch.randperm(64, generator=torch.Generator().manual_seed(0))[:20]].tolist()
 
 
 def test_the_card_names_the_dataset(counter):

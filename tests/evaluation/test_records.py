@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -143,9 +144,24 @@ def test_append_records(tmp_path):
     path = append_records(tmp_path, [record(value=1.0), record(value=2.0)])
     assert [r.value for r in load_records(tmp_path)] == [120.0, 1.0, 2.0]
     assert path.read_text().count("\n") == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.jsonl"]
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["evaluation.jsonl"]
     with pytest.raises(NotFound):
         append_records(tmp_path / "absent", [record()])
+
+
+def _append_many(folder: Path, value: float) -> None:
+    for _ in range(20):
+        append_records(folder, [record(value=value)])
+
+
+def test_processes_that_append_at_once_lose_no_record(tmp_path: Path) -> None:
+    others = [get_context("spawn").Process(target=_append_many, args=(tmp_path, value)) for value in (1.0, 2.0)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(120)
+    values = [r.value for r in load_records(tmp_path)]
+    assert (values.count(1.0), values.count(2.0)) == (20, 20)
 
 
 def test_scores_that_count(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -159,5 +175,15 @@ def test_scores_that_count(tmp_path: Path, tiny_teacher: Path) -> None:
     )
     held_out, early = record(kimg=0.048, reference="digits:held-out"), record(kimg=0.024)
     assert scores_of([first, newer, *others, held_out, early], config) == [newer, held_out, early]
+    # other real images, or fewer generated ones, stand beside what counts and do not replace it
+    few = dataclasses.replace(first, n=first.n // 2, value=5.0)
+    other = dataclasses.replace(first, data="cifar10", reference="cifar10", reference_sha256="cd", value=6.0)
+    assert first.n == first.reference_n
+    assert scores_of([first, few, other], config) == [first] == scores_of([few, other, first], config)
+    assert scores_of([first, few], config, n=few.n) == [few]
+    assert scores_of([first, other], config, data="cifar10") == [other]
+    assert scores_of([other], config) == [other] and scores_of([other], config, data="digits") == []
+    named = dataclasses.replace(first, data="digits:held-out", value=7.0)
+    assert scores_of([first, named], config, data=config.data) == [named]  # the part is in the label
     two = tiny_config(tmp_path / "two", tiny_teacher, mid_sigmas=(0.8,))
     assert scores_of([first, *others], two) == [others[0]]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from gddlab.errors import GddlabError
-from gddlab.experiments.experiment import Measured
+from gddlab.experiments.experiment import MaskInputs
 from gddlab.experiments.factorial import (
     MOST,
     RUNS,
@@ -30,19 +30,19 @@ from gddlab.teachers import load_teacher
 
 
 @pytest.fixture(scope="module")
-def measured() -> Measured:
+def measured() -> MaskInputs:
     net = load_teacher("digits")
-    return Measured(probe(net, [80.0], n=2, progress=False))
+    return MaskInputs(probe(net, [80.0], n=2, progress=False))
 
 
 def test_what_is_measured_of_a_teacher(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(str(tiny_teacher), "digits")
     assert {"rel_update", "cosine", "ablation_output_mean"} <= set(found.stats)
-    assert Measured(found).rule == select_freeze(found, strategy="gdd-i")
+    assert MaskInputs(found).rule == select_freeze(found, strategy="gdd-i")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95])
-def test_random_masks_have_their_share(measured: Measured, share: float) -> None:
+def test_random_masks_have_their_share(measured: MaskInputs, share: float) -> None:
     masks = [at_share(share)(measured, seed) for seed in (0, 1)]
     assert masks[0] != masks[1] and masks[0] == at_share(share)(measured, 0)
     for mask in masks:
@@ -55,7 +55,7 @@ def test_random_masks_have_their_share(measured: Measured, share: float) -> None
     assert frozen <= inside if share < convolutions.fraction else inside < frozen
 
 
-def test_the_rules_order_contains_the_rules(measured: Measured) -> None:
+def test_the_rules_order_contains_the_rules(measured: MaskInputs) -> None:
     rules = [by_rule(s)(measured, 0) for s in ("gdd-i", "gdd-i-2", "gdd-i-3")]
     for mask in rules:
         assert mask is not None
@@ -67,7 +67,7 @@ def test_the_rules_order_contains_the_rules(measured: Measured) -> None:
     assert set(rules[2].frozen) < set(most.frozen)
 
 
-def test_groups_hold_almost_all_parameters(measured: Measured) -> None:
+def test_groups_hold_almost_all_parameters(measured: MaskInputs) -> None:
     found = groups(measured.result)
     assert len(found) == 17 and "dec 8x8 conv0" in found
     layers = [layer for group in found.values() for layer in group]
@@ -75,7 +75,13 @@ def test_groups_hold_almost_all_parameters(measured: Measured) -> None:
     assert 0.96 < sum(shares(measured.result).values()) < 1
 
 
-def test_the_design_estimates_every_group(measured: Measured) -> None:
+def test_too_many_groups_are_refused(measured: MaskInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gddlab.experiments.factorial.GROUPS", 16)
+    with pytest.raises(GddlabError, match="17 groups of layers: all sets of at most 16"):
+        shares(measured.result)
+
+
+def test_the_design_estimates_every_group(measured: MaskInputs) -> None:
     sizes = shares(measured.result)
     rows = design(sizes)
     assert rows.shape == (RUNS, len(sizes)) and (rows == design(sizes)).all()
@@ -101,7 +107,7 @@ def test_the_design_estimates_every_group(measured: Measured) -> None:
     assert inside == expected
 
 
-def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_effects_of_training_a_group(measured: MaskInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = shares(measured.result)
     frozen, draw = design(sizes), np.random.default_rng(0)
     truth = np.zeros(len(sizes))
@@ -136,7 +142,7 @@ def test_effects_of_training_a_group(measured: Measured, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("matters", [True, False])
-def test_how_much_the_masks_explain(measured: Measured, monkeypatch: pytest.MonkeyPatch, matters: bool) -> None:
+def test_how_much_the_masks_explain(measured: MaskInputs, monkeypatch: pytest.MonkeyPatch, matters: bool) -> None:
     from scipy.stats import f_oneway
 
     sizes, draw = shares(measured.result), np.random.default_rng(3)
@@ -188,5 +194,9 @@ def test_what_foretells_an_effect() -> None:
         assert table.loc[name, "rho"] == pytest.approx(spearmanr(own, -effect).statistic)
     assert table.loc["size again", "rho"] > 0.8 and abs(table.loc["size again", "rho_share"]) < 1e-4
     assert table.loc["chance", "p"] > 0.05
+    part = pulls.assign(value=pulls["value"].where(pulls["measure"] != "chance"))
+    for lacking in (part, part.dropna()[lambda t: ~((t["measure"] == "size again") & (t["group"] == "g3"))]):
+        with pytest.raises(GddlabError, match=r"measure '(chance|size again)' has no value in a group"):
+            foretold(found, lacking, "fd")
     with pytest.raises(GddlabError, match="group 'g0' has no effect by 'kd'"):
         foretold(found, pulls, "kd")

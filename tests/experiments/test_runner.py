@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from gddlab.experiments import (
     Question,
     Study,
     TeacherRun,
-    feeding,
     plan,
     question,
     reproduce,
@@ -33,7 +33,7 @@ from gddlab.experiments import (
 )
 from gddlab.experiments import runner as module
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Found, Judge, Measured, Subjects
+from gddlab.experiments.experiment import Judge, MaskInputs, StudyInputs, StudyResult
 from gddlab.experiments.full import FULL
 from gddlab.experiments.questions import OWN_RATE
 from gddlab.experiments.runner import RUN_FILES
@@ -70,10 +70,10 @@ def tiny_list(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Experiment("all", "everything", lambda m, s: None, configure, (0, 1, 2), seconds=60.0),  # type: ignore[arg-type]
     )
 
-    def moved(s: Subjects) -> Found:
+    def moved(s: StudyInputs) -> StudyResult:
         """One row a student."""
         shares = {n: weight_change(net, s.teacher, "conv").frame["value"].mean() for n, net in s.students.items()}
-        return Found(pd.DataFrame({"network": shares.keys(), "value": shares.values()}), {"seed": 0})
+        return StudyResult(pd.DataFrame({"network": shares.keys(), "value": shares.values()}), {"seed": 0})
 
     study = Study("moved", "how far", ("rule", "all"), moved)
     asked = Question(
@@ -213,10 +213,16 @@ def test_teachers_and_starts(tiny_list: list[int], tmp_path: Path, monkeypatch: 
     changed = weight_change(after.student(), before.student(), "conv").frame["value"]
     far = weight_change(after.student(), load_precond(teacher.config.teacher), "conv").frame["value"]
     assert 0 < changed.mean() < far.mean()
+    with pytest.raises(GddlabError, match="is where the runs are: give another folder"):
+        ship("tiny", tmp_path, tmp_path)
     ship("tiny", tmp_path, tmp_path / "data")
     shipped = {r.run_dir.parent.name: r for r in load_runs(tmp_path / "data")}
     assert shipped["then"].written_config["student"] == "other/seed-0/snapshots/000000.016.safetensors"
     assert shipped["then"].written_config["teacher"] == "teachers/young/snapshots/0.008.safetensors"
+    shutil.rmtree(after.run_dir)
+    (before.run_dir / "snapshots" / "000000.016.safetensors").unlink()
+    with pytest.raises(GddlabError, match=r"then begins with .*000000.016.safetensors, which is gone: remove .*other"):
+        reproduce("tiny", out=tmp_path, only=["then"])
 
 
 def test_a_mask_chosen_from_runs(tiny_list: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +231,7 @@ def test_a_mask_chosen_from_runs(tiny_list: list[int], tmp_path: Path, monkeypat
     rule, everything = tiny.experiments
     seen: list[list[str]] = []
 
-    def chosen(measured: Measured, seed: int) -> FreezeMask:
+    def chosen(measured: MaskInputs, seed: int) -> FreezeMask:
         seen.append([f"{run.run_dir.parent.name}/{run.run_dir.name}: {run.status}" for run in measured.runs])
         return measured.rule
 
@@ -296,6 +302,10 @@ def test_a_study_is_made_anew_when_another_student_is_there(
     assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["done"]  # it makes no scores
     meta = folder / "meta.json"
     write_json(meta, read_json(meta) | {"asked": ["fd-lite2", "kd-lite2", "fd-lite0"]})  # as of one that does
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["to do"]
+    write_json(meta, read_json(meta) | {"asked": [*read_json(meta)["asked"], "recall-lite2"]})
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["done"]
+    monkeypatch.setattr(module, "_bundled_sha256", lambda name: "another")
     assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["to do"]
 
 
@@ -389,20 +399,29 @@ def test_gdd_is_varied_at_its_own_rate(tmp_path: Path) -> None:
     assert len(varied) == 14 and {rates[n] for n in varied} == {rates[OWN_RATE]} != {rates["gdd"]}
 
 
+@pytest.mark.parametrize("name", module.LISTS)
+def test_each_experiment_answers_a_question(name: str) -> None:
+    chosen = module.LISTS[name]
+    questions = [question(q.notebook, name) for q in chosen.questions]  # with what the list has
+    needed = {need.partition("/")[0] for s in chosen.studies for need in s.needs}
+    needed |= {need for e in chosen.experiments for need in e.needs}
+    assert {e.name for e in chosen.experiments} <= {arm for q in questions for arm in q.arms} | needed
+    for q, digits in ((q, DIGITS.asked_by(q.notebook)) for q in questions):
+        assert digits is not None and bool(q.contrasts) == bool(digits.contrasts), q.notebook
+
+
 def test_questions_ask_for_what_there_is() -> None:
-    """Each experiment of the digits answers a question, and each arm of a question is in one of the lists."""
+    """Each arm of a question is in one of the lists."""
     asked = {arm for q in DIGITS.questions for arm in q.arms}
-    needed = {need.partition("/")[0] for s in DIGITS.studies for need in s.needs}
-    needed |= {need for e in DIGITS.experiments for need in e.needs}
-    assert {e.name for e in DIGITS.experiments} <= asked | needed
     assert {"warm", "layers-47"} <= {str(p.item.name) for p in plan("digits", only=["02_choosing_a_mask"], seeds=1)}
     assert DIGITS.notebooks_of("layers-47") == ("02_choosing_a_mask",)
     assert asked <= {e.name for chosen in (DIGITS, *FULL.values()) for e in chosen.experiments}
     studies = {s for q in DIGITS.questions for s in q.studies}
     assert studies == {s.name for s in DIGITS.studies}
     assert {arm for q in DIGITS.questions for pair in q.contrasts for arm in pair} <= asked
-    assert "scratch" in feeding("20_initialisation") and "scratch" in feeding("20_initialisation", "cifar10")
-    assert "from-low" not in feeding("20_initialisation", "cifar10")
+    assert "scratch" in question("20_initialisation").arms
+    assert "scratch" in question("20_initialisation", "cifar10").arms
+    assert "from-low" not in question("20_initialisation", "cifar10").arms
     runs: list[Any] = [SimpleNamespace(run_dir=Path("runs") / "gdd" / f"seed-{seed}") for seed in (0, 1, 10)]
     assert [r.run_dir.name for r in question("12_main_results").counted(runs)] == ["seed-1", "seed-10"]
     assert "Not counted in what is compared: seed 0." in str(question("17_freezing"))
@@ -410,6 +429,15 @@ def test_questions_ask_for_what_there_is() -> None:
     assert full.counted(runs) == runs
     assert ("scratch", "gdd") in question("20_initialisation", "cifar10").contrasts  # the digits' own rate is theirs
     assert full.primary == ("fid-min3", "clip-fid", "kid", "precision", "recall") and full.at is None
+    few = question("21_data_efficiency", "cifar10")
+    assert ("gdd-i-images-1000", "gdd-images-1000") in few.contrasts and (
+        "gdd-i-images-25000",
+        "gdd-i",
+    ) in few.contrasts
+    assert ("gdd-i", "random-80") not in few.contrasts and "gdd-images-50" not in few.arms
+    assert "random-10" in question("17_freezing", "cifar10").arms
+    with pytest.raises(GddlabError, match="unknown notebook '02_choosing_a_mask'"):  # its mask is the digits'
+        question("02_choosing_a_mask", "cifar10")
     assert "clip-fid" in FULL["cifar10"].asked_of("gdd-i")
     with pytest.raises(GddlabError, match="unknown notebook '20_initialization': did you mean '20_initialisation'"):
-        feeding("20_initialization")
+        question("20_initialization")

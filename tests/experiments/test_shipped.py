@@ -8,7 +8,7 @@ import pytest
 
 from gddlab.evaluation import evaluate, load_records
 from gddlab.experiments.digits import DIGITS
-from gddlab.experiments.experiment import Measured
+from gddlab.experiments.experiment import MaskInputs
 from gddlab.files import data_dir
 from gddlab.probing import ProbeResult
 from gddlab.runs import Run, load_runs
@@ -24,7 +24,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 def test_shipped_masks_are_those_chosen_anew(runs: list[Run]) -> None:
     result = ProbeResult.load(FOLDER / "measured")
-    measured = Measured(result, runs)
+    measured = MaskInputs(result, runs)
     declared = {experiment.name: experiment for experiment in DIGITS.experiments}
     for run in runs:
         experiment, config = declared[run.run_dir.parent.name], run.config

@@ -145,6 +145,20 @@ def test_refusals(runs: list[Run]) -> None:
     assert len(run_table(runs)) == 7
 
 
+def test_two_runs_of_one_seed_are_no_two_seeds(runs: list[Run]) -> None:
+    with pytest.raises(GddlabError, match="arm 'gdd' has two runs of seed"):
+        arm_table([*runs, runs[0]], ("gdd", "gdd-i"))
+
+
+def test_no_pairs_and_no_scores_are_empty(runs: list[Run]) -> None:
+    none = contrast_table(runs, ())
+    assert not len(none) and "p_holm" in none and not len(contrast_text(none))
+    arms = arm_table(runs, ("gdd",), metrics=())
+    assert not len(arm_text(arms))
+    assert draw_dose(arms, {"all": ["gdd"]}).axes and draw_arms(arms).axes
+    plt.close("all")
+
+
 def test_figures(runs: list[Run]) -> None:
     found = arm_table(runs, ("gdd", "gdd-i", "one", "never"), metrics=("fd-lite2", "kd-lite2"))
     figure = draw_dose(found, {"all": ("gdd", "gdd-i", "never")}, levels={"fd-lite2": {"teacher": 63.0}})
@@ -183,15 +197,15 @@ def test_figures(runs: list[Run]) -> None:
 
 def test_followers_over_the_share(tmp_path: Path) -> None:
     rows = [("gdd", 0, 0.0, 0.2, 0.5), ("gdd", 1, 0.0, 0.4, 0.3), ("gdd-i", 0, 0.8, 0.9, 0.1)]
-    study = pd.DataFrame(rows, columns=["experiment", "seed", "frozen", "retrieved", "pixel"])
+    study = pd.DataFrame(rows, columns=["experiment", "seed", "frozen", "found", "correlation"])
     table = followed_table(study).set_index(["metric", "experiment"])
     assert table.loc[("teacher's image found", "gdd"), "mean"] == pytest.approx(0.3)
-    assert table.loc[("distance to it", "gdd-i"), "seeds"] == 1
+    assert table.loc[("correlation with it", "gdd-i"), "seeds"] == 1
     figure = draw_dose(followed_table(study), {"all": ("gdd", "gdd-i")})
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [0, 80]
     plt.close("all")
     with pytest.raises(GddlabError, match="give the table of the study 'followed'"):
-        followed_table(study.drop(columns="pixel"))
+        followed_table(study.drop(columns="correlation"))
 
 
 def test_groups_put_back() -> None:

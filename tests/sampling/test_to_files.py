@@ -178,12 +178,12 @@ def worker(job: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_worker_refuses() -> None:
-    """One line and exit code 2, as `run_workers` reads them."""
+    """Its class and text, and exit code 2, as `run_workers` reads them."""
     with worker({"model": "digit", "out": "x", "n": 1}) as process:
         assert process.wait(60) == 2
-        assert process.stderr is not None
-        (line,) = process.stderr.read().decode().splitlines()
-    assert line.startswith("gddlab: ") and "'digit'" in line
+        assert process.stdout is not None
+        module, name, text = json.loads(process.stdout.read())["refused"]
+    assert (module, name) == ("gddlab.errors", "GddlabError") and "'digit'" in text
 
 
 def test_a_worker_ends_with_its_parent(teacher_file: Path, tmp_path: Path) -> None:
@@ -199,7 +199,10 @@ def test_a_worker_ends_with_its_parent(teacher_file: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("echo warning >&2; echo gddlab: n is odd >&2; exit 2", "^n is odd$"),
+        (
+            """echo '{"refused": ["gddlab.errors", "GddlabError", "n is odd"]}'; echo warning >&2; exit 2""",
+            "^n is odd$",
+        ),
         ("kill -9 $$", "^process 1 of 2 was ended by signal 9; what is written stays, the same call continues$"),
         ("echo MemoryError >&2; exit 1", "^process 1 of 2 failed: MemoryError; what is written stays"),
     ],

@@ -127,11 +127,13 @@ def x_of(rows: pd.DataFrame, depth_of: str = "convolutions") -> tuple[np.ndarray
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the whole path components that all of them begin with."""
-    parts = [n.split(".")[:-1] for n in names]
-    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
-    prefix = sum(len(column[0]) + 1 for column in shared)
-    return [n[prefix:] for n in names]
+    """Names without the whole path components that all of them begin with; a number alone is no name: "blocks.0"."""
+    parts = [n.split(".") for n in names]
+    columns = zip(*(p[:-1] for p in parts), strict=False)
+    shared = len([*itertools.takewhile(lambda column: len(set(column)) == 1, columns)])
+    if shared and any(p[shared].isdigit() for p in parts):
+        shared -= 1
+    return [".".join(p[shared:]) for p in parts]
 
 
 def unit_of(frame: pd.DataFrame, stat: str) -> str:

@@ -188,12 +188,20 @@ def layers_down(
         strip = ax.inset_axes((at, 0, 0.025, 1))
         at += 0.04
         strip.set_facecolor(MISSING)
-        look: dict[str, Any] = {"cmap": frozen_colours(), "vmin": 0, "vmax": 1, "linewidths": 0.4}
+        colours = frozen_colours()
+        look: dict[str, Any] = {"cmap": colours, "vmin": 0, "vmax": 1, "linewidths": 0.4}
         sns.heatmap(each[:, None], ax=strip, cbar=False, xticklabels=False, yticklabels=False, **look)
-        names = {FROZEN: f"frozen, {whole:.1%} of all parameters", TRAINED: "trained"}
-        handles = [Patch(color=colour, label=name) for colour, name in names.items()]
+        names = {1.0: f"frozen, {whole:.1%} of all parameters", 0.0: "trained"}
+        if ((each > 0) & (each < 1)).any():  # blocks, of which a part is frozen
+            names |= {1.0: f"frozen ({whole:.1%} of all parameters)"} | {x: f"{x:.0%}" for x in (0.75, 0.5)}
+        handles = [Patch(color=colours(x), label=names[x]) for x in sorted(names, reverse=True)]
         ax.legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1.04, 1), ncols=2, borderaxespad=0.2, handlelength=1
+            handles=handles,
+            loc="lower right",
+            bbox_to_anchor=(1.04, 1),
+            ncols=len(handles),
+            borderaxespad=0.2,
+            handlelength=1,
         )
     for kind, values in (nulls or {}).items():
         strip = ax.inset_axes((at, 0, STRIP, 1))

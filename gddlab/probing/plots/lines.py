@@ -202,7 +202,7 @@ def _many(ax: Axes, table: pd.DataFrame, rows: pd.DataFrame) -> None:
     first = rows.assign(name=rows["place"].map(names)).drop_duplicates("name").set_index("name")
     look: dict[str, Any] = {"x": "sigma", "y": "value", "hue": "place", "style": "place", "ax": ax}
     look |= {"palette": dict(first["colour"]), "dashes": {n: _dash(s) for n, s in first["stage"].items()}}
-    sns.lineplot(long, units="layer", estimator=None, linewidth=0.6, alpha=0.4, legend=False, **look)
+    sns.lineplot(long, units="layer", estimator=None, linewidth=0.8, alpha=0.75, legend=False, **look)
     markers = {n: MARKERS.get(s, "D") for n, s in first["stage"].items()}
     sns.lineplot(
         long, estimator="median", errorbar=None, linewidth=2, zorder=3, markers=markers, markeredgewidth=0, **look
