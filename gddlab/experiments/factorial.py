@@ -125,7 +125,7 @@ def effects(
     import pandas as pd
     from scipy.stats import t
 
-    from gddlab.reporting.contrasts import corrected
+    from gddlab.reporting.statistics import LEVEL, corrected
 
     sizes = shares(result)
     tables = []
@@ -137,7 +137,7 @@ def effects(
         spread = np.sqrt(((y - x @ found) ** 2).sum() / freedom)
         # from frozen to trained are two units
         effect, error = 2 * found[1:], 2 * spread * np.sqrt(np.diag(inverse))[1:]
-        half = error * t.ppf(0.975, freedom)
+        half = error * t.ppf(0.5 + LEVEL / 2, freedom)
         columns: dict[str, Any] = {"metric": metric, "experiment": list(sizes), "against": "", "seeds": len(y)}
         columns |= {"difference": effect, "low": effect - half, "high": effect + half, "g": effect / spread}
         columns |= {"p": 2 * t.sf(abs(effect) / error, freedom), "frozen": list(sizes.values()), "state": "done"}

@@ -12,16 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
-from gddlab.reporting.style import checked, draw_levels, fit_scale, look, seeds_text
-from gddlab.reporting.tables import FEWEST, LEVEL, When, format_of, interval, run_table
+from gddlab.reporting.statistics import DIFFERENCE, LEVEL, corrected, difference, interval
+from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
+from gddlab.reporting.styled import format_of
+from gddlab.reporting.tables import When, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
 
-LEAST = 5
-"""Seeds of both arms from which a difference has a p: with fewer, Welch's errs up to eight times as often in its tail
-as it says."""
 ARM = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high", "state")
-DIFFERENCE = ("difference", "low", "high", "g", "p")
 PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
 WIDEST = 4
 """Panels beside each other in a figure, at most."""
@@ -118,36 +116,6 @@ def _sample(own: pd.DataFrame, arm: str) -> tuple[np.ndarray, str]:
     return scored["value"].to_numpy(float), why or "done"
 
 
-def difference(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Difference of two means with Welch's interval and p, and Hedges' g; NaN for what too few values allow."""
-    from scipy.stats import ttest_ind
-
-    out = dict.fromkeys(DIFFERENCE, np.nan)
-    if min(len(x), len(y)) < 1:
-        return out
-    out["difference"] = gap = float(x.mean() - y.mean())
-    if min(len(x), len(y)) < FEWEST:
-        return out
-    found = ttest_ind(x, y, equal_var=False)
-    bounds = found.confidence_interval(LEVEL)
-    n = len(x) + len(y) - 2
-    pooled = np.sqrt(((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / n)
-    out |= {"low": float(bounds.low), "high": float(bounds.high)}
-    out["g"] = float(gap / pooled * (1 - 3 / (4 * n - 1))) if pooled > 0 else np.nan
-    return out | ({"p": float(found.pvalue)} if min(len(x), len(y)) >= LEAST else {})
-
-
-def corrected(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """Adds `p_holm` to rows by score and pair: p of a pair over all its scores, corrected for all pairs."""
-    p: dict[Any, float] = {}
-    for pair, own in contrasts.groupby(["experiment", "against"], sort=False):
-        agree = own["difference"].gt(0).all() or own["difference"].lt(0).all()
-        p[pair] = own["p"].max(skipna=False) if agree or own["p"].isna().any() else 1.0
-    of_pair = dict(zip(p, holm(np.array([*p.values()], float)), strict=True))
-    keys = zip(contrasts["experiment"], contrasts["against"], strict=True)
-    return contrasts.assign(p_holm=[of_pair[k] for k in keys])
-
-
 def change_table(
     runs: Sequence[Run], rows: Sequence[str], *, metrics: Sequence[str], start: float, end: float
 ) -> pd.DataFrame:
@@ -167,56 +135,6 @@ def change_table(
         both["state"] = late["state"].where(late["value"].isna(), early["state"])
         tables += [_arm(metric, both, arm) for arm in rows]
     return pd.DataFrame(tables, columns=[*ARM])
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """p corrected for all that are not NaN, step-down (Holm 1979)."""
-    out = np.full(len(p), np.nan)
-    order = [i for i in np.argsort(p) if np.isfinite(p[i])]
-    least = 0.0
-    for k, i in enumerate(order):
-        least = max(least, min(1.0, (len(order) - k) * p[i]))
-        out[i] = least
-    return out
-
-
-def followed_table(study: pd.DataFrame) -> pd.DataFrame:
-    """The study "followed" as a table for `draw_dose`: means over seeds, with their 95 % intervals.
-
-    Scores are "teacher's image found", the share of a student's images to which the teacher's image of the same noise
-    is the most alike of all, and "correlation with it", as `found_again` gives them.
-
-    Raises:
-        GddlabError: Another table.
-    """
-    names = {"found": "teacher's image found", "correlation": "correlation with it"}
-    study = checked(study, ("experiment", "seed", "frozen", *names), "followed")
-    rows = []
-    for (column, name), (arm, own) in itertools.product(names.items(), study.groupby("experiment", sort=False)):
-        x = own[column].to_numpy(float)
-        low, high = interval(x)
-        row = {"metric": name, "experiment": arm, "frozen": own["frozen"].mean(), "seeds": len(x), "mean": x.mean()}
-        rows.append(row | {"low": low, "high": high, "state": "done"})
-    return pd.DataFrame(rows)
-
-
-def rewound_table(study: pd.DataFrame, into: str = "student") -> pd.DataFrame:
-    """The study "rewound" as a table for `draw_arms`: what each score becomes when a group of layers is put back.
-
-    Args:
-        study: "rewound", as `gddlab.load_study` gives it.
-        into: "student" for the teacher's weights in a student, "teacher" for the reverse.
-
-    Returns:
-        metric, experiment (the group; "none" is the network as it was, "all" the other one), frozen (the group's share
-        of the squared movement of all weights), mean, state; one training seed, so that there are no intervals.
-
-    Raises:
-        GddlabError: Another table.
-    """
-    study = checked(study, ("into", "group", "share", "metric", "value"), "rewound")
-    own = study[study["into"] == into].rename(columns={"group": "experiment", "share": "frozen", "value": "mean"})
-    return own.assign(seeds=1, low=np.nan, high=np.nan, state="done")
 
 
 def arm_text(arms: pd.DataFrame) -> pd.DataFrame:

@@ -7,15 +7,14 @@ from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gddlab.reporting.contrasts import interval
 from gddlab.reporting.run_summary import Summary, table_of
+from gddlab.reporting.statistics import FEWEST, interval
 from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
@@ -23,8 +22,6 @@ from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
-BANDED = 3
-"""Seeds from which on there is a band: the interval of two is 13 times as wide as their distance."""
 LINED = 5
 """Seeds up to which each has a line of its own, in place of bands."""
 MARKERS = "osD^vP"
@@ -146,7 +143,7 @@ def _draw_lines(
     ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
     seeds = seeds_text(shown.groupby([hue, x]).size())
     if seeds not in ("", "1 seed"):
-        how = "thin: each seed" if each else f"band: 95 % interval, from {BANDED} seeds on"
+        how = "thin: each seed" if each else f"band: 95 % interval, from {FEWEST} seeds on"
         seeds = f"mean over {seeds}; {how}"
     states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
     absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
@@ -155,7 +152,7 @@ def _draw_lines(
 
 
 def _band(values: pd.Series) -> tuple[float, float]:
-    return interval(values.to_numpy(float)) if len(values) >= BANDED else (np.nan, np.nan)
+    return interval(values.to_numpy(float))
 
 
 @themed

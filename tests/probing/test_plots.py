@@ -11,9 +11,9 @@ import torch
 from matplotlib.colors import FuncNorm, LogNorm, Normalize, SymLogNorm, to_hex
 
 from gddlab.errors import GddlabError
-from gddlab.freezing import FreezeMask
+from gddlab.freezing import FreezeMask, select_freeze
 from gddlab.nets import from_edm
-from gddlab.probing import ProbeResult
+from gddlab.probing import ProbeResult, probe
 from gddlab.probing.layers import inventory, is_conv
 from gddlab.probing.plots.axes import plain
 from gddlab.probing.plots.heatmaps import draw_over_training
@@ -279,6 +279,9 @@ def test_a_mask_is_drawn_beside_its_layers(small):
     expected["model.dec.8x8_in0.conv0"] = part.weight.numel() / (part.weight.numel() + part.bias.numel())
     assert shares == pytest.approx(expected)
     assert texts(ax.get_legend().get_texts()) == [f"frozen, {mask.fraction:.1%} of all parameters", "trained"]
+    blocks = probe(net, [80.0], layers="block", stats="rms", states="prior", n=2, progress=False)
+    ax = blocks.heatmap("rms", mask=select_freeze(net, strategy="gdd-i"))  # which freezes a part of each
+    assert [t.partition(" ")[0] for t in texts(ax.get_legend().get_texts())] == ["frozen", "75%", "50%", "trained"]
     for other in ((("other.weight", (3,)),), (*parameters, ("model.map_label.weight", (8, 10)))):
         with pytest.raises(GddlabError, match=r"for another network than was probed: '(other|model.map_label).weight'"):
             small.heatmap("rms", mask=FreezeMask((), other))
@@ -304,7 +307,7 @@ def test_few_lines_have_names_and_bands_of_one_standard_error(small):
 def test_many_lines_are_coloured_by_resolution_with_medians(small):
     ax = small.lines("rms")
     table = small.frame[small.frame["stat"] == "rms"]
-    layers = [line for line in ax.lines if line.get_linewidth() == 0.6]
+    layers = [line for line in ax.lines if line.get_linewidth() == 0.8]
     assert len(layers) == len(names_of(small))
     part = table[(table["stage"] == "dec") & (table["resolution"] == 8)]
     label = f"decoder 8: median of {part['layer'].nunique()}"

@@ -17,15 +17,11 @@ from gddlab.reporting.contrasts import (
     change_table,
     contrast_table,
     contrast_text,
-    corrected,
-    difference,
     draw_arms,
     draw_dose,
-    followed_table,
-    holm,
-    interval,
-    rewound_table,
 )
+from gddlab.reporting.statistics import corrected, difference, holm, interval
+from gddlab.reporting.study_tables import followed_table, rewound_table
 from gddlab.reporting.style import look
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs

@@ -192,7 +192,7 @@ def layers_down(
         look: dict[str, Any] = {"cmap": colours, "vmin": 0, "vmax": 1, "linewidths": 0.4}
         sns.heatmap(each[:, None], ax=strip, cbar=False, xticklabels=False, yticklabels=False, **look)
         names = {1.0: f"frozen, {whole:.1%} of all parameters", 0.0: "trained"}
-        if ((each > 0) & (each < 1)).any():  # blocks, of which a part is frozen
+        if ((each > 0.05) & (each < 0.95)).any():  # blocks, of which a part is frozen
             names |= {1.0: f"frozen ({whole:.1%} of all parameters)"} | {x: f"{x:.0%}" for x in (0.75, 0.5)}
         handles = [Patch(color=colours(x), label=names[x]) for x in sorted(names, reverse=True)]
         ax.legend(
