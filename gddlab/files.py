@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,16 +168,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             raise GddlabError(f"{path} is a folder: give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(fd)
-    tmp = Path(name)
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        tmp.touch(exist_ok=False)  # with the rights that the user's files have, not those of tempfile
     try:
         yield tmp
         with tmp.open("rb") as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from colleagues
         tmp.replace(path)
         fsync_dir(path.parent)
     finally:

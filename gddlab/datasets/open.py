@@ -196,6 +196,8 @@ def open_dataset(
     source = find_source(data, download=download)
     if isinstance(source, ImageDataset) and classes is None and max_images is None and not xflip and memory != "mapped":
         return source
+    if isinstance(source, ImageDataset) and (chosen := source.manifest.extra.get("options")):
+        raise GddlabError(f"{source.name} was chosen by {chosen} already: give all options at once")
     return _opened(listed(source), classes, max_images, seed, xflip, memory, progress)
 
 

@@ -162,10 +162,12 @@ class Codec:
             yield origin
             return
         try:
-            self.vae.to(device)
+            with torch.inference_mode(False):  # whose tensors could never have gradients again
+                self.vae.to(device)
             yield device
         finally:
-            self.vae.to(origin)
+            with torch.inference_mode(False):
+                self.vae.to(origin)
 
 
 def _check(x: Any, what: str, channels: int) -> None:

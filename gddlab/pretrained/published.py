@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gddlab.errors import GddlabError, NotFound
-from gddlab.files import cache_dir, describe_start, file_sha256
+from gddlab.files import cache_dir, describe_start, file_sha256, path_of
 from gddlab.progress import interactive
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -142,9 +142,10 @@ class Published:
         if given == "random":
             return None
         if given not in (None, "auto"):
-            if not Path(given).is_file():
+            path = path_of("weights", given)
+            if not path.is_file():
                 raise NotFound(f"no {self.noun} {self.title} at {given}: give a path, 'random', or omit it to search")
-            return Path(given)
+            return path
         if (found := self.locate()) is not None:
             return found
         if self.url is None:

@@ -33,6 +33,7 @@ from gddlab.probing.sites import again, channel_axis, layer_of, spread
 from gddlab.probing.statistics import ChannelMoments, PerImage, RatioOfMeans, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
+from gddlab.sampling.samplers import precision
 
 Mode = Literal["mean", "zero", "resample"]
 
@@ -163,7 +164,7 @@ def ablate(
                     bar.update()
     effects.layers = [sized(layer, shapes[outputs[layer.name][0]]) for layer in selected]
     settings: dict[str, Any] = {"tier": "ablation", "mode": mode}
-    settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    settings["dtype"] = precision(dtype)
     result = effects.result(side="ablated", settings=settings, not_run=not_run)
     # the means are of these images: to add others would mix two measurements, and merge refuses a result without sums
     return result.copy(statistics={}) if mode == "mean" else result

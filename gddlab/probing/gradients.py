@@ -286,7 +286,7 @@ class _Moments:
             b = len(squares)
             mean = _square([self._sums[p] / b for p in params])  # |mean g|^2
             norm = _square([double(p.detach()) for p in params]).sqrt()
-            spread = (squares.sum() - b * mean).clamp(min=0) / (b - 1)  # trace of Cov g; NaN for one batch
+            spread = (squares.sum() - b * mean).clamp(min=0) / (b - 1) if b > 1 else mean * torch.nan  # trace of Cov g
             found = [
                 *(mean.sqrt() / norm, (spread / b).sqrt() / norm),
                 *((mean - spread / b) / spread, mean.new_tensor(torch.nan)),

@@ -502,7 +502,7 @@ class Probe:
             call, found = max(by_call.items())
             if self.calls == "mean" and len(by_call) > 1:
                 try:
-                    call, found = 0, {r: mean_over_calls(r, [by[r] for by in by_call.values()]) for r in found}
+                    call, found = 0, mean_over_calls([*by_call.values()])
                 except RuntimeError:
                     raise GddlabError(
                         f'layer {place.module!r} has outputs of several shapes in one pass: give calls="each"'

@@ -106,6 +106,8 @@ class Inputs:
         if told is not None:
             _check_told(self.denoiser, told)
         crossed = isinstance(told, str) and told == "cross"
+        if states == "student" and unit != "sigma":
+            raise GddlabError(f'unit={unit!r} with states="student": a student sees sigma 80 alone, omit unit')
         if timesteps is None:
             timesteps = CROSSED if crossed and states != "student" else LEVELS
         if unit == "t":

@@ -34,6 +34,7 @@ from gddlab.probing.sites import again, layer_of
 from gddlab.probing.statistics import Given, PerImage, declare
 from gddlab.progress import progress_bar
 from gddlab.runtime import beside_runs
+from gddlab.sampling.samplers import precision
 
 Measure = SkipValidation[Callable[[nn.Module], float]]
 """A number of a network, such as a distance of its samples to real images."""
@@ -194,7 +195,7 @@ def patch(
                     measured[layer.name] = _number(measure, model) - whole
                 bar.update()
     settings = {"tier": "patch", "what": what, "into": into, "donor": network_meta(donor)["model"]["fingerprint"]}
-    settings["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    settings["dtype"] = precision(dtype)
     finite = {name: x if math.isfinite(x) else math.nan for name, x in measured.items()}
     given = {name: MEASURES[what]([x] * len(inputs.sigmas)) for name, x in finite.items()}
     return effects.result(side="patched", settings=settings, given=given, not_run=not_run)

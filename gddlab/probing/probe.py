@@ -232,7 +232,10 @@ def _with_rows(model: nn.Module, inputs: Inputs, how: _How) -> _How:
     with as_it_was(inputs.denoiser, device=how.device, dtype=how.dtype) as target, torch.no_grad():
         for size in tried if len(tried) > 1 else ():
             measures, blocks = _plan(model, inputs, how._replace(batch_size=size))
-            rows, keyword = inputs.told_rows(*blocks[0][0], device=target, sigmas=measures[0].sigmas)
+            first = next((span for block in blocks for span in block), None)
+            if first is None:
+                break  # no image is this process's: another one chooses
+            rows, keyword = inputs.told_rows(*first, device=target, sigmas=measures[0].sigmas)
             for _ in range(2):  # the first also chooses kernels
                 _wait(target)
                 began = time.perf_counter()

@@ -351,14 +351,18 @@ def one_reading(wanted: Collection[Reduction]) -> tuple[Reduction, ...]:
     return tuple(sorted(left, key=lambda r: getattr(r, "__name__", "")))
 
 
-def mean_over_calls(reduction: Reduction, found: Sequence[Tensor]) -> Tensor:
-    """A reduction's numbers of several runs of a layer as those of one, whose output holds theirs side by side."""
-    x = torch.stack(list(found))
-    if reduction is not moments:
-        return x.mean(0)
-    mean, within, magnitude = x.unbind(-1)
-    between = (mean - mean.mean(0)).square()
-    return torch.stack([mean.mean(0), (within + between).mean(0), magnitude.mean(0)], -1)
+def mean_over_calls(runs: Sequence[Mapping[Reduction, Tensor]]) -> dict[Reduction, Tensor]:
+    """The numbers of several runs of a layer as those of one, whose output holds theirs side by side.
+
+    Shares of frequency bands and HSIC are means over the runs.
+    """
+    stacked = {reduction: torch.stack([found[reduction] for found in runs]) for reduction in runs[0]}
+    out = {reduction: x.mean(0) for reduction, x in stacked.items()}
+    if moments in out:  # variances gain what lies between the runs
+        out[moments][..., 1] += stacked[moments][..., 0].var(0, correction=0)
+    if channel_variance in out and channel_mean in out:
+        out[channel_variance] = out[channel_variance] + stacked[channel_mean].var(0, correction=0)
+    return out
 
 
 # The same numbers by compiled code, whose temporaries are registers: one call, one pass over memory. Compiled code adds

@@ -177,11 +177,6 @@ class ProbeResult(Heatmaps, Lines, Similarities, Readouts, Crossing, AgainstNull
     # What is in it.
 
     @property
-    def gram(self) -> dict[str, np.ndarray]:
-        """Cosines between noise levels by layer, (S, S); where "cosine" was measured."""
-        return self.matrices.get("cosine", {})
-
-    @property
     def sigmas(self) -> list[float]:
         """Noise levels, descending."""
         return [float(s) for s in self.meta["sigmas"]]
@@ -528,7 +523,7 @@ def _check_same_network(first: ProbeResult, other: ProbeResult) -> None:
 
 
 def _check_same_measurement(first: ProbeResult, other: ProbeResult) -> None:
-    for key in ("states", "sigmas", "told", "labels", "settings", "sites"):
+    for key in ("states", "sigmas", "t", "told", "labels", "cond", "guidance", "codec", "settings", "sites"):
         if first.meta.get(key) != other.meta.get(key):
             raise GddlabError(
                 f"{key} is {first.meta.get(key)} here, {other.meta.get(key)} there: merge equal measurements"
@@ -544,11 +539,14 @@ def _check_same_measurement(first: ProbeResult, other: ProbeResult) -> None:
 def _check_other_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     for seed, start, stop in theirs["images"]:
         for s, a, b in ours["images"]:
-            # Without a dataset an image is its noise, whose seed is the sum of seed and position.
-            same, shift = (s == seed, 0) if ours["data"] else (True, seed - s)
-            low, high = max(start + shift, a), min(stop + shift, b)
-            if same and low < high:
-                raise GddlabError(f"both results saw images {low} to {high} of seed {s}: probe others with start=")
+            # the seed of an image's noise is the sum of seed and position
+            low, high = max(start + seed - s, a), min(stop + seed - s, b)
+            if low < high:
+                other = "" if s == seed else f", or the same noise with seed {seed}"
+                raise GddlabError(
+                    f"both results saw images {low} to {high} of seed {s}{other}: probe others with start=, or with a "
+                    "seed further away than n"
+                )
 
 
 def _all_layers(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -230,10 +230,12 @@ def integrate(
             fresh = noise().to(x)  # drawn at every step, so that S_min and S_max do not change which noise a step gets
             if sampler.S_min <= sigma <= sampler.S_max:
                 raised = _rounded(net, sigma * (1 + min(sampler.S_churn / sampler.steps, math.sqrt(2) - 1)))
+                if isinstance(denoiser_in(net), Wrapped):  # which refuses what is beyond its range
+                    raised = min(raised, float(net.sigma_max))
                 t_hat = process.time(raised)
                 added = sampler.S_noise * math.sqrt(max(raised**2 - sigma**2, 0))
                 x = scale(t_hat) / scale(t) * x + scale(t_hat) * added * fresh
-                t = t_hat
+                t, sigma = t_hat, raised
         if is_pure(net, sigma):
             image = x / scale(t)
             lower = process.sigma(t_next)
@@ -575,14 +577,14 @@ def sampler_name(how: Method) -> str:
 def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_last: bool = False) -> Iterator[None]:
     """Inference: eval mode, no gradients, autocast, memory format of the weights; restores the network afterwards."""
     check_weights(net)
-    first = next(net.parameters())
+    first = next(net.parameters(), torch.empty(0))
     name = precision(dtype)
     whole = isinstance(denoiser_in(net), Precond)
     if not whole and channels_last:
         raise GddlabError("channels_last=True with what gddlab.wrap made: set it on the network itself")
     if name != "float32" and whole and first.dtype != torch.float32:
         raise GddlabError(f"dtype={name} with a {first.dtype} network: autocast wants float32 weights, use net.float()")
-    was_training = net.training
+    modes = {module: module.training for module in net.modules()}  # a part may be frozen in another mode
     number = first.dtype if name == "float32" else getattr(torch, name)
     layout = torch.channels_last if channels_last else torch.preserve_format
     # Kernels are converted here once; autocast would cast them again in every call.
@@ -595,7 +597,8 @@ def prepared(net: Denoiser, *, dtype: torch.dtype | str | None = None, channels_
         with torch.inference_mode(), autocast:
             yield
     finally:
-        net.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         for p, data in weights:
             p.data = data
 

@@ -230,7 +230,7 @@ def load_teacher(
         )
     except (TypeError, ValueError) as e:
         raise GddlabError(f"{path}: its metadata is damaged ({e}): convert the original again") from None
-    net.latent = net.card.codec is not None or vae is not None
+    net.latent = net.card.codec is not None or vae is not None or net.img_channels not in (1, 3)
     if vae is not None:
         net.codec = _codec_of(net, vae)
     return net

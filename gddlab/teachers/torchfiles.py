@@ -223,6 +223,10 @@ def _read_torch_zip(blob: Blob, budget: Budget, *, find: Callable[[str, str], Na
     return value
 
 
+BEYOND = 0xFFFFFFFF
+"""In place of a number that does not fit into four bytes."""
+
+
 class Entry(NamedTuple):
     """A file in a zip: its name, whether it is uncompressed, where its header starts, its length."""
 
@@ -242,19 +246,40 @@ class Entry(NamedTuple):
 
 
 def zip_directory(view: memoryview) -> Iterator[Entry]:
-    """The first 65,535 entries of a zip, one by one: `zipfile` reads all of a directory, which may fill the file."""
+    """The first 65,535 entries of a zip or zip64, one by one: `zipfile` reads all of a directory, which may fill it."""
     tail = bytes(view[-(2**16 + 22) :])
     end = tail.rfind(b"PK\x05\x06")
     if not 0 <= end <= len(tail) - 22:
         raise ValueError("without its directory; an incomplete download?")
     n, _, at = struct.unpack_from("<HII", tail, end + 10)
-    for _ in range(n):
+    if at == BEYOND or n == 0xFFFF:  # of more than 4 GiB: a second end says where the directory is
+        place = end - 20
+        if place < 0 or tail[place : place + 4] != b"PK\x06\x07":
+            raise ValueError("its directory is broken")
+        (record,) = struct.unpack_from("<Q", tail, place + 8)
+        if record + 56 > len(view) or bytes(view[record : record + 4]) != b"PK\x06\x06":
+            raise ValueError("its directory is broken")
+        n, _, at = struct.unpack_from("<QQQ", view, record + 32)
+    for _ in range(min(n, 0xFFFF)):
         if at + 46 > len(view) or bytes(view[at : at + 4]) != b"PK\x01\x02":
             raise ValueError("its directory is broken")
         flags, method, packed, size, *lengths, header = struct.unpack_from("<8xHH8xIIHHH8xI", view, at)
-        name = str(view[at + 46 : at + 46 + lengths[0]], "utf-8", "replace")
+        first = at + 46 + lengths[0]
+        name = str(view[at + 46 : first], "utf-8", "replace")
+        size, packed, header = _long(bytes(view[first : first + lengths[1]]), size, packed, header)
         yield Entry(name, method == 0 and packed == size and not flags & 1, header, size)
         at += 46 + sum(lengths)
+
+
+def _long(extra: bytes, *numbers: int) -> tuple[int, ...]:
+    """Size, packed size and place of a zip's entry, of which those beyond 4 GiB are in its extra fields."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            held = iter(struct.unpack_from(f"<{min(length, len(extra) - 4) // 8}Q", extra, 4))
+            return tuple(next(held, BEYOND) if number == BEYOND else number for number in numbers)
+        extra = extra[4 + length :]
+    return numbers
 
 
 # What the names in a teacher's pickle become.

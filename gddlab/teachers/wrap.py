@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gddlab.datasets import Source
 from gddlab.errors import GddlabError, check_takes, shown, validated
-from gddlab.nets import Precond
+from gddlab.nets import OneStepPrecond, Precond
 from gddlab.nets.bare import denoiser_of, unwrap
 from gddlab.nets.calls import Call, is_known, is_latent, shape_of
 from gddlab.nets.codec import VAES, Codec
@@ -272,6 +272,8 @@ def assemble(
     network, bare = denoiser_of(model), unwrap(model)
     title = type(bare).__name__
     codec = _codec(vae)
+    if isinstance(network, OneStepPrecond):
+        raise GddlabError("a one-step student is sampled and probed as it is: omit wrap")
     if isinstance(network, Precond):
         given = {"scheduler": scheduler, "path": path, "prediction": prediction, "alphas_cumprod": alphas_cumprod}
         if unused := [n for n, value in given.items() if value is not None]:
@@ -356,6 +358,13 @@ def assemble(
 def _of_precond(network: Precond, call: Call | None) -> Call:
     """One-hot labels, of which rows of zeros mean no class; the form of guidance as given."""
     form = call or Call(order=("cond", "uncond"))
+    own = dataclasses.replace(form, order=Call().order, doubled=Call().doubled, guide_channels=Call().guide_channels)
+    for field in dataclasses.fields(Call):
+        if (value := getattr(own, field.name)) != getattr(Call(), field.name):
+            raise GddlabError(
+                f"call= with {field.name}={shown(value)}: a network with its own preconditioning takes order, doubled "
+                "and guide_channels"
+            )
     return Call(
         sample="x",
         time="sigma",

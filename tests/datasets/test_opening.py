@@ -462,3 +462,11 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(GddlabError, match="needs the package datasets: run pip install datasets"):
         open_dataset("hf:other")
+
+
+def test_a_choice_of_a_choice_is_refused() -> None:
+    """Its card would know the second alone, and others could not find the images again."""
+    some = open_dataset("digits", classes=[3, 5])
+    assert len(open_dataset(some)) == len(some)
+    with pytest.raises(GddlabError, match=r"chosen by {'classes': \[3, 5\]} already: give all options at once"):
+        open_dataset(some, max_images=10)

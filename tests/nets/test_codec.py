@@ -102,6 +102,15 @@ def test_parts_do_not_change_the_latents(monkeypatch):
     torch.testing.assert_close(parts, whole)
 
 
+def test_an_autoencoder_that_is_brought_to_the_images_can_be_trained_afterwards(monkeypatch):
+    own, modes = made(), []
+    codec, to = Codec.of(own), own.to
+    monkeypatch.setattr(own, "to", lambda device: (modes.append(torch.is_inference_mode_enabled()), to("cpu"))[1])
+    with torch.inference_mode(), codec._at(torch.device("meta")):
+        assert torch.is_inference_mode_enabled()
+    assert modes == [False, False] and not any(p.is_inference() for p in own.parameters())
+
+
 def test_an_image_is_one_frame_of_a_video():
     own = video_vae()
     codec = Codec.of(own)

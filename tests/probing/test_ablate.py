@@ -72,7 +72,7 @@ def test_each_mode_is_what_a_hook_by_hand_does(net, pictures, by_hand, mode):
     torch.testing.assert_close(values(result, f"ablation_output_{mode}", CONV), change.mean(0), **close)
     assert (change > 1e-4).all()
     assert set(result.stats) == {f"ablation_{s}_{mode}" for s in ("loss", "loss_ratio", "output")}
-    assert result.meta["settings"] == {"tier": "ablation", "mode": mode, "dtype": None}
+    assert result.meta["settings"] == {"tier": "ablation", "mode": mode, "dtype": "float32"}
     assert MODES[mode] in result.meta["stats"][f"ablation_loss_{mode}"]["definition"]
     assert set(result.frame["n_images"]) == {4}
 
@@ -120,6 +120,14 @@ def test_numbers_do_not_depend_on_the_batch_size(net, pictures, mode):
         numbers = ["value", "sem"]
         pd.testing.assert_frame_equal(other.frame.drop(columns=numbers), whole.frame.drop(columns=numbers))
         np.testing.assert_allclose(other.frame[numbers], whole.frame[numbers], rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_of_one_type_merge_however_it_is_given(net, pictures):
+    parts = [
+        ablate(net, [1.0], [CONV], "zero", data=pictures, n=2, start=start, dtype=dtype)
+        for start, dtype in ((0, None), (2, "float32"))
+    ]
+    assert parts[0].merge(parts[1]).meta["n_images"] == 4
 
 
 @pytest.mark.parametrize("mode", ["zero", "resample"])

@@ -72,7 +72,8 @@ def test_told_its_own_level_is_the_probe_without_to_the_bit(net, pictures):
         plain = probe(net, [sigma], data=pictures, n=6, batch_size=3, stats=STATS)
         part = probe(net, [sigma], told="cross", data=pictures, n=6, batch_size=3, stats=STATS).diagonal()
         np.testing.assert_array_equal(part.frame["value"], plain.frame["value"])
-        assert all(np.array_equal(part.gram[k], plain.gram[k]) for k in plain.gram)
+        for kind, matrices in plain.matrices.items():
+            assert all(np.array_equal(part.matrices[kind][layer], matrix) for layer, matrix in matrices.items())
 
 
 def test_a_level_told_throughout_is_a_line_of_all_pairs(crossed, pictures):

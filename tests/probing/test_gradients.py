@@ -96,6 +96,14 @@ def test_signal_to_noise_is_not_inflated_by_few_batches():
         assert snr.std() < 0.1
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_batch_has_no_spread(pictures, layout):
+    for seed in range(4):
+        net = tiny(seed=seed).to(memory_format=layout)
+        found = grad_probe(net, timesteps=[1.0], data=pictures, n=2, batch_size=2, layers="conv", progress=False)
+        assert found.pivot("grad_norm_ratio", "sem").isna().all().all() and found.pivot("grad_snr").isna().all().all()
+
+
 def test_a_loss_of_ones_own_at_some_sigmas():
     net = Lines()
     x = torch.arange(300.0).reshape(6, 50)

@@ -86,7 +86,13 @@ def test_a_students_image_with_a_layer_of_the_teacher(student, teacher, what, la
     assert result.sigmas == [80.0]
     assert result.stats == [f"patch_output_{what}", f"patch_recovered_{what}"]
     donor = probe(teacher, states="prior", n=1, stats="rms").meta["model"]["fingerprint"]
-    assert result.meta["settings"] == {"tier": "patch", "what": what, "into": "student", "donor": donor, "dtype": None}
+    assert result.meta["settings"] == {
+        "tier": "patch",
+        "what": what,
+        "into": "student",
+        "donor": donor,
+        "dtype": "float32",
+    }
 
 
 @pytest.mark.parametrize("what", ["weights", "activations"])

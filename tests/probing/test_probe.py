@@ -1,3 +1,4 @@
+import sys
 import time
 import warnings
 
@@ -10,6 +11,8 @@ from gddlab.datasets import ImageDataset, order
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.probing import DEFAULT, Estimate, Probe, estimate, probe
+from gddlab.probing.inputs import Inputs
+from gddlab.probing.probe import _How, _plan, _with_rows
 from gddlab.sampling import karras_sigmas, latents, sample
 from tests.probing.networks import peak_bytes, tiny
 
@@ -318,8 +321,8 @@ def test_measurements_of_one_network_join(net, pictures):
     assert joined.pivot("rms").shape[1] == 3
     order = [d["name"] for d in joined.meta["layers"]]
     assert [order.index(n) for n in joined.layers] == sorted(order.index(n) for n in joined.layers)
-    assert joined.gram == {}  # it would have to have noise levels that it has not
-    assert a.join(b).gram.keys() == a.gram.keys()
+    assert joined.matrices.get("cosine", {}) == {}  # it would have to have noise levels that it has not
+    assert a.join(b).matrices.get("cosine", {}).keys() == a.matrices.get("cosine", {}).keys()
     with pytest.raises(GddlabError, match="'cosine' compares the noise levels of one measurement"):
         a.join(probe(net, [5.0, 1.0], n=3, data=pictures, stats="cosine"))
     assert [part["states"] for part in joined.meta["joined"]] == ["noised", "noised", "prior"]
@@ -431,6 +434,37 @@ def test_what_is_no_network_is_refused():
     for thing in ("digits", None):
         with pytest.raises(GddlabError, match=r"the network is of type (str|NoneType): give a torch.nn.Module"):
             probe(thing)
+
+
+def test_the_same_noise_on_other_images_is_not_other_noise(pictures):
+    """The noise of image i is of seed + i: those of two near seeds are the same but for the ends."""
+    options = {"data": pictures, "stats": "rms", "n": 4}
+    first = probe(tiny(), [80.0], **options)
+    with pytest.raises(GddlabError, match=r"images 1 to 4 of seed 0, or the same noise with seed 1: .* further away"):
+        first.merge(probe(tiny(), [80.0], seed=1, **options))
+    assert first.merge(probe(tiny(), [80.0], seed=4, **options)).meta["n_images"] == 8
+
+
+@pytest.mark.parametrize("key", ["t", "cond", "guidance", "codec"])
+def test_what_was_measured_otherwise_is_not_merged(pictures, key):
+    first, second = (probe(tiny(), [80.0], data=pictures, stats="rms", n=4, start=i) for i in (0, 4))
+    with pytest.raises(GddlabError, match=f"{key} is None here, 2 there: merge equal measurements"):
+        first.merge(second.copy(meta=second.meta | {key: 2}))
+
+
+def test_a_process_without_images_of_the_first_block_leaves_the_rows_to_another(pictures, monkeypatch):
+    class Second:
+        rank, size = 1, 2
+
+        def gather_objects(self, value):
+            return [64, value]
+
+    monkeypatch.setattr(sys.modules["gddlab.probing.probe"], "present_ranks", Second)
+    monkeypatch.setattr(sys.modules["gddlab.probing.probe"], "SIZES", (1, 2))
+    how = _How("conv", "rms", False, None, None, None, False, None, blocks=4)
+    inputs = Inputs(tiny(), 8, data=pictures, n=12)
+    assert not _plan(inputs.denoiser, inputs, how._replace(batch_size=2))[1][0]  # it has none
+    assert _with_rows(inputs.denoiser, inputs, how).batch_size == 64
 
 
 def test_noise_counts_once(pictures):

@@ -240,7 +240,9 @@ class Repeats(nn.Module):
 def test_the_mean_over_calls_is_that_of_outputs_side_by_side():
     net, seen = Repeats(), []
     net.layer.register_forward_hook(lambda m, a, y: seen.append(y.detach()))
-    found = measured(net, "layer", calls="mean", stats=("rms", "std", "mean_abs"), batch_size=100)
+    found = measured(net, "layer", calls="mean", stats=("rms", "std", "mean_abs"), batch_size=100, per_channel=True)
+    each = torch.stack(seen, 1).double().movedim(2, 0).flatten(2).unflatten(1, (2, 2)).transpose(1, 2).flatten(2)
+    np.testing.assert_allclose(found.channels["layer"]["var"], each.var(2, correction=0).T, rtol=1e-5)
     together = torch.stack(seen, 1).double().unflatten(0, (2, 2)).transpose(0, 1).flatten(1)  # (S, everything)
     expected = {
         "rms": together.square().mean(1).sqrt(),

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
@@ -16,7 +17,7 @@ from gddlab.nets.io import make_student
 from gddlab.sampling import Sampler, integrate, karras_sigmas, latents, multistep, sample
 from gddlab.sampling.grid import image_grid
 from gddlab.sampling.samplers import ImageNoise, resolve, sampler_name
-from gddlab.teachers import load_teacher
+from gddlab.teachers import load_teacher, wrap
 from tests.conftest import tiny_net
 
 
@@ -143,6 +144,34 @@ def test_precision_and_memory_format(kind: str) -> None:
     for k, v in net.state_dict().items():
         value, stride, pointer = before[k]
         assert torch.equal(v, value) and v.stride() == stride and v.data_ptr() == pointer
+
+
+def test_each_part_keeps_its_mode() -> None:
+    net = make_student(tiny_net()).train()
+    net.model.enc.eval()  # frozen, as a part of a training
+    before = {name: module.training for name, module in net.named_modules()}
+    sample(net, 1)
+    assert {name: module.training for name, module in net.named_modules()} == before and len({*before.values()}) == 2
+
+
+def test_a_network_without_parameters_is_sampled() -> None:
+    def nothing(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, class_labels: object) -> torch.Tensor:
+        return 0.5 * torch.ones_like(x)
+
+    net = wrap(nn.Identity(), nothing, img_channels=1, img_resolution=4)
+    assert_close(sample(net, 2, steps=3), torch.full((2, 1, 4, 4), 0.5))
+
+
+def test_churn_stays_in_the_range_of_a_wrapped_network() -> None:
+    seen = []
+
+    def half(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, class_labels: object) -> torch.Tensor:
+        seen.append(float(sigma.max()))
+        return 0.5 * x / (1 + sigma.reshape(-1, 1, 1, 1))
+
+    net = wrap(nn.Identity(), half, img_channels=1, img_resolution=4, sigma_min=0.03, sigma_max=7.0)
+    assert sample(net, 2, steps=4, S_churn=10).isfinite().all()
+    assert max(seen) == 7.0 and len({*seen}) > 4
 
 
 def test_the_network_comes_back_after_an_error() -> None:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import mmap
 import os
 import pickle
 import struct
@@ -26,7 +27,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.nets import save_network
 from gddlab.teachers import load_teacher
 from gddlab.teachers.edm import read_edm
-from gddlab.teachers.torchfiles import format_of
+from gddlab.teachers.torchfiles import format_of, zip_directory
 from tests.teachers.attacks import small_net
 from tests.teachers.pickles import snapshot
 
@@ -50,6 +51,23 @@ def written(write: Callable[[io.BytesIO], Any]) -> bytes:
 def tar(out: io.BytesIO) -> None:
     with tarfile.open(fileobj=out, mode="w") as t:
         t.addfile(tarfile.TarInfo("x"))
+
+
+def test_a_zip_beyond_4_gib_is_read(tmp_path: Path) -> None:
+    """Offsets and sizes that four bytes do not hold, in a file with a hole."""
+    path, hole = tmp_path / "big.pt", (1 << 32) + 5
+    with path.open("wb") as f:
+        f.seek(hole)
+        with zipfile.ZipFile(f, "w") as z:
+            z.writestr("archive/data.pkl", b"x" * 7)
+            z.writestr("archive/data/0", b"y" * 9)
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
+        found = [*zip_directory(view)]
+        assert [(e.name, e.stored, e.size) for e in found] == [
+            ("archive/data.pkl", True, 7),
+            ("archive/data/0", True, 9),
+        ]
+        assert found[0].header == hole and [bytes(view[e.data(view)]) for e in found] == [b"x" * 7, b"y" * 9]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 225766923\n"

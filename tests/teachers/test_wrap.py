@@ -11,6 +11,7 @@ import gddlab
 from gddlab.errors import GddlabError
 from gddlab.nets import PURE, Call, Conditioning, Path
 from gddlab.nets.denoiser import Denoiser
+from gddlab.nets.io import make_student
 from gddlab.teachers import wrap
 from tests.conftest import tiny_net
 from tests.models import CHANNELS, PIPELINES, SIDE, network, pipeline, vae
@@ -111,6 +112,11 @@ def test_gddlabs_own_networks_are_guided_too():
         torch.testing.assert_close(guided(x, sigma, labels, told=2.0), low + 2.5 * (told - low))
         form = Call(order=("cond", "uncond"), doubled=False, guide_channels=0)
         torch.testing.assert_close(wrap(net, guidance=2.5, call=form)(x, sigma, labels), c)
+    for field, value in (("sample", "nonsense"), ("rescale", True), ("null", 3)):
+        with pytest.raises(GddlabError, match=f"call= with {field}={value!r}: a network with its own preconditioning"):
+            wrap(net, guidance=2.5, call=dataclasses.replace(form, **{field: value}))
+    with pytest.raises(GddlabError, match="a one-step student is sampled and probed as it is: omit wrap"):
+        wrap(make_student(net), guidance=2.5)
     assert guided.branches == ("cond", "uncond") and (guided.img_channels, guided.label_dim) == (1, 3)
     with pytest.raises(GddlabError, match="without conditioning has one branch"):
         wrap(tiny_net(), guidance=2.0)
