@@ -83,7 +83,7 @@ def held(run_dir: Path) -> bool:
 
 def sign(fd: int, pid: int) -> None:
     """Adds an owner to the lock: the process that `stop` signals, and that `kill` ends with all its children."""
-    os.lseek(fd, 0, os.SEEK_END)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)  # others sign at the same time
     os.write(fd, f"{socket.gethostname()} {pid}\n".encode())
 
 

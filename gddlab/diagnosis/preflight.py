@@ -316,22 +316,18 @@ def measure(folder: str, batch: int, stand_in: bool, steps: int, report: Callabl
     config, device = trainer.config, trainer.world.device
     built = peak_memory_mib(device)
 
-    def seconds() -> float:
+    def seconds(iteration: int = 1) -> float:
+        trainer.iteration = iteration  # which says whether there is R1
         start = time.perf_counter()
         trainer.iterate()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def seconds_of_r1() -> float:
-        trainer.iteration = config.r1_interval
-        return seconds()
-
     recording = WARM + 1 if config.cuda_graph else 0  # calls until a graph is there
-    trainer.iteration = 1
     plain, lazy = [seconds() for _ in range(steps + max(1, recording))][-steps:], 0.0
     if config.has_r1:
-        *_, last = (seconds_of_r1() for _ in range(recording + 1))
+        *_, last = (seconds(config.r1_interval) for _ in range(recording + 1))
         lazy = max(0.0, last - statistics.median(plain)) / config.r1_interval
     peak = peak_memory_mib(device)
     state = training_state(trainer.step, trainer.ema)

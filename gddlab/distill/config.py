@@ -6,9 +6,7 @@ What comes in kinds is a part of its own, defined beside the code that it config
 from __future__ import annotations
 
 import itertools
-import math
 import os
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +21,7 @@ from gddlab.distill.lpips import LPIPS
 from gddlab.distill.parts import Settings
 from gddlab.distill.projected import Projected
 from gddlab.distill.stylegan2 import StyleGAN2
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, warn
 from gddlab.files import as_text, folder_of, located, made_in, path_of, read_json, read_object, write_json, writing
 from gddlab.freezing import FreezeMask
 from gddlab.nets.io import INITS
@@ -152,7 +150,7 @@ class RunSettings(Settings):
         if moved:
             write_json(path, written | moved)
             for name, place in moved.items():
-                warnings.warn(f"{name} has moved from {written[name]} to {place}; its hash is the same", stacklevel=3)
+                warn(f"{name} has moved from {written[name]} to {place}; its hash is the same")
 
 
 def _short(value: Any) -> str:
@@ -319,7 +317,12 @@ class TrainConfig(RunSettings):
     @property
     def end_kimg(self) -> float:
         """Thousands of images after the last iteration: `total_kimg`, or the next whole batch."""
-        return math.ceil(self.total_kimg * 1000 / self.batch) * self.batch / 1000
+        return self.iterations * self.batch / 1000
+
+    @property
+    def iterations(self) -> int:
+        """Of the whole run: the fewest whole batches that hold `total_kimg` thousand images."""
+        return -(-round(self.total_kimg * 1000) // self.batch)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that determines the result; the mask by its hash, the folder left out."""

@@ -292,9 +292,9 @@ class Health:
         return [Alarm(key.partition("/")[0], kimg, f"{why}{self._return()}", value, threshold)]
 
     def _return(self) -> str:
-        """Where to return to: the best snapshot by the first metric, else the most diverse one, where there is one."""
+        """Where to return to, if anywhere: the best student by the first metric, else the most diverse snapshot."""
         for name, (value, kimg) in self.past.best.items():
-            return f"; the best snapshot is that of {kimg:g} kimg ({name} {value:.4g})"
+            return f"; the best student is best.safetensors, of {kimg:g} kimg ({name} {value:.4g})"
         if self.past.diverse and self.past.widest is not None:
             return f"; the most diverse snapshot is that of {self.past.widest[1]:g} kimg"
         return ""

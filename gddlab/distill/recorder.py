@@ -54,11 +54,12 @@ class Recorder:
         self.total_nimg, self.world_size = round(config.end_kimg * 1000), world_size
         for name in ("metrics.jsonl", "alarms.jsonl"):
             lines = [m for m in read_jsonl(run / name) if m["kimg"] * 1000 <= nimg + 0.5]
-            if lines or name == "metrics.jsonl":
+            if (run / name).exists() or name == "metrics.jsonl":
                 write_text(run / name, "".join(json.dumps(m, allow_nan=False) + "\n" for m in lines))
-        self.writer: Any = SummaryWriter(str(run / "events"), purge_step=nimg if nimg else None)
+        self.writer: Any = SummaryWriter(str(run / "events"), purge_step=nimg + 1)
         self.alarms = [str(a["message"]) for a in read_jsonl(run / "alarms.jsonl")]
         self._beat = 0.0
+        self.classes = config.classes
         if not (run / "provenance.json").exists():
             card = getattr(teacher, "card", None)
             write_json(run / "teacher.json", card.to_dict() if card is not None else {"teacher": config.teacher})
@@ -129,7 +130,8 @@ class Recorder:
         Returns:
             The grid, (64, C, H, W) in [-1, 1].
         """
-        images, folder = sample(ema, GRID, seed=0), self.run_dir / "snapshots"
+        kept = [self.classes[i % len(self.classes)] for i in range(GRID)] if self.classes and ema.label_dim else None
+        images, folder = sample(ema, GRID, seed=0, class_labels=kept), self.run_dir / "snapshots"
         save_grid(images, self.run_dir / "samples" / f"{name_of(nimg)}.png", columns=8)
         save_network(ema, folder / f"{name_of(nimg)}.safetensors", **meta)
         if raw is not None:
@@ -139,7 +141,9 @@ class Recorder:
     def score(self, candidate: Path, name: str, value: float, nimg: int) -> bool:
         """Writes a score; returns whether it is the best so far, and keeps its student, a file in the run directory."""
         path, kimg = self.run_dir / "best.json", nimg / 1000
-        best = math.isfinite(value) and not (path.exists() and read_json(path)["value"] <= value)
+        before = read_json(path) if path.exists() else {"value": math.inf, "kimg": kimg}
+        # the same one again: a run that was killed before its checkpoint was marked as the best
+        best = math.isfinite(value) and (value < before["value"] or kimg == before["kimg"])
         if best:
             candidate.replace(self.run_dir / "best.safetensors")
             write_json(path, {"metric": name, "value": value, "kimg": kimg})

@@ -15,6 +15,10 @@ PROGRESS = ("nimg", "total_nimg", "world_size", "alarm")
 """What stays when a run is marked from outside."""
 
 
+OUT_OF_TIME = "time"
+"""`cause` of a run that a cluster has stopped before its time limit, by SIGUSR1, and that goes on in another job."""
+
+
 def write_status(run_dir: Path, state: str, **extra: Any) -> None:
     """Writes status.json: the state, the time of the heartbeat (Unix seconds) and more.
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from gddlab.distill.config import DataName, RunDir, RunSettings
 from gddlab.ema import Average, ema_beta
 from gddlab.errors import GddlabError, validated
 from gddlab.files import atomic_path, hash_tensors, read_jsonl, write_json, write_text
+from gddlab.lock import take
 from gddlab.nets import Precond, from_edm, save_network
 from gddlab.nets.architectures import NCSNPP
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, edm_loss
@@ -178,6 +180,15 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
     done = run / "teacher.safetensors"
     if done.exists():
         return done
+    lock = take(run)
+    try:
+        return _trained(config, net, data, progress=progress)
+    finally:
+        os.close(lock)
+
+
+def _trained(config: TeacherConfig, net: Precond, data: ImageDataset, *, progress: bool) -> Path:
+    run, device, done = config.run_dir, next(net.parameters()).device, config.run_dir / "teacher.safetensors"
     if not (run / "checkpoint.pt").exists():
         about = {"versions": versions(), "commit": commit(), "dataset_sha256": data.manifest.sha256}
         write_json(run / "provenance.json", about)
@@ -195,7 +206,7 @@ def train_teacher(config: TeacherConfig, *, progress: bool = True) -> Path:
             part.load_state_dict(state[name])
         step, seconds = state["step"], state["seconds"]
         losses = [torch.tensor(loss, device=device) for loss in state.get("losses", ())]
-    lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch]
+    lines = [m for m in read_jsonl(run / "metrics.jsonl") if m["kimg"] * 1000 <= step * config.batch + 0.5]
 
     total = config.steps
     kept = {round(kimg * 1000 / config.batch): f"{kimg:g}" for kimg in config.keep_kimg}

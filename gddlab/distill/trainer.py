@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from gddlab.distill.graph import Graphed
 from gddlab.distill.health import Alarm, Health, Thresholds
 from gddlab.distill.randomness import Ahead, Batch, Draw, Drawer
 from gddlab.distill.recorder import GRID, Meter, Recorder
-from gddlab.distill.status import name_of, where_it_continues
+from gddlab.distill.status import OUT_OF_TIME, name_of, where_it_continues
 from gddlab.distill.step import Stats
 from gddlab.ema import Average, ema_beta, local_shard
 from gddlab.errors import GddlabError
@@ -85,9 +85,11 @@ class Trainer:
         self.checkpoints = Checkpoints(config.run_dir, world, keep=config.keep_checkpoints)
         self.iteration = 0
         self.seconds = 0.0
+        self.ticked = 0.0, 0
+        """Seconds and images at the last line of metrics.jsonl."""
         self.real: list[Tensor] | None = None
         self.recorder: Recorder | None = None
-        self.stop_asked = False
+        self.stop_asked = self.out_of_time = False
         self.why_stopped: str | None = None
 
     @property
@@ -98,7 +100,7 @@ class Trainer:
     @property
     def total(self) -> int:
         """Iterations of the whole run."""
-        return math.ceil(self.config.total_kimg * 1000 / self.config.batch)
+        return self.config.iterations
 
     def cache_real(self) -> None:
         """Computes the features of the whole real set once, if the configuration asks for it and they do not change."""
@@ -171,10 +173,11 @@ class Trainer:
             line["lr/d"] = self.step.opt_d.param_groups[0]["lr"]
         line |= {
             "ema": ema_beta(c.batch, c.ema_halflife_kimg, c.ema_rampup, self.nimg),
-            "sec_per_kimg": self.seconds / (self.nimg / 1000),
+            "sec_per_kimg": (self.seconds - self.ticked[0]) / (self.nimg - self.ticked[1]) * 1000,
             "seconds": self.seconds,
             "peak_mem_mib": peak_memory_mib(self.world.device),
         }
+        self.ticked = self.seconds, self.nimg
         self.meter.reset()
         return line
 
@@ -206,6 +209,7 @@ class Trainer:
             "iteration": self.iteration,
             "data": self.reader.state_dict(),
             "seconds": self.seconds,
+            "ticked": list(self.ticked),
             "world_size": self.world.size,
             "meter": self.meter.state_dict(self.world),
             "health": self.health.state_dict(),
@@ -221,6 +225,7 @@ class Trainer:
         set_training_state(state, self.step, self.ema)
         meta = loaded.meta
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
+        self.ticked = tuple(meta.get("ticked", (0.0, 0)))  # of an older version: the mean since the start, once
         self.reader.load_state_dict(meta["data"])
         self.meter.load_state_dict(meta["meter"])
         self.health.load_state_dict(meta["health"])
@@ -298,7 +303,7 @@ class Trainer:
         assert score is not None or c.metric_kimg is None
         with suppress(ValueError):  # outside the main thread, the caller stops the training in another way
             for s in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(s, lambda *_: setattr(self, "stop_asked", True))
+                signal.signal(s, self._asked_to_stop)
             # signals sent while the process started were blocked until now
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
         loaded = self.restore()
@@ -322,9 +327,14 @@ class Trainer:
             if ema is not None:
                 save_network(ema, c.run_dir / "student.safetensors", **self.student_meta())
             why = {} if self.why_stopped is None else {"message": self.why_stopped}
+            if state == "stopped" and self.out_of_time:
+                why["cause"] = OUT_OF_TIME
             self.recorder.status(state, self.nimg, **why)
         world.barrier()
         return state
+
+    def _asked_to_stop(self, number: int, _: object) -> None:
+        self.stop_asked, self.out_of_time = True, number == signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ
 
     def _too_large(self) -> GddlabError:
         """Says which field to change where a device's memory does not suffice."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gddlab.errors import GddlabError, NotFound, shown, unknown, validated
+from gddlab.errors import GddlabError, NotFound, shown, unknown, validated, warn
 from gddlab.files import check_kind, hash_json, holds_format, path_of, read_json, write_json
 from gddlab.freezing.strategies import RULES, STRATEGIES
 from gddlab.nets.bare import unwrap
@@ -576,9 +575,7 @@ def _unmatched(mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...
     out = tuple(n for n in dict.fromkeys((*mine, *other)) if n not in matched)
     if out:
         more = f" and {len(out) - 3} more" if len(out) > 3 else ""
-        warnings.warn(
-            f"{len(matched)} parameters match the mask, {len(out)} do not: {', '.join(out[:3])}{more}", stacklevel=3
-        )
+        warn(f"{len(matched)} parameters match the mask, {len(out)} do not: {', '.join(out[:3])}{more}")
     return out
 
 

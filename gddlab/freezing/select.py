@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard
 from pydantic import Field, SkipValidation
 from torch import nn
 
-from gddlab.errors import GddlabError, check_takes, unknown, validated
+from gddlab.errors import GddlabError, check_takes, unknown, validated, warn
 from gddlab.freezing.candidates import ENDS, Network, Unit, choose, describe, fill, names_of, recorded, shuffled, split
 from gddlab.freezing.mask import FreezeMask, fingerprint
 from gddlab.freezing.strategies import AMONG, RULES, STRATEGIES, UNDERSTOOD, USES, USUAL
@@ -137,7 +136,7 @@ def select_freeze(
     chosen = _chosen(source, network, strategy, Options(**given), "candidates" in given)
     if strategy != "none" and not USUAL[0] <= chosen.fraction <= USUAL[1]:
         text = f'strategy="{chosen.strategy}" freezes {chosen.fraction:.2%} of this network: see mask.summary()'
-        warnings.warn(text, stacklevel=5)  # the caller of the checked function
+        warn(text)
     return chosen
 
 

@@ -110,9 +110,12 @@ class RunHandle(Run):
         Raises:
             GddlabError: It runs, but on other machines.
         """
+        until = time.monotonic() + UNSIGNED
         while (pids := owners(self.run_dir)) is None:  # starting: the lock is taken a moment before it is signed
             if not held(self.run_dir):
                 return False
+            if time.monotonic() > until:
+                raise GddlabError(f"{self.run_dir} is locked by a process that has not said which one: end it by hand")
             time.sleep(0.02)
         if not pids:
             raise GddlabError(f"{self.run_dir} runs on other machines only: stop it on one of them")
@@ -146,6 +149,8 @@ def attach(run_dir: str | Path) -> RunHandle:
 
 LOSSES = {"loss/g": "G", "loss/d": "D", "loss/instance": "instance"}
 LOGITS = {"logits/fake": "generated", "logits/real": "real"}
+UNSIGNED = 10
+"""Seconds that a lock may be held without the name of its owner."""
 LOG_SECONDS = 30
 """Seconds between two lines in a log."""
 

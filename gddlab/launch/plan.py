@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gddlab.distill.status import OUT_OF_TIME
 from gddlab.errors import GddlabError, integer, seconds, shown
 from gddlab.lock import Job
 
@@ -21,6 +22,8 @@ TIMEOUT = "GDDLAB_TIMEOUT"
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Set to 1, every restart of the ranks gets a store of its own. In a shared one, restarted ranks find the addresses of
 those that died (pytorch#135712)."""
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that torchrun waits for ranks that write a checkpoint before it kills them; 30 if not set."""
 ENDPOINT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):(\d{1,5})")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 """Signals that torchrun passes on to the ranks, which then write a checkpoint and end; clusters send SIGUSR1."""
@@ -81,7 +84,7 @@ class Launch:
 
 def launch_environment(launch: Launch) -> dict[str, str]:
     """Environment variables for torchrun and the ranks."""
-    return {FRESH_STORE: "1", TIMEOUT: f"{launch.timeout_s:g}"}
+    return {FRESH_STORE: "1", SHUTDOWN: f"{GRACE}", TIMEOUT: f"{launch.timeout_s:g}"}
 
 
 def torchrun_command(run_dir: Path, launch: Launch, *, job: str | None = None) -> str:
@@ -124,7 +127,7 @@ def slurm_script(config: TrainConfig, launch: Launch) -> str:
             *(f"export {k}={v}" for k, v in launch_environment(launch).items()),
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"srun --kill-on-bad-exit=1 {line}",
-            f'if [ "$(gddlab runs --state {run})" = stopped ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            f'if grep -q \'"cause": "{OUT_OF_TIME}"\' {run}/status.json; then scontrol requeue "$SLURM_JOB_ID"; fi',
             "",
         ]
     )

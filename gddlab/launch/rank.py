@@ -38,6 +38,8 @@ def run_rank(run_dir: str | Path) -> int:
         end_with(int(os.environ.get(OWNED, os.getppid())))
         # torchrun sends SIGTERM when another rank has died
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        # Ctrl-C at the terminal of torchrun, which passes it on
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     from gddlab.distill.config import TrainConfig
     from gddlab.distill.distributed import World
     from gddlab.distill.trainer import Trainer

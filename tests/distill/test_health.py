@@ -334,7 +334,7 @@ def test_jump(real: Tensor) -> None:
         ("jump", 5, 61.0, 60.0),
         ("jump", 10, 61.0, 60.0),
     ]
-    assert "the best snapshot is that of 3 kimg (fd-lite2@1797 40)" in found[0].message
+    assert "the best student is best.safetensors, of 3 kimg (fd-lite2@1797 40)" in found[0].message
     (alarm,) = health.observe_metric("fid@50000", math.nan, 11)
     assert alarm.kind == "jump" and alarm.to_dict()["value"] is None and alarm.to_dict()["threshold"] is None
     # Other alarms know where to go back to.

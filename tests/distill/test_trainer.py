@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +284,64 @@ def test_the_best_student_is_kept(tmp_path: Path, tiny_teacher: Path) -> None:
     (message,) = run.alarms.loc[run.alarms["kind"] == "jump", "message"]
     assert "fd@16 jumped to 9" in message
     assert not list((tmp_path / "run").glob(".candidate*"))
+
+
+def test_a_run_that_was_killed_while_it_kept_the_best(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Its alarms and its best student are those of an undisturbed run: no alarm twice, the best checkpoint again."""
+    config = tiny_config(
+        tmp_path / "run", tiny_teacher, metric_kimg=0.016, metric_n=16, keep_checkpoints=3, checkpoint_kimg=0.016
+    )
+    config.write()
+    values = {0.016: 5.0, 0.032: 3.0, 0.048: 9.0}
+
+    def score(file: Path) -> tuple[str, float, None]:
+        return "fd@16", values[load_network(file)[1]["kimg"]], None
+
+    first = Trainer(config, ALONE)
+    first.train(score)
+    best = config.run_dir / "checkpoints" / "best"
+    assert best.read_text().strip() == "000000.032"
+    alarms = read_jsonl(config.run_dir / "alarms.jsonl")
+    assert [a["kind"] for a in alarms] == ["jump"]
+    best.write_text("000000.016")  # killed after best.json was written, and before the last two checkpoints
+    for name in ("000000.032", "000000.048"):
+        shutil.rmtree(config.run_dir / "checkpoints" / name)
+    Trainer(config, ALONE).train(score)
+    assert best.read_text().strip() == "000000.032"
+    assert read_jsonl(config.run_dir / "alarms.jsonl") == alarms
+
+
+def test_the_time_of_a_line_is_that_since_the_line_before(tmp_path: Path, tiny_teacher: Path) -> None:
+    t = Trainer(tiny_config(tmp_path / "run", tiny_teacher), ALONE)
+    for seconds, expected in ((3.0, 3000 / 16), (4.0, 1000 / 16)):
+        t.reader.position += 16
+        t.seconds = seconds
+        line = t.tick()
+        assert line["sec_per_kimg"] == pytest.approx(expected) and line["seconds"] == seconds
+
+
+@pytest.mark.parametrize(("kimg", "batch", "iterations"), [(16.056, 8, 2007), (12, 16, 750), (0.05, 8, 7)])
+def test_iterations_are_not_changed_by_rounding(
+    tmp_path: Path, tiny_teacher: Path, kimg: float, batch: int, iterations: int
+) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher, total_kimg=kimg, batch=batch)
+    assert config.iterations == iterations and config.end_kimg == pytest.approx(iterations * batch / 1000)
+
+
+def test_a_grid_shows_the_classes_that_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cond.safetensors"
+    save_network(tiny_net(label_dim=10), path, name="cond", data="digits")
+    config = tiny_config(tmp_path / "run", path, classes=(3, 5), total_kimg=0.016)
+    asked: list[Any] = []
+
+    def seen(net: Any, n: int, **how: Any) -> torch.Tensor:
+        asked.append(how["class_labels"])
+        return sample(net, n, **how)
+
+    monkeypatch.setattr("gddlab.distill.recorder.sample", seen)
+    config.write()
+    Trainer(config, ALONE).train()
+    assert asked and all(labels[:4] == [3, 5, 3, 5] and len(labels) == 64 for labels in asked)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 
 from gddlab.cli import main
 from gddlab.distill.config import TrainConfig
-from gddlab.distill.status import write_status
+from gddlab.distill.status import OUT_OF_TIME, write_status
 from gddlab.errors import GddlabError, NotFound
 from gddlab.files import read_json
 from gddlab.launch import attach, train
@@ -91,6 +92,8 @@ def test_torchrun_by_hand(how: str, tmp_path: Path, quick: Quick, undisturbed: T
         until(lambda: not held(config.run_dir), 60)
         job.wait(60)
     assert attach(config.run_dir).status == "stopped"
+    # a job of a cluster that was stopped by hand, or by an alarm, is not put into the queue again
+    assert (attach(config.run_dir).written_status.get("cause") == OUT_OF_TIME) == (how == "SIGUSR1")
     assert 0 < attach(config.run_dir).written_status["nimg"] < 320
 
     job = shell(command)
@@ -117,6 +120,7 @@ def test_a_batch_script(tmp_path: Path, quick: Quick, undisturbed: TrainConfig) 
     """
     config = quick(tmp_path / "run")
     script = prepared(config, Launch(nnodes=2, rdzv_endpoint=HEAD), "slurm")
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in script
     for line in ("#SBATCH --nodes=2", "#SBATCH --signal=USR1@120", "#SBATCH --requeue"):
         assert line in script
     tools = tmp_path / "bin"
@@ -168,7 +172,12 @@ def test_the_command_line_prints_both(tmp_path: Path, capsys: pytest.CaptureFixt
     assert read_json(run_dir / "config.json")["batch"] > 0
     main([*words, "torchrun", "--rdzv-endpoint", "node0:29500", "--timeout-s", "90"])
     line = capsys.readouterr().out.strip()
-    assert line.startswith("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 GDDLAB_TIMEOUT=90 torchrun ") and "\n" not in line
+    assert (
+        line.startswith(
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 GDDLAB_TIMEOUT=90 torchrun "
+        )
+        and "\n" not in line
+    )
     with pytest.raises(SystemExit):
         main([*words, "torchrun"])
     assert "give HOST:PORT of one of the machines" in capsys.readouterr().err
@@ -207,6 +216,21 @@ def test_the_lock_is_shared_by_one_job_only(tmp_path: Path) -> None:
     with pytest.raises(GddlabError, match="being run by another process"):
         take(tmp_path, job)
     os.close(c)
+
+
+def test_a_lock_without_a_name_is_not_waited_for(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run", tiny_teacher)
+    config.write()
+    monkeypatch.setattr("gddlab.launch.handle.UNSIGNED", 0.1)
+    fd = take(config.run_dir)
+    with pytest.raises(GddlabError, match="is locked by a process that has not said which one"):
+        attach(config.run_dir).stop(5)
+    sign(fd, os.getpid())
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND  # two that sign at once do not write over each other
+    assert owners(config.run_dir) == [os.getpid()]
+    os.close(fd)
 
 
 def test_a_run_on_another_machine(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -12,7 +12,7 @@ from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors
 from gddlab.probing import DEFAULT, Estimate, Probe, estimate, probe
 from gddlab.probing.inputs import Inputs
-from gddlab.probing.probe import _How, _plan, _with_rows
+from gddlab.probing.probe import _How, _plan, _Where, _with_rows
 from gddlab.sampling import karras_sigmas, latents, sample
 from tests.probing.networks import peak_bytes, tiny
 
@@ -461,7 +461,7 @@ def test_a_process_without_images_of_the_first_block_leaves_the_rows_to_another(
 
     monkeypatch.setattr(sys.modules["gddlab.probing.probe"], "present_ranks", Second)
     monkeypatch.setattr(sys.modules["gddlab.probing.probe"], "SIZES", (1, 2))
-    how = _How("conv", "rms", False, None, None, None, False, None, blocks=4)
+    how = _How("conv", "rms", False, None, None, None, False, _Where("cond", "image", "each"), blocks=4)
     inputs = Inputs(tiny(), 8, data=pictures, n=12)
     assert not _plan(inputs.denoiser, inputs, how._replace(batch_size=2))[1][0]  # it has none
     assert _with_rows(inputs.denoiser, inputs, how).batch_size == 64
