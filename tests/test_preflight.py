@@ -49,9 +49,14 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path: Path, monkeypatch
     assert e.value.code == 1
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"nproc": 3}, {"measure_batch": 0}])
-def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, tiny_teacher: Path, fields: dict[str, int]) -> None:
-    with pytest.raises(GddlabError):
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"steps": 0}, "steps=0"), ({"nproc": 3}, "batch=8 .*3"), ({"measure_batch": 0}, "measure_batch=0")],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    tmp_path: Path, tiny_teacher: Path, fields: dict[str, int], says: str
+) -> None:
+    with pytest.raises(GddlabError, match=says):
         preflight(tiny_config(tmp_path / "run", tiny_teacher), **fields)  # type: ignore[arg-type]
 
 

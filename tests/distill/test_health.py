@@ -338,7 +338,7 @@ def test_jump(real: Tensor) -> None:
     (alarm,) = health.observe_metric("fid@50000", math.nan, 11)
     assert alarm.kind == "jump" and alarm.to_dict()["value"] is None and alarm.to_dict()["threshold"] is None
     # Other alarms know where to go back to.
-    assert "snapshot is that of 3 kimg" in health.observe_tick(sick(12, loss__g=math.nan))[0].message
+    assert "best.safetensors, of 3 kimg" in health.observe_tick(sick(12, loss__g=math.nan))[0].message
 
 
 def test_jump_of_metrics_that_rise_or_pass_zero(real: Tensor) -> None:
