@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +66,13 @@ def test_what_needs_torch_comes_without_the_rest(what: str, without: set[str]) -
     code = f"import sys; {what}; print(sorted({without} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["gddlab", "gddlab.reporting"])
+def test_no_module_stands_in_the_place_of_a_function(package: str) -> None:
+    """A submodule that is imported becomes an attribute of its package: no lazy name may be called as it is."""
+    stub = ast.parse(Path(importlib.import_module(package).__file__ or "").with_suffix(".pyi").read_text())
+    homes = {n.name: str(i.module) for i in stub.body if isinstance(i, ast.ImportFrom) for n in i.names}
+    submodules = {m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)}
+    clash = {name for name in submodules & homes.keys() if homes[name] != package}
+    assert not clash

@@ -23,10 +23,10 @@ from gddlab.reporting.local_minima import draw_between as draw_between
 from gddlab.reporting.local_minima import draw_minima as draw_minima
 from gddlab.reporting.local_minima import frechet_name as frechet_name
 from gddlab.reporting.local_minima import minima_table as minima_table
-from gddlab.reporting.published import SETTINGS as SETTINGS
-from gddlab.reporting.published import draw_published as draw_published
-from gddlab.reporting.published import main_table as main_table
-from gddlab.reporting.published import published as published
+from gddlab.reporting.published_results import SETTINGS as SETTINGS
+from gddlab.reporting.published_results import draw_published as draw_published
+from gddlab.reporting.published_results import main_table as main_table
+from gddlab.reporting.published_results import published as published
 from gddlab.reporting.run_summary import known_levels as known_levels
 from gddlab.reporting.run_summary import runs_folder as runs_folder
 from gddlab.reporting.run_summary import teacher_levels as teacher_levels
@@ -34,11 +34,11 @@ from gddlab.reporting.run_summary import teacher_scores as teacher_scores
 from gddlab.reporting.samples import cut_grid as cut_grid
 from gddlab.reporting.samples import draw_same_noise as draw_same_noise
 from gddlab.reporting.samples import found_again as found_again
+from gddlab.reporting.shown_tables import styled as styled
 from gddlab.reporting.study_tables import cost_table as cost_table
 from gddlab.reporting.study_tables import followed_table as followed_table
 from gddlab.reporting.study_tables import rewound_table as rewound_table
 from gddlab.reporting.style import look as look
-from gddlab.reporting.styled import styled as styled
 from gddlab.reporting.tables import experiment_table as experiment_table
 from gddlab.reporting.tables import run_table as run_table
 from gddlab.reporting.training_curves import curve_table as curve_table

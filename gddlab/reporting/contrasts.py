@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gddlab.errors import GddlabError
+from gddlab.reporting.shown_tables import format_of
 from gddlab.reporting.statistics import DIFFERENCE, LEVEL, corrected, difference, interval
 from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
-from gddlab.reporting.styled import format_of
 from gddlab.reporting.tables import When, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed

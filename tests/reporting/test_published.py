@@ -11,7 +11,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.files import data_dir
-from gddlab.reporting.published import SETTINGS, draw_published, main_table, published
+from gddlab.reporting.published_results import SETTINGS, draw_published, main_table, published
 from gddlab.runs import load_runs
 from tests.evaluation.test_records import record
 from tests.reporting.made import made

@@ -15,8 +15,8 @@ from gddlab.errors import GddlabError
 from gddlab.files import read_json, write_json
 from gddlab.freezing import select_freeze
 from gddlab.reporting.run_summary import Summary, teacher_levels, teacher_scores
+from gddlab.reporting.shown_tables import styled
 from gddlab.reporting.study_tables import cost_table
-from gddlab.reporting.styled import styled
 from gddlab.reporting.tables import experiment_table, run_table
 from gddlab.runs import Run, load_runs
 from gddlab.teachers import load_teacher
