@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gddlab.errors import GddlabError
+from gddlab.limits import usable_cores
 from gddlab.memory import keep_memory
 
 SAMPLING = "gddlab.sampling.to_files:make_share"
@@ -34,7 +35,7 @@ JOB = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADD
 def fresh_environment(nproc: int) -> dict[str, str]:
     """Environment of one of `nproc` processes that share this machine: threads, import path, no part in another job."""
     own = {k: v for k, v in os.environ.items() if not JOB.fullmatch(k)}
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **WAIT, **own}
+    env = {"OMP_NUM_THREADS": str(max(1, int(usable_cores()) // nproc)), **WAIT, **own}
     env["PYTHONSAFEPATH"] = "1"  # a random.py in the working folder is not Python's
     root = str(Path(__file__).resolve().parents[1])  # gddlab may be imported from a clone that is not installed
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])

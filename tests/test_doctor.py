@@ -21,9 +21,9 @@ from gddlab.cli import main
 from gddlab.diagnosis import SECTIONS, machine
 from gddlab.diagnosis.doctor import NETWORKS, device_findings, package_findings, requirements, torch_pair
 from gddlab.diagnosis.machine import CPU, GPU, device_problems
+from gddlab.limits import Limits
 from gddlab.pretrained.backbones import DEIT, VGG, backbone_file
 from gddlab.pretrained.trunks import TRUNKS
-from gddlab.runtime import Limits
 
 packages = examine = sys.modules["gddlab.diagnosis.doctor"]  # the package has a function of that name
 GIB = 1 << 30
@@ -58,7 +58,7 @@ def put(path: Path, size: int = 1 << 20) -> Path:
 def test_cpu_is_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     ram = SimpleNamespace(total=64 * GIB, available=60 * GIB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: ram)
-    monkeypatch.setattr("gddlab.runtime.container_limits", lambda: Limits(0.5, 2 * GIB, GIB))
+    monkeypatch.setattr("gddlab.limits.container_limits", lambda: Limits(0.5, 2 * GIB, GIB))
     monkeypatch.setattr(machine, "cpuinfo", lambda: {"model name": "Epyc", "flags": "sse avx512_bf16 amx_bf16"})
     found = machine.cpu()
     assert (found.model, found.usable_cores, found.memory, found.available) == ("Epyc", 0.5, 2 * GIB, GIB)

@@ -13,8 +13,9 @@ import torch
 
 from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
+from gddlab.limits import Limits, container_limits, usable_cores
 from gddlab.lock import OWNED
-from gddlab.runtime import Limits, beside_runs, chosen_device, container_limits, generator, usable_cores
+from gddlab.runtime import beside_runs, chosen_device, generator
 
 GIB = 1 << 30
 

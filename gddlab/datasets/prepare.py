@@ -33,8 +33,9 @@ from gddlab.datasets.packing import (
 from gddlab.datasets.pixels import Header, array, decode, fit, png
 from gddlab.errors import GddlabError, validated
 from gddlab.files import as_text, check_free, hash_json, path_of
+from gddlab.limits import usable_cores
 from gddlab.progress import progress_bar
-from gddlab.runtime import Seed, usable_cores
+from gddlab.runtime import Seed
 
 _MAX_SIDE = 8192
 _PART_BYTES = 8 << 20  # of pixels per part: held by a process, lost if it is killed

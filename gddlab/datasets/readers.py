@@ -37,9 +37,10 @@ from gddlab.datasets.listing import (
 from gddlab.datasets.pixels import BadImage
 from gddlab.errors import GddlabError, NotFound, warn
 from gddlab.files import cache_dir, hash_json
+from gddlab.limits import usable_memory
 from gddlab.pickles import Array, Blob, Budget, PickleReader, Refused, find_plain, printable
 from gddlab.pretrained.published import Published, offline, search_folders
-from gddlab.runtime import switched, usable_memory
+from gddlab.runtime import switched
 
 _MAX_FILE = 256 << 20  # bytes of one image
 _MAX_TABLE = 1 << 30  # of dataset.json or manifest.json

@@ -16,8 +16,8 @@ from gddlab.datasets.listing import Listing, Problem, attempt, refusal
 from gddlab.datasets.pixels import BadImage, array, decode
 from gddlab.errors import GddlabError
 from gddlab.files import atomic_path, cache_dir, hash_json, read_json, write_json
+from gddlab.limits import usable_cores, usable_memory
 from gddlab.progress import progress_bar
-from gddlab.runtime import usable_cores, usable_memory
 
 _CHUNK = 128
 _COLOURS = {1: "grey", 3: "RGB"}

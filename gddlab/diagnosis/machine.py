@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gddlab.runtime import usable_cores, usable_memory
+from gddlab.limits import usable_cores, usable_memory
 
 GIB = 1 << 30
 MIN_MEMORY = 4 * GIB

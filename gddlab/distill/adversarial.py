@@ -40,7 +40,7 @@ class AdversarialProblem(NamedTuple):
 def adversarial_problem(
     run_dir: str | Path, *, n: int = 256, batch_size: int | None = None, seed: int = 0
 ) -> AdversarialProblem:
-    """The generator's loss with student and discriminator of a run's last checkpoint.
+    """The generator's loss with student and discriminator of a run's last checkpoint, one that has no other loss.
 
     The discriminator is as in training: BatchNorm sees the fakes of a batch, spectral norm takes its step. But it is
     reset after each batch, so that every batch meets the same one. A bfloat16 run is rebuilt in float32.
@@ -52,7 +52,8 @@ def adversarial_problem(
         seed: Image i has noise of seed `seed` + i; classes come in the order of the data under `seed`.
 
     Raises:
-        GddlabError: No run, no discriminator or no checkpoint; teacher or data are missing; `n` is no multiple.
+        GddlabError: No run, no discriminator or no checkpoint; a run with augmentation, several steps or an instance
+            loss; teacher or data are missing; `n` is no multiple.
     """
     config = TrainConfig.load(run_dir)
     size = positive("batch_size", config.batch if batch_size is None else batch_size)
@@ -61,6 +62,9 @@ def adversarial_problem(
         raise GddlabError(f"n={n} images in batches of {size}: give a multiple, or another batch_size=")
     if config.discriminator is None:
         raise GddlabError(f"{run_dir} trains without a discriminator: give a run that has one")
+    for name, has in (("augment", config.augment), ("mid_sigmas", config.mid_sigmas), ("instance", config.instance)):
+        if has:
+            raise GddlabError(f"{run_dir} trains with {name}, which this loss does not have: give a run without")
     if not checkpoints(Path(run_dir)):
         raise NotFound(f"{run_dir} has no checkpoint: wait for its first one, or stop() the run, which writes one")
     cuda = config.device != "cpu" and torch.cuda.is_available()

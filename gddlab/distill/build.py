@@ -102,7 +102,7 @@ def check_fit(config: TrainConfig, teacher: Precond, data: ImageDataset, *, worl
             raise GddlabError("the mask freezes every parameter: nothing is left to train")
 
 
-def _given_student(path: str) -> OneStepPrecond:
+def given_student(path: str) -> OneStepPrecond:
     """A student by the path of its file or run."""
     file = Path(path)
     return load_student(file.parent, file) if file.suffix == ".safetensors" else load_student(file)
@@ -114,7 +114,7 @@ def build_student(config: TrainConfig, teacher: Precond) -> OneStepPrecond:
     init = config.student if config.student in INITS else "teacher"
     g = make_student(teacher, target_time=second, mid_sigmas=config.mid_sigmas, init=init).eval()
     if config.student not in INITS:
-        given = _given_student(config.student)
+        given = given_student(config.student)
         try:
             g.load_state_dict(given.state_dict())
         except RuntimeError as e:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gddlab.datasets import ImageDataset
+from gddlab.distill.build import given_student
 from gddlab.distill.checkpoints import Loaded
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.distributed import World
@@ -24,6 +25,7 @@ from gddlab.distill.status import name_of, write_status
 from gddlab.errors import GddlabError
 from gddlab.files import append_jsonl, hash_tensors, read_json, read_jsonl, write_json, write_text
 from gddlab.nets import OneStepPrecond, Precond, save_network
+from gddlab.nets.io import INITS
 from gddlab.pretrained.backbones import backbone_sha256
 from gddlab.provenance import commit, hardware, versions
 from gddlab.sampling import sample, save_grid
@@ -159,13 +161,15 @@ TRAINER = 2
 
 
 def provenance(config: TrainConfig, teacher: Precond, data: ImageDataset, world_size: int) -> dict[str, Any]:
-    """What ran: versions, trainer, commit, hashes of teacher, mask, data and backbones, processes, hardware."""
+    """What ran: versions, trainer, commit, hashes of what it is made from, processes, hardware."""
+    start = {} if config.student in INITS else {"student_sha256": given_student(config.student).card.sha256}
     backbones = {} if config.discriminator is None else config.discriminator.networks()
     return {
         "versions": versions(),
         "trainer": TRAINER,
         "commit": commit(),
         "teacher_sha256": hash_tensors(teacher.state_dict()),
+        **start,
         "mask": None if config.mask is None else config.mask.hash,
         "dataset_sha256": data.manifest.sha256,
         "backbones": {name: backbone_sha256(name, weights) or "random" for name, weights in backbones.items()},

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from gddlab.datasets import prepare
+from gddlab.limits import usable_cores
 from gddlab.provenance import hardware, versions
-from gddlab.runtime import usable_cores
 
 TICK = os.sysconf("SC_CLK_TCK")
 

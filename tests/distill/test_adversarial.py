@@ -121,6 +121,10 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path, tiny_teacher: Path, r
     tiny_config(tmp_path / "new", tiny_teacher).write()
     with pytest.raises(NotFound, match="new has no checkpoint: wait for its first one"):
         adversarial_problem(tmp_path / "new")
+    for name, fields in {"augment": {"augment": {"ops": ("color",)}}, "mid_sigmas": {"mid_sigmas": (0.8,)}}.items():
+        tiny_config(tmp_path / name, tiny_teacher, **fields).write()
+        with pytest.raises(GddlabError, match=f"trains with {name}, which this loss does not have"):
+            adversarial_problem(tmp_path / name, n=8)
     with pytest.raises(GddlabError, match="n=12 images in batches of 8: give a multiple"):
         adversarial_problem(run.config.run_dir, n=12)
     with pytest.raises(GddlabError, match="batch_size=0"):

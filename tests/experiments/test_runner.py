@@ -210,6 +210,7 @@ def test_teachers_and_starts(tiny_list: list[int], tmp_path: Path, monkeypatch: 
     teacher, before, after = (load_run(tmp_path / "tiny" / name / "seed-0") for name in ("other", "other", "then"))
     assert teacher.config.teacher == str(tmp_path / "tiny" / "teachers" / "young" / "snapshots" / "0.008.safetensors")
     assert after.config.student == str(before.run_dir / "snapshots" / "000000.016.safetensors")
+    assert after.provenance["student_sha256"] == before.student(0.016).card.sha256
     changed = weight_change(after.student(), before.student(), "conv").frame["value"]
     far = weight_change(after.student(), load_precond(teacher.config.teacher), "conv").frame["value"]
     assert 0 < changed.mean() < far.mean()
