@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     def read_only(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{tmp_path}/.m.json.x8q.tmp")
 
-    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    monkeypatch.setattr(Path, "touch", read_only)
     with (
         pytest.raises(Unwritable, match=f"^{tmp_path}/m.json cannot be written: Read-only file system$"),
         atomic_path(tmp_path / "m.json"),
