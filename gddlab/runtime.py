@@ -79,9 +79,6 @@ def tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
     return switched("fp32_precision", "tf32" if allowed else "ieee", backends.cudnn.conv, backends.cuda.matmul)
 
 
-# What this process may use: containers and clusters limit it by control groups.
-
-
 @contextlib.contextmanager
 def beside_runs() -> Iterator[None]:
     """Inside, torch takes only the cores that runs on this machine leave, at least one.

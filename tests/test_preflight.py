@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from gddlab.cli import main
-from gddlab.diagnosis.preflight import preflight
+from gddlab.diagnosis.preflight import measure, preflight
 from gddlab.distill import presets
 from gddlab.distill.config import TrainConfig
 from gddlab.distill.projected import Projected
+from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError
 from tests.conftest import tiny_config
 
@@ -29,6 +30,18 @@ def test_a_run_that_can_start_is_measured(tmp_path: Path, tiny_teacher: Path) ->
     assert found.peak_mem_mib >= found.measured[1]["peak_mem_mib"] > found.measured[1]["base_mem_mib"]
     assert "s/kimg on 1 process(es)" in str(found)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_iteration_that_is_timed_for_it_has_r1(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    iterate = Trainer.iterate
+    monkeypatch.setattr(Trainer, "iterate", lambda t: (seen.append(t.iteration), iterate(t)))
+    config = tiny_config(tmp_path / "run", tiny_teacher, r1_interval=2)
+    config.write()
+    measure(str(config.run_dir), 4, False, 4, print)
+    assert seen == [1, 1, 1, 1, 1, 2]
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,11 +407,10 @@ def scores_of(
         One record per label and thousands of images, in the order of the records.
     """
     own = sampler_name((SIGMA_MAX, *config.mid_sigmas))
-    whole: dict[str | None, str] = {None: name_and_part(config.data)[0]}
 
-    def against(r: Record, given: str) -> bool:
-        theirs = whole.setdefault(r.data, name_and_part(r.data or "")[0])
-        return os.path.abspath(theirs) == os.path.abspath(name_and_part(given)[0])
+    def against(r: Record, given: str) -> bool:  # whatever the part, which the label has
+        ours, theirs = (os.path.abspath(name_and_part(x)[0]) for x in (given, r.data or config.data))
+        return ours == theirs
 
     def rank(r: Record) -> tuple[bool, bool, int, int]:
         return against(r, config.data), r.n == r.reference_n, r.n, -(r.seeds or (0, 0))[0]

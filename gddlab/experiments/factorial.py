@@ -130,13 +130,11 @@ def effects(
     sizes = shares(result)
     tables = []
     for metric in metrics:
-        x, y = _rows(runs, sizes, metric, at)
+        x, y, found, left = _fit(runs, sizes, metric, at)
         freedom = len(y) - x.shape[1]
-        inverse = np.linalg.inv(x.T @ x)
-        found = inverse @ x.T @ y
-        spread = np.sqrt(((y - x @ found) ** 2).sum() / freedom)
+        spread = np.sqrt(left / freedom)
         # from frozen to trained are two units
-        effect, error = 2 * found[1:], 2 * spread * np.sqrt(np.diag(inverse))[1:]
+        effect, error = 2 * found[1:], 2 * spread * np.sqrt(np.diag(np.linalg.inv(x.T @ x)))[1:]
         half = error * t.ppf(0.5 + LEVEL / 2, freedom)
         columns: dict[str, Any] = {"metric": metric, "experiment": list(sizes), "against": "", "seeds": len(y)}
         columns |= {"difference": effect, "low": effect - half, "high": effect + half, "g": effect / spread}
@@ -170,9 +168,8 @@ def explained(
 
     out = {}
     for metric in metrics:
-        x, y = _rows(runs, shares(result), metric, at)
+        x, y, _, left = _fit(runs, shares(result), metric, at)
         n, k = len(y), x.shape[1] - 1
-        left = float(np.sum((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2))
         rows = y.var(ddof=1)
         share = 1 - left / (rows * (n - 1))
         same = run_table(runs, metric, rows=alike, at=at).dropna(subset="value").groupby("experiment")["value"]
@@ -191,10 +188,15 @@ def explained(
     return pd.DataFrame.from_dict(out, orient="index").rename_axis("metric")
 
 
-def _rows(
+def _fit(
     runs: Sequence[Run], sizes: Mapping[str, float], metric: str, at: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of the rows that have the score: (rows, 1 + groups), 1 and then 1 if trained or -1 if frozen; the scores."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Least squares over the rows of the design that have the score.
+
+    Returns:
+        x (rows, 1 + groups), 1 and then 1 if trained or -1 if frozen; the scores (rows,); coefficients (1 + groups,);
+        the sum of squares that they leave.
+    """
     from gddlab.reporting.tables import run_table
 
     values = run_table(runs, metric, rows=FACTORIAL, at=at).set_index("experiment")["value"].reindex([*FACTORIAL])
@@ -202,7 +204,9 @@ def _rows(
     x = np.hstack([np.ones((RUNS, 1)), 1.0 - 2.0 * design(sizes)])[there]
     if len(x) <= x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
         raise GddlabError(f"{len(x)} of {RUNS} runs have a score {metric!r}: too few for {len(sizes)} groups")
-    return x, values[there].to_numpy(float)
+    y = values[there].to_numpy(float)
+    found = np.linalg.lstsq(x, y, rcond=None)[0]
+    return x, y, found, float(((y - x @ found) ** 2).sum())
 
 
 def foretold(found: pd.DataFrame, pulls: pd.DataFrame, metric: str = "fd-lite2", *, seed: int = 0) -> pd.DataFrame:

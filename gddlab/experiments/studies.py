@@ -135,9 +135,8 @@ def local_minima(s: StudyInputs) -> StudyResult:
 def followed(s: StudyInputs) -> StudyResult:
     """How often a student makes the teacher's image of the same noise, by the share of its weights that are its own.
 
-    Columns: experiment, seed, frozen (share of the parameters equal to the teacher's), retrieved (share of its images
-    to which the full teacher's image of the same noise is nearer, in pixels, than its images of all other noises),
-    pixel (distance to that image, root mean square over [-1, 1]), n.
+    Columns: experiment, seed, frozen (share of the parameters equal to the teacher's), found and correlation (as
+    `gddlab.reporting.found_again` gives them, with the images of the full teacher), n.
     """
     import pandas as pd
 
@@ -152,15 +151,8 @@ def followed(s: StudyInputs) -> StudyResult:
         frozen = sum(int((own[k] == theirs[k]).sum()) for k in own) / sum(p.numel() for p in own.values())
         alike = found_again({name: _sampled(student, real, n, None)}, target).loc[name]
         experiment, _, seed = name.partition("/seed-")
-        rows.append(
-            {
-                "experiment": experiment,
-                "seed": int(seed or 0),
-                "frozen": frozen,
-                **{str(k): v for k, v in alike.items()},
-                "n": n,
-            }
-        )
+        row = {"experiment": experiment, "seed": int(seed or 0), "frozen": frozen}
+        rows.append(row | {"found": alike["found"], "correlation": alike["correlation"], "n": n})
     return StudyResult(pd.DataFrame(rows), {"n": n, "seed": 0})
 
 

@@ -123,7 +123,7 @@ def draw_levels(ax: Axes, levels: Mapping[str, float], axis: Literal["x", "y"], 
     for (label, value), dashes in zip(levels.items(), DASHES * 9, strict=False):
         if math.isnan(value):
             continue
-        text = f"{label}: {value:.3g}" if told else label
+        text = f"{label}: {value:{'.0f' if abs(value) >= 10 else '.3g'}}" if told else label
         how: dict[str, Any] = {"color": GREY, "linewidth": 1, "zorder": 0, "linestyle": dashes, "label": text}
         (ax.axhline if axis == "y" else ax.axvline)(value, **how)
 

@@ -252,10 +252,8 @@ def zip_directory(view: memoryview) -> Iterator[Entry]:
     if not 0 <= end <= len(tail) - 22:
         raise ValueError("without its directory; an incomplete download?")
     n, _, at = struct.unpack_from("<HII", tail, end + 10)
-    if at == BEYOND or n == 0xFFFF:  # of more than 4 GiB: a second end says where the directory is
-        place = end - 20
-        if place < 0 or tail[place : place + 4] != b"PK\x06\x07":
-            raise ValueError("its directory is broken")
+    place = end - 20
+    if place >= 0 and tail[place : place + 4] == b"PK\x06\x07":  # beyond 4 GiB: where a second end is
         (record,) = struct.unpack_from("<Q", tail, place + 8)
         if record + 56 > len(view) or bytes(view[record : record + 4]) != b"PK\x06\x06":
             raise ValueError("its directory is broken")

@@ -357,13 +357,12 @@ def assemble(
 
 def _of_precond(network: Precond, call: Call | None) -> Call:
     """One-hot labels, of which rows of zeros mean no class; the form of guidance as given."""
-    form = call or Call(order=("cond", "uncond"))
-    own = dataclasses.replace(form, order=Call().order, doubled=Call().doubled, guide_channels=Call().guide_channels)
-    for field in dataclasses.fields(Call):
-        if (value := getattr(own, field.name)) != getattr(Call(), field.name):
+    form, default = call or Call(order=("cond", "uncond")), Call()
+    for name in {f.name for f in dataclasses.fields(Call)} - {"order", "doubled", "guide_channels"}:
+        if (value := getattr(form, name)) != getattr(default, name):
             raise GddlabError(
-                f"call= with {field.name}={shown(value)}: a network with its own preconditioning takes order, doubled "
-                "and guide_channels"
+                f"call= with {name}={shown(value)}: a network with its own preconditioning takes order, doubled and "
+                "guide_channels"
             )
     return Call(
         sample="x",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gddlab.datasets import ImageDataset
 from gddlab.distill.config import TrainConfig
@@ -309,6 +310,8 @@ def test_a_run_that_was_killed_while_it_kept_the_best(tmp_path: Path, tiny_teach
     Trainer(config, ALONE).train(score)
     assert best.read_text().strip() == "000000.032"
     assert read_jsonl(config.run_dir / "alarms.jsonl") == alarms
+    events = EventAccumulator(str(config.run_dir / "events")).Reload()
+    assert [e.step for e in events.Scalars("loss/g")] == [16, 32, 48]  # each once, that of the checkpoint too
 
 
 def test_the_time_of_a_line_is_that_since_the_line_before(tmp_path: Path, tiny_teacher: Path) -> None:

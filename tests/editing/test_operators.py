@@ -70,6 +70,7 @@ def test_masks_are_refused_in_one_line() -> None:
     assert check_keep("border", 1, (3, 8, 8)).sum() == 64 - 16
     for bad, text in (
         ("topp", "unknown keep 'topp': did you mean 'top'"),
+        (torch.ones(3, 8, 8), r"keep is \(3, 8, 8\): give"),  # of three images, or of three channels?
         (torch.ones(4, 4), r"keep is \(4, 4\): give \(8, 8\), \(3, 1, 8, 8\)"),
         (half * 0.5, "other values than 0 and 1"),
         (torch.ones(8, 8), "nothing is missing of image 0"),

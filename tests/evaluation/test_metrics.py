@@ -254,6 +254,17 @@ def test_class_chi2_does_not_depend_on_the_number_of_images(n):
     assert_close(honest.std().item(), 8**0.5 / n, rtol=0.2, atol=0)
 
 
+def test_class_chi2_where_real_images_are_counted_and_where_classes_are_given():
+    """Shares from M real images add (K - 1) / M; classes as often as in the real images take it to -(K - 1) / N."""
+    g, k, n, m = torch.Generator().manual_seed(8), 5, 400, 200
+    pairs = [(torch.randint(k, (n,), generator=g), torch.randint(k, (m,), generator=g)) for _ in range(200)]
+    found = torch.tensor([classes(logits_of(a, k), logits_of(b, k))[0].value for a, b in pairs])
+    assert abs(found.mean() - (k - 1) / m) < 3 * found.std() / 200**0.5
+    assert_close(found.std().item(), (2 * (k - 1)) ** 0.5 * (1 / n + 1 / m), rtol=0.2, atol=0)
+    real = torch.arange(n) % k
+    assert_close(classes(logits_of(real, k), logits_of(real, k))[0].value, -(k - 1) / n, rtol=1e-9, atol=0)
+
+
 def test_classes_without_real_images():
     """Real images of two classes of ten: an image of another class counts much, and nothing is infinite."""
     real = logits_of(torch.arange(100) % 2, 10)

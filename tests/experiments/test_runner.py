@@ -36,6 +36,7 @@ from gddlab.experiments.digits import DIGITS
 from gddlab.experiments.experiment import Judge, MaskInputs, StudyInputs, StudyResult
 from gddlab.experiments.full import FULL
 from gddlab.experiments.questions import OWN_RATE
+from gddlab.experiments.rows import Rows
 from gddlab.experiments.runner import RUN_FILES
 from gddlab.files import read_json, read_jsonl, write_json
 from gddlab.freezing import FreezeMask
@@ -392,6 +393,13 @@ def test_every_run_of_a_list_can_be_configured(name: str, tmp_path: Path) -> Non
         assert not needs or needs & set(chosen.names)  # a list may lack some
     for run in chosen.teachers:
         assert run.configure(tmp_path / run.name).data == chosen.data
+
+
+def test_the_first_seeds_train_longer_whatever_their_numbers(tmp_path: Path) -> None:
+    row = Rows("digits", at=(6.0,), long=(24.0,), sec_per_kimg=1.0)
+    fresh = row("fresh", "of new seeds", seeds=(100, 101, 102), longer=1)
+    assert [fresh.configure(tmp_path, s, None).total_kimg for s in fresh.seeds] == [24, 12, 12]
+    assert fresh.seconds == pytest.approx((24 + 12 + 12) / 3)
 
 
 def test_gdd_is_varied_at_its_own_rate(tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def test_two_machines(tmp_path: Path, quick: Quick, undisturbed: TrainConfig) ->
     assert len(read_json(config.run_dir / "provenance.json")["starts"]) == 3
 
 
-@pytest.mark.parametrize("how", ["SIGUSR1", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["SIGUSR1", *(pytest.param(how, marks=pytest.mark.slow) for how in ("stop", "SIGINT"))])
 def test_torchrun_by_hand(how: str, tmp_path: Path, quick: Quick, undisturbed: TrainConfig) -> None:
-    """The printed line trains and continues; the directory is locked meanwhile; SIGUSR1, as clusters send it, and
-    `stop` end it with a checkpoint.
+    """The printed line trains and continues; the directory is locked meanwhile; SIGUSR1, as clusters send it,
+    Ctrl-C and `stop` end it with a checkpoint.
     """
     config = quick(tmp_path / "run")
     command = prepared(config, Launch(nproc=2), "torchrun")
@@ -88,7 +88,7 @@ def test_torchrun_by_hand(how: str, tmp_path: Path, quick: Quick, undisturbed: T
         attach(config.run_dir).stop(60)
         assert job.wait(60) == 0
     else:
-        kill(job.pid, signal.SIGUSR1)  # bash became torchrun, which hands it on
+        kill(job.pid, getattr(signal, how))  # bash became torchrun, which hands it on
         until(lambda: not held(config.run_dir), 60)
         job.wait(60)
     assert attach(config.run_dir).status == "stopped"

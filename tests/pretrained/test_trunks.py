@@ -20,7 +20,7 @@ from torchvision import models
 
 from gddlab.distill.lpips import LPIPS, LPIPSDiscriminator
 from gddlab.errors import GddlabError, NotFound
-from gddlab.pretrained.trunks import TRUNKS, LPIPSTrunk, check_trunk, unit
+from gddlab.pretrained.trunks import LPIPS_LAYERS, TRUNKS, LPIPSTrunk, check_trunk, unit
 
 SMALL = {"vgg": 16, "alex": 31, "squeeze": 17}
 THEIRS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}
@@ -155,3 +155,11 @@ def test_unit_normalisation_is_twice_differentiable_at_zero() -> None:
     assert torch.autograd.gradgradcheck(lambda v: unit(v, 1e-2), x)
     y = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     assert_close(unit(y).norm(dim=1), torch.ones(2, 2, 2, dtype=torch.float64))
+
+
+def test_a_given_path_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.pth").write_bytes(b"x")
+    assert LPIPS_LAYERS.find("~/own.pth") == tmp_path / "own.pth"
+    with pytest.raises(NotFound, match=r"at ~/other\.pth: give a path"):
+        LPIPS_LAYERS.find("~/other.pth")

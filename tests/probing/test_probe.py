@@ -122,6 +122,8 @@ def test_a_student_is_probed_at_its_sigma():
     assert result.sigmas == [80.0]
     with pytest.raises(GddlabError, match=r"timesteps=\[80.0\]: a student sees sigma 80 alone"):
         probe(net, [80.0], states="student")
+    with pytest.raises(GddlabError, match="unit='t' with states=\"student\": a student sees sigma 80 alone, omit unit"):
+        probe(net, states="student", unit="t")
 
 
 def test_labels(pictures):

@@ -22,7 +22,7 @@ from gddlab.reporting.contrasts import (
 )
 from gddlab.reporting.statistics import corrected, difference, holm, interval
 from gddlab.reporting.study_tables import followed_table, rewound_table
-from gddlab.reporting.style import look
+from gddlab.reporting.style import draw_levels, look
 from gddlab.reporting.tables import run_table
 from gddlab.runs import Run, load_runs
 from tests.evaluation.test_records import record
@@ -139,6 +139,13 @@ def test_refusals(runs: list[Run]) -> None:
         run_table(runs)
     path.unlink()  # a run that has not begun says nothing of its trainer
     assert len(run_table(runs)) == 7
+
+
+def test_levels_are_told_in_the_digits_that_they_need() -> None:
+    ax = plt.figure().add_subplot()
+    draw_levels(ax, {"one step": 1441.0, "copier": 0.0123, "precision": 0.834}, "y", told=True)
+    assert [line.get_label() for line in ax.get_lines()] == ["one step: 1441", "copier: 0.0123", "precision: 0.834"]
+    plt.close("all")
 
 
 def test_two_runs_of_one_seed_are_no_two_seeds(runs: list[Run]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,19 @@ def test_scores_of_another_kind_are_kept_apart_and_said(tmp_path: Path) -> None:
     figures = re.findall(r'alt="(fd-lite2@[^"]*) over the training"', html)
     assert len(figures) == 3
     assert "Without such a score: two, three." in html
+
+
+def test_a_page_shows_the_scores_that_count(tmp_path: Path) -> None:
+    """Those by another sampler stand in the list of all scores alone; one that was made anew replaces the old one."""
+    run_dir = copied(tmp_path, "run")
+    last = distances(run_dir)[-1]
+    other = replace(last, sampler="consistency-2 sigmas=80,0.8", value=1.25)
+    append_records(run_dir, [replace(last, value=43.21), other])
+    seen = text_of(gddlab.report(run_dir, tmp_path / "page.html"))
+    assert "The nearest to the data of 4 scored: fd-lite2@1797 43.21 at 12 kimg" in seen
+    assert seen.count("1.25") == 1  # in the list
+    html = gddlab.report([run_dir, copied(tmp_path, "two")], tmp_path / "p.html").read_text()
+    assert "43.21" in html and "1.25<" not in html
 
 
 def test_no_run_is_dropped(tmp_path: Path, tiny_teacher: Path) -> None:

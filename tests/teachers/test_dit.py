@@ -11,6 +11,7 @@ import torch
 
 from gddlab.errors import GddlabError
 from gddlab.nets import Precond
+from gddlab.sampling import sample
 from gddlab.teachers import convert, load_teacher
 from tests.nets.test_dit import tiny_dit
 
@@ -58,6 +59,10 @@ def test_weights_alone(kind: str, zipped: bool, tmp_path: Path) -> None:
     assert ("variance preserving, 1,000 steps; predicts the noise" in text) == (kind == "dit")
     assert ("time 0 (noise) to 1 (image); predicts image - noise" in text) == (kind == "sit")
     assert loaded.card.classes == 5 and loaded.card.original["file"] == named.name
+    assert loaded.latent  # four channels are no image, though no autoencoder is known
+    with pytest.raises(GddlabError, match="this network makes latents, and no autoencoder is known"):
+        sample(loaded, 1, steps=1)
+    assert sample(loaded, 2, steps=2, decode=False).abs().max() != 1  # not clamped as an image
 
 
 def test_the_family_is_asked_for_where_the_file_does_not_say(tmp_path: Path) -> None:

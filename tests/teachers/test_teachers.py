@@ -18,6 +18,7 @@ from gddlab.distill.teacher import TeacherConfig, train_teacher
 from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation.run_scores import score_teacher
 from gddlab.files import data_dir, hash_tensors, read_json, read_jsonl
+from gddlab.lock import take
 from gddlab.nets import OneStepPrecond, load_network, save_network
 from gddlab.nets.io import make_student
 from gddlab.nets.precond import edm_loss
@@ -46,6 +47,15 @@ def test_loss_is_the_formula() -> None:
             d = net(x[i : i + 1] + s * n[i : i + 1], s)
             expected = (s**2 + 0.25) / (s * 0.5) ** 2 * (d - x[i : i + 1]).square().mean()
             assert_close(got[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_that_another_process_trains_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    held = take(tmp_path / "a")
+    with pytest.raises(GddlabError, match="is being run by another process"):
+        train_teacher(config(tmp_path / "a"))
+    os.close(held)
+    assert train_teacher(config(tmp_path / "a")).is_file()
 
 
 @pytest.mark.parametrize(("by", "where"), [("an error", "0.032"), ("Ctrl-C", "0.04")])
