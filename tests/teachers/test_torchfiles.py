@@ -53,6 +53,14 @@ def tar(out: io.BytesIO) -> None:
         t.addfile(tarfile.TarInfo("x"))
 
 
+def test_a_zip_of_the_most_entries_that_two_bytes_count_is_read() -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for i in range(0xFFFF):
+            z.writestr(str(i), b"")
+    assert b"PK\x06\x07" not in out.getvalue()[-42:] and len([*zip_directory(memoryview(out.getvalue()))]) == 0xFFFF
+
+
 def test_a_zip_beyond_4_gib_is_read(tmp_path: Path) -> None:
     """Offsets and sizes that four bytes do not hold, in a file with a hole."""
     path, hole = tmp_path / "big.pt", (1 << 32) + 5
