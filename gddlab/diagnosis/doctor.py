@@ -29,7 +29,7 @@ from gddlab.pretrained.backbones import LITE_WHEELS, lite_weights
 from gddlab.pretrained.published import Published, offline
 from gddlab.pretrained.trunks import LPIPS_LAYERS
 from gddlab.provenance import commit, versions
-from gddlab.teachers import PUBLISHED, bundled_teachers
+from gddlab.teachers.catalog import PUBLISHED, bundled_file, bundled_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,9 +281,8 @@ def _weight_findings() -> list[Finding]:
         _, _, remedy = str(file.missing("not on this machine")).partition(": ")
         return weights(name, file.locate, remedy, **details)
 
-    bundled = data_dir() / "teachers"
     return [
-        *(weights(f"teacher {n}", partial(Path, bundled, n, "teacher.safetensors")) for n in bundled_teachers()),
+        *(weights(f"teacher {n}", partial(bundled_file, n)) for n in bundled_teachers()),
         *(published(f"teacher {n}", teacher.file, published=True) for n, teacher in PUBLISHED.items()),
         *(weights(f"backbone {n}", partial(lite_weights, n)) for n in LITE_WHEELS),
         *(published(name, file) for name, file in NETWORKS.items()),

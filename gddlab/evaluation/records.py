@@ -19,11 +19,11 @@ from gddlab.distill.status import name_of
 from gddlab.errors import GddlabError, NotFound, unknown
 from gddlab.evaluation.extractors import argument_of
 from gddlab.evaluation.metrics import METRICS, metric_of, names_of
-from gddlab.files import data_dir, hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text, writing
-from gddlab.nets import SIGMA_MAX
+from gddlab.files import hash_json, hash_tensors, path_of, read_json, read_jsonl, write_text, writing
+from gddlab.nets import SIGMA_MAX, load_network
 from gddlab.runs import Run
 from gddlab.sampling.samplers import sampler_name
-from gddlab.teachers import bundled_teachers
+from gddlab.teachers.catalog import bundled_file, bundled_teachers, load_teacher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,8 +128,8 @@ class Record:
         if source is not None and _holds(Path(source), self.model_sha256):
             return Trace(self, source, file=Path(source), repeated_by=_command(self, source))
         for name in bundled_teachers():
-            if _holds(path := data_dir() / "teachers" / name / "teacher.safetensors", self.model_sha256):
-                return _trace_teacher(self, name, path)
+            if load_teacher(name).card.sha256 == self.model_sha256:
+                return _trace_teacher(self, name)
         again = source and _command(self, source, self.data)
         return Trace(self, source or "a network given in memory", repeated_by=again)
 
@@ -363,8 +363,9 @@ def _trace_student(record: Record, run: Run) -> Trace:
     return _trained(found, config, code)
 
 
-def _trace_teacher(record: Record, name: str, path: Path) -> Trace:
+def _trace_teacher(record: Record, name: str) -> Trace:
     """A teacher that ships with gddlab."""
+    path = bundled_file(name)
     file = path.parent / "config.json"
     config = read_json(file)
     code = (
@@ -383,10 +384,11 @@ def _trained(found: Trace, config: dict[str, Any], code: str) -> Trace:
 
 
 def _holds(path: Path, model_sha256: str) -> bool:
-    """Whether a file holds the network with this hash."""
-    from safetensors.torch import load_file
-
-    return path.suffix == ".safetensors" and path.is_file() and hash_tensors(load_file(path)) == model_sha256
+    """Whether a file holds the network with this hash; weights of 16 bits count as what they are loaded as."""
+    try:
+        return path.suffix == ".safetensors" and hash_tensors(load_network(path)[0].state_dict()) == model_sha256
+    except GddlabError:
+        return False
 
 
 def scores_of(

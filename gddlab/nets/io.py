@@ -14,6 +14,7 @@ from gddlab.files import atomic_path, path_of
 from gddlab.nets.dit import DiTPrecond
 from gddlab.nets.edm2 import EDM2Precond
 from gddlab.nets.precond import EDMPrecond, OneStepPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
+from gddlab.nets.unets import UNet
 
 COUNTS = {
     "img_resolution": (1, 4096),
@@ -183,6 +184,31 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     except RuntimeError as e:
         raise GddlabError(f"{path}: weights do not fit {precond}: {str(e).splitlines()[-1].strip()}") from None
     return net.eval(), meta
+
+
+def without_labels(net: Precond) -> Precond:
+    """The unconditional network that a conditional U-Net is where it is given no label.
+
+    That is worth something where labels were dropped in its training (Ho & Salimans 2022). The bias of the layer that
+    embeds labels, which is there without one too, moves into the next layer's.
+
+    Raises:
+        GddlabError: The network has no labels, or is no U-Net of EDM.
+    """
+    if not (isinstance(net.model, UNet) and net.label_dim):
+        kind = "unconditional" if isinstance(net.model, UNet) else f"a {type(net.model).__name__}"
+        raise GddlabError(f"this network is {kind}: give a conditional U-Net of EDM")
+    kwargs = {k: v for k, v in net.init_kwargs.items() if k not in ("label_dim", "label_dropout")}
+    state = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("model.map_label.")}
+    assert net.model.map_label is not None
+    if (bias := net.model.map_label.bias) is not None:
+        after = net.model.map_layer0
+        moved = after.bias.double() + after.weight.double() @ bias.double()
+        state["model.map_layer0.bias"] = moved.to(after.bias.dtype)
+    with torch.device("meta"):
+        own = from_edm(type(net).__name__, **kwargs)
+    own.load_state_dict(state, assign=True)
+    return own.train(net.training)
 
 
 INITS = ("teacher", "scratch", "shuffled")

@@ -10,7 +10,7 @@ from typing import Any
 
 from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
-from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network
+from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network, without_labels
 from gddlab.nets.architectures import ARCHITECTURES
 from gddlab.nets.codec import Codec
 from gddlab.nets.denoiser import Denoiser
@@ -175,8 +175,8 @@ def load_teacher(
         source: One of
             the name of a bundled teacher, trained on "digits:train": "digits"; "digits-high", with a tenth of its noise
                 levels log-uniform in 5 to 80, where "digits" saw next to none; "digits-cond", with classes;
-                "digits-dit", a transformer with classes at the levels of "digits-high"; or on all digits, twice as
-                wide: "digits-all", "digits-high-all" and "digits-cond-all";
+                "digits-dit", a transformer with classes at the levels of "digits-high"; "digits-all", on
+                all digits, twice as wide;
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
@@ -215,11 +215,13 @@ def load_teacher(
         net, meta = load_network(path)
     else:
         net, meta = read_edm(path, family=family, heads=heads)
+    bundled = name in bundled_teachers()
+    if name in UNLABELLED:
+        net = without_labels(net)
     net.requires_grad_(False)
     if name in PUBLISHED:
         meta = PUBLISHED[name].check(net, path) | meta
-    bundled = name in bundled_teachers()
-    beside = path.parent / "scores.json"
+    beside = (data_dir() / "teachers" / name if bundled else path.parent) / "scores.json"
     try:
         net.card = TeacherCard.of(
             net,
@@ -270,7 +272,7 @@ def _find(source: str | Path) -> tuple[str, Path]:
     """The name, "" for a path, and the file."""
     name, path = as_text(source), path_of("source", source)
     if name in bundled_teachers():
-        return name, data_dir() / "teachers" / name / "teacher.safetensors"
+        return name, bundled_file(name)
     if path.is_dir():
         if (path / "teacher.safetensors").exists():
             return "", path / "teacher.safetensors"
@@ -296,9 +298,19 @@ def _find(source: str | Path) -> tuple[str, Path]:
     raise unknown("teacher", name, [*bundled_teachers(), *PUBLISHED])
 
 
+UNLABELLED = {"emoji": "emoji-cond"}
+"""Bundled teachers that are another one without its labels."""
+
+
 def bundled_teachers() -> list[str]:
     """Names of the teachers that ship with gddlab."""
-    return sorted(p.parent.name for p in (data_dir() / "teachers").glob("*/teacher.safetensors"))
+    found = {p.parent.name for p in (data_dir() / "teachers").glob("*/teacher.safetensors")}
+    return sorted(found | {name for name, of in UNLABELLED.items() if of in found})
+
+
+def bundled_file(name: str) -> Path:
+    """The weights that a bundled teacher is made from."""
+    return data_dir() / "teachers" / UNLABELLED.get(name, name) / "teacher.safetensors"
 
 
 # Students in run directories.

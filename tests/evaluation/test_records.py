@@ -11,6 +11,7 @@ from gddlab.errors import GddlabError, NotFound
 from gddlab.evaluation import Record, Scores, append_records, compare, load_records, scores_of
 from gddlab.files import data_dir, read_json
 from gddlab.runs import load_runs
+from gddlab.teachers.catalog import bundled_file, bundled_teachers, load_teacher
 from tests.conftest import tiny_config
 
 LATER = ("kimg", "preprocessing", "source", "data", "interval")
@@ -53,6 +54,18 @@ def test_json_round_trip():
 def test_a_value_that_is_not_finite_is_refused():
     with pytest.raises(GddlabError, match="nan"):
         record(value=float("nan"))
+
+
+@pytest.mark.parametrize("name", bundled_teachers())
+def test_a_bundled_teachers_scores_name_its_file(name: str) -> None:
+    """Weights that ship in half precision too: they were scored as they are loaded."""
+    card = load_teacher(name).card
+    scored = [s for s in card.scores if s["model_sha256"] == card.sha256]
+    assert scored or name == "digits-all", "digits-all was rounded after it was scored"
+    for score in scored:
+        trace = Record.from_dict(score).trace()
+        assert trace.file == bundled_file(name) and f"of             teacher {name}, " in str(trace)
+        assert "train_teacher" in trace.trained_by and name in trace.repeated_by
 
 
 def test_compare():

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
-from gddlab.nets import Precond, from_edm
+from gddlab.nets import Precond, from_edm, without_labels
 
 SMALL: dict[str, Any] = {
     "img_resolution": 16,
@@ -240,6 +240,24 @@ def test_iddpm_rounds_sigma_to_its_levels() -> None:
     assert_close(net.coefficients(u[[0, 500, 999]].reshape(-1, 1, 1, 1)).c_noise, torch.tensor([999.0, 499.0, 0.0]))
     other = from_edm("EDMPrecond", **SONG)
     assert torch.equal(other.round_sigma(sigma), sigma)
+
+
+def test_a_network_without_its_labels_is_the_conditional_one_without_a_label(net: Precond) -> None:
+    own = without_labels(net.double())
+    assert own.label_dim == 0 and not own.training and without_labels(net.train()).training
+    assert not any("map_label" in name for name, _ in own.named_parameters())
+    x, sigma = torch.randn(2, 3, 16, 16).double(), torch.tensor([80.0, 0.1])
+    with torch.no_grad():
+        assert_close(own(x, sigma), net.eval()(x, sigma), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(own(x, sigma), net(x, sigma, torch.eye(10)[:2].double()), atol=1e-3)
+    with pytest.raises(GddlabError, match="this network is unconditional: give a conditional U-Net"):
+        without_labels(own)
+
+
+def test_a_transformer_keeps_its_labels() -> None:
+    net = from_edm("DiTPrecond", img_resolution=8, img_channels=1, label_dim=3, model_channels=16, num_blocks=1)
+    with pytest.raises(GddlabError, match="this network is a SiT: give a conditional U-Net"):
+        without_labels(net)
 
 
 def test_odd_filters_are_refused() -> None:

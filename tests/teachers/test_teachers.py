@@ -247,7 +247,7 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "digits-high-all", "digits-cond-all"],
+    ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all"],
 )
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
@@ -259,11 +259,11 @@ def test_bundled_teachers(name: str) -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
     assert read_json(folder / "config.json")["conditional"] == (
-        name in ("digits-cond", "digits-dit", "digits-cond-all")
+        name in ("digits-cond", "digits-dit")
     )
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     assert (folder / "samples.png").exists()
-    high = ("digits-high", "digits-dit", "digits-high-all")
+    high = ("digits-high", "digits-dit")
     assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in high)
     if name.endswith("-all"):
         return  # rounded to half precision after they were scored
