@@ -258,9 +258,7 @@ def test_bundled_teachers(name: str) -> None:
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
     folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (
-        name in ("digits-cond", "digits-dit")
-    )
+    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
     assert len(read_jsonl(folder / "metrics.jsonl")) > 50
     assert (folder / "samples.png").exists()
     high = ("digits-high", "digits-dit")
