@@ -21,6 +21,8 @@ from gddlab.theme import GREY, themed
 
 ARM = ("metric", "experiment", "frozen", "images", "seeds", "mean", "low", "high", "state")
 PAIR = ("metric", "experiment", "against", "seeds", "seeds_against", *DIFFERENCE, "state")
+TICKS = 6
+"""Places that have ticks of their own on a log scale, at most."""
 WIDEST = 4
 """Panels beside each other in a figure, at most."""
 
@@ -272,7 +274,7 @@ def draw_dose(
         draw_levels(ax, _of_panel(levels, metric), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
-        if log and (at := sorted(set(dots))):
+        if log and len(at := sorted(set(dots))) <= TICKS:
             ax.set_xticks(at, [f"{x:g}" for x in at])
             ax.minorticks_off()
     for ax in panels.flat[len(metrics) :]:
@@ -289,8 +291,9 @@ def _of_panel(levels: Levels | None, metric: str) -> dict[str, float]:
 
 
 def _ends(rows: pd.DataFrame) -> list[float]:
-    """Means and the ends of their intervals, where they have one."""
-    return [float(x) for x in rows[["mean", "low", "high"]].to_numpy().flat if np.isfinite(x)]
+    """Means and the ends of their intervals; not those at or below 0 of means above 0, which would forbid a log scale."""
+    values, least = rows[["mean", "low", "high"]].to_numpy(float).ravel(), rows["mean"].min()
+    return [float(x) for x in values if np.isfinite(x) and (x > 0 or least <= 0)]
 
 
 def _seeds(scored: pd.DataFrame) -> str:

@@ -198,6 +198,21 @@ def test_figures(runs: list[Run]) -> None:
     plt.close("all")
 
 
+def test_scales_of_a_dose() -> None:
+    """A wide interval does not forbid a log scale; many places have no tick each."""
+    rows = [(f"random-{10 * i}", 0.1 * i, 50.0 * 2**i, 30.0 * 2**i) for i in range(8)]
+    arms = pd.DataFrame(rows, columns=["experiment", "frozen", "mean", "half"])
+    arms = arms.assign(metric="fd-lite2", seeds=3, low=arms["mean"] - arms["half"], high=arms["mean"] + arms["half"])
+    arms.loc[7, "low"] = -1000.0
+    names, places = arms["experiment"], {f"random-{10 * i}": i + 1 for i in range(8)}
+    (few,) = draw_dose(arms, {"all": list(names[:3])}, places=places, log=True).axes
+    assert [t.get_text() for t in few.get_xticklabels()] == ["1", "2", "3"]
+    (ax,) = draw_dose(arms, {"all": list(names)}, places=places, log=True).axes
+    assert len(ax.get_xticks()) <= 6
+    assert ax.get_yscale() == "log" and ax.get_ylim()[1] > arms["high"].max()
+    plt.close("all")
+
+
 def test_followers_over_the_share(tmp_path: Path) -> None:
     rows = [("gdd", 0, 0.0, 0.2, 0.5), ("gdd", 1, 0.0, 0.4, 0.3), ("gdd-i", 0, 0.8, 0.9, 0.1)]
     study = pd.DataFrame(rows, columns=["experiment", "seed", "frozen", "found", "correlation"])
