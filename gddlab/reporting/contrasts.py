@@ -291,7 +291,7 @@ def _of_panel(levels: Levels | None, metric: str) -> dict[str, float]:
 
 
 def _ends(rows: pd.DataFrame) -> list[float]:
-    """Means and the ends of their intervals; not those at or below 0 of means above 0, which would forbid a log scale."""
+    """Means and ends of intervals; of means above 0 not those ends that are not, which would forbid a log scale."""
     values, least = rows[["mean", "low", "high"]].to_numpy(float).ravel(), rows["mean"].min()
     return [float(x) for x in values if np.isfinite(x) and (x > 0 or least <= 0)]
 
