@@ -215,7 +215,8 @@ def _study_state(chosen: ExperimentList, study: Study, folder: Path) -> tuple[st
     about = read_json(path)
     lacking = "asked" in about and not chosen.asked_of(study.name) <= {*about["asked"]}
     other = about["teacher_sha256"] != (_bundled_sha256(chosen.teacher) or about["teacher_sha256"])
-    made = about["inputs"] == _inputs(study, folder) and not lacking and not other
+    known = _inputs(study, folder).items() <= about["inputs"].items()
+    made = known and not lacking and not other
     return ("done" if made else "to do"), float(about["seconds"])
 
 
@@ -226,13 +227,16 @@ def _bundled_sha256(teacher: str) -> str | None:
 
 
 def _inputs(study: Study, folder: Path) -> dict[str, str | None]:
-    """Hash of each student that a study can measure, by what it needs: those that were scored."""
+    """Hash of each student that a study can measure, by what it needs: scored, and there; most do not ship."""
     found: dict[str, str | None] = {}
     for name in study.needs:
         run_dir = _needed(folder, name)
         if (run_dir / "config.json").exists():
             run = load_run(run_dir)
             kimg = _measured_at(study, run)
+            ends = {run.config.end_kimg} if (run_dir / STUDENT).exists() else set()
+            if kimg not in ends | {float(path.stem) for path in run.snapshots()}:
+                continue
             for record in scores_of(load_records(run_dir), run.config):
                 if record.kimg == kimg:
                     found[name] = record.model_sha256

@@ -22,7 +22,7 @@ from gddlab.evaluation.metrics import frechet, kernel
 from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Study, StudyInputs, StudyResult
 from gddlab.experiments.factorial import groups
-from gddlab.experiments.questions import OWN_RATE, RANDOM
+from gddlab.experiments.questions import ORDERED, OWN_RATE, RANDOM, RATES
 from gddlab.nets import DiTPrecond, Precond
 from gddlab.probing import ablate, grad_probe, probe, weight_change
 from gddlab.probing.inputs import Inputs
@@ -546,7 +546,7 @@ LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
 ALONG = ("gdd", "gdd/seed-1", OWN_RATE, f"{OWN_RATE}/seed-1", "gdd-i", "rcd")
-FOLLOWERS = ("gdd", OWN_RATE, "gdd-i", *RANDOM, "rcd", "scratch")
+FOLLOWERS = (*(a for a in RATES if a.startswith("gdd-lr")), "gdd", *RANDOM, *ORDERED, "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
 MIDS = (0.2, 0.8, 2.5)
 """Noise levels of a second step."""
