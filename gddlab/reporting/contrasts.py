@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.shown_tables import format_of
@@ -274,8 +275,13 @@ def draw_dose(
         draw_levels(ax, _of_panel(levels, metric), "y")
         fit_scale(ax, [*drawn, *(levels or {}).get(metric, {}).values()], "y")
         ax.set(xlabel=xlabel, title=metric, xscale="log" if log else "linear")
-        if log and len(at := sorted(set(dots))) <= TICKS:
-            ax.set_xticks(at, [f"{x:g}" for x in at])
+        if log:
+            at = sorted(set(dots))
+            if len(at) <= TICKS:
+                ax.set_xticks(at, [f"{x:g}" for x in at])
+            else:
+                ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                ax.xaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
     for ax in panels.flat[len(metrics) :]:
         ax.set_axis_off()
