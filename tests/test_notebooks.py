@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from gddlab.evaluation import load_records
 from gddlab.files import data_dir
@@ -41,6 +48,30 @@ def test_text_has_lines_of_at_most_120_columns(path: Path) -> None:
 
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_pictures_are_made_lighter_where_nobody_sees_it(tmp_path: Path) -> None:
+    """A figure loses most of its bytes; noise stays, and so does what surrounds a picture."""
+    rng = np.random.default_rng(0)
+    figure, ax = plt.subplots(figsize=(8, 4))
+    ax.plot(rng.normal(size=(50, 4)).cumsum(0), marker="o")
+    drawn, noise = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn)
+    plt.close(figure)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "png")
+    pictures = [drawn.getvalue(), noise.getvalue()]
+    outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(p).decode(), "text/plain": "a figure"})
+        for p in pictures
+    ]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("draw()", outputs=outputs)]), path)
+    subprocess.run([sys.executable, NOTEBOOKS / "assets" / "lighten.py", path], check=True, capture_output=True)
+    after = [o.data for o in nbformat.read(path, 4).cells[0].outputs]
+    light, same = (base64.b64decode(data["image/png"]) for data in after)
+    assert len(light) < len(pictures[0]) / 2 and same == pictures[1] and after[0]["text/plain"] == "a figure"
+    change = [np.asarray(Image.open(io.BytesIO(p)).convert("RGB"), int) for p in (light, pictures[0])]
+    assert np.abs(change[0] - change[1]).mean() < 0.4
 
 
 def test_there_is_a_notebook_for_each_figure_and_table() -> None:

@@ -15,6 +15,7 @@ from gddlab.distill.distributed import World
 from gddlab.errors import GddlabError
 from gddlab.limits import Limits, container_limits, usable_cores
 from gddlab.lock import OWNED
+from gddlab.provenance import hardware
 from gddlab.runtime import beside_runs, chosen_device, generator
 
 GIB = 1 << 30
@@ -111,3 +112,11 @@ def test_cores_are_left_to_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(1)
     with beside_runs():
         assert torch.get_num_threads() == before
+
+
+def test_the_processor_is_named() -> None:
+    """And the instructions that torch uses on it: where they differ, one seed gives other numbers."""
+    name, instructions = str(hardware()["cpu"]).rsplit(", ", 1)
+    assert name and instructions == torch.backends.cpu.get_cpu_capability()
+    cpuinfo = Path("/proc/cpuinfo")
+    assert not cpuinfo.exists() or "model name" not in cpuinfo.read_text() or f": {name}\n" in cpuinfo.read_text()

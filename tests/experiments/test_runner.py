@@ -298,6 +298,12 @@ def test_a_study_is_made_anew_when_another_student_is_there(
     shipped = {f.name for f in ship("tiny", tmp_path, tmp_path / "data", only=["moved"])}
     assert shipped == {"moved", "measured"}
     assert load_study(tmp_path / "data" / "tiny" / "moved").equals(load_study(folder))
+    for student in (tmp_path / "tiny" / "all" / "seed-0").rglob("*.safetensors"):
+        student.unlink()  # most runs ship without
+    assert [p.state for p in plan("tiny", out=tmp_path, only=["moved"])] == ["done"]
+    (folder / "meta.json").unlink()
+    reproduce("tiny", out=tmp_path, only=["moved"])
+    assert load_study(folder)["network"].tolist() == ["rule"]
     tiny = module.LISTS["tiny"]
     more = replace(tiny.questions[0], also=("fd-lite0", "recall-lite2"))
     monkeypatch.setattr(module, "LISTS", {"tiny": replace(tiny, questions=(more,))})
