@@ -138,7 +138,8 @@ class TeacherCard:
         if kinds[self.unet] is DiT:
             p, blocks = kw["patch_size"], f"{kw['num_blocks']} blocks, {kw['num_heads']} heads"
             return f", patches of {p}x{p}, width {kw['model_channels']}, {blocks}"
-        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {kw['num_blocks']} blocks per level"
+        n = kw["num_blocks"]
+        levels = f"{kw['model_channels']} x {list(kw['channel_mult'])}, {n} block{'s' * (n > 1)} per level"
         return f" ({kw.get('encoder_type', 'ADM')} encoder), {levels}" if self.unet in UNETS else f", {levels}"
 
 
@@ -176,7 +177,8 @@ def load_teacher(
             the name of a bundled teacher, trained on "digits:train": "digits"; "digits-high", with a tenth of its noise
                 levels log-uniform in 5 to 80, where "digits" saw next to none; "digits-cond", with classes;
                 "digits-dit", a transformer with classes at the levels of "digits-high"; "digits-all", on
-                all digits, twice as wide;
+                all digits, twice as wide; trained on "emoji:train", in colour: "emoji-cond", with classes; "emoji", the
+                same network without them;
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,
@@ -226,7 +228,7 @@ def load_teacher(
         net.card = TeacherCard.of(
             net,
             name=name or meta.get("name") or path.stem,
-            source=f"teachers/{name}, ships with gddlab" if bundled else str(path),
+            source=f"teachers/{UNLABELLED.get(name, name)}, ships with gddlab" if bundled else str(path),
             meta=meta,
             scores=read_json(beside) if path.name == "teacher.safetensors" and beside.exists() else [],
         )

@@ -23,6 +23,7 @@ from gddlab.nets import OneStepPrecond, load_network, save_network
 from gddlab.nets.io import make_student
 from gddlab.nets.precond import edm_loss
 from gddlab.teachers import bundled_teachers, load_teacher
+from gddlab.teachers.catalog import bundled_file
 from tests.conftest import tiny_net
 
 
@@ -247,7 +248,7 @@ def test_a_u_net_may_drop_labels_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all"],
+    ["digits", "digits-high", "digits-cond", "digits-dit", "digits-all", "emoji", "emoji-cond"],
 )
 def test_bundled_teachers(name: str) -> None:
     assert name in bundled_teachers()
@@ -257,10 +258,11 @@ def test_bundled_teachers(name: str) -> None:
     assert card.parameters == sum(p.numel() for p in teacher.parameters())
     assert (card.sigma_min, card.sigma_max) == (0.002, 80.0)
     assert not any(p.requires_grad for p in teacher.parameters())
-    folder = data_dir() / "teachers" / name
-    assert read_json(folder / "config.json")["conditional"] == (name in ("digits-cond", "digits-dit"))
-    assert len(read_jsonl(folder / "metrics.jsonl")) > 50
-    assert (folder / "samples.png").exists()
+    folder, trained = data_dir() / "teachers" / name, bundled_file(name).parent
+    assert bool(teacher.label_dim) == (name in ("digits-cond", "digits-dit", "emoji-cond"))
+    assert read_json(trained / "config.json")["conditional"] == (name not in ("digits", "digits-high", "digits-all"))
+    assert len(read_jsonl(trained / "metrics.jsonl")) > 50
+    assert (trained / "samples.png").exists()
     high = ("digits-high", "digits-dit")
     assert ("10 % log-uniform in 5 to 80" in str(card)) == (name in high)
     if name.endswith("-all"):
@@ -271,6 +273,16 @@ def test_bundled_teachers(name: str) -> None:
     assert all(s["model_sha256"] == card.sha256 for k, s in scores.items() if k != "data")
     assert scores["heun-18"]["value"] < scores["heun-5"]["value"] < scores["heun-1"]["value"]
     assert f"fd-lite2@{len(data_of(card) or ())}" in str(card)
+
+
+def test_emoji_are_those_of_the_conditional_teacher_without_its_labels() -> None:
+    teacher, conditional = load_teacher("emoji"), load_teacher("emoji-cond")
+    assert teacher.card.name == "emoji" and teacher.card.source == "teachers/emoji-cond, ships with gddlab"
+    assert "32 x [1, 2, 3], 1 block per level" in str(teacher.card)
+    assert read_json(bundled_file("emoji").parent / "config.json")["label_dropout"] == 0.5
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_close(teacher(x, 1.0), conditional(x, 1.0), rtol=1e-4, atol=1e-4)
 
 
 def test_bundled_teacher_denoises() -> None:
