@@ -87,7 +87,7 @@ def test_the_card_says_path_and_codec(tmp_path: Path) -> None:
     )
     text = str(card)
     for line in (
-        "network          EDM2UNet, 8 x [1], 1 blocks per level",
+        "network          EDM2UNet, 8 x [1], 1 block per level",
         "latents          4x4, 4 channels",
         "path             EDM, sigma_data 0.5",
         "raw mean 5.81 3.25 0.12 -2.15; raw std 4.17 4.62 3.71 3.28, then 0.5",
