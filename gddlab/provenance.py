@@ -40,14 +40,14 @@ def hardware() -> dict[str, Any]:
     """Cores, threads and accelerators of this machine."""
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": cpu(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": cuda,
     }
 
 
-def cpu() -> str:
+def _cpu() -> str:
     """The processor's name, and the instructions that torch uses on it: another kind rounds otherwise."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

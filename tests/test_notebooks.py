@@ -51,7 +51,7 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def test_pictures_are_made_lighter_where_nobody_sees_it(tmp_path: Path) -> None:
-    """A figure loses most of its bytes; noise stays, and so does what surrounds a picture."""
+    """A figure loses most of its bytes; noise and transparency stay, and so does what surrounds a picture."""
     rng = np.random.default_rng(0)
     figure, ax = plt.subplots(figsize=(8, 4))
     ax.plot(rng.normal(size=(50, 4)).cumsum(0), marker="o")
@@ -59,7 +59,11 @@ def test_pictures_are_made_lighter_where_nobody_sees_it(tmp_path: Path) -> None:
     figure.savefig(drawn)
     plt.close(figure)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "png")
-    pictures = [drawn.getvalue(), noise.getvalue()]
+    clear = io.BytesIO()
+    shown = Image.open(drawn).convert("RGBA")
+    shown.putalpha(128)
+    shown.save(clear, "png")
+    pictures = [drawn.getvalue(), noise.getvalue(), clear.getvalue()]
     outputs = [
         nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(p).decode(), "text/plain": "a figure"})
         for p in pictures
@@ -68,8 +72,8 @@ def test_pictures_are_made_lighter_where_nobody_sees_it(tmp_path: Path) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("draw()", outputs=outputs)]), path)
     subprocess.run([sys.executable, NOTEBOOKS / "assets" / "lighten.py", path], check=True, capture_output=True)
     after = [o.data for o in nbformat.read(path, 4).cells[0].outputs]
-    light, same = (base64.b64decode(data["image/png"]) for data in after)
-    assert len(light) < len(pictures[0]) / 2 and same == pictures[1] and after[0]["text/plain"] == "a figure"
+    light, same, half = (base64.b64decode(data["image/png"]) for data in after)
+    assert len(light) < len(pictures[0]) / 2 and [same, half] == pictures[1:] and after[0]["text/plain"] == "a figure"
     change = [np.asarray(Image.open(io.BytesIO(p)).convert("RGB"), int) for p in (light, pictures[0])]
     assert np.abs(change[0] - change[1]).mean() < 0.4
 

@@ -370,7 +370,7 @@ def _trace_teacher(record: Record, name: str) -> Trace:
     config = read_json(file)
     code = (
         f"import gddlab, json; c = json.load(open({json.dumps(str(file))})); "
-        f'gddlab.train_teacher(gddlab.TeacherConfig(run_dir="{name}-again", **c))'
+        f'gddlab.train_teacher(gddlab.TeacherConfig(run_dir="{path.parent.name}-again", **c))'
     )
     found = Trace(record, f"teacher {name}", file=path, repeated_by=_command(record, name, record.data))
     return _trained(found, config, code)

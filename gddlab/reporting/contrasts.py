@@ -10,12 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.shown_tables import format_of
 from gddlab.reporting.statistics import DIFFERENCE, LEVEL, corrected, difference, interval
-from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
+from gddlab.reporting.style import draw_levels, fit_scale, log_ticks, look, seeds_text
 from gddlab.reporting.tables import When, run_table
 from gddlab.runs import Run
 from gddlab.theme import GREY, themed
@@ -280,8 +279,7 @@ def draw_dose(
             if len(at) <= TICKS:
                 ax.set_xticks(at, [f"{x:g}" for x in at])
             else:
-                ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-                ax.xaxis.set_major_formatter("{x:g}")
+                log_ticks(ax, "x")
             ax.minorticks_off()
     for ax in panels.flat[len(metrics) :]:
         ax.set_axis_off()

@@ -106,10 +106,15 @@ def fit_scale(ax: Axes, values: Iterable[float], axis: Literal["x", "y"]) -> Non
     values = list(values)
     if values and min(values) > 0 and max(values) > SPAN * min(values):
         ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.8 * min(values), 1.25 * max(values))})
-        ticks = ax.xaxis if axis == "x" else ax.yaxis
-        ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ticks.set_major_formatter("{x:g}")
-        ticks.set_minor_formatter(NullFormatter())
+        log_ticks(ax, axis)
+
+
+def log_ticks(ax: Axes, axis: Literal["x", "y"]) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of each decade, written as plain numbers."""
+    ticks = ax.xaxis if axis == "x" else ax.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
 
 
 DASHES = ("--", ":", "-.")

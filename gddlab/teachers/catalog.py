@@ -176,9 +176,9 @@ def load_teacher(
         source: One of
             the name of a bundled teacher, trained on "digits:train": "digits"; "digits-high", with a tenth of its noise
                 levels log-uniform in 5 to 80, where "digits" saw next to none; "digits-cond", with classes;
-                "digits-dit", a transformer with classes at the levels of "digits-high"; "digits-all", on
-                all digits, twice as wide; trained on "emoji:train", in colour: "emoji-cond", with classes; "emoji", the
-                same network without them;
+                "digits-dit", a transformer with classes at the levels of "digits-high"; "digits-all", on all
+                digits, twice as wide; or trained on "emoji:train", in colour: "emoji-cond", with classes, and "emoji",
+                the same network without them;
             the name of a published one (`gddlab.teachers.PUBLISHED`, such as "edm-cifar10-32x32-uncond-ve" or
                 "edm2-img64-s-1073741-0.075"), which is downloaded unless a copy is found;
             the path of a pickle of EDM (.pkl with `ema`; networks EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond,

@@ -20,7 +20,10 @@ MEAN, MOST = 0.4, 64
 
 def lighter(png: bytes) -> bytes:
     """The picture with a palette of its own; as it was where that is no smaller, or not the same to look at."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    given = Image.open(io.BytesIO(png))
+    if given.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        return png  # a palette has no transparency here
+    image = given.convert("RGB")
     few = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     change = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(image, int))
     out = io.BytesIO()

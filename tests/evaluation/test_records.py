@@ -65,7 +65,7 @@ def test_a_bundled_teachers_scores_name_its_file(name: str) -> None:
     for score in scored:
         trace = Record.from_dict(score).trace()
         assert trace.file == bundled_file(name) and f"of             teacher {name}, " in str(trace)
-        assert "train_teacher" in trace.trained_by and name in trace.repeated_by
+        assert f'run_dir="{bundled_file(name).parent.name}-again"' in trace.trained_by and name in trace.repeated_by
 
 
 def test_compare():
