@@ -541,11 +541,13 @@ PARTS = ("top", "border")
 """What is known of them."""
 SEARCHED, TAUGHT = (5, 15, 50), (6, 18)
 """Steps of a student's search, and of a teacher, each of which is taken four times."""
-LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "gdd-i"), ("{gdd}", "{gdd}/seed-1"))
-"""Between which networks weights are averaged; the last is the yardstick, two seeds of one student."""
+YARDSTICKS = (("{gdd}", "{gdd}/seed-1"), ("gdd-lr-0.0004/seed-1", "gdd-lr-0.0004/seed-2"), ("rcd", "rcd/seed-1"))
+"""Two seeds of one student, of whatever is there."""
+LINES = (("teacher", "{gdd}"), ("teacher", "rcd"), ("{gdd}", "rcd"), ("{gdd}", "gdd-i"), *YARDSTICKS)
+"""Between which networks weights are averaged."""
 PLACES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """On that line."""
-ALONG = ("gdd", "gdd/seed-1", OWN_RATE, f"{OWN_RATE}/seed-1", "gdd-i", "rcd")
+ALONG = ("gdd", "gdd/seed-1", OWN_RATE, f"{OWN_RATE}/seed-1", "gdd-i", "rcd", "rcd/seed-1", *YARDSTICKS[1])
 FOLLOWERS = (*(a for a in RATES if a.startswith("gdd-lr")), "gdd", *RANDOM, *ORDERED, "rcd", "scratch")
 FOLLOWED = tuple(f"{name}/seed-{seed}" for name in FOLLOWERS for seed in range(3))
 MIDS = (0.2, 0.8, 2.5)
@@ -566,7 +568,7 @@ STUDIES = (
         "followed", "how often a student makes the teacher's image of the same noise", FOLLOWED, followed, 200.0, at=AT
     ),
     Study(
-        "line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 1600.0
+        "line", "distances to the data on the straight line between the weights of two networks", ALONG, line, 2200.0
     ),
     Study(
         "pulls", "what might say which layers to train: gradients, movements, ablation", PULLING, pulls, 200.0, at=AT

@@ -20,8 +20,10 @@ from gddlab.reporting.layer_changes import moved_table as moved_table
 from gddlab.reporting.layer_changes import squared_norms as squared_norms
 from gddlab.reporting.local_minima import between as between
 from gddlab.reporting.local_minima import draw_between as draw_between
+from gddlab.reporting.local_minima import draw_line as draw_line
 from gddlab.reporting.local_minima import draw_minima as draw_minima
 from gddlab.reporting.local_minima import frechet_name as frechet_name
+from gddlab.reporting.local_minima import line_table as line_table
 from gddlab.reporting.local_minima import minima_table as minima_table
 from gddlab.reporting.published_results import SETTINGS as SETTINGS
 from gddlab.reporting.published_results import draw_published as draw_published

@@ -1,4 +1,4 @@
-"""Do networks sit in different local minima? Distances to the data beside distances to the teacher."""
+"""Do networks sit in different local minima? Distances to the data, to the teacher, and on the way between two."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from matplotlib.ticker import LogLocator, NullLocator
 from gddlab.errors import GddlabError, unknown
 from gddlab.probing.plots.axes import Scale
 from gddlab.probing.plots.heatmaps import draw_cells
-from gddlab.reporting.style import SORTS, checked, known, look
+from gddlab.reporting.style import SORTS, checked, fit_scale, known, look
 from gddlab.theme import GREY, SEQUENTIAL, axes_of, themed
 
-STUDY = "local-minima"
+STUDY, LINE = "local-minima", "line"
 COLUMNS = ("a", "b", "distance", "value", "sem", "n", "unit")
 OTHER = ", other noise"
+COPIED = "copied"
+"""The study "line" has it beside its scores: the distance to the teacher's images of the same noise."""
 IMAGES = ("pixel", "feature")
 """Distances image by image; the third one of a study is between sets of images."""
 PANELS = {
@@ -190,6 +192,69 @@ def draw_between(table: pd.DataFrame, *, label: str = "Frechet distance", ax: Ax
     if "n" in table.attrs:
         ax.set_title(f"n = {table.attrs['n']} images", loc="left")
     return ax
+
+
+def line_table(study: pd.DataFrame) -> pd.DataFrame:
+    """What is met on the straight line between the weights of two networks: a row per pair and score.
+
+    Args:
+        study: The study "line".
+
+    Returns:
+        pair, metric, length (of the line, Euclidean, in weights), first, second (the score of either network), highest
+        (on the line, ends included), at (where: 0 is the first network, 1 the second), and barrier, the highest less
+        the larger end: 0 where no point of the line is worse than both of its ends.
+
+    Raises:
+        GddlabError: The table is another one.
+    """
+    rows = []
+    for (pair, metric), own in _lines(study).groupby(["pair", "metric"], sort=False):
+        own = own.sort_values("t")
+        first, second, top = own["value"].iloc[0], own["value"].iloc[-1], own.loc[own["value"].idxmax()]
+        row = {"pair": pair, "metric": metric, "length": top["length"], "first": first, "second": second}
+        rows.append(row | {"highest": top["value"], "at": top["t"], "barrier": top["value"] - max(first, second)})
+    return pd.DataFrame(rows)
+
+
+@themed
+def draw_line(study: pd.DataFrame) -> Figure:
+    """Scores on the straight line between the weights of two networks: a panel per score, a line per pair.
+
+    Args:
+        study: The study "line".
+
+    Raises:
+        GddlabError: The table is another one.
+    """
+    rows = _lines(study)
+    metrics = list(dict.fromkeys(rows["metric"]))
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(3 * len(metrics) + 0.5, 3.4), layout="constrained", squeeze=False
+    )
+    for ax, metric in zip(axes.flat, metrics, strict=True):
+        own = rows[rows["metric"] == metric]
+        sns.lineplot(own, x="t", y="value", hue="pair", style="pair", markers=True, dashes=False, ax=ax)
+        fit_scale(ax, own["value"], "y")
+        ax.set(xlabel="place on the line", ylabel="", title=metric)
+        ax.set_xticks([0, 0.5, 1], ["first", "0.5", "second"])
+        handles, labels = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(f"n = {int(study['n'].max())} images a point; one training seed a network", x=0.01, ha="left")
+    return figure
+
+
+def _lines(study: pd.DataFrame) -> pd.DataFrame:
+    """The study "line", long, with the distance to the teacher's images as one more score."""
+    study = checked(study, ("a", "b", "t", "length", COPIED, "metric", "value", "n"), LINE)
+    ends = [[look(name.partition("/")[0]).label for name in study[end]] for end in ("a", "b")]
+    pairs = [f"{a}, two seeds" if a == b else f"{a} to {b}" for a, b in zip(*ends, strict=True)]
+    study = study.assign(pair=pairs)
+    copied = study.drop_duplicates(["pair", "t"]).assign(
+        metric="to the teacher's images", value=lambda rows: rows[COPIED]
+    )
+    return pd.concat([study, copied], ignore_index=True)
 
 
 def _networks(study: pd.DataFrame) -> list[str]:

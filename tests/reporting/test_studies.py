@@ -32,7 +32,15 @@ from gddlab.reporting.layer_changes import (
     moved_table,
     squared_norms,
 )
-from gddlab.reporting.local_minima import between, draw_between, draw_minima, frechet_name, minima_table
+from gddlab.reporting.local_minima import (
+    between,
+    draw_between,
+    draw_line,
+    draw_minima,
+    frechet_name,
+    line_table,
+    minima_table,
+)
 from gddlab.reporting.samples import cut_grid, draw_same_noise, found_again
 from gddlab.reporting.style import look
 from gddlab.sampling import save_grid
@@ -244,6 +252,36 @@ def test_all_pairs_are_symmetric_and_those_not_measured_stay_empty(tmp_path: Pat
         minima_table(study[~study["b"].str.contains("other")])
     with pytest.raises(GddlabError, match="no rows"):
         minima_table(study.iloc[:0])
+
+
+def line_study() -> pd.DataFrame:
+    """A hill of 400 between GDD and RCD, and none between two seeds of RCD."""
+    rows = []
+    for a, b, values in (("gdd", "rcd", (70.0, 400.0, 90.0)), ("rcd/seed-0", "rcd/seed-1", (90.0, 80.0, 85.0))):
+        for t, value in zip((0.0, 0.5, 1.0), values, strict=True):
+            about = {"a": a, "b": b, "t": t, "length": 12.0, "copied": 0.2 + t / 10, "n": 64}
+            rows += [
+                about | {"metric": "fd-lite2", "value": value},
+                about | {"metric": "kd-lite2", "value": value - 80},
+            ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.filterwarnings("error")
+def test_hills_on_the_line_between_two_networks(tmp_path: Path) -> None:
+    table = line_table(line_study()).set_index(["metric", "pair"])
+    hill = table.loc[("fd-lite2", "GDD (preset's rate) to RCD")]
+    assert hill[["length", "first", "second", "highest", "at", "barrier"]].tolist() == [12, 70, 90, 400, 0.5, 310]
+    assert table.loc[("fd-lite2", "RCD, two seeds"), "barrier"] == 0
+    assert table.loc[("to the teacher's images", "GDD (preset's rate) to RCD"), "second"] == pytest.approx(0.3)
+    figure = draw_line(line_study())
+    assert [ax.get_title() for ax in figure.axes] == ["fd-lite2", "kd-lite2", "to the teacher's images"]
+    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear", "linear"]
+    drawn = [line.get_ydata().tolist() for line in figure.axes[0].lines if len(line.get_ydata())]
+    assert drawn == [[70, 400, 90], [90, 80, 85]]
+    saved(figure, tmp_path / "line.png")
+    with pytest.raises(GddlabError, match="give the table of the study 'line'"):
+        draw_line(minima_study())
 
 
 def test_a_students_activation_is_compared_with_its_teachers() -> None:
