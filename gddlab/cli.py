@@ -55,7 +55,7 @@ def command(
 
 @command("demo", "gddlab.demo:demo")
 def demo(out: Path = Path("demo"), **options: Any) -> None:
-    """Goes the whole way on the embedded digits: probe, mask, GDD-I, evaluation, and a page to look at.
+    """Goes the whole way on bundled images: probe, mask, GDD-I, evaluation, and a page to look at.
 
     Args:
         out: Folder for the page, numbers and the run. An interrupted demo continues there.

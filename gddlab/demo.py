@@ -1,4 +1,4 @@
-"""`gddlab demo`: probes, trains and scores on the embedded digits, and writes a page."""
+"""`gddlab demo`: probes, trains and scores on bundled images, and writes a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gddlab
-from gddlab.errors import GddlabError
+from gddlab.errors import GddlabError, unknown
 from gddlab.files import data_dir, path_of, write_json, write_text
 from gddlab.progress import say
 from gddlab.theme import save_figure, themed
@@ -25,22 +25,26 @@ METRIC = "fd-lite2"
 GRID = 64
 PROBED = 48
 COMPLETED, WAYS = 8, 4
-"""Held-out digits that the student completes, and in how many ways."""
+"""Held-out images that the student completes, and in how many ways."""
+SHOWN = {"digits": "handwritten digits", "emoji": "emoji"}
+"""What the images show, by the bundled data set, which is also the name of its teacher and preset."""
 CORRELATION = (
     "How like its output at sigma = 80 each convolution's output is at the other noise levels: correlation over images."
 )
 CODE = """import gddlab
 
-teacher = gddlab.load_teacher("digits")
+teacher = gddlab.load_teacher("{data}")
 result = gddlab.probe(teacher, 18)
 mask = gddlab.select_freeze(teacher, strategy="gdd-i")
-config = gddlab.presets.digits(mask=mask, run_dir="runs/a", seed={seed})
+config = gddlab.presets.{data}(mask=mask, run_dir="runs/a", seed={seed})
 run = gddlab.train(config, nproc={nproc})
 run.watch()
 scores = gddlab.evaluate(run.student())"""
 
 
-def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: bool = False) -> dict[str, Any]:
+def demo(
+    out: str | Path = "demo", *, data: str = "digits", seed: int = 0, nproc: int = 1, recompute: bool = False
+) -> dict[str, Any]:
     """Probe, mask, GDD-I training, evaluation against the teacher; writes index.html and demo.json.
 
     The mask that trains is the authors' rule (option 1); one chosen by measurement is shown beside it. The same call on
@@ -48,6 +52,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
 
     Args:
         out: Folder.
+        data: "digits", or "emoji", in colour.
         seed: Seed of the training.
         nproc: Processes of the training.
         recompute: Scores the teacher again, which takes minutes, instead of reading the scores that ship with it.
@@ -55,6 +60,9 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     Returns:
         The content of demo.json: fd_teacher_1, fd_teacher_18, fd_student, fd_real_split, frozen_fraction, kimg, seconds
         and more.
+
+    Raises:
+        GddlabError: Other `data`, or a run of another configuration in `out`.
     """
     from gddlab.evaluation import evaluate_snapshots
     from gddlab.reporting.pages import of_figure, of_pixels
@@ -63,8 +71,10 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     from gddlab.runtime import peak_memory_mib
 
     began = time.perf_counter()
+    if data not in SHOWN:
+        raise unknown("data of the demo", data, SHOWN)
     out = path_of("out", out)
-    teacher = gddlab.load_teacher("digits")
+    teacher = gddlab.load_teacher(data)
     say(f"teacher   {teacher.card.parameters:,} parameters, {teacher.card.unet}, from {teacher.card.source}")
 
     result = gddlab.probe(teacher, 18, n=PROBED)
@@ -78,7 +88,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
     measured.save(out / "mask-measured.json")
     say(f"mask      GDD-I freezes {mask.fraction:.1%} of the parameters; the measured one {measured.fraction:.1%}")
 
-    config = gddlab.presets.digits(mask=mask, run_dir=out / "run", seed=seed)
+    config = gddlab.presets.preset(data, mask=mask, run_dir=out / "run", seed=seed)
     continued = (config.run_dir / "config.json").exists()
     run = gddlab.train(config, nproc=nproc)
     events = out / "run" / "events"
@@ -122,14 +132,15 @@ def demo(out: str | Path = "demo", *, seed: int = 0, nproc: int = 1, recompute: 
         title="gddlab: a diffusion model becomes a one-step generator",
         final=final,
         headline=headline,
+        shown=SHOWN[data],
         networks=[of_pixels(pixels, title) for title, pixels in grids.items()],
-        completed=of_pixels(_completed(student), f"digits, their upper halves, and {WAYS} completions of each"),
+        completed=of_pixels(_completed(student, data), f"images, their upper halves, and {WAYS} completions of each"),
         images=result.meta["n_images"],
         update=of_figure(result.heatmap("rel_update"), "heat map of the relative update"),
         similarity=of_figure(result.heatmap("correlation"), "heat map of correlations", CORRELATION),
         score=SCORE,
         masks=[of_figure(mask.plot(), "the rule's mask"), of_figure(measured.plot(), "the measured mask")],
-        code=CODE.format(seed=seed, nproc=nproc),
+        code=CODE.format(data=data, seed=seed, nproc=nproc),
     )
     write_text(out / "index.html", page)
     numbers["seconds"] = round(time.perf_counter() - began, 1)
@@ -171,17 +182,17 @@ def _grids(teacher: Denoiser, images: Tensor) -> dict[str, np.ndarray]:
     return out
 
 
-def _completed(student: Denoiser) -> np.ndarray:
-    """Held-out digits, row by row: whole, their upper halves, and completions by the student; a column per digit."""
+def _completed(student: Denoiser, data: str) -> np.ndarray:
+    """Held-out images, row by row: whole, their upper halves, and completions by the student; a column each."""
     import torch
 
     from gddlab.sampling import image_grid
 
-    digits = gddlab.open_dataset("digits:held-out").images(slice(0, COMPLETED))
-    known = digits.clone()
-    known[..., digits.shape[-2] // 2 :, :] = 0  # grey
-    found = gddlab.inpaint(student, digits, "top", n=WAYS, progress=False).images
-    return image_grid(torch.cat([digits, known, *found.unbind(1)]), columns=COMPLETED)
+    images = gddlab.open_dataset(f"{data}:held-out").images(slice(0, COMPLETED))
+    known = images.clone()
+    known[..., images.shape[-2] // 2 :, :] = 0  # grey
+    found = gddlab.inpaint(student, images, "top", n=WAYS, progress=False).images
+    return image_grid(torch.cat([images, known, *found.unbind(1)]), columns=COMPLETED)
 
 
 @themed

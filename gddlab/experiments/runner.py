@@ -30,6 +30,7 @@ from gddlab.evaluation import (
     scores_of,
 )
 from gddlab.experiments.digits import DIGITS
+from gddlab.experiments.emoji import EMOJI
 from gddlab.experiments.experiment import (
     Experiment,
     ExperimentList,
@@ -52,7 +53,7 @@ from gddlab.runtime import chosen_device
 from gddlab.teachers import bundled_teachers, load_precond
 from gddlab.workers import run_workers
 
-LISTS: dict[str, ExperimentList] = {"digits": DIGITS, **FULL}
+LISTS: dict[str, ExperimentList] = {"digits": DIGITS, "emoji": EMOJI, **FULL}
 STAGES = ("teachers", "experiments", "studies")
 """In this order: each needs what is made before."""
 STUDENT = "student.safetensors"
@@ -269,7 +270,7 @@ def reproduce(
     no other has.
 
     Args:
-        name: "digits", "cifar10", "afhqv2", "ffhq" or "imagenet64".
+        name: "digits", "emoji", "cifar10", "afhqv2", "ffhq" or "imagenet64".
         out: Folder.
         only: Teachers, experiments and studies by name, or notebooks for all that they read; with what these begin with
             or are chosen from; all if empty.

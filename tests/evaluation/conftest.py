@@ -21,13 +21,13 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-def small_features(monkeypatch) -> list[int]:
+def small_features(monkeypatch, resolution: int = 16) -> list[int]:
     """Replaces the networks by a fixed random projection and lists how many images each extraction saw.
 
     It has few features: a Frechet distance takes the eigenvalues of a matrix of features by features, seconds at 1280.
     """
     seen: list[int] = []
-    projection = torch.randn(3 * 16 * 16, WIDTH, generator=torch.Generator().manual_seed(0)) / 100
+    projection = torch.randn(3 * resolution**2, WIDTH, generator=torch.Generator().manual_seed(0)) / 100
 
     class Projection(torch.nn.Module):
         def forward(self, x):
