@@ -210,8 +210,12 @@ def line_table(study: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (pair, metric), own in _lines(study).groupby(["pair", "metric"], sort=False):
-        own = own.sort_values("t")
-        first, second, top = own["value"].iloc[0], own["value"].iloc[-1], own.loc[own["value"].idxmax()]
+        own = own.sort_values("t", ignore_index=True)
+        first, second, top = (
+            own["value"].iloc[0],
+            own["value"].iloc[-1],
+            own.iloc[int(own["value"].to_numpy().argmax())],
+        )
         row = {"pair": pair, "metric": metric, "length": top["length"], "first": first, "second": second}
         rows.append(row | {"highest": top["value"], "at": top["t"], "barrier": top["value"] - max(first, second)})
     return pd.DataFrame(rows)
