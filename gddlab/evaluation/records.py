@@ -23,7 +23,7 @@ from gddlab.files import hash_json, hash_tensors, path_of, read_json, read_jsonl
 from gddlab.nets import SIGMA_MAX, load_network
 from gddlab.runs import Run
 from gddlab.sampling.samplers import sampler_name
-from gddlab.teachers.catalog import bundled_file, bundled_teachers, load_teacher
+from gddlab.teachers.catalog import bundled_file, bundled_teachers, load_teacher, tensors_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -386,7 +386,10 @@ def _trained(found: Trace, config: dict[str, Any], code: str) -> Trace:
 def _holds(path: Path, model_sha256: str) -> bool:
     """Whether a file holds the network with this hash; weights of 16 bits count as what they are loaded as."""
     try:
-        return path.suffix == ".safetensors" and hash_tensors(load_network(path)[0].state_dict()) == model_sha256
+        return (
+            path.suffix == ".safetensors"
+            and hash_tensors(load_network(path, beside=tensors_of)[0].state_dict()) == model_sha256
+        )
     except GddlabError:
         return False
 

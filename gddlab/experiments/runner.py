@@ -51,6 +51,7 @@ from gddlab.provenance import commit, hardware, versions
 from gddlab.runs import ARCHIVE, Run, load_run, write_archive
 from gddlab.runtime import chosen_device
 from gddlab.teachers import bundled_teachers, load_precond
+from gddlab.teachers.catalog import tensors_of
 from gddlab.workers import run_workers
 
 LISTS: dict[str, ExperimentList] = {"digits": DIGITS, "emoji": EMOJI, **FULL}
@@ -583,9 +584,11 @@ def _run_files(run_dir: Path, top: Path, *, shown: bool) -> dict[str, bytes]:
     for path in load_run(run_dir).grids()[-1:] if shown else ():
         files[f"samples/{path.name}"] = path.read_bytes()
     if shown:
-        net, meta = load_network(run_dir / STUDENT)
+        net, meta = load_network(run_dir / STUDENT, beside=tensors_of)
+        teacher = load_run(run_dir).config.teacher
+        beside = (teacher, tensors_of(teacher)) if teacher in bundled_teachers() else None
         with TemporaryDirectory() as tmp:
-            save_network(net, Path(tmp) / STUDENT, half=True, **meta)
+            save_network(net, Path(tmp) / STUDENT, half=True, beside=beside, **meta)
             content = _sorted_header((Path(tmp) / STUDENT).read_bytes())
         files |= {STUDENT: content} if len(content) <= LARGEST else {}
     return files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,19 @@ def architecture(net: Precond) -> dict[str, Any]:
     return {"precond": type(net).__name__, "init_kwargs": net.init_kwargs}
 
 
-def save_network(net: Precond, path: str | Path, *, half: bool = False, **meta: Any) -> None:
+State = Mapping[str, torch.Tensor]
+
+
+def save_network(
+    net: Precond, path: str | Path, *, half: bool = False, beside: tuple[str, State] | None = None, **meta: Any
+) -> None:
     """Writes weights and architecture atomically; `meta` is JSON and comes back from `load_network`.
 
     Args:
         net, path: The network, and the .safetensors file.
         half: Rounds the weights to float16, for a file of half the size.
+        beside: The name of another network, and its tensors: those that `net` has too are not written, and
+            `load_network` must be given them. A student is as large as what was trained.
         **meta: JSON.
 
     Raises:
@@ -138,14 +145,22 @@ def save_network(net: Precond, path: str | Path, *, half: bool = False, **meta: 
         raise GddlabError(f"{kind} has no file format: accepted are {', '.join(PRECONDS)}")
     header = {"format": FORMAT, **architecture(net), "meta": meta}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    if beside is not None:
+        name, theirs = beside
+        own = {k: v for k, v in tensors.items() if k not in theirs or not torch.equal(v, theirs[k].cpu())}
+        header, tensors = (header | {"rest": name} if len(own) < len(tensors) else header), own
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={k: json.dumps(v, allow_nan=False) for k, v in header.items()})
 
 
-def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
+def load_network(path: str | Path, *, beside: Callable[[str], State] | None = None) -> tuple[Precond, dict[str, Any]]:
     """Reads a file written by `save_network`; weights in half precision become float32.
+
+    Args:
+        path: The .safetensors file.
+        beside: Gives the tensors of the network that was `beside` it, by its name.
 
     Returns:
         The network in eval mode on the CPU, and the metadata given when it was saved.
@@ -170,6 +185,10 @@ def load_network(path: str | Path) -> tuple[Precond, dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise GddlabError(f"{path} is not a whole safetensors file ({e})") from None
     precond, kwargs, meta = (header.get(k) for k in ("precond", "init_kwargs", "meta"))
+    if (rest := header.get("rest")) is not None:
+        if beside is None or not isinstance(rest, str):
+            raise GddlabError(f"{path} holds what differs from {str(rest)[:40]!r} alone: load it with its run")
+        state = {**beside(rest), **state}
     if not (isinstance(precond, str) and isinstance(kwargs, dict) and isinstance(meta, dict)):
         raise GddlabError(f"{path}: its metadata lacks precond, init_kwargs or meta: give a file that gddlab wrote")
     if reason := refusal(kwargs, len(state)):

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gddlab.errors import GddlabError, NotFound, shown, unknown
 from gddlab.files import HUB_NAME, as_text, by_number, data_dir, hash_tensors, is_run, made_in, path_of, read_json
 from gddlab.nets import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond, load_network, without_labels
@@ -315,6 +317,13 @@ def bundled_file(name: str) -> Path:
     return data_dir() / "teachers" / UNLABELLED.get(name, name) / "teacher.safetensors"
 
 
+def tensors_of(name: str) -> dict[str, Tensor]:
+    """The weights of a bundled teacher: a student that ships holds only what differs from them."""
+    if name not in bundled_teachers():
+        raise unknown("bundled teacher", name, bundled_teachers())
+    return load_precond(name).state_dict()
+
+
 # Students in run directories.
 
 
@@ -349,7 +358,7 @@ def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None
     if not found:
         have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
         raise NotFound(f"{run_dir} has no student {'' if snapshot is None else shown(snapshot)}: snapshots are {have}")
-    net, meta = load_network(found[-1])
+    net, meta = load_network(found[-1], beside=tensors_of)
     if not isinstance(net, OneStepPrecond):
         raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")
     net.requires_grad_(False)

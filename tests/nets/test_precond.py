@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -70,6 +71,23 @@ def test_network_file_round_trip(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(net(x, 2.0, labels), other(x, 2.0, labels))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_network_beside_another_is_as_large_as_what_differs(tmp_path: Path) -> None:
+    net, other = tiny_net(), tiny_net()
+    other.load_state_dict(net.state_dict())
+    file = tmp_path / "net.safetensors"
+    with torch.no_grad():
+        changed = next(iter(dict(net.named_parameters())))
+        net.get_parameter(changed).add_(1)
+    save_network(net, file, beside=("other", other.state_dict()))
+    with safe_open(file, framework="pt") as f:
+        assert list(f.keys()) == [changed]
+    again, _ = load_network(file, beside=lambda name: {"other": other.state_dict()}[name])
+    for own, theirs in zip(again.parameters(), net.parameters(), strict=True):
+        assert torch.equal(own, theirs)
+    with pytest.raises(GddlabError, match="holds what differs from 'other' alone"):
+        load_network(file)
 
 
 def test_refusals(tmp_path: Path) -> None:
