@@ -13,8 +13,8 @@ from gddlab.distill.distributed import World, shard
 from gddlab.distill.step import GanStep
 from gddlab.errors import GddlabError
 from gddlab.files import hash_tensors, read_object
-from gddlab.nets import OneStepPrecond, Precond
-from gddlab.nets.io import INITS, make_student
+from gddlab.nets import OneStepPrecond, Precond, without_target
+from gddlab.nets.io import INITS, TARGET, make_student
 from gddlab.runtime import chosen_device
 from gddlab.teachers import load_precond
 from gddlab.teachers.catalog import load_student
@@ -115,8 +115,10 @@ def build_student(config: TrainConfig, teacher: Precond) -> OneStepPrecond:
     g = make_student(teacher, target_time=second, mid_sigmas=config.mid_sigmas, init=init).eval()
     if config.student not in INITS:
         given = given_student(config.student)
+        given = given if second else without_target(given)
+        added = {k: v for k, v in g.state_dict().items() if k.startswith(TARGET)}  # where only this run has a target
         try:
-            g.load_state_dict(given.state_dict())
+            g.load_state_dict(added | given.state_dict())
         except RuntimeError as e:
             reason = str(e).splitlines()[-1].strip()
             raise GddlabError(f"student={config.student!r} is another network than this run's: {reason}") from None

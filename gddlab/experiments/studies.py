@@ -23,7 +23,7 @@ from gddlab.evaluation.references import Reference
 from gddlab.experiments.experiment import Study, StudyInputs, StudyResult
 from gddlab.experiments.factorial import groups
 from gddlab.experiments.questions import ORDERED, OWN_RATE, RANDOM, RATES
-from gddlab.nets import DiTPrecond, Precond
+from gddlab.nets import DiTPrecond, Precond, without_target
 from gddlab.probing import ablate, grad_probe, probe, weight_change
 from gddlab.probing.inputs import Inputs
 from gddlab.probing.layers import owner_of
@@ -147,7 +147,7 @@ def followed(s: StudyInputs) -> StudyResult:
     target = _sampled(s.teacher, real, n, s.steps[-1])
     theirs, rows = s.teacher.state_dict(), list[dict[str, Any]]()
     for name, student in s.students.items():
-        own = dict(student.named_parameters())
+        own = dict(without_target(student).named_parameters())
         frozen = sum(int((own[k] == theirs[k]).sum()) for k in own) / sum(p.numel() for p in own.values())
         alike = found_again({name: _sampled(student, real, n, None)}, target).loc[name]
         experiment, _, seed = name.partition("/seed-")
@@ -323,10 +323,12 @@ def line(s: StudyInputs) -> StudyResult:
     import pandas as pd
 
     gdd = _gdd(s)
-    net = copy.deepcopy(s.student(gdd))
+    s.student(gdd)
+    students = {name: without_target(net) for name, net in s.students.items()}
+    net = copy.deepcopy(students[gdd])
     scores = _Scores(s)
     target = to_uint8(_sampled(s.teacher, scores.real, scores.n, s.steps[-1])).float()
-    ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in s.students.items()}}
+    ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in students.items()}}
     ends = {name: {k: state[k].clone() for k in net.state_dict()} for name, state in ends.items()}
     rows: list[dict[str, Any]] = []
     for a, b in ((a.format(gdd=gdd), b.format(gdd=gdd)) for a, b in LINES):

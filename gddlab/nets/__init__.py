@@ -7,7 +7,7 @@ from gddlab.nets.conditioning import Conditioning
 from gddlab.nets.denoiser import Denoiser
 from gddlab.nets.dit import DiTPrecond
 from gddlab.nets.edm2 import EDM2Precond
-from gddlab.nets.io import architecture, from_edm, load_network, save_network, without_labels
+from gddlab.nets.io import architecture, from_edm, load_network, save_network, without_labels, without_target
 from gddlab.nets.path import PURE, Path
 from gddlab.nets.precond import SIGMA_MAX, SIGMA_MIN, OneStepPrecond, Precond
 
@@ -31,4 +31,5 @@ __all__ = [
     "load_network",
     "save_network",
     "without_labels",
+    "without_target",
 ]

@@ -114,6 +114,8 @@ def from_edm(class_name: str, **init_kwargs: Any) -> Precond:
 
 
 FORMAT = "gddlab-network-1"
+TARGET = "model.map_target"
+"""How the names of tensors begin that a student has for its target time."""
 
 
 def architecture(net: Precond) -> dict[str, Any]:
@@ -230,6 +232,25 @@ def without_labels(net: Precond) -> Precond:
     return own.train(net.training)
 
 
+@torch.no_grad()
+def without_target(student: OneStepPrecond) -> OneStepPrecond:
+    """The student that takes no target time, and makes the same images as one that does.
+
+    Images are made with the target eps, so that what its embedding adds is a constant, which moves into a bias. The
+    result is a copy; a student without a target time is returned as it is.
+    """
+    if not student.target_time:
+        return student
+    kwargs = {k: v for k, v in student.init_kwargs.items() if k != "target_time"}
+    own = from_edm(type(student).__name__, **kwargs).to(next(student.parameters()))
+    assert isinstance(own, OneStepPrecond) and isinstance(student.model, UNet) and isinstance(own.model, UNet)
+    eps = torch.full((1, 1, 1, 1), student.eps, dtype=torch.float64)
+    level = student.coefficients(eps).c_noise.to(next(student.parameters()))
+    own.load_state_dict({k: v for k, v in student.state_dict().items() if not k.startswith(TARGET)})
+    own.model.map_layer1.bias.add_(student.model.embed_target(level.flatten())[0])
+    return own.train(student.training)
+
+
 INITS = ("teacher", "scratch", "shuffled")
 """Where a student's weights come from."""
 
@@ -261,8 +282,8 @@ def make_student(
     student = from_edm("OneStepPrecond", **kwargs)
     assert isinstance(student, OneStepPrecond)
     if init != "scratch":
-        own = {k: v for k, v in student.state_dict().items() if k.startswith("model.map_target")}
-        dropped_weights = ("model.map_augment.", "model.map_target")
+        own = {k: v for k, v in student.state_dict().items() if k.startswith(TARGET)}
+        dropped_weights = ("model.map_augment.", TARGET)
         given = {k: v for k, v in teacher.state_dict().items() if not k.startswith(dropped_weights)}
         if init == "shuffled":
             trained = dict(teacher.named_parameters())

@@ -132,6 +132,12 @@ class UNet(nn.Module):
         waves: Tensor = self.map_noise(noise_labels)
         return waves
 
+    def embed_target(self, target_labels: Tensor) -> Tensor:
+        """What c_noise of the target level adds to the embedding, after `map_layer1`.  (B,) -> (B, width)"""
+        assert self.map_target0 is not None and self.map_target1 is not None
+        added: Tensor = self.map_target1(F.silu(self.map_target0(self._waves(target_labels))))
+        return added
+
     def _drop_labels(self, labels: Tensor, batch: int) -> Tensor:
         """In training, zeroes the label of each image with probability `label_dropout`.  -> (batch, label_dim)"""
         p = self.label_dropout * self.training
@@ -152,8 +158,8 @@ class UNet(nn.Module):
         """F(x; noise level, class, augmentation, target noise level); class labels are (B or 1, label_dim)."""
         with autocast_off(x.device):
             emb = self._embed(noise_labels, class_labels, augment_labels)
-            if self.map_target0 is not None and self.map_target1 is not None and target_labels is not None:
-                emb = emb + self.map_target1(F.silu(self.map_target0(self._waves(target_labels))))
+            if self.map_target0 is not None and target_labels is not None:
+                emb = emb + self.embed_target(target_labels)
             emb = F.silu(emb)
         skips: list[Tensor] = []
         aux = x

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from gddlab.datasets import ImageDataset
 from gddlab.distill.build import check
 from gddlab.distill.distributed import World
+from gddlab.distill.instance import FromNoise
 from gddlab.distill.presets import digits
 from gddlab.distill.trainer import Trainer
 from gddlab.errors import GddlabError, NotFound
@@ -17,6 +20,7 @@ from gddlab.freezing import select_freeze
 from gddlab.launch import train
 from gddlab.nets import from_edm, load_network, save_network
 from gddlab.teachers import load_teacher
+from gddlab.teachers.catalog import load_student
 from tests.conftest import TINY, tiny_config, tiny_net
 from tests.distill.test_trainer import trained
 
@@ -99,6 +103,20 @@ def test_some_of_the_data_mirrored(tmp_path: Path, tiny_teacher: Path) -> None:
     assert len(t.data) == 80
     assert set(t.data.class_ids.tolist()) == {3, 5}
     assert torch.equal(t.data.images([0]).flip(-1), t.data.images([40]))
+
+
+def test_a_student_begins_where_another_ended_with_or_without_a_target_time(tmp_path: Path, tiny_teacher: Path) -> None:
+    copying: dict[str, Any] = {"instance": FromNoise(distance="l2", steps=4), "discriminator": None}
+    kinds: dict[str, dict[str, Any]] = {"gan": {}, "copy": copying}
+    z = torch.randn(4, 1, 16, 16)
+    for first, then in (("gan", "copy"), ("copy", "gan"), ("copy", "copy")):
+        Trainer(tiny_config(tmp_path / first, tiny_teacher, **kinds[first]), ALONE).train()
+        ended = load_student(tmp_path / first)
+        goes_on = tiny_config(tmp_path / "next", tiny_teacher, student=str(tmp_path / first), **kinds[then])
+        begins = Trainer(goes_on, ALONE).step.g
+        assert begins.target_time == (then == "copy")
+        with torch.no_grad():
+            assert_close(begins.generate(z), ended.generate(z), rtol=0, atol=1e-5)
 
 
 def test_mask_of_another_network_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:

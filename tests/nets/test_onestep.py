@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from gddlab.errors import GddlabError
 from gddlab.freezing import select_freeze
-from gddlab.nets import OneStepPrecond, Precond, from_edm, load_network, save_network
+from gddlab.nets import OneStepPrecond, Precond, from_edm, load_network, save_network, without_target
 from gddlab.nets.io import make_student
 from gddlab.sampling import ImageNoise, latents, multistep, sample
 from gddlab.sampling.samplers import resolve, sampler_name
@@ -236,6 +236,22 @@ def test_a_second_time_is_sampled_at_eps() -> None:
         expected = student(80 * z, 80.0, labels, target=0.002).clamp(-1, 1)
     assert_close(sample(student, 3), expected, rtol=0, atol=1e-6)
     assert sample(student, 3, steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["song", "adm"])
+def test_a_target_time_can_be_left_behind(kind: str) -> None:
+    student = shaken(make_student(teacher_of(kind), target_time=True, mid_sigmas=(5.0,))).double().eval()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    own = without_target(student)
+    assert not own.target_time and not ADDED & {*own.state_dict()} and own.sigmas == (80.0, 5.0)
+    z, labels = inputs()
+    with torch.no_grad():
+        expected, found = student.generate(z.double(), labels), own.generate(z.double(), labels)
+        assert_close(found, expected, rtol=0, atol=1e-12)
+        unshaken = make_student(teacher_of(kind)).double().eval().generate(z.double(), labels)
+        assert (found - unshaken).abs().max() > 0.01
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+    assert without_target(own) is own
 
 
 # Files.
