@@ -102,9 +102,10 @@ def emoji(*, run_dir: str | Path, **fields: Any) -> TrainConfig:
     """GDD-I (with `mask`) or GDD (without) on the bundled emoji, in colour, on a CPU.
 
     With the digits' R1, a hundredth of this one, the discriminator wins and the student collapses by 24 thousand
-    images.
+    images; with images of 32 pixels, as they are, in place of 64 in its network the student is a fifth farther.
     """
     own = {"teacher": "emoji", "data": "emoji:train", "total_kimg": 16, "snapshot_kimg": 4, "r1_gamma": 0.01}
+    own["discriminator"] = SMALL["discriminator"].model_copy(update={"input_size": 64})
     return _made(SMALL | own, run_dir, fields)
 
 

@@ -15,11 +15,11 @@ COUNTED = {name: {"longer": 1} for name in ("gdd-i", OWN_RATE)}
 row = Rows(
     "emoji",
     at=(AT,),
-    long=(8, AT, 32, 64),
+    long=(8, AT, 32),
     seeds=5,
     counted=COUNTED,
-    first_seed=1,  # with 0 R1 was chosen
-    sec_per_kimg=15.0,
+    first_seed=1,  # with 0 R1 and the discriminator's size were chosen
+    sec_per_kimg=16.0,
     sec_scores=60.0,
 )
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -43,10 +43,15 @@ QUESTIONS = (
         also=tuple(metric.replace("digits", "emoji") for metric in BESIDE),
         at=AT,
         since="30 November 2026: pilots, with a seed that is not among these, had shown that students collapse with "
-        "the R1 of the digits, and not with a hundred times as much",
+        "the R1 of the digits and not with a hundred times as much, and that 64 pixels suit the discriminator",
         studies=OF_TEACHER,
     ),
-    Question("24_editing", "What is a student of the emoji good for, as on the digits?", studies=("completed",)),
+    Question(
+        "24_editing",
+        "What is a one-step student of the emoji good for? Its completions against the teacher's, as on the digits.",
+        arms=("gdd-i",),
+        studies=("completed",),
+    ),
 )
 EMOJI = ExperimentList(
     "emoji",
@@ -54,6 +59,6 @@ EMOJI = ExperimentList(
     EXPERIMENTS,
     tuple(study for study in STUDIES if study.name in (*OF_TEACHER, "completed")),
     QUESTIONS,
-    judge=Judge(own="emoji", held_out="emoji:held-out"),
+    judge=Judge(own="emoji", held_out="emoji:held-out", pairs=128),
     threads=1,
 )

@@ -517,8 +517,8 @@ RUN_FILES = (
 STUDY_FILES = ("frame.parquet", "evaluation.jsonl", "meta.json")
 ROWS = 24
 """Rows of metrics that ship of a run."""
-SHOWN = "11_samples"
-"""The notebook whose arms also ship, of their first seed, the last sample grid and the student in half precision."""
+SHOWN = ("11_samples", "24_editing")
+"""Notebooks whose arms also ship, of their first seed, the last sample grid and the student in half precision."""
 LARGEST = 2 << 20
 """Bytes of a student that ships."""
 
@@ -548,7 +548,7 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
     studies = [p for p in done if isinstance(p.item, Study)]
     if not runs and not studies:
         raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
-    looked_at = {*shown.arms} if (shown := chosen.asked_by(SHOWN)) else set()
+    looked_at = {arm for name in SHOWN if (shown := chosen.asked_by(name)) for arm in shown.arms}
     written: list[Path] = []
     for experiment, items in runs.items():
         files: dict[str, bytes] = {}

@@ -169,7 +169,7 @@ def completed(s: StudyInputs) -> StudyResult:
 
     assert s.judge.held_out is not None
     held_out = open_dataset(s.judge.held_out)
-    truth = held_out.images(slice(0, min(COMPLETED, len(held_out))))
+    truth = held_out.images(slice(0, min(s.judge.pairs or COMPLETED, len(held_out))))
     student, several = s.student("gdd-i"), s.students.get("second-step-0.8")
     settings: list[tuple[str, Any, dict[str, Any]]] = [
         (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED
@@ -538,7 +538,7 @@ STUDENTS = ("gdd", "gdd-i", "cd")
 PULLED, LOW = 512, (0.1, 0.3, 1.0)
 """Images of gradients, and noise levels of the denoising loss."""
 COMPLETED, WAYS = 256, 2
-"""Images completed, and in how many ways each."""
+"""Images completed, unless a list's judge has other pairs, and in how many ways each."""
 PARTS = ("top", "border")
 """What is known of them."""
 SEARCHED, TAUGHT = (5, 15, 50), (6, 18)
