@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
@@ -102,6 +103,20 @@ def running(net: Any, dtype: torch.dtype | str | None = None) -> Iterator[None]:
 def on_shell(z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Scaled to length sqrt(d), near which almost all of a standard Gaussian of d dimensions lies."""
     return z * (math.sqrt(z[0].numel()) / z.flatten(1).norm(dim=1).clamp(min=1e-12)).view(-1, 1, 1, 1)
+
+
+def colour(z: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """How far noise is from white: squared correlations of neighbours, down and across, at each scale from 4 pixels on.
+
+    Near 0 for Gaussian noise. A search that is free in most pixels leaves it (Karras et al. 2020, "Analyzing and
+    improving the image quality of StyleGAN", appendix D).
+    """
+    out = z.new_zeros(len(z))
+    while True:
+        out = out + sum((z * z.roll(1, axis)).mean((1, 2, 3)).square() for axis in (2, 3))
+        if min(z.shape[2:]) <= 4:
+            return out
+        z = 2 * avg_pool2d(z, 2)  # of unit variance again
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -169,7 +169,8 @@ def completed(s: StudyInputs) -> StudyResult:
 
     assert s.judge.held_out is not None
     held_out = open_dataset(s.judge.held_out)
-    truth = held_out.images(slice(0, min(s.judge.pairs or COMPLETED, len(held_out))))
+    n = min(s.judge.pairs or COMPLETED, len(held_out) // 2)
+    truth = held_out.images(slice(len(held_out) - n, None))  # with others the search's settings were chosen
     student, several = s.student("gdd-i"), s.students.get("second-step-0.8")
     settings: list[tuple[str, Any, dict[str, Any]]] = [
         (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED

@@ -7,6 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from gddlab.editing import Operator, Restoration, downscale, inpaint, restore
+from gddlab.editing.restoration import TRIED
+from gddlab.editing.search import colour
 from gddlab.errors import GddlabError
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.io import make_student
@@ -39,7 +41,7 @@ def test_known_pixels_stay_and_completions_differ(method: str, images: torch.Ten
     assert_close(again.images, found.images, rtol=1e-3, atol=2e-3)
     other = inpaint(net, images, HALF, n=3, method=method, steps=4, seed=99)
     assert not torch.allclose(other.images, found.images)
-    calls = {"optimise": 2 * 5, "rounds": 5, "teacher": 1 + 4 + 4 + 1}
+    calls = {"optimise": 2 * (TRIED + 5), "rounds": 5, "teacher": 1 + 4 + 4 + 1}
     assert found.calls == calls[method] and (found.z is None) == (method == "teacher")
 
 
@@ -51,6 +53,18 @@ def test_a_search_meets_what_is_known(student: OneStepPrecond, images: torch.Ten
     assert torch.equal(made[..., 8:, :], many.images[..., 8:, :])
     expected = (made[..., :8, :] - images[:, None, :, :8]).square().mean((2, 3, 4)).sqrt()
     assert_close(many.error, expected, rtol=0.05, atol=1e-3)
+
+
+def test_a_search_begins_at_the_nearest_of_some_noise_and_stays_white(images: torch.Tensor) -> None:
+    net = make_student(tiny_net(), mid_sigmas=(0.8,)).eval()
+    tried = sample(net, 4 * TRIED, seed=8 * 7)  # of two images in two ways, with the noise of later steps
+    away = (tried.unflatten(0, (2, 2, TRIED)) - images[:, None, None])[..., :8, :].square().mean((3, 4, 5)).sqrt()
+    start = inpaint(net, images, HALF, n=2, steps=1, seed=7)
+    assert_close(start.error, away.min(2).values, rtol=0.2, atol=0.02)  # one small step from there
+    free = torch.ones(16, 16)
+    free[1:] = 0  # little holds the search
+    found = inpaint(net, images, free, n=8, steps=60)
+    assert colour(found.z.flatten(0, 1)).mean() < 2 * colour(torch.randn(16, 1, 16, 16)).mean()
 
 
 def test_fewer_pixels_are_met_by_all_methods(images: torch.Tensor, student: OneStepPrecond) -> None:

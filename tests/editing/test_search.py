@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.editing.search import RAMP, Generator, Search, check_images, on_shell, slerp
+from gddlab.editing.search import RAMP, Generator, Search, check_images, colour, on_shell, slerp
 from gddlab.errors import GddlabError
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample
@@ -75,3 +75,15 @@ def test_images_are_refused_in_one_line() -> None:
     ):
         with pytest.raises(GddlabError, match=text):
             check_images("images", bad, SHAPE)
+
+
+def test_white_noise_has_no_colour() -> None:
+    white = torch.randn(64, 3, 32, 32)
+    assert colour(white).mean() < 0.1
+    smooth = on_shell(torch.nn.functional.avg_pool2d(white, 3, 1, 1))
+    assert (colour(smooth) > 0.2).all()
+    coarse = on_shell(torch.nn.functional.avg_pool2d(white, 8).repeat_interleave(8, 2).repeat_interleave(8, 3))
+    assert (colour(coarse) > 1).all()
+    striped = on_shell(white + torch.arange(32).remainder(2)[:, None].mul(2.0).sub(1))
+    assert (colour(striped) > 0.2).all()
+    assert colour(torch.randn(1, 1, 3, 5)).shape == (1,)
