@@ -585,8 +585,9 @@ def _run_files(run_dir: Path, top: Path, *, shown: bool) -> dict[str, bytes]:
         files[f"samples/{path.name}"] = path.read_bytes()
     if shown:
         net, meta = load_network(run_dir / STUDENT, beside=tensors_of)
-        teacher = load_run(run_dir).config.teacher
-        beside = (teacher, tensors_of(teacher)) if teacher in bundled_teachers() else None
+        config = load_run(run_dir).config
+        frozen = config.mask is not None and config.teacher in bundled_teachers()
+        beside = (config.teacher, tensors_of(config.teacher)) if frozen else None
         with TemporaryDirectory() as tmp:
             save_network(net, Path(tmp) / STUDENT, half=True, beside=beside, **meta)
             content = _sorted_header((Path(tmp) / STUDENT).read_bytes())
