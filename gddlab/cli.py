@@ -29,7 +29,7 @@ from tyro.conf import Positional
 import gddlab
 from gddlab.cli_options import Command, in_one_line
 from gddlab.errors import GddlabError, unknown
-from gddlab.files import atomic_path, check_free, folder_of, path_of, write_json
+from gddlab.files import atomic_path, check_free, folder_of, is_run, path_of, write_json
 from gddlab.memory import keep_memory
 from gddlab.progress import say
 
@@ -594,6 +594,7 @@ def invert(
     from gddlab.sampling import save_grid
 
     given = _images(data, start, images)
+    check_free(out / "images.png", (out / "inversion.json").exists())
     found = gddlab.invert(network(model), given, class_labels=label, out=out, **options)
     found.save(out / "inversion.safetensors")
     save_grid(torch.cat([given, found.images]), out / "images.png", columns=len(given))
@@ -674,6 +675,8 @@ def edit(
     from gddlab.sampling import save_grid
 
     check_free(out, overwrite)
+    if component < 0:
+        raise GddlabError(f"--component {component}: give 0 or more")
     student = network(model)
     direction = None if layer is None else gddlab.directions(student, layer, k=component + 1)[component]
     how: dict[str, Any] = {"class_labels": label, "towards": towards, "direction": direction, "layers": layers}
@@ -827,10 +830,12 @@ def doctor(json: bool = False) -> None:
 
 
 def network(source: str) -> Any:
-    """A teacher or student by name or path, on the GPU where there is one."""
+    """A teacher or student by name or path, also a run in an archive, on the GPU where there is one."""
+    from gddlab.runs import place_of
     from gddlab.runtime import chosen_device
 
-    return gddlab.load_teacher(source).to(chosen_device())
+    place = place_of(Path(source))
+    return gddlab.load_teacher(place if is_run(place) else source).to(chosen_device())
 
 
 def to_json(value: object) -> str:

@@ -60,7 +60,7 @@ class Run:
     """A run directory, seen from outside; reads what is there when asked, holds nothing."""
 
     def __init__(self, run_dir: str | Path):
-        self.run_dir = _place(path_of("run_dir", run_dir).resolve())
+        self.run_dir = place_of(path_of("run_dir", run_dir).resolve())
         if not (self.run_dir / "config.json").is_file() or made_in(self.run_dir) == "teacher":
             raise NotFound(f"{run_dir} is {_what(self.run_dir)}: give the directory of a run")
 
@@ -234,7 +234,7 @@ def write_archive(path: str | Path, files: Mapping[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def _place(path: Path) -> Path:
+def place_of(path: Path) -> Path:
     """Where a run, or the folder of an experiment's runs, is: there, or unpacked in the cache from its archive."""
     if not path.exists():
         path = path.absolute()
@@ -288,7 +288,7 @@ def load_runs(folder: str | Path) -> list[Run]:
     Raises:
         NotFound: No such folder, or no run in it.
     """
-    folder = _place(path_of("folder", folder))
+    folder = place_of(path_of("folder", folder))
     if folder.is_file():
         raise GddlabError(f"{folder} is a file: give a folder that holds run directories")
     if not folder.is_dir():

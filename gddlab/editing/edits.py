@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from gddlab.editing.inversion import Inversion, invert
-from gddlab.editing.search import Generator, Search, check_images, class_ids_of, running, slerp
+from gddlab.editing.search import Generator, Search, check_images, class_ids_of, running, searching, slerp
 from gddlab.errors import GddlabError, numbers_in, shown, validated
 from gddlab.probing.effects import AtSite, keep, tapped
+from gddlab.probing.guard import eager
 from gddlab.probing.inputs import Labels
 from gddlab.probing.layers import LayerSelection, select_layers
 from gddlab.progress import progress_bar
@@ -23,6 +25,8 @@ from gddlab.sampling.samplers import one_hot, seed_list
 RANK = 1e-12
 """Least variance of a direction over the mean square of all outputs; single precision rounds at 1e-14."""
 
+STRONGEST = 1e4
+"""Largest strength of an edit, of either sign."""
 STROKE_STEPS = 50
 """Of the search that carries strokes into what the student can make."""
 
@@ -134,7 +138,7 @@ def directions(
     kept: dict[str, Tensor] = {}
     found: list[Tensor] = []
     bar = progress_bar(total=n, desc="directions", unit="img", enabled=progress)
-    with bar, running(student), torch.no_grad():
+    with bar, running(student), eager(student), torch.no_grad():
         for i in range(0, n, batch_size):
             j = min(i + batch_size, n)
             z, later = make.noise(range(seed + i, seed + j))
@@ -174,6 +178,7 @@ def _one_layer(student: Any, layer: str) -> str:
 
 @beside_runs()
 @validated
+@searching
 def edit(
     student: Any,
     source: Any,
@@ -199,7 +204,7 @@ def edit(
             deviations of either sign.
         class_labels: The class that images shall have, their noise being kept; between 0 and 1 the label is mixed.
         towards: Images of the same number, as seeds, an `Inversion` or images: along the great circle between the noise
-            of both.
+            of both. A student of several steps keeps the source's noise of the later ones.
         strokes: Painted images, [-1, 1], (B, C, H, W): noise is searched for from the source's on, until the student's
             image is like the painted one; between 0 and 1 along the great circle.
         direction: One of `directions`, or one of your own, added to its layer's output in the student's first step.
@@ -219,11 +224,11 @@ def edit(
     if layers is not None and kinds[0] in ("strokes", "direction"):
         raise GddlabError(f"layers= with {kinds[0]}: it is for class_labels and towards, omit it")
     strengths = _strengths(strength)
-    z, ids, later = _source(make, source, progress)
+    z, ids, later = _source(make, source, progress, batch_size)
     n = len(z)
     goal, goal_ids = z, ids
     if towards is not None:
-        goal, goal_ids, _ = _source(make, towards, progress)
+        goal, goal_ids, _ = _source(make, towards, progress, batch_size)
         if len(goal) != n:
             raise GddlabError(f"towards has {len(goal)} images and source {n}: give as many")
     if class_labels is not None:
@@ -235,11 +240,11 @@ def edit(
         goal = _carried(make, z, ids, later, painted, batch_size)
     names = None if layers is None else [layer.name for layer in select_layers(student, layers)]
     if direction is not None:
-        _one_layer(student, direction.layer)
+        _check_direction(make, direction, z[:1], ids)
     images = torch.empty(n, len(strengths), *make.shape)
     before, noise = torch.empty(n, *make.shape), z[:, None].repeat(1, len(strengths), 1, 1, 1)
     bar = progress_bar(total=n * len(strengths), desc="editing", unit="img", enabled=progress)
-    with bar, running(student), torch.no_grad():
+    with bar, running(student), eager(student), torch.no_grad():
         for i in range(0, n, batch_size):
             rows = slice(i, min(i + batch_size, n))
             a, b, fixed = z[rows], goal[rows], [x[rows] for x in later]
@@ -264,23 +269,38 @@ def edit(
     return Edited(images, before, strengths, noise.cpu())
 
 
+def _check_direction(make: Generator, direction: Direction, z: Tensor, ids: Tensor | None) -> None:
+    """Refuses a direction whose vector is not of the shape of its layer's output for one image, or not finite."""
+    name, vector = _one_layer(make.net, direction.layer), direction.vector
+    if not isinstance(vector, Tensor) or not vector.is_floating_point() or not vector.isfinite().all():
+        raise GddlabError(f"direction.vector is {shown(vector)}: give a float tensor of finite numbers")
+    kept: dict[str, Tensor] = {}
+    _, later = make.noise([0])
+    with running(make.net), eager(make.net), torch.no_grad():
+        make(z, make.one_hot(ids if ids is None else ids[:1]), later, [tapped(make.net, {name: keep(kept)}, 1)])
+    shape = tuple(kept[name].shape[1:])
+    given = tuple(vector.shape)
+    if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
+        raise GddlabError(f"direction.vector is {given}: the output of {name!r} is {shape} for one image, give that")
+
+
 def _strengths(strength: Any) -> tuple[float, ...]:
     try:
-        listed = (
-            [strength] if isinstance(strength, int | float) and not isinstance(strength, bool) else numbers_in(strength)
-        )
+        listed = [strength] if isinstance(strength, Real) and not isinstance(strength, bool) else numbers_in(strength)
         found = tuple(float(x) for x in listed)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise GddlabError(f"strength={shown(strength)}: give a number, or a list of numbers") from None
-    if not found or not all(abs(x) < float("inf") for x in found):
-        raise GddlabError(f"strength={shown(strength)}: give finite numbers, at least one")
+    if not found or not all(abs(x) <= STRONGEST for x in found):
+        raise GddlabError(f"strength={shown(strength)}: give numbers of at most {STRONGEST:g}, at least one")
     return found
 
 
-def _source(make: Generator, source: Any, progress: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _source(
+    make: Generator, source: Any, progress: bool, batch_size: int
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Noise, class ids and the noise of later steps of seeds, an inversion, or images."""
     if isinstance(source, Tensor) and source.is_floating_point():
-        source = invert(make.net, source, progress=progress)
+        source = invert(make.net, source, batch_size=batch_size, progress=progress)
     if isinstance(source, Inversion):
         if tuple(source.z.shape[1:]) != make.shape:
             raise GddlabError(f"the inversion is of images {tuple(source.z.shape[1:])}: give one of {make.shape}")
@@ -288,6 +308,8 @@ def _source(make: Generator, source: Any, progress: bool) -> tuple[Tensor, Tenso
         return source.z.to(make.device), source.class_ids if make.label_dim else None, later
     if isinstance(source, str) or not isinstance(source, Iterable):
         raise GddlabError(f"{shown(source)} is no source: give a list of seeds, an Inversion, or images (B, C, H, W)")
+    if getattr(source, "ndim", 1) == 0:
+        raise GddlabError(f"{shown(source)} is one number: give a list of seeds")
     seeds = seed_list(None, 0, list(source))
     labels = one_hot(make.label_dim, seeds, None)
     z, later = make.noise(seeds)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gddlab.editing.search import LR, Generator, Search, check_images, class_ids_of, running
+from gddlab.editing.search import LR, Generator, Search, check_images, class_ids_of, running, searching
 from gddlab.errors import GddlabError, NotFound, validated
 from gddlab.files import atomic_path, check_kind, folder_of, hash_json, hash_tensors, path_of, read_json, write_json
+from gddlab.nets import architecture
 from gddlab.probing.inputs import Labels, Precision
 from gddlab.progress import progress_bar
-from gddlab.runtime import beside_runs
-from gddlab.sampling.samplers import weights_hash
+from gddlab.runtime import Seed, beside_runs
+from gddlab.sampling.samplers import seed_list, weights_hash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,6 +111,7 @@ def _is_inversion(path: Path) -> bool:
 
 @beside_runs()
 @validated
+@searching
 def invert(
     student: Any,
     images: Any,
@@ -117,9 +119,9 @@ def invert(
     class_labels: Labels = None,
     steps: PositiveInt = 100,
     restarts: PositiveInt = 2,
-    perceptual: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
-    lr: PositiveFloat = LR,
-    seed: NonNegativeInt = 0,
+    perceptual: Annotated[float, Field(ge=0, le=1e6)] = 0.0,
+    lr: Annotated[float, Field(gt=0, le=100)] = LR,
+    seed: Seed = 0,
     batch_size: PositiveInt = 128,
     dtype: Precision = None,
     out: str | Path | None = None,
@@ -129,8 +131,8 @@ def invert(
 
     Each image is searched for from several starts, by Adam on the noise, which stays on the Gaussian's shell |z| =
     sqrt(d); the nearest counts. The squared error of pixels is lowered, plus `perceptual` times a distance of
-    EfficientNet-lite0 features. Weights are not touched. A result depends on the image's place and the seed, not on
-    `batch_size`, but for rounding.
+    EfficientNet-lite0 features. Weights are not touched. A result depends on the image's place and the seed, not on its
+    batch, but for rounding, which a search of many steps can carry to another minimum, as near.
 
     Args:
         student: A one-step student, or one of several steps, whose later noise is then fixed.
@@ -157,6 +159,7 @@ def invert(
     if classes > MOST_CLASSES:
         raise GddlabError(f"the student has {classes} classes, too many to search: give class_labels=")
     how: dict[str, Any] = {"steps": steps, "restarts": restarts, "perceptual": perceptual, "lr": lr, "seed": seed}
+    seed_list(len(goal) * restarts, seed, None)
     size = max(1, batch_size // (restarts * max(classes, 1)))
     folder = None if out is None else _prepared(out, make, goal, ids, how | {"size": size, "dtype": str(dtype)})
     parts: list[Inversion] = []
@@ -179,11 +182,16 @@ def _prepared(out: str | Path, make: Generator, goal: Tensor, ids: Tensor | None
     """The folder, which holds this inversion alone."""
     folder = folder_of("out", out)
     about = how | {"student": weights_hash(make.module), "images": hash_tensors({"images": goal})}
+    about |= architecture(make.module)  # the levels of its steps are no weights
     about["class_ids"] = None if ids is None else ids.tolist()
     path, sign = folder / "inversion.json", {"sha256": hash_json(about)}
-    if path.exists() and read_json(path).get("sha256") != sign["sha256"]:
-        raise GddlabError(f"{folder} holds another inversion (student, images or settings): give another out=")
-    if not path.exists():
+    if path.exists():
+        given = read_json(path)
+        if not isinstance(given, dict) or given.get("sha256") != sign["sha256"]:
+            raise GddlabError(f"{folder} holds another inversion (student, images or settings): give another out=")
+    elif next(folder.glob("*.safetensors"), None) is not None:
+        raise GddlabError(f"{folder} holds batches, but no inversion.json that says of what: give another out=")
+    else:
         write_json(path, {"steps": how["steps"], "restarts": how["restarts"], "images": len(goal)} | sign)
     return folder
 
@@ -286,10 +294,10 @@ def _inverted(
     search.run(distance.of(rows), steps - taken)
     calls += len(rows.z) * (steps - taken + 1)
     with torch.no_grad():
-        x = make(search.z, rows.labels, rows.later)
+        x = make(search.z, rows.labels, rows.later).clamp(-1, 1)
         pixels, felt = distance.parts(rows, x)
     best = _nearest(distance.total(pixels, felt), n, 1)
-    kept = {"z": search.z, "images": x.clamp(-1, 1), "distance": pixels.sqrt(), "perceptual": felt}
+    kept = {"z": search.z, "images": x, "distance": pixels.sqrt(), "perceptual": felt}
     return Inversion(
         **{name: value[best].cpu() for name, value in kept.items()},
         class_ids=rows.ids[best.cpu()],

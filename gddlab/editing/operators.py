@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,17 +54,25 @@ class Operator:
         draw = torch.Generator().manual_seed(0)
         x = torch.randn((2, *shape), generator=draw).to(device)
         try:
-            ax = self.apply(x)
-            y = torch.randn(ax.shape, generator=draw).to(device)
-            aty = self.adjoint(y)
+            # copies: a function may write into what it is given
+            with torch.autocast(torch.device(device).type, enabled=False), torch.enable_grad():
+                ax = self.apply(x.clone().requires_grad_() + 0)
+                first = self.apply(x[:1].clone())
+                y = torch.randn(ax.shape, generator=draw).to(device)
+                aty = self.adjoint(y.clone())
             if aty.shape != x.shape:
                 raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
-        except (RuntimeError, TypeError, AttributeError, IndexError) as e:
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as e:
             raise GddlabError(f"{self.name!r} does not take images {tuple(x.shape)}: {e}") from None
+        if not ax.requires_grad:
+            raise GddlabError(f"{self.name!r} has no gradient: build it of differentiable operations of torch")
+        ax, aty, first = ax.detach(), aty.detach(), first.detach()
         inside, outside = (ax.double() * y.double()).sum().item(), (x.double() * aty.double()).sum().item()
         size = ax.double().norm().item() * y.double().norm().item()
         if not math.isfinite(size) or size == 0:
             raise GddlabError(f"{self.name!r} measures nothing: A x has length {ax.norm().item():g}")
+        if first.shape != ax[:1].shape or (first - ax[:1]).norm() > ADJOINT_ERROR * ax[:1].norm():
+            raise GddlabError(f"{self.name!r} measures an image otherwise beside another: treat each row alone")
         if not abs(inside - outside) <= ADJOINT_ERROR * size:
             raise GddlabError(
                 f"the adjoint of {self.name!r} is none: <A x, y> = {inside:.5g}, <x, A^T y> = {outside:.5g}; give A^T"
@@ -132,6 +140,8 @@ def downscale(factor: PositiveInt) -> Operator:
     """Means of squares of factor x factor pixels: super-resolution takes the way back."""
 
     def apply(x: Tensor) -> Tensor:
+        if x.shape[-1] % factor or x.shape[-2] % factor:
+            raise GddlabError(f"downscale {factor} of images {tuple(x.shape[2:])}: give a factor of both sides")
         return functional.avg_pool2d(x, factor)
 
     def adjoint(y: Tensor) -> Tensor:
@@ -141,7 +151,7 @@ def downscale(factor: PositiveInt) -> Operator:
 
 
 @validated
-def blur(std: PositiveFloat) -> Operator:
+def blur(std: Annotated[float, Field(gt=0, le=1000)]) -> Operator:
     """Gaussian blur of standard deviation `std`, pixels; black outside of the image."""
     half = math.ceil(3 * std)
     line = torch.exp(-0.5 * (torch.arange(-half, half + 1) / std) ** 2)
@@ -189,12 +199,12 @@ def check_keep(keep: Any, n: int, shape: Sequence[int]) -> Tensor:
     if isinstance(keep, str):
         if keep not in KEPT:
             raise unknown("keep", keep, KEPT)
-        return KEPT[keep]((torch.arange(h)[:, None] + 0.5) / h, (torch.arange(w)[None] + 0.5) / w).expand(1, 1, h, w)
+        keep = KEPT[keep]((torch.arange(h)[:, None] + 0.5) / h, (torch.arange(w)[None] + 0.5) / w).expand(1, 1, h, w)
     if not isinstance(keep, Tensor):
         raise GddlabError(
             f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known, or a name"
         )
-    mask = keep.detach().cpu()
+    mask = (keep.detach().clone() if keep.is_inference() else keep.detach()).cpu()
     mask = mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] not in (1, c) or tuple(mask.shape[2:]) != (h, w):
         raise GddlabError(

@@ -10,17 +10,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from gddlab.editing.operators import Operator, Pixels, check_keep
-from gddlab.editing.search import Generator, Search, check_images, class_ids_of, colour, running, student_in
+from gddlab.editing.search import (
+    Generator,
+    Search,
+    check_images,
+    class_ids_of,
+    colour,
+    owned,
+    running,
+    searching,
+    student_in,
+)
 from gddlab.errors import GddlabError, validated
 from gddlab.nets import OneStepPrecond
 from gddlab.nets.bare import device_of
 from gddlab.probing.inputs import Labels, Precision
 from gddlab.progress import progress_bar
-from gddlab.runtime import beside_runs
+from gddlab.runtime import Seed, beside_runs
 from gddlab.sampling.samplers import (
     ImageNoise,
     Sampler,
@@ -29,6 +39,7 @@ from gddlab.sampling.samplers import (
     input_type,
     noised_again,
     one_hot,
+    seed_list,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +48,9 @@ if TYPE_CHECKING:
 Method = Literal["optimise", "rounds", "teacher"]
 STEPS: dict[str, int] = {"optimise": 50, "rounds": 4, "teacher": 18}
 """Of the search; times that the later steps of a student are gone through; noise levels of a teacher."""
-TRIED, RATE, WHITE = 8, 0.2, 0.3
+LARGEST = 1e15
+"""What a measurement may be at most; its square is still a float."""
+TRIED, RATE, WHITE = 8, 0.2, 1.0
 """Noise tried before a search, which begins at the nearest; its learning rate; the weight of `colour` in it. Chosen on
 the first 256 held-out digits, for other images than those of the tables: with their upper half known, a search from one
 noise at an inversion's rate, without `colour`, ended four times as far from the data."""
@@ -137,6 +150,7 @@ class Problem(NamedTuple):
 
 @beside_runs()
 @validated
+@searching
 def inpaint(
     student: Any,
     images: Any,
@@ -147,7 +161,7 @@ def inpaint(
     class_labels: Labels = None,
     steps: PositiveInt | None = None,
     restarts: PositiveInt = 1,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     batch_size: PositiveInt = 128,
     dtype: Precision = None,
     progress: bool = True,
@@ -189,6 +203,7 @@ def inpaint(
 
 @beside_runs()
 @validated
+@searching
 def restore(
     student: Any,
     measured: Tensor,
@@ -199,7 +214,7 @@ def restore(
     class_labels: Labels = None,
     steps: PositiveInt | None = None,
     restarts: PositiveInt = 1,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     batch_size: PositiveInt = 128,
     dtype: Precision = None,
     progress: bool = True,
@@ -217,7 +232,8 @@ def restore(
             is made to agree with the measurement at that noise level; each step but the first and the last is taken 4
             times, with fresh noise in between (RePaint; Lugmayr et al. 2022, algorithm 1).
 
-    A result depends on an image's place and the seed, not on `batch_size`, but for rounding.
+    A result depends on an image's place and the seed, not on its batch, but for rounding, which a search of many steps
+    can carry to another image that measures as well.
 
     Args:
         student: A student; a teacher for the method "teacher".
@@ -225,11 +241,10 @@ def restore(
         operator: What was measured; its adjoint is checked.
         n: Images per measurement.
         method: One of the above.
-        class_labels: For a conditional network: class ids, or one for all; None draws one for each image.
+        class_labels: For a conditional network: class ids, or one for all; None draws one for each completion.
         steps: Of the search, by default 50; of rounds 4; of a teacher 18.
         restarts: Of "optimise", searches per completed image.
-        seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on; search r of it draws its 8
-            from 8 r on.
+        seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on, one a search.
         batch_size: Rows, completions x starts, at once; at least one completion.
         dtype: Runs the network under autocast, as for `sample`.
         progress: Shows a bar at a terminal.
@@ -244,8 +259,8 @@ def restore(
     expected = operator.check(image_shape(student), device_of(student))
     if y.ndim < 2 or tuple(y.shape[1:]) != expected or not len(y):
         raise GddlabError(f"measured is {tuple(y.shape)}: give (B, {', '.join(map(str, expected))})")
-    if not y.is_floating_point() or not y.isfinite().all():
-        raise GddlabError(f"measured is {y.dtype} or not finite: give finite float numbers")
+    if not y.is_floating_point() or not y.isfinite().all() or y.abs().max() > LARGEST:
+        raise GddlabError(f"measured is {y.dtype}, not finite, or above {LARGEST:g}: give finite float numbers")
     if (one_step := isinstance(net, OneStepPrecond)) == (method == "teacher"):
         kind, other = ("student", "a teacher") if one_step else ("teacher", "a one-step student")
         raise GddlabError(f"method={method!r} with a {kind}: give {other}")
@@ -253,7 +268,8 @@ def restore(
         raise GddlabError('method="rounds" with a student of one step: give one of several, or method="optimise"')
     began, b, device = time.perf_counter(), len(y), device_of(student)
     run, tries = METHODS[method], restarts if method == "optimise" else 1
-    ids, y = class_ids_of(student, class_labels, b), y.detach().float().to(device)
+    ids, y = class_ids_of(student, class_labels, b), owned(y).float().to(device)
+    drawn = seed_list(b * n * tries, seed, None)
     size, of = max(1, batch_size // tries), torch.arange(b).repeat_interleave(n)  # (completions,)
     calls, found = 0, list[tuple[Tensor, Tensor, Tensor | None]]()
     with (
@@ -262,14 +278,15 @@ def restore(
     ):
         for i in range(0, b * n, size):
             rows = of[i : i + size].repeat_interleave(tries)
-            seeds = [seed + i * tries + k for k in range(len(rows))]
-            labels = one_hot(net.label_dim, seeds, None if ids is None else ids[rows])
+            seeds = drawn[i * tries : i * tries + len(rows)]
+            own = [s - (s - seed) % tries for s in seeds]  # of a completion's first search, which draws its class
+            labels = one_hot(net.label_dim, own, None if ids is None else ids[rows])
             labels = None if labels is None else labels.to(device)
-            problem = Problem(y[rows.to(device)], operator.at(rows), labels, seeds)
+            problem = Problem(y[rows.to(device)], operator.at(rows), labels, list(seeds))
             z, x, calls = run(student, problem, STEPS[method] if steps is None else steps)
+            x = x.clamp(-1, 1)
             error = problem.error(x)
             best = error.view(-1, tries).argmin(1) + torch.arange(0, len(x), tries, device=x.device)
-            x = x.clamp(-1, 1)
             if operator.exact:
                 x = problem.operator.put_back(x, problem.y)
             found.append((x[best].cpu(), error.sqrt()[best].cpu(), None if z is None else z[best].cpu()))
@@ -291,27 +308,30 @@ def restore(
 
 def _optimise(student: Any, problem: Problem, steps: int) -> tuple[Tensor, Tensor, int]:
     make = Generator(student)
-    z, later = _nearest(make, problem)
-    search = Search(z, steps, lr=RATE)
-    search.run(lambda z: problem.error(make(z, problem.labels, later)) + WHITE * colour(z), steps)
+    start, unlike = _nearest(make, problem)
+    later = start[1:]
+
+    def loss(z: Tensor) -> Tensor:
+        return problem.error(make(z, problem.labels, later)) / unlike + WHITE * colour(z)
+
+    search = Search(start[0], steps, lr=RATE)
+    search.run(loss, steps)
     with torch.no_grad():
         return search.z, make(search.z, problem.labels, later), (TRIED + steps + 1) * make.calls
 
 
 @torch.no_grad()
-def _nearest(make: Generator, problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """Of each row, the noise of those tried whose image measures most nearly as given, and that of later steps."""
-    found, least = list[Tensor](), None
-    for k in range(TRIED):
-        z, later = make.noise([TRIED * seed + k for seed in problem.seeds])
-        error = problem.error(make(z, problem.labels, later))
-        if least is None:
-            found, least = [z, *later], error
-            continue
-        nearer = (error < least).view(-1, 1, 1, 1)
-        found = [torch.where(nearer, new, old) for new, old in zip((z, *later), found, strict=True)]
-        least = torch.minimum(error, least)
-    return found[0], found[1:]
+def _nearest(make: Generator, problem: Problem) -> tuple[list[Tensor], Tensor]:
+    """Of each row, the noise of those tried whose image measures most nearly as given, and that of later steps.
+
+    Also the mean error of the images tried, which have nothing to do with what was measured: the unit of an error.
+    """
+    drawn = ImageNoise(problem.seeds, make.shape)
+    tried = [make.noise(drawn) for _ in range(TRIED)]
+    errors = torch.stack([problem.error(make(z, problem.labels, later)) for z, later in tried])  # (TRIED, rows)
+    best, rows = errors.argmin(0), torch.arange(errors.shape[1], device=errors.device)
+    kinds = zip(*([z, *later] for z, later in tried), strict=True)
+    return [torch.stack(kind)[best, rows] for kind in kinds], errors.mean(0).clamp(min=1e-12)
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -48,9 +49,12 @@ class Generator:
         self.shape, self.label_dim = image_shape(net), self.module.label_dim
         self.calls, self.device = len(self.module.sigmas), device_of(net)
 
-    def noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Starting noise of some seeds, and that of each later step: what `sample` uses.  -> (B, C, H, W), [...]"""
-        drawn = ImageNoise(seeds, self.shape)
+    def noise(self, seeds: Sequence[int] | ImageNoise) -> tuple[Tensor, list[Tensor]]:
+        """Starting noise of some seeds, and that of each later step: what `sample` uses.  -> (B, C, H, W), [...]
+
+        Given an `ImageNoise`, what comes next from it.
+        """
+        drawn = seeds if isinstance(seeds, ImageNoise) else ImageNoise(seeds, self.shape)
         z = drawn(torch.float32).to(self.device)
         return z, [drawn().float().to(self.device) for _ in self.module.mid_sigmas]
 
@@ -90,7 +94,32 @@ def class_ids_of(net: Any, labels: Any, n: int) -> Tensor | None:
     if labels is None:
         return None
     rows = one_hot(denoiser_in(net).label_dim, range(n), labels)
-    return None if rows is None else rows.argmax(1).cpu()
+    if rows is None:
+        return None
+    ids = rows.argmax(1).cpu()
+    if not torch.equal(rows.cpu(), torch.nn.functional.one_hot(ids, rows.shape[1]).float()):
+        raise GddlabError("class_labels has rows that are not one-hot: give one class an image")
+    return ids
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def searching(call: Callable[P, R]) -> Callable[P, R]:
+    """A call that needs gradients, and so makes no tensors of inference mode, also where the caller is in it."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return call(*args, **kwargs)
+
+    return wrapped
+
+
+def owned(x: Tensor) -> Tensor:
+    """A tensor that autograd may keep; one of inference mode is copied."""
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
 @contextlib.contextmanager
@@ -165,6 +194,8 @@ class Search:
 def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:
     """Images of a student's shape in [-1, 1], float32; a single one, (C, H, W), becomes a batch.
 
+    What rounding has brought a ten-thousandth out of range is brought back.
+
     Raises:
         GddlabError: Another shape or type, or values out of range.
     """
@@ -174,8 +205,8 @@ def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape) or not len(images):
         raise GddlabError(f"{name} is {tuple(images.shape)}: give (B, {', '.join(map(str, shape))})")
-    images = images.detach().float()
+    images = owned(images).float()
     if not images.isfinite().all() or images.abs().max() > 1 + 1e-4:
         low, high = images.min().item(), images.max().item()
         raise GddlabError(f"{name} has values from {low:.3g} to {high:.3g}: give images in [-1, 1]")
-    return images
+    return images.clamp(-1, 1)

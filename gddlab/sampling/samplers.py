@@ -406,6 +406,8 @@ def one_hot(label_dim: int, seeds: Sequence[int], labels: Tensor | Sequence[int]
         if ids.ndim == 2:
             if ids.shape != (n, label_dim):
                 raise GddlabError(f"class_labels are {tuple(ids.shape)}: give ({n}, {label_dim})")
+            if not ids.float().isfinite().all():
+                raise GddlabError("class_labels are not finite: give one-hot labels")
             return ids.float()
         ids = ids.expand(n) if ids.ndim == 0 else ids
         if ids.shape != (n,) or ids.min() < 0 or ids.max() >= label_dim or (ids != ids.long()).any():

@@ -14,8 +14,9 @@ import nbformat
 import numpy as np
 from PIL import Image
 
-MEAN, MOST = 0.4, 64
-"""How far a pixel may be from the original, of 255: on average, and anywhere, as at the edge of a letter."""
+MEAN, MOST = 4, 96
+"""How far a pixel may be from the original, of 255: on average, and anywhere, as at the edge of a letter. Plots change
+by less than 0.4 on average, pictures in colour by 2 to 4."""
 
 
 def lighter(png: bytes) -> bytes:
