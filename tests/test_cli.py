@@ -58,6 +58,9 @@ def test_invert_inpaint_edit(tmp_path: Path, tiny_teacher: Path, capsys: pytest.
     assert "Inversion of 2 images" in capsys.readouterr().out
     assert len(Inversion.load(tmp_path / "z" / "inversion.safetensors")) == 2
     assert Image.open(tmp_path / "z" / "images.png").size == (65, 65)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "images.png").write_bytes(b"mine")
+    assert "images.png exists" in refused(capsys, "invert", student, digits, *few, "--out", str(tmp_path / "mine"))
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 16, 8))
     mask.save(tmp_path / "mask.png")
@@ -87,6 +90,7 @@ def test_invert_inpaint_edit(tmp_path: Path, tiny_teacher: Path, capsys: pytest.
     main(["edit", student, *layer, "--strength", "-2", "2", "--out", str(tmp_path / "e.png")])
     assert Image.open(tmp_path / "e.png").size == (3 * 33 - 1, 4 * 33 - 1)
     assert "no edit given: give one of" in refused(capsys, "edit", student, "--out", str(tmp_path / "f.png"))
+    assert "--component -1: give 0 or more" in refused(capsys, "edit", student, "--component", "-1", "--out", "x.png")
     assert "700 images from 0 on: digits:held-out has 599" in refused(
         capsys, "invert", student, digits, "--images", "700"
     )

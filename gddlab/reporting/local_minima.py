@@ -209,7 +209,8 @@ def line_table(study: pd.DataFrame) -> pd.DataFrame:
         GddlabError: The table is another one.
     """
     rows = []
-    for (pair, metric), own in _lines(study).groupby(["pair", "metric"], sort=False):
+    lines = ((pair, own) for pair, own in _lines(study).groupby("pair", sort=False))
+    for pair, (metric, own) in ((pair, part) for pair, rest in lines for part in rest.groupby("metric", sort=False)):
         own = own.sort_values("t", ignore_index=True)
         first, second, top = (
             own["value"].iloc[0],
