@@ -177,6 +177,7 @@ def test_what_notebooks_draw_with_is_in_the_reference(pages: dict[str, Reader]) 
     for notebook in PAGES.glob("*.ipynb"):
         for cell in json.loads(notebook.read_text())["cells"]:
             source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            used |= {("gddlab.reporting", name) for name in re.findall(r"\br\.(\w+)\(", source)}
             if "gddlab.reporting" in source:
                 imports = [n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)]
                 used |= {(n.module, a.name) for n in imports if "reporting" in str(n.module) for a in n.names}
