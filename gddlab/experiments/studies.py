@@ -170,7 +170,9 @@ def completed(s: StudyInputs) -> StudyResult:
     assert s.judge.held_out is not None
     held_out = open_dataset(s.judge.held_out)
     n = min(s.judge.pairs or COMPLETED, len(held_out) // 2)
-    truth = held_out.images(slice(len(held_out) - n, None))  # with others the search's settings were chosen
+    # the search's settings were chosen with the first digits; images of other sets may be sorted by class
+    last, spread = torch.arange(len(held_out))[-n:], torch.linspace(0, len(held_out) - 1, n).long()
+    truth = held_out.images((last if s.data.startswith("digits") else spread).tolist())
     student, several = s.student("gdd-i"), s.students.get("second-step-0.8")
     settings: list[tuple[str, Any, dict[str, Any]]] = [
         (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED

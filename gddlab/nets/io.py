@@ -239,7 +239,7 @@ def without_target(student: OneStepPrecond) -> OneStepPrecond:
     Images are made with the target eps, so that what its embedding adds is a constant, which moves into a bias. The
     result is a copy; a student without a target time is returned as it is.
     """
-    if not student.target_time:
+    if not getattr(student, "target_time", False):
         return student
     kwargs = {k: v for k, v in student.init_kwargs.items() if k != "target_time"}
     own = from_edm(type(student).__name__, **kwargs).to(next(student.parameters()))
