@@ -129,7 +129,7 @@ def test_completed(subjects: StudyInputs, monkeypatch: pytest.MonkeyPatch) -> No
     rows = frame.set_index("setting")
     assert rows.loc["hidden truth", "pixels"] == 0 and rows.loc["pasted", "pixels"] > 0
     assert rows.loc["student, search of 3 steps", "error"] < rows.loc["student, search of 1 steps", "error"]
-    assert rows["kd"].notna().all() and rows["calls"].tolist() == [0, 0, 2, 4, 5, 2]
+    assert rows["kd"].notna().all() and rows["calls"].tolist() == [0, 0, 8 + 2, 8 + 4, 5, 2]
 
 
 def test_pulls(subjects: StudyInputs, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
