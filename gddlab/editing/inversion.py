@@ -159,7 +159,7 @@ def invert(
     if classes > MOST_CLASSES:
         raise GddlabError(f"the student has {classes} classes, too many to search: give class_labels=")
     how: dict[str, Any] = {"steps": steps, "restarts": restarts, "perceptual": perceptual, "lr": lr, "seed": seed}
-    seed_list(len(goal) * restarts, seed, None)
+    seed_list(len(goal) * restarts, seed, None)  # refuses a last one out of range
     size = max(1, batch_size // (restarts * max(classes, 1)))
     folder = None if out is None else _prepared(out, make, goal, ids, how | {"size": size, "dtype": str(dtype)})
     parts: list[Inversion] = []

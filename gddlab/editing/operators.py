@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
+from gddlab.editing.search import owned
 from gddlab.errors import GddlabError, unknown, validated
 
 ADJOINT_ERROR = 1e-4
@@ -60,10 +61,11 @@ class Operator:
                 first = self.apply(x[:1].clone())
                 y = torch.randn(ax.shape, generator=draw).to(device)
                 aty = self.adjoint(y.clone())
-            if aty.shape != x.shape:
-                raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
+                fits = aty.shape == x.shape
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as e:
             raise GddlabError(f"{self.name!r} does not take images {tuple(x.shape)}: {e}") from None
+        if not fits:
+            raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
         if not ax.requires_grad:
             raise GddlabError(f"{self.name!r} has no gradient: build it of differentiable operations of torch")
         ax, aty, first = ax.detach(), aty.detach(), first.detach()
@@ -204,7 +206,7 @@ def check_keep(keep: Any, n: int, shape: Sequence[int]) -> Tensor:
         raise GddlabError(
             f"keep is a {type(keep).__name__}: give a tensor, True or 1 where a pixel is known, or a name"
         )
-    mask = (keep.detach().clone() if keep.is_inference() else keep.detach()).cpu()
+    mask = owned(keep).cpu()
     mask = mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1] not in (1, c) or tuple(mask.shape[2:]) != (h, w):
         raise GddlabError(

@@ -53,7 +53,7 @@ LARGEST = 1e15
 TRIED, RATE, WHITE = 8, 0.2, 1.0
 """Noise tried before a search, which begins at the nearest; its learning rate; the weight of `colour` in it. Chosen on
 the first 256 held-out digits, for other images than those of the tables: with their upper half known, a search from one
-noise at an inversion's rate, without `colour`, ended four times as far from the data."""
+noise at an inversion's rate, without `colour`, ended three times as far from the data."""
 RESAMPLED = 4
 """Times that a teacher denoises at each noise level."""
 
@@ -331,7 +331,7 @@ def _nearest(make: Generator, problem: Problem) -> tuple[list[Tensor], Tensor]:
     errors = torch.stack([problem.error(make(z, problem.labels, later)) for z, later in tried])  # (TRIED, rows)
     best, rows = errors.argmin(0), torch.arange(errors.shape[1], device=errors.device)
     kinds = zip(*([z, *later] for z, later in tried), strict=True)
-    return [torch.stack(kind)[best, rows] for kind in kinds], errors.mean(0).clamp(min=1e-12)
+    return [torch.stack(kind)[best, rows] for kind in kinds], errors.mean(0).clamp(min=1e-30)
 
 
 @torch.no_grad()

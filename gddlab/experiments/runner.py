@@ -548,7 +548,7 @@ def ship(name: str, out: str | Path, to: str | Path, *, only: Sequence[str] = ()
     studies = [p for p in done if isinstance(p.item, Study)]
     if not runs and not studies:
         raise GddlabError(f"no run of {name!r} below {out} is done: run gddlab reproduce {name} first")
-    looked_at = {arm for name in SHOWN if (shown := chosen.asked_by(name)) for arm in shown.arms}
+    looked_at = {arm for notebook in SHOWN if (shown := chosen.asked_by(notebook)) for arm in shown.arms}
     written: list[Path] = []
     for experiment, items in runs.items():
         files: dict[str, bytes] = {}

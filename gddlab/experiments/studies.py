@@ -326,12 +326,11 @@ def line(s: StudyInputs) -> StudyResult:
     import pandas as pd
 
     gdd = _gdd(s)
-    s.student(gdd)
-    students = {name: without_target(net) for name, net in s.students.items()}
-    net = copy.deepcopy(students[gdd])
+    net = copy.deepcopy(without_target(s.student(gdd)))
+    students = {name: without_target(student) for name, student in s.students.items()}
     scores = _Scores(s)
     target = to_uint8(_sampled(s.teacher, scores.real, scores.n, s.steps[-1])).float()
-    ends = {"teacher": s.teacher.state_dict(), **{name: net.state_dict() for name, net in students.items()}}
+    ends = {"teacher": s.teacher.state_dict(), **{name: student.state_dict() for name, student in students.items()}}
     ends = {name: {k: state[k].clone() for k in net.state_dict()} for name, state in ends.items()}
     rows: list[dict[str, Any]] = []
     for a, b in ((a.format(gdd=gdd), b.format(gdd=gdd)) for a, b in LINES):

@@ -148,9 +148,8 @@ def save_network(
     header = {"format": FORMAT, **architecture(net), "meta": meta}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     if beside is not None:
-        name, theirs = beside
-        own = {k: v for k, v in tensors.items() if k not in theirs or not torch.equal(v, theirs[k].cpu())}
-        header, tensors = (header | {"rest": name} if len(own) < len(tensors) else header), own
+        header["rest"], theirs = beside
+        tensors = {k: v for k, v in tensors.items() if k not in theirs or not torch.equal(v, theirs[k].cpu())}
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     with atomic_path(path) as tmp:
@@ -169,7 +168,8 @@ def load_network(path: str | Path, *, beside: Callable[[str], State] | None = No
 
     Raises:
         NotFound: No such file.
-        GddlabError: Not a safetensors file of gddlab, or its weights do not fit its architecture.
+        GddlabError: Not a safetensors file of gddlab, or its weights do not fit its architecture; one that holds what
+            differs from another network, without `beside`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -187,19 +187,21 @@ def load_network(path: str | Path, *, beside: Callable[[str], State] | None = No
     except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise GddlabError(f"{path} is not a whole safetensors file ({e})") from None
     precond, kwargs, meta = (header.get(k) for k in ("precond", "init_kwargs", "meta"))
+    others: State = {}
     if (rest := header.get("rest")) is not None:
         if beside is None or not isinstance(rest, str):
             raise GddlabError(f"{path} holds what differs from {str(rest)[:40]!r} alone: load it with its run")
-        state = {**beside(rest), **state}
+        others = beside(rest)
     if not (isinstance(precond, str) and isinstance(kwargs, dict) and isinstance(meta, dict)):
         raise GddlabError(f"{path}: its metadata lacks precond, init_kwargs or meta: give a file that gddlab wrote")
-    if reason := refusal(kwargs, len(state)):
+    if reason := refusal(kwargs, len(state.keys() | others.keys())):
         raise GddlabError(f"{path}: {precond[:40]!r} has {reason}")
     try:
         with torch.device("meta"):
             net = from_edm(precond, **kwargs)
     except (ValueError, RuntimeError, ArithmeticError, LookupError) as e:
         raise GddlabError(f"{path}: {precond[:40]!r} cannot be built: {str(e).splitlines()[0]}") from None
+    state = {k: others[k] for k in net.state_dict() if k in others} | state
     try:
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e:
@@ -241,13 +243,15 @@ def without_target(student: OneStepPrecond) -> OneStepPrecond:
     """
     if not getattr(student, "target_time", False):
         return student
-    kwargs = {k: v for k, v in student.init_kwargs.items() if k != "target_time"}
-    own = from_edm(type(student).__name__, **kwargs).to(next(student.parameters()))
-    assert isinstance(own, OneStepPrecond) and isinstance(student.model, UNet) and isinstance(own.model, UNet)
+    assert isinstance(student.model, UNet)
     eps = torch.full((1, 1, 1, 1), student.eps, dtype=torch.float64)
     level = student.coefficients(eps).c_noise.to(next(student.parameters()))
-    own.load_state_dict({k: v for k, v in student.state_dict().items() if not k.startswith(TARGET)})
-    own.model.map_layer1.bias.add_(student.model.embed_target(level.flatten())[0])
+    state = {k: v.clone() for k, v in student.state_dict().items() if not k.startswith(TARGET)}
+    state["model.map_layer1.bias"] += student.model.embed_target(level.flatten())[0]
+    with torch.device("meta"):
+        own = from_edm(type(student).__name__, **{k: v for k, v in student.init_kwargs.items() if k != "target_time"})
+    own.load_state_dict(state, assign=True)
+    assert isinstance(own, OneStepPrecond)
     return own.train(student.training)
 
 

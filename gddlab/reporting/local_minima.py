@@ -209,16 +209,12 @@ def line_table(study: pd.DataFrame) -> pd.DataFrame:
         GddlabError: The table is another one.
     """
     rows = []
-    lines = ((pair, own) for pair, own in _lines(study).groupby("pair", sort=False))
-    for pair, (metric, own) in ((pair, part) for pair, rest in lines for part in rest.groupby("metric", sort=False)):
-        own = own.sort_values("t", ignore_index=True)
-        first, second, top = (
-            own["value"].iloc[0],
-            own["value"].iloc[-1],
-            own.iloc[int(own["value"].to_numpy().argmax())],
-        )
-        row = {"pair": pair, "metric": metric, "length": top["length"], "first": first, "second": second}
-        rows.append(row | {"highest": top["value"], "at": top["t"], "barrier": top["value"] - max(first, second)})
+    for pair, of_pair in _lines(study).sort_values("t", kind="stable").groupby("pair", sort=False):
+        for metric, own in of_pair.groupby("metric", sort=False):
+            first, second = own["value"].iloc[[0, -1]]
+            top = own.iloc[int(own["value"].to_numpy().argmax())]
+            row = {"pair": pair, "metric": metric, "length": top["length"], "first": first, "second": second}
+            rows.append(row | {"highest": top["value"], "at": top["t"], "barrier": top["value"] - max(first, second)})
     return pd.DataFrame(rows)
 
 
