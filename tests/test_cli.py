@@ -21,7 +21,7 @@ from gddlab.datasets import open_dataset
 from gddlab.distill.config import TrainConfig
 from gddlab.editing import Inversion
 from gddlab.errors import NotFound
-from gddlab.files import read_json
+from gddlab.files import data_dir, read_json
 from gddlab.freezing import FreezeMask
 from gddlab.nets import save_network
 from gddlab.nets.io import make_student
@@ -90,6 +90,9 @@ def test_invert_inpaint_edit(tmp_path: Path, tiny_teacher: Path, capsys: pytest.
     main(["edit", student, *layer, "--strength", "-2", "2", "--out", str(tmp_path / "e.png")])
     assert Image.open(tmp_path / "e.png").size == (3 * 33 - 1, 4 * 33 - 1)
     assert "no edit given: give one of" in refused(capsys, "edit", student, "--out", str(tmp_path / "f.png"))
+    packed = str(data_dir() / "runs" / "digits" / "gdd-i" / "seed-0")  # in an archive
+    main(["inpaint", packed, digits, *few[:4], "--n", "1", "--out", str(tmp_path / "packed.png")])
+    assert "diversity" in capsys.readouterr().out
     assert "--component -1: give 0 or more" in refused(capsys, "edit", student, "--component", "-1", "--out", "x.png")
     assert "700 images from 0 on: digits:held-out has 599" in refused(
         capsys, "invert", student, digits, "--images", "700"
