@@ -330,7 +330,7 @@ def _carried(
             return (make(z, labels, fixed) - wanted).square().mean((1, 2, 3))
 
         with running(make.net):
-            search = Search(z[rows], STROKE_STEPS)
+            search = Search(z[rows], steps=STROKE_STEPS)
             search.run(loss, STROKE_STEPS)
         out[rows] = search.z
     return out

@@ -281,7 +281,7 @@ def _inverted(
     """The images of one batch, `first` the place of the first."""
     began, n = time.perf_counter(), len(goal)
     rows = _Rows.of(make, goal, ids, seed + first * restarts, restarts)
-    distance, search, calls = _Distance(make, perceptual), Search(rows.z, steps, lr=lr), 0
+    distance, search, calls = _Distance(make, perceptual), Search(rows.z, steps=steps, lr=lr), 0
     taken = 0
     if len(rows.z) > n * restarts:  # in every class: the best go on
         taken = max(1, steps // FIRST)

@@ -28,13 +28,19 @@ class Operator:
         apply: x, float (B, C, H, W), to y, (B, ...); differentiable.
         adjoint: y to A^T y, of the shape of x.
         name: For tables.
+        exact: Whether results are brought to measure as given, as far as they are in range. Noise in a measurement
+            would then be in the results, and more of it where A damps much, as a blur does.
     """
 
-    exact = False
-    """Whether `put_back` is exact to the bit, so that it is done to results, too."""
-
-    def __init__(self, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], name: str = "operator"):
-        self.apply, self.adjoint, self.name = apply, adjoint, name
+    def __init__(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        adjoint: Callable[[Tensor], Tensor],
+        name: str = "operator",
+        *,
+        exact: bool = False,
+    ):
+        self.apply, self.adjoint, self.name, self.exact = apply, adjoint, name, exact
 
     def __repr__(self) -> str:
         return f"Operator({self.name!r})"
@@ -112,12 +118,10 @@ def _like(x: Tensor, of: Tensor) -> Tensor:
 
 
 class Pixels(Operator):
-    """Some pixels of each image are known; `keep` is bool, (B, 1 or C, H, W)."""
-
-    exact = True
+    """Some pixels of each image are known; `keep` is bool, (B, 1 or C, H, W). Exact to the bit."""
 
     def __init__(self, keep: Tensor):
-        super().__init__(self._masked, self._masked, "pixels")
+        super().__init__(self._masked, self._masked, "pixels", exact=True)
         self.keep = keep
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ class Pixels(Operator):
 
 @validated
 def downscale(factor: PositiveInt) -> Operator:
-    """Means of squares of factor x factor pixels: super-resolution takes the way back."""
+    """Means of squares of factor x factor pixels: super-resolution takes the way back. Exact."""
 
     def apply(x: Tensor) -> Tensor:
         if x.shape[-1] % factor or x.shape[-2] % factor:
@@ -149,7 +153,7 @@ def downscale(factor: PositiveInt) -> Operator:
     def adjoint(y: Tensor) -> Tensor:
         return y.repeat_interleave(factor, -1).repeat_interleave(factor, -2) / factor**2
 
-    return Operator(apply, adjoint, f"downscale {factor}")
+    return Operator(apply, adjoint, f"downscale {factor}", exact=True)
 
 
 @validated
@@ -169,7 +173,7 @@ def blur(std: Annotated[float, Field(gt=0, le=1000)]) -> Operator:
 
 @validated
 def greyscale(channels: PositiveInt = 3) -> Operator:
-    """The mean of the channels: colouring takes the way back."""
+    """The mean of the channels: colouring takes the way back. Exact."""
 
     def apply(x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True)
@@ -177,7 +181,7 @@ def greyscale(channels: PositiveInt = 3) -> Operator:
     def adjoint(y: Tensor) -> Tensor:
         return y.expand(-1, channels, -1, -1) / channels
 
-    return Operator(apply, adjoint, "greyscale")
+    return Operator(apply, adjoint, "greyscale", exact=True)
 
 
 KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""Noise from which a one-step generator makes what is wanted: Adam on the Gaussian's shell, many rows at once."""
+"""Noise, and styles, from which a one-step generator makes what is wanted: Adam on many rows at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from gddlab.errors import GddlabError
@@ -164,31 +164,93 @@ class Search:
 
     Args:
         z: Where rows begin, (B, C, H, W).
+        free: What moves with the noise, but on no shell: (B, ...) each.
         steps: Of the whole search; the learning rate rises for the first and falls over the second half.
         lr: Its highest value.
+
+    Attributes:
+        rows: z, and what moves with it.
     """
 
-    def __init__(self, z: Float[Tensor, "b c h w"], steps: int, *, lr: float = LR):
-        self.z, self.steps, self.lr, self.step = z.clone(), steps, lr, 0
-        self.m, self.v = torch.zeros_like(z), torch.zeros_like(z)
+    def __init__(self, z: Float[Tensor, "b c h w"], *free: Tensor, steps: int, lr: float = LR):
+        self.rows, self.steps, self.lr, self.step = [z.clone(), *(x.clone() for x in free)], steps, lr, 0
+        self.m, self.v = ([torch.zeros_like(x) for x in self.rows] for _ in range(2))
 
-    def run(self, loss: Callable[[Tensor], Tensor], steps: int) -> None:
-        """Takes some of the steps; `loss` maps noise on the shell to one number per row, (B,)."""
+    @property
+    def z(self) -> Float[Tensor, "b c h w"]:
+        return self.rows[0]
+
+    def run(self, loss: Callable[..., Tensor], steps: int) -> None:
+        """Takes some of the steps; `loss` maps noise on the shell, and what is free, to one number per row, (B,)."""
         b1, b2 = BETAS
         for _ in range(steps):
-            z = self.z.detach().requires_grad_()
-            (g,) = torch.autograd.grad(loss(on_shell(z)).sum(), z)
+            z, *free = given = [x.detach().requires_grad_() for x in self.rows]
+            grads = torch.autograd.grad(loss(on_shell(z), *free).sum(), given)
             self.step += 1
-            self.m.lerp_(g, 1 - b1)
-            self.v.lerp_(g.square(), 1 - b2)
             rate = self.lr * min(1.0, self.step / RAMP, 2 * (1 - (self.step - 1) / self.steps))
-            change = self.m / (1 - b1**self.step) / ((self.v / (1 - b2**self.step)).sqrt() + 1e-12)
-            # on the shell again: the length of z says nothing, but scales its gradient
-            self.z = on_shell(self.z - rate * change)
+            for i, (g, m, v) in enumerate(zip(grads, self.m, self.v, strict=True)):
+                m.lerp_(g, 1 - b1)
+                v.lerp_(g.square(), 1 - b2)
+                change = m / (1 - b1**self.step) / ((v / (1 - b2**self.step)).sqrt() + 1e-12)
+                self.rows[i] = self.rows[i] - rate * change
+            self.rows[0] = on_shell(self.z)  # the length of z says nothing, but scales its gradient
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with some rows alone."""
-        self.z, self.m, self.v = self.z[rows], self.m[rows], self.v[rows]
+        self.rows, self.m, self.v = ([x[rows] for x in kind] for kind in (self.rows, self.m, self.v))
+
+
+class Styles:
+    """Vectors of its own for each row, added to those that a student's layers make of the noise level and the class.
+
+    A one-step student is told one noise level, so its embedding, and the scale and shift that each block takes from it,
+    are the same for all images. They are outputs of linear layers, one vector a row; what is added to each is counted
+    in standard deviations of that output over its channels. GAN inversions move such vectors beside the noise, as W+
+    (Abdal et al. 2019, "Image2StyleGAN").
+
+    Args:
+        net: A student, called eagerly.
+    """
+
+    def __init__(self, net: Any):
+        self.layers = [m for m in denoiser_in(net).modules() if isinstance(m, nn.Linear)]
+        self.units: dict[nn.Linear, Tensor] = {}
+
+    @contextlib.contextmanager
+    def seen(self) -> Iterator[None]:
+        """In the calls inside, finds the layers that give one vector a row, and the unit of each row, (rows, 1)."""
+
+        def see(layer: nn.Module, args: Any, output: Tensor) -> None:
+            if output.ndim == 2:
+                self.units[cast(nn.Linear, layer)] = output.detach().float().std(1, keepdim=True)
+
+        with hooked(self.layers, see):
+            yield
+
+    def zeros(self, z: Tensor) -> Float[Tensor, "b d"]:
+        """What adds nothing, for rows of noise."""
+        return z.new_zeros(len(z), sum(layer.out_features for layer in self.units))
+
+    @contextlib.contextmanager
+    def added(self, styles: Float[Tensor, "b d"]) -> Iterator[None]:
+        """In the calls inside, rows have these."""
+        parts = styles.split([layer.out_features for layer in self.units], 1)
+        own: dict[nn.Module, Tensor] = {
+            layer: part * unit for (layer, unit), part in zip(self.units.items(), parts, strict=True)
+        }
+        with hooked(own, lambda layer, args, output: output + own[layer].to(output)):
+            yield
+
+
+@contextlib.contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Tensor], Tensor | None]) -> Iterator[None]:
+    """A forward hook of each, inside."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_images(name: str, images: Any, shape: Sequence[int]) -> Tensor:

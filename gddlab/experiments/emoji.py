@@ -59,6 +59,6 @@ EMOJI = ExperimentList(
     EXPERIMENTS,
     tuple(study for study in STUDIES if study.name in (*OF_TEACHER, "completed")),
     QUESTIONS,
-    judge=Judge(own="emoji", held_out="emoji:held-out", pairs=64),
+    judge=Judge(own="emoji", held_out="emoji:held-out"),
     threads=1,
 )

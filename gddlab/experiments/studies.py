@@ -169,10 +169,9 @@ def completed(s: StudyInputs) -> StudyResult:
 
     assert s.judge.held_out is not None
     held_out = open_dataset(s.judge.held_out)
-    n = min(s.judge.pairs or COMPLETED, len(held_out) // 2)
-    # the search's settings were chosen with the first digits; images of other sets may be sorted by class
-    last, spread = torch.arange(len(held_out))[-n:], torch.linspace(0, len(held_out) - 1, n).long()
-    truth = held_out.images((last if s.data.startswith("digits") else spread).tolist())
+    n = s.judge.pairs or COMPLETED
+    # the search's settings were chosen with the first images; spread, since a set may be sorted by class
+    truth = held_out.images(torch.linspace(TUNED, len(held_out) - 1, n).long().tolist())
     student, several = s.student("gdd-i"), s.students.get("second-step-0.8")
     settings: list[tuple[str, Any, dict[str, Any]]] = [
         (f"student, search of {n} steps", student, {"steps": n}) for n in SEARCHED
@@ -187,7 +186,7 @@ def completed(s: StudyInputs) -> StudyResult:
         pasted = torch.where(keep[:, None], truth[:, None], drawn)
         known = {"hidden truth": truth[:, None].repeat(1, WAYS, 1, 1, 1), "pasted": pasted}
         none = torch.full((len(truth), WAYS), float("nan"))
-        found = {name: Restoration(x, none, None, "none", part, 0, 0.0) for name, x in known.items()}
+        found = {name: Restoration(x, none, "none", part, 0, 0.0) for name, x in known.items()}
         for name, net, how in settings:
             found[name] = inpaint(net, truth, part, n=WAYS, progress=False, **how)
         for name, restored in found.items():
@@ -541,6 +540,8 @@ PULLED, LOW = 512, (0.1, 0.3, 1.0)
 """Images of gradients, and noise levels of the denoising loss."""
 COMPLETED, WAYS = 256, 2
 """Images completed, unless a list's judge has other pairs, and in how many ways each."""
+TUNED = 256
+"""The first images of a held-out set, which none of these is among."""
 PARTS = ("top", "border")
 """What is known of them."""
 SEARCHED, TAUGHT = (5, 15, 50), (6, 18)

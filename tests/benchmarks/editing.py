@@ -1,4 +1,4 @@
-"""Completing images: seconds a completion by rows at once, compiled or not, in pairs; prints JSON.
+"""Completing and inverting images: seconds an image by rows at once, compiled or not, in pairs; prints JSON.
 
 python tests/benchmarks/editing.py [PAIRS]
 """
@@ -17,17 +17,21 @@ import gddlab
 from gddlab.nets.io import make_student
 from gddlab.provenance import hardware, versions
 
-STEPS, IMAGES, WAYS = 20, 8, 4
+STEPS, IMAGES = 20, 32
 ROWS = (1, 8, 32)
-"""Completions at once."""
+"""Images at once."""
 
 
-def seconds(student: Any, images: torch.Tensor, rows: int) -> float:
+def seconds(student: Any, images: torch.Tensor, call: str, rows: int) -> float:
+    how: dict[str, Any] = {"steps": STEPS, "batch_size": rows, "progress": False}
     began = time.perf_counter()
-    gddlab.inpaint(student, images, "top", n=WAYS, steps=STEPS, batch_size=rows, progress=False)
+    if call == "inpaint":
+        gddlab.inpaint(student, images, "top", n=1, **how)
+    else:
+        gddlab.invert(student, images, restarts=1, **how)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (IMAGES * WAYS)
+    return (time.perf_counter() - began) / IMAGES
 
 
 def main(pairs: int) -> None:
@@ -35,19 +39,19 @@ def main(pairs: int) -> None:
     student = make_student(gddlab.load_teacher("digits")).eval().to(device)
     nets = {"eager": student, "compiled": torch.compile(student)}
     images = gddlab.open_dataset("digits:held-out").images(slice(0, IMAGES))
-    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in nets for rows in ROWS}
+    cases = [("inpaint", "eager"), ("invert", "eager"), ("invert", "compiled")]
+    times: dict[tuple[str, str, int], list[float]] = {(*case, rows): [] for case in cases for rows in ROWS}
     for i in range(pairs + 1):
-        for (name, rows), found in times.items():
-            t = seconds(nets[name], images, rows)
+        for (call, name, rows), found in times.items():
+            t = seconds(nets[name], images, call, rows)
             if i:  # the first one compiles
                 found.append(t)
-    first = times["eager", ROWS[0]]
-    rows_ = [
-        {"network": name, "rows": rows, "seconds": statistics.median(found)}
-        | {"speed": statistics.median(a / b for a, b in zip(first, found, strict=True))}
-        for (name, rows), found in times.items()
-    ]
-    about = {"what": f"inpainting of a 16x16 digit, {STEPS} steps: seconds a completion, medians", "pairs": pairs}
+    rows_ = []
+    for (call, name, rows), found in times.items():
+        first = times[call, "eager", ROWS[0]]
+        speed = statistics.median(a / b for a, b in zip(first, found, strict=True))
+        rows_.append({"call": call, "network": name, "rows": rows, "seconds": statistics.median(found), "speed": speed})
+    about = {"what": f"completing or inverting a 16x16 digit, {STEPS} steps: seconds an image, medians", "pairs": pairs}
     about |= {"threads": torch.get_num_threads(), "device": device}
     print(json.dumps(about | {"rows": rows_, "hardware": hardware(), "versions": versions()}, indent=2))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gddlab.editing.search import RAMP, Generator, Search, check_images, colour, on_shell, slerp
+from gddlab.editing.search import RAMP, Generator, Search, Styles, check_images, colour, on_shell, slerp
 from gddlab.errors import GddlabError
 from gddlab.nets.io import make_student
 from gddlab.sampling import sample
@@ -50,17 +50,40 @@ def test_adam_row_by_row_is_torchs() -> None:
     torch.manual_seed(0)
     z = on_shell(torch.randn(2, *SHAPE))
     goal = on_shell(torch.randn(2, *SHAPE))
-    search = Search(z, 60)
-    alone = Search(z[1:], 60)
+    search = Search(z, steps=60)
+    alone = Search(z[1:], steps=60)
     search.run(lambda x: (x - goal).square().mean((1, 2, 3)), 60)
     alone.run(lambda x: (x - goal[1:]).square().mean((1, 2, 3)), 60)
     assert_close(search.z[1:], alone.z)
     assert (search.z - goal).square().mean() < 0.3 * (z - goal).square().mean()
     assert_close(search.z.flatten(1).norm(dim=1), torch.full((2,), 16.0))
     # one step of a fresh search moves each coordinate by the rate of that step
-    one = Search(z, 100, lr=0.5)
+    one = Search(z, steps=100, lr=0.5)
     one.run(lambda x: (x - goal).square().mean((1, 2, 3)), 1)
     assert math.isclose((one.z - z).abs().median().item(), 0.5 / RAMP, rel_tol=0.1)
+
+
+@pytest.mark.parametrize("labels", [0, 3])
+def test_styles_are_vectors_that_each_row_adds_for_itself(labels: int) -> None:
+    student = make_student(tiny_net(label_dim=labels)).eval()
+    make, styles = Generator(student), Styles(student)
+    z, _ = make.noise(range(3))
+    rows = make.one_hot(torch.arange(3) if labels else None)
+    with torch.no_grad():
+        with styles.seen():
+            plain = make(z, rows)
+        names = {name for name, module in student.named_modules() if module in styles.units}
+        assert {"model.map_layer0", "model.map_layer1", "model.dec.8x8_in0.affine"} <= names
+        assert ("model.map_label" in names) == bool(labels) and not any("qkv" in name for name in names)
+        own = styles.zeros(z)
+        with styles.added(own):
+            assert torch.equal(make(z, rows), plain)
+        own[1] += torch.randn(own.shape[1], generator=torch.Generator().manual_seed(0))
+        with styles.added(own):
+            moved = make(z, rows)
+        assert_close(moved[[0, 2]], plain[[0, 2]])
+        assert (moved[1] - plain[1]).square().mean() > 1e-4
+        assert torch.equal(make(z, rows), plain)
 
 
 def test_images_are_refused_in_one_line() -> None:
