@@ -34,6 +34,8 @@ from gddlab.reporting.run_summary import runs_folder as runs_folder
 from gddlab.reporting.run_summary import teacher_levels as teacher_levels
 from gddlab.reporting.run_summary import teacher_scores as teacher_scores
 from gddlab.reporting.samples import cut_grid as cut_grid
+from gddlab.reporting.samples import draw_images as draw_images
+from gddlab.reporting.samples import draw_rows as draw_rows
 from gddlab.reporting.samples import draw_same_noise as draw_same_noise
 from gddlab.reporting.samples import found_again as found_again
 from gddlab.reporting.shown_tables import styled as styled
@@ -46,7 +48,6 @@ from gddlab.reporting.tables import run_table as run_table
 from gddlab.reporting.training_curves import curve_table as curve_table
 from gddlab.reporting.training_curves import draw_curves as draw_curves
 from gddlab.reporting.training_curves import draw_efficiency as draw_efficiency
-from gddlab.reporting.training_curves import draw_images as draw_images
 from gddlab.reporting.training_curves import draw_metrics as draw_metrics
 from gddlab.reporting.training_curves import draw_runs as draw_runs
 

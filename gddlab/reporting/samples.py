@@ -1,4 +1,4 @@
-"""Images of several networks from the same noise, and images out of the grids that runs and teachers keep."""
+"""Images in grids, those of several networks from the same noise, and those that runs and teachers keep in grids."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def cut_grid(pixels: np.ndarray, *, size: int, columns: int = 8) -> Tensor:
     tiles = padded.reshape(height // step, step, columns, step, 3)[:, :-GAP:scale, :, :-GAP:scale]
     images = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 2, 4, 1, 3).flatten(0, 1)
     return images.float() / 127.5 - 1
+
+
+@themed
+def draw_images(images: Tensor, *, columns: int = 8, ax: Axes | None = None, title: str = "") -> Axes:
+    """A grid of images, float [-1, 1], (N, C, H, W)."""
+    ax = axes_of(ax, 5.2, 3.2)
+    ax.imshow(image_grid(images, columns=columns), interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title)
+    return ax
+
+
+def draw_rows(*images: Tensor, ax: Axes | None = None, title: str = "") -> Axes:
+    """A grid with a row for each image: of each tensor one column, (B, C, H, W), or n, (B, n, C, H, W)."""
+    rows = torch.cat([x if x.ndim == 5 else x[:, None] for x in images], 1)
+    return draw_images(rows.flatten(0, 1), columns=rows.shape[1], ax=ax, title=title)
 
 
 @themed

@@ -1,4 +1,4 @@
-"""Training: a run's metrics and images, scores over the training and at its end, and how few images are enough."""
+"""Training: a run's metrics, scores over the training and at its end, and how few images are enough."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from gddlab.reporting.run_summary import Summary, table_of
 from gddlab.reporting.statistics import FEWEST, interval
 from gddlab.reporting.style import draw_levels, fit_scale, look, seeds_text
 from gddlab.reporting.tables import experiment_table
 from gddlab.runs import Run
-from gddlab.sampling import image_grid
 from gddlab.theme import BLACK, GREY, PALETTE, axes_of, columns_over_kimg, themed
 
 LINES = (*PALETTE, BLACK)
@@ -40,16 +38,6 @@ def draw_metrics(metrics: pd.DataFrame, names: Mapping[str, str], *, ax: Axes | 
     """
     ax = axes_of(ax, 5.2, 3.2)
     columns_over_kimg(ax, metrics, names, ylabel)
-    return ax
-
-
-@themed
-def draw_images(images: Tensor, *, columns: int = 8, ax: Axes | None = None, title: str = "") -> Axes:
-    """A grid of images, float [-1, 1], (N, C, H, W)."""
-    ax = axes_of(ax, 5.2, 3.2)
-    ax.imshow(image_grid(images, columns=columns), interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title)
     return ax
 
 

@@ -41,7 +41,7 @@ from gddlab.reporting.local_minima import (
     line_table,
     minima_table,
 )
-from gddlab.reporting.samples import cut_grid, draw_same_noise, found_again
+from gddlab.reporting.samples import cut_grid, draw_rows, draw_same_noise, found_again
 from gddlab.reporting.style import look
 from gddlab.sampling import save_grid
 from tests.conftest import tiny_net
@@ -165,6 +165,14 @@ def test_a_grid_is_cut_into_the_images_that_it_was_made_of(tmp_path: Path, scale
         cut_grid(np.asarray(Image.open(tmp_path / "grid.png")), size=6)
     with pytest.raises(GddlabError, match="give uint8"):
         cut_grid(found.numpy(), size=5)
+
+
+def test_rows_of_images() -> None:
+    one, two = torch.full((3, 1, 4, 4), 1.0), torch.full((3, 2, 1, 4, 4), -1.0)
+    (drawn,) = draw_rows(one, two, title="rows").get_images()
+    pixels = np.asarray(drawn.get_array())
+    assert pixels.shape == (3 * 5 - 1, 3 * 5 - 1, 3)
+    assert (pixels[:4, :4] == 255).all() and (pixels[:4, 5:9] == 0).all() and (pixels[10:, 10:] == 0).all()
 
 
 def test_the_shipped_grids_of_teacher_and_runs_are_of_seeds_0_to_63() -> None:
