@@ -569,6 +569,13 @@ def sample(
     say(out)
 
 
+def check_grid(out: Path, overwrite: bool) -> None:
+    """Refuses a file that is there, and one that by its name is no PNG, before the work is done."""
+    if out.suffix.lower() != ".png":
+        raise GddlabError(f"--out {out}: a grid is a PNG, give a name that ends in .png")
+    check_free(out, overwrite)
+
+
 @command("invert", "gddlab.editing:invert", omit="class_labels dtype")
 def invert(
     model: Positional[str],
@@ -631,7 +638,7 @@ def inpaint(
     from gddlab.editing.operators import check_keep
     from gddlab.sampling import save_grid
 
-    check_free(out, overwrite)
+    check_grid(out, overwrite)
     given = _images(data, start, images)
     mask = check_keep(_mask(keep, given.shape[-1]) if Path(keep).suffix else keep, len(given), given.shape[1:])
     found = gddlab.inpaint(network(model), given, mask, class_labels=label, **options)
@@ -674,9 +681,13 @@ def edit(
 
     from gddlab.sampling import save_grid
 
-    check_free(out, overwrite)
-    if component < 0:
-        raise GddlabError(f"--component {component}: give 0 or more")
+    check_grid(out, overwrite)
+    if not 0 <= component < 100 or (component and layer is None):
+        raise GddlabError(f"--component {component}: give 0 to 99, with --layer")
+    if (towards, label, layer) == (None, None, None):
+        raise GddlabError("nothing to change: give --towards, --label or --layer")
+    if layers is not None and layer is not None:
+        raise GddlabError("--layers with --layer: it goes with --towards and --label")
     student = network(model)
     direction = None if layer is None else gddlab.directions(student, layer, k=component + 1)[component]
     how: dict[str, Any] = {"class_labels": label, "towards": towards, "direction": direction, "layers": layers}

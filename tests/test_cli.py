@@ -89,11 +89,14 @@ def test_invert_inpaint_edit(tmp_path: Path, tiny_teacher: Path, capsys: pytest.
     layer = ["--layer", "model.dec.16x16_block0", "--component", "1", "--overwrite"]
     main(["edit", student, *layer, "--strength", "-2", "2", "--out", str(tmp_path / "e.png")])
     assert Image.open(tmp_path / "e.png").size == (3 * 33 - 1, 4 * 33 - 1)
-    assert "no edit given: give one of" in refused(capsys, "edit", student, "--out", str(tmp_path / "f.png"))
+    assert "nothing to change: give --towards" in refused(capsys, "edit", student, "--out", str(tmp_path / "f.png"))
     packed = str(data_dir() / "runs" / "digits" / "gdd-i" / "seed-0")  # in an archive
     main(["inpaint", packed, digits, *few[:4], "--n", "1", "--out", str(tmp_path / "packed.png")])
     assert "diversity" in capsys.readouterr().out
-    assert "--component -1: give 0 or more" in refused(capsys, "edit", student, "--component", "-1", "--out", "x.png")
+    assert "a grid is a PNG" in refused(capsys, "edit", student, "--label", "1", "--out", "x.jpg")
+    assert "--component 5: give 0 to 99, with --layer" in refused(capsys, "edit", student, "--component", "5")
+    assert "--layers with --layer: it goes" in refused(capsys, "edit", student, "--layer", "a", "--layers", "b")
+    assert "--component -1: give 0 to 99" in refused(capsys, "edit", student, "--component", "-1", "--out", "x.png")
     assert "700 images from 0 on: digits:held-out has 599" in refused(
         capsys, "invert", student, digits, "--images", "700"
     )

@@ -17,18 +17,20 @@ from gddlab.errors import GddlabError, unknown, validated
 
 ADJOINT_ERROR = 1e-4
 """Relative error of the dot-product test above which an adjoint is refused."""
-SOLVED = 1e-6
-"""Relative residual at which conjugate gradients end."""
+SOLVED, ITERATIONS = 1e-6, 50
+"""Where conjugate gradients end: the gradient over the first one, and how many there are at most."""
+IN_RANGE, TURNS = 1e-5, 30
+"""How far out of [-1, 1] an image may be; how often one is brought into range and to its measurement in turn."""
 
 
 class Operator:
     """A linear measurement y = A x of images.
 
     Args:
-        apply: x, float (B, C, H, W), to y, (B, ...); differentiable.
-        adjoint: y to A^T y, of the shape of x.
+        apply: x, float (B, C, H, W), to y, (B, ...); differentiable. It gets a copy, and runs without autocast.
+        adjoint: y to A^T y, of the shape of x; likewise.
         name: For tables.
-        exact: Whether results are brought to measure as given, as far as they are in range. Noise in a measurement
+        exact: Whether results are brought to measure as given, as far as images in [-1, 1] can. Noise in a measurement
             would then be in the results, and more of it where A damps much, as a blur does.
     """
 
@@ -40,7 +42,7 @@ class Operator:
         *,
         exact: bool = False,
     ):
-        self.apply, self.adjoint, self.name, self.exact = apply, adjoint, name, exact
+        self.apply, self.adjoint, self.name, self.exact = _alone(apply), _alone(adjoint), name, exact
 
     def __repr__(self) -> str:
         return f"Operator({self.name!r})"
@@ -61,15 +63,19 @@ class Operator:
         draw = torch.Generator().manual_seed(0)
         x = torch.randn((2, *shape), generator=draw).to(device)
         try:
-            # copies: a function may write into what it is given
-            with torch.autocast(torch.device(device).type, enabled=False), torch.enable_grad():
-                ax = self.apply(x.clone().requires_grad_() + 0)
-                first = self.apply(x[:1].clone())
-                y = torch.randn(ax.shape, generator=draw).to(device)
-                aty = self.adjoint(y.clone())
-                fits = aty.shape == x.shape
-        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as e:
+            with torch.enable_grad():
+                ax = self.apply(x.clone().requires_grad_())
+                first = self.apply(x[:1])
+            y = torch.randn(ax.shape, generator=draw).to(device)
+        except Exception as e:  # a user's function may raise anything
             raise GddlabError(f"{self.name!r} does not take images {tuple(x.shape)}: {e}") from None
+        if not ax.is_floating_point() or ax.ndim < 2 or len(ax) != 2:
+            raise GddlabError(f"{self.name!r} gives {ax.dtype} {tuple(ax.shape)} of 2 images: give floats (2, ...)")
+        try:
+            aty = self.adjoint(y)
+            fits = aty.shape == x.shape
+        except Exception as e:
+            raise GddlabError(f"the adjoint of {self.name!r} does not take {tuple(y.shape)}: {e}") from None
         if not fits:
             raise GddlabError(f"the adjoint of {self.name!r} gives {tuple(aty.shape)}: give {tuple(x.shape)}")
         if not ax.requires_grad:
@@ -91,30 +97,55 @@ class Operator:
         """Mean square of A x - y over what was measured."""
         return (self.apply(x) - y).square().flatten(1).mean(1)
 
-    def put_back(self, x: Float[Tensor, "b c h w"], y: Tensor, *, iterations: int = 50) -> Float[Tensor, "b c h w"]:
-        """The image nearest to x that measures as y: x + A^T (A A^T)^-1 (y - A x), by conjugate gradients."""
-        residual = y - self.apply(x)
-        solution, r = torch.zeros_like(residual), residual
-        p, rr = r, _dot(r, r)
-        start = rr
-        for _ in range(iterations):
-            if not (rr > SOLVED**2 * start).any():
+    def put_back(self, x: Float[Tensor, "b c h w"], y: Tensor) -> Float[Tensor, "b c h w"]:
+        """The image nearest to x that measures as y, or as nearly as any: x + A^+ (y - A x).
+
+        By conjugate gradients on the least squares, whose residual cannot grow (CGLS; Hestenes & Stiefel 1952), so that
+        measurements may depend on each other or contradict themselves.
+        """
+        change, residual = torch.zeros_like(x), y - self.apply(x)
+        p = s = self.adjoint(residual)
+        left = first = _square(s)
+        for _ in range(ITERATIONS):
+            q = self.apply(p)
+            going = (left > SOLVED**2 * first) & (_square(q) > 0)
+            if not going.any():
                 break
-            aap = self.apply(self.adjoint(p))
-            alpha = torch.where(rr > SOLVED**2 * start, rr / _dot(p, aap).clamp(min=1e-30), 0.0)
-            solution, r = solution + _like(alpha, p) * p, r - _like(alpha, p) * aap
-            new = _dot(r, r)
-            p, rr = r + _like(new / rr.clamp(min=1e-30), p) * p, new
-        return x + self.adjoint(solution)
+            step = torch.where(going, left / _square(q), 0.0)
+            change, residual = change + _each(step, p) * p, residual - _each(step, q) * q
+            s = self.adjoint(residual)
+            before, left = left, torch.where(going, _square(s), 0.0)
+            p = s + _each(torch.where(going, left / before, 0.0), p) * p
+        return x + change
+
+    def agreeing(self, x: Float[Tensor, "b c h w"], y: Tensor) -> Float[Tensor, "b c h w"]:
+        """An image in [-1, 1] near x that measures as y, by projections onto the one and the other in turn."""
+        for _ in range(TURNS):
+            x = self.put_back(x, y)
+            if x.abs().max() <= 1 + IN_RANGE:
+                break
+            x = x.clamp(-1, 1)
+        return x.clamp(-1, 1)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+def _alone(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A user's function on a copy, since it may write into what it is given, and in its own precision."""
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x.clone())
+
+    return call
 
 
-def _like(x: Tensor, of: Tensor) -> Tensor:
+def _square(x: Tensor) -> Tensor:
+    """Squared length of each row, (B,); double, for an operator of any scale."""
+    return x.double().square().flatten(1).sum(1)
+
+
+def _each(row: Tensor, of: Tensor) -> Tensor:
     """One number per row, to multiply rows of `of` with."""
-    return x.view(-1, *[1] * (of.ndim - 1))
+    return row.to(of).view(-1, *[1] * (of.ndim - 1))
 
 
 class Pixels(Operator):
@@ -137,7 +168,7 @@ class Pixels(Operator):
         keep = self.keep.to(x.device).expand_as(x).flatten(1)
         return ((x - y).flatten(1) * keep).square().sum(1) / keep.sum(1)
 
-    def put_back(self, x: Tensor, y: Tensor, *, iterations: int = 0) -> Tensor:
+    def put_back(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.where(self.keep.to(x.device), y, x)
 
 

@@ -245,7 +245,7 @@ def restore(
         measured: What was measured, as `operator.apply` gives it, (B, ...).
         operator: What was measured; its adjoint is checked.
         n: Images per measurement.
-        method: One of the above.
+        method: "optimise", "rounds" or "teacher".
         class_labels: For a conditional network: class ids, or one for all; None draws one for each completion.
         steps: Of the search, by default 50; of rounds 4; of a teacher 18.
         restarts: Of "optimise", searches per completed image.
@@ -284,7 +284,7 @@ def restore(
         for i in range(0, b * n, size):
             rows = of[i : i + size].repeat_interleave(tries)
             seeds = drawn[i * tries : i * tries + len(rows)]
-            own = [s - (s - seed) % tries for s in seeds]  # of a completion's first search, which draws its class
+            own = [seed + (s - seed) // tries for s in seeds]  # one number a completion, which draws its class
             labels = one_hot(net.label_dim, own, None if ids is None else ids[rows])
             labels = None if labels is None else labels.to(device)
             problem = Problem(y[rows.to(device)], operator.at(rows), labels, list(seeds))
@@ -293,7 +293,7 @@ def restore(
             error = problem.error(x)
             best = error.view(-1, tries).argmin(1) + torch.arange(0, len(x), tries, device=x.device)
             if operator.exact:
-                x = problem.operator.put_back(x, problem.y).clamp(-1, 1)
+                x = problem.operator.agreeing(x, problem.y)
             found.append((x[best].cpu(), error.sqrt()[best].cpu()))
             bar.update(len(best))
     images, errors = (torch.cat(parts).unflatten(0, (b, n)) for parts in zip(*found, strict=True))

@@ -61,8 +61,14 @@ def _device(name: torch.device | str) -> torch.device:
 
 @contextlib.contextmanager
 def differentiable(model: nn.Module, wanted: Collection[Tensor] = ()) -> Iterator[None]:
-    """Gradients of the parameters `wanted` and no others, also where the caller has switched gradients off."""
+    """Gradients of the parameters `wanted` and no others, also where the caller has switched gradients off.
+
+    Raises:
+        GddlabError: Weights that were made in inference mode, which have no gradient.
+    """
     flags = {p: p.requires_grad for p in model.parameters()}
+    if any(p.is_inference() for p in flags):
+        raise GddlabError("this network was loaded in torch.inference_mode(): load it outside, gradients are needed")
     chosen = set(wanted)
     with torch.inference_mode(False), torch.enable_grad():
         try:

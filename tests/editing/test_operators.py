@@ -33,6 +33,62 @@ def test_an_operator_by_a_dense_matrix() -> None:
     assert_close(operator.put_back(x, y).flatten(1), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_measurements_that_depend_on_each_other_or_contradict_themselves() -> None:
+    """Least squares, by the pseudo-inverse: no division by nothing, and never farther than before."""
+    torch.manual_seed(0)
+    a = torch.randn(40, 64)
+    for rows in (torch.cat([a[:20], a[:20]]), torch.cat([a, a, a])):  # of rank 20, and more than there are pixels
+        operator = Operator(lambda x, m=rows: x.flatten(1) @ m.T, lambda y, m=rows: (y @ m).view(-1, 1, 8, 8))
+        x, y = torch.randn(3, 1, 8, 8), torch.randn(3, len(rows))
+        expected = x.flatten(1).double() + (y - x.flatten(1) @ rows.T).double() @ torch.linalg.pinv(rows.double()).T
+        assert_close(operator.put_back(x, y).flatten(1), expected.float(), rtol=5e-3, atol=5e-3)
+        assert (operator.error(operator.put_back(x, y), y) <= operator.error(x, y)).all()
+    half = torch.ones(8, 8)
+    half[4:] = 0
+    masked = Operator(lambda x: x * half, lambda y: y * half)  # nothing can measure as this where it is 0
+    found = masked.put_back(torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
+    assert_close(found[0, 0], half)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_scale_of_an_operator_says_nothing(scale: float) -> None:
+    operator = Operator(
+        lambda x: x[..., ::2] * scale, lambda y: y.repeat_interleave(2, -1) * torch.tensor([scale, 0] * 4)
+    )
+    operator.check((1, 8, 8))
+    torch.manual_seed(0)
+    x, truth = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    assert_close(operator.put_back(x, operator.apply(truth))[..., ::2], truth[..., ::2])
+
+
+def test_images_agree_and_are_in_range() -> None:
+    """A projection alone leaves the range where much is at its end, as a digit's black ground is."""
+    torch.manual_seed(0)
+    truth = (3 * torch.randn(4, 1, 16, 16)).clamp(-1, 1)
+    operator, x = downscale(4), 2 * torch.rand(4, 1, 16, 16) - 1
+    y = operator.apply(truth)
+    once = operator.put_back(x, y).clamp(-1, 1)
+    found = operator.agreeing(x, y)
+    assert found.abs().max() <= 1 and (operator.apply(once) - y).abs().max() > 0.02
+    assert (operator.apply(found) - y).abs().max() < 2e-3
+    beyond = operator.agreeing(x, y + 5)  # which no image can have
+    assert beyond.isfinite().all() and beyond.abs().max() <= 1
+
+
+def test_functions_get_copies_and_their_own_precision() -> None:
+    seen = []
+
+    def halve(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x.mul_(0.5)
+
+    operator, x = Operator(halve, halve), torch.ones(2, 1, 8, 8)
+    with torch.autocast("cpu"):
+        operator.check((1, 8, 8))
+        assert_close(operator.put_back(x, torch.zeros(2, 1, 8, 8)), torch.zeros(2, 1, 8, 8))
+    assert torch.equal(x, torch.ones(2, 1, 8, 8)) and not any(seen)
+
+
 def test_a_wrong_adjoint_is_refused() -> None:
     def rows(x: torch.Tensor) -> torch.Tensor:
         return x[..., ::2, :]
@@ -45,6 +101,12 @@ def test_a_wrong_adjoint_is_refused() -> None:
         Operator(rows, lambda y: y, "rows").check((1, 16, 16))
     with pytest.raises(GddlabError, match="'operator' measures nothing"):
         Operator(lambda x: 0 * x, lambda y: 0 * y).check((1, 16, 16))
+    with pytest.raises(GddlabError, match=r"the adjoint of 'rows' does not take \(2, 1, 8, 16\)"):
+        Operator(rows, lambda y: None, "rows").check((1, 16, 16))
+    with pytest.raises(GddlabError, match=r"gives torch.complex64 \(2, 1, 8, 16\) of 2 images: give floats"):
+        Operator(lambda x: rows(x) * 1j, lambda y: y, "rows").check((1, 16, 16))
+    with pytest.raises(GddlabError, match=r"gives torch.float32 \(2,\) of 2 images: give floats"):
+        Operator(lambda x: x.mean((1, 2, 3)), lambda y: y, "rows").check((1, 16, 16))
     with pytest.raises(GddlabError, match=r"does not take images \(2, 1, 16, 16\)"):
         Operator(lambda x: x[:, :, 20], lambda y: y).check((1, 16, 16))
 
