@@ -626,7 +626,7 @@ def inpaint(
     Args:
         model: Run directory of a student, or .safetensors file; a teacher for --method teacher.
         data: Images by name or path.
-        keep: What is known: top, bottom, left, right, border, or a PNG of the images' size, white where it is known.
+        keep: What is known: top, bottom, left, right, border, or a PNG of the images' size, light where it is known.
         images: How many.
         start: The first of them.
         label: For a conditional network: class of all images; by default the classes in turn.

@@ -169,9 +169,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise GddlabError(f"{path} is a folder: give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        tmp.touch(exist_ok=False)  # with the rights that the user's files have, not those of tempfile
+        tmp.touch(exist_ok=False)
+        mode = tmp.stat().st_mode  # the rights that the user's files have, not those of tempfile
     try:
         yield tmp
+        tmp.chmod(mode)  # some writers put a file of their own in its place
         with tmp.open("rb") as f:
             os.fsync(f.fileno())
         tmp.replace(path)

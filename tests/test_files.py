@@ -10,13 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import gddlab
 from gddlab.errors import GddlabError, NotFound, Unwritable
 from gddlab.evaluation.images import open_source
-from gddlab.files import atomic_path, by_number, check_free, folder_of, path_of, read_jsonl, thin_jsonl, write_text
+from gddlab.files import (
+    atomic_path,
+    by_number,
+    check_free,
+    data_dir,
+    folder_of,
+    path_of,
+    read_jsonl,
+    thin_jsonl,
+    write_text,
+)
 from gddlab.nets import Precond
 from gddlab.runs import list_runs
 from tests.conftest import tiny_config
@@ -146,6 +158,19 @@ def test_functions_that_write_follow_it(tmp_path: Path) -> None:
         with pytest.raises(GddlabError, match=f"{name} exists: give another name, or replace it"):
             call(tmp_path / name)
         assert (tmp_path / name).read_text() == "other"
+
+
+def test_files_have_the_rights_of_the_users_files(tmp_path: Path) -> None:
+    """safetensors puts a file of its own in the place of the one that it is given."""
+    (tmp_path / "mine").touch()
+    with atomic_path(tmp_path / "ours.safetensors") as tmp:
+        save_file({"x": torch.zeros(1)}, tmp)
+    assert (tmp_path / "ours.safetensors").stat().st_mode == (tmp_path / "mine").stat().st_mode
+
+
+def test_a_run_that_ships_without_weights_says_so() -> None:
+    with pytest.raises(NotFound, match=r"has no student: it holds no weights \(most runs ship without"):
+        gddlab.load_run(data_dir() / "runs" / "digits" / "rcd-4" / "seed-0").student()
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,15 +135,16 @@ def invert(
     batch, but for rounding, which a search of many steps can carry to another minimum, as near.
 
     Args:
-        student: A one-step student, or one of several steps, whose later noise is then fixed.
+        student: A one-step student, or one of several steps, of which the noise of the first is searched for, that of
+            the later ones drawn by the seed.
         images: float [-1, 1], (B, C, H, W).
         class_labels: For a conditional student: class ids, or one for all; None finds the class, of at most 32.
         steps: Of the search.
         restarts: Starts per image.
         perceptual: Weight of `Lite0Distance`, beside the mean squared error of pixels; 0 omits it.
-        lr: Adam's learning rate, where noise has unit variance.
+        lr: Adam's learning rate; noise has unit variance.
         seed: Of the starts: image i, start r has the noise of seed + i * restarts + r.
-        batch_size: Rows, images x starts (x classes), at once; at least one image.
+        batch_size: How many searches run at once: images x starts (x classes); at least those of one image.
         dtype: Runs the student under autocast, as for `sample`.
         out: A folder where finished batches are kept; the same call continues there.
         progress: Shows a bar at a terminal.

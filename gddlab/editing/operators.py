@@ -28,7 +28,7 @@ class Operator:
 
     Args:
         apply: x, float (B, C, H, W), to y, (B, ...); differentiable. It gets a copy, and runs without autocast.
-        adjoint: y to A^T y, of the shape of x; likewise.
+        adjoint: y to A^T y, of the shape of x: spreads a measurement back over the pixels that it is of. Likewise.
         name: For tables.
         exact: Whether results are brought to measure as given, as far as images in [-1, 1] can. Noise in a measurement
             would then be in the results, and more of it where A damps much, as a blur does.

@@ -68,8 +68,8 @@ class Restoration:
 
     Attributes:
         images: In [-1, 1], (B, n, C, H, W).
-        error: Root mean square of A x - y over what was measured, (B, n); of exact operators, as known pixels, before
-            images were brought to measure as given.
+        error: How far the network's own images measure from what was given, before they were corrected to it: root
+            mean square of A x - y, (B, n).
         method, operator: How, and of what.
         calls: Calls of the network per completed image.
         seconds: Wall time per completed image.
@@ -222,15 +222,15 @@ def restore(
     dtype: Precision = None,
     progress: bool = True,
 ) -> Restoration:
-    """Images that a network could have made and that measure as given: super-resolution, deblurring, colouring.
+    """Images near what a network makes that measure as given: super-resolution, deblurring, colouring.
 
         restore(student, small, downscale(4)).images
 
     Methods:
-        "optimise": noise on the Gaussian's shell is moved until the student's image measures as given, and kept white;
-            with it the vectors that layers make of the noise level, each image its own, and kept near the student's; a
-            search begins at the nearest of 8 random ones, and a completion is the best of `restarts` searches. A
-            compiled student runs as Python here;
+        "optimise": Adam moves noise, from the nearest of 8 random ones, until the student's image measures as given.
+            Two terms keep it like what the student knows: neighbouring values of the noise stay uncorrelated, and the
+            scales and shifts of the student's channels, which move with the noise for each image, stay near the
+            student's own. A completion is the best of `restarts` searches. A compiled student runs as Python here;
         "rounds": for a student of several steps: its image is made to agree, gets noise again and goes through the
             later steps, `steps` times (as consistency models edit; Song et al. 2023, algorithm 4);
         "teacher": for comparison, with a teacher in place of the student: Euler's steps, before each of which the state
@@ -250,7 +250,7 @@ def restore(
         steps: Of the search, by default 50; of rounds 4; of a teacher 18.
         restarts: Of "optimise", searches per completed image.
         seed: Image i, completion k has the seeds from seed + (i * n + k) * restarts on, one a search.
-        batch_size: Rows, completions x starts, at once; at least one completion.
+        batch_size: How many searches run at once: completions x restarts; at least those of one completion.
         dtype: Runs the network under autocast, as for `sample`.
         progress: Shows a bar at a terminal.
 

@@ -356,8 +356,10 @@ def load_student(run_dir: str | Path, snapshot: str | Path | float | None = None
         wanted = f"{snapshot:g}" if isinstance(snapshot, int | float) else str(snapshot)
         found = [p for p in snapshots_of(run_dir) if wanted in (p.stem, f"{float(p.stem):g}")]
     if not found:
-        have = ", ".join(p.stem for p in snapshots_of(run_dir)) or "none yet"
-        raise NotFound(f"{run_dir} has no student {'' if snapshot is None else shown(snapshot)}: snapshots are {have}")
+        have = ", ".join(p.stem for p in snapshots_of(run_dir))
+        asked = "" if snapshot is None else f" {shown(snapshot)}"
+        left = f"snapshots are {have}" if have else "it holds no weights (most runs ship without, others have none yet)"
+        raise NotFound(f"{run_dir} has no student{asked}: {left}")
     net, meta = load_network(found[-1], beside=tensors_of)
     if not isinstance(net, OneStepPrecond):
         raise GddlabError(f"{found[-1]} holds a {type(net).__name__}, no one-step student")
