@@ -47,7 +47,6 @@ from gddlab.reporting.tables import experiment_table as experiment_table
 from gddlab.reporting.tables import run_table as run_table
 from gddlab.reporting.training_curves import curve_table as curve_table
 from gddlab.reporting.training_curves import draw_curves as draw_curves
-from gddlab.reporting.training_curves import draw_efficiency as draw_efficiency
 from gddlab.reporting.training_curves import draw_metrics as draw_metrics
 from gddlab.reporting.training_curves import draw_runs as draw_runs
 

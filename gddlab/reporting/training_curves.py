@@ -1,4 +1,4 @@
-"""Training: a run's metrics, scores over the training and at its end, and how few images are enough."""
+"""Training: a run's metrics, and scores over the training and at its end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from gddlab.reporting.run_summary import Summary, table_of
 from gddlab.reporting.statistics import FEWEST, interval
@@ -141,39 +139,6 @@ def _draw_lines(
 
 def _band(values: pd.Series) -> tuple[float, float]:
     return interval(values.to_numpy(float))
-
-
-@themed
-def draw_efficiency(runs: pd.DataFrame, curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None) -> Figure:
-    """How few images are enough: distance against the number of distinct images, and over images seen for each number.
-
-    Args:
-        runs: From `run_table`; its column `images` is drawn.
-        curves: From `curve_table`, of the same runs.
-        levels: Label -> value to compare with.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
-    named = runs.assign(trained=runs["kimg"].map("{:g} thousand images seen".format))
-    shown = _draw_lines(left, named, "images", "trained", levels or {}, runs[runs["value"].isna()])
-    if len(shown):
-        left.set_xscale("log")
-        counts = sorted({int(n) for n in shown["images"]})
-        left.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45)
-        left.xaxis.minorticks_off()
-    left.set(xlabel="distinct real images")
-    if left.get_legend_handles_labels()[0]:
-        left.legend(loc="upper right")
-    images = runs.dropna(subset=["images"]).groupby("experiment", sort=False)["images"].first()
-    shared = images.duplicated(keep=False)
-    labels = {}
-    for (name, count), twice in zip(images.items(), shared, strict=True):
-        labels[str(name)] = f"{int(count):,} images" + (f", {name}" if twice else "")
-    seen = curves[curves["value"].notna()]
-    if len(seen):
-        draw_curves(seen, labels=labels, ax=right)
-    else:
-        right.set_axis_off()
-    return figure
 
 
 @themed

@@ -1,4 +1,4 @@
-"""Scores over the training, dots of seeds, data efficiency: what is drawn is what the tables hold."""
+"""Scores over the training, dots of seeds: what is drawn is what the tables hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from gddlab.errors import GddlabError
 from gddlab.reporting.tables import run_table
-from gddlab.reporting.training_curves import curve_table, draw_curves, draw_efficiency, draw_runs
+from gddlab.reporting.training_curves import curve_table, draw_curves, draw_runs
 from gddlab.runs import Run, load_runs
 from tests.reporting.made import made
 
@@ -82,11 +82,9 @@ def test_a_band_is_the_interval_of_six_seeds_and_fewer_are_lines(tmp_path: Path,
     assert thin == [[2 * value, value] for value in values[:3]]
 
 
-def test_nothing_to_draw_is_drawn_as_such(runs: list[Run]) -> None:
+def test_nothing_to_draw_is_drawn_as_such() -> None:
     ax = draw_curves(curve_table([], rows=["never"]))
     assert ax.get_title(loc="left") == "not run: never" and not lines(ax)
-    figure = draw_efficiency(run_table([], rows=["never"]), curve_table([], rows=["never"]))
-    assert figure.axes[0].get_title(loc="left") == "not run: never" and not figure.axes[1].axison
 
 
 def test_a_row_an_experiment_a_dot_a_seed(runs: list[Run]) -> None:
@@ -101,12 +99,3 @@ def test_a_row_an_experiment_a_dot_a_seed(runs: list[Run]) -> None:
     assert [t.get_text() for t in by_mean.get_yticklabels()] == ["whole", "few"]
     _, own = plt.subplots()
     assert draw_runs(run_table(runs), ax=own) is own
-
-
-def test_distance_over_distinct_images(runs: list[Run]) -> None:
-    figure = draw_efficiency(run_table(runs), curve_table(runs))
-    left, right = figure.axes
-    assert left.get_xscale() == "log"
-    line = next(line for line in left.lines if line.get_marker() == "o")
-    np.testing.assert_allclose(line.get_xydata(), [[20, 80.0], [64, 60.0]])
-    assert {"20 images", "64 images"} <= set(names(right))
