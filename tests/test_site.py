@@ -117,7 +117,7 @@ def test_every_page_is_there(site: Path) -> None:
         assert page.is_file(), name
         if name.endswith(".ipynb"):
             assert "jp-Notebook" in page.read_text(), name
-    for picture in ("readme.png", "readme-layers.png"):
+    for picture in ("readme.png", "readme-layers.png", "readme-editing.png"):
         assert (site / "assets" / picture).read_bytes() == (ROOT / "data" / picture).read_bytes()
     assert list(site.rglob("*.py*")) == []
 

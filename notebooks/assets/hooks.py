@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = ("readme.png", "readme-layers.png")
+PICTURES = ("readme.png", "readme-layers.png", "readme-editing.png")
 COMMANDS_PAGE, NOTEBOOK_CSS = "api/cli.md", "assets/notebook.css"
 COLUMNS = "96"
 """Width of the help, characters."""
@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Pictures of data/, which a clone finds there, are copied into the site."""
-    return markdown.replace("](../data/", "](assets/")
+    return re.sub(r"\]\(((?:\.\./)*)\.\./data/", r"](\1assets/", markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
