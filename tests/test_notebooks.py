@@ -79,7 +79,7 @@ def test_pictures_are_made_lighter_where_nobody_sees_it(tmp_path: Path) -> None:
 
 
 def test_there_is_a_notebook_for_each_figure_and_table() -> None:
-    assert [int(p.name[:2]) for p in RESULTS] == list(range(10, 26))
+    assert [int(p.name[:2]) for p in RESULTS] == list(range(10, 27))
 
 
 def test_it_asks_shows_and_concludes(notebook: nbformat.NotebookNode) -> None:

@@ -46,6 +46,7 @@ NOTEBOOKS = [
     "23_cost",
     "24_editing",
     "25_second_step",
+    "26_emoji",
 ]
 GENERATED = "api/cli.md"
 RESOURCES = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
