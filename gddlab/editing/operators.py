@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from gddlab.editing.search import owned
 from gddlab.errors import GddlabError, unknown, validated
+from gddlab.probing.reductions import double
 
 ADJOINT_ERROR = 1e-4
 """Relative error of the dot-product test above which an adjoint is refused."""
@@ -139,8 +140,8 @@ def _alone(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _square(x: Tensor) -> Tensor:
-    """Squared length of each row, (B,); double, for an operator of any scale."""
-    return x.double().square().flatten(1).sum(1)
+    """Squared length of each row, (B,); in double precision, for an operator of any scale."""
+    return double(x).square().flatten(1).sum(1)
 
 
 def _each(row: Tensor, of: Tensor) -> Tensor:
