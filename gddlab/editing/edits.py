@@ -199,8 +199,7 @@ def edit(
 
     Args:
         student: A student.
-        source: What is edited: seeds, as for `sample`; an `Inversion`; or images, which `invert` first does its default
-            search for.
+        source: What is edited: seeds, as for `sample`; an `Inversion`; or images, inverted with `invert`'s defaults.
         strength: One or several; 0 leaves the image, or its inversion if it was given as one, as it is; 1 is the whole
             edit. Along a direction they are standard deviations of either sign.
         class_labels: The class that images shall have, their noise being kept; between 0 and 1 the label is mixed.

@@ -67,74 +67,49 @@ def _scores(summary: Summary, metric: str) -> list[dict[str, Any]]:
 
 
 @themed
-def draw_curves(
-    curves: pd.DataFrame,
-    *,
-    levels: Mapping[str, float] | None = None,
-    labels: Mapping[str, str] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+def draw_curves(curves: pd.DataFrame, *, levels: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
     """Distance over images seen: the mean of each experiment, with its 95 % interval over training seeds.
 
-    An axis is logarithmic where its values span more than a factor of five.
+    An axis is logarithmic where its values span more than a factor of five. The title says over how many seeds, and
+    which experiments have no score, by what became of them.
 
     Args:
         curves: From `curve_table`.
         levels: Label -> value to compare with, such as the teacher's distances.
-        labels: Experiment -> its name in the figure; that of `look` for others.
     """
-    ax = axes_of(ax, 6.4, 3.6)
-    named = {name: (labels or {}).get(str(name), look(str(name)).label) for name in curves["experiment"].unique()}
-    others = iter(LINES * 9)  # those without a colour of their own
-    looks = {label: look(str(name)) for name, label in named.items()}
-    colours = {label: next(others) if own.sort == "other" else own.colour for label, own in looks.items()}
-    curves = curves.assign(experiment=curves["experiment"].map(named))
-    missing = curves.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
-    shown = _draw_lines(ax, curves, "kimg", "experiment", levels or {}, missing, colours)
-    fit_scale(ax, shown["kimg"], "x")
-    ax.set(xlabel=KIMG)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(**BESIDE)
-    return ax
-
-
-def _draw_lines(
-    ax: Axes,
-    table: pd.DataFrame,
-    x: str,
-    hue: str,
-    levels: Mapping[str, float],
-    missing: pd.DataFrame,
-    colours: Mapping[str, str] | None = None,
-) -> pd.DataFrame:
-    """Mean distances over a column with their intervals over seeds, and levels; returns what is drawn.
-
-    The title says over how many seeds, and what is `missing`, by what became of it.
-    """
-    shown = table.dropna(subset=["value", x]).astype({x: float})
-    each = "seed" in shown and shown.groupby([hue, x]).size().max() <= LINED
+    ax, levels = axes_of(ax, 6.4, 3.6), levels or {}
+    looks = {name: look(str(name)) for name in curves["experiment"].unique()}
+    curves = curves.assign(experiment=curves["experiment"].map({name: own.label for name, own in looks.items()}))
+    shown = curves.dropna(subset=["value", "kimg"]).astype({"kimg": float})
+    groups = shown.groupby(["experiment", "kimg"])
+    each = "seed" in shown and groups.size().max() <= LINED
     if len(shown):
-        groups = list(dict.fromkeys(shown[hue]))
-        colours = colours or dict(zip(groups, LINES * 9, strict=False))
+        others = iter(LINES * 9)  # for those without a colour of their own
+        colours = {own.label: next(others) if own.sort == "other" else own.colour for own in looks.values()}
+        labels = list(dict.fromkeys(shown["experiment"]))
         # lines of one colour differ in their markers
-        same = {name: [g for g in groups if colours[g] == colours[name]].index(name) for name in groups}
-        style: dict[str, Any] = {"palette": {g: colours[g] for g in groups}, "dashes": False, "markeredgewidth": 0}
-        style |= {"style": hue, "markers": {g: MARKERS[same[g] % len(MARKERS)] for g in groups}, "ax": ax}
-        sns.lineplot(shown, x=x, y="value", hue=hue, errorbar=None if each else _band, **style)
+        same = {name: [x for x in labels if colours[x] == colours[name]].index(name) for name in labels}
+        style: dict[str, Any] = {"palette": {x: colours[x] for x in labels}, "dashes": False, "markeredgewidth": 0}
+        style |= {"style": "experiment", "markers": {x: MARKERS[same[x] % len(MARKERS)] for x in labels}, "ax": ax}
+        sns.lineplot(shown, x="kimg", y="value", hue="experiment", errorbar=None if each else _band, **style)
         if each:
-            for (group, _), own in shown.sort_values(x).groupby([hue, "seed"]):
-                ax.plot(own[x], own["value"], color=colours[str(group)], linewidth=0.6, alpha=0.6, zorder=1)
+            for (label, _), own in shown.sort_values("kimg").groupby(["experiment", "seed"]):
+                ax.plot(own["kimg"], own["value"], color=colours[str(label)], linewidth=0.6, alpha=0.6, zorder=1)
     fit_scale(ax, [*shown["value"], *levels.values()], "y")
+    fit_scale(ax, shown["kimg"], "x")
     draw_levels(ax, levels, "y", told=True)
-    ax.set(ylabel=next(iter(table["metric"].dropna()), "distance"))
-    seeds = seeds_text(shown.groupby([hue, x]).size())
+    ax.set(xlabel=KIMG, ylabel=next(iter(curves["metric"].dropna()), "distance"))
+    seeds = seeds_text(groups.size())
     if seeds not in ("", "1 seed"):
         how = "thin: each seed" if each else f"band: 95 % interval, from {FEWEST} seeds on"
         seeds = f"mean over {seeds}; {how}"
+    missing = curves.groupby("experiment", sort=False).filter(lambda rows: rows["value"].isna().all())
     states = missing.drop_duplicates(["experiment", "state"]).groupby("state", sort=False)["experiment"].agg(", ".join)
     absent = [fill(f"{state}: {names}", 60) for state, names in states.items()]
     ax.set_title("\n".join(filter(None, [seeds, *absent])), loc="left", fontsize=8)
-    return shown
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(**BESIDE)
+    return ax
 
 
 def _band(values: pd.Series) -> tuple[float, float]:

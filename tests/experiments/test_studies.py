@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from gddlab.datasets import digits, open_dataset
 from gddlab.distill.distributed import World
 from gddlab.distill.trainer import Trainer
+from gddlab.editing import inpaint
 from gddlab.errors import GddlabError
 from gddlab.evaluation import evaluate
 from gddlab.evaluation.images import drawn
@@ -123,12 +124,16 @@ def test_completed(subjects: StudyInputs, monkeypatch: pytest.MonkeyPatch) -> No
     judge = Judge(held_out="digits:held-out", n=N)
     two = make_student(subjects.teacher, mid_sigmas=(0.8,))
     students = {**subjects.students, "second-step-0.8": two}
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr("gddlab.experiments.studies.inpaint", lambda *a, **k: given.append(a[1]) or inpaint(*a, **k))
     frame = found("completed", replace(subjects, data="digits:train", judge=judge, students=students)).frame
     settings = ["hidden truth", "pasted", "student, search of 1 steps", "student, search of 3 steps"]
     assert frame["setting"].tolist() == [*settings, "student of two steps, rounds", "teacher, 2 steps"]
     rows = frame.set_index("setting")
     assert rows.loc["hidden truth", "pixels"] == 0 and rows.loc["pasted", "pixels"] > 0
     assert rows.loc["student, search of 3 steps", "error"] < rows.loc["student, search of 1 steps", "error"]
+    held_out = open_dataset("digits:held-out")  # settings of the search were chosen with its first 256 images
+    assert all(torch.equal(x, held_out.images([256, 370, 484, 598])) for x in given)
     assert rows["kd"].notna().all() and rows["calls"].tolist() == [0, 0, 8 + 2, 8 + 4, 5, 2]
 
 
